@@ -1,0 +1,70 @@
+"""What is stored of the teacher: one file a field kind, found by folder; a reader composes them (student_train.teacher_view).
+
+A field kind module defines ``FIELDS`` (the names it serves) and ``create(name, params) -> Field``.
+"""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from collections.abc import Mapping
+from types import ModuleType
+from typing import Any, Protocol
+
+import torch
+
+from teacher_cache.errors import CacheError, KdcliError
+from teacher_cache.records import Prepared, TeacherOutput
+
+
+class Field(Protocol):
+    """One column of the cache.
+
+    Attributes:
+        name: folder name under ``fields/``.
+        version: of the stored layout; an unknown one is refused by name.
+        params: JSON-able, complete: with them ``create`` makes the same field again. Bound in ``field.json``.
+        wants: what the teacher must compute: ``hidden.vision``, ``hidden.response``, ``hidden.text``, ``topk.vision:K``,
+            ``topk.response:K``, ``gram.vision``.
+    """
+
+    name: str
+    version: int
+    params: Mapping[str, Any]
+    wants: frozenset[str]
+
+    def encode(self, prepared: Prepared, output: TeacherOutput) -> dict[str, torch.Tensor]:
+        """The tensors that are stored for one row of the mixture."""
+        ...
+
+    def decode(self, stored: dict[str, torch.Tensor]) -> Any:
+        """What a reader works with (the field module states its type)."""
+        ...
+
+
+def field_kinds() -> dict[str, ModuleType]:
+    """The module that serves each field name."""
+    kinds = {}
+    for info in pkgutil.iter_modules(__path__):
+        module = importlib.import_module(f"{__name__}.{info.name}")
+        kinds.update(dict.fromkeys(getattr(module, "FIELDS", ()), module))
+    return kinds
+
+
+def create_field(name: str, params: Mapping[str, Any] | None = None) -> Field:
+    """A field by name; KdcliError listing the choices, or naming the unknown parameter."""
+    kinds = field_kinds()
+    if name not in kinds:
+        raise KdcliError(f"unknown field {name!r}: the fields are {', '.join(sorted(kinds))}")
+    try:
+        return kinds[name].create(name, dict(params or {}))
+    except TypeError as error:
+        raise KdcliError(f"field {name}: {error}") from None
+
+
+def open_field(name: str, description: Mapping[str, Any]) -> Field:
+    """The field as a cache's ``field.json`` describes it; refuses an unknown version by name."""
+    field = create_field(name, description["params"])
+    if field.version != description["version"]:
+        raise CacheError(f"field {name} version {description['version']} is not readable: this kdcli reads {field.version}")
+    return field

@@ -1,0 +1,196 @@
+"""The three things that travel: Sample (a row as written), Prepared (a row as tokens), TeacherOutput (what the teacher said).
+
+Shape letters used everywhere: T text+vision positions of the expanded sequence, N text tokens (placeholders not expanded),
+R rows of one kind (vision or response), V vocabulary, D teacher width, K kept entries.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+ROLES = ("system", "user", "assistant", "template")
+"""Role codes of text tokens: the index in this tuple is what is stored. ``template`` marks the template's own tokens."""
+
+
+@dataclass(frozen=True)
+class Turn:
+    """One conversation turn; ``text`` keeps its ``<image>`` placeholders in place."""
+
+    role: str
+    text: str
+
+
+@dataclass(frozen=True)
+class Image:
+    """One image exactly as the mixture holds it: ``data`` are the original, still encoded bytes."""
+
+    name: str
+    data: bytes
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One row of a mixture.
+
+    Attributes:
+        part: the mixture part (``caption``, ``sft``, …).
+        ordinal: row number inside the part, counted from 0 over all its files. Never reused, also for skipped rows.
+        source_id: the dataset's own id (they repeat in the wild, so it is never a key).
+        place: where a person finds the row (``file.json row 17``).
+        extra: further scalar columns of the row (``family``, ``data_source``).
+    """
+
+    part: str
+    ordinal: int
+    source_id: str
+    place: str
+    turns: tuple[Turn, ...]
+    images: tuple[Image, ...] = ()
+    extra: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class SkipRecord:
+    """A row that was not used, with its reason (one of ``errors.SKIP_REASONS``). Rows = written + skipped, always."""
+
+    part: str
+    ordinal: int
+    source_id: str
+    place: str
+    reason: str
+    detail: str
+
+
+@dataclass(frozen=True)
+class RowGroup:
+    """A run of consecutive rows that one read opens: the unit that is permuted into slices.
+
+    Attributes:
+        start: ordinal of the first row, rows: how many.
+        locator: JSON-able, the source's own way to get there fast (file, byte offset, parquet row group, …).
+        characters: characters of text in the group, images: number of images; both only for balancing slices.
+    """
+
+    start: int
+    rows: int
+    locator: Mapping[str, Any]
+    characters: int
+    images: int
+
+
+@dataclass(frozen=True)
+class View:
+    """One image view that the vision tower sees.
+
+    Attributes:
+        crop: (left, top, right, bottom) in pixels of the original image.
+        grid: (rows, columns) of vision tokens that this view yields.
+        newline: True where every grid row is followed by one newline token (LLaVA-NeXT).
+    """
+
+    crop: tuple[int, int, int, int]
+    grid: tuple[int, int]
+    newline: bool = False
+
+
+@dataclass(frozen=True)
+class ImageLayout:
+    """Where one image's vision tokens come from: original (width, height) and its views in token order."""
+
+    size: tuple[int, int]
+    views: tuple[View, ...]
+
+    def tokens(self) -> int:
+        return sum(rows * (columns + view.newline) for view in self.views for rows, columns in [view.grid])
+
+
+@dataclass(frozen=True)
+class TextTokens:
+    """The text of a row as tokens, placeholders *not* expanded (their number differs between teacher and student).
+
+    Attributes:
+        ids: uint32 ``[N]``; an image stands as no token at all, ``image_at`` says where.
+        role: uint8 ``[N]``, index into ``ROLES``.
+        turn: uint16 ``[N]``, which turn the token belongs to.
+        response: bool ``[N]``, True where the token is a label (assistant answer and its end-of-turn token).
+        image_at: for each image, the number of text tokens before it.
+    """
+
+    ids: torch.Tensor
+    role: torch.Tensor
+    turn: torch.Tensor
+    response: torch.Tensor
+    image_at: tuple[int, ...]
+
+    @property
+    def response_ids(self) -> torch.Tensor:
+        return self.ids[self.response]
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A row as one model wants it.
+
+    Attributes:
+        key: ``{ordinal:09d}-{content hash}``, unique inside a part and equal for teacher and student.
+        input_ids: int64 ``[T]``, placeholders expanded to one id per vision token.
+        vision_positions: int64 ``[R_vision]``, where the vision tokens stand.
+        text_positions: int64 ``[N]``, where the text tokens stand, in the order of ``text.ids``.
+        response_rows: int64 ``[R_response]``: position t-1 of every response token t. THE next-token shift: the row at
+            position t-1 predicts the token at t. Vision rows are *not* shifted: they are taken at the vision token itself.
+        labels: int64 ``[R_response]``: the response token ids, aligned with ``response_rows``.
+        pixels: the processor's other tensors (``pixel_values``, ``image_sizes``, …), empty for text-only rows.
+    """
+
+    key: str
+    part: str
+    input_ids: torch.Tensor
+    vision_positions: torch.Tensor
+    text_positions: torch.Tensor
+    response_rows: torch.Tensor
+    labels: torch.Tensor
+    text: TextTokens
+    layout: tuple[ImageLayout, ...]
+    pixels: Mapping[str, torch.Tensor]
+
+    def __len__(self) -> int:
+        return int(self.input_ids.shape[0])
+
+
+@dataclass(frozen=True)
+class TopK:
+    """Head of a distribution at temperature 1, rows ``[R]``; log-probs are natural logs over the full (unpadded) vocabulary.
+
+    Attributes:
+        ids: int64 ``[R, K]``, by falling log-prob.
+        log_probs: float32 ``[R, K]``.
+        log_tail: float32 ``[R]``, log of the exact mass outside the K ids (-inf where K = V).
+        log_z: float32 ``[R]``, log-sum-exp of the raw logits.
+        mean_logit: float32 ``[R]``, mean raw logit over the vocabulary.
+    """
+
+    ids: torch.Tensor
+    log_probs: torch.Tensor
+    log_tail: torch.Tensor
+    log_z: torch.Tensor
+    mean_logit: torch.Tensor
+
+
+@dataclass(frozen=True)
+class TeacherOutput:
+    """What the teacher said about one row; only what some field wants is there, the rest is None.
+
+    Attributes:
+        hidden: post-final-norm hidden states by row kind: ``vision`` ``[R_vision, D]``, ``response`` ``[R_response, D]``,
+            ``text`` ``[N, D]`` (at the text token itself), in the teacher's dtype.
+        topk: ``vision`` and ``response`` heads.
+        gram: float32 ``[R_vision, R_vision]``: Y·Yᵀ of the raw vision logits Y.
+    """
+
+    hidden: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    topk: Mapping[str, TopK] = field(default_factory=dict)
+    gram: torch.Tensor | None = None
