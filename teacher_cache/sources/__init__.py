@@ -1,0 +1,91 @@
+"""Readers of the mixtures users bring: one file a format, found by folder.
+
+A source module defines ``FORMAT`` (its name), ``matches(paths) -> bool`` and ``open(spec, paths) -> Source``.
+"""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from teacher_cache.errors import DataError
+from teacher_cache.records import RowGroup, Sample, SkipRecord
+
+
+@dataclass(frozen=True)
+class DataSpec:
+    """One mixture part as the user names it.
+
+    Attributes:
+        part: its name (``caption``, ``sft``, …).
+        path: file, glob or brace URL; several files of one format make one part.
+        image_root: folder that relative image paths start from; default: the folder of the first file.
+        format: a source's ``FORMAT``; None: found from the files.
+        template: how rows become text: ``chat`` or ``plain``.
+        limit: use only the first so many rows.
+        max_image_pixels: larger images are skipped (decompression bombs).
+    """
+
+    part: str
+    path: str
+    image_root: str | None = None
+    format: str | None = None
+    template: str = "chat"
+    limit: int | None = None
+    max_image_pixels: int = 89_478_485
+
+
+class Source(Protocol):
+    """One mixture part that can be scanned once and then read group by group, in any order, by any process."""
+
+    def scan(self, group_rows: int) -> list[RowGroup]:
+        """Pass over the files once, in bounded memory; groups in file order that cover every row exactly once."""
+        ...
+
+    def read(self, group: RowGroup) -> Iterator[Sample | SkipRecord]:
+        """The rows of one group in order, exactly ``group.rows`` items; a row that cannot be read is a SkipRecord."""
+        ...
+
+    def fingerprint(self) -> dict[str, Any]:
+        """What binds a plan to this data: format, and name, size and sha256 of every file.
+
+        Image files are bound row by row, by the row's key.
+        """
+        ...
+
+
+def source_modules() -> dict[str, Any]:
+    """Every source format by name."""
+    found = {}
+    for info in pkgutil.iter_modules(__path__):
+        module = importlib.import_module(f"{__name__}.{info.name}")
+        if hasattr(module, "FORMAT"):
+            found[module.FORMAT] = module
+    return dict(sorted(found.items()))
+
+
+def open_source(spec: DataSpec) -> Source:
+    """Find the files of a part (path, glob, braces; sorted), find their format unless it is given, and open them.
+
+    Raises:
+        DataError: a file is missing, no format fits, or the spec is not sensible.
+    """
+    from teacher_cache.sources.files import expand_paths
+
+    if spec.limit is not None and spec.limit < 0:
+        raise DataError(f"part {spec.part!r}: limit is {spec.limit}; give a number of rows, 0 or more")
+    modules = source_modules()
+    if spec.format is not None and spec.format not in modules:
+        raise DataError(f"unknown format {spec.format!r}; valid formats: {', '.join(modules)}")
+    paths = expand_paths(spec.path)
+    if spec.format is not None:
+        return modules[spec.format].open(spec, paths)
+    fitting = [name for name, module in modules.items() if module.matches(paths)]
+    if len(fitting) != 1:
+        found = f"fits several formats ({', '.join(fitting)})" if fitting else "is of no known format"
+        more = f" and {len(paths) - 1} more" if len(paths) > 1 else ""
+        raise DataError(f"{paths[0]}{more} {found}; files of a part share one format, say which: {', '.join(modules)}")
+    return modules[fitting[0]].open(spec, paths)

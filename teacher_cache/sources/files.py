@@ -1,0 +1,101 @@
+"""Files that a mixture is made of: finding them, opening them, binding a plan to their content."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+from typing import Any, BinaryIO, cast
+
+import braceexpand
+import fsspec
+
+from teacher_cache.errors import DataError
+
+_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
+_GLOB = re.compile(r"[*?\[]")
+_HASH_CHUNK_BYTES = 1 << 20
+
+
+def is_remote(path: str) -> bool:
+    """True for ``s3://…`` and the like; a plain path or ``file://`` is local."""
+    return bool(_URL.match(path)) and not path.startswith("file://")
+
+
+def expand_paths(pattern: str) -> list[str]:
+    """The files that a path, glob or brace URL (``x-{000..003}.parquet``) names, each once, sorted.
+
+    Raises:
+        DataError: nothing is there, a folder is named, or one of the brace's files is absent.
+    """
+    if not is_remote(pattern):
+        pattern = os.path.expanduser(pattern.removeprefix("file://"))
+    # A file may really be called ``a[1].json``: what exists by its literal name is never taken for a pattern.
+    if _is_file(pattern):
+        return [pattern]
+    try:
+        # braceexpand reads a backslash as an escape; paths mean it literally.
+        names = list(braceexpand.braceexpand(pattern, escape=False))
+    except ValueError as error:
+        raise DataError(f"{pattern}: unbalanced braces; write x-{{000..003}}.parquet") from error
+    found = {path for name in names for path in _expand_one(name, pattern)}
+    return sorted(found)
+
+
+def _expand_one(name: str, pattern: str) -> list[str]:
+    if _is_file(name):
+        return [name]
+    named_by = "" if name == pattern else f" (named by {pattern})"
+    filesystem, inner = fsspec.core.url_to_fs(name)
+    if _GLOB.search(name):
+        matches = [path for path in map(str, filesystem.glob(inner)) if filesystem.isfile(path)]
+        if not matches:
+            raise DataError(f"{name}: no file matches{named_by}; check the path and quote the pattern in the shell")
+        return [filesystem.unstrip_protocol(path) if is_remote(name) else path for path in matches]
+    if filesystem.isdir(inner):
+        raise DataError(f"{name} is a folder; name its files, as in {os.path.join(name, '*.parquet')}")
+    raise DataError(f"{name}: no such file{named_by}; check the path given to --data")
+
+
+def _is_file(path: str) -> bool:
+    if not is_remote(path):
+        return os.path.isfile(path)
+    filesystem, inner = fsspec.core.url_to_fs(path)
+    return bool(filesystem.isfile(inner))
+
+
+def open_binary(path: str) -> BinaryIO:
+    """Open for reading, seekable.
+
+    Raises:
+        DataError: the file cannot be opened.
+    """
+    try:
+        if is_remote(path):
+            return cast(BinaryIO, fsspec.open(path, "rb").open())
+        return open(path, "rb")
+    except OSError as error:
+        reason = error.strerror or error
+        raise DataError(f"{path} cannot be opened: {reason}; check that it exists and is readable") from error
+
+
+def first_bytes(path: str, count: int) -> bytes:
+    with open_binary(path) as stream:
+        return stream.read(count)
+
+
+def fingerprint_files(format_name: str, paths: list[str]) -> dict[str, Any]:
+    """Format, and name, size in bytes and sha256 of every file.
+
+    Names go without their folder: data that moved as a whole is still the same data.
+    """
+    return {"format": format_name, "files": [_fingerprint_one(path) for path in paths]}
+
+
+def _fingerprint_one(path: str) -> dict[str, Any]:
+    digest, size = hashlib.sha256(), 0
+    with open_binary(path) as stream:
+        while chunk := stream.read(_HASH_CHUNK_BYTES):
+            digest.update(chunk)
+            size += len(chunk)
+    return {"name": os.path.basename(path), "bytes": size, "sha256": digest.hexdigest()}

@@ -1,0 +1,89 @@
+"""Image files under one root that no row can leave."""
+
+from __future__ import annotations
+
+import errno
+import os
+import posixpath
+import stat
+from dataclasses import dataclass
+
+import fsspec
+
+from teacher_cache.errors import DataError, SkipRow
+from teacher_cache.sources.files import is_remote
+
+MAX_IMAGE_BYTES = 256 << 20
+"""A larger encoded image is skipped: it would be read whole into memory, and no photograph is that large."""
+
+_ABSENT = {errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP, errno.EISDIR}
+
+
+@dataclass(frozen=True)
+class ImageFolder:
+    """Reads images by the path a row names, relative to ``root`` (a local folder or an fsspec URL)."""
+
+    root: str
+
+    def check(self) -> None:
+        """Raises:
+        DataError: the root is no folder. Called before the first image, so that it is not 600,000 missing images.
+        """
+        # Object stores have no folders, and not all list what they serve: there the images themselves tell.
+        if not is_remote(self.root) and not os.path.isdir(self.root):
+            raise DataError(f"image root {self.root} is not a folder; pass --image-root, where image paths start")
+
+    def read(self, name: str) -> bytes:
+        """The file's bytes exactly as they are.
+
+        Raises:
+            SkipRow: image_path_unsafe, image_missing (also empty or unreadable by permission), image_too_large.
+            DataError: the disk or the network failed: that is not the row's fault, and skipping would hide it.
+        """
+        data = self._read_remote(name) if is_remote(self.root) else self._read_local(name)
+        if not data:
+            raise SkipRow("image_missing", f"{name!r} is empty (0 bytes)")
+        return data
+
+    def _read_local(self, name: str) -> bytes:
+        root = os.path.realpath(self.root)
+        try:
+            path = os.path.realpath(os.path.join(root, name))
+        except ValueError as error:
+            raise SkipRow("image_path_unsafe", f"{name!r} is not a path: {error}") from error
+        # A link that stays inside the root is fine; one that leads out would let a data set read any file here.
+        if os.path.commonpath([root, path]) != root:
+            raise SkipRow("image_path_unsafe", f"{name!r} leads out of the image root (to {path!r})")
+        try:
+            status = os.stat(path)
+            if not stat.S_ISREG(status.st_mode):  # opening a pipe would wait for ever
+                raise SkipRow("image_missing", f"{name!r} is not a regular file")
+            _check_size(name, status.st_size)
+            with open(path, "rb") as stream:
+                return stream.read()
+        except OSError as error:
+            raise _absent_or_broken(name, error) from error
+
+    def _read_remote(self, name: str) -> bytes:
+        filesystem, root = fsspec.core.url_to_fs(self.root)
+        path = posixpath.normpath(posixpath.join(root, name))
+        if not path.startswith(root.rstrip("/") + "/"):
+            raise SkipRow("image_path_unsafe", f"{name!r} leads out of the image root")
+        try:
+            _check_size(name, filesystem.size(path) or 0)
+            return bytes(filesystem.cat_file(path))
+        except OSError as error:
+            raise _absent_or_broken(name, error) from error
+
+
+def _check_size(name: str, size: int) -> None:
+    if size > MAX_IMAGE_BYTES:
+        raise SkipRow("image_too_large", f"{name!r} has {size:,} bytes, more than {MAX_IMAGE_BYTES:,}")
+
+
+def _absent_or_broken(name: str, error: OSError) -> Exception:
+    if isinstance(error, FileNotFoundError) or error.errno in _ABSENT:
+        return SkipRow("image_missing", f"{name!r} does not exist under the image root")
+    if isinstance(error, PermissionError):
+        return SkipRow("image_missing", f"{name!r} exists but may not be read (permission denied)")
+    return DataError(f"image {name!r} cannot be read: {error.strerror or error}; check the disk, then re-run")
