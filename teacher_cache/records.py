@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 
-ROLES = ("system", "user", "assistant", "template")
-"""Role codes of text tokens: the index in this tuple is what is stored. ``template`` marks the template's own tokens."""
+ROLES = ("system", "user", "assistant")
+"""Role codes of text tokens: the index in this tuple is what is stored. The template's own tokens count to their turn."""
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,1 @@
+"""Executors only schedule: each runs a task over shard ids, nothing more."""

@@ -1,0 +1,55 @@
+"""One file a method; the folder is the registry.
+
+A method module defines ``NAME``, ``PAPER``, ``STAGES`` (its default stages), ``PRESETS`` (name → instance of its frozen dataclass
+of knobs); the dataclass has ``needs() -> set of need names`` (teacher_view.SERVED_BY) and ``terms() -> {name: RowTerm | SampleTerm}``.
+"""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from collections.abc import Mapping
+from dataclasses import fields, replace
+from types import ModuleType
+from typing import Any, Protocol
+
+from student_train.losses.reduce import Terms
+from teacher_cache.errors import KdcliError
+
+
+class Method(Protocol):
+    """Frozen knobs of one method."""
+
+    def needs(self) -> frozenset[str]:
+        """What it must know of the teacher."""
+        ...
+
+    def terms(self) -> Terms:
+        """Its loss, term by term."""
+        ...
+
+
+def method_modules() -> dict[str, ModuleType]:
+    """Every method by name."""
+    modules = [importlib.import_module(f"{__name__}.{info.name}") for info in pkgutil.iter_modules(__path__)]
+    return {module.NAME: module for module in modules if hasattr(module, "NAME")}
+
+
+def method_module(name: str) -> ModuleType:
+    """A method's module; KdcliError listing the choices."""
+    modules = method_modules()
+    if name not in modules:
+        raise KdcliError(f"unknown method {name!r}: choose from {', '.join(sorted(modules))}")
+    return modules[name]
+
+
+def create_method(name: str, preset: str = "paper", knobs: Mapping[str, Any] | None = None) -> Method:
+    """A method from a preset and single knobs; KdcliError listing the presets or the knobs."""
+    presets = method_module(name).PRESETS
+    if preset not in presets:
+        raise KdcliError(f"method {name} has no preset {preset!r}: choose from {', '.join(presets)}")
+    known = [one.name for one in fields(presets[preset])]
+    unknown = sorted(set(knobs or {}) - set(known))
+    if unknown:
+        raise KdcliError(f"method {name} has no knob {', '.join(unknown)}; it has {', '.join(known) or 'none'}")
+    return replace(presets[preset], **(knobs or {}))

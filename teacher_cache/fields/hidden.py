@@ -20,7 +20,6 @@ FIELDS = ("vision_hidden", "response_hidden")
 class Params:
     codec: str = "bf16"
     codec_version: int | None = None
-    layer: int = -1
 
 
 class HiddenField:

@@ -1,0 +1,1 @@
+"""Prepared batch → TeacherOutput: one file a backend."""

@@ -1,0 +1,216 @@
+"""``kdcli cache-teacher``: plan, describe, capture every shard that is not committed yet, report."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pipelines.executors import local
+from pipelines.settings import CaptureSettings
+from teacher_cache.cache_shard import CaptureJob, Teacher, cache_shard
+from teacher_cache.codecs import container
+from teacher_cache.errors import CacheError, KdcliError
+from teacher_cache.fields import Field, create_field
+from teacher_cache.plan import Plan, content_hash, difference, make_plan, read_plan, write_plan
+from teacher_cache.prepare import Limits, Preparer
+from teacher_cache.shards.commit import read_commit
+from teacher_cache.shards.storage import Storage
+from teacher_cache.sources import DataSpec, open_source
+from teacher_cache.teachers.transformers import (
+    TeacherSpec,
+    TransformersTeacher,
+    load_processor,
+    teacher_fingerprint,
+)
+
+HEAD = "head.safetensors"
+
+
+@dataclass(frozen=True)
+class CaptureRequest:
+    """One capture as the user asked for it; pickles to worker processes."""
+
+    teacher: TeacherSpec
+    data: tuple[DataSpec, ...]
+    out: str
+    settings: CaptureSettings
+    field_params: Mapping[str, Mapping[str, Any]]
+
+
+def capture(request: CaptureRequest, progress: Callable[[str, int, int], None] = lambda *_: None) -> dict[str, Any]:
+    """Run the whole job; continues what is there. ``progress(event, done_rows, all_rows)`` is called often.
+
+    Returns:
+        The summary of ``summarise`` (rows, skips by reason, bytes by column).
+    """
+    storage = Storage(request.out)
+    processor, config = load_processor(request.teacher)
+    fields = {n: create_field(n, request.field_params.get(n)) for n in request.settings.fields}
+    unknown = set(request.field_params) - set(fields)
+    if unknown:
+        raise KdcliError(f"parameters for {', '.join(sorted(unknown))}, but these fields are not captured: add them to --fields")
+    preparer = make_preparer(request, processor, config)
+    plan = plan_for(request, storage, preparer, config)
+    write_plan(storage, plan)
+    job = describe(request, storage, plan, fields, teacher_fingerprint(request.teacher, processor, config), processor)
+    left = job.missing()
+    total = sum(one.rows for one in plan.slices)
+    done = total - sum(plan.slices[shard].rows for shard in left)
+    progress("start", done, total)
+    if left:
+        run_shards(request, job, left, done, total, progress)
+    progress("end", total, total)
+    return summarise(storage)
+
+
+def make_preparer(request: CaptureRequest, processor: Any, config: Any) -> Preparer:
+    return Preparer(processor, config, Limits(request.settings.max_length, request.settings.over_length))
+
+
+def plan_for(request: CaptureRequest, storage: Storage, preparer: Preparer, config: Any) -> Plan:
+    """The plan that these flags mean, made afresh: a changed mixture, template or tokenizer must not pass for the old one."""
+    vision = config.vision_config
+    side = getattr(vision, "image_size", 336) // max(1, getattr(vision, "patch_size", 14)) if vision else 24
+    return make_plan(
+        request.data, request.settings.shards, preparer.fingerprint(), request.settings.seed, image_tokens=side * side
+    )
+
+
+def describe(
+    request: CaptureRequest, storage: Storage, plan: Plan, fields: Mapping[str, Field], fingerprint: dict[str, Any], processor: Any
+) -> CaptureJob:
+    """Write ``field.json`` of every field and the ``teacher/`` folder, or check that those there are the same."""
+    folder = f"teacher/{content_hash(fingerprint)[:12]}"
+    needs_head = any(want.startswith("hidden.") for one in fields.values() for want in one.wants)
+    head_sha = write_teacher(request, storage, folder, processor) if needs_head else None
+    hashes = {}
+    for name, one in fields.items():
+        body = {
+            "field": name,
+            "version": one.version,
+            "params": dict(one.params),
+            "plan_hash": plan.plan_hash,
+            "teacher": fingerprint,
+            "teacher_folder": folder,
+            "head_sha256": head_sha,
+        }
+        data = (json.dumps(body, indent=1, sort_keys=True, ensure_ascii=False) + "\n").encode()
+        if not storage.put_new(f"fields/{name}/field.json", data):
+            there = json.loads(storage.read(f"fields/{name}/field.json"))
+            if there != body:
+                lines = "; ".join(difference(there, body))
+                raise CacheError(f"{storage}: field {name} was made with other settings: {lines}: choose another --out")
+        hashes[name] = hashlib.sha256(data).hexdigest()
+    return CaptureJob(
+        storage=storage,
+        plan=plan,
+        fields=hashes,
+        field_objects=dict(fields),
+        parts_without_fields=frozenset(request.settings.parts_without_fields),
+        batch_tokens=request.settings.batch_tokens,
+    )
+
+
+def write_teacher(request: CaptureRequest, storage: Storage, folder: str, processor: Any) -> str:
+    """What reading needs of the teacher: its head W and its processor's settings. Returns the head file's sha256."""
+    receipt = f"{folder}/head.json"
+    if storage.exists(receipt):
+        return json.loads(storage.read(receipt))["sha256"]
+    teacher = TransformersTeacher(replace(request.teacher, device="cpu"), processor, None)
+    data = container.pack({"weight": teacher.head.cpu()})
+    digest = hashlib.sha256(data).hexdigest()
+    draft = storage.staging() / f"head-{digest[:16]}.safetensors"
+    draft.write_bytes(data)
+    storage.put_file(draft, f"{folder}/{HEAD}")
+    with tempfile.TemporaryDirectory() as saved:
+        processor.save_pretrained(saved)
+        for file in sorted(Path(saved).iterdir()):
+            copy = storage.staging() / f"processor-{digest[:8]}-{file.name}"
+            copy.write_bytes(file.read_bytes())
+            storage.put_file(copy, f"{folder}/processor/{file.name}")
+    storage.put_new(receipt, json.dumps({"sha256": digest}).encode())
+    return digest
+
+
+@dataclass(frozen=True)
+class ShardTask:
+    """Builds a worker's task: ``ShardTask(...)(worker number)`` loads the teacher once and returns ``task(shard)``."""
+
+    request: CaptureRequest
+    job: CaptureJob
+    left: Mapping[int, list[str]]
+    advance: Callable[[int], None] | None = None
+
+    def __call__(self, worker: int) -> Callable[[int], int]:
+        spec = self.request.teacher
+        if spec.device == "auto" and torch.cuda.is_available():
+            spec = replace(spec, device=f"cuda:{worker % torch.cuda.device_count()}")
+        processor, config = load_processor(spec)
+        preparer = make_preparer(self.request, processor, config)
+        sources = {part.spec.part: open_source(part.spec) for part in self.job.plan.parts}
+        needs_teacher = any(column != "samples" for columns in self.left.values() for column in columns)
+        teacher: Teacher | None = TransformersTeacher(spec, processor, config) if needs_teacher else None
+
+        def task(shard: int) -> int:
+            source = sources[self.job.plan.slices[shard].part]
+            advance = self.advance or (lambda rows: None)
+            cache_shard(self.job, shard, self.left[shard], source, preparer, teacher, advance)
+            return shard
+
+        return task
+
+
+def run_shards(
+    request: CaptureRequest,
+    job: CaptureJob,
+    left: Mapping[int, list[str]],
+    done: int,
+    total: int,
+    progress: Callable[[str, int, int], None],
+) -> None:
+    workers = min(local.worker_count(request.settings.workers), len(left))
+    count = done
+
+    def advance(rows: int) -> None:
+        nonlocal count
+        count += rows
+        progress("rows", count, total)
+
+    inline = workers == 1
+    task = ShardTask(request, job, left, advance if inline else None)
+    for shard in local.run(task, sorted(left), workers):
+        if not inline:
+            advance(job.plan.slices[shard].rows)
+        progress("shard", count, total)
+
+
+def cache_columns(storage: Storage) -> list[str]:
+    """``samples`` and every field folder that describes itself."""
+    return ["samples", *(f"fields/{n}" for n in storage.names("fields") if storage.exists(f"fields/{n}/field.json"))]
+
+
+def summarise(storage: Storage) -> dict[str, Any]:
+    """Rows, skips by reason, and bytes and tokens by column of what is committed so far."""
+    from teacher_cache.shards.commit import committed_shards
+
+    plan = read_plan(storage)
+    columns: dict[str, Any] = {}
+    for column in cache_columns(storage):
+        commits = [read_commit(storage, column, shard) for shard in committed_shards(storage, column)]
+        columns[column] = {
+            "shards": len(commits),
+            "rows": sum(one.rows for one in commits),
+            "written": sum(one.written for one in commits),
+            "skipped": dict(Counter(skip.reason for one in commits for skip in one.skipped)),
+            "bytes": sum(one.tar_bytes for one in commits),
+            "counts": dict(sum((Counter(one.counts) for one in commits), Counter())),
+        }
+    return {"plan_hash": plan.plan_hash, "shards": len(plan.slices), "rows": sum(s.rows for s in plan.slices), "columns": columns}

@@ -1,0 +1,137 @@
+"""A teacher cache opened for training: which rows it has, and one row with everything a run asked for.
+
+Opening reads the manifest, the field descriptions and the commits only; a shard's index is read when its first row is.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from teacher_cache.codecs import container
+from teacher_cache.errors import CacheError
+from teacher_cache.fields import Field, open_field
+from teacher_cache.plan import read_plan
+from teacher_cache.records import ImageLayout, Sample, TextTokens
+from teacher_cache.samples import decode_sample
+from teacher_cache.shards.commit import Commit
+from teacher_cache.shards.reader import ColumnReader
+from teacher_cache.shards.storage import Storage
+
+
+@dataclass(frozen=True)
+class CachedRow:
+    """One row: the sample as the mixture held it, its text tokens and layout as the teacher read them, decoded fields."""
+
+    key: str
+    sample: Sample
+    text: TextTokens
+    layout: tuple[ImageLayout, ...]
+    fields: dict[str, Any]
+
+
+class Cache:
+    """A cache's description: plan, fields, and the teacher that made each field."""
+
+    def __init__(self, url: str):
+        self.storage = Storage(url)
+        self.plan = read_plan(self.storage)
+        self.plan_hash = self.plan.plan_hash
+        self.fields = {name: self._describe(name) for name in self.storage.names("fields") if not name.startswith(".")}
+
+    def _describe(self, name: str) -> dict[str, Any]:
+        try:
+            data = self.storage.read(f"fields/{name}/field.json")
+            body = json.loads(data)
+            if body["plan_hash"] != self.plan_hash:
+                raise CacheError(f"{self.storage}: field {name} belongs to another plan")
+        except (FileNotFoundError, ValueError, KeyError, TypeError) as error:
+            raise CacheError(f"{self.storage}/fields/{name}/field.json: damaged or missing ({error})") from None
+        return body | {"sha256": hashlib.sha256(data).hexdigest()}
+
+    def column(self, name: str) -> ColumnReader:
+        """``samples``, or a field by its name."""
+        if name == "samples":
+            return ColumnReader(self.storage, "samples", self.plan_hash, "")
+        if name not in self.fields:
+            raise CacheError(f"{self.storage}: no field {name}; it has {', '.join(sorted(self.fields)) or 'none'}")
+        return ColumnReader(self.storage, f"fields/{name}", self.plan_hash, self.fields[name]["sha256"])
+
+    def open_field(self, name: str) -> Field:
+        return open_field(name, self.fields[name])
+
+    def parts(self) -> list[str]:
+        return [part.spec.part for part in self.plan.parts]
+
+    def shards(self, parts: Sequence[str]) -> list[int]:
+        """Shards of these parts; CacheError listing the parts where one is unknown."""
+        unknown = [part for part in parts if part not in self.parts()]
+        if unknown:
+            raise CacheError(f"{self.storage}: no part {', '.join(unknown)}; it has {', '.join(self.parts())}")
+        return [number for number, one in enumerate(self.plan.slices) if one.part in parts]
+
+    def template(self, part: str) -> str:
+        return self.plan.spec(part).template
+
+    def teacher_head(self, field: str) -> torch.Tensor:
+        """The head W ``[V, D]`` of the teacher that made ``field``, checked against the field's own description."""
+        body = self.fields[field]
+        path = f"{body['teacher_folder']}/head.safetensors"
+        try:
+            data = self.storage.read(path)
+        except FileNotFoundError:
+            raise CacheError(f"{self.storage}: {path} is missing, field {field} cannot be read") from None
+        if hashlib.sha256(data).hexdigest() != body["head_sha256"]:
+            raise CacheError(f"{self.storage}: {path} does not have the checksum that field {field} names")
+        return container.unpack(data, path)["weight"]
+
+
+class CachedRows:
+    """The rows of some parts that ``samples`` and all the asked fields hold, by (shard number in ``shards``, row)."""
+
+    def __init__(self, cache: Cache, parts: Sequence[str], fields: Sequence[str]):
+        self.shards = cache.shards(parts)
+        self._columns = {name: cache.column(name) for name in ("samples", *fields)}
+        self._fields = {name: cache.open_field(name) for name in fields}
+        self._rows: dict[int, list[tuple[int, ...]]] = {}
+        self.counts = [self._count(shard) for shard in self.shards]
+        self._place = str(cache.storage)
+
+    def _count(self, shard: int) -> int:
+        """Rows of a shard from its commits alone: what ``samples`` wrote, less what a field had to skip besides."""
+        samples, *others = [column.commit(shard) for column in self._columns.values()]
+
+        def skipped(commit: Commit) -> set[int]:
+            return {skip.ordinal for skip in commit.skipped}
+
+        extra = set().union(*(skipped(other) for other in others)) - skipped(samples)
+        return samples.written - len(extra)
+
+    def _join(self, shard: int) -> list[tuple[int, ...]]:
+        """Tar rows of every column for each usable row; by key, since a field may lack rows that ``samples`` has."""
+        if shard not in self._rows:
+            by_key = [{e.key: i for i, e in enumerate(column.entries(shard))} for column in self._columns.values()]
+            rows = [tuple(keys[key] for keys in by_key) for key in by_key[0] if all(key in keys for keys in by_key)]
+            self._rows[shard] = rows
+        return self._rows[shard]
+
+    def read(self, position: int, row: int) -> CachedRow:
+        """Row ``row`` of the shard at ``position`` in ``shards``; CacheError naming shard and key where it is damaged."""
+        shard = self.shards[position]
+        rows = self._join(shard)
+        if len(rows) != self.counts[position]:
+            raise CacheError(f"{self._place}: shard {shard:06d}: columns disagree on their rows; run `kdcli cache verify`")
+        places = dict(zip(self._columns, rows[row]))
+        samples = self._columns["samples"]
+        key = samples.entries(shard)[places["samples"]].key
+        sample, text, layout = decode_sample(samples.read(shard, places["samples"]), f"{self._place} shard {shard:06d} {key}")
+        decoded = {}
+        for name, field in self._fields.items():
+            data = self._columns[name].read(shard, places[name])[container.EXTENSION]
+            decoded[name] = field.decode(container.unpack(data, f"{self._place} shard {shard:06d} {name} {key}"))
+        return CachedRow(key, sample, text, layout, decoded)

@@ -1,0 +1,80 @@
+"""What a training run can be told; names follow ``transformers.TrainingArguments`` where it has them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields, replace
+
+from teacher_cache.errors import KdcliError
+
+
+@dataclass(frozen=True)
+class TrainSettings:
+    """``[train]``: defaults of every stage.
+
+    Attributes:
+        student: model folder or hub id that the first stage starts from.
+        output_dir: one folder a stage below it.
+        per_device_train_batch_size × gradient_accumulation_steps × processes = samples of one optimizer step.
+        max_steps: optimizer steps of the stage; 0: ``num_train_epochs`` epochs.
+        learning_rate: 0: the stage's own (PT, DPT 1e-3; SFT, DFT 2e-5).
+        save_steps: steps between checkpoints. save_total_limit: how many are kept.
+        reduction: how row losses become one number: ``mean`` over the rows of the step, or ``sum`` over rows a sample.
+        report_to: ``tensorboard`` or ``none`` (metrics.jsonl is always written).
+    """
+
+    student: str | None = None
+    output_dir: str = "runs"
+    per_device_train_batch_size: int = 8
+    gradient_accumulation_steps: int = 1
+    num_train_epochs: float = 1.0
+    max_steps: int = 0
+    learning_rate: float = 0.0
+    weight_decay: float = 0.0
+    warmup_ratio: float = 0.03
+    max_grad_norm: float = 1.0
+    adam_beta1: float = 0.9
+    adam_beta2: float = 0.999
+    max_length: int = 2048
+    seed: int = 0
+    bf16: bool = False
+    gradient_checkpointing: bool = False
+    dataloader_num_workers: int = 0
+    logging_steps: int = 1
+    save_steps: int = 500
+    save_total_limit: int = 2
+    reduction: str = "mean"
+    report_to: str = "tensorboard"
+    attn_implementation: str = "sdpa"
+
+    def __post_init__(self) -> None:
+        positive = ("per_device_train_batch_size", "gradient_accumulation_steps", "logging_steps", "save_steps", "max_length")
+        for name in positive:
+            if getattr(self, name) < 1:
+                raise KdcliError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.reduction not in ("mean", "sum"):
+            raise KdcliError(f"reduction must be mean or sum, got {self.reduction!r}")
+        if self.report_to not in ("tensorboard", "none"):
+            raise KdcliError(f"report_to must be tensorboard or none, got {self.report_to!r}")
+
+
+@dataclass(frozen=True)
+class StageSettings:
+    """``[stages.DPT]`` and the like: what differs from ``[train]`` in one stage; None: as there.
+
+    Attributes:
+        parts: mixture parts it reads.
+    """
+
+    parts: tuple[str, ...] | None = None
+    per_device_train_batch_size: int | None = None
+    gradient_accumulation_steps: int | None = None
+    num_train_epochs: float | None = None
+    max_steps: int | None = None
+    learning_rate: float | None = None
+    weight_decay: float | None = None
+    warmup_ratio: float | None = None
+
+    def over(self, train: TrainSettings) -> TrainSettings:
+        """The stage's settings: its own values over the run's."""
+        own = {one.name: getattr(self, one.name) for one in fields(self) if one.name != "parts"}
+        return replace(train, **{name: value for name, value in own.items() if value is not None})

@@ -1,0 +1,69 @@
+"""Divergences between teacher and student rows. All return float32 ``[R]`` in nats, with gradients to the student's logits.
+
+The student's softmax runs over the vocabulary that both sides have: columns beyond the teacher's are padding of the head.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch.nn import functional as F
+
+from student_train.teacher_view import DenseTeacher, Distribution, HeadAndTail
+
+
+def cross_entropy(student_logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """−log p_s(label) ``[R]`` from logits ``[R, V]``."""
+    return F.cross_entropy(student_logits.to(torch.float32), labels, reduction="none")
+
+
+def forward_kl(teacher: Distribution, student_logits: torch.Tensor, temperature: float = 1.0) -> torch.Tensor:
+    """KL(p_t ‖ p_s) ``[R]``; exact from a dense teacher, with everything outside the head as one bucket from top-k.
+
+    The bucket form is a lower bound of the dense KL (log-sum inequality) and exact in the head's part.
+    """
+    if isinstance(teacher, DenseTeacher):
+        return forward_kl_dense(teacher.logits(), student_logits, temperature)
+    if isinstance(teacher, HeadAndTail):
+        if temperature != 1.0:
+            raise ValueError("a top-k field is valid at temperature 1 only; use a hidden field")
+        return forward_kl_bucket(teacher, student_logits)
+    raise TypeError(f"no forward KL from {type(teacher).__name__}")
+
+
+def forward_kl_dense(teacher_logits: torch.Tensor, student_logits: torch.Tensor, temperature: float = 1.0) -> torch.Tensor:
+    """KL(softmax(z_t/T) ‖ softmax(z_s/T)) of logits ``[R, V_t]`` and ``[R, V_s ≥ V_t]``."""
+    shared = student_logits[:, : teacher_logits.shape[1]].to(torch.float32)
+    return _ForwardKL.apply(teacher_logits.to(torch.float32) / temperature, shared / temperature)
+
+
+class _ForwardKL(torch.autograd.Function):
+    """KL with its gradient p_s − p_t written down once: half the passes over ``[R, V]`` of the autograd form (its test twin)."""
+
+    @staticmethod
+    def forward(ctx, teacher_logits: torch.Tensor, student_logits: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+        teacher_log_probs = torch.log_softmax(teacher_logits, dim=1)
+        student_log_probs = torch.log_softmax(student_logits, dim=1)
+        teacher_probs = teacher_log_probs.exp()
+        value = torch.linalg.vecdot(teacher_probs, teacher_log_probs.sub_(student_log_probs))
+        ctx.save_for_backward(student_log_probs.exp_().sub_(teacher_probs))
+        return value
+
+    @staticmethod
+    def backward(ctx, grad: torch.Tensor) -> tuple[None, torch.Tensor]:  # type: ignore[override]
+        (difference,) = ctx.saved_tensors
+        return None, difference * grad[:, None]
+
+
+def forward_kl_bucket(teacher: HeadAndTail, student_logits: torch.Tensor) -> torch.Tensor:
+    """Σ_head p_t (log p_t − log p_s) + tail·(log tail_t − log tail_s), tail_s = 1 − Σ_head p_s taken without cancellation."""
+    topk = teacher.topk
+    logits = student_logits[:, : teacher.vocabulary].to(torch.float32)
+    log_z = logits.logsumexp(dim=1)
+    head = logits.gather(1, topk.ids) - log_z[:, None]
+    outside = logits.scatter(1, topk.ids, float("-inf"))
+    tail = outside.logsumexp(dim=1) - log_z
+    probs, tail_mass = topk.log_probs.exp(), topk.log_tail.exp()
+    in_head = (probs * (topk.log_probs - head)).sum(dim=1)
+    has_tail = tail_mass > 0  # K = V, or a tail below float32: 0·(−∞ − x) must count as 0
+    in_tail = torch.where(has_tail, tail_mass * (topk.log_tail.clamp_min(-1e30) - tail.clamp_min(-1e30)), 0.0)
+    return in_head + in_tail

@@ -1,0 +1,51 @@
+"""LLaVA-KD (arXiv 2410.16236): L_reg + α·L_res + β·L_vis + γ·L_rel in the stages DPT → SFT → DFT.
+
+Teacher and student share the number of vision tokens. L_res, L_vis: forward KL, mean over rows; L_rel: 1 − cos of the Gram matrices
+of raw vision logits, per sample. Presets: ``paper`` (α, β, γ = 1, 1, 0.5; all vision rows) and ``code`` (1, 1, 1; the released code
+leaves out the first vision row of each sample, a CLS token that SigLIP does not have).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from student_train.losses.divergences import cross_entropy, forward_kl
+from student_train.losses.reduce import RowTerm, SampleTerm, Terms
+from student_train.losses.relation import relation_cosine
+
+NAME = "llava-kd"
+PAPER = "LLaVA-KD, arXiv 2410.16236"
+STAGES = "DPT,SFT,DFT"
+
+
+@dataclass(frozen=True)
+class LlavaKD:
+    """alpha, beta, gamma: weights of response, vision and relation terms (0 leaves a term out). temperature: of both KLs.
+
+    drop_vision_rows: vision rows left out at the start of each sample.
+    """
+
+    alpha: float = 1.0
+    beta: float = 1.0
+    gamma: float = 0.5
+    temperature: float = 1.0
+    drop_vision_rows: int = 0
+
+    def needs(self) -> frozenset[str]:
+        weights = {"response_logits": self.alpha, "vision_logits": self.beta, "vision_relation": self.gamma}
+        return frozenset(need for need, weight in weights.items() if weight)
+
+    def terms(self) -> Terms:
+        def kl(rows):
+            return forward_kl(rows.need_teacher(), rows.logits, self.temperature)
+
+        every = {
+            "reg": RowTerm(1.0, "response", lambda rows: cross_entropy(rows.logits, rows.need_labels())),
+            "res": RowTerm(self.alpha, "response", kl),
+            "vis": RowTerm(self.beta, "vision", kl, skip_first=self.drop_vision_rows),
+            "rel": SampleTerm(self.gamma, relation_cosine, skip_first=self.drop_vision_rows),
+        }
+        return {name: term for name, term in every.items() if term.weight}
+
+
+PRESETS = {"paper": LlavaKD(), "code": LlavaKD(gamma=1.0, drop_vision_rows=1)}

@@ -1,0 +1,26 @@
+"""Supervised fine-tuning: cross-entropy on response tokens, the baseline of every table."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from student_train.losses.divergences import cross_entropy
+from student_train.losses.reduce import RowTerm, Terms
+
+NAME = "sft"
+PAPER = "Visual Instruction Tuning, arXiv 2304.08485"
+STAGES = "PT,SFT"
+
+
+@dataclass(frozen=True)
+class SFT:
+    """No knobs."""
+
+    def needs(self) -> frozenset[str]:
+        return frozenset()
+
+    def terms(self) -> Terms:
+        return {"reg": RowTerm(1.0, "response", lambda rows: cross_entropy(rows.logits, rows.need_labels()))}
+
+
+PRESETS = {"paper": SFT(), "code": SFT()}

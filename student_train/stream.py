@@ -1,0 +1,185 @@
+"""shards → order → batches. The order is a pure function of (seed, position): state to resume from is two integers.
+
+Shards are shuffled, then rows inside blocks of ``BLOCK_SHARDS`` shards, so that storage is read nearly sequentially and every
+batch still mixes many shards. Position p counts samples over all epochs; any number of processes shares one order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from student_train.cache import CachedRows
+from teacher_cache.batch import Batch, collate
+from teacher_cache.errors import CompatibilityError, SkipRow
+from teacher_cache.prepare import Preparer
+from teacher_cache.records import ImageLayout, Prepared, TextTokens
+
+BLOCK_SHARDS = 16
+
+
+class Order:
+    """Position → (shard index, row), for shards with ``counts`` rows each."""
+
+    def __init__(self, counts: Sequence[int], seed: int):
+        self.counts = np.asarray(counts, dtype=np.int64)
+        self.seed = seed
+        self.rows = int(self.counts.sum())
+        self._epoch = lru_cache(maxsize=2)(self._make_epoch)
+        self._block = lru_cache(maxsize=4)(self._make_block)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"counts": self.counts, "seed": self.seed}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(**state)  # type: ignore[misc]
+
+    def _make_epoch(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+        """Shards in this epoch's order, and where each block of them begins (with the end appended)."""
+        shards = np.random.default_rng([self.seed, epoch, 0]).permutation(len(self.counts))
+        ends = np.cumsum(self.counts[shards])
+        starts = np.concatenate([[0], ends[BLOCK_SHARDS - 1 :: BLOCK_SHARDS]])
+        return shards, starts if starts[-1] == self.rows else np.append(starts, self.rows)
+
+    def _make_block(self, epoch: int, block: int) -> np.ndarray:
+        """``[rows of the block, 2]``: (shard index, row), shuffled."""
+        members = self._epoch(epoch)[0][block * BLOCK_SHARDS : (block + 1) * BLOCK_SHARDS]
+        pairs = np.concatenate([np.stack([np.full(self.counts[s], s), np.arange(self.counts[s])], axis=1) for s in members])
+        return pairs[np.random.default_rng([self.seed, epoch, 1, block]).permutation(len(pairs))]
+
+    def at(self, position: int) -> tuple[int, int]:
+        epoch, offset = divmod(position, self.rows)
+        starts = self._epoch(epoch)[1]
+        block = int(np.searchsorted(starts, offset, side="right")) - 1
+        shard, row = self._block(epoch, block)[offset - starts[block]]
+        return int(shard), int(row)
+
+
+@dataclass(frozen=True)
+class TrainRow:
+    """One row as the student reads it, with the teacher's decoded fields."""
+
+    prepared: Prepared
+    text: TextTokens
+    fields: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class TrainBatch:
+    """One micro-batch: the student's batch, and per field the decoded records of its samples in the same order."""
+
+    batch: Batch
+    text: tuple[TextTokens, ...]
+    fields: dict[str, list[Any]]
+
+
+class TrainDataset(Dataset):
+    """Positions of an ``Order`` → rows prepared for the student, checked against what the teacher read.
+
+    Args:
+        templates: part → template. same_grid: the vision layout must be the teacher's, token by token.
+        teacher_signals: the response token ids must be the teacher's (no need where no field is read).
+    """
+
+    def __init__(self, rows: CachedRows, order: Order, preparer: Preparer, templates: dict[str, str], same_grid: bool):
+        self.rows, self.order, self.preparer, self.templates = rows, order, preparer, templates
+        self.same_grid = same_grid
+
+    def __getitem__(self, position: int) -> TrainRow:
+        row = self.rows.read(*self.order.at(position))
+        try:
+            prepared = self.preparer.prepare(row.sample, self.templates[row.sample.part])
+        except SkipRow as skip:
+            raise CompatibilityError(
+                f"row {row.key} ({row.sample.place}) was captured, but the student cannot read it ({skip}): "
+                "give the student the capture's max_length and template"
+            ) from None
+        if row.fields:
+            check_same_response(row.key, row.text, prepared.text)
+            if self.same_grid:
+                check_same_grid(row.key, row.layout, prepared.layout)
+        return TrainRow(prepared, row.text, row.fields)
+
+
+def check_same_response(key: str, teacher: TextTokens, student: TextTokens) -> None:
+    """The teacher's rows belong to the student's response tokens only if these are equal, one by one."""
+    if not torch.equal(teacher.response_ids, student.response_ids):
+        theirs, ours = teacher.response_ids.tolist(), student.response_ids.tolist()
+        at = next((i for i, (a, b) in enumerate(zip(theirs, ours)) if a != b), min(len(theirs), len(ours)))
+        raise CompatibilityError(
+            f"row {key}: response token {at} is {theirs[at : at + 1]} for the teacher and {ours[at : at + 1]} for the student "
+            f"({len(theirs)} and {len(ours)} tokens): the student needs the teacher's tokenizer and chat template"
+        )
+
+
+def check_same_grid(key: str, teacher: tuple[ImageLayout, ...], student: tuple[ImageLayout, ...]) -> None:
+    """Row-aligned vision losses compare token i with token i: both sides must see the same views in the same grids."""
+
+    def grids(layout: tuple[ImageLayout, ...]) -> list[list[tuple[int, int]]]:
+        return [[view.grid for view in image.views] for image in layout]
+
+    if grids(teacher) != grids(student):
+        raise CompatibilityError(
+            f"row {key}: vision grids differ, teacher {grids(teacher)}, student {grids(student)}: "
+            "llava-kd needs equal vision tokens; use a student with the teacher's image size and patch size"
+        )
+
+
+class MicroBatches:
+    """Positions of every micro-batch of one process, step after step, from ``first_step`` on.
+
+    Sample ``step·global_batch + i`` goes to process ``i mod world``; the last step of a run may be smaller.
+    """
+
+    def __init__(self, total: int, global_batch: int, micro_batch: int, rank: int, world: int, first_step: int):
+        self.total, self.global_batch, self.micro_batch = total, global_batch, micro_batch
+        self.rank, self.world, self.first_step = rank, world, first_step
+
+    def steps(self) -> int:
+        """Optimizer steps of the whole run; a last step with fewer samples than processes is left out."""
+        full, rest = divmod(self.total, self.global_batch)
+        return full + (rest >= self.world)
+
+    def of_step(self, step: int) -> list[list[int]]:
+        start = step * self.global_batch
+        stop = min(start + self.global_batch, self.total)
+        mine = list(range(start + self.rank, stop, self.world))
+        return [mine[i : i + self.micro_batch] for i in range(0, len(mine), self.micro_batch)]
+
+    def __iter__(self) -> Iterator[list[int]]:
+        for step in range(self.first_step, self.steps()):
+            yield from self.of_step(step)
+
+
+def join(rows: Sequence[TrainRow], pad_id: int) -> TrainBatch:
+    """Rows → one micro-batch."""
+    fields = {name: [row.fields[name] for row in rows] for name in rows[0].fields}
+    return TrainBatch(collate([row.prepared for row in rows], pad_id), tuple(row.text for row in rows), fields)
+
+
+@dataclass(frozen=True)
+class Join:
+    """``join`` with its padding id, as a collate function that loader processes can receive."""
+
+    pad_id: int
+
+    def __call__(self, rows: Sequence[TrainRow]) -> TrainBatch:
+        return join(rows, self.pad_id)
+
+
+def step_batches(
+    dataset: TrainDataset, batches: MicroBatches, pad_id: int, workers: int
+) -> Iterator[tuple[int, list[TrainBatch]]]:
+    """(step, its micro-batches) until the run ends."""
+    collate_rows: Callable[[Sequence[TrainRow]], TrainBatch] = Join(pad_id)
+    loader = iter(
+        DataLoader(dataset, batch_sampler=batches, collate_fn=collate_rows, num_workers=workers)  # type: ignore[arg-type]
+    )
+    for step in range(batches.first_step, batches.steps()):
+        yield step, [next(loader) for _ in batches.of_step(step)]

@@ -1,0 +1,167 @@
+"""THE line: for each batch of a slice, prepare it, ask the teacher, encode each field, write; then commit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from itertools import islice
+from typing import Any
+
+import torch
+
+from teacher_cache.batch import token_batches
+from teacher_cache.codecs import container
+from teacher_cache.errors import SkipRow
+from teacher_cache.fields import Field
+from teacher_cache.plan import Plan
+from teacher_cache.prepare import Preparer
+from teacher_cache.records import Prepared, Sample, SkipRecord, TeacherOutput
+from teacher_cache.samples import encode_sample
+from teacher_cache.shards.commit import committed_shards
+from teacher_cache.shards.storage import Storage
+from teacher_cache.shards.writer import ShardWriter
+from teacher_cache.sources import Source
+
+WINDOW_ROWS = 256
+Teacher = Callable[[Sequence[Prepared], frozenset[str]], list[TeacherOutput]]
+
+
+@dataclass(frozen=True)
+class CaptureJob:
+    """What every worker needs to know, JSON- and pickle-able parts only.
+
+    Attributes:
+        fields: field → hash of its ``field.json``; the order is the writing order.
+        parts_without_fields: parts of which only ``samples`` is stored (a projector phase without distillation).
+        batch_tokens: padded tokens in one teacher batch.
+    """
+
+    storage: Storage
+    plan: Plan
+    fields: Mapping[str, str]
+    field_objects: Mapping[str, Field]
+    parts_without_fields: frozenset[str] = frozenset()
+    batch_tokens: int = 8192
+
+    def columns(self, shard: int) -> list[str]:
+        """Columns of this shard, ``samples`` first."""
+        bare = self.plan.slices[shard].part in self.parts_without_fields
+        return ["samples"] + ([] if bare else [f"fields/{name}" for name in self.fields])
+
+    def missing(self) -> dict[int, list[str]]:
+        """Shards with columns that are not committed, in order."""
+        every = ["samples", *(f"fields/{name}" for name in self.fields)]
+        done = {column: set(committed_shards(self.storage, column)) for column in every}
+        left = {
+            shard: [column for column in self.columns(shard) if shard not in done[column]]
+            for shard in range(len(self.plan.slices))
+        }
+        return {shard: columns for shard, columns in left.items() if columns}
+
+
+@dataclass
+class Window:
+    """Consecutive rows of a slice on their way: usable ones prepared, the others as skip records."""
+
+    samples: list[Sample] = field(default_factory=list)
+    prepared: list[Prepared] = field(default_factory=list)
+    skipped: list[SkipRecord] = field(default_factory=list)
+
+    def __len__(self) -> int:
+        return len(self.samples) + len(self.skipped)
+
+
+def cache_shard(
+    job: CaptureJob,
+    shard: int,
+    columns: Sequence[str],
+    source: Source,
+    preparer: Preparer,
+    teacher: Teacher | None,
+    advance: Callable[[int], None] = lambda rows: None,
+) -> None:
+    """Write and commit the given columns of one shard. ``teacher`` may be None where only ``samples`` is missing."""
+    hashes = {column: job.fields.get(column.removeprefix("fields/"), "") for column in columns}
+    writers = {c: ShardWriter(job.storage, c, shard, job.plan.plan_hash, hashes[c]) for c in columns}
+    fields = {c: job.field_objects[c.removeprefix("fields/")] for c in columns if c != "samples"}
+    wants = frozenset().union(*(one.wants for one in fields.values()))
+    try:
+        for window in read_ahead(prepare_windows(job, shard, source, preparer)):
+            for record in window.skipped:
+                for writer in writers.values():
+                    writer.skip(record)
+            if "samples" in writers:
+                for sample, prepared in zip(window.samples, window.prepared):
+                    writers["samples"].add(prepared, encode_sample(sample, prepared))
+            if fields and teacher is not None:
+                write_fields(window, {c: (fields[c], writers[c]) for c in fields}, teacher, wants, job.batch_tokens)
+            advance(len(window))
+        for writer in writers.values():
+            writer.commit()
+    except BaseException:
+        for writer in writers.values():
+            writer.abandon()
+        raise
+
+
+def prepare_windows(job: CaptureJob, shard: int, source: Source, preparer: Preparer) -> Iterator[Window]:
+    """The rows of a slice, prepared, ``WINDOW_ROWS`` at a time: enough to batch similar lengths, bounded in memory."""
+    one = job.plan.slices[shard]
+    spec = job.plan.spec(one.part)
+    rows = (row for group in one.groups for row in source.read(group))
+    while batch := list(islice(rows, WINDOW_ROWS)):
+        window = Window()
+        for row in batch:
+            if isinstance(row, SkipRecord):
+                window.skipped.append(row)
+                continue
+            try:
+                prepared = preparer.prepare(row, spec.template, spec.max_image_pixels)
+            except SkipRow as skip:
+                window.skipped.append(skip_record(row, skip))
+            else:
+                window.samples.append(row)
+                window.prepared.append(prepared)
+        yield window
+
+
+def write_fields(
+    window: Window,
+    targets: Mapping[str, tuple[Field, ShardWriter]],
+    teacher: Teacher,
+    wants: frozenset[str],
+    batch_tokens: int,
+) -> None:
+    """Ask the teacher in batches of similar length, write in the slice's own order."""
+    outputs: dict[int, TeacherOutput] = {}
+    for indices in token_batches(window.prepared, batch_tokens):
+        outputs.update(zip(indices, teacher([window.prepared[i] for i in indices], wants)))
+    for i, (sample, prepared) in enumerate(zip(window.samples, window.prepared)):
+        finite = is_finite(outputs[i])
+        for one, writer in targets.values():
+            if finite:
+                payload = container.pack(one.encode(prepared, outputs[i]))
+                writer.add(prepared, {container.EXTENSION: payload})
+            else:
+                writer.skip(skip_record(sample, SkipRow("nonfinite_teacher", "NaN or infinity in the teacher's output")))
+
+
+def skip_record(sample: Sample, skip: SkipRow) -> SkipRecord:
+    return SkipRecord(sample.part, sample.ordinal, sample.source_id, sample.place, skip.reason, skip.detail)
+
+
+def is_finite(output: TeacherOutput) -> bool:
+    """False where any hidden state, head or Gram entry is NaN or infinite (an empty tail, -inf, is no defect)."""
+    heads = [column for head in output.topk.values() for column in (head.log_probs, head.log_z, head.mean_logit)]
+    tensors = [*output.hidden.values(), *heads, *([] if output.gram is None else [output.gram])]
+    return all(bool(torch.isfinite(tensor).all()) for tensor in tensors)
+
+
+def read_ahead(windows: Iterator[Any]) -> Iterator[Any]:
+    """Prepare the next window in a thread while the teacher works on this one."""
+    with ThreadPoolExecutor(1, thread_name_prefix="prepare") as pool:
+        waiting = pool.submit(next, windows, None)
+        while (window := waiting.result()) is not None:
+            waiting = pool.submit(next, windows, None)
+            yield window

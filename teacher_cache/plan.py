@@ -1,0 +1,227 @@
+"""Rows → N fixed slices, and the hash that every shard is bound to.
+
+A slice is a list of row groups of one part. Groups are permuted by seed inside a part before slicing and slices are balanced
+by estimated tokens, so no shard is all text-only or all long. The plan is written once as ``manifest.json``, never changed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import heapq
+import json
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from teacher_cache.errors import CacheError, KdcliError
+from teacher_cache.records import RowGroup
+from teacher_cache.shards.storage import Storage
+from teacher_cache.sources import DataSpec, open_source
+
+FORMAT_VERSION = 1
+GROUP_ROWS = 500
+CHARACTERS_PER_TOKEN = 4
+
+
+@dataclass(frozen=True)
+class Part:
+    """One mixture part as it was scanned: how to open it again, its fingerprint and its number of rows."""
+
+    spec: DataSpec
+    fingerprint: Mapping[str, Any]
+    rows: int
+
+
+@dataclass(frozen=True)
+class Slice:
+    """What one shard is made of: the number of the shard is the slice's place in the plan."""
+
+    part: str
+    groups: tuple[RowGroup, ...]
+
+    @property
+    def rows(self) -> int:
+        return sum(group.rows for group in self.groups)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The sample plan.
+
+    Attributes:
+        preparation: everything that decides how a row becomes tokens and pixels (templates' hashes, tokenizer, processor, limits).
+        seed: of the group permutation.
+    """
+
+    parts: tuple[Part, ...]
+    slices: tuple[Slice, ...]
+    preparation: Mapping[str, Any]
+    seed: int
+
+    def identity(self) -> dict[str, Any]:
+        """What the plan hash covers: content, not the places where files happen to lie."""
+        return {
+            "format_version": FORMAT_VERSION,
+            "parts": {
+                part.spec.part: {
+                    "rows": part.rows,
+                    "template": part.spec.template,
+                    "max_image_pixels": part.spec.max_image_pixels,
+                    "data": _without_places(part.fingerprint),
+                }
+                for part in self.parts
+            },
+            "slices": [[s.part, [[group.start, group.rows] for group in s.groups]] for s in self.slices],
+            "preparation": dict(self.preparation),
+            "seed": self.seed,
+        }
+
+    @property
+    def plan_hash(self) -> str:
+        return content_hash(self.identity())
+
+    def spec(self, part: str) -> DataSpec:
+        return next(p.spec for p in self.parts if p.spec.part == part)
+
+    def to_bytes(self) -> bytes:
+        body = {
+            "format_version": FORMAT_VERSION,
+            "plan_hash": self.plan_hash,
+            "parts": [asdict(part) for part in self.parts],
+            "slices": [asdict(one) for one in self.slices],
+            "preparation": self.preparation,
+            "seed": self.seed,
+        }
+        return (json.dumps(body, sort_keys=True, ensure_ascii=False, indent=1) + "\n").encode()
+
+
+def content_hash(value: Any) -> str:
+    """sha256 of the canonical JSON of ``value``."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
+
+
+def _without_places(fingerprint: Mapping[str, Any]) -> dict[str, Any]:
+    """Files count by size and hash: moving a mixture to another folder does not make another plan."""
+    files = [{k: v for k, v in file.items() if k not in ("path", "name")} for file in fingerprint.get("files", [])]
+    return {**fingerprint, "files": files}
+
+
+def make_plan(specs: Sequence[DataSpec], shards: int, preparation: Mapping[str, Any], seed: int, image_tokens: int) -> Plan:
+    """Scan the mixtures and cut them into ``shards`` slices.
+
+    Args:
+        image_tokens: vision tokens of a typical image, only for balancing.
+    """
+    if shards < 1:
+        raise KdcliError(f"--shards must be at least 1, got {shards}")
+    names = [spec.part for spec in specs]
+    if len(set(names)) != len(names):
+        raise KdcliError(f"mixture parts must have different names, got {', '.join(names)}: use --part or `part = …` in kd.toml")
+    scanned = [_scan(spec, shards) for spec in specs]
+    total = sum(part.rows for part, _ in scanned)
+    if total == 0:
+        raise KdcliError(f"the mixture holds no rows: {', '.join(spec.path for spec in specs)}")
+    if shards > total:
+        raise KdcliError(f"--shards {shards} is more than the {total} rows of the mixture: use at most --shards {total}")
+    filled = [(part, groups) for part, groups in scanned if part.rows]
+    if shards < len(filled):
+        raise KdcliError(f"--shards {shards}: a shard never straddles parts, so {len(filled)} parts need at least that many shards")
+
+    def cost(group: RowGroup) -> int:
+        return group.characters // CHARACTERS_PER_TOKEN + group.images * image_tokens + group.rows
+
+    counts = _shards_per_part([sum(map(cost, groups)) for _, groups in filled], [part.rows for part, _ in filled], shards)
+    slices: list[Slice] = []
+    for (part, groups), count in zip(filled, counts):
+        groups = list(groups)
+        random.Random(f"{seed}:{part.spec.part}").shuffle(groups)
+        slices += [Slice(part.spec.part, tuple(chosen)) for chosen in _balance(groups, count, cost)]
+    return Plan(tuple(part for part, _ in scanned), tuple(slices), preparation, seed)
+
+
+def _scan(spec: DataSpec, shards: int) -> tuple[Part, list[RowGroup]]:
+    source = open_source(spec)
+    groups = source.scan(GROUP_ROWS)
+    rows = sum(group.rows for group in groups)
+    if rows and len(groups) < 2 * shards:
+        # A small mixture in many shards: finer groups balance and mix better, and every shard gets at least one.
+        groups = source.scan(max(1, rows // (4 * shards)))
+    return Part(spec, source.fingerprint(), rows), groups
+
+
+def _shards_per_part(costs: list[int], rows: list[int], shards: int) -> list[int]:
+    """At least one shard a part, at most one a row, the rest by cost (largest remainder)."""
+    counts = [1] * len(costs)
+    for _ in range(shards - len(costs)):
+        open_parts = [i for i in range(len(costs)) if counts[i] < rows[i]]
+        counts[max(open_parts, key=lambda i: costs[i] / counts[i])] += 1
+    return counts
+
+
+def _balance(groups: list[RowGroup], count: int, cost: Any) -> list[list[RowGroup]]:
+    """Greedy by falling cost into the lightest slice; inside a slice the shuffled order stands."""
+    place = {id(group): i for i, group in enumerate(groups)}
+    heap: list[tuple[int, int, int]] = [(0, 0, i) for i in range(count)]
+    chosen: list[list[RowGroup]] = [[] for _ in range(count)]
+    for group in sorted(groups, key=cost, reverse=True):
+        weight, size, i = heapq.heappop(heap)
+        chosen[i].append(group)
+        heapq.heappush(heap, (weight + cost(group), size + 1, i))
+    return [sorted(one, key=lambda group: place[id(group)]) for one in chosen]
+
+
+def parse_plan(data: bytes, place: str) -> Plan:
+    """The plan of a manifest; CacheError where it is damaged, edited or of another format version."""
+    try:
+        body = json.loads(data)
+        if body["format_version"] != FORMAT_VERSION:
+            raise CacheError(f"{place}: format version {body['format_version']}; this kdcli reads {FORMAT_VERSION}")
+        parts = tuple(Part(DataSpec(**p["spec"]), p["fingerprint"], p["rows"]) for p in body["parts"])
+        slices = tuple(Slice(s["part"], tuple(RowGroup(**group) for group in s["groups"])) for s in body["slices"])
+        plan = Plan(parts, slices, body["preparation"], body["seed"])
+        if plan.plan_hash != body["plan_hash"]:
+            raise CacheError(f"{place}: its content does not have its plan hash: it was edited or damaged; restore it")
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        raise CacheError(f"{place}: damaged manifest ({type(error).__name__}: {error})") from None
+    return plan
+
+
+def write_plan(storage: Storage, plan: Plan) -> None:
+    """Write ``manifest.json`` first, or check that the one there is the same plan; CacheError with a diff where it is not."""
+    if storage.put_new("manifest.json", plan.to_bytes()):
+        return
+    there = read_plan(storage)
+    if there.plan_hash != plan.plan_hash:
+        lines = difference(there.identity(), plan.identity())
+        raise CacheError(f"{storage} holds another plan; choose another --out, or undo: " + "; ".join(lines))
+
+
+def read_plan(storage: Storage) -> Plan:
+    """The plan of a cache; CacheError where there is no cache."""
+    try:
+        return parse_plan(storage.read("manifest.json"), f"{storage}/manifest.json")
+    except (FileNotFoundError, NotADirectoryError):
+        raise CacheError(f"{storage}: no cache here (no manifest.json): check the path, or run `kdcli cache-teacher`") from None
+
+
+def difference(there: Any, here: Any, name: str = "", most: int = 8) -> list[str]:
+    """Readable lines ``name: cache X, here Y`` for every leaf that differs, at most ``most`` of them."""
+    lines: list[str] = []
+    _collect(there, here, name, lines)
+    return lines if len(lines) <= most else [*lines[:most], f"and {len(lines) - most} more differences"]
+
+
+def _collect(there: Any, here: Any, name: str, lines: list[str]) -> None:
+    if isinstance(there, Mapping) and isinstance(here, Mapping):
+        for key in sorted({*there, *here}):
+            _collect(there.get(key, "absent"), here.get(key, "absent"), f"{name}.{key}" if name else str(key), lines)
+    elif isinstance(there, list) and isinstance(here, list) and len(there) != len(here):
+        lines.append(f"{name}: cache has {len(there)}, here {len(here)}")
+    elif there != here:
+        lines.append(f"{name}: cache {_short(there)}, here {_short(here)}")
+
+
+def _short(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= 60 else f"{text[:24]}…{text[-8:]}"

@@ -1,0 +1,79 @@
+"""The ``samples`` column: a row's turns, token ids, vision layout and original image bytes, as the members of one tar sample.
+
+Members: ``json`` (turns, layout, hash per response span), ``tokens.safetensors`` (ids, roles, turns, label flags), and the images
+untouched as ``0.jpg``, ``1.png``, … under the extension that their bytes call for.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict
+from typing import Any
+
+import torch
+
+from teacher_cache.codecs import container
+from teacher_cache.errors import CacheError
+from teacher_cache.records import Image, ImageLayout, Prepared, Sample, TextTokens, Turn, View
+from teacher_cache.rows import image_extension
+
+
+def encode_sample(sample: Sample, prepared: Prepared) -> dict[str, bytes]:
+    """Tar members by extension, in writing order."""
+    body = {
+        "part": sample.part,
+        "ordinal": sample.ordinal,
+        "source_id": sample.source_id,
+        "place": sample.place,
+        "turns": [[turn.role, turn.text] for turn in sample.turns],
+        "images": [image.name for image in sample.images],
+        "extra": dict(sample.extra),
+        "layout": [asdict(one) for one in prepared.layout],
+        "image_at": list(prepared.text.image_at),
+        "response_sha256": [hash_ids(ids) for ids in response_spans(prepared.text)],
+    }
+    text = prepared.text
+    tokens = {"ids": text.ids, "role": text.role, "turn": text.turn, "response": text.response}
+    members = {
+        "json": json.dumps(body, ensure_ascii=False, sort_keys=True, default=str).encode(),
+        f"tokens.{container.EXTENSION}": container.pack(tokens),
+    }
+    for number, image in enumerate(sample.images):
+        members[f"{number}.{image_extension(image.data)}"] = image.data
+    return members
+
+
+def decode_sample(members: dict[str, bytes], place: str) -> tuple[Sample, TextTokens, tuple[ImageLayout, ...]]:
+    """The row as the mixture held it, its tokens as the teacher read them, and its layout; CacheError naming ``place``."""
+    try:
+        body: dict[str, Any] = json.loads(members["json"])
+        stored = container.unpack(members[f"tokens.{container.EXTENSION}"], place)
+        pictures = {int(ext.split(".")[0]): data for ext, data in members.items() if ext[0].isdigit()}
+        images = tuple(Image(name, pictures[number]) for number, name in enumerate(body["images"]))
+        turns = tuple(Turn(role, text) for role, text in body["turns"])
+        sample = Sample(
+            body["part"], body["ordinal"], body["source_id"], body["place"], turns, images, body["extra"]
+        )
+        text = TextTokens(
+            stored["ids"], stored["role"], stored["turn"], stored["response"], tuple(body["image_at"])
+        )
+        layout = tuple(_layout(one) for one in body["layout"])
+    except (KeyError, ValueError, TypeError, RecursionError) as error:
+        raise CacheError(f"{place}: not a sample record ({type(error).__name__}: {error})") from None
+    return sample, text, layout
+
+
+def _layout(body: dict[str, Any]) -> ImageLayout:
+    views = tuple(View(tuple(v["crop"]), tuple(v["grid"]), v["newline"]) for v in body["views"])
+    return ImageLayout(tuple(body["size"]), views)
+
+
+def response_spans(text: TextTokens) -> list[torch.Tensor]:
+    """Response token ids, one tensor a turn."""
+    turns = text.turn.to(torch.int64)
+    return [text.ids[text.response & (turns == turn)] for turn in turns[text.response].unique()]
+
+
+def hash_ids(ids: torch.Tensor) -> str:
+    return hashlib.sha256(ids.to(torch.int64).numpy().tobytes()).hexdigest()[:16]

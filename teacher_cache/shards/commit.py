@@ -1,0 +1,92 @@
+"""The commit of one shard of one column: written last, put-if-absent, names everything else by content.
+
+A shard is done when its commit is there, readable and bound to the same plan and field; nothing else counts.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from teacher_cache.errors import CacheError
+from teacher_cache.records import SkipRecord
+from teacher_cache.shards.storage import Storage
+
+FORMAT_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Commit:
+    """What ``commits/000000.json`` holds.
+
+    Attributes:
+        shard: number of the slice; tar, index: file names under ``data/`` and ``index/``, both carry the tar's hash.
+        plan_hash, column_hash: what the bytes were made from; the latter is empty for ``samples``.
+        rows: rows of the slice; written + skipped = rows.
+        skipped: rows that are not in the tar, with their reasons.
+        counts: totals over the shard (``vision_tokens``, ``response_tokens``, ``text_tokens``).
+    """
+
+    shard: int
+    plan_hash: str
+    column_hash: str
+    tar: str
+    tar_bytes: int
+    tar_sha256: str
+    index: str
+    index_sha256: str
+    rows: int
+    written: int
+    skipped: tuple[SkipRecord, ...]
+    counts: dict[str, int]
+
+    def to_bytes(self) -> bytes:
+        body = {"format_version": FORMAT_VERSION, **asdict(self)}
+        return (json.dumps(body, indent=1, sort_keys=True, ensure_ascii=False) + "\n").encode()
+
+
+def parse_commit(data: bytes, place: str) -> Commit:
+    """The commit in ``data``; CacheError naming ``place`` where it is damaged or of another format version."""
+    try:
+        body: dict[str, Any] = json.loads(data)
+        version = body.pop("format_version")
+        if version != FORMAT_VERSION:
+            raise CacheError(f"{place}: format version {version}; this kdcli reads {FORMAT_VERSION}")
+        body["skipped"] = tuple(SkipRecord(**skip) for skip in body["skipped"])
+        commit = Commit(**body)
+        _check_types(commit)
+    except CacheError:
+        raise
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        raise CacheError(f"{place}: damaged commit ({type(error).__name__}: {error}): run `kdcli cache verify`") from None
+    return commit
+
+
+def read_commit(storage: Storage, column: str, shard: int) -> Commit:
+    """The commit of a shard; CacheError where there is none or it is damaged."""
+    relative = f"{column}/commits/{shard:06d}.json"
+    try:
+        commit = parse_commit(storage.read(relative), f"{storage}/{relative}")
+    except FileNotFoundError:
+        raise CacheError(f"{storage}: shard {shard:06d} of {column} is not committed: run `kdcli cache-teacher`") from None
+    if commit.shard != shard:
+        raise CacheError(f"{storage}/{relative}: says it is shard {commit.shard}: run `kdcli cache verify`")
+    return commit
+
+
+def committed_shards(storage: Storage, column: str) -> list[int]:
+    """Numbers of the shards that have a commit file, sorted; one listing, nothing is opened."""
+    names = storage.names(f"{column}/commits")
+    return sorted(int(name[:-5]) for name in names if name.endswith(".json") and name[:-5].isdecimal())
+
+
+def _check_types(commit: Commit) -> None:
+    texts = (commit.plan_hash, commit.column_hash, commit.tar, commit.tar_sha256, commit.index, commit.index_sha256)
+    numbers = (commit.shard, commit.tar_bytes, commit.rows, commit.written)
+    if not all(isinstance(text, str) for text in texts) or not all(type(n) is int and n >= 0 for n in numbers):
+        raise ValueError("a value has the wrong type")
+    if "/" in commit.tar or "/" in commit.index or not isinstance(commit.counts, dict):
+        raise ValueError("a file name holds a slash")
+    if commit.rows != commit.written + len(commit.skipped):
+        raise ValueError(f"{commit.rows} rows are not {commit.written} written + {len(commit.skipped)} skipped")

@@ -1,0 +1,101 @@
+"""Read a column: any sample by (shard, row), every byte checked before it is handed out."""
+
+from __future__ import annotations
+
+import hashlib
+import zlib
+from collections import OrderedDict
+from typing import BinaryIO
+
+from teacher_cache.errors import CacheError
+from teacher_cache.shards.commit import Commit, read_commit
+from teacher_cache.shards.index import Entry, parse_index
+from teacher_cache.shards.storage import Storage
+
+OPEN_TARS = 64
+
+
+class ColumnReader:
+    """``samples`` or one field of a cache, opened for reading.
+
+    Args:
+        storage: the cache. column: ``samples`` or ``fields/NAME``.
+        plan_hash, column_hash: what every commit must be bound to.
+    """
+
+    def __init__(self, storage: Storage, column: str, plan_hash: str, column_hash: str):
+        self.storage, self.column = storage, column
+        self._hashes = (plan_hash, column_hash)
+        self._commits: dict[int, Commit] = {}
+        self._entries: dict[int, list[Entry]] = {}
+        self._open: OrderedDict[int, BinaryIO] = OrderedDict()
+
+    def __getstate__(self) -> dict:
+        return self.__dict__ | {"_open": OrderedDict()}  # file handles do not travel to loader processes
+
+    def commit(self, shard: int) -> Commit:
+        if shard not in self._commits:
+            commit = read_commit(self.storage, self.column, shard)
+            if (commit.plan_hash, commit.column_hash) != self._hashes:
+                raise CacheError(
+                    f"{self.storage}: shard {shard:06d} of {self.column} was made by another plan or field setting: "
+                    "run `kdcli cache verify`"
+                )
+            self._commits[shard] = commit
+        return self._commits[shard]
+
+    def entries(self, shard: int) -> list[Entry]:
+        """The samples of a shard in tar order; also checks that the tar has its full size."""
+        if shard not in self._entries:
+            commit = self.commit(shard)
+            index_path, tar_path = f"{self.column}/index/{commit.index}", f"{self.column}/data/{commit.tar}"
+            try:
+                data = self.storage.read(index_path)
+                size = self.storage.size(tar_path)
+            except FileNotFoundError as error:
+                raise self._damaged(commit, f"{error.filename or error} is missing") from None
+            if hashlib.sha256(data).hexdigest() != commit.index_sha256:
+                raise self._damaged(commit, f"{index_path} does not have its committed checksum")
+            if size != commit.tar_bytes:
+                raise self._damaged(commit, f"{tar_path} has {size} bytes, its commit says {commit.tar_bytes}")
+            entries = parse_index(data, f"{self.storage}/{index_path}")
+            if len(entries) != commit.written:
+                raise self._damaged(commit, f"{index_path} lists {len(entries)} samples, not {commit.written}")
+            self._entries[shard] = entries
+        return self._entries[shard]
+
+    def read(self, shard: int, row: int) -> dict[str, bytes]:
+        """Members of one sample by extension; CacheError naming shard and key where a byte is wrong."""
+        entry = self.entries(shard)[row]
+        if not entry.members:
+            return {}
+        start = entry.members[0].offset
+        stop = max(member.offset + member.size for member in entry.members)
+        handle = self._tar(shard)
+        handle.seek(start)
+        data = handle.read(stop - start)
+        members = {}
+        for member in entry.members:
+            content = data[member.offset - start : member.offset - start + member.size]
+            if len(content) != member.size or zlib.crc32(content) != member.crc32:
+                raise self._damaged(self.commit(shard), f"member {entry.key}.{member.ext} fails its checksum")
+            members[member.ext] = content
+        return members
+
+    def _tar(self, shard: int) -> BinaryIO:
+        if shard in self._open:
+            self._open.move_to_end(shard)
+            return self._open[shard]
+        commit = self.commit(shard)
+        try:
+            self._open[shard] = self.storage.open(f"{self.column}/data/{commit.tar}")
+        except FileNotFoundError:
+            raise self._damaged(commit, f"data/{commit.tar} is missing") from None
+        if len(self._open) > OPEN_TARS:
+            self._open.popitem(last=False)[1].close()
+        return self._open[shard]
+
+    def _damaged(self, commit: Commit, what: str) -> CacheError:
+        return CacheError(
+            f"{self.storage}: shard {commit.shard:06d} of {self.column} is damaged: {what}; `kdcli cache verify` lists all damage"
+        )

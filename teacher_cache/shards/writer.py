@@ -1,0 +1,102 @@
+"""Write one shard of one column: tar → index → commit. Nothing is visible before the commit; a kill leaves only orphans.
+
+Tars are plain USTAR with mtime 0 and fixed owner and order, so the same content is the same bytes; both files are named by the
+tar's hash, so two writers of one shard can never mix: the first commit wins, whatever the other leaves is an orphan.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import tarfile
+import uuid
+import zlib
+from collections import Counter
+from pathlib import Path
+
+from teacher_cache.records import Prepared, SkipRecord
+from teacher_cache.shards.commit import Commit, read_commit
+from teacher_cache.shards.index import Entry, Member, dump_index
+from teacher_cache.shards.storage import Storage
+
+
+class ShardWriter:
+    """One tar under construction.
+
+    Args:
+        storage: the cache. column: ``samples`` or ``fields/NAME``. shard: slice number.
+        plan_hash, column_hash: bound into the commit.
+    """
+
+    def __init__(self, storage: Storage, column: str, shard: int, plan_hash: str, column_hash: str):
+        self.storage, self.column, self.shard = storage, column, shard
+        self._hashes = (plan_hash, column_hash)
+        self._draft = storage.staging() / f"{column.replace('/', '-')}-{shard:06d}-{uuid.uuid4().hex}.tar"
+        # One extra handle on the same file gives exact member offsets without trusting tarfile's buffering.
+        self._file = self._draft.open("wb")
+        self._tar = tarfile.open(fileobj=self._file, mode="w", format=tarfile.USTAR_FORMAT)
+        self._entries: list[Entry] = []
+        self._skipped: list[SkipRecord] = []
+        self._counts: Counter[str] = Counter()
+
+    def add(self, prepared: Prepared, members: dict[str, bytes]) -> None:
+        """Append one sample; ``members`` maps extension → content, written in the given order."""
+        stored = tuple(self._append(prepared.key, ext, content) for ext, content in members.items())
+        counts = {
+            "vision_rows": len(prepared.vision_positions),
+            "response_rows": len(prepared.response_rows),
+            "text_tokens": len(prepared.text.ids),
+        }
+        self._counts.update(counts)
+        self._entries.append(Entry(prepared.key, int(prepared.key.split("-")[0]), **counts, members=stored))
+
+    def skip(self, record: SkipRecord) -> None:
+        self._skipped.append(record)
+
+    def _append(self, key: str, ext: str, content: bytes) -> Member:
+        info = tarfile.TarInfo(f"{key}.{ext}")
+        info.size = len(content)
+        info.mode = 0o644
+        offset = self._tar.offset + tarfile.BLOCKSIZE
+        self._tar.addfile(info, io.BytesIO(content))
+        return Member(ext, offset, len(content), zlib.crc32(content))
+
+    def commit(self) -> Commit:
+        """Close the tar and make the shard visible. Returns the commit that stands, ours or an earlier equal-plan one."""
+        self._tar.close()
+        self._file.close()
+        with self._draft.open("rb") as written:
+            digest = hashlib.file_digest(written, "sha256").hexdigest()
+        stem = f"{self.shard:06d}-{digest[:8]}"
+        index = dump_index(self._entries)
+        commit = Commit(
+            shard=self.shard,
+            plan_hash=self._hashes[0],
+            column_hash=self._hashes[1],
+            tar=f"{stem}.tar",
+            tar_bytes=self._draft.stat().st_size,
+            tar_sha256=digest,
+            index=f"{stem}.parquet",
+            index_sha256=hashlib.sha256(index).hexdigest(),
+            rows=len(self._entries) + len(self._skipped),
+            written=len(self._entries),
+            skipped=tuple(sorted(self._skipped, key=lambda skip: skip.ordinal)),
+            counts=dict(self._counts),
+        )
+        self.storage.put_file(self._draft, f"{self.column}/data/{commit.tar}")
+        self._put_index(index, f"{self.column}/index/{commit.index}")
+        if not self.storage.put_new(f"{self.column}/commits/{self.shard:06d}.json", commit.to_bytes()):
+            return read_commit(self.storage, self.column, self.shard)
+        return commit
+
+    def _put_index(self, index: bytes, relative: str) -> None:
+        draft = Path(f"{self._draft}.parquet")
+        draft.write_bytes(index)
+        self.storage.put_file(draft, relative)
+
+    def abandon(self) -> None:
+        """Drop the draft, after an error."""
+        self._tar.close()
+        self._file.close()
+        self._draft.unlink(missing_ok=True)
+

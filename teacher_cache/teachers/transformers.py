@@ -1,0 +1,199 @@
+"""Teacher-forced forward of any Hugging Face image-text-to-text model; vision and response rows leave, everything else stays.
+
+One uniform way for every family: post-final-norm hidden states h = ``model.model(…).last_hidden_state``, head W =
+``get_output_embeddings().weight``; logits = h·Wᵀ is asserted on the first batch, and a head that breaks it is refused by name.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from teacher_cache.batch import Batch, collate
+from teacher_cache.errors import CompatibilityError, KdcliError
+from teacher_cache.prepare import image_processor_fingerprint, text_hash, tokenizer_hash
+from teacher_cache.records import Prepared, TeacherOutput, TopK
+from teacher_cache.teachers.head import head_logits, topk_rows
+
+HEAD_TOLERANCE = 2e-2
+
+
+@dataclass(frozen=True)
+class TeacherSpec:
+    """Which model, and how it runs. ``device``: ``auto`` takes CUDA where there is one."""
+
+    id: str
+    dtype: str = "auto"
+    device: str = "auto"
+    attn_implementation: str = "sdpa"
+    revision: str | None = None
+    trust_remote_code: bool = False
+
+
+def load_processor(spec: TeacherSpec) -> tuple[Any, Any]:
+    """(processor, config) without any weights; KdcliError where the model folder or hub id is not to be had."""
+    from transformers import AutoConfig, AutoProcessor
+
+    arguments = {"revision": spec.revision, "trust_remote_code": spec.trust_remote_code}
+    try:
+        return AutoProcessor.from_pretrained(spec.id, **arguments), AutoConfig.from_pretrained(spec.id, **arguments)
+    except (OSError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise KdcliError(f"model {spec.id!r} cannot be loaded ({reason}): give a model folder or a hub id") from None
+
+
+def resolve_dtype(spec: TeacherSpec, config: Any) -> torch.dtype:
+    """``auto`` is the checkpoint's own type on CUDA and float32 elsewhere (half precision is slow or inexact on CPUs)."""
+    if spec.dtype != "auto":
+        dtype = getattr(torch, spec.dtype, None)
+        if dtype not in (torch.float32, torch.bfloat16, torch.float16):
+            raise KdcliError(f"dtype {spec.dtype!r}: choose auto, float32, bfloat16 or float16")
+        return dtype
+    if resolve_device(spec).type != "cuda":
+        return torch.float32
+    return getattr(config, "dtype", None) or torch.bfloat16
+
+
+def resolve_device(spec: TeacherSpec) -> torch.device:
+    if spec.device != "auto":
+        return torch.device(spec.device)
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def teacher_fingerprint(spec: TeacherSpec, processor: Any, config: Any) -> dict[str, Any]:
+    """What decides the teacher's numbers; computed without loading the weights (their files are hashed)."""
+    text_config = config.get_text_config()
+    return {
+        "weights": weights_hash(spec, config),
+        "architecture": (config.architectures or [type(config).__name__])[0],
+        "tokenizer": {"sha256": tokenizer_hash(processor.tokenizer), "length": len(processor.tokenizer)},
+        "head_width": int(text_config.vocab_size),
+        "hidden_size": int(text_config.hidden_size),
+        "chat_template": text_hash(getattr(processor, "chat_template", None) or processor.tokenizer.chat_template or ""),
+        "image_processor": image_processor_fingerprint(processor.image_processor),
+        "dtype": str(resolve_dtype(spec, config)).removeprefix("torch."),
+        "attn_implementation": spec.attn_implementation,
+        "backend": "transformers",
+    }
+
+
+def weights_hash(spec: TeacherSpec, config: Any) -> str:
+    """sha256 over the names and contents of the safetensors files; the commit for a model that lies on a hub."""
+    folder = Path(spec.id)
+    if not folder.is_dir():
+        return f"revision:{getattr(config, '_commit_hash', None) or spec.revision or 'unknown'}"
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise KdcliError(f"model {spec.id!r}: no *.safetensors in the folder; save it with save_pretrained")
+    total = hashlib.sha256()
+    for file in files:
+        with file.open("rb") as opened:
+            total.update(file.name.encode() + hashlib.file_digest(opened, "sha256").digest())
+    return total.hexdigest()
+
+
+class TransformersTeacher:
+    """A loaded teacher. ``vocabulary`` is the head's width without padding rows (ids ≥ tokenizer length are dropped)."""
+
+    def __init__(self, spec: TeacherSpec, processor: Any, config: Any):
+        from transformers import AutoModelForImageTextToText
+
+        self.device = resolve_device(spec)
+        self.model = AutoModelForImageTextToText.from_pretrained(
+            spec.id,
+            dtype=resolve_dtype(spec, config),
+            attn_implementation=spec.attn_implementation,
+            revision=spec.revision,
+            trust_remote_code=spec.trust_remote_code,
+        )
+        self._adopt(processor)
+
+    @classmethod
+    def wrap(cls, model: Any, processor: Any) -> TransformersTeacher:
+        """A teacher around a model that is already loaded (tests, live-teacher comparisons)."""
+        teacher = cls.__new__(cls)
+        teacher.device = next(model.parameters()).device
+        teacher.model = model
+        teacher._adopt(processor)
+        return teacher
+
+    def _adopt(self, processor: Any) -> None:
+        self.model = self.model.to(self.device).eval().requires_grad_(False)
+        self.pad_id = processor.tokenizer.pad_token_id or 0
+        self.head = teacher_head(self.model, len(processor.tokenizer)).to(self.device)
+        self.vocabulary = self.head.shape[0]
+        self._gram: torch.Tensor | None = None
+        self._head_checked = False
+
+    @torch.inference_mode()
+    def hidden(self, batch: Batch) -> torch.Tensor:
+        """Post-final-norm hidden states, flattened ``[B·T, D]``."""
+        states = self.model.model(**batch.inputs, use_cache=False).last_hidden_state
+        if not self._head_checked:
+            self._check_head(batch, states)
+        return states.flatten(0, 1)
+
+    @torch.inference_mode()
+    def __call__(self, prepared: Sequence[Prepared], wants: frozenset[str]) -> list[TeacherOutput]:
+        """What the fields want of each row, on the CPU; NaN and infinity come back as they are."""
+        batch = collate(prepared, self.pad_id).to(self.device)
+        states = self.hidden(batch)
+        names = {want.split(":")[0].split(".")[1] for want in wants}
+        rows = {name: states[batch.rows[name]] for name in names}
+        heads = self._heads(rows, batch, wants)
+        grams = self._grams(rows["vision"], batch.counts["vision"]) if "gram.vision" in wants else None
+        hidden = {want.split(".")[1] for want in wants if want.startswith("hidden.")}
+        by_kind = {name: rows[name].cpu().split(batch.counts[name]) for name in hidden}
+        return [
+            TeacherOutput(
+                hidden={name: by_kind[name][i] for name in hidden},
+                topk={name: heads[name][i] for name in heads},
+                gram=grams[i] if grams is not None else None,
+            )
+            for i in range(len(prepared))
+        ]
+
+    def _heads(self, rows: dict[str, torch.Tensor], batch: Batch, wants: frozenset[str]) -> dict[str, list[TopK]]:
+        """Per row kind, the head of every sample; several fields of one kind share the largest k."""
+        largest: dict[str, int] = {}
+        for want in wants:
+            if want.startswith("topk."):
+                name, k = want.removeprefix("topk.").split(":")
+                largest[name] = max(largest.get(name, 0), int(k))
+        result = {}
+        for name, k in largest.items():
+            whole = topk_rows(rows[name], self.head, k)
+            columns = [column.cpu().split(batch.counts[name]) for column in vars(whole).values()]
+            result[name] = [TopK(*one) for one in zip(*columns)]
+        return result
+
+    def _grams(self, vision: torch.Tensor, counts: Sequence[int]) -> list[torch.Tensor]:
+        """Y·Yᵀ = h·(WᵀW)·hᵀ: the head's Gram matrix [D, D] is made once, the vocabulary is never touched again."""
+        if self._gram is None:
+            head = self.head.to(torch.float32)
+            self._gram = head.T @ head
+        split = vision.to(torch.float32).split(list(counts))
+        return [((one @ self._gram) @ one.T).cpu() for one in split]
+
+    def _check_head(self, batch: Batch, states: torch.Tensor) -> None:
+        """h·Wᵀ must be the model's own logits: a bias, scale or soft cap in the head breaks everything that is derived from h."""
+        own = self.model(**batch.inputs, use_cache=False, logits_to_keep=4).logits[0, :, : self.vocabulary].to(torch.float32)
+        if not torch.isfinite(own).all():
+            return  # such rows are reported one by one; the next batch is checked instead
+        ours = head_logits(states[0, -4:], self.head)
+        if (own - ours).abs().max() > HEAD_TOLERANCE * own.abs().max().clamp_min(1.0):
+            raise CompatibilityError("the teacher's head is not logits = W·h (bias, scale or soft cap): not supported")
+        self._head_checked = True
+
+
+def teacher_head(model: Any, tokenizer_length: int) -> torch.Tensor:
+    """W ``[V, D]`` without the padding rows at its end; CompatibilityError where the head has a bias."""
+    output = model.get_output_embeddings()
+    if getattr(output, "bias", None) is not None:
+        raise CompatibilityError("the teacher's head has a bias: logits are not W·h; not supported")
+    return output.weight.detach()[:tokenizer_length]
