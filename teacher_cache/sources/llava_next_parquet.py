@@ -74,7 +74,8 @@ class LlavaNextParquet:
         return groups
 
     def read(self, group: RowGroup) -> Iterator[Sample | SkipRecord]:
-        """Memory: ``_READ_BATCH_ROWS`` rows with their images, and the decoder's pages.
+        """Memory: ``_READ_BATCH_ROWS`` rows with their images, and one parquet page a column (pyarrow puts up to 1024
+        rows in a page): never a whole large row group.
 
         Raises:
             DataError: the file changed since the scan, or is damaged.

@@ -1,0 +1,117 @@
+"""From what the user typed to the files and the format."""
+
+from __future__ import annotations
+
+import json
+import os
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from teacher_cache.errors import DataError
+from teacher_cache.sources import DataSpec, open_source, source_modules
+from teacher_cache.sources.files import expand_paths
+
+ROW = {"id": "a", "conversations": [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "ho"}]}
+
+
+def touch(folder, *names, content="[]"):
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(content)
+
+
+def names(paths):
+    return [os.path.basename(path) for path in paths]
+
+
+def test_globs_and_braces_are_sorted(tmp_path):
+    touch(tmp_path, "x-002.json", "x-000.json", "x-001.json", "y.json", "sub/z.json")
+    (tmp_path / "x-dir.json").mkdir()
+    assert names(expand_paths(f"{tmp_path}/x-*.json")) == ["x-000.json", "x-001.json", "x-002.json"]
+    assert names(expand_paths(f"{tmp_path}/x-{{000..002}}.json")) == ["x-000.json", "x-001.json", "x-002.json"]
+    assert names(expand_paths(f"{tmp_path}/x-{{2..0}}.json".replace("{", "00{"))) == names(
+        expand_paths(f"{tmp_path}/x-*.json")
+    )
+    assert names(expand_paths(f"{tmp_path}/{{y,x-*,y}}.json")) == ["x-000.json", "x-001.json", "x-002.json", "y.json"]
+    assert names(expand_paths(f"{tmp_path}/**/z.json")) == ["z.json"]
+    assert names(expand_paths(f"file://{tmp_path}/y.json")) == ["y.json"]
+
+
+def test_relative_paths_and_names_that_look_like_patterns(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    touch(tmp_path, "a.json", "a[1]{b}.json")
+    assert expand_paths("a.json") == ["a.json"]
+    assert expand_paths("a[1]{b}.json") == ["a[1]{b}.json"]
+    assert open_source(DataSpec("sft", "a.json")).images.root == "."
+
+
+def test_remote_files(tmp_path):
+    import fsspec
+
+    memory = fsspec.filesystem("memory")
+    for i in range(2):
+        memory.pipe(f"/mix/x-{i}.json", json.dumps([ROW] * (i + 1)).encode())
+    for pattern in ("memory://mix/x-*.json", "memory://mix/x-{0..1}.json"):
+        source = open_source(DataSpec("sft", pattern))
+        assert [row.place for group in source.scan(10) for row in source.read(group)] == [
+            "x-0.json row 0",
+            "x-1.json row 0",
+            "x-1.json row 1",
+        ]
+    with pytest.raises(DataError, match="no such file"):
+        open_source(DataSpec("sft", "memory://mix/none.json"))
+
+
+@pytest.mark.parametrize(
+    ("pattern", "says"),
+    [
+        ("none.json", "no such file; check the path"),
+        ("none-*.json", "no file matches"),
+        ("x-{0..2}.json", r"x-2\.json: no such file \(named by .*x-\{0\.\.2\}\.json\)"),
+        ("folder", "is a folder; name its files"),
+        ("x-{0.json", "unbalanced braces"),
+    ],
+)
+def test_missing_files_name_the_path_and_the_fix(tmp_path, pattern, says):
+    touch(tmp_path, "x-0.json", "x-1.json", "folder/a.json")
+    with pytest.raises(DataError, match=says) as caught:
+        open_source(DataSpec("sft", f"{tmp_path}/{pattern}"))
+    assert str(tmp_path) in str(caught.value)
+
+
+def test_the_format_is_found_from_the_content_or_refused_with_the_valid_ones(tmp_path):
+    touch(tmp_path, "a.json", content=json.dumps([ROW]))
+    touch(tmp_path, "list-without-suffix", content="\ufeff \n[")
+    touch(tmp_path, "notes.txt", content="hello")
+    pq.write_table(pa.table({"id": ["a"]}), tmp_path / "b.parquet")
+    assert open_source(DataSpec("s", f"{tmp_path}/a.json")).fingerprint()["format"] == "llava-json"
+    assert open_source(DataSpec("s", f"{tmp_path}/list-without-suffix")).fingerprint()["format"] == "llava-json"
+    assert open_source(DataSpec("s", f"{tmp_path}/b.parquet")).fingerprint()["format"] == "llava-next-parquet"
+    for pattern in ("notes.txt", "{a.json,b.parquet}"):
+        with pytest.raises(DataError) as caught:
+            open_source(DataSpec("s", f"{tmp_path}/{pattern}"))
+        assert all(name in str(caught.value) for name in source_modules())
+
+
+def test_a_given_format_is_taken_and_an_unknown_one_refused(tmp_path):
+    touch(tmp_path, "a.json")
+    assert open_source(DataSpec("s", f"{tmp_path}/a.json", format="llava-json")).scan(1) == []
+    with pytest.raises(DataError, match=r"unknown format 'llava'; valid formats: .*llava-json"):
+        open_source(DataSpec("s", f"{tmp_path}/a.json", format="llava"))
+
+
+def test_a_negative_limit_is_refused(tmp_path):
+    touch(tmp_path, "a.json")
+    with pytest.raises(DataError, match="limit is -1"):
+        open_source(DataSpec("s", f"{tmp_path}/a.json", limit=-1))
+
+
+def test_an_unreadable_file_is_one_line(tmp_path):
+    touch(tmp_path, "a.json")
+    (tmp_path / "a.json").chmod(0)
+    if os.access(tmp_path / "a.json", os.R_OK):
+        pytest.skip("this user may read everything")
+    with pytest.raises(DataError, match="cannot be opened"):
+        open_source(DataSpec("s", f"{tmp_path}/a.json"))
