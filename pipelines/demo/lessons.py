@@ -1,0 +1,89 @@
+"""The losses of the demo's trainings: words of patches, attributes of patches, answers, words at the vision tokens."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import LlavaForConditionalGeneration
+
+from pipelines.demo.model import normalised, vision_embeddings
+from pipelines.demo.patch_labels import ATTRIBUTES, PATCH_WORDS, WORD_INDEX
+from pipelines.demo.stream import IGNORED
+from pipelines.demo.tokenizer import load_tokenizer
+
+
+def patch_word_ids() -> torch.Tensor:
+    """Token id of every patch word ``[W]``: each is one token."""
+    ids = [load_tokenizer().encode(word, add_special_tokens=False) for word in PATCH_WORDS]
+    assert all(len(i) == 1 for i in ids), "a patch word is not a single token"
+    return torch.tensor([i[0] for i in ids])
+
+
+def soft_word_loss(logits: torch.Tensor, words: torch.Tensor) -> torch.Tensor:
+    """Cross-entropy against the uniform distribution over a patch's words. ``logits [R, W]``, ``words [R, 3]`` -> ``[R]``"""
+    valid = words >= 0
+    picked = logits.gather(1, words.clamp(min=0)) * valid
+    return logits.logsumexp(1) - picked.sum(1) / valid.sum(1)
+
+
+class AttributeHeads(nn.Module):
+    """Throw-away linear heads on the projected vision tokens: place, counts, values (see ``ATTRIBUTES``)."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.heads = nn.ModuleDict({name: nn.Linear(width, classes) for name, classes in ATTRIBUTES.items()})
+
+    def forward(self, features: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """``features [N, 144, D]``, ``labels [N, 144, A]`` -> mean loss."""
+        losses = []
+        for i, head in enumerate(self.heads.values()):
+            chosen = labels[..., i] >= 0
+            if chosen.any():
+                losses.append(F.cross_entropy(head(features[chosen]).float(), labels[..., i][chosen]))
+        return torch.stack(losses).mean()
+
+
+def patch_weights(words: torch.Tensor) -> torch.Tensor:
+    """``[N, 144]``: background is most of every picture and soon learned, so it counts a tenth."""
+    return torch.where(words[..., 0] == WORD_INDEX["background"], 0.1, 1.0)
+
+
+def tower_loss(model: LlavaForConditionalGeneration, heads: AttributeHeads, batch: dict, word_ids: torch.Tensor,
+               attribute_weight: float) -> tuple[torch.Tensor, dict[str, float]]:  # fmt: skip
+    """Phase A: every projected patch says its words through the (tied) LM head's rows of those words."""
+    features = vision_embeddings(model, normalised(batch["pixels"]).to(model.dtype))
+    logits = F.linear(features, model.get_output_embeddings().weight[word_ids]).float()
+    words = batch["words"]
+    weights = patch_weights(words)
+    per_patch = soft_word_loss(logits.flatten(0, 1), words.flatten(0, 1)).view_as(weights)
+    word = (per_patch * weights).sum() / weights.sum()
+    right = (words == logits.argmax(-1, keepdim=True)).any(-1)[weights == 1].float().mean()
+    parts = {"word": word.item(), "patch_right": right.item()}
+    if not attribute_weight:
+        return word, parts
+    attribute = heads(features, batch["attributes"])
+    return word + attribute_weight * attribute, {**parts, "attribute": attribute.item()}
+
+
+def answer_loss(model: LlavaForConditionalGeneration, batch: dict, word_ids: torch.Tensor, vision_weight: float,
+                vision_rows: int) -> tuple[torch.Tensor, dict[str, float]]:  # fmt: skip
+    """Phase B: next-token loss on answers, plus patch words at a sample of the vision tokens (unshifted)."""
+    pixels = normalised(batch["pixels"]).to(model.dtype) if "pixels" in batch else None
+    # No attention mask: rows are padded on the right, where a causal model never looks.
+    hidden = model.model(input_ids=batch["input_ids"], pixel_values=pixels, use_cache=False).last_hidden_state
+    answers = batch["targets"] != IGNORED
+    logits = model.lm_head(hidden[answers]).float()
+    answer = F.cross_entropy(logits, batch["targets"][answers])
+    parts = {"answer": answer.item()}
+    if pixels is None or not vision_weight:
+        return answer, parts
+    words = batch["words"]
+    weights = patch_weights(words)
+    chosen = (torch.rand_like(weights) + 2 * (weights == 1) * (torch.rand_like(weights) < 0.7)).topk(vision_rows).indices
+    vision = hidden[batch["input_ids"] == model.config.image_token_id].view(*weights.shape, -1)
+    picked = vision.gather(1, chosen[..., None].expand(-1, -1, vision.shape[-1])).flatten(0, 1)
+    targets = words.gather(1, chosen[..., None].expand(-1, -1, words.shape[-1])).flatten(0, 1)
+    targets = torch.where(targets >= 0, word_ids[targets.clamp(min=0)], -1)
+    word = soft_word_loss(model.lm_head(picked).float(), targets).mean()
+    return answer + vision_weight * word, {**parts, "vision": word.item()}
