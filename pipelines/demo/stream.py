@@ -43,8 +43,8 @@ def encode_row(images: int, turns: list[Turn]) -> tuple[list[int], list[int]]:
     placeholder = _tokenizer().convert_tokens_to_ids("<image>")
     ids: list[int] = []
     targets: list[int] = []
-    if turns[0].family == PLAIN:  # LLaVA's pre-training form: picture, caption, no roles
-        answer = [*_ids(turns[0].question + turns[0].answer), end]
+    if turns[0].family == PLAIN:  # LLaVA's pre-training form: picture, caption, newline; no roles
+        answer = [*_ids(turns[0].answer + "\n")]
         return [*[placeholder] * GRID * GRID, *answer], [IGNORED] * (GRID * GRID - 1) + answer + [IGNORED]
     for i, turn in enumerate(turns):
         ids.append(user)
@@ -103,7 +103,7 @@ def text_batch(rng: random.Random, index: int, recipe) -> dict[str, torch.Tensor
 def _image_row(rng: random.Random, recipe: TeacherRecipe) -> Row:
     scene = sample_scene(rng, "train")
     if rng.random() < recipe.plain_share:
-        return [scene], [Turn(rng.choice(("", "\n")), caption(scene), PLAIN)]
+        return [scene], [Turn("", caption(scene), PLAIN)]
     turns = image_turns(scene, rng, rng.randint(*recipe.turns) if rng.random() < 0.25 else recipe.turns[1])
     if rng.random() < recipe.caption_share:
         request = Turn(rng.choice(CAPTION_REQUESTS), caption(scene), "caption")
