@@ -27,8 +27,10 @@ PLACEHOLDER = "<image>"
 # Only these are tried: some of Pillow's other openers start programs (EPS) or were never meant for untrusted bytes.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
 
-# ``decode_image`` has its own limit; Pillow's default warning would only repeat it, unasked, on the terminal.
+# ``decode_image`` has its own limit, and what matters of a damaged file becomes a skip record: Pillow's warnings (size,
+# "Corrupt EXIF data", a line for nearly every such file) would only drown a terminal.
 warnings.filterwarnings("ignore", category=PIL.Image.DecompressionBombWarning)
+warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
 
 _MAGIC = (
     (b"\xff\xd8\xff", "jpg"),

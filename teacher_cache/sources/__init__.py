@@ -13,6 +13,7 @@ from typing import Any, Protocol
 
 from teacher_cache.errors import DataError
 from teacher_cache.records import RowGroup, Sample, SkipRecord
+from teacher_cache.sources.files import expand_paths
 
 
 @dataclass(frozen=True)
@@ -73,8 +74,6 @@ def open_source(spec: DataSpec) -> Source:
     Raises:
         DataError: a file is missing, no format fits, or the spec is not sensible.
     """
-    from teacher_cache.sources.files import expand_paths
-
     if spec.limit is not None and spec.limit < 0:
         raise DataError(f"part {spec.part!r}: limit is {spec.limit}; give a number of rows, 0 or more")
     modules = source_modules()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import os
 import re
@@ -46,15 +47,23 @@ def _expand_one(name: str, pattern: str) -> list[str]:
     if _is_file(name):
         return [name]
     named_by = "" if name == pattern else f" (named by {pattern})"
-    filesystem, inner = fsspec.core.url_to_fs(name)
     if _GLOB.search(name):
-        matches = [path for path in map(str, filesystem.glob(inner)) if filesystem.isfile(path)]
+        matches = _glob(name)
         if not matches:
             raise DataError(f"{name}: no file matches{named_by}; check the path and quote the pattern in the shell")
-        return [filesystem.unstrip_protocol(path) if is_remote(name) else path for path in matches]
+        return matches
+    filesystem, inner = fsspec.core.url_to_fs(name)
     if filesystem.isdir(inner):
         raise DataError(f"{name} is a folder; name its files, as in {os.path.join(name, '*.parquet')}")
     raise DataError(f"{name}: no such file{named_by}; check the path given to --data")
+
+
+def _glob(name: str) -> list[str]:
+    if not is_remote(name):
+        # Not fsspec's glob: it makes paths absolute, and ``{a.json,*.json}`` would then name one file in two ways.
+        return [path for path in glob.glob(name, recursive=True) if os.path.isfile(path)]
+    filesystem, inner = fsspec.core.url_to_fs(name)
+    return [filesystem.unstrip_protocol(path) for path in map(str, filesystem.glob(inner)) if filesystem.isfile(path)]
 
 
 def _is_file(path: str) -> bool:

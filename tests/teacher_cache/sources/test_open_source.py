@@ -42,7 +42,8 @@ def test_globs_and_braces_are_sorted(tmp_path):
 def test_relative_paths_and_names_that_look_like_patterns(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     touch(tmp_path, "a.json", "a[1]{b}.json")
-    assert expand_paths("a.json") == ["a.json"]
+    assert expand_paths("a.json") == expand_paths("{a.json,*n,?.json}")[:1] == ["a.json"]
+    assert len(expand_paths("{a.json,*n,?.json}")) == 2
     assert expand_paths("a[1]{b}.json") == ["a[1]{b}.json"]
     assert open_source(DataSpec("sft", "a.json")).images.root == "."
 
