@@ -87,3 +87,24 @@ def answer_loss(model: LlavaForConditionalGeneration, batch: dict, word_ids: tor
     targets = torch.where(targets >= 0, word_ids[targets.clamp(min=0)], -1)
     word = soft_word_loss(model.lm_head(picked).float(), targets).mean()
     return answer + vision_weight * word, {**parts, "vision": word.item()}
+
+
+def lone_tower_loss(tower: nn.Module, head: nn.Linear, batch: dict) -> tuple[torch.Tensor, dict[str, float]]:
+    """A vision tower that has met no language model: patch words through a throw-away linear head ``[D_vision, W]``."""
+    pixels = normalised(batch["pixels"]).to(head.weight.dtype)
+    features = tower(pixels, output_hidden_states=True, return_dict=True).hidden_states[-1]
+    words, logits = batch["words"], head(features).float()
+    weights = patch_weights(words)
+    per_patch = soft_word_loss(logits.flatten(0, 1), words.flatten(0, 1)).view_as(weights)
+    right = (words == logits.argmax(-1, keepdim=True)).any(-1)[weights == 1].float().mean()
+    loss = (per_patch * weights).sum() / weights.sum()
+    return loss, {"word": loss.item(), "patch_right": right.item()}
+
+
+def language_loss(model: LlavaForConditionalGeneration, batch: dict, pad_id: int) -> tuple[torch.Tensor, dict[str, float]]:
+    """Plain language modelling of text rows: every next token, questions included."""
+    ids = batch["input_ids"]
+    hidden = model.model(input_ids=ids, use_cache=False).last_hidden_state[:, :-1]
+    real = ids[:, 1:] != pad_id
+    loss = F.cross_entropy(model.lm_head(hidden[real]).float(), ids[:, 1:][real])
+    return loss, {"language": loss.item()}

@@ -36,7 +36,7 @@ class Size:
 
 
 TEACHER = Size(256, 5, 4, 4, 768, 256, 4, 4, 768)
-STUDENT = Size(96, 3, 4, 2, 224, 80, 3, 2, 240)
+STUDENT = Size(96, 3, 4, 4, 256, 80, 3, 2, 256)
 
 
 def build_model(size: Size, tokenizer: PreTrainedTokenizerFast, seed: int) -> LlavaForConditionalGeneration:
