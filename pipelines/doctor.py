@@ -55,7 +55,7 @@ def examine(
     Args:
         max_examples: rows named per kind of finding.
         token_counter, max_length: given both, rows with more tokens are ``over_length``.
-        workers: threads; default one a core. Pillow decodes outside the interpreter's lock, so threads do scale.
+        workers: threads; default one a core. Pillow decodes outside the interpreter's lock.
 
     Raises:
         DataError: a part cannot be read at all.
