@@ -120,6 +120,11 @@ class CachedRows:
             self._rows[shard] = rows
         return self._rows[shard]
 
+    def key(self, position: int, row: int) -> str:
+        """Key of a row, without reading it."""
+        shard = self.shards[position]
+        return self._columns["samples"].entries(shard)[self._join(shard)[row][0]].key
+
     def read(self, position: int, row: int) -> CachedRow:
         """Row ``row`` of the shard at ``position`` in ``shards``; CacheError naming shard and key where it is damaged."""
         shard = self.shards[position]

@@ -18,7 +18,6 @@ class TrainSettings:
         max_steps: optimizer steps of the stage; 0: ``num_train_epochs`` epochs.
         learning_rate: 0: the stage's own (PT, DPT 1e-3; SFT, DFT 2e-5).
         save_steps: steps between checkpoints. save_total_limit: how many are kept.
-        reduction: how row losses become one number: ``mean`` over the rows of the step, or ``sum`` over rows a sample.
         report_to: ``tensorboard`` or ``none`` (metrics.jsonl is always written).
     """
 
@@ -42,7 +41,6 @@ class TrainSettings:
     logging_steps: int = 1
     save_steps: int = 500
     save_total_limit: int = 2
-    reduction: str = "mean"
     report_to: str = "tensorboard"
     attn_implementation: str = "sdpa"
 
@@ -51,8 +49,6 @@ class TrainSettings:
         for name in positive:
             if getattr(self, name) < 1:
                 raise KdcliError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if self.reduction not in ("mean", "sum"):
-            raise KdcliError(f"reduction must be mean or sum, got {self.reduction!r}")
         if self.report_to not in ("tensorboard", "none"):
             raise KdcliError(f"report_to must be tensorboard or none, got {self.report_to!r}")
 

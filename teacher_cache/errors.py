@@ -37,7 +37,7 @@ class SkipRow(Exception):
 
 SKIP_REASONS = {
     "image_missing": "the image file named by the row does not exist, or its bytes are null or empty",
-    "image_corrupt": "the image bytes do not decode (truncated file, GIF renamed .jpg, not an image)",
+    "image_corrupt": "the image bytes do not decode (truncated file, not an image)",
     "image_too_large": "the image has more pixels than the limit (decompression bomb)",
     "image_path_unsafe": "the image path leaves the image root",
     "placeholder_mismatch": "the number of <image> placeholders differs from the number of images",

@@ -18,7 +18,7 @@ import torch
 from teacher_cache.errors import CompatibilityError, KdcliError, SkipRow
 from teacher_cache.layout import image_layout
 from teacher_cache.records import ROLES, ImageLayout, Prepared, Sample, TextTokens, Turn
-from teacher_cache.rows import check_sample, decode_image, row_key
+from teacher_cache.rows import check_turns, decode_image, row_key
 
 TEMPLATES = ("chat", "plain")
 PLACEHOLDER = "<image>"
@@ -73,7 +73,7 @@ class Preparer:
 
     def prepare(self, sample: Sample, template: str = "chat", max_image_pixels: int = 89_478_485) -> Prepared:
         """Tokens, pixels and row positions of one row; SkipRow with a reason where the row cannot be used."""
-        check_sample(sample, max_image_pixels)
+        check_turns(sample)
         images = [decode_image(image, max_image_pixels) for image in sample.images]
         return self._prepare(sample, template, images, row_key(sample))
 

@@ -44,12 +44,14 @@ class RowTerm:
     """weight × mean over rows of ``loss(chunk) -> [C]``. rows: ``response`` or ``vision``.
 
     skip_first: leave out so many rows at the start of every sample (LLaVA-KD's code drops one vision row).
+    sum_rows: sum over the rows of a sample, mean over samples, instead of the mean over all rows.
     """
 
     weight: float
     rows: str
     loss: Callable[[Rows], torch.Tensor]
     skip_first: int = 0
+    sum_rows: bool = False
 
 
 @dataclass(frozen=True)
@@ -87,7 +89,8 @@ def count_rows(counts: Mapping[str, Sequence[int]], terms: Terms) -> dict[str, f
     for name, term in terms.items():
         kind = term.rows if isinstance(term, RowTerm) else "vision"
         rows = [max(0, count - term.skip_first) for count in counts[kind]]
-        totals[name] = float(sum(rows) if isinstance(term, RowTerm) else sum(count > 0 for count in rows))
+        per_row = isinstance(term, RowTerm) and not term.sum_rows
+        totals[name] = float(sum(rows) if per_row else sum(count > 0 for count in rows))
     return totals
 
 

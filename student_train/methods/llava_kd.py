@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from student_train.losses.divergences import cross_entropy, forward_kl
 from student_train.losses.reduce import RowTerm, SampleTerm, Terms
 from student_train.losses.relation import relation_cosine
+from teacher_cache.errors import KdcliError
 
 NAME = "llava-kd"
 PAPER = "LLaVA-KD, arXiv 2410.16236"
@@ -22,7 +23,8 @@ STAGES = "DPT,SFT,DFT"
 class LlavaKD:
     """alpha, beta, gamma: weights of response, vision and relation terms (0 leaves a term out). temperature: of both KLs.
 
-    drop_vision_rows: vision rows left out at the start of each sample.
+    drop_vision_rows: vision rows left out at the start of each sample. reduction: of both KLs, ``mean`` over rows (as the code does)
+    or ``sum`` over a sample's rows (as the paper writes; 729 vision rows then weigh as much as 729 mean cross-entropies).
     """
 
     alpha: float = 1.0
@@ -30,6 +32,11 @@ class LlavaKD:
     gamma: float = 0.5
     temperature: float = 1.0
     drop_vision_rows: int = 0
+    reduction: str = "mean"
+
+    def __post_init__(self) -> None:
+        if self.reduction not in ("mean", "sum"):
+            raise KdcliError(f"llava-kd: reduction must be mean or sum, got {self.reduction!r}")
 
     def needs(self) -> frozenset[str]:
         weights = {"response_logits": self.alpha, "vision_logits": self.beta, "vision_relation": self.gamma}
@@ -41,8 +48,8 @@ class LlavaKD:
 
         every = {
             "reg": RowTerm(1.0, "response", lambda rows: cross_entropy(rows.logits, rows.need_labels())),
-            "res": RowTerm(self.alpha, "response", kl),
-            "vis": RowTerm(self.beta, "vision", kl, skip_first=self.drop_vision_rows),
+            "res": RowTerm(self.alpha, "response", kl, sum_rows=self.reduction == "sum"),
+            "vis": RowTerm(self.beta, "vision", kl, self.drop_vision_rows, self.reduction == "sum"),
             "rel": SampleTerm(self.gamma, relation_cosine, skip_first=self.drop_vision_rows),
         }
         return {name: term for name, term in every.items() if term.weight}

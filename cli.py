@@ -1,0 +1,407 @@
+"""kdcli: run the teacher once, train every student from disk. Each command builds a config and calls one pipeline."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+
+
+class Group(click.Group):
+    """Prints the project's own errors as one line, and keeps the commands in the order of a tour."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(self.commands)
+
+    def invoke(self, ctx: click.Context) -> Any:
+        from teacher_cache.errors import KdcliError
+
+        try:
+            return super().invoke(ctx)
+        except KdcliError as error:
+            raise click.ClickException(" ".join(str(error).split())) from None
+
+
+def console() -> Any:
+    from rich.console import Console
+
+    return Console(stderr=True)
+
+
+def load(config: str | None) -> Any:
+    from pipelines.settings import load_settings
+
+    return load_settings(Path(config) if config else None)
+
+
+config_option = click.option("--config", type=click.Path(dir_okay=False), help="Settings file; default: ./kd.toml where it exists.")
+json_option = click.option("--json", "as_json", is_flag=True, help="Print the result as one JSON object.")
+device_option = click.option("--device", default=None, help="cpu, cuda, cuda:1; default: the GPU where there is one.")
+data_options = [
+    click.option("--data", multiple=True, help="Mixture part: file, glob or brace URL. Repeat for more parts."),
+    click.option("--part", multiple=True, help="Name of each --data part, in order (default: the stem of its file name)."),
+    click.option("--image-root", multiple=True, help="Folder of relative image paths, once for all or once a --data."),
+    click.option("--template", multiple=True, help="chat or plain, once for all or once a --data (default chat)."),
+    click.option("--limit", multiple=True, type=int, help="Use only the first N rows, once for all or once a --data."),
+]
+
+
+def with_data_options(command: Any) -> Any:
+    for option in reversed(data_options):
+        command = option(command)
+    return command
+
+
+def data_specs(data: tuple[str, ...], **each: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Flags → one DataSpec a part; an option is given once for all parts or once for each."""
+    from pipelines.settings import build
+    from teacher_cache.errors import KdcliError
+    from teacher_cache.sources import DataSpec
+
+    specs = []
+    for i, path in enumerate(data):
+        values: dict[str, Any] = {"part": Path(path).stem.split("*")[0].strip("-_.") or "sft", "path": path}
+        for name, given in each.items():
+            if given and len(given) not in (1, len(data)):
+                raise KdcliError(f"--{name.replace('_', '-')} was given {len(given)} times for {len(data)} --data: once, or once each")
+            if given:
+                values[name] = given[i if len(given) > 1 else 0]
+        specs.append(build(DataSpec, values, f"--data {path}"))
+    return tuple(specs)
+
+
+@click.group(cls=Group, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.version_option(package_name="kdcli")
+def main() -> None:
+    """Run the multimodal teacher once, write down what students need, train as many students as you like from disk.
+
+    \b
+    A first tour:
+      kdcli demo                               the whole loop on a small rendered world, in minutes
+      kdcli init                               write a commented kd.toml here; edit teacher, student, data
+      kdcli doctor                             look for defects in the mixture before any GPU is touched
+      kdcli cache-teacher --shards 512         the batch job: one WebDataset tar per shard and field
+      kdcli cache status / verify / inspect    progress, checksums, one sample as words
+      kdcli train-student --method llava-kd    train from the cache, no teacher in memory
+      kdcli eval runs/03-DFT/model --data …    exact match by family
+    """
+
+
+@main.command()
+@click.option("--out", default="demo-run", show_default=True, help="Folder for world, cache, students and report.")
+@click.option("--seed", default=0, show_default=True)
+def demo(out: str, seed: int) -> None:
+    """The whole loop on a small rendered world: data → cache → students → table + HTML report."""
+    from pipelines.demo.run import run_demo
+
+    run_demo(Path(out), seed, console())
+
+
+@main.command()
+def init() -> None:
+    """Write a commented kd.toml into the current folder."""
+    from pipelines.settings import write_template
+
+    target = write_template(Path("."))
+    click.echo(f"wrote {target}: edit teacher, student and data, then run `kdcli doctor` and `kdcli cache-teacher --shards 512`")
+
+
+@main.command()
+@click.argument("paths", nargs=-1)
+@with_data_options
+@config_option
+@json_option
+def doctor(paths: tuple[str, ...], data: tuple[str, ...], config: str | None, as_json: bool, **each: Any) -> None:
+    """List the defects of a mixture by kind, with row numbers. DATA: files or globs; default: the parts of kd.toml."""
+    from pipelines.doctor import examine, print_report
+    from teacher_cache.errors import KdcliError
+
+    specs = data_specs(paths + data, **each) or load(config).data
+    if not specs:
+        raise KdcliError("no data: name files (`kdcli doctor rows.json --image-root images`), or run `kdcli init` for a kd.toml")
+    report = examine(list(specs))
+    if as_json:
+        click.echo(json.dumps(report.to_json(), ensure_ascii=False))
+    else:
+        from rich.console import Console
+
+        print_report(report, Console())
+
+
+@main.command("cache-teacher")
+@click.option("--teacher", help="Model folder or hub id.")
+@with_data_options
+@click.option("--out", help="Where the cache goes: a folder or an fsspec URL.")
+@click.option("--shards", type=int, help="Number of shards, fixed for the life of the cache.")
+@click.option("--fields", help="What to store of the teacher, comma-separated (see `kdcli methods`).")
+@click.option("--k", "k", type=int, help="k of the top-k fields.")
+@click.option("--codec", help="Codec of the hidden fields: bf16, int8 or fp32.")
+@click.option("--parts-without-fields", help="Parts of which only the samples are stored, comma-separated.")
+@click.option("--max-length", type=int, help="Longest row in tokens.")
+@click.option("--over-length", type=click.Choice(["skip", "cut"]), help="What to do with longer rows.")
+@click.option("--workers", type=int, help="Worker processes; default one a GPU.")
+@click.option("--batch-tokens", type=int, help="Padded tokens of one teacher batch.")
+@click.option("--seed", type=int, help="Seed of the row order.")
+@click.option("--dtype", help="auto, float32, bfloat16, float16.")
+@device_option
+@config_option
+@json_option
+def cache_teacher(
+    teacher: str | None,
+    data: tuple[str, ...],
+    out: str | None,
+    fields: str | None,
+    k: int | None,
+    codec: str | None,
+    parts_without_fields: str | None,
+    dtype: str | None,
+    device: str | None,
+    config: str | None,
+    as_json: bool,
+    **flags: Any,
+) -> None:
+    """Run the teacher over every row once and write the cache. Run it again to continue."""
+    from dataclasses import replace
+
+    from pipelines import cache_teacher as pipeline
+    from pipelines.progress import capture_progress
+    from pipelines.settings import override
+    from teacher_cache.errors import KdcliError
+    from teacher_cache.teachers.transformers import TeacherSpec
+
+    settings = load(config)
+    each = {name: flags.pop(name) for name in ("part", "image_root", "template", "limit")}
+    specs = data_specs(data, **each) or settings.data
+    spec = TeacherSpec(teacher) if teacher else settings.teacher
+    target = out or settings.cache
+    for value, name in ((spec, "--teacher"), (specs, "--data"), (target, "--out")):
+        if not value:
+            raise KdcliError(f"no {name}: give the flag, or run `kdcli init` and edit kd.toml")
+    spec = override(spec, dtype=dtype, device=device)
+    capture = override(
+        settings.capture,
+        fields=split(fields),
+        parts_without_fields=split(parts_without_fields),
+        **flags,
+    )
+    params = {name: dict(value) for name, value in settings.fields.items() if name in capture.fields}
+    for name in capture.fields:
+        if k is not None and name.endswith("_topk"):
+            params[name] = {**params.get(name, {}), "k": k}
+        if codec is not None and name.endswith("_hidden"):
+            params[name] = {**params.get(name, {}), "codec": codec}
+    request = pipeline.CaptureRequest(replace(spec), specs, target, capture, params)
+    with capture_progress(console()) as progress:
+        summary = pipeline.capture(request, progress)
+    if as_json:
+        click.echo(json.dumps(summary))
+    else:
+        from pipelines.tables import cache_table
+
+        click.echo(cache_table(summary["columns"], summary["rows"]))
+        click.echo(f"{summary['rows']} rows in {summary['shards']} shards at {target}; plan {summary['plan_hash'][:12]}")
+
+
+def split(text: str | None) -> tuple[str, ...] | None:
+    return tuple(part.strip() for part in text.split(",") if part.strip()) if text is not None else None
+
+
+@main.group("cache")
+def cache_group() -> None:
+    """Look at a cache: inspect, status, verify, gc, urls."""
+
+
+def open_cache(url: str | None, config: str | None) -> Any:
+    from student_train.cache import Cache
+    from teacher_cache.errors import KdcliError
+
+    url = url or load(config).cache
+    if not url:
+        raise KdcliError("no cache: name it (`kdcli cache status CACHE`), or run `kdcli init` for a kd.toml")
+    return Cache(url)
+
+
+@cache_group.command()
+@click.argument("url", required=False)
+@click.option("--row", default=0, show_default=True, help="Which sample, counted from 0.")
+@click.option("--key", help="Which sample, by its key.")
+@config_option
+def inspect(url: str | None, row: int, key: str | None, config: str | None) -> None:
+    """One sample as words: what each vision patch and each response position says, and its bytes by field."""
+    from pipelines import inspect_cache
+    from pipelines.tables import sample_view
+
+    cache = open_cache(url, config)
+    click.echo(sample_view(inspect_cache.inspect(cache, row, key)))
+
+
+@cache_group.command()
+@click.argument("url", required=False)
+@config_option
+@json_option
+def status(url: str | None, config: str | None, as_json: bool) -> None:
+    """Shards done, rows, skips by reason, bytes by field."""
+    from pipelines import inspect_cache
+    from pipelines.tables import cache_table
+
+    body = inspect_cache.status(open_cache(url, config))
+    click.echo(json.dumps(body) if as_json else cache_table(body["columns"], body["rows"]))
+
+
+@cache_group.command()
+@click.argument("url", required=False)
+@config_option
+@json_option
+def verify(url: str | None, config: str | None, as_json: bool) -> None:
+    """Check every checksum. Exit status 1 where anything is damaged or missing."""
+    from pipelines import inspect_cache
+
+    problems = inspect_cache.check(open_cache(url, config))
+    if as_json:
+        click.echo(json.dumps([vars(problem) for problem in problems]))
+    else:
+        for problem in problems:
+            click.echo(str(problem))
+        click.echo(f"{len(problems)} problem{'s' * (len(problems) != 1)}" if problems else "every checksum holds")
+    if problems:
+        sys.exit(1)
+
+
+@cache_group.command()
+@click.argument("url", required=False)
+@click.option("--yes", is_flag=True, help="Remove them; without it they are only listed. Never while a capture runs.")
+@config_option
+def gc(url: str | None, yes: bool, config: str | None) -> None:
+    """List or remove files that no commit names (left by killed or second writers)."""
+    from pipelines import inspect_cache
+
+    found = inspect_cache.collect_garbage(open_cache(url, config), remove=yes)
+    for name in found:
+        click.echo(name)
+    click.echo(f"{len(found)} files {'removed' if yes else 'would be removed (--yes)'}")
+
+
+@cache_group.command()
+@click.argument("url")
+@click.argument("column", default="samples")
+def urls(url: str, column: str) -> None:
+    """Print the tar paths of a column (samples, or a field), ready for the webdataset library."""
+    from teacher_cache.shards.commit import committed_shards, read_commit
+
+    cache = open_cache(url, None)
+    reader = cache.column(column)
+    for shard in committed_shards(cache.storage, reader.column):
+        click.echo(f"{cache.storage}/{reader.column}/data/{read_commit(cache.storage, reader.column, shard).tar}")
+
+
+@main.command("train-student")
+@click.option("--method", default="llava-kd", show_default=True, help="See `kdcli methods`.")
+@click.option("--student", help="Model folder or hub id to start from.")
+@click.option("--cache", "cache_url", help="The cache.")
+@click.option("--stages", help="E.g. DPT,SFT,DFT; default: the method's own.")
+@click.option("--preset", default="paper", show_default=True, help="paper or code, where the two differ.")
+@click.option("--set", "knobs", multiple=True, metavar="NAME=VALUE", help="A knob of the method, e.g. --set gamma=1.0.")
+@click.option("--output-dir", help="Folder of the run.")
+@click.option("--learning-rate", type=float)
+@click.option("--per-device-train-batch-size", type=int)
+@click.option("--gradient-accumulation-steps", type=int)
+@click.option("--num-train-epochs", type=float)
+@click.option("--max-steps", type=int, help="Optimizer steps a stage.")
+@click.option("--warmup-ratio", type=float)
+@click.option("--seed", type=int)
+@click.option("--bf16/--no-bf16", default=None, help="bfloat16 autocast.")
+@click.option("--gradient-checkpointing/--no-gradient-checkpointing", default=None)
+@click.option("--dataloader-num-workers", type=int)
+@click.option("--save-steps", type=int)
+@click.option("--report-to", type=click.Choice(["tensorboard", "none"]))
+@config_option
+@json_option
+def train_student(
+    method: str,
+    cache_url: str | None,
+    stages: str | None,
+    preset: str,
+    knobs: tuple[str, ...],
+    config: str | None,
+    as_json: bool,
+    **flags: Any,
+) -> None:
+    """Train a student from a cache, stage after stage; run it again to continue. Also under torchrun."""
+    from dataclasses import replace
+
+    from pipelines import train_student as pipeline
+    from pipelines.progress import train_progress
+    from pipelines.settings import override
+    from teacher_cache.errors import KdcliError
+
+    settings = load(config)
+    url = cache_url or settings.cache
+    if not url:
+        raise KdcliError("no cache: give --cache, or run `kdcli init` and edit kd.toml")
+    settings = replace(settings, train=override(settings.train, **flags))
+    with train_progress(console()) as on_step:
+        result = pipeline.train(url, method, settings, stages, preset, parse_knobs(knobs), on_step, console().print)
+    click.echo(json.dumps(result) if as_json else f"student: {result['model']}")
+
+
+def parse_knobs(knobs: tuple[str, ...]) -> dict[str, Any]:
+    """NAME=VALUE pairs; a value is JSON where it parses as such, else text."""
+    from teacher_cache.errors import KdcliError
+
+    parsed: dict[str, Any] = {}
+    for knob in knobs:
+        name, equals, value = knob.partition("=")
+        if not equals:
+            raise KdcliError(f"--set {knob}: write NAME=VALUE, e.g. --set gamma=1.0")
+        try:
+            parsed[name] = json.loads(value)
+        except json.JSONDecodeError:
+            parsed[name] = value
+    return parsed
+
+
+@main.command("eval")
+@click.argument("model")
+@click.option("--data", required=True, help="Held-out file of single questions.")
+@click.option("--image-root", default=None)
+@click.option("--limit", type=int, default=None)
+@click.option("--batch-size", default=32, show_default=True)
+@device_option
+@json_option
+def evaluate(
+    model: str, data: str, image_root: str | None, limit: int | None, batch_size: int, device: str | None, as_json: bool
+) -> None:
+    """Score a student or teacher on held-out questions: exact match by family."""
+    from pipelines.evaluate import evaluate_folder
+    from pipelines.tables import score_table
+    from teacher_cache.sources import DataSpec
+
+    result = evaluate_folder(model, DataSpec("heldout", data, image_root=image_root, limit=limit), batch_size, device)
+    answers = [vars(one) for one in result.pop("answers")]
+    click.echo(json.dumps({**result, "answers": answers}) if as_json else score_table({model: result}))
+
+
+@main.command()
+def methods() -> None:
+    """List the methods: what they need, which fields serve it, the paper."""
+    from pipelines.tables import method_table
+
+    click.echo(method_table())
+
+
+@main.command()
+@click.argument("runs", nargs=-1, required=True)
+@click.option("--cache", "cache_url", help="Add cache sizes and decoded images of this cache.")
+@click.option("--out", default="report.html", show_default=True)
+def report(runs: tuple[str, ...], cache_url: str | None, out: str) -> None:
+    """One self-contained HTML page: results, loss curves, cache sizes, images with decoded words."""
+    from pipelines.report.page import write_report
+
+    click.echo(f"wrote {write_report([Path(run) for run in runs], cache_url, Path(out))}")
+
+
+if __name__ == "__main__":
+    main()

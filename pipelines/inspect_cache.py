@@ -1,0 +1,161 @@
+"""``kdcli cache inspect | status | verify | gc``: look at a cache without any model."""
+
+from __future__ import annotations
+
+import tempfile
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from student_train.cache import Cache, CachedRow, CachedRows
+from teacher_cache.errors import CacheError
+from teacher_cache.records import TopK
+from teacher_cache.shards.commit import committed_shards, read_commit
+from teacher_cache.shards.verify import Problem, orphans, verify
+from teacher_cache.teachers.head import topk_rows
+
+WORDS = 3
+
+
+@dataclass(frozen=True)
+class Decoded:
+    """One sample as words.
+
+    Attributes:
+        vision: for every vision token its likeliest words with probabilities. response: (token, likeliest words) per label.
+        bytes: stored bytes of this sample by column.
+    """
+
+    row: CachedRow
+    vision: list[list[tuple[str, float]]]
+    response: list[tuple[str, list[tuple[str, float]]]]
+    bytes: dict[str, int]
+
+
+def hashes(cache: Cache) -> dict[str, str]:
+    """Column → hash that its commits are bound to."""
+    return {"samples": "", **{f"fields/{name}": body["sha256"] for name, body in cache.fields.items()}}
+
+
+def tokenizer_of(cache: Cache) -> Any:
+    """The teacher's tokenizer, from the cache itself; None where no field stored it."""
+    from transformers import PreTrainedTokenizerFast
+
+    for body in cache.fields.values():
+        folder = f"{body['teacher_folder']}/processor"
+        names = cache.storage.names(folder)
+        if "tokenizer.json" in names:
+            with tempfile.TemporaryDirectory() as copied:
+                for name in names:
+                    if name.startswith(("tokenizer", "special_tokens")):
+                        (Path(copied) / name).write_bytes(cache.storage.read(f"{folder}/{name}"))
+                return PreTrainedTokenizerFast.from_pretrained(copied)
+    return None
+
+
+def inspect(cache: Cache, number: int = 0, key: str | None = None) -> Decoded:
+    """The ``number``-th sample of the cache, or the one with that key, as words."""
+    done = [name for name in cache.fields if len(committed_shards(cache.storage, f"fields/{name}")) == len(cache.plan.slices)]
+    rows = CachedRows(cache, cache.parts(), done)
+    position, row = find_key(cache, rows, key) if key else find_number(rows, number)
+    found = rows.read(position, row)
+    tokenizer = tokenizer_of(cache)
+    sizes = stored_bytes(cache, rows.shards[position], found.key)
+    vision = [words(tokenizer, head) for head in heads(cache, found, "vision")]
+    response = [words(tokenizer, head) for head in heads(cache, found, "response")]
+    labels = [token_text(tokenizer, int(i)) for i in found.text.response_ids.tolist()]
+    return Decoded(found, vision, list(zip(labels, response)), sizes)
+
+
+def find_number(rows: CachedRows, number: int) -> tuple[int, int]:
+    for position, count in enumerate(rows.counts):
+        if number < count:
+            return position, number
+        number -= count
+    raise CacheError(f"the cache has {sum(rows.counts)} samples: --row counts from 0")
+
+
+def find_key(cache: Cache, rows: CachedRows, key: str) -> tuple[int, int]:
+    for position, shard in enumerate(rows.shards):
+        for row in range(rows.counts[position]):
+            if rows.key(position, row) == key:
+                return position, row
+    raise CacheError(f"{cache.storage}: no sample with key {key}")
+
+
+def heads(cache: Cache, row: CachedRow, kind: str) -> list[tuple[list[int], list[float]]]:
+    """(ids, log-probs) of the likeliest tokens of every row, from whichever field tells."""
+    if f"{kind}_topk" in row.fields:
+        topk: TopK = row.fields[f"{kind}_topk"]
+    elif f"{kind}_hidden" in row.fields:
+        topk = topk_rows(row.fields[f"{kind}_hidden"], cache.teacher_head(f"{kind}_hidden"), WORDS)
+    else:
+        return []
+    return list(zip(topk.ids[:, :WORDS].tolist(), topk.log_probs[:, :WORDS].tolist()))
+
+
+def token_text(tokenizer: Any, token: int) -> str:
+    return tokenizer.decode([token]) if tokenizer is not None else str(token)
+
+
+def words(tokenizer: Any, head: tuple[list[int], list[float]]) -> list[tuple[str, float]]:
+    """[(word, probability)]"""
+    ids, log_probs = head
+    return [(token_text(tokenizer, i), float(torch.tensor(p).exp())) for i, p in zip(ids, log_probs)]
+
+
+def stored_bytes(cache: Cache, shard: int, key: str) -> dict[str, int]:
+    sizes = {}
+    for name in ["samples", *cache.fields]:
+        if shard in committed_shards(cache.storage, f"fields/{name}" if name != "samples" else name):
+            entry = next((e for e in cache.column(name).entries(shard) if e.key == key), None)
+            sizes[name] = sum(member.size for member in entry.members) if entry else 0
+    return sizes
+
+
+def status(cache: Cache) -> dict[str, Any]:
+    """Shards done of every column, rows, bytes, skips by reason."""
+    columns = {}
+    for column in hashes(cache):
+        commits = [read_commit(cache.storage, column, shard) for shard in committed_shards(cache.storage, column)]
+        counts = sum((Counter(one.counts) for one in commits), Counter())
+        columns[column] = {
+            "done": len(commits),
+            "shards": len(cache.plan.slices),
+            "rows": sum(one.rows for one in commits),
+            "written": sum(one.written for one in commits),
+            "skipped": dict(Counter(skip.reason for one in commits for skip in one.skipped)),
+            "bytes": sum(one.tar_bytes for one in commits),
+            "counts": dict(counts),
+        }
+    rows = sum(one.rows for one in cache.plan.slices)
+    return {"cache": str(cache.storage), "plan_hash": cache.plan_hash, "rows": rows, "columns": columns}
+
+
+def check(cache: Cache) -> list[Problem]:
+    """Every problem of the cache: damage, and shards that are not there."""
+    columns = hashes(cache)
+    problems = verify(cache.storage, columns)
+    for column in columns:
+        missing = sorted(set(range(len(cache.plan.slices))) - set(committed_shards(cache.storage, column)))
+        if missing and column == "samples":
+            problems += [Problem(column, shard, "not captured yet: run `kdcli cache-teacher` again") for shard in missing]
+    for name in cache.fields:
+        if any(want.startswith("hidden") for want in cache.open_field(name).wants):
+            try:
+                cache.teacher_head(name)
+            except CacheError as error:
+                problems.append(Problem(f"fields/{name}", None, str(error)))
+    return problems
+
+
+def collect_garbage(cache: Cache, remove: bool) -> list[str]:
+    """Files that no commit names; removed where ``remove``."""
+    found = orphans(cache.storage, hashes(cache))
+    if remove:
+        for name in found:
+            cache.storage.remove(name)
+    return found

@@ -1,0 +1,53 @@
+"""Progress bars of the long commands: done, rate, time left."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, SpinnerColumn, TextColumn, TimeRemainingColumn
+from rich.text import Text
+
+
+class Rate(ProgressColumn):
+    """Items a second."""
+
+    def __init__(self, unit: str):
+        super().__init__()
+        self.unit = unit
+
+    def render(self, task: Any) -> Text:
+        return Text(f"{task.speed:.1f} {self.unit}/s" if task.speed else f"– {self.unit}/s")
+
+
+def bar(console: Console, unit: str) -> Progress:
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), Rate(unit), TimeRemainingColumn())
+    return Progress(*columns, console=console)
+
+
+@contextmanager
+def capture_progress(console: Console) -> Iterator[Callable[[str, int, int], None]]:
+    """``progress(event, done, total)`` for ``pipelines.cache_teacher.capture``."""
+    with bar(console, "rows") as progress:
+        task = progress.add_task("planning", total=None)
+
+        def show(event: str, done: int, total: int) -> None:
+            progress.update(task, description="capturing", completed=done, total=total)
+
+        yield show
+
+
+@contextmanager
+def train_progress(console: Console) -> Iterator[Callable[[str, int, int, Any], None]]:
+    """``on_step(stage, step, steps, result)`` for ``pipelines.train_student.train``: one bar a stage."""
+    with bar(console, "steps") as progress:
+        tasks: dict[str, Any] = {}
+
+        def show(stage: str, step: int, steps: int, result: Any) -> None:
+            if stage not in tasks:
+                tasks[stage] = progress.add_task(stage, total=steps, completed=step)
+            progress.update(tasks[stage], completed=step + 1, description=f"{stage} loss {result.loss:.3f}")
+
+        yield show

@@ -1,0 +1,97 @@
+"""Results as text tables."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Aligned columns, the first to the left, the others to the right; Markdown, so that it can be pasted."""
+    cells = [list(header), *map(list, rows)]
+    widths = [max(len(row[i]) for row in cells) for i in range(len(header))]
+
+    def line(row: Sequence[str]) -> str:
+        padded = [row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:]))]
+        return f"| {' | '.join(padded)} |"
+
+    rule = "|" + "|".join("-" * (w + 1) + (":" if i else "-") for i, w in enumerate(widths)) + "|"
+    return "\n".join([line(cells[0]), rule, *map(line, cells[1:])])
+
+
+def human_bytes(count: float) -> str:
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.2f} TB"
+
+
+def cache_table(columns: Mapping[str, Mapping[str, Any]], rows: int) -> str:
+    """Columns of a cache: shards, rows, bytes in all and a row, and the skips below."""
+    body = []
+    for name, one in columns.items():
+        shards = f"{one['done']}/{one['shards']}" if "done" in one else str(one["shards"])
+        per_row = human_bytes(one["bytes"] / one["written"]) if one["written"] else "–"
+        body.append([name, shards, str(one["written"]), human_bytes(one["bytes"]), per_row])
+    text = table(["column", "shards", "rows", "bytes", "a row"], body)
+    skipped = columns["samples"]["skipped"]
+    total = sum(skipped.values())
+    listed = ", ".join(f"{count} {reason}" for reason, count in sorted(skipped.items()))
+    written = columns["samples"]["written"]
+    return f"{text}\n{rows} rows in the plan: {written} written, {total} skipped" + (f" ({listed})" if listed else "")
+
+
+def score_table(results: Mapping[str, Mapping[str, Any]]) -> str:
+    """Exact match in percent: a column a model, a row a family."""
+    families = sorted({family for one in results.values() for family in one["families"]})
+
+    def cell(result: Mapping[str, Any], family: str) -> str:
+        found = result["families"].get(family)
+        return f"{100 * found['exact_match']:.1f}" if found else "–"
+
+    body = [[family, *(cell(one, family) for one in results.values())] for family in families]
+    body.append(["mean of families", *(f"{100 * one['family_mean']:.1f}" for one in results.values())])
+    body.append(["all questions", *(f"{100 * one['exact_match']:.1f}" for one in results.values())])
+    return table(["exact match, %", *results], body)
+
+
+def sample_view(decoded: Any) -> str:
+    """One cached sample for a person: turns, the words of each vision token in its grid, response tokens with their words."""
+    row = decoded.row
+    lines = [f"{row.key}  part {row.sample.part}  {row.sample.place}"]
+    lines += [f"  {turn.role}: {turn.text}" for turn in row.sample.turns]
+    at = 0
+    for number, image in enumerate(row.layout):
+        lines.append(f"image {number}: {image.size[0]}×{image.size[1]} px, {image.tokens()} vision tokens")
+        for view in image.views:
+            lines += _grid(decoded.vision[at : at + view.grid[0] * view.grid[1]], view.grid)
+            at += view.grid[0] * (view.grid[1] + view.newline)
+    if decoded.response:
+        lines.append("response tokens, with what the teacher expected there:")
+        for label, expected in decoded.response:
+            lines.append(f"  {label!r:>14}  ← " + "  ".join(f"{word!r} {p:.2f}" for word, p in expected))
+    lines.append("bytes: " + ", ".join(f"{name} {human_bytes(size)}" for name, size in decoded.bytes.items()))
+    return "\n".join(lines)
+
+
+def _grid(words: Sequence[Sequence[tuple[str, float]]], grid: tuple[int, int]) -> list[str]:
+    """The top word of every vision token, laid out as the image is."""
+    if not words:
+        return ["  (no field tells the words of vision tokens)"]
+    tops = [one[0][0].strip()[:7] for one in words]
+    width = max(map(len, tops))
+    return ["  " + " ".join(top.ljust(width) for top in tops[r * grid[1] : (r + 1) * grid[1]]) for r in range(grid[0])]
+
+
+def method_table() -> str:
+    """Method, needs, fields that serve them, stages, paper."""
+    from student_train.methods import create_method, method_modules
+    from student_train.teacher_view import SERVED_BY
+
+    body = []
+    for name, module in method_modules().items():
+        needs = sorted(create_method(name).needs())
+        served = [" or ".join(field for field, _ in SERVED_BY[need]) for need in needs]
+        body.append([name, ", ".join(needs) or "none", "; ".join(served) or "samples alone", module.STAGES, module.PAPER])
+    return table(["method", "needs", "served by", "stages", "paper"], body)

@@ -1,0 +1,257 @@
+"""``kdcli train-student``: stage after stage over one cache, each resumable, a Hugging Face folder at the end of each."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pipelines.settings import Settings
+from student_train import distributed
+from student_train.cache import Cache, CachedRows
+from student_train.config import StageSettings, TrainSettings
+from student_train.distributed import Processes
+from student_train.methods import Method, create_method, method_module
+from student_train.stages import Stage, parse_stages
+from student_train.stream import MicroBatches, Order, TrainBatch, TrainDataset, step_batches
+from student_train.student import RowForward, freeze_except, load_student, save_student
+from student_train.teacher_view import Served, TeacherSignals, serve
+from student_train.trainer import StepResult, Trainer
+from teacher_cache.errors import CompatibilityError, KdcliError
+from teacher_cache.plan import content_hash, difference
+from teacher_cache.prepare import Limits, Preparer
+from teacher_cache.teachers.transformers import TeacherSpec, load_processor
+
+ROW_ALIGNED = frozenset({"vision_logits", "vision_relation"})
+OnStep = Callable[[str, int, int, StepResult], None]
+
+
+@dataclass(frozen=True)
+class StagePlan:
+    """One stage with everything decided: its settings, method, and the fields that serve it."""
+
+    number: int
+    stage: Stage
+    settings: TrainSettings
+    parts: tuple[str, ...]
+    method_name: str
+    method: Method
+    served: Served
+
+    def folder(self, output: Path) -> Path:
+        return output / f"{self.number:02d}-{self.stage.name}"
+
+
+def train(
+    cache_url: str,
+    method: str,
+    settings: Settings,
+    stages: str | None = None,
+    preset: str = "paper",
+    knobs: Mapping[str, Any] | None = None,
+    on_step: OnStep = lambda stage, step, steps, result: None,
+    say: Callable[[str], None] = lambda text: None,
+) -> dict[str, Any]:
+    """Train one student through its stages. Every check that needs no model runs first.
+
+    Returns:
+        ``{"output": folder, "model": last Hugging Face folder, "stages": [...]}``
+    """
+    train_settings = settings.train
+    if not train_settings.student:
+        raise KdcliError("no student: give --student MODEL, or `student = …` under [train] in kd.toml")
+    cache = Cache(cache_url)
+    plans = plan_stages(cache, method, settings, stages, preset, knobs)
+    spec = TeacherSpec(train_settings.student)
+    processor, config = load_processor(spec)
+    check_vocabulary(cache, plans, processor)
+    output = Path(train_settings.output_dir)
+    processes = distributed.start()
+    if processes.is_main:
+        write_run_card(output, cache, plans)
+        for note in dict.fromkeys(note for plan in plans for note in plan.served.notes):
+            say(f"note: {note}")
+    processes.barrier()
+    model_id, results = train_settings.student, []
+    for plan in plans:
+        results.append(run_stage(cache, plan, model_id, output, processes, on_step))
+        model_id = results[-1]["model"]
+    distributed.stop()
+    return {"output": str(output), "model": model_id, "stages": results}
+
+
+def plan_stages(
+    cache: Cache, method: str, settings: Settings, stages: str | None, preset: str, knobs: Mapping[str, Any] | None
+) -> list[StagePlan]:
+    """Decide every stage before any model loads; refuses what the cache cannot serve."""
+    module = method_module(method)
+    chosen = create_method(method, preset, {**settings.methods.get(method, {}), **(knobs or {})})
+    plain = create_method("sft")
+    plans = []
+    for number, stage in enumerate(parse_stages(stages or module.STAGES), start=1):
+        own = settings.stages.get(stage.name, StageSettings())
+        merged = own.over(settings.train)
+        if not merged.learning_rate:
+            merged = replace(merged, learning_rate=stage.learning_rate)
+        parts = own.parts or stage.parts
+        used = chosen if stage.distils else plain
+        shards = cache.shards(parts)
+        complete = [name for name in cache.fields if _covers(cache, name, shards)]
+        served = serve(used.needs(), complete, method, str(cache.storage))
+        plans.append(StagePlan(number, stage, merged, parts, method if stage.distils else "sft", used, served))
+    return plans
+
+
+def _covers(cache: Cache, field: str, shards: list[int]) -> bool:
+    from teacher_cache.shards.commit import committed_shards
+
+    return set(shards) <= set(committed_shards(cache.storage, f"fields/{field}"))
+
+
+def check_vocabulary(cache: Cache, plans: list[StagePlan], processor: Any) -> None:
+    """Token ids mean the same on both sides only if the tokenizers are one; rows are compared again as they stream."""
+    from teacher_cache.prepare import tokenizer_hash
+
+    ours = {"sha256": tokenizer_hash(processor.tokenizer), "length": len(processor.tokenizer)}
+    for name in {name for plan in plans for name in plan.served.names}:
+        theirs = cache.fields[name]["teacher"]["tokenizer"]
+        if theirs != ours:
+            lines = "; ".join(difference(theirs, ours, "tokenizer"))
+            raise CompatibilityError(f"{cache.storage}: field {name} was made by a teacher with another tokenizer: {lines}")
+
+
+def write_run_card(output: Path, cache: Cache, plans: list[StagePlan]) -> None:
+    """``run.json``: the resolved settings, versions and git commit, beside the results they explain."""
+    import transformers
+
+    output.mkdir(parents=True, exist_ok=True)
+    body = {
+        "cache": str(cache.storage),
+        "plan_hash": cache.plan_hash,
+        "stages": [
+            {
+                "stage": plan.stage.name,
+                "method": plan.method_name,
+                "knobs": asdict(plan.method),  # type: ignore[call-overload]
+                "parts": plan.parts,
+                "fields": dict(plan.served.fields),
+                "settings": asdict(plan.settings),
+            }
+            for plan in plans
+        ],
+        "versions": {"python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__},
+        "git": git_commit(),
+    }
+    (output / "run.json").write_text(json.dumps(body, indent=1) + "\n")
+
+
+def git_commit() -> str | None:
+    """Commit of the program's own checkout, None where it is installed without one."""
+    done = subprocess.run(
+        ["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True, check=False
+    )
+    return done.stdout.strip() or None
+
+
+def run_stage(
+    cache: Cache, plan: StagePlan, model_id: str, output: Path, processes: Processes, on_step: OnStep
+) -> dict[str, Any]:
+    """Train one stage, or find it done. Its folder holds metrics, checkpoints, and the model as a Hugging Face folder."""
+    folder = plan.folder(output)
+    rows = CachedRows(cache, plan.parts, plan.served.names)
+    total, global_batch = budget(plan, sum(rows.counts), processes.world)
+    identity = stage_identity(cache, plan, total, global_batch, model_id)
+    done = folder / "done.json"
+    if done.is_file():
+        finished = json.loads(done.read_text())
+        if finished["identity"] != identity:
+            lines = "; ".join(difference(finished["identity"], identity)).replace("cache ", "there ")
+            raise KdcliError(f"{folder} holds another finished stage: {lines}: choose another --output-dir")
+        return finished["result"]
+    torch.manual_seed(plan.settings.seed)
+    model, processor = load_student(model_id, plan.settings.attn_implementation)
+    trainer, batches_from = make_trainer(cache, plan, rows, model, processor, total, global_batch, processes, folder)
+    trainer.identity = identity
+    trainer.train(batches_from, lambda step, result: on_step(plan.stage.name, step, trainer.total_steps, result))
+    result = {"stage": plan.stage.name, "model": str(folder / "model"), "steps": trainer.total_steps, "samples": total}
+    if processes.is_main:
+        finish(folder, model, processor, {"identity": identity, "result": result})
+    processes.barrier()
+    return result
+
+
+def finish(folder: Path, model: Any, processor: Any, card: dict[str, Any]) -> None:
+    """The model folder, then ``done.json``: a stage is finished when that file is there."""
+    save_student(model, processor, folder / "model")
+    draft = folder / ".done.json"
+    draft.write_text(json.dumps(card, indent=1) + "\n")
+    os.replace(draft, folder / "done.json")
+
+
+def budget(plan: StagePlan, rows: int, world: int) -> tuple[int, int]:
+    """(samples the stage sees, samples of one optimizer step)."""
+    s = plan.settings
+    global_batch = s.per_device_train_batch_size * s.gradient_accumulation_steps * world
+    if rows == 0:
+        raise KdcliError(f"stage {plan.stage.name}: the cache holds no rows of part {', '.join(plan.parts)}")
+    return (s.max_steps * global_batch if s.max_steps else round(s.num_train_epochs * rows)), global_batch
+
+
+def stage_identity(cache: Cache, plan: StagePlan, total: int, global_batch: int, model_id: str) -> dict[str, Any]:
+    """What must be equal for a checkpoint of this stage to be continued."""
+    card = Path(model_id) / "config.json"
+    return {
+        "plan_hash": cache.plan_hash,
+        "fields": {name: cache.fields[name]["sha256"] for name in plan.served.names},
+        "method": plan.method_name,
+        "knobs": asdict(plan.method),  # type: ignore[call-overload]
+        "parts": list(plan.parts),
+        "samples": total,
+        "global_batch": global_batch,
+        "settings": {
+            name: getattr(plan.settings, name)
+            for name in ("learning_rate", "weight_decay", "warmup_ratio", "max_grad_norm", "seed", "bf16", "max_length")
+        },
+        "start": content_hash(card.read_text()) if card.is_file() else model_id,
+    }
+
+
+def make_trainer(
+    cache: Cache,
+    plan: StagePlan,
+    rows: CachedRows,
+    model: Any,
+    processor: Any,
+    total: int,
+    global_batch: int,
+    processes: Processes,
+    folder: Path,
+) -> tuple[Trainer, Callable[[int], Iterator[tuple[int, list[TrainBatch]]]]]:
+    """The trainer of a stage and its stream of batches from any step on."""
+    freeze_except(model, plan.stage.trains)
+    if plan.settings.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    student = RowForward(model.to(processes.device))
+    signals = TeacherSignals.open(cache, plan.served, processes.device)
+    preparer = Preparer(processor, model.config, Limits(plan.settings.max_length))
+    templates = {part: cache.template(part) for part in plan.parts}
+    same_grid = bool(ROW_ALIGNED & plan.served.fields.keys())
+    dataset = TrainDataset(rows, Order(rows.counts, plan.settings.seed), preparer, templates, same_grid)
+    micro = plan.settings.per_device_train_batch_size
+
+    def positions(first: int) -> MicroBatches:
+        return MicroBatches(total, global_batch, micro, processes.rank, processes.world, first)
+
+    def batches_from(first: int) -> Iterator[tuple[int, list[TrainBatch]]]:
+        pad_id = processor.tokenizer.pad_token_id or 0
+        return step_batches(dataset, positions(first), pad_id, plan.settings.dataloader_num_workers)
+
+    trainer = Trainer(student, plan.method, signals.view, plan.settings, processes, folder, positions(0).steps())
+    return trainer, batches_from

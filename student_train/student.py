@@ -1,0 +1,96 @@
+"""The student: load, freeze by stage, forward to the rows that matter."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from student_train.losses.reduce import StudentRows
+from teacher_cache.batch import Batch
+from teacher_cache.errors import CompatibilityError, KdcliError
+
+MODULES = {
+    "projector": ("multi_modal_projector", "connector", "merger"),
+    "language_model": ("language_model", "lm_head"),
+    "vision_tower": ("vision_tower", "visual", "vision_model"),
+}
+"""Module groups by the names that transformers gives them; a parameter belongs to the first group whose name is in its path."""
+
+
+def load_student(model_id: str, attn_implementation: str, trust_remote_code: bool = False) -> tuple[nn.Module, Any]:
+    """(model in float32, processor); KdcliError where the folder or hub id is not to be had."""
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+
+    try:
+        processor = AutoProcessor.from_pretrained(model_id, trust_remote_code=trust_remote_code)
+        model = AutoModelForImageTextToText.from_pretrained(
+            model_id, dtype=torch.float32, attn_implementation=attn_implementation, trust_remote_code=trust_remote_code
+        )
+    except (OSError, ValueError) as error:
+        raise KdcliError(f"student {model_id!r} cannot be loaded ({str(error).splitlines()[0]}): give a model folder or hub id") from None
+    return model, processor
+
+
+def module_group(parameter: str) -> str:
+    """``projector``, ``language_model`` or ``vision_tower`` of a parameter's path."""
+    path = parameter.split(".")
+    # The projector is asked first: in some families it stands inside the vision module.
+    for group, names in MODULES.items():
+        if any(name in path for name in names):
+            return group
+    raise CompatibilityError(f"parameter {parameter} belongs to no known module group ({', '.join(MODULES)})")
+
+
+def freeze_except(model: nn.Module, groups: Sequence[str]) -> list[tuple[str, nn.Parameter]]:
+    """Train the given groups, freeze the rest. Returns the trainable parameters by name."""
+    trainable = []
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(module_group(name) in groups)
+        if parameter.requires_grad:
+            trainable.append((name, parameter))
+    if not trainable:
+        raise CompatibilityError(f"the student has no parameters in {', '.join(groups)}")
+    return trainable
+
+
+class RowForward(nn.Module):
+    """One forward that returns the hidden states of the wanted rows (and so is what DDP wraps).
+
+    The head product is left to the losses, which take it chunk by chunk.
+    """
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model = model
+        self._gram: tuple[int, torch.Tensor] | None = None
+
+    @property
+    def head(self) -> torch.Tensor:
+        return self.model.get_output_embeddings().weight  # type: ignore[operator]
+
+    def forward(self, batch: Batch, kinds: Sequence[str]) -> dict[str, torch.Tensor]:
+        """Post-final-norm hidden states ``[R, D]`` by row kind, in the compute dtype."""
+        states = self.model.model(**batch.inputs, use_cache=False).last_hidden_state.flatten(0, 1)
+        return {kind: states[batch.rows[kind]] for kind in kinds}
+
+    def rows(self, hidden: dict[str, torch.Tensor], batch: Batch) -> StudentRows:
+        return StudentRows(hidden, batch.counts, self.head, batch.labels, self.head_gram)
+
+    def head_gram(self) -> torch.Tensor:
+        """WᵀW float32 ``[D, D]``: with gradient where the head is trained, made once where it is frozen."""
+        head = self.head
+        if head.requires_grad:
+            return head.T @ head
+        if self._gram is None or self._gram[0] != head._version:
+            self._gram = (head._version, head.T @ head)
+        return self._gram[1]
+
+
+def save_student(model: nn.Module, processor: Any, folder: Path) -> None:
+    """A plain Hugging Face folder: safetensors, config, processor, tokenizer and chat template."""
+    model.save_pretrained(folder)  # type: ignore[operator]
+    processor.save_pretrained(folder)

@@ -1,0 +1,210 @@
+"""Trainer.step: student forward, the method's terms, reduce, backward, step. It knows no method by name."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.nn.parallel import DistributedDataParallel
+
+from student_train.checkpoint import checkpoints, load_checkpoint, save_checkpoint
+from student_train.config import TrainSettings
+from student_train.distributed import Processes
+from student_train.losses.reduce import RowTerm, Terms, count_rows, total_loss
+from student_train.methods import Method
+from student_train.stream import TrainBatch
+from student_train.student import RowForward
+from student_train.teacher_view import TeacherView
+
+StepBatches = Callable[[int], Iterator[tuple[int, list[TrainBatch]]]]
+SeeTeacher = Callable[[TrainBatch], TeacherView]
+
+
+@dataclass
+class StepResult:
+    """What one optimizer step did, over all processes: the loss, its terms (unweighted means), and the cost."""
+
+    loss: float
+    terms: dict[str, float]
+    grad_norm: float
+    learning_rate: float
+    tokens: int
+    seconds: float = 0.0
+
+
+@dataclass
+class Trainer:
+    """One stage of one run.
+
+    Args:
+        model: the student, its parameters frozen as the stage says. see_teacher: micro-batch → the teacher's side of it.
+        folder: metrics and checkpoints. identity: what a checkpoint must agree with to be resumed.
+    """
+
+    model: RowForward
+    method: Method
+    see_teacher: SeeTeacher
+    settings: TrainSettings
+    processes: Processes
+    folder: Path
+    total_steps: int
+    identity: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.terms: Terms = self.method.terms()
+        self.kinds = self._kinds()
+        s = self.settings
+        parameters = [p for p in self.model.parameters() if p.requires_grad]
+        self.optimizer = torch.optim.AdamW(
+            parameters, lr=s.learning_rate, betas=(s.adam_beta1, s.adam_beta2), weight_decay=s.weight_decay
+        )
+        self.parameters = parameters
+        self.network: torch.nn.Module = self.model
+        if self.processes.world > 1:
+            self.network = DistributedDataParallel(self.model)
+
+    def _kinds(self) -> list[str]:
+        """Row kinds some term looks at: a plain SFT run never gathers vision rows."""
+        asked = {term.rows if isinstance(term, RowTerm) else "vision" for term in self.terms.values()}
+        return sorted(asked)
+
+    def learning_rate(self, step: int) -> float:
+        """Linear warm-up over ``warmup_ratio`` of the steps, then a cosine to zero."""
+        warmup = math.ceil(self.settings.warmup_ratio * self.total_steps)
+        if step < warmup:
+            return self.settings.learning_rate * (step + 1) / warmup
+        progress = (step - warmup) / max(1, self.total_steps - warmup)
+        return self.settings.learning_rate * 0.5 * (1.0 + math.cos(math.pi * progress))
+
+    def step(self, step: int, batches: list[TrainBatch]) -> StepResult:
+        """One optimizer step over this process's micro-batches. Row means run over all micro-batches of all processes."""
+        started = time.perf_counter()
+        denominators = self._denominators(batches)
+        shares = dict.fromkeys(self.terms, 0.0)
+        loss_sum = 0.0
+        for number, one in enumerate(batches):
+            with self._sync(last=number == len(batches) - 1):
+                batch = one.batch.to(self.processes.device)
+                with self._autocast():
+                    hidden = self.network(batch, self.kinds)
+                loss, values = total_loss(self.terms, self.model.rows(hidden, batch), self.see_teacher(one), denominators)
+                self._backward(loss)
+            loss_sum += float(loss.detach())
+            shares = {name: shares[name] + values[name] for name in shares}
+        grad_norm = float(torch.nn.utils.clip_grad_norm_(self.parameters, self.settings.max_grad_norm))
+        rate = self.learning_rate(step)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        tokens = sum(int(one.batch.inputs["attention_mask"].sum()) for one in batches)
+        loss_all, tokens_all, *shares_all = self.processes.sum([loss_sum, float(tokens), *shares.values()])
+        result = StepResult(loss_all, dict(zip(shares, shares_all)), grad_norm, rate, int(tokens_all))
+        result.seconds = time.perf_counter() - started
+        return result
+
+    def _backward(self, loss: torch.Tensor) -> None:
+        """Gradients of one micro-batch; one without images has none for a projector that is all that trains."""
+        if self.processes.world > 1:
+            # DDP averages over processes, but the denominators are global already; and it wants every parameter in the graph.
+            loss = loss * self.processes.world + 0.0 * sum(p.reshape(-1)[0] for p in self.parameters)
+        if loss.requires_grad:
+            loss.backward()
+
+    def _denominators(self, batches: list[TrainBatch]) -> dict[str, float]:
+        counted = [count_rows(one.batch.counts, self.terms) for one in batches]
+        mine = [sum(one[name] for one in counted) for name in self.terms]
+        return dict(zip(self.terms, self.processes.sum(mine)))
+
+    def _sync(self, last: bool) -> AbstractContextManager[None]:
+        if last or not isinstance(self.network, DistributedDataParallel):
+            return nullcontext()
+        return self.network.no_sync()
+
+    def _autocast(self) -> AbstractContextManager[Any]:
+        if not self.settings.bf16:
+            return nullcontext()
+        return torch.autocast(self.processes.device.type, dtype=torch.bfloat16)
+
+    def train(self, batches_from: StepBatches, on_step: Callable[[int, StepResult], None] = lambda step, result: None) -> None:
+        """Run the stage from its newest checkpoint (or the start) to its end."""
+        first = self.resume()
+        self.model.train()
+        log = MetricsLog(self.folder, first, self.settings, self.processes)
+        try:
+            for step, batches in batches_from(first):
+                if step >= self.total_steps:
+                    break
+                result = self.step(step, batches)
+                if not math.isfinite(result.loss):
+                    raise FloatingPointError(f"loss is {result.loss} at step {step}")
+                log.write(step, result)
+                on_step(step, result)
+                if (step + 1) % self.settings.save_steps == 0 and step + 1 < self.total_steps:
+                    self.save(step + 1)
+        finally:
+            log.close()
+
+    def resume(self) -> int:
+        """Load the newest checkpoint; the first step that is still to do."""
+        found = checkpoints(self.folder / "checkpoints")
+        return load_checkpoint(found[-1], self.model, self.optimizer, self.identity) if found else 0
+
+    def save(self, step: int) -> None:
+        """Write a checkpoint (main process)."""
+        if self.processes.is_main:
+            keep = self.settings.save_total_limit
+            save_checkpoint(self.folder / "checkpoints", step, self.model, self.optimizer, self.identity, keep)
+        self.processes.barrier()
+
+
+class MetricsLog:
+    """``metrics.jsonl`` (one line a logged step) and TensorBoard, from the main process; a resumed run drops the lines it redoes."""
+
+    def __init__(self, folder: Path, first_step: int, settings: TrainSettings, processes: Processes):
+        self.every = settings.logging_steps if processes.is_main else 0
+        self.file, self.board = None, None
+        if not processes.is_main:
+            return
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / "metrics.jsonl"
+        kept = path.read_text().splitlines() if path.is_file() else []
+        lines = [line for line in kept if line.endswith("}") and json.loads(line)["step"] < first_step]
+        path.write_text("".join(f"{line}\n" for line in lines))
+        self.file = path.open("a")
+        if settings.report_to == "tensorboard":
+            from torch.utils.tensorboard import SummaryWriter
+
+            self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=first_step)
+
+    def write(self, step: int, result: StepResult) -> None:
+        if not self.file or step % self.every:
+            return
+        body = {
+            "step": step,
+            "loss": result.loss,
+            **{f"loss/{name}": value for name, value in result.terms.items()},
+            "grad_norm": result.grad_norm,
+            "learning_rate": result.learning_rate,
+            "tokens": result.tokens,
+            "seconds": round(result.seconds, 4),
+        }
+        self.file.write(json.dumps(body) + "\n")
+        self.file.flush()
+        if self.board:
+            for name, value in body.items():
+                if name != "step":
+                    self.board.add_scalar(f"train/{name}", value, step)
+
+    def close(self) -> None:
+        if self.file:
+            self.file.close()
+        if self.board:
+            self.board.close()

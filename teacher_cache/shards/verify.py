@@ -1,0 +1,95 @@
+"""Every checksum of a cache, and what lies around without belonging to it."""
+
+from __future__ import annotations
+
+import hashlib
+import tarfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from teacher_cache.errors import CacheError
+from teacher_cache.plan import Plan, read_plan
+from teacher_cache.shards.commit import Commit, committed_shards, read_commit
+from teacher_cache.shards.index import Entry, parse_index
+from teacher_cache.shards.storage import Storage
+
+BLOCK = 8 << 20
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What is wrong and where; ``shard`` is None for files that belong to none."""
+
+    column: str
+    shard: int | None
+    what: str
+
+    def __str__(self) -> str:
+        where = f"{self.column} shard {self.shard:06d}" if self.shard is not None else self.column
+        return f"{where}: {self.what}"
+
+
+def verify(storage: Storage, columns: dict[str, str], advance: Callable[[int], None] = lambda shards: None) -> list[Problem]:
+    """Read everything once and compare with what commits promise.
+
+    Args:
+        columns: column → hash that its commits must be bound to ("" for samples).
+    """
+    plan = read_plan(storage)
+    problems = []
+    for column, column_hash in columns.items():
+        for shard in committed_shards(storage, column):
+            problems += [Problem(column, shard, what) for what in shard_problems(storage, plan, column, column_hash, shard)]
+            advance(1)
+    return problems
+
+
+def shard_problems(storage: Storage, plan: Plan, column: str, column_hash: str, shard: int) -> Iterator[str]:
+    """What is wrong with one committed shard, in words."""
+    try:
+        commit = read_commit(storage, column, shard)
+        if commit.plan_hash != plan.plan_hash or commit.column_hash != column_hash:
+            yield "its commit belongs to another plan or field setting"
+        if shard >= len(plan.slices) or commit.rows != plan.slices[shard].rows:
+            yield f"its commit counts {commit.rows} rows, the plan does not"
+        index = storage.read(f"{column}/index/{commit.index}")
+        if hashlib.sha256(index).hexdigest() != commit.index_sha256:
+            yield f"index/{commit.index} does not have its checksum"
+            return
+        yield from _tar_problems(storage, column, commit, parse_index(index, commit.index))
+    except FileNotFoundError as error:
+        yield f"a file is missing ({error.filename or error})"
+    except CacheError as error:
+        yield str(error)
+
+
+def _tar_problems(storage: Storage, column: str, commit: Commit, entries: list[Entry]) -> Iterator[str]:
+    digest, size = hashlib.sha256(), 0
+    with storage.open(f"{column}/data/{commit.tar}") as tar:
+        while block := tar.read(BLOCK):
+            digest.update(block)
+            size += len(block)
+    if size != commit.tar_bytes:
+        yield f"data/{commit.tar} has {size} bytes, not {commit.tar_bytes}"
+        return
+    if digest.hexdigest() != commit.tar_sha256:
+        yield f"data/{commit.tar} does not have its checksum"
+        return
+    promised = [(f"{entry.key}.{member.ext}", member.offset, member.size) for entry in entries for member in entry.members]
+    with storage.open(f"{column}/data/{commit.tar}") as opened, tarfile.open(fileobj=opened, mode="r:") as tar_file:
+        found = [(info.name, info.offset_data, info.size) for info in tar_file]
+    if found != promised:
+        yield f"data/{commit.tar} does not hold the members that its index lists"
+
+
+def orphans(storage: Storage, columns: dict[str, str]) -> list[str]:
+    """Files that no commit names: left by killed or second writers, safe to remove while nothing writes."""
+    found = [f".staging/{name}" for name in storage.names(".staging")]
+    for column in columns:
+        named: set[str] = set()
+        for shard in committed_shards(storage, column):
+            commit = read_commit(storage, column, shard)
+            named |= {commit.tar, commit.index}
+        for folder in ("data", "index"):
+            found += [f"{column}/{folder}/{name}" for name in storage.names(f"{column}/{folder}") if name not in named]
+    return found
