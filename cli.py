@@ -37,12 +37,16 @@ def load(config: str | None) -> Any:
     return load_settings(Path(config) if config else None)
 
 
-config_option = click.option("--config", type=click.Path(dir_okay=False), help="Settings file; default: ./kd.toml where it exists.")
+config_option = click.option(
+    "--config", type=click.Path(dir_okay=False), help="Settings file; default: ./kd.toml where it exists."
+)
 json_option = click.option("--json", "as_json", is_flag=True, help="Print the result as one JSON object.")
 device_option = click.option("--device", default=None, help="cpu, cuda, cuda:1; default: the GPU where there is one.")
 data_options = [
     click.option("--data", multiple=True, help="Mixture part: file, glob or brace URL. Repeat for more parts."),
-    click.option("--part", multiple=True, help="Name of each --data part, in order (default: the stem of its file name)."),
+    click.option(
+        "--part", multiple=True, help="Name of each --data part, in order (default: the stem of its file name)."
+    ),
     click.option("--image-root", multiple=True, help="Folder of relative image paths, once for all or once a --data."),
     click.option("--template", multiple=True, help="chat or plain, once for all or once a --data (default chat)."),
     click.option("--limit", multiple=True, type=int, help="Use only the first N rows, once for all or once a --data."),
@@ -66,7 +70,9 @@ def data_specs(data: tuple[str, ...], **each: tuple[Any, ...]) -> tuple[Any, ...
         values: dict[str, Any] = {"part": Path(path).stem.split("*")[0].strip("-_.") or "sft", "path": path}
         for name, given in each.items():
             if given and len(given) not in (1, len(data)):
-                raise KdcliError(f"--{name.replace('_', '-')} was given {len(given)} times for {len(data)} --data: once, or once each")
+                raise KdcliError(
+                    f"--{name.replace('_', '-')} was given {len(given)} times for {len(data)} --data: once, or once each"
+                )
             if given:
                 values[name] = given[i if len(given) > 1 else 0]
         specs.append(build(DataSpec, values, f"--data {path}"))
@@ -106,7 +112,9 @@ def init() -> None:
     from pipelines.settings import write_template
 
     target = write_template(Path("."))
-    click.echo(f"wrote {target}: edit teacher, student and data, then run `kdcli doctor` and `kdcli cache-teacher --shards 512`")
+    click.echo(
+        f"wrote {target}: edit teacher, student and data, then run `kdcli doctor` and `kdcli cache-teacher --shards 512`"
+    )
 
 
 @main.command()
@@ -121,7 +129,9 @@ def doctor(paths: tuple[str, ...], data: tuple[str, ...], config: str | None, as
 
     specs = data_specs(paths + data, **each) or load(config).data
     if not specs:
-        raise KdcliError("no data: name files (`kdcli doctor rows.json --image-root images`), or run `kdcli init` for a kd.toml")
+        raise KdcliError(
+            "no data: name files (`kdcli doctor rows.json --image-root images`), or run `kdcli init` for a kd.toml"
+        )
     report = examine(list(specs))
     if as_json:
         click.echo(json.dumps(report.to_json(), ensure_ascii=False))
@@ -202,7 +212,9 @@ def cache_teacher(
         from pipelines.tables import cache_table
 
         click.echo(cache_table(summary["columns"], summary["rows"]))
-        click.echo(f"{summary['rows']} rows in {summary['shards']} shards at {target}; plan {summary['plan_hash'][:12]}")
+        click.echo(
+            f"{summary['rows']} rows in {summary['shards']} shards at {target}; plan {summary['plan_hash'][:12]}"
+        )
 
 
 def split(text: str | None) -> tuple[str, ...] | None:

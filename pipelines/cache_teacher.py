@@ -56,7 +56,9 @@ def capture(request: CaptureRequest, progress: Callable[[str, int, int], None] =
     fields = {n: create_field(n, request.field_params.get(n)) for n in request.settings.fields}
     unknown = set(request.field_params) - set(fields)
     if unknown:
-        raise KdcliError(f"parameters for {', '.join(sorted(unknown))}, but these fields are not captured: add them to --fields")
+        raise KdcliError(
+            f"parameters for {', '.join(sorted(unknown))}, but these fields are not captured: add them to --fields"
+        )
     preparer = make_preparer(request, processor, config)
     plan = plan_for(request, storage, preparer, config)
     write_plan(storage, plan)
@@ -85,7 +87,12 @@ def plan_for(request: CaptureRequest, storage: Storage, preparer: Preparer, conf
 
 
 def describe(
-    request: CaptureRequest, storage: Storage, plan: Plan, fields: Mapping[str, Field], fingerprint: dict[str, Any], processor: Any
+    request: CaptureRequest,
+    storage: Storage,
+    plan: Plan,
+    fields: Mapping[str, Field],
+    fingerprint: dict[str, Any],
+    processor: Any,
 ) -> CaptureJob:
     """Write ``field.json`` of every field and the ``teacher/`` folder, or check that those there are the same."""
     folder = f"teacher/{content_hash(fingerprint)[:12]}"
@@ -213,4 +220,9 @@ def summarise(storage: Storage) -> dict[str, Any]:
             "bytes": sum(one.tar_bytes for one in commits),
             "counts": dict(sum((Counter(one.counts) for one in commits), Counter())),
         }
-    return {"plan_hash": plan.plan_hash, "shards": len(plan.slices), "rows": sum(s.rows for s in plan.slices), "columns": columns}
+    return {
+        "plan_hash": plan.plan_hash,
+        "shards": len(plan.slices),
+        "rows": sum(s.rows for s in plan.slices),
+        "columns": columns,
+    }

@@ -101,7 +101,9 @@ def score(answers: Sequence[Answer]) -> dict[str, Any]:
     by_family: dict[str, list[bool]] = defaultdict(list)
     for one in answers:
         by_family[one.family].append(one.correct)
-    families = {name: {"n": len(hits), "exact_match": sum(hits) / len(hits)} for name, hits in sorted(by_family.items())}
+    families = {
+        name: {"n": len(hits), "exact_match": sum(hits) / len(hits)} for name, hits in sorted(by_family.items())
+    }
     means = [one["exact_match"] for one in families.values()]
     return {
         "n": len(answers),
@@ -111,7 +113,9 @@ def score(answers: Sequence[Answer]) -> dict[str, Any]:
     }
 
 
-def evaluate_folder(model_id: str, spec: DataSpec, batch_size: int = 32, device: str | None = None, **kwargs: Any) -> dict[str, Any]:
+def evaluate_folder(
+    model_id: str, spec: DataSpec, batch_size: int = 32, device: str | None = None, **kwargs: Any
+) -> dict[str, Any]:
     """``evaluate`` on a model folder."""
     from student_train.student import load_student
 

@@ -58,7 +58,11 @@ def tokenizer_of(cache: Cache) -> Any:
 
 def inspect(cache: Cache, number: int = 0, key: str | None = None) -> Decoded:
     """The ``number``-th sample of the cache, or the one with that key, as words."""
-    done = [name for name in cache.fields if len(committed_shards(cache.storage, f"fields/{name}")) == len(cache.plan.slices)]
+    done = [
+        name
+        for name in cache.fields
+        if len(committed_shards(cache.storage, f"fields/{name}")) == len(cache.plan.slices)
+    ]
     rows = CachedRows(cache, cache.parts(), done)
     position, row = find_key(cache, rows, key) if key else find_number(rows, number)
     found = rows.read(position, row)
@@ -142,7 +146,9 @@ def check(cache: Cache) -> list[Problem]:
     for column in columns:
         missing = sorted(set(range(len(cache.plan.slices))) - set(committed_shards(cache.storage, column)))
         if missing and column == "samples":
-            problems += [Problem(column, shard, "not captured yet: run `kdcli cache-teacher` again") for shard in missing]
+            problems += [
+                Problem(column, shard, "not captured yet: run `kdcli cache-teacher` again") for shard in missing
+            ]
     for name in cache.fields:
         if any(want.startswith("hidden") for want in cache.open_field(name).wants):
             try:

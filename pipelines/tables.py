@@ -93,5 +93,7 @@ def method_table() -> str:
     for name, module in method_modules().items():
         needs = sorted(create_method(name).needs())
         served = [" or ".join(field for field, _ in SERVED_BY[need]) for need in needs]
-        body.append([name, ", ".join(needs) or "none", "; ".join(served) or "samples alone", module.STAGES, module.PAPER])
+        body.append(
+            [name, ", ".join(needs) or "none", "; ".join(served) or "samples alone", module.STAGES, module.PAPER]
+        )
     return table(["method", "needs", "served by", "stages", "paper"], body)

@@ -124,7 +124,9 @@ def check_vocabulary(cache: Cache, plans: list[StagePlan], processor: Any) -> No
         theirs = cache.fields[name]["teacher"]["tokenizer"]
         if theirs != ours:
             lines = "; ".join(difference(theirs, ours, "tokenizer"))
-            raise CompatibilityError(f"{cache.storage}: field {name} was made by a teacher with another tokenizer: {lines}")
+            raise CompatibilityError(
+                f"{cache.storage}: field {name} was made by a teacher with another tokenizer: {lines}"
+            )
 
 
 def write_run_card(output: Path, cache: Cache, plans: list[StagePlan]) -> None:
@@ -146,7 +148,11 @@ def write_run_card(output: Path, cache: Cache, plans: list[StagePlan]) -> None:
             }
             for plan in plans
         ],
-        "versions": {"python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__},
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+        },
         "git": git_commit(),
     }
     (output / "run.json").write_text(json.dumps(body, indent=1) + "\n")

@@ -130,11 +130,15 @@ class CachedRows:
         shard = self.shards[position]
         rows = self._join(shard)
         if len(rows) != self.counts[position]:
-            raise CacheError(f"{self._place}: shard {shard:06d}: columns disagree on their rows; run `kdcli cache verify`")
+            raise CacheError(
+                f"{self._place}: shard {shard:06d}: columns disagree on their rows; run `kdcli cache verify`"
+            )
         places = dict(zip(self._columns, rows[row]))
         samples = self._columns["samples"]
         key = samples.entries(shard)[places["samples"]].key
-        sample, text, layout = decode_sample(samples.read(shard, places["samples"]), f"{self._place} shard {shard:06d} {key}")
+        sample, text, layout = decode_sample(
+            samples.read(shard, places["samples"]), f"{self._place} shard {shard:06d} {key}"
+        )
         decoded = {}
         for name, field in self._fields.items():
             data = self._columns[name].read(shard, places[name])[container.EXTENSION]

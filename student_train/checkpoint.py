@@ -14,7 +14,9 @@ from torch import nn
 from teacher_cache.errors import KdcliError
 
 
-def save_checkpoint(folder: Path, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, identity: dict[str, Any], keep: int) -> None:
+def save_checkpoint(
+    folder: Path, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, identity: dict[str, Any], keep: int
+) -> None:
     """Trainable weights, optimizer state and step under ``folder/step-N``; older ones beyond ``keep`` are removed."""
     folder.mkdir(parents=True, exist_ok=True)
     draft, target = folder / f".draft-{step:07d}", folder / f"step-{step:07d}"

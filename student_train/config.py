@@ -45,7 +45,13 @@ class TrainSettings:
     attn_implementation: str = "sdpa"
 
     def __post_init__(self) -> None:
-        positive = ("per_device_train_batch_size", "gradient_accumulation_steps", "logging_steps", "save_steps", "max_length")
+        positive = (
+            "per_device_train_batch_size",
+            "gradient_accumulation_steps",
+            "logging_steps",
+            "save_steps",
+            "max_length",
+        )
         for name in positive:
             if getattr(self, name) < 1:
                 raise KdcliError(f"{name} must be at least 1, got {getattr(self, name)}")

@@ -34,5 +34,7 @@ def parse_stages(text: str) -> list[Stage]:
     names = [name.strip().upper() for name in text.replace("-", ",").split(",") if name.strip()]
     unknown = [name for name in names if name not in STAGES]
     if unknown or not names:
-        raise KdcliError(f"unknown stage {', '.join(unknown) or '(none)'}: choose from {', '.join(STAGES)}, e.g. --stages DPT,SFT,DFT")
+        raise KdcliError(
+            f"unknown stage {', '.join(unknown) or '(none)'}: choose from {', '.join(STAGES)}, e.g. --stages DPT,SFT,DFT"
+        )
     return [STAGES[name] for name in names]

@@ -50,7 +50,9 @@ class Order:
     def _make_block(self, epoch: int, block: int) -> np.ndarray:
         """``[rows of the block, 2]``: (shard index, row), shuffled."""
         members = self._epoch(epoch)[0][block * BLOCK_SHARDS : (block + 1) * BLOCK_SHARDS]
-        pairs = np.concatenate([np.stack([np.full(self.counts[s], s), np.arange(self.counts[s])], axis=1) for s in members])
+        pairs = np.concatenate(
+            [np.stack([np.full(self.counts[s], s), np.arange(self.counts[s])], axis=1) for s in members]
+        )
         return pairs[np.random.default_rng([self.seed, epoch, 1, block]).permutation(len(pairs))]
 
     def at(self, position: int) -> tuple[int, int]:

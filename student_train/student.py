@@ -31,7 +31,9 @@ def load_student(model_id: str, attn_implementation: str, trust_remote_code: boo
             model_id, dtype=torch.float32, attn_implementation=attn_implementation, trust_remote_code=trust_remote_code
         )
     except (OSError, ValueError) as error:
-        raise KdcliError(f"student {model_id!r} cannot be loaded ({str(error).splitlines()[0]}): give a model folder or hub id") from None
+        raise KdcliError(
+            f"student {model_id!r} cannot be loaded ({str(error).splitlines()[0]}): give a model folder or hub id"
+        ) from None
     return model, processor
 
 
@@ -63,6 +65,8 @@ class RowForward(nn.Module):
     The head product is left to the losses, which take it chunk by chunk.
     """
 
+    model: Any  # a transformers model, whose methods no type checker follows
+
     def __init__(self, model: nn.Module):
         super().__init__()
         self.model = model
@@ -70,7 +74,7 @@ class RowForward(nn.Module):
 
     @property
     def head(self) -> torch.Tensor:
-        return self.model.get_output_embeddings().weight  # type: ignore[operator]
+        return self.model.get_output_embeddings().weight
 
     def forward(self, batch: Batch, kinds: Sequence[str]) -> dict[str, torch.Tensor]:
         """Post-final-norm hidden states ``[R, D]`` by row kind, in the compute dtype."""

@@ -18,8 +18,14 @@ from teacher_cache.records import TopK
 from teacher_cache.teachers.head import head_logits
 
 SERVED_BY: dict[str, tuple[tuple[str, str], ...]] = {
-    "response_logits": (("response_hidden", ""), ("response_topk", "top-k with an exact tail bucket: a lower bound of the KL")),
-    "vision_logits": (("vision_hidden", ""), ("vision_topk", "top-k with an exact tail bucket: a lower bound of the KL")),
+    "response_logits": (
+        ("response_hidden", ""),
+        ("response_topk", "top-k with an exact tail bucket: a lower bound of the KL"),
+    ),
+    "vision_logits": (
+        ("vision_hidden", ""),
+        ("vision_topk", "top-k with an exact tail bucket: a lower bound of the KL"),
+    ),
     "vision_relation": (("relation", ""), ("vision_hidden", "")),
 }
 """Need → fields that serve it alone, best first, with what is lost."""
@@ -39,7 +45,9 @@ class Served:
 
 def serve(needs: Iterable[str], available: Iterable[str], method: str, cache: str) -> Served:
     """Match needs with fields; CompatibilityError naming what is missing and the command that adds it."""
-    have, fields, notes = set(available), {}, []
+    have = set(available)
+    fields: dict[str, str] = {}
+    notes: list[str] = []
     for need in sorted(needs):
         choices = SERVED_BY[need]
         # A relation from the hidden states that are read anyway costs no further bytes.
@@ -130,7 +138,9 @@ class TeacherSignals:
     def open(cls, cache: Cache, served: Served, device: torch.device) -> TeacherSignals:
         hidden = [name for name in served.names if name.endswith("_hidden")]
         head = cache.teacher_head(hidden[0]) if hidden else None
-        widths = {min(t["head_width"], t["tokenizer"]["length"]) for n in served.names for t in [cache.fields[n]["teacher"]]}
+        widths = {
+            min(t["head_width"], t["tokenizer"]["length"]) for n in served.names for t in [cache.fields[n]["teacher"]]
+        }
         return cls(served, head, min(widths, default=0), device)
 
     def view(self, batch: TrainBatch) -> TeacherView:

@@ -94,7 +94,9 @@ class Trainer:
                 batch = one.batch.to(self.processes.device)
                 with self._autocast():
                     hidden = self.network(batch, self.kinds)
-                loss, values = total_loss(self.terms, self.model.rows(hidden, batch), self.see_teacher(one), denominators)
+                loss, values = total_loss(
+                    self.terms, self.model.rows(hidden, batch), self.see_teacher(one), denominators
+                )
                 self._backward(loss)
             loss_sum += float(loss.detach())
             shares = {name: shares[name] + values[name] for name in shares}
@@ -133,7 +135,9 @@ class Trainer:
             return nullcontext()
         return torch.autocast(self.processes.device.type, dtype=torch.bfloat16)
 
-    def train(self, batches_from: StepBatches, on_step: Callable[[int, StepResult], None] = lambda step, result: None) -> None:
+    def train(
+        self, batches_from: StepBatches, on_step: Callable[[int, StepResult], None] = lambda step, result: None
+    ) -> None:
         """Run the stage from its newest checkpoint (or the start) to its end."""
         first = self.resume()
         self.model.train()

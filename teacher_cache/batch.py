@@ -33,7 +33,9 @@ class Batch:
         def move(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
             return {name: tensor.to(device, non_blocking=True) for name, tensor in tensors.items()}
 
-        return Batch(self.keys, move(self.inputs), move(self.rows), self.counts, self.labels.to(device, non_blocking=True))
+        return Batch(
+            self.keys, move(self.inputs), move(self.rows), self.counts, self.labels.to(device, non_blocking=True)
+        )
 
 
 def collate(prepared: Sequence[Prepared], pad_id: int) -> Batch:

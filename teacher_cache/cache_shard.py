@@ -144,7 +144,9 @@ def write_fields(
                 payload = container.pack(one.encode(prepared, outputs[i]))
                 writer.add(prepared, {container.EXTENSION: payload})
             else:
-                writer.skip(skip_record(sample, SkipRow("nonfinite_teacher", "NaN or infinity in the teacher's output")))
+                writer.skip(
+                    skip_record(sample, SkipRow("nonfinite_teacher", "NaN or infinity in the teacher's output"))
+                )
 
 
 def skip_record(sample: Sample, skip: SkipRow) -> SkipRecord:

@@ -107,7 +107,9 @@ def _without_places(fingerprint: Mapping[str, Any]) -> dict[str, Any]:
     return {**fingerprint, "files": files}
 
 
-def make_plan(specs: Sequence[DataSpec], shards: int, preparation: Mapping[str, Any], seed: int, image_tokens: int) -> Plan:
+def make_plan(
+    specs: Sequence[DataSpec], shards: int, preparation: Mapping[str, Any], seed: int, image_tokens: int
+) -> Plan:
     """Scan the mixtures and cut them into ``shards`` slices.
 
     Args:
@@ -117,21 +119,29 @@ def make_plan(specs: Sequence[DataSpec], shards: int, preparation: Mapping[str, 
         raise KdcliError(f"--shards must be at least 1, got {shards}")
     names = [spec.part for spec in specs]
     if len(set(names)) != len(names):
-        raise KdcliError(f"mixture parts must have different names, got {', '.join(names)}: use --part or `part = …` in kd.toml")
+        raise KdcliError(
+            f"mixture parts must have different names, got {', '.join(names)}: use --part or `part = …` in kd.toml"
+        )
     scanned = [_scan(spec, shards) for spec in specs]
     total = sum(part.rows for part, _ in scanned)
     if total == 0:
         raise KdcliError(f"the mixture holds no rows: {', '.join(spec.path for spec in specs)}")
     if shards > total:
-        raise KdcliError(f"--shards {shards} is more than the {total} rows of the mixture: use at most --shards {total}")
+        raise KdcliError(
+            f"--shards {shards} is more than the {total} rows of the mixture: use at most --shards {total}"
+        )
     filled = [(part, groups) for part, groups in scanned if part.rows]
     if shards < len(filled):
-        raise KdcliError(f"--shards {shards}: a shard never straddles parts, so {len(filled)} parts need at least that many shards")
+        raise KdcliError(
+            f"--shards {shards}: a shard never straddles parts, so {len(filled)} parts need at least that many shards"
+        )
 
     def cost(group: RowGroup) -> int:
         return group.characters // CHARACTERS_PER_TOKEN + group.images * image_tokens + group.rows
 
-    counts = _shards_per_part([sum(map(cost, groups)) for _, groups in filled], [part.rows for part, _ in filled], shards)
+    counts = _shards_per_part(
+        [sum(map(cost, groups)) for _, groups in filled], [part.rows for part, _ in filled], shards
+    )
     slices: list[Slice] = []
     for (part, groups), count in zip(filled, counts):
         groups = list(groups)
@@ -202,7 +212,9 @@ def read_plan(storage: Storage) -> Plan:
     try:
         return parse_plan(storage.read("manifest.json"), f"{storage}/manifest.json")
     except (FileNotFoundError, NotADirectoryError):
-        raise CacheError(f"{storage}: no cache here (no manifest.json): check the path, or run `kdcli cache-teacher`") from None
+        raise CacheError(
+            f"{storage}: no cache here (no manifest.json): check the path, or run `kdcli cache-teacher`"
+        ) from None
 
 
 def difference(there: Any, here: Any, name: str = "", most: int = 8) -> list[str]:

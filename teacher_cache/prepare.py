@@ -52,14 +52,16 @@ class Preparer:
         processor: the model's ``AutoProcessor``. config: its configuration (image token id, patch size).
     """
 
-    def __init__(self, processor: Any, config: Any, limits: Limits = Limits()):  # noqa: B008 (frozen)
+    def __init__(self, processor: Any, config: Any, limits: Limits = Limits()):
         self.processor, self.config, self.limits = processor, config, limits
         self.tokenizer = processor.tokenizer
         self.image_token_id = int(config.image_token_id)
         special = {t for t in self.tokenizer.all_special_tokens if t != PLACEHOLDER}
         self._special = re.compile("|".join(map(re.escape, sorted(special)))) if special else None
         if self.tokenizer.convert_ids_to_tokens(self.image_token_id) is None:
-            raise CompatibilityError(f"image token id {self.image_token_id} is not in the tokenizer: not this model's processor")
+            raise CompatibilityError(
+                f"image token id {self.image_token_id} is not in the tokenizer: not this model's processor"
+            )
 
     def fingerprint(self) -> dict[str, Any]:
         """What decides how rows become tokens and pixels, JSON-able."""
@@ -86,7 +88,9 @@ class Preparer:
         input_ids = inputs.pop("input_ids")[0].to(torch.int64)
         is_vision = input_ids == self.image_token_id
         if not torch.equal(input_ids[~is_vision].to(torch.uint32), text.ids):
-            raise CompatibilityError(f"{sample.place}: the processor's expansion changes text tokens; this family is not supported")
+            raise CompatibilityError(
+                f"{sample.place}: the processor's expansion changes text tokens; this family is not supported"
+            )
         if len(input_ids) > self.limits.max_length:
             return self._shorten(sample, template, images, key, len(input_ids))
         text_positions = torch.nonzero(~is_vision).flatten()
@@ -146,7 +150,9 @@ class Preparer:
             return ()
         layout = image_layout(self.config, self.processor, [image.size for image in images], inputs, tokens)
         if sum(one.tokens() for one in layout) != tokens:
-            raise CompatibilityError(f"{place}: the vision layout does not account for the {tokens} vision tokens of the row")
+            raise CompatibilityError(
+                f"{place}: the vision layout does not account for the {tokens} vision tokens of the row"
+            )
         return layout
 
     def _shorten(self, sample: Sample, template: str, images: list[Any], key: str, length: int) -> Prepared:
@@ -184,7 +190,7 @@ def render(owner: Any, tokenizer: Any, turns: Sequence[Turn], template: str) -> 
     if template != "chat":
         raise KdcliError(f"unknown template {template!r}: the templates are {', '.join(TEMPLATES)}")
     if not owner.chat_template:
-        raise CompatibilityError("the model has no chat template: use template = \"plain\" or a model that has one")
+        raise CompatibilityError('the model has no chat template: use template = "plain" or a model that has one')
     messages = [{"role": turn.role, "content": content(turn.text)} for turn in turns]
 
     def prefix(count: int, prompt: bool = False) -> str:
@@ -194,13 +200,17 @@ def render(owner: Any, tokenizer: Any, turns: Sequence[Turn], template: str) -> 
     text, spans, answers = ends[-1], [], []
     for i, turn in enumerate(turns):
         if not text.startswith(ends[i]):
-            raise CompatibilityError("the chat template rewrites earlier turns (its prefixes differ): labels cannot be placed")
+            raise CompatibilityError(
+                "the chat template rewrites earlier turns (its prefixes differ): labels cannot be placed"
+            )
         start = len(ends[i - 1]) if i else 0
         spans.append((start, len(ends[i])))
         if turn.role == "assistant":
             prompt = prefix(i, prompt=True)
             if not ends[i].startswith(prompt):
-                raise CompatibilityError("the chat template's generation prompt is no prefix of its answers: labels cannot be placed")
+                raise CompatibilityError(
+                    "the chat template's generation prompt is no prefix of its answers: labels cannot be placed"
+                )
             answers.append((len(prompt), len(ends[i].rstrip())))
     return Rendered(text, spans, answers)
 

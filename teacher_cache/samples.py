@@ -52,12 +52,8 @@ def decode_sample(members: dict[str, bytes], place: str) -> tuple[Sample, TextTo
         pictures = {int(ext.split(".")[0]): data for ext, data in members.items() if ext[0].isdigit()}
         images = tuple(Image(name, pictures[number]) for number, name in enumerate(body["images"]))
         turns = tuple(Turn(role, text) for role, text in body["turns"])
-        sample = Sample(
-            body["part"], body["ordinal"], body["source_id"], body["place"], turns, images, body["extra"]
-        )
-        text = TextTokens(
-            stored["ids"], stored["role"], stored["turn"], stored["response"], tuple(body["image_at"])
-        )
+        sample = Sample(body["part"], body["ordinal"], body["source_id"], body["place"], turns, images, body["extra"])
+        text = TextTokens(stored["ids"], stored["role"], stored["turn"], stored["response"], tuple(body["image_at"]))
         layout = tuple(_layout(one) for one in body["layout"])
     except (KeyError, ValueError, TypeError, RecursionError) as error:
         raise CacheError(f"{place}: not a sample record ({type(error).__name__}: {error})") from None

@@ -36,7 +36,9 @@ def run(make_task: Callable[[int], Callable[[int], Any]], shards: Sequence[int],
     numbers = context.Queue()
     for number in range(workers):
         numbers.put(number)
-    with ProcessPoolExecutor(workers, mp_context=context, initializer=_start, initargs=(make_task, numbers, workers)) as pool:
+    with ProcessPoolExecutor(
+        workers, mp_context=context, initializer=_start, initargs=(make_task, numbers, workers)
+    ) as pool:
         pending = [pool.submit(_run, shard) for shard in shards]
         try:
             for done in as_completed(pending):

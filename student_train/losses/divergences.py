@@ -30,7 +30,9 @@ def forward_kl(teacher: Distribution, student_logits: torch.Tensor, temperature:
     raise TypeError(f"no forward KL from {type(teacher).__name__}")
 
 
-def forward_kl_dense(teacher_logits: torch.Tensor, student_logits: torch.Tensor, temperature: float = 1.0) -> torch.Tensor:
+def forward_kl_dense(
+    teacher_logits: torch.Tensor, student_logits: torch.Tensor, temperature: float = 1.0
+) -> torch.Tensor:
     """KL(softmax(z_t/T) ‖ softmax(z_s/T)) of logits ``[R, V_t]`` and ``[R, V_s ≥ V_t]``."""
     shared = student_logits[:, : teacher_logits.shape[1]].to(torch.float32)
     return _ForwardKL.apply(teacher_logits.to(torch.float32) / temperature, shared / temperature)

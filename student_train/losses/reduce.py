@@ -116,11 +116,15 @@ def total_loss(
 
 
 def _row_terms(
-    terms: Mapping[str, RowTerm], kind: str, student: StudentRows, teacher: TeacherView, denominators: Mapping[str, float]
+    terms: Mapping[str, RowTerm],
+    kind: str,
+    student: StudentRows,
+    teacher: TeacherView,
+    denominators: Mapping[str, float],
 ) -> tuple[torch.Tensor, dict[str, float]]:
     masks = {name: _keep(student.counts[kind], term.skip_first, student.head.device) for name, term in terms.items()}
     distribution = teacher.distributions.get(kind)
-    sums = dict.fromkeys(terms, 0.0)
+    sums = {name: torch.zeros((), device=student.head.device) for name in terms}
 
     def chunk_loss(logits: torch.Tensor, rows: slice) -> torch.Tensor:
         chunk = Rows(
@@ -131,7 +135,8 @@ def _row_terms(
         total = logits.new_zeros((), dtype=torch.float32)
         for name, term in terms.items():
             values = term.loss(chunk)
-            kept = values if masks[name] is None else torch.where(masks[name][rows], values, 0.0)
+            mask = masks[name]
+            kept = values if mask is None else torch.where(mask[rows], values, 0.0)
             scaled = kept.sum() / max(denominators[name], 1.0)
             sums[name] = sums[name] + scaled.detach()
             total = total + term.weight * scaled
@@ -196,7 +201,9 @@ def _accumulate(grad_head: torch.Tensor, grad_logits: torch.Tensor, states: torc
 def _sample_term(term: SampleTerm, student: StudentRows, teacher: TeacherView) -> torch.Tensor | None:
     """Sum over the samples that have vision rows; None where there are none."""
     assert teacher.relations is not None, "the method did not declare vision_relation"
-    samples = [rows for rows in student.hidden["vision"].split(list(student.counts["vision"])) if len(rows) > term.skip_first]
+    samples = [
+        rows for rows in student.hidden["vision"].split(list(student.counts["vision"])) if len(rows) > term.skip_first
+    ]
     if not samples:
         return None
     gram = student.head_gram()

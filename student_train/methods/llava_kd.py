@@ -46,7 +46,7 @@ class LlavaKD:
         def kl(rows):
             return forward_kl(rows.need_teacher(), rows.logits, self.temperature)
 
-        every = {
+        every: dict[str, RowTerm | SampleTerm] = {
             "reg": RowTerm(1.0, "response", lambda rows: cross_entropy(rows.logits, rows.need_labels())),
             "res": RowTerm(self.alpha, "response", kl, sum_rows=self.reduction == "sum"),
             "vis": RowTerm(self.beta, "vision", kl, self.drop_vision_rows, self.reduction == "sum"),

@@ -66,5 +66,7 @@ def open_field(name: str, description: Mapping[str, Any]) -> Field:
     """The field as a cache's ``field.json`` describes it; refuses an unknown version by name."""
     field = create_field(name, description["params"])
     if field.version != description["version"]:
-        raise CacheError(f"field {name} version {description['version']} is not readable: this kdcli reads {field.version}")
+        raise CacheError(
+            f"field {name} version {description['version']} is not readable: this kdcli reads {field.version}"
+        )
     return field

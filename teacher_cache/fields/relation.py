@@ -30,7 +30,10 @@ class RelationField:
         rows = gram.shape[0]
         scale = gram.abs().amax().clamp_min(1e-30) if rows else gram.new_ones(())
         upper = torch.triu_indices(rows, rows)
-        return {"upper": (gram / scale)[upper[0], upper[1]].to(torch.float16), "scale": scale.reshape(1).to(torch.float32)}
+        return {
+            "upper": (gram / scale)[upper[0], upper[1]].to(torch.float16),
+            "scale": scale.reshape(1).to(torch.float32),
+        }
 
     def decode(self, stored: dict[str, torch.Tensor]) -> torch.Tensor:
         """float32 ``[R_vision, R_vision]``, symmetric."""

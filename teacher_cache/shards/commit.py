@@ -59,7 +59,9 @@ def parse_commit(data: bytes, place: str) -> Commit:
     except CacheError:
         raise
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-        raise CacheError(f"{place}: damaged commit ({type(error).__name__}: {error}): run `kdcli cache verify`") from None
+        raise CacheError(
+            f"{place}: damaged commit ({type(error).__name__}: {error}): run `kdcli cache verify`"
+        ) from None
     return commit
 
 
@@ -69,7 +71,9 @@ def read_commit(storage: Storage, column: str, shard: int) -> Commit:
     try:
         commit = parse_commit(storage.read(relative), f"{storage}/{relative}")
     except FileNotFoundError:
-        raise CacheError(f"{storage}: shard {shard:06d} of {column} is not committed: run `kdcli cache-teacher`") from None
+        raise CacheError(
+            f"{storage}: shard {shard:06d} of {column} is not committed: run `kdcli cache-teacher`"
+        ) from None
     if commit.shard != shard:
         raise CacheError(f"{storage}/{relative}: says it is shard {commit.shard}: run `kdcli cache verify`")
     return commit

@@ -50,7 +50,8 @@ class Entry:
 def dump_index(entries: list[Entry]) -> bytes:
     """Parquet bytes, the same for the same entries."""
     rows = [
-        {**{name: getattr(e, name) for name in SCHEMA.names[:-1]}, "members": [vars(m) for m in e.members]} for e in entries
+        {**{name: getattr(e, name) for name in SCHEMA.names[:-1]}, "members": [vars(m) for m in e.members]}
+        for e in entries
     ]
     buffer = io.BytesIO()
     pq.write_table(pa.Table.from_pylist(rows, schema=SCHEMA), buffer, compression="zstd")

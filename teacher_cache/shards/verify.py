@@ -29,7 +29,9 @@ class Problem:
         return f"{where}: {self.what}"
 
 
-def verify(storage: Storage, columns: dict[str, str], advance: Callable[[int], None] = lambda shards: None) -> list[Problem]:
+def verify(
+    storage: Storage, columns: dict[str, str], advance: Callable[[int], None] = lambda shards: None
+) -> list[Problem]:
     """Read everything once and compare with what commits promise.
 
     Args:
@@ -39,7 +41,9 @@ def verify(storage: Storage, columns: dict[str, str], advance: Callable[[int], N
     problems = []
     for column, column_hash in columns.items():
         for shard in committed_shards(storage, column):
-            problems += [Problem(column, shard, what) for what in shard_problems(storage, plan, column, column_hash, shard)]
+            problems += [
+                Problem(column, shard, what) for what in shard_problems(storage, plan, column, column_hash, shard)
+            ]
             advance(1)
     return problems
 
@@ -75,7 +79,9 @@ def _tar_problems(storage: Storage, column: str, commit: Commit, entries: list[E
     if digest.hexdigest() != commit.tar_sha256:
         yield f"data/{commit.tar} does not have its checksum"
         return
-    promised = [(f"{entry.key}.{member.ext}", member.offset, member.size) for entry in entries for member in entry.members]
+    promised = [
+        (f"{entry.key}.{member.ext}", member.offset, member.size) for entry in entries for member in entry.members
+    ]
     with storage.open(f"{column}/data/{commit.tar}") as opened, tarfile.open(fileobj=opened, mode="r:") as tar_file:
         found = [(info.name, info.offset_data, info.size) for info in tar_file]
     if found != promised:

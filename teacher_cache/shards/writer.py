@@ -99,4 +99,3 @@ class ShardWriter:
         self._tar.close()
         self._file.close()
         self._draft.unlink(missing_ok=True)
-

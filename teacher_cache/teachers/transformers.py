@@ -74,7 +74,9 @@ def teacher_fingerprint(spec: TeacherSpec, processor: Any, config: Any) -> dict[
         "tokenizer": {"sha256": tokenizer_hash(processor.tokenizer), "length": len(processor.tokenizer)},
         "head_width": int(text_config.vocab_size),
         "hidden_size": int(text_config.hidden_size),
-        "chat_template": text_hash(getattr(processor, "chat_template", None) or processor.tokenizer.chat_template or ""),
+        "chat_template": text_hash(
+            getattr(processor, "chat_template", None) or processor.tokenizer.chat_template or ""
+        ),
         "image_processor": image_processor_fingerprint(processor.image_processor),
         "dtype": str(resolve_dtype(spec, config)).removeprefix("torch."),
         "attn_implementation": spec.attn_implementation,
@@ -104,7 +106,7 @@ class TransformersTeacher:
         from transformers import AutoModelForImageTextToText
 
         self.device = resolve_device(spec)
-        self.model = AutoModelForImageTextToText.from_pretrained(
+        self.model: Any = AutoModelForImageTextToText.from_pretrained(
             spec.id,
             dtype=resolve_dtype(spec, config),
             attn_implementation=spec.attn_implementation,
@@ -163,8 +165,8 @@ class TransformersTeacher:
         largest: dict[str, int] = {}
         for want in wants:
             if want.startswith("topk."):
-                name, k = want.removeprefix("topk.").split(":")
-                largest[name] = max(largest.get(name, 0), int(k))
+                name, entries = want.removeprefix("topk.").split(":")
+                largest[name] = max(largest.get(name, 0), int(entries))
         result = {}
         for name, k in largest.items():
             whole = topk_rows(rows[name], self.head, k)
@@ -182,7 +184,11 @@ class TransformersTeacher:
 
     def _check_head(self, batch: Batch, states: torch.Tensor) -> None:
         """h·Wᵀ must be the model's own logits: a bias, scale or soft cap in the head breaks everything that is derived from h."""
-        own = self.model(**batch.inputs, use_cache=False, logits_to_keep=4).logits[0, :, : self.vocabulary].to(torch.float32)
+        own = (
+            self.model(**batch.inputs, use_cache=False, logits_to_keep=4)
+            .logits[0, :, : self.vocabulary]
+            .to(torch.float32)
+        )
         if not torch.isfinite(own).all():
             return  # such rows are reported one by one; the next batch is checked instead
         ours = head_logits(states[0, -4:], self.head)

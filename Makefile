@@ -1,0 +1,27 @@
+# `make demo` and `make test` install into .venv and run; both work in a fresh clone with Python >= 3.11.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: demo test check install clean
+
+install: .venv/.installed
+
+.venv/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), "kdcli needs Python >= 3.11: make PYTHON=python3.11 ..."'
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+demo: install  ## the main job on the demo world: data, cache, students, table, report
+	$(BIN)/kdcli demo --out demo-run
+
+test: install
+	$(BIN)/python -m pytest -q
+
+check: install  ## linter and type checker
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+clean:
+	rm -rf demo-run .pytest_cache .ruff_cache .mypy_cache
