@@ -83,7 +83,7 @@ def find_number(rows: CachedRows, number: int) -> tuple[int, int]:
 
 
 def find_key(cache: Cache, rows: CachedRows, key: str) -> tuple[int, int]:
-    for position, shard in enumerate(rows.shards):
+    for position in range(len(rows.shards)):
         for row in range(rows.counts[position]):
             if rows.key(position, row) == key:
                 return position, row

@@ -46,9 +46,9 @@ class Settings:
     teacher: TeacherSpec | None = None
     data: tuple[DataSpec, ...] = ()
     cache: str | None = None
-    capture: CaptureSettings = CaptureSettings()
+    capture: CaptureSettings = field(default_factory=CaptureSettings)
     fields: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
-    train: TrainSettings = TrainSettings()
+    train: TrainSettings = field(default_factory=TrainSettings)
     stages: Mapping[str, StageSettings] = field(default_factory=dict)
     methods: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 

@@ -70,7 +70,7 @@ def train(
     cache = Cache(cache_url)
     plans = plan_stages(cache, method, settings, stages, preset, knobs)
     spec = TeacherSpec(train_settings.student)
-    processor, config = load_processor(spec)
+    processor, _ = load_processor(spec)
     check_vocabulary(cache, plans, processor)
     output = Path(train_settings.output_dir)
     processes = distributed.start()

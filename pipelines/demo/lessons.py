@@ -21,7 +21,7 @@ def patch_word_ids() -> torch.Tensor:
 
 
 def soft_word_loss(logits: torch.Tensor, words: torch.Tensor) -> torch.Tensor:
-    """Cross-entropy against the uniform distribution over a patch's words. ``logits [R, W]``, ``words [R, 3]`` -> ``[R]``"""
+    """Cross-entropy with the uniform distribution over a patch's words: ``logits [R, W]``, ``words [R, 3]`` -> ``[R]``"""
     valid = words >= 0
     picked = logits.gather(1, words.clamp(min=0)) * valid
     return logits.logsumexp(1) - picked.sum(1) / valid.sum(1)
@@ -80,7 +80,9 @@ def answer_loss(model: LlavaForConditionalGeneration, batch: dict, word_ids: tor
         return answer, parts
     words = batch["words"]
     weights = patch_weights(words)
-    chosen = (torch.rand_like(weights) + 2 * (weights == 1) * (torch.rand_like(weights) < 0.7)).topk(vision_rows).indices
+    # A random sample that prefers drawn patches, so that background does not fill it.
+    preferred = (weights == 1) & (torch.rand_like(weights) < 0.7)
+    chosen = (torch.rand_like(weights) + 2 * preferred).topk(vision_rows).indices
     vision = hidden[batch["input_ids"] == model.config.image_token_id].view(*weights.shape, -1)
     picked = vision.gather(1, chosen[..., None].expand(-1, -1, vision.shape[-1])).flatten(0, 1)
     targets = words.gather(1, chosen[..., None].expand(-1, -1, words.shape[-1])).flatten(0, 1)
@@ -101,7 +103,9 @@ def lone_tower_loss(tower: nn.Module, head: nn.Linear, batch: dict) -> tuple[tor
     return loss, {"word": loss.item(), "patch_right": right.item()}
 
 
-def language_loss(model: LlavaForConditionalGeneration, batch: dict, pad_id: int) -> tuple[torch.Tensor, dict[str, float]]:
+def language_loss(
+    model: LlavaForConditionalGeneration, batch: dict, pad_id: int
+) -> tuple[torch.Tensor, dict[str, float]]:
     """Plain language modelling of text rows: every next token, questions included."""
     ids = batch["input_ids"]
     hidden = model.model(input_ids=ids, use_cache=False).last_hidden_state[:, :-1]

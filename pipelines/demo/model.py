@@ -1,4 +1,4 @@
-"""The demo's models: stock ``LlavaForConditionalGeneration`` folders, small enough to ship, 144 vision tokens an image."""
+"""The demo's models: stock ``LlavaForConditionalGeneration``, small enough to ship, 144 vision tokens an image."""
 
 from __future__ import annotations
 

@@ -56,12 +56,16 @@ def _objects(scene: Scene):
     colors = list(COLORS)
     if scene.kind == "shapes":
         for s in scene.shapes:
-            yield *_patches(shape_box(s), 3), (s.color, s.shape), {
-                "place": s.cell,
-                "color": colors.index(s.color),
-                "same_shape": sum(o.shape == s.shape for o in scene.shapes),
-                "same_color": sum(o.color == s.color for o in scene.shapes),
-            }
+            yield (
+                *_patches(shape_box(s), 3),
+                (s.color, s.shape),
+                {
+                    "place": s.cell,
+                    "color": colors.index(s.color),
+                    "same_shape": sum(o.shape == s.shape for o in scene.shapes),
+                    "same_color": sum(o.color == s.color for o in scene.shapes),
+                },
+            )
     elif scene.kind == "chart":
         values = [b.value for b in scene.bars]
         for b in scene.bars:

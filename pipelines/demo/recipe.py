@@ -40,12 +40,12 @@ class StudentRecipe:
     """Tower from patches, language model from text; the two never meet before the student's own training."""
 
     seed: int = 29
-    tower_steps: int = 800
+    tower_steps: int = 500
     tower_batch: int = 32
     tower_learning_rate: float = 2e-3
     attribute_weight: float = 0.0  # words of patches only: no counting, no layout
-    text_steps: int = 1200
-    text_batch: int = 32
+    text_steps: int = 700
+    text_batch: int = 24
     text_learning_rate: float = 2e-3
     warmup: float = 0.05
     floor: float = 0.05

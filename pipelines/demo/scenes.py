@@ -34,7 +34,7 @@ BACKGROUNDS: dict[str, tuple[int, int, int]] = {
     "cream": (250, 243, 224),
     "pale": (226, 238, 250),
 }
-WORDS = tuple(
+_WORDS = (
     "ant ape arm art axe bag bat bed bee box boy bus cab cap car cat cow cup dog ear egg elf eye fan fig fly fox gem "
     "hat hen ice ink jam jar jet key kid leg lip log map mud net nut oak oil owl pan pen pie pig pot rat rug sea sky "
     "sun tea toy van web wig yak zip "
@@ -42,8 +42,9 @@ WORDS = tuple(
     "coal coat coin corn crab crow deer desk dish door dove drum duck dust fern film fire fish flag foot fork frog "
     "gate goat gold hand harp hill home horn iron jazz kite knot lake lamp leaf lily lion lock mask milk mint moon "
     "moth nest oven park path pear pony quiz rain ring road rock roof room rope rose sail salt sand seed ship shoe "
-    "snow soap sock sofa star swan tent tree tube vase wall wave wind wing wolf wool yarn zero".split()
+    "snow soap sock sofa star swan tent tree tube vase wall wave wind wing wolf wool yarn zero"
 )
+WORDS = tuple(_WORDS.split())
 
 
 @dataclass(frozen=True)

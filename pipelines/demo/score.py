@@ -14,8 +14,8 @@ from pipelines.demo.scenes import Scene, sample_scene
 from pipelines.demo.stream import IGNORED, collate, encode_row, picture_tensors
 from pipelines.demo.text_turns import text_turn
 from pipelines.demo.tokenizer import load_tokenizer
+from pipelines.demo.world import KIND_OF_FAMILY
 
-KIND_OF_FAMILY = {"charts": "chart", "reading": "reading"}
 Question = tuple[list[Scene], Turn]
 
 

@@ -1,6 +1,7 @@
 """Endless training batches of the demo world, rendered and tokenised in a background process.
 
-Batch ``i`` is a function of ``(seed, i)`` alone, so a resumed run goes on where it stopped. Only train scenes are drawn.
+Batch ``i`` is a function of ``(seed, i)`` alone, so a resumed run goes on where it stopped. Only train scenes
+are drawn.
 """
 
 from __future__ import annotations
@@ -60,7 +61,7 @@ def encode_row(images: int, turns: list[Turn]) -> tuple[list[int], list[int]]:
 
 
 def collate(rows: list[Row]) -> dict[str, torch.Tensor]:
-    """``input_ids/targets [B, T]``, and for the pictures in row order ``pixels [N, 96, 96, 3]``, ``words [N, 144, 3]``."""
+    """``input_ids/targets [B, T]`` and, in row order, what ``picture_tensors`` gives of the pictures."""
     encoded = [encode_row(len(scenes), turns) for scenes, turns in rows]
     length = -(-max(len(ids) for ids, _ in encoded) // 16) * 16
     pad = _tokenizer().pad_token_id
@@ -112,8 +113,9 @@ def _image_row(rng: random.Random, recipe: TeacherRecipe) -> Row:
 
 
 def _pair_row(rng: random.Random) -> Row:
-    scenes = [sample_scene(rng, "train", "shapes") for _ in range(2)]
-    return scenes, list({t.question: t for t in (compare_turn(*scenes, rng) for _ in range(6))}.values())
+    first, second = (sample_scene(rng, "train", "shapes") for _ in range(2))
+    turns = [compare_turn(first, second, rng) for _ in range(6)]
+    return [first, second], list({turn.question: turn for turn in turns}.values())
 
 
 def _text_turns(rng: random.Random) -> list[Turn]:

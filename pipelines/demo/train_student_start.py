@@ -1,8 +1,8 @@
 """The students' common start: ``python -m pipelines.demo.train_student_start``.
 
 As in real life, a vision tower trained on pictures and a language model trained on text that have never met: the tower
-learns patch words through a head of its own, the language model reads the world's text without a single picture, and the
-projector between them is random. No picture is ever shown with a question here.
+learns patch words through a head of its own, the language model reads the world's text without a single picture, and
+the projector between them is random. No picture is ever shown with a question here.
 """
 
 from __future__ import annotations

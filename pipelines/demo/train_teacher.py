@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import argparse
-import json
 import random
 import shutil
-import time
 from functools import partial
 from pathlib import Path
 
@@ -14,10 +12,10 @@ import torch
 
 from pipelines.demo import lessons
 from pipelines.demo.loop import Group, Masters, Phase
-from pipelines.demo.model import TEACHER, build_model, export, parameter_count
-from pipelines.demo.questions import IMAGE_FAMILIES, SHAPE_FAMILIES
+from pipelines.demo.model import TEACHER, build_model, export
 from pipelines.demo.recipe import TeacherRecipe
-from pipelines.demo.score import questions, score_table, teacher_forced_accuracy
+from pipelines.demo.score import questions, teacher_forced_accuracy
+from pipelines.demo.score_teacher import write_scores
 from pipelines.demo.stream import batches, full_batch, tower_batch
 from pipelines.demo.tokenizer import load_tokenizer
 
@@ -56,28 +54,6 @@ def train_full(model, recipe: TeacherRecipe, work: Path, minutes: float | None, 
     masters.restore_fp32(model)
 
 
-def write_scores(model, out: Path, facts: dict, per_family: int) -> dict:
-    """Scores the exported precision and writes ``scores.json``."""
-    started = time.monotonic()
-    table = score_table(model, per_family)
-    average = {
-        column: sum(table[family][column] for family in IMAGE_FAMILIES) / len(IMAGE_FAMILIES)
-        for column in ("teacher", "majority", "blank_image")
-    }
-    scores = {
-        "metric": "exact match, greedy decoding, held-out single questions",
-        "average_over_image_families": average,
-        "families": table,
-        "targets": {"average": 0.9, **dict.fromkeys(SHAPE_FAMILIES, 0.9), "charts": 0.75, "reading": 0.75},
-        "scoring_seconds": round(time.monotonic() - started, 1),
-        **facts,
-    }
-    (out / "scores.json").write_text(json.dumps(scores, indent=1) + "\n")
-    for family, row in [*table.items(), ("average", average)]:
-        print(f"{family:16s} teacher {row['teacher']:.3f}  majority {row['majority']:.3f}  blank {row['blank_image']:.3f}")
-    return scores
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=DEFAULT_OUT)
@@ -102,8 +78,7 @@ def main() -> None:
     train_full(model, recipe, arguments.work, minutes_b, arguments.resume)
     export(model, arguments.out)
     shutil.copy(arguments.work / "training_log.jsonl", arguments.out / "training_log.jsonl")
-    model.half().float()  # score what was shipped, not what was trained
-    write_scores(model.eval(), arguments.out, {"parameters": parameter_count(model)}, arguments.questions)
+    write_scores(arguments.out, arguments.questions)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
-"""The demo world as rows of an SFT mixture: captions to align on, multi-turn rows to train on, single held-out questions.
+"""The demo world as rows of a mixture: captions to align on, multi-turn rows to train on, single held-out questions.
 
-Every split draws from its own random stream, and a held-out scene never occurs in the other splits (``scenes.split_of``).
+Every split draws from its own random stream, and a held-out scene never occurs in the other splits
+(``scenes.split_of``).
 """
 
 from __future__ import annotations
@@ -69,8 +70,8 @@ def train_rows(count: int, seed: int, two_image_share: float = 0.0) -> Iterator[
         if kind < TEXT_SHARE:
             yield Row(name, (), tuple(text_turn(rng) for _ in range(rng.randint(1, 4))))
         elif kind < TEXT_SHARE + two_image_share:
-            pair = tuple(sample_scene(rng, "train", "shapes") for _ in range(2))
-            yield Row(name, pair, (compare_turn(*pair, rng),))
+            first, second = (sample_scene(rng, "train", "shapes") for _ in range(2))
+            yield Row(name, (first, second), (compare_turn(first, second, rng),))
         else:
             scene = sample_scene(rng, "train")
             yield Row(name, (scene,), tuple(image_turns(scene, rng, rng.randint(3, 6))))
