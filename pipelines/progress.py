@@ -31,6 +31,10 @@ class Rate(ProgressColumn):
 
 
 def bar(console: Console, unit: str) -> Progress:
+    """A bar that owns the terminal: the library's own loading bars would tear it."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
     columns = (
         SpinnerColumn(),
         TextColumn("{task.description}"),
@@ -55,14 +59,14 @@ def capture_progress(console: Console) -> Iterator[Callable[[str, int, int], Non
 
 
 @contextmanager
-def train_progress(console: Console) -> Iterator[Callable[[str, int, int, Any], None]]:
-    """``on_step(stage, step, steps, result)`` for ``pipelines.train_student.train``: one bar a stage."""
+def train_progress(console: Console, prefix: str = "") -> Iterator[Callable[[str, int, int, Any], None]]:
+    """``on_step(stage folder, step, steps, result)`` for ``pipelines.train_student.train``: one bar a stage."""
     with bar(console, "steps") as progress:
         tasks: dict[str, Any] = {}
 
         def show(stage: str, step: int, steps: int, result: Any) -> None:
             if stage not in tasks:
                 tasks[stage] = progress.add_task(stage, total=steps, completed=step)
-            progress.update(tasks[stage], completed=step + 1, description=f"{stage} loss {result.loss:.3f}")
+            progress.update(tasks[stage], completed=step + 1, description=f"{prefix}{stage} loss {result.loss:.3f}")
 
         yield show

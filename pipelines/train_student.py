@@ -185,7 +185,7 @@ def run_stage(
     model, processor = load_student(model_id, plan.settings.attn_implementation)
     trainer, batches_from = make_trainer(cache, plan, rows, model, processor, total, global_batch, processes, folder)
     trainer.identity = identity
-    trainer.train(batches_from, lambda step, result: on_step(plan.stage.name, step, trainer.total_steps, result))
+    trainer.train(batches_from, lambda step, result: on_step(folder.name, step, trainer.total_steps, result))
     result = {"stage": plan.stage.name, "model": str(folder / "model"), "steps": trainer.total_steps, "samples": total}
     if processes.is_main:
         finish(folder, model, processor, {"identity": identity, "result": result})
