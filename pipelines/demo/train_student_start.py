@@ -7,6 +7,9 @@ the projector between them is random. No picture is ever shown with a question h
 
 from __future__ import annotations
 
+import pipelines.demo.quiet_threads  # noqa: F401 (before torch)
+
+# isort: split
 import argparse
 import json
 from functools import partial

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import pipelines.demo.quiet_threads  # noqa: F401 (before torch)
+
+# isort: split
 import argparse
 import random
 import shutil
