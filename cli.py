@@ -67,7 +67,7 @@ def data_specs(data: tuple[str, ...], **each: tuple[Any, ...]) -> tuple[Any, ...
 
     specs = []
     for i, path in enumerate(data):
-        values: dict[str, Any] = {"part": Path(path).stem.split("*")[0].strip("-_.") or "sft", "path": path}
+        values: dict[str, Any] = {"path": path}
         for name, given in each.items():
             if given and len(given) not in (1, len(data)):
                 raise KdcliError(
@@ -75,6 +75,8 @@ def data_specs(data: tuple[str, ...], **each: tuple[Any, ...]) -> tuple[Any, ...
                 )
             if given:
                 values[name] = given[i if len(given) > 1 else 0]
+        # The names that the training stages read: captions are plain, everything else is instruction tuning.
+        values.setdefault("part", "caption" if values.get("template") == "plain" else "sft")
         specs.append(build(DataSpec, values, f"--data {path}"))
     return tuple(specs)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -61,6 +62,9 @@ def capture_progress(console: Console) -> Iterator[Callable[[str, int, int], Non
 @contextmanager
 def train_progress(console: Console, prefix: str = "") -> Iterator[Callable[[str, int, int, Any], None]]:
     """``on_step(stage folder, step, steps, result)`` for ``pipelines.train_student.train``: one bar a stage."""
+    if int(os.environ.get("RANK", "0")):
+        yield lambda stage, step, steps, result: None  # under torchrun the first process shows the bar
+        return
     with bar(console, "steps") as progress:
         tasks: dict[str, Any] = {}
 

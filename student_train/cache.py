@@ -72,7 +72,10 @@ class Cache:
         """Shards of these parts; CacheError listing the parts where one is unknown."""
         unknown = [part for part in parts if part not in self.parts()]
         if unknown:
-            raise CacheError(f"{self.storage}: no part {', '.join(unknown)}; it has {', '.join(self.parts())}")
+            raise CacheError(
+                f"{self.storage}: no part {', '.join(unknown)}; it has {', '.join(self.parts())}: name a stage's parts in kd.toml, "
+                f"e.g. [stages.SFT] parts = [{self.parts()[0]!r}], or leave the stage out with --stages"
+            )
         return [number for number, one in enumerate(self.plan.slices) if one.part in parts]
 
     def template(self, part: str) -> str:

@@ -70,7 +70,7 @@ class RowForward(nn.Module):
     def __init__(self, model: nn.Module):
         super().__init__()
         self.model = model
-        self._gram: tuple[int, torch.Tensor] | None = None
+        self._gram: tuple[tuple[int, int | None], torch.Tensor] | None = None
 
     @property
     def head(self) -> torch.Tensor:
@@ -84,13 +84,14 @@ class RowForward(nn.Module):
     def rows(self, hidden: dict[str, torch.Tensor], batch: Batch) -> StudentRows:
         return StudentRows(hidden, batch.counts, self.head, batch.labels, self.head_gram)
 
-    def head_gram(self) -> torch.Tensor:
-        """WᵀW float32 ``[D, D]``: with gradient where the head is trained, made once where it is frozen."""
-        head = self.head
+    def head_gram(self, vocabulary: int | None = None) -> torch.Tensor:
+        """WᵀW float32 ``[D, D]`` over the vocabulary: with gradient where the head is trained, made once where it is frozen."""
+        head = self.head[:vocabulary].to(torch.float32)
         if head.requires_grad:
             return head.T @ head
-        if self._gram is None or self._gram[0] != head._version:
-            self._gram = (head._version, head.T @ head)
+        made_from = (self.head._version, vocabulary)
+        if self._gram is None or self._gram[0] != made_from:
+            self._gram = (made_from, head.T @ head)
         return self._gram[1]
 
 

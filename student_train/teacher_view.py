@@ -112,61 +112,66 @@ class TeacherView:
 
     Attributes:
         distributions: by row kind (``response``, ``vision``), rows of all samples one after the other.
-        relations: float32 Gram matrix ``[N, N]`` of raw vision logits for every sample that has vision rows; None: not asked.
+        relations: float32 Gram matrix ``[N, N]`` of raw vision logits, one a sample (``[0, 0]`` for text-only); None: not asked.
+        vocabulary: columns that both sides have; the student's head may hold padding rows beyond them.
     """
 
     distributions: Mapping[str, Distribution]
     relations: Sequence[torch.Tensor] | None = None
+    vocabulary: int | None = None
 
 
 class TeacherSignals:
-    """Builds a ``TeacherView`` of every micro-batch from the fields that serve the run. Holds the teacher's head, nothing else.
+    """Builds a ``TeacherView`` of every micro-batch from the fields that serve the run. Holds the teachers' heads, nothing else.
 
     Args:
-        head: ``[V, D]`` of the teacher; None where only top-k fields are read.
-        head_dtype: bfloat16 on GPUs halves the head; products accumulate in float32.
+        heads: ``[V, D]`` by hidden field; fields of one teacher share one tensor, a field that was added by another teacher has its own.
+        vocabulary: columns that the teachers of all fields have.
     """
 
-    def __init__(self, served: Served, head: torch.Tensor | None, vocabulary: int, device: torch.device):
+    def __init__(self, served: Served, heads: Mapping[str, torch.Tensor], vocabulary: int, device: torch.device):
         self.served, self.vocabulary, self.device = served, vocabulary, device
-        self.head = head.to(device) if head is not None else None
-        if self.head is not None and device.type == "cpu":
-            self.head = self.head.to(torch.float32)
-        self._gram: torch.Tensor | None = None
+        self.heads = dict(heads)
+        self._grams: dict[str, torch.Tensor] = {}
 
     @classmethod
     def open(cls, cache: Cache, served: Served, device: torch.device) -> TeacherSignals:
-        hidden = [name for name in served.names if name.endswith("_hidden")]
-        head = cache.teacher_head(hidden[0]) if hidden else None
+        unique: dict[str, torch.Tensor] = {}
+        heads = {}
+        for name in served.names:
+            if name.endswith("_hidden"):
+                sha = cache.fields[name]["head_sha256"]
+                if sha not in unique:
+                    head = cache.teacher_head(name).to(device)
+                    unique[sha] = head.to(torch.float32) if device.type == "cpu" else head
+                heads[name] = unique[sha]
         widths = {
             min(t["head_width"], t["tokenizer"]["length"]) for n in served.names for t in [cache.fields[n]["teacher"]]
         }
-        return cls(served, head, min(widths, default=0), device)
+        return cls(served, heads, min(widths, default=0), device)
 
     def view(self, batch: TrainBatch) -> TeacherView:
         needs = self.served.fields
         kinds = [kind for kind in ("response", "vision") if f"{kind}_logits" in needs]
         distributions = {kind: self._distribution(needs[f"{kind}_logits"], batch.fields) for kind in kinds}
         relations = self._relations(needs["vision_relation"], batch.fields) if "vision_relation" in needs else None
-        return TeacherView(distributions, relations)
+        return TeacherView(distributions, relations, self.vocabulary)
 
     def _distribution(self, field: str, records: Mapping[str, list[Any]]) -> Distribution:
         rows = records[field]
         if field.endswith("_hidden"):
-            assert self.head is not None
-            hidden = torch.cat(rows).to(self.device)
-            return DenseTeacher(hidden.to(self.head.dtype), self.head)
+            head = self.heads[field]
+            return DenseTeacher(torch.cat(rows).to(self.device, head.dtype), head)
         columns = zip(*(vars(one).values() for one in rows))
         return HeadAndTail(TopK(*(torch.cat(column).to(self.device) for column in columns)), self.vocabulary)
 
     def _relations(self, field: str, records: Mapping[str, list[Any]]) -> list[torch.Tensor]:
-        rows = [one.to(self.device) for one in records[field] if len(one)]
-        return rows if field == "relation" else [self.gram_of_hidden(one) for one in rows]
+        rows = [one.to(self.device) for one in records[field]]
+        return rows if field == "relation" else [self.gram_of_hidden(field, one) for one in rows]
 
-    def gram_of_hidden(self, hidden_ND: torch.Tensor) -> torch.Tensor:
+    def gram_of_hidden(self, field: str, hidden_ND: torch.Tensor) -> torch.Tensor:
         """Y·Yᵀ ``[N, N]`` of raw logits Y = h·Wᵀ, as h·(WᵀW)·hᵀ."""
-        if self._gram is None:
-            assert self.head is not None
-            wide = self.head.to(torch.float32)
-            self._gram = wide.T @ wide
-        return (hidden_ND @ self._gram) @ hidden_ND.T
+        if field not in self._grams:
+            wide = self.heads[field].to(torch.float32)
+            self._grams[field] = wide.T @ wide
+        return (hidden_ND @ self._grams[field]) @ hidden_ND.T

@@ -22,6 +22,7 @@ from student_train.methods import Method
 from student_train.stream import TrainBatch
 from student_train.student import RowForward
 from student_train.teacher_view import TeacherView
+from teacher_cache.errors import KdcliError
 
 StepBatches = Callable[[int], Iterator[tuple[int, list[TrainBatch]]]]
 SeeTeacher = Callable[[TrainBatch], TeacherView]
@@ -148,7 +149,9 @@ class Trainer:
                     break
                 result = self.step(step, batches)
                 if not math.isfinite(result.loss):
-                    raise FloatingPointError(f"loss is {result.loss} at step {step}")
+                    raise KdcliError(
+                        f"{self.folder}: the loss is {result.loss} at step {step}: lower --learning-rate, or look at the data"
+                    )
                 log.write(step, result)
                 on_step(step, result)
                 if (step + 1) % self.settings.save_steps == 0 and step + 1 < self.total_steps:

@@ -116,11 +116,12 @@ class Preparer:
         spans = torch.tensor(encoded["offset_mapping"], dtype=torch.int64).reshape(-1, 2)
         turn, role = torch.zeros_like(ids), torch.zeros_like(ids)
         response = torch.zeros(len(ids), dtype=torch.bool)
-        middle = spans[:, 0]
+        # By the token's last character: a token that swallows the space before an answer belongs to the answer.
+        last = spans[:, 1] - 1
         for number, (start, stop) in enumerate(rendered.turns):
-            turn[(middle >= start) & (middle < stop)] = number
+            turn[(last >= start) & (last < stop)] = number
         for start, stop in rendered.answers:
-            response |= (spans[:, 0] >= start) & (spans[:, 1] <= stop) & (spans[:, 1] > spans[:, 0])
+            response |= (last >= start) & (last < stop) & (spans[:, 1] > spans[:, 0])
         response[0] = False  # nothing stands before the first token that could predict it
         roles = torch.tensor([ROLES.index(r) for r in rendered_roles(rendered, template)], dtype=torch.int64)
         role = roles[turn]

@@ -73,14 +73,15 @@ class StudentRows:
     Attributes:
         hidden: by row kind ``[R, D]``, with gradient. counts: by kind, rows of each sample.
         head: ``[V, D]``, with gradient where it is trained. labels: ``[R_response]``.
-        head_gram: WᵀW ``[D, D]``, with gradient where the head is trained; only made where a SampleTerm asks.
+        head_gram: columns V → WᵀW ``[D, D]`` of the head's first V rows (None: all), with gradient where the head is trained;
+            only made where a SampleTerm asks.
     """
 
     hidden: Mapping[str, torch.Tensor]
     counts: Mapping[str, Sequence[int]]
     head: torch.Tensor
     labels: torch.Tensor
-    head_gram: Callable[[], torch.Tensor]
+    head_gram: Callable[[int | None], torch.Tensor]
 
 
 def count_rows(counts: Mapping[str, Sequence[int]], terms: Terms) -> dict[str, float]:
@@ -201,14 +202,14 @@ def _accumulate(grad_head: torch.Tensor, grad_logits: torch.Tensor, states: torc
 def _sample_term(term: SampleTerm, student: StudentRows, teacher: TeacherView) -> torch.Tensor | None:
     """Sum over the samples that have vision rows; None where there are none."""
     assert teacher.relations is not None, "the method did not declare vision_relation"
-    samples = [
-        rows for rows in student.hidden["vision"].split(list(student.counts["vision"])) if len(rows) > term.skip_first
+    samples = student.hidden["vision"].split(list(student.counts["vision"]))
+    pairs = [
+        (rows[term.skip_first :].to(torch.float32), target[term.skip_first :, term.skip_first :])
+        for rows, target in zip(samples, teacher.relations, strict=True)
+        if len(rows) > term.skip_first
     ]
-    if not samples:
+    if not pairs:
         return None
-    gram = student.head_gram()
-    values = []
-    for rows, target in zip(samples, teacher.relations):
-        rows = rows[term.skip_first :].to(torch.float32)
-        values.append(term.loss(target[term.skip_first :, term.skip_first :], (rows @ gram) @ rows.T))
+    gram = student.head_gram(teacher.vocabulary)
+    values = [term.loss(target, (rows @ gram) @ rows.T) for rows, target in pairs]
     return torch.stack(values).sum()
