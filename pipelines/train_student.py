@@ -27,7 +27,7 @@ from student_train.trainer import StepResult, Trainer
 from teacher_cache.errors import CompatibilityError, KdcliError
 from teacher_cache.plan import content_hash, difference
 from teacher_cache.prepare import Limits, Preparer
-from teacher_cache.teachers.transformers import TeacherSpec, load_processor
+from teacher_cache.teachers.transformers import TeacherSpec, load_processor, weights_hash
 
 ROW_ALIGNED = frozenset({"vision_logits", "vision_relation"})
 OnStep = Callable[[str, int, int, StepResult], None]
@@ -207,12 +207,17 @@ def budget(plan: StagePlan, rows: int, world: int) -> tuple[int, int]:
     global_batch = s.per_device_train_batch_size * s.gradient_accumulation_steps * world
     if rows == 0:
         raise KdcliError(f"stage {plan.stage.name}: the cache holds no rows of part {', '.join(plan.parts)}")
-    return (s.max_steps * global_batch if s.max_steps else round(s.num_train_epochs * rows)), global_batch
+    total = s.max_steps * global_batch if s.max_steps else round(s.num_train_epochs * rows)
+    if total < world:
+        raise KdcliError(
+            f"stage {plan.stage.name}: {rows} rows × {s.num_train_epochs:g} epochs give no step for {world} processes: "
+            "raise --num-train-epochs or --max-steps, or leave the stage out of --stages"
+        )
+    return total, global_batch
 
 
 def stage_identity(cache: Cache, plan: StagePlan, total: int, global_batch: int, model_id: str) -> dict[str, Any]:
     """What must be equal for a checkpoint of this stage to be continued."""
-    card = Path(model_id) / "config.json"
     return {
         "plan_hash": cache.plan_hash,
         "fields": {name: cache.fields[name]["sha256"] for name in plan.served.names},
@@ -223,10 +228,28 @@ def stage_identity(cache: Cache, plan: StagePlan, total: int, global_batch: int,
         "global_batch": global_batch,
         "settings": {
             name: getattr(plan.settings, name)
-            for name in ("learning_rate", "weight_decay", "warmup_ratio", "max_grad_norm", "seed", "bf16", "max_length")
+            for name in (
+                "learning_rate",
+                "weight_decay",
+                "warmup_ratio",
+                "max_grad_norm",
+                "adam_beta1",
+                "adam_beta2",
+                "seed",
+                "bf16",
+                "max_length",
+            )
         },
-        "start": content_hash(card.read_text()) if card.is_file() else model_id,
+        "start": start_hash(model_id),
     }
+
+
+def start_hash(model_id: str) -> str:
+    """Hash of the configuration and the weights that a stage starts from: checkpoints hold the trained weights only."""
+    folder = Path(model_id)
+    if not folder.is_dir():
+        return model_id
+    return content_hash([(folder / "config.json").read_text(), weights_hash(TeacherSpec(model_id), None)])
 
 
 def make_trainer(
@@ -243,13 +266,17 @@ def make_trainer(
     """The trainer of a stage and its stream of batches from any step on."""
     freeze_except(model, plan.stage.trains)
     if plan.settings.gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+        enable({"use_reentrant": False})
     student = RowForward(model.to(processes.device))
     signals = TeacherSignals.open(cache, plan.served, processes.device)
-    preparer = Preparer(processor, model.config, Limits(plan.settings.max_length))
+    # A row that the capture cut at a turn border must be cut at the same border here.
+    limits = Limits(plan.settings.max_length, cache.plan.preparation["over_length"])
+    preparer = Preparer(processor, model.config, limits)
     templates = {part: cache.template(part) for part in plan.parts}
     same_grid = bool(ROW_ALIGNED & plan.served.fields.keys())
-    dataset = TrainDataset(rows, Order(rows.counts, plan.settings.seed), preparer, templates, same_grid)
+    order = Order(rows.counts, plan.settings.seed)
+    dataset = TrainDataset(rows, order, preparer, templates, cache.image_limits(), same_grid)
     micro = plan.settings.per_device_train_batch_size
 
     def positions(first: int) -> MicroBatches:

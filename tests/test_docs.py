@@ -1,0 +1,89 @@
+"""Every `kdcli` command that README and docs show is run, literally, in a folder laid out as the docs say."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import shutil
+import tomllib
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+ENOUGH_ROWS = 520  # the README's job has 512 shards, and a shard holds at least one row
+
+
+def commands(page: Path) -> list[list[str]]:
+    """The command lines of a page's ```bash blocks, comments stripped, words split as a shell does."""
+    blocks = re.findall(r"```bash\n(.*?)```", page.read_text(), flags=re.DOTALL)
+    return [shlex.split(line, comments=True) for block in blocks for line in block.splitlines() if line.strip()]
+
+
+@pytest.fixture
+def user_folder(tmp_path: Path, tiny_teacher: Path, tiny_student: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """What a user has: captions.json, train.json, heldout.json, images/, a teacher and a student folder."""
+    from pipelines.demo.write_world import write_world
+
+    world = write_world(tmp_path / "world", captions=20, train=ENOUGH_ROWS, heldout=8, seed=0, train_format="llava-json")
+    for name in ("captions.json", "train.json", "heldout.json", "images"):
+        shutil.move(world.folder / name, tmp_path / name)
+    shutil.copytree(tiny_teacher, tmp_path / "teacher")
+    shutil.copytree(tiny_student, tmp_path / "student")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def edit_settings(file: Path) -> None:
+    """The edits that the README asks for: teacher, student, mixtures; small steps so that it ends."""
+    text = file.read_text()
+    for old, new in {
+        "llava-hf/llava-1.5-7b-hf": "teacher",
+        "data/blip_laion_cc_sbu_558k.json": "captions.json",
+        "data/pretrain_images": "images",
+        "data/llava_v1_5_mix665k.json": "train.json",
+        "data/images": "images",
+        "path/to/student": "student",
+        "runs/llava-kd": "runs",
+        "gradient_accumulation_steps = 16": "gradient_accumulation_steps = 1\nmax_steps = 2",
+        "dataloader_num_workers = 4": "dataloader_num_workers = 0",
+        "bf16 = true": "bf16 = false",
+    }.items():
+        assert old in text, f"the template no longer says {old!r}"
+        text = text.replace(old, new)
+    file.write_text(text)
+
+
+def test_every_command_of_the_docs_runs(user_folder: Path) -> None:
+    import cli
+
+    shown = [command for page in PAGES for command in commands(page)]
+    assert len(shown) >= 10, "the docs show the commands of a whole job"
+    for command in shown:
+        assert command[0] == "kdcli", f"only kdcli commands are shown as bash blocks, got {command}"
+        result = CliRunner().invoke(cli.main, command[1:], catch_exceptions=False)
+        assert result.exit_code == 0, f"{shlex.join(command)}\n{result.output}"
+        if command[1] == "init":
+            edit_settings(user_folder / "kd.toml")
+    assert (user_folder / "runs" / "03-DFT" / "model" / "model.safetensors").is_file()
+    assert len(list((user_folder / "cache" / "samples" / "commits").iterdir())) == 512
+
+
+def test_the_template_is_valid_and_complete(tmp_path: Path) -> None:
+    """Every key that the template shows commented out is accepted too."""
+    from pipelines.settings import load_settings, write_template
+
+    target = write_template(tmp_path)
+    lines = [re.sub(r"^# (\[|\w+ = )", r"\1", line) for line in target.read_text().splitlines()]
+    target.write_text("\n".join(lines))
+    tomllib.loads(target.read_text())
+    settings = load_settings(target)
+    assert settings.capture.over_length == "skip" and settings.fields["vision_topk"] == {"k": 64}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page: Path) -> None:
+    for target in re.findall(r"\]\((?!http)([^)#]+)", page.read_text()):
+        assert (page.parent / target).exists(), f"{page.name} links to {target}"
