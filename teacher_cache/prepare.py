@@ -38,10 +38,11 @@ class Limits:
 
 @dataclass(frozen=True)
 class Rendered:
-    """A row as one string: ``turns[i]`` is the character span of turn i, ``answers`` the spans that are labels."""
+    """A row as one string: ``turns[i]`` is the character span of turn i and ``roles[i]`` who speaks, ``answers`` the label spans."""
 
     text: str
     turns: list[tuple[int, int]]
+    roles: list[str]
     answers: list[tuple[int, int]]
 
 
@@ -107,6 +108,7 @@ class Preparer:
             text=text,
             layout=layout,
             pixels=inputs,
+            turns=len(sample.turns),
         )
 
     def _tokenize(self, rendered: Rendered, template: str) -> TextTokens:
@@ -123,7 +125,7 @@ class Preparer:
         for start, stop in rendered.answers:
             response |= (last >= start) & (last < stop) & (spans[:, 1] > spans[:, 0])
         response[0] = False  # nothing stands before the first token that could predict it
-        roles = torch.tensor([ROLES.index(r) for r in rendered_roles(rendered, template)], dtype=torch.int64)
+        roles = torch.tensor([ROLES.index(role) for role in rendered.roles], dtype=torch.int64)
         role = roles[turn]
         is_text = ids != self.image_token_id
         image_at = tuple(int(is_text[:at].sum()) for at in torch.nonzero(~is_text).flatten())
@@ -158,7 +160,8 @@ class Preparer:
 
     def _shorten(self, sample: Sample, template: str, images: list[Any], key: str, length: int) -> Prepared:
         """Drop the last exchange, if the option allows and something is left: never a cut through an image or an answer."""
-        turns = sample.turns[:-2]
+        # An unanswered question at the end goes alone, else a question goes with its answer.
+        turns = sample.turns[: -1 if sample.turns[-1].role == "user" else -2]
         kept_images = sum(turn.text.count(PLACEHOLDER) for turn in turns)
         if self.limits.over_length == "skip" or not any(t.role == "assistant" for t in turns):
             raise SkipRow("over_length", f"{length} tokens, the limit is {self.limits.max_length}")
@@ -166,14 +169,6 @@ class Preparer:
 
     def _chat_owner(self) -> Any:
         return self.processor if getattr(self.processor, "chat_template", None) else self.tokenizer
-
-
-def rendered_roles(rendered: Rendered, template: str) -> list[str]:
-    """Role of every turn span; a leading system turn shows as one span more than user/assistant pairs."""
-    if template == "plain":
-        return ["user", "assistant"]
-    roles = ["user", "assistant"] * len(rendered.turns)
-    return (["system", *roles] if len(rendered.turns) % 2 else roles)[: len(rendered.turns)]
 
 
 def render(owner: Any, tokenizer: Any, turns: Sequence[Turn], template: str) -> Rendered:
@@ -187,7 +182,8 @@ def render(owner: Any, tokenizer: Any, turns: Sequence[Turn], template: str) -> 
         images = PLACEHOLDER * sum(turn.text.count(PLACEHOLDER) for turn in turns)
         caption = "".join(turn.text for turn in turns if turn.role == "assistant").strip() + "\n"
         text = images + caption
-        return Rendered(text, [(0, len(images)), (len(images), len(text))], [(len(images), len(text))])
+        spans = [(0, len(images)), (len(images), len(text))]
+        return Rendered(text, spans, ["user", "assistant"], spans[1:])
     if template != "chat":
         raise KdcliError(f"unknown template {template!r}: the templates are {', '.join(TEMPLATES)}")
     if not owner.chat_template:
@@ -213,7 +209,7 @@ def render(owner: Any, tokenizer: Any, turns: Sequence[Turn], template: str) -> 
                     "the chat template's generation prompt is no prefix of its answers: labels cannot be placed"
                 )
             answers.append((len(prompt), len(ends[i].rstrip())))
-    return Rendered(text, spans, answers)
+    return Rendered(text, spans, [turn.role for turn in turns], answers)
 
 
 def content(text: str) -> list[dict[str, str]]:

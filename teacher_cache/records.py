@@ -144,6 +144,8 @@ class Prepared:
             position t-1 predicts the token at t. Vision rows are *not* shifted: they are taken at the vision token itself.
         labels: int64 ``[R_response]``: the response token ids, aligned with ``response_rows``.
         pixels: the processor's other tensors (``pixel_values``, ``image_sizes``, …), empty for text-only rows.
+        turns: turns of the row that are in it, the first ones; fewer than it has where ``over_length = "cut"`` dropped some.
+            None: all.
     """
 
     key: str
@@ -156,6 +158,7 @@ class Prepared:
     text: TextTokens
     layout: tuple[ImageLayout, ...]
     pixels: Mapping[str, torch.Tensor]
+    turns: int | None = None
 
     def __len__(self) -> int:
         return int(self.input_ids.shape[0])

@@ -20,14 +20,16 @@ from teacher_cache.rows import image_extension
 
 
 def encode_sample(sample: Sample, prepared: Prepared) -> dict[str, bytes]:
-    """Tar members by extension, in writing order."""
+    """Tar members by extension, in writing order. Turns and images that a cut left out are not stored: a student reads what is here."""
+    turns = sample.turns[: prepared.turns]
+    images = sample.images[: len(prepared.layout)]
     body = {
         "part": sample.part,
         "ordinal": sample.ordinal,
         "source_id": sample.source_id,
         "place": sample.place,
-        "turns": [[turn.role, turn.text] for turn in sample.turns],
-        "images": [image.name for image in sample.images],
+        "turns": [[turn.role, turn.text] for turn in turns],
+        "images": [image.name for image in images],
         "extra": dict(sample.extra),
         "layout": [asdict(one) for one in prepared.layout],
         "image_at": list(prepared.text.image_at),
@@ -39,7 +41,7 @@ def encode_sample(sample: Sample, prepared: Prepared) -> dict[str, bytes]:
         "json": json.dumps(body, ensure_ascii=False, sort_keys=True, default=str).encode(),
         f"tokens.{container.EXTENSION}": container.pack(tokens),
     }
-    for number, image in enumerate(sample.images):
+    for number, image in enumerate(images):
         members[f"{number}.{image_extension(image.data)}"] = image.data
     return members
 

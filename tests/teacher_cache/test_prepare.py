@@ -1,0 +1,265 @@
+"""Rows become tokens, label masks and positions; every expectation is built by hand from the tokenizer, never from prepare."""
+
+from __future__ import annotations
+
+import io
+from dataclasses import replace
+from types import SimpleNamespace
+
+import PIL.Image
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from teacher_cache.errors import CompatibilityError, KdcliError, SkipRow
+from teacher_cache.prepare import Limits, Preparer, content, render
+from teacher_cache.records import Image, Sample, Turn
+
+GRID = (6, 6)
+TOKENS = 36
+
+
+def png(size: tuple[int, int] = (96, 96), color: tuple[int, int, int] = (200, 30, 30)) -> bytes:
+    buffer = io.BytesIO()
+    PIL.Image.new("RGB", size, color).save(buffer, "png")
+    return buffer.getvalue()
+
+
+def row(*turns: tuple[str, str], images: tuple[bytes, ...] = ()) -> Sample:
+    named = tuple(Image(f"{i}.png", data) for i, data in enumerate(images))
+    return Sample("sft", 7, "id", "a.json row 7", tuple(Turn(*turn) for turn in turns), named)
+
+
+@pytest.fixture(scope="module")
+def preparer(teacher_parts) -> Preparer:
+    return Preparer(*teacher_parts)
+
+
+@pytest.fixture(scope="module")
+def tokenizer(teacher_parts):
+    return teacher_parts[0].tokenizer
+
+
+def by_hand(
+    tokenizer, turns: tuple[Turn, ...], tokens: int = TOKENS
+) -> tuple[list[int], list[bool], list[int], list[int]]:
+    """(ids, label flags, role, turn) of a chat row, one token at a time. Special tokens split the text, so pieces are exact."""
+    image = tokenizer.convert_tokens_to_ids("<image>")
+    ids, label, role, number = [], [], [], []
+
+    def put(tokens_: list[int], is_label: bool) -> None:
+        ids.extend(tokens_)
+        label.extend([is_label] * len(tokens_))
+        role.extend([("system", "user", "assistant").index(turn.role)] * len(tokens_))
+        number.extend([i] * len(tokens_))
+
+    for i, turn in enumerate(turns):
+        answer = turn.role == "assistant"
+        put([tokenizer.convert_tokens_to_ids(f"<|{turn.role}|>")], False)
+        pieces = turn.text.split("<image>")
+        texts = [piece.strip("\n") if len(pieces) > 1 else piece for piece in pieces]
+        put(tokenizer(texts[0], add_special_tokens=False)["input_ids"] if texts[0] else [], answer)
+        for text in texts[1:]:
+            put([image] * tokens, False)
+            put(tokenizer("\n" + text, add_special_tokens=False)["input_ids"], answer)
+        put([tokenizer.convert_tokens_to_ids("<|end|>")], answer)
+    return ids, label, role, number
+
+
+CHAT_ROWS = [
+    row(("user", "<image>\nWhat is this?"), ("assistant", "A red square."), images=(png(),)),
+    row(("user", "No picture"), ("assistant", "fine."), ("user", "again?"), ("assistant", " yes\n")),
+    row(("system", "Be short."), ("user", "<image>\nWhy"), ("assistant", "12 34 é😀"), images=(png(),)),
+    row(("user", "<image>\n<image>\nSame?"), ("assistant", "no"), images=(png(), png((50, 80)))),
+    row(("user", "first"), ("assistant", "ok"), ("user", "look <image> there"), ("assistant", "x"), images=(png(),)),
+    row(("user", "what"), ("assistant", "answered"), ("user", "and no answer")),
+]
+
+
+@pytest.mark.parametrize("sample", CHAT_ROWS)
+def test_chat_rows_token_by_token(preparer: Preparer, tokenizer, sample: Sample) -> None:
+    ids, label, role, number = by_hand(tokenizer, sample.turns)
+    made = preparer.prepare(sample)
+    image = preparer.image_token_id
+    text_at = [i for i, token in enumerate(ids) if token != image]
+    assert made.input_ids.tolist() == ids
+    assert made.vision_positions.tolist() == [i for i, token in enumerate(ids) if token == image]
+    assert made.text_positions.tolist() == text_at
+    assert made.text.ids.tolist() == [ids[i] for i in text_at]
+    assert made.text.response.tolist() == [label[i] for i in text_at]
+    assert made.text.role.tolist() == [role[i] for i in text_at]
+    assert made.text.turn.tolist() == [number[i] for i in text_at]
+    assert len(made.vision_positions) == TOKENS * len(sample.images)
+    assert [one.views[0].grid for one in made.layout] == [GRID] * len(sample.images)
+
+
+@pytest.mark.parametrize("sample", CHAT_ROWS)
+def test_response_rows_stand_one_before_their_label(preparer: Preparer, tokenizer, sample: Sample) -> None:
+    ids, label, _, _ = by_hand(tokenizer, sample.turns)
+    made = preparer.prepare(sample)
+    wanted = [(t - 1, ids[t]) for t in range(len(ids)) if label[t]]
+    assert list(zip(made.response_rows.tolist(), made.labels.tolist())) == wanted
+    assert torch.equal(made.input_ids[made.response_rows + 1], made.labels)
+    assert not set(made.response_rows.tolist()) & set(made.vision_positions.tolist())
+
+
+def test_image_at_counts_the_text_tokens_before_each_image(preparer: Preparer) -> None:
+    made = preparer.prepare(CHAT_ROWS[3])
+    first = made.vision_positions[::TOKENS].tolist()
+    expected = [sum(1 for at in made.text_positions.tolist() if at < start) for start in first]
+    assert list(made.text.image_at) == expected
+
+
+def test_plain_keeps_the_caption_only(preparer: Preparer, tokenizer) -> None:
+    sample = row(("user", "Describe it.\n<image>"), ("assistant", " a red square "), images=(png(),))
+    made = preparer.prepare(sample, "plain")
+    caption = tokenizer("a red square\n", add_special_tokens=False)["input_ids"]
+    assert made.input_ids.tolist() == [preparer.image_token_id] * TOKENS + caption
+    assert made.labels.tolist() == caption
+    assert made.response_rows.tolist() == list(range(TOKENS - 1, TOKENS + len(caption) - 1))
+    assert made.text.role.tolist() == [2] * len(caption)
+
+
+def test_plain_without_a_picture_has_no_label_on_its_first_token(preparer: Preparer, tokenizer) -> None:
+    made = preparer.prepare(row(("user", "say"), ("assistant", "two words")), "plain")
+    caption = tokenizer("two words\n", add_special_tokens=False)["input_ids"]
+    assert made.input_ids.tolist() == caption
+    assert made.labels.tolist() == caption[1:]
+    assert made.response_rows.tolist() == list(range(len(caption) - 1))
+
+
+def test_expansion_and_pixels_are_the_processors_own(preparer: Preparer, teacher_parts) -> None:
+    processor = teacher_parts[0]
+    for sample in CHAT_ROWS:
+        messages = [{"role": turn.role, "content": content(turn.text)} for turn in sample.turns]
+        pictures = [PIL.Image.open(io.BytesIO(image.data)) for image in sample.images]
+        text = processor.apply_chat_template(messages, tokenize=False)
+        theirs = processor(text=[text], **({"images": pictures} if pictures else {}), return_tensors="pt")
+        ours = preparer.prepare(sample)
+        assert torch.equal(theirs["input_ids"][0], ours.input_ids)
+        assert ("pixel_values" in theirs) == ("pixel_values" in ours.pixels)
+        if pictures:
+            assert torch.equal(theirs["pixel_values"], ours.pixels["pixel_values"])
+
+
+def test_layout_says_what_the_centre_crop_shows(preparer: Preparer) -> None:
+    sample = row(("user", "<image>\n?"), ("assistant", "x"), images=(png((200, 96)),))
+    (layout,) = preparer.prepare(sample).layout
+    assert layout.size == (200, 96)
+    assert layout.views[0].crop == (52, 0, 148, 96)
+
+
+LONG = row(("user", "<image>\nq"), ("assistant", "one"), ("user", "more"), ("assistant", "word " * 40), images=(png(),))
+
+
+def test_over_length_is_skipped(teacher_parts) -> None:
+    with pytest.raises(SkipRow, match="over_length") as caught:
+        Preparer(*teacher_parts, Limits(max_length=60)).prepare(LONG)
+    assert caught.value.reason == "over_length"
+
+
+def test_over_length_is_cut_at_an_exchange(teacher_parts, tokenizer) -> None:
+    cut = Preparer(*teacher_parts, Limits(max_length=60, over_length="cut")).prepare(LONG)
+    ids, label, _, _ = by_hand(tokenizer, LONG.turns[:2])
+    assert cut.input_ids.tolist() == ids
+    assert cut.labels.tolist() == [token for token, is_label in zip(ids, label) if is_label]
+    with pytest.raises(SkipRow, match="over_length"):
+        Preparer(*teacher_parts, Limits(max_length=20, over_length="cut")).prepare(LONG)
+
+
+def test_a_cut_drops_an_unanswered_question_first(teacher_parts, tokenizer) -> None:
+    sample = row(("user", "q"), ("assistant", "one"), ("user", "word " * 40))
+    cut = Preparer(*teacher_parts, Limits(max_length=20, over_length="cut")).prepare(sample)
+    assert cut.input_ids.tolist() == by_hand(tokenizer, sample.turns[:2])[0]
+
+
+def test_a_cut_drops_the_images_of_what_it_drops(teacher_parts) -> None:
+    turns = (("user", "<image>\nq"), ("assistant", "one"), ("user", "<image>\nmore"), ("assistant", "two"))
+    sample = row(*turns, images=(png(), png(color=(1, 2, 3))))
+    cut = Preparer(*teacher_parts, Limits(max_length=60, over_length="cut")).prepare(sample)
+    assert len(cut.layout) == 1
+    assert cut.pixels["pixel_values"].shape[0] == 1
+    assert len(cut.vision_positions) == TOKENS
+
+
+def test_exactly_max_length_is_kept(preparer: Preparer, teacher_parts) -> None:
+    length = len(preparer.prepare(LONG))
+    assert len(Preparer(*teacher_parts, Limits(max_length=length)).prepare(LONG)) == length
+    with pytest.raises(SkipRow):
+        Preparer(*teacher_parts, Limits(max_length=length - 1)).prepare(LONG)
+
+
+@pytest.mark.parametrize("token", ["<|end|>", "<|assistant|>", "<pad>"])
+def test_reserved_tokens_in_the_text_are_skipped(preparer: Preparer, token: str) -> None:
+    for turns in ((("user", f"a {token} b"), ("assistant", "x")), (("user", "a"), ("assistant", f"x{token}"))):
+        for template in ("chat", "plain"):
+            with pytest.raises(SkipRow) as caught:
+                preparer.prepare(row(*turns), template)
+            assert caught.value.reason == "reserved_token"
+
+
+def test_limits_and_templates_are_checked(preparer: Preparer) -> None:
+    with pytest.raises(KdcliError, match="skip or cut"):
+        Limits(over_length="drop")
+    with pytest.raises(KdcliError, match="chat, plain"):
+        preparer.prepare(CHAT_ROWS[0], "vicuna")
+
+
+class Owner(SimpleNamespace):
+    """A chat-template owner around a Python function (messages, prompt) → text."""
+
+    def apply_chat_template(self, messages, tokenize: bool, add_generation_prompt: bool) -> str:
+        texts = [(m["role"], m["content"][0]["text"]) for m in messages]
+        return self.write(texts, add_generation_prompt)
+
+
+TURNS = (Turn("user", "q"), Turn("assistant", "<a>"), Turn("user", "r"), Turn("assistant", "b"))
+
+
+def test_a_template_that_rewrites_earlier_turns_is_refused() -> None:
+    def write(turns, prompt):  # drops earlier answers, as "thinking" templates drop earlier thoughts
+        body = "".join(f"[{r}]{t if i == len(turns) - 1 or r == 'user' else ''}" for i, (r, t) in enumerate(turns))
+        return body + "[assistant]" * prompt
+
+    with pytest.raises(CompatibilityError, match="rewrites earlier turns"):
+        render(Owner(chat_template="x", write=write), None, TURNS, "chat")
+
+
+def test_a_generation_prompt_that_is_no_prefix_is_refused() -> None:
+    def write(turns, prompt):
+        return "".join(f"[{r}]{t}" for r, t in turns) + "[assistant]<think>" * prompt
+
+    with pytest.raises(CompatibilityError, match="generation prompt"):
+        render(Owner(chat_template="x", write=write), None, TURNS, "chat")
+
+
+def test_a_model_without_a_chat_template_is_refused() -> None:
+    with pytest.raises(CompatibilityError, match="plain"):
+        render(Owner(chat_template=None, write=None), None, TURNS, "chat")
+
+
+def test_white_space_after_the_end_of_turn_is_no_label() -> None:
+    def write(turns, prompt):
+        return "".join(f"[{r}]{t}</s>\n" for r, t in turns) + "[assistant]" * prompt
+
+    made = render(Owner(chat_template="x", write=write), None, TURNS, "chat")
+    assert [made.text[a:b] for a, b in made.answers] == ["<a></s>", "b</s>"]
+    assert "".join(made.text[a:b] for a, b in made.turns) == made.text
+
+
+text = st.text(st.characters(exclude_categories=("Cs",)), max_size=30).filter(lambda t: "<" not in t)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.tuples(text, text.filter(lambda t: t.strip())), min_size=1, max_size=3), st.integers(0, 2))
+def test_any_text_is_masked_as_by_hand(preparer: Preparer, tokenizer, exchanges, images: int) -> None:
+    turns = [turn for question, answer in exchanges for turn in (("user", question), ("assistant", answer))]
+    turns[0] = ("user", "<image>\n" * images + turns[0][1].strip("\n"))
+    sample = row(*turns, images=(png(),) * images)
+    ids, label, role, _ = by_hand(tokenizer, sample.turns)
+    made = preparer.prepare(replace(sample))
+    assert made.input_ids.tolist() == ids
+    assert made.labels.tolist() == [token for token, is_label in zip(ids, label) if is_label]
+    assert made.response_rows.tolist() == [t - 1 for t, is_label in enumerate(label) if is_label]
+    assert made.text.role.tolist() == [r for r, token in zip(role, ids) if token != preparer.image_token_id]
