@@ -81,6 +81,10 @@ class Cache:
     def template(self, part: str) -> str:
         return self.plan.spec(part).template
 
+    def image_limits(self) -> dict[str, int]:
+        """Part → most pixels of an image, as the capture had it."""
+        return {part.spec.part: part.spec.max_image_pixels for part in self.plan.parts}
+
     def teacher_head(self, field: str) -> torch.Tensor:
         """The head W ``[V, D]`` of the teacher that made ``field``, checked against the field's own description."""
         body = self.fields[field]

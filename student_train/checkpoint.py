@@ -25,8 +25,6 @@ def save_checkpoint(
     weights = {name: p.detach().cpu().contiguous() for name, p in model.named_parameters() if p.requires_grad}
     save_file(weights, draft / "weights.safetensors")
     save_file(_flatten(optimizer), draft / "optimizer.safetensors")
-    torch_state = {"torch": torch.get_rng_state()}
-    save_file(torch_state, draft / "rng.safetensors")
     (draft / "state.json").write_text(json.dumps({"step": step, "identity": identity}, indent=1, sort_keys=True))
     shutil.rmtree(target, ignore_errors=True)
     draft.rename(target)
@@ -55,7 +53,6 @@ def load_checkpoint(path: Path, model: nn.Module, optimizer: torch.optim.Optimiz
         for name, parameter in own.items():
             parameter.copy_(weights[name])
     _unflatten(optimizer, load_file(path / "optimizer.safetensors"))
-    torch.set_rng_state(load_file(path / "rng.safetensors")["torch"])
     return int(state["step"])
 
 

@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from student_train.cache import CachedRows
 from teacher_cache.batch import Batch, collate
-from teacher_cache.errors import CompatibilityError, SkipRow
+from teacher_cache.errors import CompatibilityError, KdcliError, SkipRow
 from teacher_cache.prepare import Preparer
 from teacher_cache.records import ImageLayout, Prepared, TextTokens
 
@@ -85,18 +85,27 @@ class TrainDataset(Dataset):
     """Positions of an ``Order`` → rows prepared for the student, checked against what the teacher read.
 
     Args:
-        templates: part → template. same_grid: the vision layout must be the teacher's, token by token.
-        teacher_signals: the response token ids must be the teacher's (no need where no field is read).
+        templates: part → template. image_limits: part → most pixels of an image. Both as the capture had them.
+        same_grid: the vision layout must be the teacher's, token by token. The response token ids must be, where any field is read.
     """
 
-    def __init__(self, rows: CachedRows, order: Order, preparer: Preparer, templates: dict[str, str], same_grid: bool):
+    def __init__(
+        self,
+        rows: CachedRows,
+        order: Order,
+        preparer: Preparer,
+        templates: dict[str, str],
+        image_limits: dict[str, int],
+        same_grid: bool,
+    ):
         self.rows, self.order, self.preparer, self.templates = rows, order, preparer, templates
-        self.same_grid = same_grid
+        self.image_limits, self.same_grid = image_limits, same_grid
 
     def __getitem__(self, position: int) -> TrainRow:
         row = self.rows.read(*self.order.at(position))
         try:
-            prepared = self.preparer.prepare(row.sample, self.templates[row.sample.part])
+            part = row.sample.part
+            prepared = self.preparer.prepare(row.sample, self.templates[part], self.image_limits[part])
         except SkipRow as skip:
             raise CompatibilityError(
                 f"row {row.key} ({row.sample.place}) was captured, but the student cannot read it ({skip}): "
@@ -184,4 +193,13 @@ def step_batches(
         DataLoader(dataset, batch_sampler=batches, collate_fn=collate_rows, num_workers=workers)  # type: ignore[arg-type]
     )
     for step in range(batches.first_step, batches.steps()):
-        yield step, [next(loader) for _ in batches.of_step(step)]
+        yield step, [_next(loader) for _ in batches.of_step(step)]
+
+
+def _next(loader: Iterator[TrainBatch]) -> TrainBatch:
+    """The next micro-batch; an error that a loader process met is again the one line it was, without that process's traceback."""
+    try:
+        return next(loader)
+    except KdcliError as error:
+        last = str(error).strip().splitlines()[-1]
+        raise type(error)(last.removeprefix(f"{type(error).__module__}.{type(error).__name__}: ")) from None

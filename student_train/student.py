@@ -79,6 +79,9 @@ class RowForward(nn.Module):
     def forward(self, batch: Batch, kinds: Sequence[str]) -> dict[str, torch.Tensor]:
         """Post-final-norm hidden states ``[R, D]`` by row kind, in the compute dtype."""
         states = self.model.model(**batch.inputs, use_cache=False).last_hidden_state.flatten(0, 1)
+        if torch.is_autocast_enabled(states.device.type):
+            # The residual stream stays float32 under autocast; the head product, outside of it, must be in the compute dtype too.
+            states = states.to(torch.get_autocast_dtype(states.device.type))
         return {kind: states[batch.rows[kind]] for kind in kinds}
 
     def rows(self, hidden: dict[str, torch.Tensor], batch: Batch) -> StudentRows:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
@@ -87,6 +88,7 @@ class Trainer:
     def step(self, step: int, batches: list[TrainBatch]) -> StepResult:
         """One optimizer step over this process's micro-batches. Row means run over all micro-batches of all processes."""
         started = time.perf_counter()
+        self._seed(step)
         denominators = self._denominators(batches)
         shares = dict.fromkeys(self.terms, 0.0)
         loss_sum = 0.0
@@ -101,7 +103,12 @@ class Trainer:
                 self._backward(loss)
             loss_sum += float(loss.detach())
             shares = {name: shares[name] + values[name] for name in shares}
-        grad_norm = float(torch.nn.utils.clip_grad_norm_(self.parameters, self.settings.max_grad_norm))
+        grad_norm = self._clip()
+        if not math.isfinite(grad_norm):  # equal on every process, so all of them stop, before it reaches the weights
+            raise KdcliError(
+                f"{self.folder}: the gradient norm is {grad_norm} at step {step} (loss {loss_sum:.6g}): lower "
+                "--learning-rate, or look at the data; the last checkpoint is intact"
+            )
         rate = self.learning_rate(step)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
@@ -112,6 +119,15 @@ class Trainer:
         result = StepResult(loss_all, dict(zip(shares, shares_all)), grad_norm, rate, int(tokens_all))
         result.seconds = time.perf_counter() - started
         return result
+
+    def _seed(self, step: int) -> None:
+        """Dropout and the like are a function of (seed, step, process): a resumed run draws what an undisturbed one does."""
+        torch.manual_seed(hash((self.settings.seed, step, self.processes.rank)) % 2**63)
+
+    def _clip(self) -> float:
+        """Gradient norm before clipping; ``max_grad_norm`` 0 means no clipping, as in transformers."""
+        limit = self.settings.max_grad_norm or math.inf
+        return float(torch.nn.utils.clip_grad_norm_(self.parameters, limit))
 
     def _backward(self, loss: torch.Tensor) -> None:
         """Gradients of one micro-batch; one without images has none for a projector that is all that trains."""
@@ -184,7 +200,9 @@ class MetricsLog:
         path = folder / "metrics.jsonl"
         kept = path.read_text().splitlines() if path.is_file() else []
         lines = [line for line in kept if line.endswith("}") and json.loads(line)["step"] < first_step]
-        path.write_text("".join(f"{line}\n" for line in lines))
+        draft = folder / ".metrics.jsonl"
+        draft.write_text("".join(f"{line}\n" for line in lines))
+        os.replace(draft, path)
         self.file = path.open("a")
         if settings.report_to == "tensorboard":
             from torch.utils.tensorboard import SummaryWriter

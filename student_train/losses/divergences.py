@@ -9,6 +9,7 @@ import torch
 from torch.nn import functional as F
 
 from student_train.teacher_view import DenseTeacher, Distribution, HeadAndTail
+from teacher_cache.errors import CompatibilityError
 
 
 def cross_entropy(student_logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
@@ -25,7 +26,9 @@ def forward_kl(teacher: Distribution, student_logits: torch.Tensor, temperature:
         return forward_kl_dense(teacher.logits(), student_logits, temperature)
     if isinstance(teacher, HeadAndTail):
         if temperature != 1.0:
-            raise ValueError("a top-k field is valid at temperature 1 only; use a hidden field")
+            raise CompatibilityError(
+                "a top-k field is valid at temperature 1 only: capture response_hidden and vision_hidden, or --set temperature=1.0"
+            )
         return forward_kl_bucket(teacher, student_logits)
     raise TypeError(f"no forward KL from {type(teacher).__name__}")
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 
 from student_train.teacher_view import Distribution, TeacherView
+from teacher_cache.teachers.head import head_logits
 
 CHUNK_BYTES = 128 << 20
 
@@ -155,7 +156,10 @@ def _keep(counts: Sequence[int], skip_first: int, device: torch.device) -> torch
 
 
 class _ChunkedHead(torch.autograd.Function):
-    """loss = Σ_chunks f(h_chunk · Wᵀ): gradients of h and W are finished chunk by chunk in the forward pass."""
+    """loss = Σ_chunks f(h_chunk · Wᵀ): gradients of h and W are finished chunk by chunk in the forward pass.
+
+    Products take the hidden states' dtype as input; logits are float32 whatever that is.
+    """
 
     @staticmethod
     def forward(ctx, hidden: torch.Tensor, head: torch.Tensor, chunk_loss) -> torch.Tensor:  # type: ignore[override]
@@ -168,12 +172,13 @@ class _ChunkedHead(torch.autograd.Function):
         for start in range(0, len(hidden), rows):
             chunk = slice(start, min(start + rows, len(hidden)))
             states = hidden.detach()[chunk]
-            logits = states @ weight.T
+            logits = head_logits(states, weight)
             with torch.enable_grad():
                 leaf = logits.requires_grad_()
                 loss = chunk_loss(leaf, chunk)
                 (grad_logits,) = torch.autograd.grad(loss, leaf)
             total += loss.detach()
+            grad_logits = grad_logits.to(hidden.dtype)
             if grad_hidden is not None:
                 torch.mm(grad_logits, weight, out=grad_hidden[chunk])
             if grad_head is not None:
@@ -196,7 +201,12 @@ def _accumulate(grad_head: torch.Tensor, grad_logits: torch.Tensor, states: torc
     if grad_head.dtype == grad_logits.dtype:
         grad_head.addmm_(grad_logits.T, states)
     else:
-        grad_head += (grad_logits.T @ states).to(grad_head.dtype)
+        grad_head += _mm_float32(grad_logits.T, states).to(grad_head.dtype)
+
+
+def _mm_float32(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    """Product of two half-precision matrices; the result is not rounded to half precision where the device can do that."""
+    return torch.mm(left, right, out_dtype=torch.float32) if left.is_cuda else left @ right
 
 
 def _sample_term(term: SampleTerm, student: StudentRows, teacher: TeacherView) -> torch.Tensor | None:

@@ -52,4 +52,9 @@ def create_method(name: str, preset: str = "paper", knobs: Mapping[str, Any] | N
     unknown = sorted(set(knobs or {}) - set(known))
     if unknown:
         raise KdcliError(f"method {name} has no knob {', '.join(unknown)}; it has {', '.join(known) or 'none'}")
+    for knob, value in (knobs or {}).items():
+        default = getattr(presets[preset], knob)
+        accepted = (int, float) if isinstance(default, float) else type(default)
+        if not isinstance(value, accepted) or (isinstance(value, bool) and not isinstance(default, bool)):
+            raise KdcliError(f"method {name}: {knob} must be a {type(default).__name__}, got {value!r}")
     return replace(presets[preset], **(knobs or {}))

@@ -37,6 +37,8 @@ class LlavaKD:
     def __post_init__(self) -> None:
         if self.reduction not in ("mean", "sum"):
             raise KdcliError(f"llava-kd: reduction must be mean or sum, got {self.reduction!r}")
+        if not self.temperature > 0 or self.drop_vision_rows < 0:
+            raise KdcliError("llava-kd: temperature must be above 0 and drop_vision_rows at least 0")
 
     def needs(self) -> frozenset[str]:
         weights = {"response_logits": self.alpha, "vision_logits": self.beta, "vision_relation": self.gamma}
