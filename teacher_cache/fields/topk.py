@@ -58,7 +58,7 @@ class TopKField:
             raise CacheError(f"field {self.name}: a record holds {sorted(stored)}")
         log_probs = stored["log_probs"].to(torch.float32)
         log_tail = stored["log_tail"]
-        log_head = torch.log1p(-log_tail.exp().clamp(max=1 - 1e-7))
+        log_head = torch.log(-torch.expm1(log_tail.clamp(max=-1e-38)))
         log_probs = log_probs - log_probs.logsumexp(dim=1, keepdim=True) + log_head[:, None]
         return TopK(stored["ids"].to(torch.int64), log_probs, log_tail, stored["log_z"], stored["mean_logit"])
 

@@ -19,7 +19,8 @@ def head_logits(hidden_RD: torch.Tensor, head_VD: torch.Tensor) -> torch.Tensor:
 def topk_rows(hidden_RD: torch.Tensor, head_VD: torch.Tensor, k: int) -> TopK:
     """``TopK`` of every row, on the hidden states' device.
 
-    The tail is summed over the entries outside the head themselves, not taken as 1 − Σp: exact however peaked the row.
+    The tail is summed in logarithms over the entries outside the head themselves, not taken as 1 − Σp: exact to float32 in the
+    logarithm however peaked the row (−200 stays −200), and in 1 − e^log_tail however flat.
     """
     k = min(k, head_VD.shape[0])
     rows = max(1, CHUNK_BYTES // (4 * head_VD.shape[0]))
@@ -35,9 +36,11 @@ def _topk_chunk(hidden: torch.Tensor, head: torch.Tensor, k: int) -> tuple[torch
     logits = head_logits(hidden, head)
     mean = logits.mean(dim=1)
     top, ids = logits.topk(k, dim=1)
-    peak = top[:, :1]
-    weights = (logits - peak).exp_()
-    total = weights.sum(dim=1)
-    tail = weights.scatter_(1, ids, 0.0).sum(dim=1)
-    log_z = total.log() + peak[:, 0]
-    return ids, top - log_z[:, None], tail.log() - total.log(), log_z, mean
+    peak = top[:, 0].clone()
+    top = top - peak[:, None]
+    log_head = top.logsumexp(dim=1)
+    log_rest = logits.scatter_(1, ids, -torch.inf).logsumexp(dim=1) - peak
+    log_total = torch.logaddexp(log_head, log_rest)
+    # log(rest / (head + rest)) of the difference: no rounding of a nearly full tail, no underflow of a nearly empty one.
+    log_tail = torch.nn.functional.logsigmoid(log_rest - log_head)
+    return ids, top - log_total[:, None], log_tail, log_total + peak, mean

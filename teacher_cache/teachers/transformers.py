@@ -20,7 +20,8 @@ from teacher_cache.prepare import image_processor_fingerprint, text_hash, tokeni
 from teacher_cache.records import Prepared, TeacherOutput, TopK
 from teacher_cache.teachers.head import head_logits, topk_rows
 
-HEAD_TOLERANCE = 2e-2
+HEAD_TOLERANCE, HALF_HEAD_TOLERANCE = 1e-3, 2e-2
+"""Relative to the largest logit; half precision rounds the model's own logits."""
 
 
 @dataclass(frozen=True)
@@ -192,7 +193,8 @@ class TransformersTeacher:
         if not torch.isfinite(own).all():
             return  # such rows are reported one by one; the next batch is checked instead
         ours = head_logits(states[0, -4:], self.head)
-        if (own - ours).abs().max() > HEAD_TOLERANCE * own.abs().max().clamp_min(1.0):
+        tolerance = HEAD_TOLERANCE if states.dtype == torch.float32 else HALF_HEAD_TOLERANCE
+        if (own - ours).abs().max() > tolerance * own.abs().max().clamp_min(1.0):
             raise CompatibilityError("the teacher's head is not logits = W·h (bias, scale or soft cap): not supported")
         self._head_checked = True
 

@@ -48,11 +48,9 @@ def by_hand(
     image = tokenizer.convert_tokens_to_ids("<image>")
     ids, label, role, number = [], [], [], []
 
-    def put(tokens_: list[int], is_label: bool) -> None:
-        ids.extend(tokens_)
-        label.extend([is_label] * len(tokens_))
-        role.extend([("system", "user", "assistant").index(turn.role)] * len(tokens_))
-        number.extend([i] * len(tokens_))
+    def put(pieces: list[int], is_label: bool) -> None:
+        ids.extend(pieces)
+        label.extend([is_label] * len(pieces))
 
     for i, turn in enumerate(turns):
         answer = turn.role == "assistant"
@@ -64,6 +62,8 @@ def by_hand(
             put([image] * tokens, False)
             put(tokenizer("\n" + text, add_special_tokens=False)["input_ids"], answer)
         put([tokenizer.convert_tokens_to_ids("<|end|>")], answer)
+        role += [("system", "user", "assistant").index(turn.role)] * (len(ids) - len(role))
+        number += [i] * (len(ids) - len(number))
     return ids, label, role, number
 
 
