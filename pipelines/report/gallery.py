@@ -1,0 +1,135 @@
+"""A few cached rows to look at: the image with the teacher's word for each patch, and its words for the answers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+from pipelines.inspect_cache import heads, token_text, tokenizer_of, words
+from pipelines.report.picture import Picture, background_words, draw_pictures, visible
+from student_train.cache import Cache, CachedRow, CachedRows
+from teacher_cache.errors import KdcliError, SkipRow
+from teacher_cache.shards.commit import committed_shards
+
+EXAMPLES = 6
+SHARDS_LOOKED_AT = 6
+ROWS_LOOKED_AT = 16
+"""Rows of each such shard: enough to meet every kind of row, few enough for a cache on a bucket."""
+CANDIDATES = 4
+TOKENS_SHOWN = 40
+
+Words = list[tuple[str, float]]
+
+
+@dataclass(frozen=True)
+class Token:
+    """One label of an answer, and what the teacher expected in its place: (word, probability, it is the label)."""
+
+    text: str
+    expected: list[tuple[str, float, bool]]
+
+
+@dataclass(frozen=True)
+class Example:
+    """One row as the page shows it."""
+
+    key: str
+    kind: str
+    place: str
+    turns: list[tuple[str, str]]
+    pictures: list[Picture]
+    tokens: list[Token]
+    more_tokens: int
+
+
+@dataclass
+class Gallery:
+    """examples, the words dimmed on all images, and what could not be shown and why."""
+
+    examples: list[Example] = field(default_factory=list)
+    background: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Decoded:
+    """A row and the teacher's words, before it is laid out."""
+
+    row: CachedRow
+    kind: str
+    vision: list[Words]
+    response: list[tuple[str, Words]]
+
+    def variety(self) -> int:
+        return len({one[0][0] for one in self.vision if one})
+
+
+def cache_gallery(cache: Cache, limit: int = EXAMPLES) -> Gallery:
+    """Rows with images out of every kind of row; of each kind those whose patches name the most different words."""
+    gallery = Gallery()
+    by_kind: dict[str, list[Decoded]] = {}
+    tokenizer = tokenizer_of(cache)
+    for part in cache.parts():
+        try:
+            for row in _rows(cache, part):
+                kind = _kind(row)
+                if row.sample.images and len(by_kind.setdefault(kind, [])) < CANDIDATES:
+                    by_kind[kind].append(_decode(cache, tokenizer, row, kind))
+        except KdcliError as error:
+            gallery.notes.append(f"part {part}: {error}")
+    ranked = [sorted(rows, key=lambda one: -one.variety()) for rows in by_kind.values()]
+    rounds = [rows[i] for i in range(CANDIDATES) for rows in ranked if i < len(rows)]
+    chosen = sorted(rounds[:limit], key=lambda one: list(by_kind).index(one.kind))
+    gallery.background = background_words([one.vision for one in chosen])
+    for one in chosen:
+        try:
+            gallery.examples.append(_example(one, set(gallery.background)))
+        except (KdcliError, SkipRow) as error:
+            gallery.notes.append(f"{one.row.key}: {error}")
+    return gallery
+
+
+def _rows(cache: Cache, part: str) -> Iterator[CachedRow]:
+    """The first rows of some shards spread over the part, with the fields that tell words."""
+    shards = set(cache.shards([part]))
+    done = [name for name in cache.fields if shards <= set(committed_shards(cache.storage, f"fields/{name}"))]
+    fields = [name for kind in ("vision", "response") if (name := _teller(done, kind))]
+    rows = CachedRows(cache, [part], fields)
+    filled = [position for position, count in enumerate(rows.counts) if count]
+    for position in filled[:: max(1, -(-len(filled) // SHARDS_LOOKED_AT))]:
+        for row in range(min(ROWS_LOOKED_AT, rows.counts[position])):
+            yield rows.read(position, row)
+
+
+def _teller(fields: Sequence[str], kind: str) -> str | None:
+    """The cheapest field that tells the words of such rows."""
+    return next((name for name in (f"{kind}_topk", f"{kind}_hidden") if name in fields), None)
+
+
+def _kind(row: CachedRow) -> str:
+    source = row.sample.extra.get("family") or row.sample.extra.get("data_source")
+    return f"{row.sample.part} / {source}" if source else row.sample.part
+
+
+def _decode(cache: Cache, tokenizer: object, row: CachedRow, kind: str) -> Decoded:
+    vision = [words(tokenizer, head) for head in heads(cache, row, "vision")]
+    expected = [words(tokenizer, head) for head in heads(cache, row, "response")]
+    labels = [token_text(tokenizer, int(i)) for i in row.text.response_ids.tolist()]
+    return Decoded(row, kind, vision, list(zip(labels, expected)))
+
+
+def _example(one: Decoded, background: set[str]) -> Example:
+    tokens = [
+        Token(visible(label), [(visible(word), p, word == label) for word, p in expected])
+        for label, expected in one.response[:TOKENS_SHOWN]
+    ]
+    sample = one.row.sample
+    return Example(
+        key=one.row.key,
+        kind=one.kind,
+        place=sample.place,
+        turns=[(turn.role, turn.text) for turn in sample.turns],
+        pictures=draw_pictures(sample.images, one.row.layout, one.vision, background),
+        tokens=tokens,
+        more_tokens=max(0, len(one.response) - TOKENS_SHOWN),
+    )

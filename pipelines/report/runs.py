@@ -1,0 +1,150 @@
+"""Run folders as the report reads them: the run card, every stage's metrics, and scores where a run has them."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from teacher_cache.errors import KdcliError
+
+SEED = re.compile(r"^(?P<group>.*?)[-_./]*seed[-_=]?\d+$")
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stage of a run.
+
+    Attributes:
+        points: one dictionary a logged step, as in ``metrics.jsonl``. terms: its ``loss`` keys, the total first.
+        done: the stage ended (``done.json`` is there). written: when its last file was.
+    """
+
+    name: str
+    method: str
+    points: list[dict[str, float]]
+    terms: tuple[str, ...]
+    steps: int
+    samples: int | None
+    done: bool
+    written: datetime
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run folder. ``group``: its name without the seed, so that runs of several seeds are one line of the results."""
+
+    name: str
+    group: str
+    folder: Path
+    card: Mapping[str, Any]
+    stages: list[Stage]
+    scores: Mapping[str, Any]
+
+    @property
+    def written(self) -> datetime | None:
+        return max((stage.written for stage in self.stages), default=None)
+
+    @property
+    def seconds(self) -> float:
+        """Time inside optimizer steps; steps that were not logged count as the logged ones of their stage."""
+        return sum(_scaled(stage, "seconds") for stage in self.stages)
+
+    @property
+    def tokens(self) -> float:
+        return sum(_scaled(stage, "tokens") for stage in self.stages)
+
+
+def _scaled(stage: Stage, key: str) -> float:
+    values = [point[key] for point in stage.points if key in point]
+    return sum(values) / len(values) * max(stage.steps, len(values)) if values else 0.0
+
+
+def read_runs(paths: Sequence[Path]) -> list[Run]:
+    """Every run at these folders; a folder of runs (an ablation) stands for the runs inside it.
+
+    Raises:
+        KdcliError: a path without any run, or a damaged file in one.
+    """
+    folders = list(dict.fromkeys(folder for path in paths for folder in _find(Path(path))))
+    return [_read_run(folder, name) for folder, name in zip(folders, _names(folders))]
+
+
+def _find(path: Path) -> list[Path]:
+    if (path / "run.json").is_file():
+        return [path]
+    found = sorted(card.parent for depth in ("*", "*/*") for card in path.glob(f"{depth}/run.json"))
+    if not found:
+        raise KdcliError(f"{path} holds no run (no run.json): name the --output-dir of a `kdcli train-student`")
+    return found
+
+
+def _names(folders: Sequence[Path]) -> list[str]:
+    """The last part of each path; more of them where that is a bare seed, or not enough to tell two runs apart."""
+    parts = [folder.resolve().parts for folder in folders]
+    lengths = [2 if SEED.match(one[-1]) and not SEED.match(one[-1])["group"] else 1 for one in parts]  # type: ignore[index]
+    for _ in range(max(map(len, parts), default=0)):
+        names = ["/".join(one[-length:]) for one, length in zip(parts, lengths)]
+        lengths = [length + (names.count(name) > 1) for name, length in zip(names, lengths)]
+    return ["/".join(one[-length:]) for one, length in zip(parts, lengths)]
+
+
+def _read_run(folder: Path, name: str) -> Run:
+    card = _json(folder / "run.json")
+    methods = {
+        f"{i:02d}-{one['stage']}": one.get("method", "") for i, one in enumerate(card.get("stages", []), start=1)
+    }
+    logs = sorted(folder.glob("*/metrics.jsonl"))
+    stages = [_read_stage(log.parent, methods.get(log.parent.name, "")) for log in logs]
+    seeded = SEED.match(name)
+    group = (seeded["group"] if seeded else "") or name
+    scores = _json(folder / "scores.json") if (folder / "scores.json").is_file() else {}
+    if "families" in scores:
+        scores = {group: scores}
+    return Run(name, group, folder, card, stages, scores)
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        body = json.loads(path.read_text())
+    except ValueError as error:
+        raise KdcliError(f"{path}: not JSON ({error})") from None
+    if not isinstance(body, dict):
+        raise KdcliError(f"{path}: a JSON object is expected, this is a {type(body).__name__}")
+    return body
+
+
+def _read_stage(folder: Path, method: str) -> Stage:
+    log, done = folder / "metrics.jsonl", folder / "done.json"
+    points = _read_points(log)
+    result = _json(done).get("result", {}) if done.is_file() else {}
+    terms = dict.fromkeys(key for point in points for key in point if key == "loss" or key.startswith("loss/"))
+    last = done if done.is_file() else log
+    return Stage(
+        name=folder.name.partition("-")[2] or folder.name,
+        method=method,
+        points=points,
+        terms=tuple(terms),
+        steps=int(result.get("steps", points[-1]["step"] + 1 if points else 0)),
+        samples=result.get("samples"),
+        done=done.is_file(),
+        written=datetime.fromtimestamp(last.stat().st_mtime, UTC),
+    )
+
+
+def _read_points(log: Path) -> list[dict[str, float]]:
+    """The logged steps in order. The last line may be half written: the run may be going on."""
+    lines = log.read_text().splitlines()
+    points = {}
+    for number, line in enumerate(lines):
+        try:
+            body = json.loads(line)
+            points[int(body["step"])] = {k: float(v) for k, v in body.items() if isinstance(v, int | float)}
+        except (ValueError, KeyError, TypeError):
+            if number < len(lines) - 1:
+                raise KdcliError(f"{log}: line {number + 1} is damaged") from None
+    return [points[step] for step in sorted(points)]
