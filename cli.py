@@ -122,19 +122,39 @@ def init() -> None:
 @main.command()
 @click.argument("paths", nargs=-1)
 @with_data_options
+@click.option("--teacher", help="Model folder or hub id: also find rows over --max-length in its tokens.")
+@click.option("--max-length", type=int, help="Longest row in tokens (default: as in [capture]).")
 @config_option
 @json_option
-def doctor(paths: tuple[str, ...], data: tuple[str, ...], config: str | None, as_json: bool, **each: Any) -> None:
-    """List the defects of a mixture by kind, with row numbers. DATA: files or globs; default: the parts of kd.toml."""
+def doctor(
+    paths: tuple[str, ...],
+    data: tuple[str, ...],
+    teacher: str | None,
+    max_length: int | None,
+    config: str | None,
+    as_json: bool,
+    **each: Any,
+) -> None:
+    """List the defects of a mixture by kind, with row numbers. PATHS: files or globs; default: the parts of kd.toml."""
     from pipelines.doctor import examine, print_report
+    from pipelines.progress import doctor_progress
+    from pipelines.settings import override
     from teacher_cache.errors import KdcliError
+    from teacher_cache.prepare import token_counter
+    from teacher_cache.teachers.transformers import TeacherSpec, load_processor
 
-    specs = data_specs(paths + data, **each) or load(config).data
+    settings = load(config)
+    given = data_specs(paths + data, **each)
+    specs = given or settings.data
     if not specs:
         raise KdcliError(
             "no data: name files (`kdcli doctor rows.json --image-root images`), or run `kdcli init` for a kd.toml"
         )
-    report = examine(list(specs))
+    spec = TeacherSpec(teacher) if teacher else settings.teacher if not given else None
+    limit = override(settings.capture, max_length=max_length).max_length
+    count = token_counter(*load_processor(spec), {one.part: one.template for one in specs}) if spec else None
+    with doctor_progress(console()) as progress:
+        report = examine(list(specs), progress, token_counter=count, max_length=limit)
     if as_json:
         click.echo(json.dumps(report.to_json(), ensure_ascii=False))
     else:

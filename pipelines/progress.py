@@ -74,3 +74,17 @@ def train_progress(console: Console, prefix: str = "") -> Iterator[Callable[[str
             progress.update(tasks[stage], completed=step + 1, description=f"{prefix}{stage} loss {result.loss:.3f}")
 
         yield show
+
+
+@contextmanager
+def doctor_progress(console: Console) -> Iterator[Callable[[str, int, int], None]]:
+    """``progress(part, done, total)`` for ``pipelines.doctor.examine``: one bar a part."""
+    with bar(console, "rows") as progress:
+        tasks: dict[str, Any] = {}
+
+        def show(part: str, done: int, total: int) -> None:
+            if part not in tasks:
+                tasks[part] = progress.add_task(part, total=total)
+            progress.update(tasks[part], completed=done)
+
+        yield show

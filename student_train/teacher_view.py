@@ -61,8 +61,6 @@ def serve(needs: Iterable[str], available: Iterable[str], method: str, cache: st
         fields[need] = chosen
         if loss:
             notes.append(f"{need} served by {chosen}: {loss}")
-    if fields.get("vision_relation") == "relation" and fields.get("vision_logits") == "vision_hidden":
-        fields["vision_relation"] = "vision_hidden"
     return Served(fields, tuple(notes))
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -169,6 +169,12 @@ class Preparer:
 
     def _chat_owner(self) -> Any:
         return self.processor if getattr(self.processor, "chat_template", None) else self.tokenizer
+
+
+def token_counter(processor: Any, config: Any, templates: Mapping[str, str]) -> Callable[[Sample], int]:
+    """Counts a row's tokens, image tokens included, as capture would; may raise SkipRow. templates: part → template."""
+    preparer = Preparer(processor, config, Limits(max_length=1 << 60))
+    return lambda sample: len(preparer.prepare(sample, templates[sample.part]))
 
 
 def render(owner: Any, tokenizer: Any, turns: Sequence[Turn], template: str) -> Rendered:
