@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import tempfile
+import uuid
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -22,6 +22,7 @@ from teacher_cache.fields import Field, create_field
 from teacher_cache.plan import Plan, content_hash, difference, make_plan, read_plan, write_plan
 from teacher_cache.prepare import Limits, Preparer
 from teacher_cache.shards.commit import read_commit
+from teacher_cache.shards.sealed import seal, unseal
 from teacher_cache.shards.storage import Storage
 from teacher_cache.sources import DataSpec, open_source
 from teacher_cache.teachers.transformers import (
@@ -109,9 +110,9 @@ def describe(
             "teacher_folder": folder,
             "head_sha256": head_sha,
         }
-        data = (json.dumps(body, indent=1, sort_keys=True, ensure_ascii=False) + "\n").encode()
+        data = seal(body)
         if not storage.put_new(f"fields/{name}/field.json", data):
-            there = json.loads(storage.read(f"fields/{name}/field.json"))
+            there = unseal(storage.read(f"fields/{name}/field.json"), f"{storage}/fields/{name}/field.json")
             if there != body:
                 lines = "; ".join(difference(there, body))
                 raise CacheError(f"{storage}: field {name} was made with other settings: {lines}: choose another --out")
@@ -130,20 +131,20 @@ def write_teacher(request: CaptureRequest, storage: Storage, folder: str, proces
     """What reading needs of the teacher: its head W and its processor's settings. Returns the head file's sha256."""
     receipt = f"{folder}/head.json"
     if storage.exists(receipt):
-        return json.loads(storage.read(receipt))["sha256"]
+        return unseal(storage.read(receipt), f"{storage}/{receipt}")["head_sha256"]
     teacher = TransformersTeacher(replace(request.teacher, device="cpu"), processor, None)
     data = container.pack({"weight": teacher.head.cpu()})
     digest = hashlib.sha256(data).hexdigest()
-    draft = storage.staging() / f"head-{digest[:16]}.safetensors"
+    draft = storage.staging() / f"head-{uuid.uuid4().hex}.safetensors"
     draft.write_bytes(data)
     storage.put_file(draft, f"{folder}/{HEAD}")
     with tempfile.TemporaryDirectory() as saved:
         processor.save_pretrained(saved)
         for file in sorted(Path(saved).iterdir()):
-            copy = storage.staging() / f"processor-{digest[:8]}-{file.name}"
+            copy = storage.staging() / f"processor-{uuid.uuid4().hex}-{file.name}"
             copy.write_bytes(file.read_bytes())
             storage.put_file(copy, f"{folder}/processor/{file.name}")
-    storage.put_new(receipt, json.dumps({"sha256": digest}).encode())
+    storage.put_new(receipt, seal({"head_sha256": digest}))
     return digest
 
 

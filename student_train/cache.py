@@ -6,7 +6,6 @@ Opening reads the manifest, the field descriptions and the commits only; a shard
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -21,6 +20,7 @@ from teacher_cache.records import ImageLayout, Sample, TextTokens
 from teacher_cache.samples import decode_sample
 from teacher_cache.shards.commit import Commit
 from teacher_cache.shards.reader import ColumnReader
+from teacher_cache.shards.sealed import unseal
 from teacher_cache.shards.storage import Storage
 
 
@@ -47,7 +47,7 @@ class Cache:
     def _describe(self, name: str) -> dict[str, Any]:
         try:
             data = self.storage.read(f"fields/{name}/field.json")
-            body = json.loads(data)
+            body = unseal(data, f"{self.storage}/fields/{name}/field.json")
             if body["plan_hash"] != self.plan_hash:
                 raise CacheError(f"{self.storage}: field {name} belongs to another plan")
         except (FileNotFoundError, ValueError, KeyError, TypeError) as error:

@@ -16,6 +16,7 @@ from typing import Any
 
 from teacher_cache.errors import CacheError, KdcliError
 from teacher_cache.records import RowGroup
+from teacher_cache.shards.sealed import seal, unseal
 from teacher_cache.shards.storage import Storage
 from teacher_cache.sources import DataSpec, open_source
 
@@ -93,7 +94,7 @@ class Plan:
             "preparation": self.preparation,
             "seed": self.seed,
         }
-        return (json.dumps(body, sort_keys=True, ensure_ascii=False, indent=1) + "\n").encode()
+        return seal(body)
 
 
 def content_hash(value: Any) -> str:
@@ -184,7 +185,7 @@ def _balance(groups: list[RowGroup], count: int, cost: Any) -> list[list[RowGrou
 def parse_plan(data: bytes, place: str) -> Plan:
     """The plan of a manifest; CacheError where it is damaged, edited or of another format version."""
     try:
-        body = json.loads(data)
+        body = unseal(data, place)
         if body["format_version"] != FORMAT_VERSION:
             raise CacheError(f"{place}: format version {body['format_version']}; this kdcli reads {FORMAT_VERSION}")
         parts = tuple(Part(DataSpec(**p["spec"]), p["fingerprint"], p["rows"]) for p in body["parts"])

@@ -5,12 +5,11 @@ A shard is done when its commit is there, readable and bound to the same plan an
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict, dataclass
-from typing import Any
 
 from teacher_cache.errors import CacheError
 from teacher_cache.records import SkipRecord
+from teacher_cache.shards.sealed import seal, unseal
 from teacher_cache.shards.storage import Storage
 
 FORMAT_VERSION = 1
@@ -25,7 +24,7 @@ class Commit:
         plan_hash, column_hash: what the bytes were made from; the latter is empty for ``samples``.
         rows: rows of the slice; written + skipped = rows.
         skipped: rows that are not in the tar, with their reasons.
-        counts: totals over the shard (``vision_tokens``, ``response_tokens``, ``text_tokens``).
+        counts: totals over the shard (``vision_rows``, ``response_rows``, ``text_tokens``).
     """
 
     shard: int
@@ -42,14 +41,13 @@ class Commit:
     counts: dict[str, int]
 
     def to_bytes(self) -> bytes:
-        body = {"format_version": FORMAT_VERSION, **asdict(self)}
-        return (json.dumps(body, indent=1, sort_keys=True, ensure_ascii=False) + "\n").encode()
+        return seal({"format_version": FORMAT_VERSION, **asdict(self)})
 
 
 def parse_commit(data: bytes, place: str) -> Commit:
     """The commit in ``data``; CacheError naming ``place`` where it is damaged or of another format version."""
     try:
-        body: dict[str, Any] = json.loads(data)
+        body = unseal(data, place)
         version = body.pop("format_version")
         if version != FORMAT_VERSION:
             raise CacheError(f"{place}: format version {version}; this kdcli reads {FORMAT_VERSION}")
@@ -87,7 +85,7 @@ def committed_shards(storage: Storage, column: str) -> list[int]:
 
 def _check_types(commit: Commit) -> None:
     texts = (commit.plan_hash, commit.column_hash, commit.tar, commit.tar_sha256, commit.index, commit.index_sha256)
-    numbers = (commit.shard, commit.tar_bytes, commit.rows, commit.written)
+    numbers = (commit.shard, commit.tar_bytes, commit.rows, commit.written, *(s.ordinal for s in commit.skipped))
     if not all(isinstance(text, str) for text in texts) or not all(type(n) is int and n >= 0 for n in numbers):
         raise ValueError("a value has the wrong type")
     if "/" in commit.tar or "/" in commit.index or not isinstance(commit.counts, dict):

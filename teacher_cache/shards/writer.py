@@ -1,7 +1,7 @@
 """Write one shard of one column: tar → index → commit. Nothing is visible before the commit; a kill leaves only orphans.
 
-Tars are plain USTAR with mtime 0 and fixed owner and order, so the same content is the same bytes; both files are named by the
-tar's hash, so two writers of one shard can never mix: the first commit wins, whatever the other leaves is an orphan.
+Tars are plain USTAR with mtime 0 and fixed owner and order, so the same content is the same bytes; both files are named by
+their content's hash, so two writers of one shard can never mix: the first commit wins, whatever the other leaves is an orphan.
 """
 
 from __future__ import annotations
@@ -69,6 +69,7 @@ class ShardWriter:
             digest = hashlib.file_digest(written, "sha256").hexdigest()
         stem = f"{self.shard:06d}-{digest[:8]}"
         index = dump_index(self._entries)
+        index_digest = hashlib.sha256(index).hexdigest()
         commit = Commit(
             shard=self.shard,
             plan_hash=self._hashes[0],
@@ -76,8 +77,9 @@ class ShardWriter:
             tar=f"{stem}.tar",
             tar_bytes=self._draft.stat().st_size,
             tar_sha256=digest,
-            index=f"{stem}.parquet",
-            index_sha256=hashlib.sha256(index).hexdigest(),
+            # By its own hash too: another pyarrow writes other bytes, and must not replace the index of an earlier commit.
+            index=f"{stem}-{index_digest[:8]}.parquet",
+            index_sha256=index_digest,
             rows=len(self._entries) + len(self._skipped),
             written=len(self._entries),
             skipped=tuple(sorted(self._skipped, key=lambda skip: skip.ordinal)),

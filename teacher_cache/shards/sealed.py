@@ -1,0 +1,40 @@
+"""JSON documents that carry their own checksum: manifest, ``field.json`` and commits. A flipped bit anywhere in one is noticed.
+
+The checksum guards against damage, not against people: whoever edits a document can make a new one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from teacher_cache.errors import CacheError
+
+SEAL = "sha256"
+
+
+def seal(body: Mapping[str, Any]) -> bytes:
+    """Deterministic UTF-8 JSON of ``body`` plus ``sha256`` over its canonical form."""
+    sealed = {**body, SEAL: _digest(body)}
+    return (json.dumps(sealed, indent=1, sort_keys=True, ensure_ascii=False) + "\n").encode()
+
+
+def unseal(data: bytes, place: str) -> dict[str, Any]:
+    """The body of ``seal``; CacheError naming ``place`` where it is no JSON object or does not have its own checksum."""
+    try:
+        body = json.loads(data)
+        if not isinstance(body, dict):
+            raise ValueError("not a JSON object")
+        if body.pop(SEAL, None) != _digest(body):
+            raise ValueError("its content does not have its checksum")
+    except (ValueError, TypeError, RecursionError) as error:
+        raise CacheError(
+            f"{place}: damaged or edited ({error}): restore it; `kdcli cache verify` lists all damage"
+        ) from None
+    return body
+
+
+def _digest(body: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(body, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
