@@ -7,46 +7,28 @@ import os
 import platform
 import subprocess
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from pipelines.settings import Settings
+from pipelines.stage_plans import StagePlan, check_vocabulary, plan_stages
 from student_train import distributed
 from student_train.cache import Cache, CachedRows
-from student_train.config import StageSettings, TrainSettings
 from student_train.distributed import Processes
-from student_train.methods import Method, create_method, method_module
-from student_train.stages import Stage, parse_stages
 from student_train.stream import MicroBatches, Order, TrainBatch, TrainDataset, step_batches
 from student_train.student import RowForward, freeze_except, load_student, save_student
-from student_train.teacher_view import Served, TeacherSignals, serve
+from student_train.teacher_view import TeacherSignals
 from student_train.trainer import StepResult, Trainer
-from teacher_cache.errors import CompatibilityError, KdcliError
+from teacher_cache.errors import KdcliError
 from teacher_cache.plan import content_hash, difference
 from teacher_cache.prepare import Limits, Preparer
 from teacher_cache.teachers.transformers import TeacherSpec, load_processor, weights_hash
 
 ROW_ALIGNED = frozenset({"vision_logits", "vision_relation"})
 OnStep = Callable[[str, int, int, StepResult], None]
-
-
-@dataclass(frozen=True)
-class StagePlan:
-    """One stage with everything decided: its settings, method, and the fields that serve it."""
-
-    number: int
-    stage: Stage
-    settings: TrainSettings
-    parts: tuple[str, ...]
-    method_name: str
-    method: Method
-    served: Served
-
-    def folder(self, output: Path) -> Path:
-        return output / f"{self.number:02d}-{self.stage.name}"
 
 
 def train(
@@ -71,12 +53,12 @@ def train(
     plans = plan_stages(cache, method, settings, stages, preset, knobs)
     spec = TeacherSpec(train_settings.student)
     processor, _ = load_processor(spec)
-    check_vocabulary(cache, plans, processor)
+    notes = check_vocabulary(cache, plans, processor)
     output = Path(train_settings.output_dir)
     processes = distributed.start()
     if processes.is_main:
         write_run_card(output, cache, plans)
-        for note in dict.fromkeys(note for plan in plans for note in plan.served.notes):
+        for note in dict.fromkeys(notes + [note for plan in plans for note in plan.served.notes]):
             say(f"note: {note}")
     processes.barrier()
     model_id, results = train_settings.student, []
@@ -85,48 +67,6 @@ def train(
         model_id = results[-1]["model"]
     distributed.stop()
     return {"output": str(output), "model": model_id, "stages": results}
-
-
-def plan_stages(
-    cache: Cache, method: str, settings: Settings, stages: str | None, preset: str, knobs: Mapping[str, Any] | None
-) -> list[StagePlan]:
-    """Decide every stage before any model loads; refuses what the cache cannot serve."""
-    module = method_module(method)
-    chosen = create_method(method, preset, {**settings.methods.get(method, {}), **(knobs or {})})
-    plain = create_method("sft")
-    plans = []
-    for number, stage in enumerate(parse_stages(stages or module.STAGES), start=1):
-        own = settings.stages.get(stage.name, StageSettings())
-        merged = own.over(settings.train)
-        if not merged.learning_rate:
-            merged = replace(merged, learning_rate=stage.learning_rate)
-        parts = own.parts or stage.parts
-        used = chosen if stage.distils else plain
-        shards = cache.shards(parts)
-        complete = [name for name in cache.fields if _covers(cache, name, shards)]
-        served = serve(used.needs(), complete, method, str(cache.storage))
-        plans.append(StagePlan(number, stage, merged, parts, method if stage.distils else "sft", used, served))
-    return plans
-
-
-def _covers(cache: Cache, field: str, shards: list[int]) -> bool:
-    from teacher_cache.shards.commit import committed_shards
-
-    return set(shards) <= set(committed_shards(cache.storage, f"fields/{field}"))
-
-
-def check_vocabulary(cache: Cache, plans: list[StagePlan], processor: Any) -> None:
-    """Token ids mean the same on both sides only if the tokenizers are one; rows are compared again as they stream."""
-    from teacher_cache.prepare import tokenizer_hash
-
-    ours = {"sha256": tokenizer_hash(processor.tokenizer), "length": len(processor.tokenizer)}
-    for name in {name for plan in plans for name in plan.served.names}:
-        theirs = cache.fields[name]["teacher"]["tokenizer"]
-        if theirs != ours:
-            lines = "; ".join(difference(theirs, ours, "tokenizer"))
-            raise CompatibilityError(
-                f"{cache.storage}: field {name} was made by a teacher with another tokenizer: {lines}"
-            )
 
 
 def write_run_card(output: Path, cache: Cache, plans: list[StagePlan]) -> None:

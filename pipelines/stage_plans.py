@@ -1,0 +1,88 @@
+"""What every stage of a run will do, decided and checked before any model loads."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from pipelines.settings import Settings
+from student_train.cache import Cache
+from student_train.config import StageSettings, TrainSettings
+from student_train.methods import Method, create_method, method_module
+from student_train.stages import Stage, parse_stages
+from student_train.teacher_view import Served, serve
+from teacher_cache.errors import CacheError, CompatibilityError
+from teacher_cache.plan import difference
+from teacher_cache.prepare import text_hash, tokenizer_hash
+from teacher_cache.shards.commit import committed_shards
+
+
+@dataclass(frozen=True)
+class StagePlan:
+    """One stage with everything decided: its settings, method, and the fields that serve it."""
+
+    number: int
+    stage: Stage
+    settings: TrainSettings
+    parts: tuple[str, ...]
+    method_name: str
+    method: Method
+    served: Served
+
+    def folder(self, output: Path) -> Path:
+        return output / f"{self.number:02d}-{self.stage.name}"
+
+
+def plan_stages(
+    cache: Cache, method: str, settings: Settings, stages: str | None, preset: str, knobs: Mapping[str, Any] | None
+) -> list[StagePlan]:
+    """Decide every stage; refuses a method, knob, part or need that cannot be had."""
+    module = method_module(method)
+    chosen = create_method(method, preset, {**settings.methods.get(method, {}), **(knobs or {})})
+    plain = create_method("sft")
+    plans = []
+    for number, stage in enumerate(parse_stages(stages or module.STAGES), start=1):
+        own = settings.stages.get(stage.name, StageSettings())
+        merged = own.over(settings.train)
+        if not merged.learning_rate:
+            merged = replace(merged, learning_rate=stage.learning_rate)
+        parts = own.parts or stage.parts
+        used = chosen if stage.distils else plain
+        served = serve(used.needs(), complete_fields(cache, parts), method, str(cache.storage))
+        plans.append(StagePlan(number, stage, merged, parts, method if stage.distils else "sft", used, served))
+    return plans
+
+
+def complete_fields(cache: Cache, parts: tuple[str, ...]) -> list[str]:
+    """Fields that every shard of the parts has; CacheError where ``samples`` itself is not complete."""
+    shards = set(cache.shards(parts))
+    missing = shards - set(committed_shards(cache.storage, "samples"))
+    if missing:
+        raise CacheError(
+            f"{cache.storage}: {len(missing)} of {len(shards)} shards of part {', '.join(parts)} are not captured yet: "
+            "run `kdcli cache-teacher` again to finish them"
+        )
+    return [name for name in cache.fields if shards <= set(committed_shards(cache.storage, f"fields/{name}"))]
+
+
+def check_vocabulary(cache: Cache, plans: list[StagePlan], processor: Any) -> list[str]:
+    """Token ids mean the same on both sides only if the tokenizers are one; rows are compared again as they stream.
+
+    Returns:
+        Notes for the user: a chat template of its own gives the student other prompts around the same answers.
+    """
+    ours = {"sha256": tokenizer_hash(processor.tokenizer), "length": len(processor.tokenizer)}
+    template = text_hash(getattr(processor, "chat_template", None) or processor.tokenizer.chat_template or "")
+    notes = []
+    for name in sorted({name for plan in plans for name in plan.served.names}):
+        teacher = cache.fields[name]["teacher"]
+        if teacher["tokenizer"] != ours:
+            lines = "; ".join(difference(teacher["tokenizer"], ours, "tokenizer"))
+            raise CompatibilityError(
+                f"{cache.storage}: field {name} was made by a teacher with another tokenizer: {lines}"
+            )
+        if teacher["chat_template"] != template:
+            notes.append(f"{name}: the teacher read its prompts through another chat template than the student's")
+    return notes
