@@ -138,13 +138,15 @@ def write_teacher(request: CaptureRequest, storage: Storage, folder: str, proces
     draft = storage.staging() / f"head-{uuid.uuid4().hex}.safetensors"
     draft.write_bytes(data)
     storage.put_file(draft, f"{folder}/{HEAD}")
+    settings = {}
     with tempfile.TemporaryDirectory() as saved:
         processor.save_pretrained(saved)
         for file in sorted(Path(saved).iterdir()):
             copy = storage.staging() / f"processor-{uuid.uuid4().hex}-{file.name}"
             copy.write_bytes(file.read_bytes())
+            settings[file.name] = hashlib.sha256(file.read_bytes()).hexdigest()
             storage.put_file(copy, f"{folder}/processor/{file.name}")
-    storage.put_new(receipt, seal({"head_sha256": digest}))
+    storage.put_new(receipt, seal({"head_sha256": digest, "processor": settings}))
     return digest
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import tempfile
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,7 @@ from student_train.cache import Cache, CachedRow, CachedRows
 from teacher_cache.errors import CacheError
 from teacher_cache.records import TopK
 from teacher_cache.shards.commit import committed_shards, read_commit
+from teacher_cache.shards.sealed import unseal
 from teacher_cache.shards.verify import Problem, orphans, verify
 from teacher_cache.teachers.head import topk_rows
 
@@ -144,11 +147,12 @@ def check(cache: Cache) -> list[Problem]:
     columns = hashes(cache)
     problems = verify(cache.storage, columns)
     for column in columns:
-        missing = sorted(set(range(len(cache.plan.slices))) - set(committed_shards(cache.storage, column)))
-        if missing and column == "samples":
-            problems += [
-                Problem(column, shard, "not captured yet: run `kdcli cache-teacher` again") for shard in missing
-            ]
+        problems += [
+            Problem(column, shard, "not captured yet: run `kdcli cache-teacher` again")
+            for shard in missing_shards(cache, column)
+        ]
+    for folder in sorted({body["teacher_folder"] for body in cache.fields.values() if body["head_sha256"]}):
+        problems += [Problem(folder, None, what) for what in teacher_problems(cache, folder)]
     for name in cache.fields:
         if any(want.startswith("hidden") for want in cache.open_field(name).wants):
             try:
@@ -156,6 +160,30 @@ def check(cache: Cache) -> list[Problem]:
             except CacheError as error:
                 problems.append(Problem(f"fields/{name}", None, str(error)))
     return problems
+
+
+def missing_shards(cache: Cache, column: str) -> list[int]:
+    """Shards that a column should have. A field may leave out whole parts (``parts_without_fields``), never some of a part."""
+    done = set(committed_shards(cache.storage, column))
+    missing = []
+    for part in cache.parts():
+        shards = set(cache.shards([part]))
+        if column == "samples" or shards & done:
+            missing += sorted(shards - done)
+    return missing
+
+
+def teacher_problems(cache: Cache, folder: str) -> Iterator[str]:
+    """What is wrong with the teacher's processor files, against the receipt that was written after them."""
+    try:
+        receipt = unseal(cache.storage.read(f"{folder}/head.json"), f"{folder}/head.json")
+        for name, digest in receipt["processor"].items():
+            if hashlib.sha256(cache.storage.read(f"{folder}/processor/{name}")).hexdigest() != digest:
+                yield f"processor/{name} does not have its checksum"
+    except FileNotFoundError as error:
+        yield f"a file is missing ({error.filename or error})"
+    except (CacheError, KeyError) as error:
+        yield str(error)
 
 
 def collect_garbage(cache: Cache, remove: bool) -> list[str]:

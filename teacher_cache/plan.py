@@ -187,7 +187,7 @@ def parse_plan(data: bytes, place: str) -> Plan:
     try:
         body = unseal(data, place)
         if body["format_version"] != FORMAT_VERSION:
-            raise CacheError(f"{place}: format version {body['format_version']}; this kdcli reads {FORMAT_VERSION}")
+            raise CacheError(f"{place}: format version {str(body['format_version'])!r}; this kdcli reads {FORMAT_VERSION}")
         parts = tuple(Part(DataSpec(**p["spec"]), p["fingerprint"], p["rows"]) for p in body["parts"])
         slices = tuple(Slice(s["part"], tuple(RowGroup(**group) for group in s["groups"])) for s in body["slices"])
         plan = Plan(parts, slices, body["preparation"], body["seed"])

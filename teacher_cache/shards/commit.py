@@ -50,7 +50,7 @@ def parse_commit(data: bytes, place: str) -> Commit:
         body = unseal(data, place)
         version = body.pop("format_version")
         if version != FORMAT_VERSION:
-            raise CacheError(f"{place}: format version {version}; this kdcli reads {FORMAT_VERSION}")
+            raise CacheError(f"{place}: format version {str(version)!r}; this kdcli reads {FORMAT_VERSION}")
         body["skipped"] = tuple(SkipRecord(**skip) for skip in body["skipped"])
         commit = Commit(**body)
         _check_types(commit)
