@@ -56,7 +56,7 @@ def test_damage_before_the_last_line_is_named(make_run):
 
 
 def test_a_folder_without_a_run_is_refused(tmp_path):
-    with pytest.raises(KdcliError, match="run.json"):
+    with pytest.raises(KdcliError, match=r"run\.json"):
         read_runs([tmp_path])
 
 
@@ -97,5 +97,5 @@ def test_a_bare_result_belongs_to_the_group_of_its_run(make_run):
 
 
 def test_scores_of_another_shape_are_refused():
-    with pytest.raises(KdcliError, match="kd.*kdcli eval"):
+    with pytest.raises(KdcliError, match=r"kd.*kdcli eval"):
         collect_results([], {"kd": {"accuracy": 0.5}})
