@@ -91,7 +91,7 @@ def test_resuming_continues_where_it_was(split: tuple[int, int, int, int], data:
 @settings(deadline=None, max_examples=50)
 @given(st.integers(1, 100), st.sampled_from([(8, 1, 1), (4, 2, 1), (2, 2, 2), (1, 2, 4), (1, 1, 8)]))
 def test_a_step_holds_the_same_rows_for_any_world(total: int, split: tuple[int, int, int]) -> None:
-    micro, accumulate, world = split
+    micro, _, world = split
     ranks = [MicroBatches(total, 8, micro, rank, world, 0) for rank in range(world)]
     for step in range(min(one.steps() for one in ranks)):
         rows = sorted(p for one in ranks for batch in one.of_step(step) for p in batch)

@@ -1,0 +1,150 @@
+"""One optimizer step: accumulation, precision, checkpointing of activations, clipping, and what must stop it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from teacher_cache.errors import KdcliError
+
+STEP = {"parts": ("caption", "sft"), "max_steps": 2}
+
+
+def after_step(opened: tuple[Any, Any]) -> tuple[Any, dict[str, torch.Tensor]]:
+    """(result, weights) after one step of plain gradient descent: Adam would blow rounding up where a gradient is nearly 0."""
+    trainer, batches_from = opened
+    trainer.optimizer = torch.optim.SGD(trainer.parameters)
+    trainer.settings = trainer.settings.__class__(**{**vars(trainer.settings), "learning_rate": 0.1})
+    step, batches = next(iter(batches_from(0)))
+    result = trainer.step(step, batches)
+    return result, {name: p.detach().clone() for name, p in trainer.model.named_parameters() if p.requires_grad}
+
+
+@pytest.fixture
+def whole_batch(open_stage: Callable[..., Any], tiny_cache: Path) -> tuple[Any, dict[str, torch.Tensor]]:
+    """One step over 8 rows at once."""
+    return after_step(open_stage(tiny_cache, per_device_train_batch_size=8, **STEP))
+
+
+@pytest.mark.parametrize("size, count", [(1, 8), (3, 3)])
+def test_micro_batches_make_the_step_of_the_whole_batch(
+    open_stage: Callable[..., Any], tiny_cache: Path, whole_batch: Any, size: int, count: int
+) -> None:
+    """8 rows as 8 × 1, or 9 as 3 × 3 against 9 at once: text-only rows, long and short ones, each with its own padding."""
+    sizes = {"per_device_train_batch_size": size, "gradient_accumulation_steps": count}
+    ours, weights = after_step(open_stage(tiny_cache, **sizes, **STEP))
+    theirs, expected = whole_batch
+    if size * count != 8:
+        theirs, expected = after_step(open_stage(tiny_cache, per_device_train_batch_size=size * count, **STEP))
+    assert ours.loss == pytest.approx(theirs.loss, rel=1e-6)
+    assert ours.terms == pytest.approx(theirs.terms, rel=1e-6)
+    assert ours.grad_norm == pytest.approx(theirs.grad_norm, rel=1e-5)
+    assert ours.tokens == theirs.tokens
+    for name, weight in weights.items():
+        torch.testing.assert_close(weight, expected[name], rtol=1e-6, atol=1e-7, msg=name)
+
+
+def test_gradient_checkpointing_changes_nothing(
+    open_stage: Callable[..., Any], tiny_cache: Path, whole_batch: Any
+) -> None:
+    opened = open_stage(tiny_cache, per_device_train_batch_size=8, gradient_checkpointing=True, **STEP)
+    opened[0].model.train()
+    result, weights = after_step(opened)
+    assert result.loss == pytest.approx(whole_batch[0].loss, rel=1e-6)
+    for name, weight in weights.items():
+        torch.testing.assert_close(weight, whole_batch[1][name], rtol=1e-5, atol=1e-6, msg=name)
+
+
+def test_bf16_autocast_stays_near_float32(open_stage: Callable[..., Any], tiny_cache: Path, whole_batch: Any) -> None:
+    """Weights stay float32; the hidden states that the losses see are in the compute dtype."""
+    trainer, batches_from = open_stage(tiny_cache, per_device_train_batch_size=8, bf16=True, **STEP)
+    seen: list[torch.dtype] = []
+    trainer.model.register_forward_hook(lambda module, given, out: seen.extend(one.dtype for one in out.values()))
+    result, weights = after_step((trainer, batches_from))
+    assert set(seen) == {torch.bfloat16}
+    assert all(weight.dtype == torch.float32 for weight in weights.values())
+    assert result.loss == pytest.approx(whole_batch[0].loss, rel=2e-2)
+    assert result.grad_norm == pytest.approx(whole_batch[0].grad_norm, rel=5e-2)
+
+
+@pytest.mark.parametrize("stage, trained", [("DPT", {"projector"}), ("DFT", {"projector", "language_model"})])
+def test_a_stage_trains_its_modules_alone(
+    open_stage: Callable[..., Any], tiny_cache: Path, stage: str, trained: set[str]
+) -> None:
+    from student_train.student import module_group
+
+    trainer, batches_from = open_stage(tiny_cache, stage, per_device_train_batch_size=4, max_steps=1)
+    before = {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
+    trainer.train(batches_from)
+    changed = {n for n, p in trainer.model.named_parameters() if not torch.equal(p, before[n])}
+    assert {module_group(name) for name in changed} == trained
+    assert all(not p.requires_grad for n, p in trainer.model.named_parameters() if module_group(n) not in trained)
+
+
+def test_a_text_only_step_of_a_projector_stage_moves_nothing(open_stage: Callable[..., Any], tiny_cache: Path) -> None:
+    trainer, batches_from = open_stage(tiny_cache, "DPT", parts=("sft",), per_device_train_batch_size=1)
+    text_only = next(each for _, each in batches_from(0) if not each[0].batch.counts["vision"][0])
+    before = [p.detach().clone() for p in trainer.parameters]
+    result = trainer.step(0, text_only)
+    assert result.loss > 0 and result.grad_norm == 0 and result.terms["vis"] == 0 and result.terms["rel"] == 0
+    assert all(torch.equal(p, old) for p, old in zip(trainer.parameters, before))
+
+
+def test_clipping_and_its_absence(open_stage: Callable[..., Any], tiny_cache: Path) -> None:
+    """Gradient descent with rate 0.1 moves the weights by 0.1 × the (clipped) norm; 0 means no clipping."""
+    for limit, share in ((1e-3, 1e-3), (0.0, None)):
+        trainer, batches_from = open_stage(tiny_cache, per_device_train_batch_size=4, max_grad_norm=limit, **STEP)
+        before = {name: p.detach().clone() for name, p in trainer.model.named_parameters() if p.requires_grad}
+        result, weights = after_step((trainer, batches_from))
+        moved = torch.stack([(weights[name] - before[name]).norm() for name in weights]).norm()
+        rate = result.learning_rate
+        assert float(moved) == pytest.approx(rate * (share or result.grad_norm), rel=1e-2)
+
+
+def test_a_broken_gradient_never_reaches_weights_or_checkpoints(
+    open_stage: Callable[..., Any], tiny_cache: Path
+) -> None:
+    trainer, batches_from = open_stage(tiny_cache, per_device_train_batch_size=4, save_steps=1, **STEP)
+    head = trainer.model.head
+    head.register_hook(lambda gradient: gradient * float("nan"))
+    before = head.detach().clone()
+    with pytest.raises(KdcliError, match="gradient norm is nan at step 0"):
+        trainer.train(batches_from)
+    assert torch.equal(head, before)
+    assert not list(trainer.folder.glob("checkpoints/*"))
+
+
+def test_learning_rate_warms_up_and_falls_as_a_cosine(open_stage: Callable[..., Any], tiny_cache: Path) -> None:
+    trainer, _ = open_stage(tiny_cache, max_steps=200, learning_rate=1.0, warmup_ratio=0.03)
+    rates = [trainer.learning_rate(step) for step in range(200)]
+    assert rates[:6] == pytest.approx([1 / 6, 2 / 6, 3 / 6, 4 / 6, 5 / 6, 1.0])
+    assert rates[6] == 1.0 and rates[103] == pytest.approx(0.5) and 0 < rates[-1] < 1e-3
+    assert rates[6:] == sorted(rates[6:], reverse=True)
+
+
+def test_fields_of_two_teachers_are_read_with_their_own_heads(
+    first_step: Callable[..., Any],
+    tiny_cache: Path,
+    tiny_student: Path,
+    make_request: Callable[..., Any],
+    copy_of: Callable[[Path], Path],
+) -> None:
+    """Vision states of another teacher, added to the cache later: the response term does not move, the vision terms do."""
+    import shutil
+
+    from pipelines.cache_teacher import capture
+
+    settings = {"per_device_train_batch_size": 4, "max_steps": 1}
+    first = first_step(tiny_cache, **settings)
+    mixed = copy_of(tiny_cache)
+    for name in ("vision_hidden", "relation"):
+        shutil.rmtree(mixed / "fields" / name)
+    capture(make_request(mixed, teacher=tiny_student, fields=("vision_hidden",)))
+    result = first_step(mixed, **settings)
+    assert result.terms["res"] == first.terms["res"] and result.terms["reg"] == first.terms["reg"]
+    # the second teacher is the student itself
+    assert result.terms["vis"] == pytest.approx(0.0, abs=1e-5) and result.terms["rel"] == pytest.approx(0.0, abs=1e-5)
