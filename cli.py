@@ -403,18 +403,35 @@ def parse_knobs(knobs: tuple[str, ...]) -> dict[str, Any]:
 @click.option("--image-root", default=None)
 @click.option("--limit", type=int, default=None)
 @click.option("--batch-size", default=32, show_default=True)
+@click.option(
+    "--out", type=click.Path(dir_okay=False), help="Also write the scores here; RUN/scores.json is what reports read."
+)
 @device_option
 @json_option
 def evaluate(
-    model: str, data: str, image_root: str | None, limit: int | None, batch_size: int, device: str | None, as_json: bool
+    model: str,
+    data: str,
+    image_root: str | None,
+    limit: int | None,
+    batch_size: int,
+    out: str | None,
+    device: str | None,
+    as_json: bool,
 ) -> None:
     """Score a student or teacher on held-out questions: exact match by family."""
     from pipelines.evaluate import evaluate_folder
     from pipelines.tables import score_table
     from teacher_cache.sources import DataSpec
 
-    result = evaluate_folder(model, DataSpec("heldout", data, image_root=image_root, limit=limit), batch_size, device)
+    from pipelines.progress import bar
+
+    with bar(console(), "questions") as progress:
+        task = progress.add_task("asking", total=None)
+        spec = DataSpec("heldout", data, image_root=image_root, limit=limit)
+        result = evaluate_folder(model, spec, batch_size, device, advance=lambda rows: progress.advance(task, rows))
     answers = [vars(one) for one in result.pop("answers")]
+    if out:
+        Path(out).write_text(json.dumps({model: result}, indent=1) + "\n")
     click.echo(json.dumps({**result, "answers": answers}) if as_json else score_table({model: result}))
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from teacher_cache.records import View
+
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """Aligned columns, the first to the left, the others to the right; Markdown, so that it can be pasted."""
@@ -65,8 +67,8 @@ def sample_view(decoded: Any) -> str:
     for number, image in enumerate(row.layout):
         lines.append(f"image {number}: {image.size[0]}×{image.size[1]} px, {image.tokens()} vision tokens")
         for view in image.views:
-            lines += _grid(decoded.vision[at : at + view.grid[0] * view.grid[1]], view.grid)
-            at += view.grid[0] * (view.grid[1] + view.newline)
+            lines += _grid(decoded.vision[at : at + view.tokens()], view)
+            at += view.tokens()
     if decoded.response:
         lines.append("response tokens, with what the teacher expected there:")
         for label, expected in decoded.response:
@@ -75,13 +77,16 @@ def sample_view(decoded: Any) -> str:
     return "\n".join(lines)
 
 
-def _grid(words: Sequence[Sequence[tuple[str, float]]], grid: tuple[int, int]) -> list[str]:
+def _grid(words: Sequence[Sequence[tuple[str, float]]], view: View) -> list[str]:
     """The top word of every vision token, laid out as the image is."""
     if not words:
         return ["  (no field tells the words of vision tokens)"]
-    tops = [one[0][0].strip()[:7] for one in words]
-    width = max(map(len, tops))
-    return ["  " + " ".join(top.ljust(width) for top in tops[r * grid[1] : (r + 1) * grid[1]]) for r in range(grid[0])]
+    lines = ["  "] * view.grid[0]
+    tops = [(row, words[place][0][0].strip()[:7]) for row, _, place in view.places()]
+    width = max(len(top) for _, top in tops) + 1
+    for row, top in tops:
+        lines[row] += top.ljust(width)
+    return [line.rstrip() for line in lines]
 
 
 def method_table() -> str:

@@ -6,7 +6,7 @@ R rows of one kind (vision or response), V vocabulary, D teacher width, K kept e
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -96,6 +96,17 @@ class View:
     grid: tuple[int, int]
     newline: bool = False
 
+    def tokens(self) -> int:
+        """Vision tokens of this view, newlines included."""
+        return self.grid[0] * (self.grid[1] + self.newline)
+
+    def places(self) -> Iterator[tuple[int, int, int]]:
+        """(grid row, grid column, number of the token inside the view) of every patch; newline tokens are passed over."""
+        rows, columns = self.grid
+        for row in range(rows):
+            for column in range(columns):
+                yield row, column, row * (columns + self.newline) + column
+
 
 @dataclass(frozen=True)
 class ImageLayout:
@@ -105,7 +116,7 @@ class ImageLayout:
     views: tuple[View, ...]
 
     def tokens(self) -> int:
-        return sum(rows * (columns + view.newline) for view in self.views for rows, columns in [view.grid])
+        return sum(view.tokens() for view in self.views)
 
 
 @dataclass(frozen=True)

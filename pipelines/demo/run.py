@@ -132,7 +132,10 @@ def run_demo(out: Path, seed: int, console: Any, recipe: Recipe | None = None) -
 
 
 def save_scores(out: Path, scores: Mapping[str, Any]) -> None:
+    """``scores.json`` of the demo, and of every run, where a later report finds it."""
     (out / "scores.json").write_text(json.dumps(scores, indent=1) + "\n")
+    for name in RUNS:
+        (out / "runs" / name / "scores.json").write_text(json.dumps({name: scores[name]}, indent=1) + "\n")
 
 
 @contextmanager

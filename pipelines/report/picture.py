@@ -109,12 +109,9 @@ def draw_pictures(
 
 def patches(view: View, vision: Sequence[Words]) -> Iterator[tuple[int, int, Words]]:
     """(row, column, words) of every patch of a view; newline tokens after a grid row are passed over."""
-    rows, columns = view.grid
-    for row in range(rows):
-        for column in range(columns):
-            place = row * (columns + view.newline) + column
-            if place < len(vision):
-                yield row, column, vision[place]
+    for row, column, place in view.places():
+        if place < len(vision):
+            yield row, column, vision[place]
 
 
 def _draw(
