@@ -420,10 +420,9 @@ def evaluate(
 ) -> None:
     """Score a student or teacher on held-out questions: exact match by family."""
     from pipelines.evaluate import evaluate_folder
+    from pipelines.progress import bar
     from pipelines.tables import score_table
     from teacher_cache.sources import DataSpec
-
-    from pipelines.progress import bar
 
     with bar(console(), "questions") as progress:
         task = progress.add_task("asking", total=None)
