@@ -37,8 +37,15 @@ def forward_kl_dense(
     teacher_logits: torch.Tensor, student_logits: torch.Tensor, temperature: float = 1.0
 ) -> torch.Tensor:
     """KL(softmax(z_t/T) ‖ softmax(z_s/T)) of logits ``[R, V_t]`` and ``[R, V_s ≥ V_t]``."""
-    shared = student_logits[:, : teacher_logits.shape[1]].to(torch.float32)
-    return _ForwardKL.apply(teacher_logits.to(torch.float32) / temperature, shared / temperature)
+    teacher, student = teacher_logits.to(torch.float32), _shared(student_logits, teacher_logits.shape[1])
+    if temperature != 1.0:
+        teacher, student = teacher / temperature, student / temperature
+    return _ForwardKL.apply(teacher, student)
+
+
+def _shared(logits: torch.Tensor, vocabulary: int) -> torch.Tensor:
+    """float32 columns that both sides have; no slice where that is all of them, since its gradient is one more copy."""
+    return (logits if logits.shape[1] == vocabulary else logits[:, :vocabulary]).to(torch.float32)
 
 
 class _ForwardKL(torch.autograd.Function):
@@ -61,6 +68,42 @@ class _ForwardKL(torch.autograd.Function):
 
 def forward_kl_bucket(teacher: HeadAndTail, student_logits: torch.Tensor) -> torch.Tensor:
     """Σ_head p_t (log p_t − log p_s) + tail·(log tail_t − log tail_s), tail_s = 1 − Σ_head p_s taken without cancellation."""
+    topk = teacher.topk
+    logits = _shared(student_logits, teacher.vocabulary)
+    return _ForwardKLBucket.apply(topk.ids, topk.log_probs, topk.log_tail, logits)
+
+
+class _ForwardKLBucket(torch.autograd.Function):
+    """The bucket form with its gradient (Σp + t)·p_s − p in the head, ((Σp + t) − t / tail_s)·p_s outside, t the teacher's tail.
+
+    The gradient is written over the outside's exponentials: a third of the passes of ``forward_kl_bucket_plain``, its test twin.
+    """
+
+    @staticmethod
+    def forward(ctx, ids, log_probs, log_tail, logits: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+        least = torch.finfo(torch.float32).min
+        probs, tail = log_probs.exp(), log_tail.exp()
+        head = logits.gather(1, ids)
+        outside = logits.scatter(1, ids, -torch.inf)
+        peak = outside.amax(dim=1).clamp_min(least)  # K = V: nothing is outside
+        mass = outside.sub_(peak[:, None]).exp_().sum(dim=1)
+        log_outside = peak + mass.log()
+        log_z = torch.logaddexp(head.logsumexp(dim=1), log_outside)
+        total = probs.sum(dim=1) + tail
+        log_head = head - log_z[:, None]
+        in_tail = torch.where(tail > 0, tail * (log_tail - (log_outside - log_z).clamp_min(least)), 0.0)
+        outside.mul_((total * (peak - log_z).exp() - tail / mass.clamp_min(1e-30))[:, None])
+        ctx.save_for_backward(outside.scatter_(1, ids, total[:, None] * log_head.exp() - probs))
+        return (probs * (log_probs - log_head)).sum(dim=1) + in_tail
+
+    @staticmethod
+    def backward(ctx, grad: torch.Tensor) -> tuple[None, None, None, torch.Tensor]:  # type: ignore[override]
+        (gradient,) = ctx.saved_tensors
+        return None, None, None, gradient * grad[:, None]
+
+
+def forward_kl_bucket_plain(teacher: HeadAndTail, student_logits: torch.Tensor) -> torch.Tensor:
+    """Slow twin of ``forward_kl_bucket``: the formula as autograd differentiates it."""
     topk = teacher.topk
     logits = student_logits[:, : teacher.vocabulary].to(torch.float32)
     log_z = logits.logsumexp(dim=1)

@@ -5,7 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 
-from student_train.losses.divergences import _ForwardKL, cross_entropy, forward_kl, forward_kl_bucket, forward_kl_dense
+from student_train.losses.divergences import (
+    _ForwardKL,
+    cross_entropy,
+    forward_kl,
+    forward_kl_bucket,
+    forward_kl_bucket_plain,
+    forward_kl_dense,
+)
 from student_train.losses.relation import relation_cosine
 from student_train.teacher_view import DenseTeacher, HeadAndTail
 from teacher_cache.errors import CompatibilityError
@@ -101,6 +108,19 @@ def test_bucket_kl_in_float64_terms(kind: str, k: int) -> None:
     expected.sum().backward()
     torch.testing.assert_close(values.double(), expected, rtol=2e-5, atol=2e-5)
     torch.testing.assert_close(student.grad.double(), wide.grad, rtol=2e-4, atol=5e-6)
+
+
+@pytest.mark.parametrize("kind", ["ordinary", "saturated", "equal"])
+@pytest.mark.parametrize("k", [1, 8, VOCABULARY - 1, VOCABULARY])
+def test_bucket_kl_and_its_written_gradient_equal_the_plain_twin(kind: str, k: int) -> None:
+    teacher, student = logits_of(kind, 8)
+    signal, weights = head_and_tail(teacher, k), torch.rand(len(student))
+    student.requires_grad_()
+    fast, plain = forward_kl_bucket(signal, student), forward_kl_bucket_plain(signal, student)
+    torch.testing.assert_close(fast, plain, rtol=1e-5, atol=1e-5)
+    (gradient,) = torch.autograd.grad((fast * weights).sum(), student)
+    (expected,) = torch.autograd.grad((plain * weights).sum(), student)
+    torch.testing.assert_close(gradient, expected, rtol=2e-4, atol=5e-6)
 
 
 @pytest.mark.parametrize("kind", ["ordinary", "saturated"])

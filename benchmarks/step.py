@@ -1,0 +1,168 @@
+"""What does one optimizer step of LLaVA-KD cost beside plain SFT, from a cache and with the teacher live?
+
+Four variants on the same rows, the demo student in stage SFT / DFT (projector and language model train, tower frozen):
+``sft``; ``llava-kd cached`` (hidden states read from the cache, logits made from the teacher's head); ``llava-kd live``
+(the teacher's forward inside the step, the same losses); ``llava-kd top-k`` (top-k fields and the relation matrix).
+
+    python -m benchmarks.step [--repeats 5] [--save]
+    python -m benchmarks.step --device cuda --shapes real --batch 4
+
+Two clocks: the trainer's step alone on batches in memory, and the whole loop with loading (read, decode, tokenize, images)
+in the same process. Floating-point operations are counted by ``torch.utils.flop_counter`` over the actual step; peak memory
+comes from a process of its own for each variant.
+Targets: cached / sft at most 1.15 × the ratio of operations; live at least 2 × cached.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.common import argument_parser, finish, interleave, machine, median_ratio, print_table, spread, timed
+from benchmarks.step_variants import CACHED, LIVE, SFT, VARIANTS, Variant, build_variant, write_cache
+from benchmarks.worlds import World, open_world
+
+BATCH = {"demo": 16, "real": 4}
+OVERHEAD_TARGET, LIVE_TARGET = 1.15, 2.0
+
+
+def parse(arguments: Sequence[str] | None) -> Any:
+    parser = argument_parser(__doc__ or "")
+    parser.add_argument("--batch", type=int, default=0, help="rows of a step; 0: 16 (demo), 4 (real)")
+    parser.add_argument("--steps", type=int, default=6, help="steps timed in one repeat")
+    parser.add_argument("--workers", type=int, default=0, help="loader processes")
+    parser.add_argument(
+        "--memory-of", choices=VARIANTS, help="internal: peak memory of one variant on an existing --cache"
+    )
+    parser.add_argument("--cache", help="internal: the cache of the parent process")
+    options = parser.parse_args(arguments)
+    options.batch = options.batch or BATCH[options.shapes]
+    return options
+
+
+def make_world(options: Any, folder: Path, rows: int) -> World:
+    return open_world(options.shapes, options.device, folder, rows, options.layers)
+
+
+def make_variant(name: str, options: Any, world: World, url: str) -> Variant:
+    return build_variant(name, world, url, options.batch, options.workers, options.steps)
+
+
+def peak_memory(options: Any) -> dict[str, float]:
+    """MiB of this process: before the first step, and at its peak over a few steps."""
+    import resource
+
+    def resident() -> float:
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+    with tempfile.TemporaryDirectory() as folder:
+        variant = make_variant(options.memory_of, options, make_world(options, Path(folder), 8), options.cache)
+        steps = variant.steps(2)
+        if options.device.startswith("cuda"):
+            before = torch.cuda.memory_allocated() / 2**20
+            torch.cuda.reset_peak_memory_stats()
+            variant.run(steps)
+            return {"before": before, "peak": torch.cuda.max_memory_allocated() / 2**20}
+        before = resident()
+        variant.run(steps)
+        return {"before": before, "peak": resident()}
+
+
+def memory_in_subprocess(name: str, options: Any, url: str) -> dict[str, float]:
+    command = [sys.executable, "-m", "benchmarks.step", "--memory-of", name, "--cache", url]
+    command += ["--device", options.device, "--shapes", options.shapes, "--batch", str(options.batch)]
+    command += ["--layers", str(options.layers)] if options.layers else []
+    root = Path(__file__).parent.parent
+    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=root)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    options = parse(arguments)
+    if options.memory_of:
+        print(json.dumps(peak_memory(options)))
+        return
+    described = machine(options.device)
+    with tempfile.TemporaryDirectory() as folder:
+        rows = options.batch * options.steps
+        # A quarter of the demo's rows are captions, which no step here reads.
+        world = make_world(options, Path(folder), rows * 4 // 3 + 4)
+        url = str(Path(folder) / "cache")
+        write_cache(world, url)
+        memory = {name: memory_in_subprocess(name, options, url) for name in VARIANTS}
+        variants = {name: make_variant(name, options, world, url) for name in VARIANTS}
+        body = measure(options, world, variants)
+    body = {"machine": described, "shapes": options.shapes, "models": world.describe(), **body, "memory_mib": memory}
+    report(body)
+    finish("step", body, options.save)
+
+
+def measure(options: Any, world: World, variants: dict[str, Variant]) -> dict[str, Any]:
+    """Operations, first loss and seconds of every variant."""
+    steps = {name: variant.steps(options.steps) for name, variant in variants.items()}
+    losses = {name: variant.trainer.step(0, steps[name][0]).loss for name, variant in variants.items()}
+    flops = {name: variant.flops(steps[name][0]) for name, variant in variants.items()}
+    alone = {n: lambda n=n, v=v: timed(lambda: v.run(steps[n]), world.device) for n, v in variants.items()}
+    loop = {n: lambda v=v: timed(lambda: v.run_with_loading(options.steps), world.device) for n, v in variants.items()}
+    interleave(alone, 1)  # warm-up
+    seconds = interleave(alone, options.repeats)
+    loaded = interleave(loop, options.repeats)
+    count = options.steps
+    return {
+        "batch": options.batch,
+        "steps_a_repeat": count,
+        "repeats": options.repeats,
+        "loader_processes": options.workers,
+        "loss_of_first_step": {name: round(loss, 5) for name, loss in losses.items()},
+        "gflop_a_step": {name: round(total / 1e9, 3) for name, total in flops.items()},
+        "seconds_a_step": {name: [one / count for one in spread(values)] for name, values in seconds.items()},
+        "seconds_a_step_with_loading": {
+            name: [one / count for one in spread(values)] for name, values in loaded.items()
+        },
+        "ratios": ratios(seconds, loaded, flops),
+        "targets": {"cached/sft over operations": OVERHEAD_TARGET, "live/cached": LIVE_TARGET},
+    }
+
+
+def ratios(seconds: dict, loaded: dict, flops: dict) -> dict[str, dict[str, float]]:
+    """Measured ratios beside the one that operations alone would give; ``over operations`` is their quotient."""
+    table = {}
+    pairs = {f"{name} / sft": (name, SFT) for name in VARIANTS if name != SFT}
+    for label, (above, below) in {**pairs, "live / cached": (LIVE, CACHED)}.items():
+        by_flops = flops[above] / flops[below]
+        measured = median_ratio(seconds[above], seconds[below])
+        table[label] = {
+            "measured": round(measured, 3),
+            "with loading": round(median_ratio(loaded[above], loaded[below]), 3),
+            "operations": round(by_flops, 3),
+            "measured over operations": round(measured / by_flops, 3),
+        }
+    return table
+
+
+def report(body: dict[str, Any]) -> None:
+    header = ("variant", "ms a step", "with loading", "GFLOP", "GFLOP/s", "peak MiB", "first loss")
+    lines = []
+    for name in VARIANTS:
+        seconds = body["seconds_a_step"][name][1]
+        gflop = body["gflop_a_step"][name]
+        loaded = body["seconds_a_step_with_loading"][name][1]
+        peak = body["memory_mib"][name]["peak"]
+        cells = (f"{1e3 * seconds:.1f}", f"{1e3 * loaded:.1f}", f"{gflop:.2f}", f"{gflop / seconds:.1f}", f"{peak:.0f}")
+        lines.append((name, *cells, body["loss_of_first_step"][name]))
+    print_table(header, lines)
+    print()
+    columns = ("measured", "with loading", "operations", "measured over operations")
+    print_table(("ratio", *columns), [(label, *one.values()) for label, one in body["ratios"].items()])
+    print()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,116 @@
+"""The models and rows that the benchmarks run on: the demo's own, or synthetic ones of real shapes (no downloads)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks import real_shapes
+from pipelines.demo.write_world import write_world
+from teacher_cache.sources import DataSpec
+from teacher_cache.teachers.transformers import TeacherSpec, load_processor
+
+ASSETS = Path(__file__).parent.parent / "pipelines" / "demo" / "assets"
+
+
+@dataclass(frozen=True)
+class World:
+    """A mixture and the two models that read it.
+
+    Attributes:
+        teacher, student: build the model anew; both read what ``processor`` makes. image_tokens: vision tokens an image.
+    """
+
+    shapes: str
+    device: str
+    data: tuple[DataSpec, ...]
+    processor: Any
+    teacher_config: Any
+    student_config: Any
+    teacher: Callable[[], Any]
+    student: Callable[[], Any]
+    image_tokens: int
+    notes: tuple[str, ...] = ()
+
+    def describe(self) -> dict[str, Any]:
+        text = {"teacher": self.teacher_config.get_text_config(), "student": self.student_config.get_text_config()}
+        sizes = {name: f"{one.num_hidden_layers} layers × {one.hidden_size}" for name, one in text.items()}
+        parameters = {"teacher": self.teacher_config, "student": self.student_config}
+        return {
+            **sizes,
+            "parameters": {name: parameter_count(config) for name, config in parameters.items()},
+            "vocabulary": len(self.processor.tokenizer),
+            "vision_tokens": self.image_tokens,
+            "notes": list(self.notes),
+        }
+
+
+def parameter_count(config: Any) -> int:
+    """Parameters of a model of this configuration, tied ones once; nothing is allocated."""
+    from transformers import AutoModelForImageTextToText
+
+    with torch.device("meta"):
+        model = AutoModelForImageTextToText.from_config(config)
+    model.tie_weights()
+    return sum(p.numel() for p in model.parameters())
+
+
+def open_world(shapes: str, device: str, folder: Path, rows: int, layers: int | None = None) -> World:
+    """A mixture of ``rows`` rows under ``folder`` with its models."""
+    return _real_world(device, folder, rows, layers) if shapes == "real" else _demo_world(device, folder, rows)
+
+
+def _demo_world(device: str, folder: Path, rows: int) -> World:
+    from transformers import AutoModelForImageTextToText
+
+    from pipelines.demo.model import STUDENT, build_model
+
+    captions = rows // 4
+    paths = write_world(folder / "world", captions=captions, train=rows - captions, heldout=7, seed=0)
+    processor, teacher_config = load_processor(TeacherSpec(str(ASSETS / "teacher")))
+
+    def teacher() -> Any:
+        return AutoModelForImageTextToText.from_pretrained(ASSETS / "teacher", dtype=torch.float32).to(device)
+
+    def student() -> Any:
+        if (ASSETS / "student_start").is_dir():
+            return AutoModelForImageTextToText.from_pretrained(ASSETS / "student_start", dtype=torch.float32)
+        return build_model(STUDENT, processor.tokenizer, 0)
+
+    return World(
+        "demo",
+        device,
+        (
+            DataSpec("caption", str(paths.captions), image_root=str(paths.images), template="plain"),
+            DataSpec("sft", paths.train, template="chat"),
+        ),
+        processor,
+        teacher_config,
+        student().config,
+        teacher,
+        student,
+        teacher_config.image_seq_length,
+        () if (ASSETS / "student_start").is_dir() else ("student: random weights of the demo student's size",),
+    )
+
+
+def _real_world(device: str, folder: Path, rows: int, layers: int | None) -> World:
+    processor = real_shapes.processor()
+    teacher, student = (real_shapes.config(size, processor.tokenizer, layers) for size in ("7B", "0.5B"))
+    data = DataSpec("sft", str(real_shapes.write_rows(folder / "world", rows)), image_root=str(folder / "world"))
+    return World(
+        "real",
+        device,
+        (data,),
+        processor,
+        teacher,
+        student,
+        lambda: real_shapes.build(teacher, torch.bfloat16, device),
+        lambda: real_shapes.build(student, torch.float32, device),
+        teacher.image_seq_length,
+        ("random weights", *((f"{layers} layers a tower: a dry run, not a measurement",) if layers else ())),
+    )
