@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from teacher_cache.errors import SkipRow
+from teacher_cache.errors import DataError, SkipRow
 from teacher_cache.prepare import PLACEHOLDER, content
 from teacher_cache.records import Sample, SkipRecord
 from teacher_cache.rows import check_sample, decode_image
@@ -54,7 +54,13 @@ def read_questions(spec: DataSpec) -> Iterator[Sample | SkipRecord]:
 
 
 @torch.inference_mode()
-def answer(model: Any, processor: Any, questions: Sequence[Sample], max_new_tokens: int = MAX_NEW_TOKENS) -> list[str]:
+def answer(
+    model: Any,
+    processor: Any,
+    questions: Sequence[Sample],
+    max_new_tokens: int = MAX_NEW_TOKENS,
+    max_image_pixels: int = DataSpec.max_image_pixels,
+) -> list[str]:
     """Greedy answers to each row's last user turn, given the turns before it."""
     tokenizer = processor.tokenizer
     texts, images = [], []
@@ -64,7 +70,7 @@ def answer(model: Any, processor: Any, questions: Sequence[Sample], max_new_toke
         owner = processor if processor.chat_template else tokenizer
         texts.append(owner.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
         kept = sum(turn.text.count(PLACEHOLDER) for turn in asked)
-        images += [decode_image(image, DataSpec("", "").max_image_pixels) for image in row.images[:kept]]
+        images += [decode_image(image, max_image_pixels) for image in row.images[:kept]]
     arguments = {"images": images} if images else {}
     inputs = processor(
         text=texts, **arguments, return_tensors="pt", padding=True, padding_side="left", add_special_tokens=False
@@ -81,15 +87,22 @@ def evaluate(
     """``{"exact_match": mean over rows, "families": {name: {"n", "exact_match"}}, "skipped": {...}, "answers": [Answer]}``."""
     model.eval()
     rows = list(read_questions(spec))
-    questions = [row for row in rows if isinstance(row, Sample) and row.turns[-1].role == "assistant"]
+    questions: list[Sample] = []
     skipped: dict[str, int] = defaultdict(int)
     for row in rows:
         if isinstance(row, SkipRecord):
             skipped[row.reason] += 1
+        elif row.turns[-1].role != "assistant":
+            skipped["no_answer"] += 1  # its last question has nothing to be held against
+        else:
+            questions.append(row)
+    if not questions:
+        reasons = ", ".join(f"{count} {reason}" for reason, count in skipped.items()) or "it is empty"
+        raise DataError(f"{spec.path}: no row can be scored ({reasons})")
     answers: list[Answer] = []
     for start in range(0, len(questions), batch_size):
         batch = questions[start : start + batch_size]
-        for row, given in zip(batch, answer(model, processor, batch)):
+        for row, given in zip(batch, answer(model, processor, batch, max_image_pixels=spec.max_image_pixels)):
             family = str(row.extra.get("family", row.part))
             answers.append(Answer(family, row.turns[-2].text, row.turns[-1].text, given))
         advance(len(batch))

@@ -1,0 +1,168 @@
+"""Exact match on held-out questions: the answers are the model's own greedy ones, whatever the batch; nothing is left uncounted."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import PIL.Image
+import pytest
+import torch
+
+from pipelines.evaluate import MAX_NEW_TOKENS, Answer, evaluate, evaluate_folder, normalise, score
+from teacher_cache.errors import DataError
+from teacher_cache.sources import DataSpec
+
+QUESTIONS = [
+    ("shape", "<image>\nwhat is it", 1),
+    ("shape", "<image>\nwhich colour has the circle on the left side", 1),
+    ("text", "how many", 0),
+    ("text", "name the capital letter that stands at the end", 0),
+    ("pair", "<image>\n<image>\nwhich of the two is larger", 2),
+]
+
+
+def picture(number: int) -> bytes:
+    image = PIL.Image.effect_noise((96, 96), 60 + 30 * number).convert("RGB")
+    image.paste((200, 40 * number, 30), (10, 10, 50 + 8 * number, 60))
+    buffer = io.BytesIO()
+    image.save(buffer, "png")
+    return buffer.getvalue()
+
+
+@pytest.fixture(scope="module")
+def student(tiny_student: Path) -> tuple[Any, Any]:
+    from student_train.student import load_student
+
+    return load_student(str(tiny_student), "sdpa")
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("pictures")
+    for number in range(3):
+        (folder / f"{number}.png").write_bytes(picture(number))
+    return folder
+
+
+@torch.inference_mode()
+def greedy(student: tuple[Any, Any], prompt: str, pictures: list[PIL.Image.Image]) -> str:
+    """One question, one token at a time, the whole sequence anew for each: no batch, no padding, no cache, no ``generate``."""
+    model, processor = student
+    inputs = processor(text=[prompt], images=pictures or None, return_tensors="pt")
+    ids, said = inputs.pop("input_ids"), []
+    inputs.pop("attention_mask")
+    for _ in range(MAX_NEW_TOKENS):
+        token = int(model.eval()(input_ids=ids, **inputs).logits[0, -1].argmax())
+        if token == processor.tokenizer.eos_token_id:
+            break
+        said.append(token)
+        ids = torch.cat([ids, torch.tensor([[token]])], dim=1)
+    return processor.tokenizer.decode(said, skip_special_tokens=True)
+
+
+@pytest.fixture(scope="module")
+def own_answers(student: tuple[Any, Any], images: Path) -> list[str]:
+    opened = [PIL.Image.open(images / f"{number}.png").convert("RGB") for number in range(3)]
+    return [greedy(student, f"<|user|>{text}<|end|><|assistant|>", opened[:count]) for _, text, count in QUESTIONS]
+
+
+def write(folder: Path, rows: list[dict[str, Any]], images: Path) -> DataSpec:
+    (folder / "heldout.json").write_text(json.dumps(rows))
+    return DataSpec("heldout", str(folder / "heldout.json"), image_root=str(images))
+
+
+def row(family: str, text: str, count: int, answer: str) -> dict[str, Any]:
+    turns = [{"from": "human", "value": text}, {"from": "gpt", "value": answer}]
+    pictures = [f"{number}.png" for number in range(count)]
+    image = {"image": pictures if count > 1 else pictures[0]} if count else {}
+    return {"id": "0", "family": family, "conversations": turns, **image}
+
+
+def test_greedy_answers_score_exactly(
+    student: tuple[Any, Any], own_answers: list[str], images: Path, tmp_path: Path
+) -> None:
+    """Two of the expected answers are not the model's: 3 of 5, 2 of 2 shapes, 1 of 2 texts, 0 of 1 pair."""
+    assert all(answer.strip() for answer in own_answers), "the random student says something everywhere"
+    expected = list(own_answers)
+    expected[3], expected[4] = "certainly not this", "nor this"
+    rows = [row(*question, answer) for question, answer in zip(QUESTIONS, expected)]
+    result = evaluate(*student, write(tmp_path, rows, images))
+    assert [one.given for one in result["answers"]] == own_answers
+    assert result["n"] == 5 and result["exact_match"] == 3 / 5
+    assert result["families"] == {
+        "pair": {"n": 1, "exact_match": 0.0},
+        "shape": {"n": 2, "exact_match": 1.0},
+        "text": {"n": 2, "exact_match": 0.5},
+    }
+    assert result["family_mean"] == pytest.approx(0.5) and result["skipped"] == {}
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 4])
+def test_batch_size_has_no_effect(
+    student: tuple[Any, Any], own_answers: list[str], images: Path, tmp_path: Path, batch_size: int
+) -> None:
+    """Left padding and other rows' pictures stay out of an answer; progress counts every question."""
+    rows = [row(*question, "x") for question in QUESTIONS]
+    told: list[int] = []
+    result = evaluate(*student, write(tmp_path, rows, images), batch_size, told.append)
+    assert [one.given for one in result["answers"]] == own_answers
+    assert sum(told) == 5 and max(told) <= batch_size
+
+
+def test_earlier_turns_are_context_and_the_last_is_asked(
+    student: tuple[Any, Any], images: Path, tmp_path: Path
+) -> None:
+    first = row("talk", "<image>\nwhat is it", 1, "a circle")
+    first["conversations"] += [{"from": "human", "value": "how many"}, {"from": "gpt", "value": "three"}]
+    result = evaluate(*student, write(tmp_path, [first], images))
+    prompt = "<|user|><image>\nwhat is it<|end|><|assistant|>a circle<|end|><|user|>how many<|end|><|assistant|>"
+    opened = [PIL.Image.open(images / "0.png").convert("RGB")]
+    (answer,) = result["answers"]
+    assert (answer.question, answer.expected) == ("how many", "three")
+    assert answer.given == greedy(student, prompt, opened)
+
+
+def test_rows_that_cannot_be_scored_are_counted_by_reason(
+    student: tuple[Any, Any], images: Path, tmp_path: Path
+) -> None:
+    good = row("text", "how many", 0, "three")
+    lost = {**row("shape", "<image>\nwhat", 1, "x"), "image": "absent.png"}
+    mismatch = row("shape", "<image>\n<image>\nwhat", 1, "x")
+    empty = row("text", "how many", 0, " ")
+    open_end = row("text", "how many", 0, "three")
+    open_end["conversations"].append({"from": "human", "value": "and now"})
+    result = evaluate(*student, write(tmp_path, [good, lost, mismatch, empty, open_end], images))
+    assert result["n"] == 1
+    assert result["skipped"] == {"image_missing": 1, "placeholder_mismatch": 1, "empty_answer": 1, "no_answer": 1}
+    with pytest.raises(DataError, match=r"no row can be scored \(1 image_missing\)"):
+        evaluate(*student, write(tmp_path, [lost], images))
+
+
+def test_the_image_limit_is_the_one_given(student: tuple[Any, Any], images: Path, tmp_path: Path) -> None:
+    spec = write(tmp_path, [row("shape", "<image>\nwhat", 1, "x"), row("text", "how many", 0, "x")], images)
+    from dataclasses import replace
+
+    result = evaluate(*student, replace(spec, max_image_pixels=96 * 96 - 1))
+    assert result["n"] == 1 and result["skipped"] == {"image_too_large": 1}
+
+
+def test_a_folder_is_scored_as_its_model(
+    tiny_student: Path, own_answers: list[str], images: Path, tmp_path: Path
+) -> None:
+    spec = write(tmp_path, [row(*question, answer) for question, answer in zip(QUESTIONS, own_answers)], images)
+    assert evaluate_folder(str(tiny_student), spec, device="cpu")["exact_match"] == 1.0
+
+
+@pytest.mark.parametrize("given", ["Yes", " yes.", "YES ", "yes. "])
+def test_case_space_and_full_stop_do_not_count(given: str) -> None:
+    assert normalise(given) == "yes" and Answer("f", "q", "Yes.", given).correct
+    assert not Answer("f", "q", "yes it is", given).correct
+
+
+def test_families_count_the_same_however_many_rows_they_have() -> None:
+    answers = [Answer("many", "q", "a", "a")] * 9 + [Answer("one", "q", "a", "b")]
+    result = score(answers)
+    assert result["exact_match"] == 0.9 and result["family_mean"] == 0.5
