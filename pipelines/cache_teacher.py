@@ -60,6 +60,11 @@ def capture(request: CaptureRequest, progress: Callable[[str, int, int], None] =
         raise KdcliError(
             f"parameters for {', '.join(sorted(unknown))}, but these fields are not captured: add them to --fields"
         )
+    parts = [spec.part for spec in request.data]
+    if unknown := set(request.settings.parts_without_fields) - set(parts):
+        raise KdcliError(
+            f"parts_without_fields names {', '.join(sorted(unknown))}, but the parts are {', '.join(parts)}"
+        )
     preparer = make_preparer(request, processor, config)
     plan = plan_for(request, storage, preparer, config)
     write_plan(storage, plan)
@@ -97,26 +102,29 @@ def describe(
 ) -> CaptureJob:
     """Write ``field.json`` of every field and the ``teacher/`` folder, or check that those there are the same."""
     folder = f"teacher/{content_hash(fingerprint)[:12]}"
-    needs_head = any(want.startswith("hidden.") for one in fields.values() for want in one.wants)
-    head_sha = write_teacher(request, storage, folder, processor) if needs_head else None
-    hashes = {}
-    for name, one in fields.items():
-        body = {
+    with_head = [name for name, one in fields.items() if any(want.startswith("hidden.") for want in one.wants)]
+    bodies = {
+        name: {
             "field": name,
             "version": one.version,
             "params": dict(one.params),
             "plan_hash": plan.plan_hash,
             "teacher": fingerprint,
             "teacher_folder": folder,
-            "head_sha256": head_sha,
         }
-        data = seal(body)
+        for name, one in fields.items()
+    }
+    for name, body in bodies.items():
+        refuse_other_settings(storage, name, body)
+    if fields:
+        write_processor(storage, folder, processor)
+    head_sha = write_head(request, storage, folder, processor) if with_head else None
+    hashes = {}
+    for name, body in bodies.items():
+        data = seal({**body, "head_sha256": head_sha if name in with_head else None})
         if not storage.put_new(f"fields/{name}/field.json", data):
-            there = unseal(storage.read(f"fields/{name}/field.json"), f"{storage}/fields/{name}/field.json")
-            if there != body:
-                lines = "; ".join(difference(there, body))
-                raise CacheError(f"{storage}: field {name} was made with other settings: {lines}: choose another --out")
-        hashes[name] = hashlib.sha256(data).hexdigest()
+            refuse_other_settings(storage, name, body)
+        hashes[name] = hashlib.sha256(storage.read(f"fields/{name}/field.json")).hexdigest()
     return CaptureJob(
         storage=storage,
         plan=plan,
@@ -127,27 +135,49 @@ def describe(
     )
 
 
-def write_teacher(request: CaptureRequest, storage: Storage, folder: str, processor: Any) -> str:
-    """What reading needs of the teacher: its head W and its processor's settings. Returns the head file's sha256."""
+def refuse_other_settings(storage: Storage, name: str, body: Mapping[str, Any]) -> None:
+    """CacheError with a diff where the cache has this field with other settings or by another teacher."""
+    path = f"fields/{name}/field.json"
+    if not storage.exists(path):
+        return
+    there = unseal(storage.read(path), f"{storage}/{path}")
+    there.pop("head_sha256", None)  # of the same weights, by their hash in the fingerprint
+    if there != body:
+        lines = "; ".join(difference(there, body))
+        raise CacheError(f"{storage}: field {name} was made with other settings: {lines}: choose another --out")
+
+
+def write_head(request: CaptureRequest, storage: Storage, folder: str, processor: Any) -> str:
+    """The teacher's head W, for fields of hidden states. Returns its file's sha256; ``head.json`` says it is complete."""
     receipt = f"{folder}/head.json"
     if storage.exists(receipt):
         return unseal(storage.read(receipt), f"{storage}/{receipt}")["head_sha256"]
     teacher = TransformersTeacher(replace(request.teacher, device="cpu"), processor, None)
     data = container.pack({"weight": teacher.head.cpu()})
     digest = hashlib.sha256(data).hexdigest()
-    draft = storage.staging() / f"head-{uuid.uuid4().hex}.safetensors"
-    draft.write_bytes(data)
-    storage.put_file(draft, f"{folder}/{HEAD}")
-    settings = {}
+    put_bytes(storage, data, f"{folder}/{HEAD}")
+    storage.put_new(receipt, seal({"head_sha256": digest}))
+    return digest
+
+
+def write_processor(storage: Storage, folder: str, processor: Any) -> None:
+    """Tokenizer, chat template and image settings of the teacher; ``processor.json`` lists them when all are there."""
+    receipt = f"{folder}/processor.json"
+    if storage.exists(receipt):
+        return
     with tempfile.TemporaryDirectory() as saved:
         processor.save_pretrained(saved)
-        for file in sorted(Path(saved).iterdir()):
-            copy = storage.staging() / f"processor-{uuid.uuid4().hex}-{file.name}"
-            copy.write_bytes(file.read_bytes())
-            settings[file.name] = hashlib.sha256(file.read_bytes()).hexdigest()
-            storage.put_file(copy, f"{folder}/processor/{file.name}")
-    storage.put_new(receipt, seal({"head_sha256": digest, "processor": settings}))
-    return digest
+        files = {file.name: file.read_bytes() for file in sorted(Path(saved).iterdir())}
+    for name, data in files.items():
+        put_bytes(storage, data, f"{folder}/processor/{name}")
+    storage.put_new(receipt, seal({name: hashlib.sha256(data).hexdigest() for name, data in files.items()}))
+
+
+def put_bytes(storage: Storage, data: bytes, relative: str) -> None:
+    """A whole file, atomically; its draft has a name of its own, so that two captures may start at the same time."""
+    draft = storage.staging() / f"{uuid.uuid4().hex}-{Path(relative).name}"
+    draft.write_bytes(data)
+    storage.put_file(draft, relative)
 
 
 @dataclass(frozen=True)

@@ -151,7 +151,7 @@ def check(cache: Cache) -> list[Problem]:
             Problem(column, shard, "not captured yet: run `kdcli cache-teacher` again")
             for shard in missing_shards(cache, column)
         ]
-    for folder in sorted({body["teacher_folder"] for body in cache.fields.values() if body["head_sha256"]}):
+    for folder in sorted({body["teacher_folder"] for body in cache.fields.values()}):
         problems += [Problem(folder, None, what) for what in teacher_problems(cache, folder)]
     for name in cache.fields:
         if any(want.startswith("hidden") for want in cache.open_field(name).wants):
@@ -174,15 +174,18 @@ def missing_shards(cache: Cache, column: str) -> list[int]:
 
 
 def teacher_problems(cache: Cache, folder: str) -> Iterator[str]:
-    """What is wrong with the teacher's processor files, against the receipt that was written after them."""
+    """What is wrong with the teacher's receipts and processor files. The head is checked against each field's description."""
     try:
-        receipt = unseal(cache.storage.read(f"{folder}/head.json"), f"{folder}/head.json")
-        for name, digest in receipt["processor"].items():
+        receipts = [name for name in ("processor.json", "head.json") if cache.storage.exists(f"{folder}/{name}")]
+        bodies = {name: unseal(cache.storage.read(f"{folder}/{name}"), f"{folder}/{name}") for name in receipts}
+        if "processor.json" not in bodies:
+            yield "processor.json is missing: run `kdcli cache-teacher` again"
+        for name, digest in bodies.get("processor.json", {}).items():
             if hashlib.sha256(cache.storage.read(f"{folder}/processor/{name}")).hexdigest() != digest:
                 yield f"processor/{name} does not have its checksum"
     except FileNotFoundError as error:
         yield f"a file is missing ({error.filename or error})"
-    except (CacheError, KeyError) as error:
+    except CacheError as error:
         yield str(error)
 
 

@@ -32,6 +32,12 @@ class HiddenField:
         self.params = asdict(params) | {"codec_version": self._codec.VERSION}
         self.wants = frozenset({f"hidden.{self.rows}"})
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return create, (
+            self.name,
+            dict(self.params),
+        )  # a codec is a module, and those do not travel to worker processes
+
     def encode(self, prepared: Prepared, output: TeacherOutput) -> dict[str, torch.Tensor]:
         return self._codec.encode(output.hidden[self.rows])
 

@@ -145,13 +145,8 @@ def broken(model, **changes):
     head.weight = original.weight
     if "bias" in changes:
         torch.nn.init.constant_(head.bias, 0.5)
-    for name in ("scale", "cap"):
-        if name in changes:
-            value = changes[name]
-            plain = head.forward
-            head.forward = (
-                (lambda x: plain(x) * value) if name == "scale" else (lambda x: value * (plain(x) / value).tanh())
-            )
+    plain, scale, cap = head.forward, changes.get("scale", 1.0), changes.get("cap", torch.inf)
+    head.forward = lambda x: scale * (cap * (plain(x) / cap).tanh() if "cap" in changes else plain(x))
     copied.set_output_embeddings(head)
     return copied
 
