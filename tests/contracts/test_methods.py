@@ -1,0 +1,174 @@
+"""What every distillation method promises, run over each method and preset that the folder holds, on real tiny models and caches."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from student_train import distributed
+from student_train.cache import Cache, CachedRows
+from student_train.losses.reduce import RowTerm, SampleTerm, total_loss
+from student_train.methods import create_method, method_modules
+from student_train.stages import parse_stages
+from student_train.teacher_view import SERVED_BY, TeacherView, serve
+
+CASES = [(name, preset) for name, module in sorted(method_modules().items()) for preset in module.PRESETS]
+each_method = pytest.mark.parametrize("name, preset", CASES, ids=lambda value: value)
+MIXED = 31
+"""Rows of one step: all captions and chats of the cache, two of them without a picture."""
+
+
+@pytest.fixture(scope="module")
+def open_method(
+    tiny_cache: Path, tiny_student: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[..., tuple[Any, Any]]:
+    """``open_method(name, preset, **train settings)`` → (trainer, micro-batches of one step over captions and chats)."""
+    from pipelines.settings import Settings
+    from pipelines.train_student import make_trainer, plan_stages
+    from student_train.config import StageSettings, TrainSettings
+    from student_train.student import load_student
+
+    def open_(name: str, preset: str, cache_url: Path = tiny_cache, **changes: Any) -> tuple[Any, Any]:
+        given = {"per_device_train_batch_size": MIXED, "max_steps": 1, "report_to": "none", "seed": 1, **changes}
+        train = TrainSettings(student=str(tiny_student), **given)
+        cache, stage = Cache(str(cache_url)), parse_stages(method_modules()[name].STAGES)[-1]
+        own = {stage.name: StageSettings(parts=("caption", "sft"))}
+        (plan,) = plan_stages(cache, name, Settings(train=train, stages=own), stage.name, preset, None)
+        rows = CachedRows(cache, plan.parts, plan.served.names)
+        model, processor = load_student(str(tiny_student), "sdpa")
+        processes = distributed.Processes(0, 1, torch.device("cpu"))
+        folder = tmp_path_factory.mktemp("method")
+        trainer, batches_from = make_trainer(cache, plan, rows, model, processor, MIXED, MIXED, processes, folder)
+        return trainer, next(iter(batches_from(0)))[1]
+
+    return open_
+
+
+def loss_and_gradients(trainer: Any, batches: Any) -> tuple[float, dict[str, float], dict[str, torch.Tensor]]:
+    """One step's loss, terms, and the gradients as the optimizer would find them."""
+    gradients: dict[str, torch.Tensor] = {}
+
+    def keep() -> None:
+        named = trainer.model.named_parameters()
+        gradients.update({name: p.grad.clone() for name, p in named if p.grad is not None})
+
+    trainer.optimizer.step = keep
+    trainer.settings = trainer.settings.__class__(**{**vars(trainer.settings), "max_grad_norm": 0.0})
+    result = trainer.step(0, batches)
+    return result.loss, result.terms, gradients
+
+
+@each_method
+def test_a_method_describes_itself(name: str, preset: str) -> None:
+    module = method_modules()[name]
+    assert name == module.NAME and "arXiv" in module.PAPER and parse_stages(module.STAGES)
+    assert "paper" in module.PRESETS, "the default preset"
+    method = create_method(name, preset)
+    assert is_dataclass(method) and method.__dataclass_params__.frozen  # type: ignore[attr-defined]
+    with pytest.raises(AttributeError):
+        method.anything = 1  # type: ignore[attr-defined]
+    for knob in fields(method):
+        assert create_method(name, preset, {knob.name: getattr(method, knob.name)}) == method
+    assert method.needs() <= set(SERVED_BY), "only needs that some field serves"
+    assert method.terms() and all(isinstance(term, RowTerm | SampleTerm) for term in method.terms().values())
+    assert all(term.weight for term in method.terms().values()), "a term of weight 0 costs its forward pass"
+
+
+@each_method
+@pytest.mark.parametrize("bf16", [False, True], ids=["fp32", "bf16"])
+def test_a_mixed_batch_has_finite_loss_and_gradients(
+    open_method: Callable[..., Any], name: str, preset: str, bf16: bool
+) -> None:
+    trainer, batches = open_method(name, preset, bf16=bf16)
+    counts = [count for one in batches for count in one.batch.counts["vision"]]
+    assert 0 in counts and any(counts), "the batch is mixed"
+    loss, terms, gradients = loss_and_gradients(trainer, batches)
+    assert math.isfinite(loss) and loss > 0
+    assert terms.keys() == trainer.terms.keys()
+    assert loss == pytest.approx(sum(trainer.terms[n].weight * value for n, value in terms.items()), rel=1e-4)
+    trained = {n for n, p in trainer.model.named_parameters() if p.requires_grad}
+    assert gradients.keys() == trained
+    assert all(torch.isfinite(one).all() for one in gradients.values())
+    assert all(one.any() for one in gradients.values()), "every trained parameter learns something"
+
+
+@each_method
+def test_padding_and_grouping_have_no_effect(open_method: Callable[..., Any], name: str, preset: str) -> None:
+    """One padded batch, or every row on its own: the same loss and the same gradients."""
+    loss, terms, gradients = loss_and_gradients(*open_method(name, preset))
+    trainer, alone = open_method(name, preset, per_device_train_batch_size=1)
+    assert len(alone) == MIXED
+    single_loss, single_terms, single_gradients = loss_and_gradients(trainer, alone)
+    assert single_loss == pytest.approx(loss, rel=1e-5) and single_terms == pytest.approx(terms, rel=1e-5)
+    scale = max(float(one.abs().max()) for one in gradients.values())
+    for parameter, one in gradients.items():
+        torch.testing.assert_close(single_gradients[parameter], one, rtol=1e-3, atol=1e-6 * scale, msg=parameter)
+
+
+class Watched(Mapping[str, Any]):
+    """A mapping that remembers what was looked up."""
+
+    def __init__(self, inner: Mapping[str, Any]):
+        self.inner, self.asked = inner, set[str]()
+
+    def __getitem__(self, key: str) -> Any:
+        self.asked.add(key)
+        return self.inner[key]
+
+    def __iter__(self) -> Any:
+        return iter(self.inner)
+
+    def __len__(self) -> int:
+        return len(self.inner)
+
+
+@each_method
+def test_needs_are_honest(open_method: Callable[..., Any], name: str, preset: str) -> None:
+    """The terms work with exactly what ``needs`` asks for, and each need is used: taken away, the step fails."""
+    trainer, batches = open_method(name, preset)
+    needs = trainer.method.needs()
+    batch = batches[0].batch
+    with torch.no_grad():
+        hidden = trainer.network(batch, trainer.kinds)
+    denominators = trainer._denominators(batches)
+    view = trainer.see_teacher(batches[0])
+    assert {f"{kind}_logits" for kind in view.distributions} == {need for need in needs if need.endswith("_logits")}
+    assert (view.relations is not None) == ("vision_relation" in needs)
+    whole, _ = total_loss(trainer.terms, trainer.model.rows(hidden, batch), view, denominators)
+    assert torch.isfinite(whole)
+    for need in needs:
+        less = TeacherView(
+            {kind: one for kind, one in view.distributions.items() if f"{kind}_logits" != need},
+            None if need == "vision_relation" else view.relations,
+            view.vocabulary,
+        )
+        with pytest.raises(AssertionError, match="did not declare"):
+            total_loss(trainer.terms, trainer.model.rows(hidden, batch), less, denominators)
+
+
+@each_method
+def test_only_the_served_fields_are_read(open_method: Callable[..., Any], name: str, preset: str) -> None:
+    trainer, batches = open_method(name, preset)
+    served = serve(trainer.method.needs(), batches[0].fields, name, "")
+    assert set(batches[0].fields) == set(served.names)
+    watched = Watched(batches[0].fields)
+    trainer.see_teacher(type(batches[0])(batches[0].batch, batches[0].text, watched))
+    assert watched.asked == set(served.names)
+
+
+@each_method
+def test_text_only_rows_alone(open_method: Callable[..., Any], name: str, preset: str) -> None:
+    """A micro-batch without any picture has text terms only."""
+    trainer, batches = open_method(name, preset, per_device_train_batch_size=1)
+    text_only = [one for one in batches if not one.batch.counts["vision"][0]]
+    loss, terms, _ = loss_and_gradients(trainer, text_only)
+    assert math.isfinite(loss) and loss > 0
+    for term_name, term in trainer.terms.items():
+        sees_pictures = isinstance(term, SampleTerm) or term.rows == "vision"
+        assert (terms[term_name] == 0) == sees_pictures
