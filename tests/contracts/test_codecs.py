@@ -1,0 +1,86 @@
+"""What every row codec promises, run over each codec that the folder holds."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from teacher_cache.codecs import container, row_codec, row_codecs
+from teacher_cache.errors import CacheError
+
+CODECS = row_codecs()
+
+BOUNDS = {
+    "fp32": lambda rows: torch.zeros_like(rows),
+    "bf16": lambda rows: rows.abs() * 2.0**-8,
+    "int8": lambda rows: (rows.abs().amax(dim=1, keepdim=True) / 254).expand_as(rows),
+}
+"""Largest error of each entry, as the codec's module states it. A new codec adds its own."""
+
+
+def rows_of(seed: int, rows: int, width: int, scale: float) -> torch.Tensor:
+    return torch.randn(rows, width, generator=torch.Generator().manual_seed(seed)) * scale
+
+
+def test_every_codec_states_a_bound() -> None:
+    assert set(CODECS) == set(BOUNDS)
+
+
+@pytest.mark.parametrize("name", CODECS)
+@settings(max_examples=40, deadline=None)
+@given(st.integers(0, 10**6), st.integers(1, 6), st.integers(1, 40), st.sampled_from([1e-30, 1e-3, 1.0, 300.0, 1e30]))
+def test_round_trip_within_the_bound(name: str, seed: int, count: int, width: int, scale: float) -> None:
+    codec, rows = CODECS[name], rows_of(seed, count, width, scale)
+    stored = container.unpack(container.pack(codec.encode(rows)))
+    decoded = codec.decode(stored)
+    assert decoded.dtype == torch.float32
+    assert decoded.shape == rows.shape
+    slack = 1 + 1e-5  # the step itself is rounded to float32
+    assert ((decoded - rows).abs() <= BOUNDS[name](rows) * slack).all()
+
+
+@pytest.mark.parametrize("name", CODECS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_teachers_of_any_dtype(name: str, dtype: torch.dtype) -> None:
+    rows = rows_of(1, 5, 16, 2.0).to(dtype)
+    decoded = CODECS[name].decode(CODECS[name].encode(rows))
+    assert ((decoded - rows.float()).abs() <= BOUNDS[name](rows.float()) * (1 + 1e-5)).all()
+
+
+@pytest.mark.parametrize("name", CODECS)
+def test_empty_rows(name: str) -> None:
+    for shape in ((0, 16), (0, 0)):
+        stored = container.unpack(container.pack(CODECS[name].encode(torch.zeros(shape))))
+        assert CODECS[name].decode(stored).shape == shape
+
+
+@pytest.mark.parametrize("name", CODECS)
+def test_rows_of_zeros_and_equal_values(name: str) -> None:
+    rows = torch.cat([torch.zeros(1, 8), torch.full((1, 8), -3.0)])
+    decoded = CODECS[name].decode(CODECS[name].encode(rows))
+    torch.testing.assert_close(decoded, rows)
+
+
+@pytest.mark.parametrize("name", CODECS)
+def test_equal_rows_are_equal_bytes(name: str) -> None:
+    rows = rows_of(2, 7, 33, 1.0)
+    strided = rows_of(2, 7, 33, 1.0).T.contiguous().T
+    assert not strided.is_contiguous()
+    assert container.pack(CODECS[name].encode(rows)) == container.pack(CODECS[name].encode(strided))
+
+
+def test_the_name_decides_and_unknown_ones_are_refused() -> None:
+    assert row_codec("bf16", 1) is CODECS["bf16"]
+    with pytest.raises(CacheError, match="unknown codec 'zip': this version of kdcli reads bf16, fp32, int8"):
+        row_codec("zip")
+    with pytest.raises(CacheError, match="codec int8 version 9 is not readable: this kdcli reads 1"):
+        row_codec("int8", 9)
+
+
+def test_container_order_is_by_name() -> None:
+    a, b = torch.arange(3), torch.ones(2)
+    assert container.pack({"a": a, "b": b}) == container.pack({"b": b, "a": a})
+    with pytest.raises(CacheError, match="shard 4: is|shard 4 is"):
+        container.unpack(b"x" * 40, "shard 4")
