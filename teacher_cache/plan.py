@@ -187,7 +187,9 @@ def parse_plan(data: bytes, place: str) -> Plan:
     try:
         body = unseal(data, place)
         if body["format_version"] != FORMAT_VERSION:
-            raise CacheError(f"{place}: format version {str(body['format_version'])!r}; this kdcli reads {FORMAT_VERSION}")
+            raise CacheError(
+                f"{place}: format version {str(body['format_version'])!r}; this kdcli reads {FORMAT_VERSION}"
+            )
         parts = tuple(Part(DataSpec(**p["spec"]), p["fingerprint"], p["rows"]) for p in body["parts"])
         slices = tuple(Slice(s["part"], tuple(RowGroup(**group) for group in s["groups"])) for s in body["slices"])
         plan = Plan(parts, slices, body["preparation"], body["seed"])
@@ -231,6 +233,9 @@ def _collect(there: Any, here: Any, name: str, lines: list[str]) -> None:
             _collect(there.get(key, "absent"), here.get(key, "absent"), f"{name}.{key}" if name else str(key), lines)
     elif isinstance(there, list) and isinstance(here, list) and len(there) != len(here):
         lines.append(f"{name}: cache has {len(there)}, here {len(here)}")
+    elif isinstance(there, list) and isinstance(here, list) and any(isinstance(one, Mapping) for one in there):
+        for number, pair in enumerate(zip(there, here)):
+            _collect(*pair, f"{name}.{number}", lines)
     elif there != here:
         lines.append(f"{name}: cache {_short(there)}, here {_short(here)}")
 

@@ -82,5 +82,5 @@ def test_the_name_decides_and_unknown_ones_are_refused() -> None:
 def test_container_order_is_by_name() -> None:
     a, b = torch.arange(3), torch.ones(2)
     assert container.pack({"a": a, "b": b}) == container.pack({"b": b, "a": a})
-    with pytest.raises(CacheError, match="shard 4: is|shard 4 is"):
+    with pytest.raises(CacheError, match="shard 4"):
         container.unpack(b"x" * 40, "shard 4")
