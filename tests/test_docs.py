@@ -27,7 +27,9 @@ def user_folder(tmp_path: Path, tiny_teacher: Path, tiny_student: Path, monkeypa
     """What a user has: captions.json, train.json, heldout.json, images/, a teacher and a student folder."""
     from pipelines.demo.write_world import write_world
 
-    world = write_world(tmp_path / "world", captions=20, train=ENOUGH_ROWS, heldout=8, seed=0, train_format="llava-json")
+    world = write_world(
+        tmp_path / "world", captions=20, train=ENOUGH_ROWS, heldout=8, seed=0, train_format="llava-json"
+    )
     for name in ("captions.json", "train.json", "heldout.json", "images"):
         shutil.move(world.folder / name, tmp_path / name)
     shutil.copytree(tiny_teacher, tmp_path / "teacher")
