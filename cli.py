@@ -23,6 +23,10 @@ class Group(click.Group):
             return super().invoke(ctx)
         except KdcliError as error:
             raise click.ClickException(" ".join(str(error).split())) from None
+        except OSError as error:
+            if error.filename is None or not error.strerror:
+                raise
+            raise click.ClickException(f"{error.filename}: {error.strerror}") from None
 
 
 def console() -> Any:

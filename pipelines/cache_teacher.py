@@ -29,6 +29,7 @@ from teacher_cache.teachers.transformers import (
     TeacherSpec,
     TransformersTeacher,
     load_processor,
+    resolve_device,
     teacher_fingerprint,
 )
 
@@ -66,9 +67,14 @@ def capture(request: CaptureRequest, progress: Callable[[str, int, int], None] =
             f"parts_without_fields names {', '.join(sorted(unknown))}, but the parts are {', '.join(parts)}"
         )
     preparer = make_preparer(request, processor, config)
+    for template in sorted({spec.template for spec in request.data}):
+        preparer.check_template(template)
+    local.worker_count(request.settings.workers)
+    resolve_device(request.teacher)
+    fingerprint = teacher_fingerprint(request.teacher, processor, config)
     plan = plan_for(request, storage, preparer, config)
-    write_plan(storage, plan)
-    job = describe(request, storage, plan, fields, teacher_fingerprint(request.teacher, processor, config), processor)
+    write_plan(storage, plan)  # the first write: what can be refused is refused above
+    job = describe(request, storage, plan, fields, fingerprint, processor)
     left = job.missing()
     total = sum(one.rows for one in plan.slices)
     done = total - sum(plan.slices[shard].rows for shard in left)

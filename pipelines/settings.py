@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import tomllib
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, TypeVar
+from types import UnionType
+from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 from student_train.config import StageSettings, TrainSettings
 from teacher_cache.errors import KdcliError
+from teacher_cache.fields import field_kinds
 from teacher_cache.sources import DataSpec
 from teacher_cache.teachers.transformers import TeacherSpec
 
@@ -37,6 +39,11 @@ class CaptureSettings:
     seed: int = 0
     workers: int = 0
     batch_tokens: int = 8192
+
+    def __post_init__(self) -> None:
+        for name in ("shards", "max_length", "batch_tokens"):
+            if getattr(self, name) < 1:
+                raise KdcliError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(self, name)}")
 
 
 @dataclass(frozen=True)
@@ -67,20 +74,34 @@ def load_settings(path: Path | None) -> Settings:
         raise KdcliError(f"{path}: not valid TOML ({error})") from None
     known = {one.name for one in fields(Settings)}
     _refuse_unknown(body, known, str(path), "section")
+    from student_train.methods import method_modules
     from student_train.stages import STAGES
 
-    stages = body.get("stages", {})
-    _refuse_unknown(stages, set(STAGES), f"{path} [stages]", "stage")
+    data = body.get("data", [])
+    if not isinstance(data, list):
+        raise KdcliError(f"{path}: data must be an array of tables, [[data]] with double brackets")
+    if not isinstance(body.get("cache", ""), str):
+        raise KdcliError(f"{path}: cache must be text, got {body['cache']!r}")
+    stages = _tables(body, "stages", set(STAGES), path)
     return Settings(
         teacher=build(TeacherSpec, body["teacher"], f"{path} [teacher]") if "teacher" in body else None,
-        data=tuple(build(DataSpec, one, f"{path} [[data]]") for one in body.get("data", [])),
+        data=tuple(build(DataSpec, one, f"{path} [[data]]") for one in data),
         cache=body.get("cache"),
         capture=build(CaptureSettings, body.get("capture", {}), f"{path} [capture]"),
-        fields=body.get("fields", {}),
+        fields=_tables(body, "fields", set(field_kinds()), path),
         train=build(TrainSettings, body.get("train", {}), f"{path} [train]"),
         stages={name: build(StageSettings, one, f"{path} [stages.{name}]") for name, one in stages.items()},
-        methods=body.get("methods", {}),
+        methods=_tables(body, "methods", set(method_modules()), path),
     )
+
+
+def _tables(body: Mapping[str, Any], section: str, names: set[str], path: Path) -> dict[str, dict[str, Any]]:
+    """``[section.NAME]`` tables; KdcliError listing the names that there are."""
+    tables = body.get(section, {})
+    _refuse_unknown(tables, names, f"{path} [{section}]", section.removesuffix("s"))
+    for name, table in tables.items():
+        _refuse_no_table(table, f"{path} [{section}.{name}]")
+    return tables
 
 
 def build(cls: type[T], table: Mapping[str, Any], place: str) -> T:
@@ -88,25 +109,50 @@ def build(cls: type[T], table: Mapping[str, Any], place: str) -> T:
     known = {one.name: one for one in fields(cls)}  # type: ignore[arg-type]
     _refuse_unknown(table, set(known), place, "key")
     values = {name: tuple(value) if isinstance(value, list) else value for name, value in table.items()}
-    try:
-        made = cls(**values)
-    except TypeError as error:
-        raise KdcliError(f"{place}: {str(error).split('__init__() ')[-1]}") from None
+    types = get_type_hints(cls)
     for name, value in values.items():
-        default = getattr(cls, name, None)
-        if default is not None and not isinstance(value, _accepts(default)):
-            raise KdcliError(f"{place}: {name} must be a {type(default).__name__}, got {value!r}")
-    return made
+        if not _fits(value, types[name]):
+            wanted = getattr(types[name], "__name__", str(types[name]))
+            raise KdcliError(f"{place}: {name} must be {_KINDS.get(wanted, wanted)}, got {value!r}")
+    missing = [one.name for one in known.values() if one.default is MISSING and one.name not in values]
+    if missing:
+        raise KdcliError(f"{place}: {', '.join(missing)} is missing")
+    try:
+        return cls(**values)
+    except KdcliError as error:
+        raise KdcliError(f"{place}: {error}") from None
 
 
-def _accepts(default: Any) -> tuple[type, ...]:
-    return (int, float) if isinstance(default, float) else (type(default),)
+_KINDS = {
+    "str": "text",
+    "int": "a whole number",
+    "float": "a number",
+    "bool": "true or false",
+    "tuple": "a list of texts",
+}
+
+
+def _fits(value: Any, wanted: Any) -> bool:
+    """Whether a TOML value is of a dataclass field's type: str, int, float, bool, tuple[str, ...], or one of these or None."""
+    if isinstance(wanted, UnionType):
+        return any(_fits(value, one) for one in get_args(wanted))
+    if get_origin(wanted) is tuple:
+        return isinstance(value, tuple) and all(isinstance(one, str) for one in value)
+    if isinstance(value, bool):
+        return wanted is bool
+    return isinstance(value, (int, float) if wanted is float else wanted)
 
 
 def _refuse_unknown(table: Mapping[str, Any], known: set[str], place: str, what: str) -> None:
+    _refuse_no_table(table, place)
     unknown = sorted(set(table) - known)
     if unknown:
         raise KdcliError(f"{place}: unknown {what} {', '.join(unknown)}; known are {', '.join(sorted(known))}")
+
+
+def _refuse_no_table(table: Any, place: str) -> None:
+    if not isinstance(table, Mapping):
+        raise KdcliError(f"{place} must be a table, got {table!r}")
 
 
 def override(settings: T, **flags: Any) -> T:

@@ -10,6 +10,7 @@ import hashlib
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -79,6 +80,12 @@ class Preparer:
         check_turns(sample)
         images = [decode_image(image, max_image_pixels) for image in sample.images]
         return self._prepare(sample, template, images, row_key(sample))
+
+    def check_template(self, template: str) -> None:
+        """Before any row is read: CompatibilityError or KdcliError where ``template`` cannot be used with this model."""
+        turns = tuple(Turn(role, f"{role} {number}") for number in (1, 2) for role in ("user", "assistant"))
+        with suppress(SkipRow):  # a probe over the length limit says nothing about the template
+            self._prepare(Sample("", 0, "", "a probe row", turns), template, [], "probe")
 
     def _prepare(self, sample: Sample, template: str, images: list[Any], key: str) -> Prepared:
         if self._special and (found := next(filter(None, (self._special.search(t.text) for t in sample.turns)), None)):

@@ -6,6 +6,7 @@ import multiprocessing
 import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from typing import Any
 
 import torch
@@ -39,10 +40,15 @@ def run(make_task: Callable[[int], Callable[[int], Any]], shards: Sequence[int],
     with ProcessPoolExecutor(
         workers, mp_context=context, initializer=_start, initargs=(make_task, numbers, workers)
     ) as pool:
-        pending = [pool.submit(_run, shard) for shard in shards]
         try:
+            pending = [pool.submit(_run, shard) for shard in shards]
             for done in as_completed(pending):
                 yield done.result()
+        except BrokenProcessPool:
+            raise KdcliError(
+                "a worker process died (the first error above, or it was killed for want of memory): "
+                "what is committed stays; run the command again, with fewer --workers if memory was short"
+            ) from None
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise

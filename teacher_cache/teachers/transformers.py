@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 
 from teacher_cache.batch import Batch, collate
 from teacher_cache.errors import CompatibilityError, KdcliError
@@ -62,7 +63,13 @@ def resolve_dtype(spec: TeacherSpec, config: Any) -> torch.dtype:
 
 def resolve_device(spec: TeacherSpec) -> torch.device:
     if spec.device != "auto":
-        return torch.device(spec.device)
+        try:
+            device = torch.device(spec.device)
+        except RuntimeError:
+            raise KdcliError(f"device {spec.device!r}: choose auto, cpu, cuda or cuda:N") from None
+        if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+            raise KdcliError(f"device {spec.device!r}: this machine has {torch.cuda.device_count()} CUDA devices")
+        return device
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
@@ -107,13 +114,17 @@ class TransformersTeacher:
         from transformers import AutoModelForImageTextToText
 
         self.device = resolve_device(spec)
-        self.model: Any = AutoModelForImageTextToText.from_pretrained(
-            spec.id,
-            dtype=resolve_dtype(spec, config),
-            attn_implementation=spec.attn_implementation,
-            revision=spec.revision,
-            trust_remote_code=spec.trust_remote_code,
-        )
+        try:
+            self.model: Any = AutoModelForImageTextToText.from_pretrained(
+                spec.id,
+                dtype=resolve_dtype(spec, config),
+                attn_implementation=spec.attn_implementation,
+                revision=spec.revision,
+                trust_remote_code=spec.trust_remote_code,
+            )
+        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            raise KdcliError(f"the weights of {spec.id!r} cannot be loaded ({reason})") from None
         self._adopt(processor)
 
     @classmethod
