@@ -18,6 +18,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -44,6 +45,7 @@ from teacher_cache.teachers.transformers import TransformersTeacher
 TARGET = 0.90
 DEFAULT_FIELDS = CaptureSettings().fields
 ALL_FIELDS = (*DEFAULT_FIELDS, "affinity", "relation")
+COLUMNS = {"default": DEFAULT_FIELDS, "all six": ALL_FIELDS}
 HASH = "0" * 64
 
 
@@ -101,8 +103,7 @@ class Bench:
 
 def make_bench(world: World, folder: Path, batch_tokens: int) -> Bench:
     preparer = Preparer(world.processor, world.teacher_config)
-    image_tokens = world.image_tokens
-    plan = make_plan(world.data, len(world.data), preparer.fingerprint(), 0, image_tokens)
+    plan = make_plan(world.data, len(world.data), preparer.fingerprint(), 0, image_tokens=world.image_tokens)
     teacher = TransformersTeacher.wrap(world.teacher(), world.processor)
     return Bench(world, plan, preparer, teacher, folder / "cache", batch_tokens)
 
@@ -161,18 +162,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     described = machine(options.device)
     with tempfile.TemporaryDirectory() as folder:
-        world = open_world(options.shapes, options.device, Path(folder), options.rows, options.layers)
+        world = open_world(options, Path(folder), options.rows)
         bench = make_bench(world, Path(folder), options.batch_tokens)
-        variants = {"bare": bench.bare, "default": lambda: bench.capture(DEFAULT_FIELDS)}
-        variants["all six"] = lambda: bench.capture(ALL_FIELDS)
+        captures = {name: partial(bench.capture, fields) for name, fields in COLUMNS.items()}
+        variants = {"bare": bench.bare, **captures}
         interleave(variants, 1)  # warm-up: caches, allocators, the first batch's head check
         seconds = interleave(variants, options.repeats)
         rows = sum(one.rows for one in bench.plan.slices)
         parts = {name: breakdown(bench, fields, rows) for name, fields in COLUMNS.items()}
     report(options, described, world, rows, seconds, parts)
-
-
-COLUMNS = {"default": DEFAULT_FIELDS, "all six": ALL_FIELDS}
 
 
 def report(options: Any, described: Any, world: World, rows: int, seconds: dict, parts: dict) -> None:

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+DEMO_MODELS = Path(__file__).parent.parent / "pipelines" / "demo" / "assets"
 RESULTS = Path(__file__).parent / "results"
 
 
@@ -26,6 +27,9 @@ def argument_parser(description: str) -> argparse.ArgumentParser:
     parser.add_argument("--shapes", choices=("demo", "real"), default="demo", help="demo models, or 7B → 0.5B shapes")
     parser.add_argument(
         "--layers", type=int, default=None, help="with --shapes real: layers of every tower (a dry run)"
+    )
+    parser.add_argument(
+        "--models", default=str(DEMO_MODELS), help="with --shapes demo: folder of teacher/ and student_start/"
     )
     parser.add_argument("--repeats", type=int, default=5, help="interleaved repeats; medians are reported")
     parser.add_argument("--save", action="store_true", help="write benchmarks/results/<name>-<machine>.json")

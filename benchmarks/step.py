@@ -47,37 +47,36 @@ def parse(arguments: Sequence[str] | None) -> Any:
     return options
 
 
-def make_world(options: Any, folder: Path, rows: int) -> World:
-    return open_world(options.shapes, options.device, folder, rows, options.layers)
-
-
 def make_variant(name: str, options: Any, world: World, url: str) -> Variant:
     return build_variant(name, world, url, options.batch, options.workers, options.steps)
 
 
 def peak_memory(options: Any) -> dict[str, float]:
-    """MiB of this process: before the first step, and at its peak over a few steps."""
-    import resource
-
-    def resident() -> float:
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-
+    """MiB: before the first step, and at the peak over two steps; of the GPU's allocator, or of this process."""
     with tempfile.TemporaryDirectory() as folder:
-        variant = make_variant(options.memory_of, options, make_world(options, Path(folder), 8), options.cache)
+        variant = make_variant(options.memory_of, options, open_world(options, Path(folder), 8), options.cache)
         steps = variant.steps(2)
         if options.device.startswith("cuda"):
             before = torch.cuda.memory_allocated() / 2**20
             torch.cuda.reset_peak_memory_stats()
             variant.run(steps)
-            return {"before": before, "peak": torch.cuda.max_memory_allocated() / 2**20}
-        before = resident()
+            return {"before": round(before), "peak": round(torch.cuda.max_memory_allocated() / 2**20)}
+        before = resident("VmRSS")
+        Path("/proc/self/clear_refs").write_text("5")  # the peak starts again here: loading a model is not a step
         variant.run(steps)
-        return {"before": before, "peak": resident()}
+        return {"before": round(before), "peak": round(resident("VmHWM"))}
+
+
+def resident(entry: str) -> float:
+    """MiB of this process as Linux counts them (``ru_maxrss`` would begin with the parent's own peak)."""
+    (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(entry))
+    return int(line.split()[1]) / 1024
 
 
 def memory_in_subprocess(name: str, options: Any, url: str) -> dict[str, float]:
     command = [sys.executable, "-m", "benchmarks.step", "--memory-of", name, "--cache", url]
     command += ["--device", options.device, "--shapes", options.shapes, "--batch", str(options.batch)]
+    command += ["--models", options.models]
     command += ["--layers", str(options.layers)] if options.layers else []
     root = Path(__file__).parent.parent
     done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=root)
@@ -93,7 +92,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     with tempfile.TemporaryDirectory() as folder:
         rows = options.batch * options.steps
         # A quarter of the demo's rows are captions, which no step here reads.
-        world = make_world(options, Path(folder), rows * 4 // 3 + 4)
+        world = open_world(options, Path(folder), rows * 4 // 3 + 4)
         url = str(Path(folder) / "cache")
         write_cache(world, url)
         memory = {name: memory_in_subprocess(name, options, url) for name in VARIANTS}

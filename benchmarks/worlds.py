@@ -14,8 +14,6 @@ from pipelines.demo.write_world import write_world
 from teacher_cache.sources import DataSpec
 from teacher_cache.teachers.transformers import TeacherSpec, load_processor
 
-ASSETS = Path(__file__).parent.parent / "pipelines" / "demo" / "assets"
-
 
 @dataclass(frozen=True)
 class World:
@@ -59,26 +57,28 @@ def parameter_count(config: Any) -> int:
     return sum(p.numel() for p in model.parameters())
 
 
-def open_world(shapes: str, device: str, folder: Path, rows: int, layers: int | None = None) -> World:
-    """A mixture of ``rows`` rows under ``folder`` with its models."""
-    return _real_world(device, folder, rows, layers) if shapes == "real" else _demo_world(device, folder, rows)
+def open_world(options: Any, folder: Path, rows: int) -> World:
+    """A mixture of ``rows`` rows under ``folder`` with its models, as the command line says."""
+    if options.shapes == "real":
+        return _real_world(options.device, folder, rows, options.layers)
+    return _demo_world(options.device, folder, rows, Path(options.models))
 
 
-def _demo_world(device: str, folder: Path, rows: int) -> World:
+def _demo_world(device: str, folder: Path, rows: int, models: Path) -> World:
     from transformers import AutoModelForImageTextToText
 
     from pipelines.demo.model import STUDENT, build_model
 
     captions = rows // 4
     paths = write_world(folder / "world", captions=captions, train=rows - captions, heldout=7, seed=0)
-    processor, teacher_config = load_processor(TeacherSpec(str(ASSETS / "teacher")))
+    processor, teacher_config = load_processor(TeacherSpec(str(models / "teacher")))
 
     def teacher() -> Any:
-        return AutoModelForImageTextToText.from_pretrained(ASSETS / "teacher", dtype=torch.float32).to(device)
+        return AutoModelForImageTextToText.from_pretrained(models / "teacher", dtype=torch.float32).to(device)
 
     def student() -> Any:
-        if (ASSETS / "student_start").is_dir():
-            return AutoModelForImageTextToText.from_pretrained(ASSETS / "student_start", dtype=torch.float32)
+        if (models / "student_start").is_dir():
+            return AutoModelForImageTextToText.from_pretrained(models / "student_start", dtype=torch.float32)
         return build_model(STUDENT, processor.tokenizer, 0)
 
     return World(
@@ -94,7 +94,7 @@ def _demo_world(device: str, folder: Path, rows: int) -> World:
         teacher,
         student,
         teacher_config.image_seq_length,
-        () if (ASSETS / "student_start").is_dir() else ("student: random weights of the demo student's size",),
+        () if (models / "student_start").is_dir() else ("student: random weights of the demo student's size",),
     )
 
 
