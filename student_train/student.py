@@ -14,7 +14,7 @@ from teacher_cache.batch import Batch
 from teacher_cache.errors import CompatibilityError, KdcliError
 
 MODULES = {
-    "projector": ("multi_modal_projector", "connector", "merger"),
+    "projector": ("multi_modal_projector", "connector", "merger", "image_newline"),
     "language_model": ("language_model", "lm_head"),
     "vision_tower": ("vision_tower", "visual", "vision_model"),
 }
