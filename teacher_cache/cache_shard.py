@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
@@ -87,16 +87,11 @@ def cache_shard(
     fields = {c: job.field_objects[c.removeprefix("fields/")] for c in columns if c != "samples"}
     wants = frozenset().union(*(one.wants for one in fields.values()))
     try:
-        for window in read_ahead(prepare_windows(job, shard, source, preparer)):
-            for record in window.skipped:
-                for writer in writers.values():
-                    writer.skip(record)
-            if "samples" in writers:
-                for sample, prepared in zip(window.samples, window.prepared):
-                    writers["samples"].add(prepared, encode_sample(sample, prepared))
-            if fields and teacher is not None:
-                write_fields(window, {c: (fields[c], writers[c]) for c in fields}, teacher, wants, job.batch_tokens)
-            advance(len(window))
+        with WriteBehind() as behind:
+            for window in read_ahead(prepare_windows(job, shard, source, preparer)):
+                outputs = ask(teacher, window, wants, job.batch_tokens) if fields and teacher is not None else None
+                behind.submit(write_window, window, outputs, fields, writers)
+                advance(len(window))
         for writer in writers.values():
             writer.commit()
     except BaseException:
@@ -126,27 +121,35 @@ def prepare_windows(job: CaptureJob, shard: int, source: Source, preparer: Prepa
         yield window
 
 
-def write_fields(
-    window: Window,
-    targets: Mapping[str, tuple[Field, ShardWriter]],
-    teacher: Teacher,
-    wants: frozenset[str],
-    batch_tokens: int,
-) -> None:
-    """Ask the teacher in batches of similar length, write in the slice's own order."""
+def ask(teacher: Teacher, window: Window, wants: frozenset[str], batch_tokens: int) -> list[TeacherOutput]:
+    """What the teacher says of every prepared row, asked in batches of similar length."""
     outputs: dict[int, TeacherOutput] = {}
     for indices in token_batches(window.prepared, batch_tokens):
         outputs.update(zip(indices, teacher([window.prepared[i] for i in indices], wants)))
-    for i, (sample, prepared) in enumerate(zip(window.samples, window.prepared)):
-        finite = is_finite(outputs[i])
-        for one, writer in targets.values():
-            if finite:
-                payload = container.pack(one.encode(prepared, outputs[i]))
-                writer.add(prepared, {container.EXTENSION: payload})
-            else:
-                writer.skip(
-                    skip_record(sample, SkipRow("nonfinite_teacher", "NaN or infinity in the teacher's output"))
-                )
+    return [outputs[i] for i in range(len(window.prepared))]
+
+
+def write_window(
+    window: Window,
+    outputs: Sequence[TeacherOutput] | None,
+    fields: Mapping[str, Field],
+    writers: Mapping[str, ShardWriter],
+) -> None:
+    """Append a window to every column, in the slice's own order; ``outputs`` None: only ``samples`` is written."""
+    for record in window.skipped:
+        for writer in writers.values():
+            writer.skip(record)
+    if "samples" in writers:
+        for sample, prepared in zip(window.samples, window.prepared):
+            writers["samples"].add(prepared, encode_sample(sample, prepared))
+    for sample, prepared, output in zip(window.samples, window.prepared, outputs or ()):
+        if not is_finite(output):
+            skip = SkipRow("nonfinite_teacher", "NaN or infinity in the teacher's output")
+            for column in fields:
+                writers[column].skip(skip_record(sample, skip))
+            continue
+        for column, one in fields.items():
+            writers[column].add(prepared, {container.EXTENSION: container.pack(one.encode(prepared, output))})
 
 
 def skip_record(sample: Sample, skip: SkipRow) -> SkipRecord:
@@ -157,7 +160,12 @@ def is_finite(output: TeacherOutput) -> bool:
     """False where any hidden state, head or Gram entry is NaN or infinite (an empty tail, -inf, is no defect)."""
     heads = [column for head in output.topk.values() for column in (head.log_probs, head.log_z, head.mean_logit)]
     tensors = [*output.hidden.values(), *heads, *([] if output.gram is None else [output.gram])]
-    return all(bool(torch.isfinite(tensor).all()) for tensor in tensors)
+    return all(_all_finite(tensor) for tensor in tensors)
+
+
+def _all_finite(tensor: torch.Tensor) -> bool:
+    """NaN and infinity survive a sum, which is one pass without a mask; a sum that merely overflows is looked at again."""
+    return bool(torch.isfinite(tensor.sum(dtype=torch.float32))) or bool(torch.isfinite(tensor).all())
 
 
 def read_ahead(windows: Iterator[Any]) -> Iterator[Any]:
@@ -167,3 +175,30 @@ def read_ahead(windows: Iterator[Any]) -> Iterator[Any]:
         while (window := waiting.result()) is not None:
             waiting = pool.submit(next, windows, None)
             yield window
+
+
+class WriteBehind:
+    """Runs one job at a time in a thread, so that encoding, hashing and disks do not keep the teacher waiting.
+
+    ``submit`` first waits for the job before, and raises what it raised; leaving the block without an error does the same.
+    """
+
+    def __init__(self) -> None:
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="write")
+        self._last: Future[Any] | None = None
+
+    def submit(self, job: Callable[..., Any], *arguments: Any) -> None:
+        self._wait()
+        self._last = self._pool.submit(job, *arguments)
+
+    def _wait(self) -> None:
+        if self._last is not None:
+            self._last.result()
+
+    def __enter__(self) -> WriteBehind:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *rest: Any) -> None:
+        self._pool.shutdown(wait=True)
+        if kind is None:
+            self._wait()
