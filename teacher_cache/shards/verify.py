@@ -91,6 +91,12 @@ def _tar_problems(storage: Storage, column: str, commit: Commit, entries: list[E
 def orphans(storage: Storage, columns: dict[str, str]) -> list[str]:
     """Files that no commit names: left by killed or second writers, safe to remove while nothing writes."""
     found = [f".staging/{name}" for name in storage.names(".staging")]
+    teachers = [f"teacher/{name}" for name in storage.names("teacher")]
+    described = [folder for column in columns for folder in (column, f"{column}/commits")]
+    for folder in ("", *teachers, *described):
+        # Drafts of put-if-absent, left by a kill between writing one and linking it to its name.
+        drafts = [name for name in storage.names(folder) if name.startswith(".") and ".json." in name]
+        found += [f"{folder}/{name}".lstrip("/") for name in drafts]
     for column in columns:
         named: set[str] = set()
         for shard in committed_shards(storage, column):

@@ -173,6 +173,21 @@ def test_a_killed_writer_leaves_orphans_only(small_cache: Storage, small_plan) -
     assert orphans(small_cache, COLUMNS) == []
 
 
+def test_drafts_of_killed_documents_are_orphans(small_cache: Storage) -> None:
+    drafts = [
+        ".manifest.json.0f",
+        "fields/x/.field.json.0f",
+        "samples/commits/.000001.json.0f",
+        "teacher/ab/.head.json.0f",
+    ]
+    for name in drafts:
+        Path(small_cache.path(name)).parent.mkdir(parents=True, exist_ok=True)
+        Path(small_cache.path(name)).write_bytes(b"")
+    assert sorted(orphans(small_cache, COLUMNS)) == sorted(drafts)
+    assert verify(small_cache, COLUMNS) == []
+    assert committed_shards(small_cache, "samples") == [0, 1]
+
+
 def test_put_new_never_replaces(tmp_path: Path) -> None:
     storage = Storage(tmp_path)
     assert storage.put_new("a/b.json", b"first")
