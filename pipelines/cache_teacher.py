@@ -2,27 +2,22 @@
 
 from __future__ import annotations
 
-import hashlib
-import tempfile
-import uuid
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
 
+from pipelines.describe import describe
 from pipelines.executors import local
 from pipelines.settings import CaptureSettings
 from teacher_cache.cache_shard import CaptureJob, Teacher, cache_shard
-from teacher_cache.codecs import container
-from teacher_cache.errors import CacheError, KdcliError
-from teacher_cache.fields import Field, create_field
-from teacher_cache.plan import Plan, content_hash, difference, make_plan, read_plan, write_plan
+from teacher_cache.errors import KdcliError
+from teacher_cache.fields import create_field
+from teacher_cache.plan import Plan, make_plan, read_plan, write_plan
 from teacher_cache.prepare import Limits, Preparer
 from teacher_cache.shards.commit import read_commit
-from teacher_cache.shards.sealed import seal, unseal
 from teacher_cache.shards.storage import Storage
 from teacher_cache.sources import DataSpec, open_source
 from teacher_cache.teachers.transformers import (
@@ -32,8 +27,6 @@ from teacher_cache.teachers.transformers import (
     resolve_device,
     teacher_fingerprint,
 )
-
-HEAD = "head.safetensors"
 
 
 @dataclass(frozen=True)
@@ -74,7 +67,14 @@ def capture(request: CaptureRequest, progress: Callable[[str, int, int], None] =
     fingerprint = teacher_fingerprint(request.teacher, processor, config)
     plan = plan_for(request, storage, preparer, config)
     write_plan(storage, plan)  # the first write: what can be refused is refused above
-    job = describe(request, storage, plan, fields, fingerprint, processor)
+    job = CaptureJob(
+        storage=storage,
+        plan=plan,
+        fields=describe(storage, plan, fields, fingerprint, processor, lambda: load_head(request.teacher, processor)),
+        field_objects=fields,
+        parts_without_fields=frozenset(request.settings.parts_without_fields),
+        batch_tokens=request.settings.batch_tokens,
+    )
     left = job.missing()
     total = sum(one.rows for one in plan.slices)
     done = total - sum(plan.slices[shard].rows for shard in left)
@@ -98,92 +98,9 @@ def plan_for(request: CaptureRequest, storage: Storage, preparer: Preparer, conf
     )
 
 
-def describe(
-    request: CaptureRequest,
-    storage: Storage,
-    plan: Plan,
-    fields: Mapping[str, Field],
-    fingerprint: dict[str, Any],
-    processor: Any,
-) -> CaptureJob:
-    """Write ``field.json`` of every field and the ``teacher/`` folder, or check that those there are the same."""
-    folder = f"teacher/{content_hash(fingerprint)[:12]}"
-    with_head = [name for name, one in fields.items() if any(want.startswith("hidden.") for want in one.wants)]
-    bodies = {
-        name: {
-            "field": name,
-            "version": one.version,
-            "params": dict(one.params),
-            "plan_hash": plan.plan_hash,
-            "teacher": fingerprint,
-            "teacher_folder": folder,
-        }
-        for name, one in fields.items()
-    }
-    for name, body in bodies.items():
-        refuse_other_settings(storage, name, body)
-    if fields:
-        write_processor(storage, folder, processor)
-    head_sha = write_head(request, storage, folder, processor) if with_head else None
-    hashes = {}
-    for name, body in bodies.items():
-        data = seal({**body, "head_sha256": head_sha if name in with_head else None})
-        if not storage.put_new(f"fields/{name}/field.json", data):
-            refuse_other_settings(storage, name, body)
-        hashes[name] = hashlib.sha256(storage.read(f"fields/{name}/field.json")).hexdigest()
-    return CaptureJob(
-        storage=storage,
-        plan=plan,
-        fields=hashes,
-        field_objects=dict(fields),
-        parts_without_fields=frozenset(request.settings.parts_without_fields),
-        batch_tokens=request.settings.batch_tokens,
-    )
-
-
-def refuse_other_settings(storage: Storage, name: str, body: Mapping[str, Any]) -> None:
-    """CacheError with a diff where the cache has this field with other settings or by another teacher."""
-    path = f"fields/{name}/field.json"
-    if not storage.exists(path):
-        return
-    there = unseal(storage.read(path), f"{storage}/{path}")
-    there.pop("head_sha256", None)  # of the same weights, by their hash in the fingerprint
-    if there != body:
-        lines = "; ".join(difference(there, body))
-        raise CacheError(f"{storage}: field {name} was made with other settings: {lines}: choose another --out")
-
-
-def write_head(request: CaptureRequest, storage: Storage, folder: str, processor: Any) -> str:
-    """The teacher's head W, for fields of hidden states. Returns its file's sha256; ``head.json`` says it is complete."""
-    receipt = f"{folder}/head.json"
-    if storage.exists(receipt):
-        return unseal(storage.read(receipt), f"{storage}/{receipt}")["head_sha256"]
-    teacher = TransformersTeacher(replace(request.teacher, device="cpu"), processor, None)
-    data = container.pack({"weight": teacher.head.cpu()})
-    digest = hashlib.sha256(data).hexdigest()
-    put_bytes(storage, data, f"{folder}/{HEAD}")
-    storage.put_new(receipt, seal({"head_sha256": digest}))
-    return digest
-
-
-def write_processor(storage: Storage, folder: str, processor: Any) -> None:
-    """Tokenizer, chat template and image settings of the teacher; ``processor.json`` lists them when all are there."""
-    receipt = f"{folder}/processor.json"
-    if storage.exists(receipt):
-        return
-    with tempfile.TemporaryDirectory() as saved:
-        processor.save_pretrained(saved)
-        files = {file.name: file.read_bytes() for file in sorted(Path(saved).iterdir())}
-    for name, data in files.items():
-        put_bytes(storage, data, f"{folder}/processor/{name}")
-    storage.put_new(receipt, seal({name: hashlib.sha256(data).hexdigest() for name, data in files.items()}))
-
-
-def put_bytes(storage: Storage, data: bytes, relative: str) -> None:
-    """A whole file, atomically; its draft has a name of its own, so that two captures may start at the same time."""
-    draft = storage.staging() / f"{uuid.uuid4().hex}-{Path(relative).name}"
-    draft.write_bytes(data)
-    storage.put_file(draft, relative)
+def load_head(spec: TeacherSpec, processor: Any) -> torch.Tensor:
+    """W ``[V, D]`` of the teacher, loaded on the CPU so that no GPU is held while workers start."""
+    return TransformersTeacher(replace(spec, device="cpu"), processor, None).head
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,8 @@ from student_train.methods import Method, create_method, method_module
 from student_train.stages import Stage, parse_stages
 from student_train.teacher_view import Served, serve
 from teacher_cache.errors import CacheError, CompatibilityError
+from teacher_cache.fingerprint import processor_fingerprint
 from teacher_cache.plan import difference
-from teacher_cache.prepare import text_hash, tokenizer_hash
 from teacher_cache.shards.commit import committed_shards
 
 
@@ -73,16 +73,15 @@ def check_vocabulary(cache: Cache, plans: list[StagePlan], processor: Any) -> li
     Returns:
         Notes for the user: a chat template of its own gives the student other prompts around the same answers.
     """
-    ours = {"sha256": tokenizer_hash(processor.tokenizer), "length": len(processor.tokenizer)}
-    template = text_hash(getattr(processor, "chat_template", None) or processor.tokenizer.chat_template or "")
+    ours = processor_fingerprint(processor)
     notes = []
     for name in sorted({name for plan in plans for name in plan.served.names}):
         teacher = cache.fields[name]["teacher"]
-        if teacher["tokenizer"] != ours:
-            lines = "; ".join(difference(teacher["tokenizer"], ours, "tokenizer"))
+        if teacher["tokenizer"] != ours["tokenizer"]:
+            lines = "; ".join(difference(teacher["tokenizer"], ours["tokenizer"], "tokenizer"))
             raise CompatibilityError(
                 f"{cache.storage}: field {name} was made by a teacher with another tokenizer: {lines}"
             )
-        if teacher["chat_template"] != template:
+        if teacher["chat_template"] != ours["chat_template"]:
             notes.append(f"{name}: the teacher read its prompts through another chat template than the student's")
     return notes

@@ -6,8 +6,6 @@ Vision rows are *not* shifted: they are taken at the vision token itself.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
@@ -17,6 +15,7 @@ from typing import Any
 import torch
 
 from teacher_cache.errors import CompatibilityError, KdcliError, SkipRow
+from teacher_cache.fingerprint import processor_fingerprint
 from teacher_cache.layout import image_layout
 from teacher_cache.records import ROLES, ImageLayout, Prepared, Sample, TextTokens, Turn
 from teacher_cache.rows import check_turns, decode_image, row_key
@@ -68,9 +67,7 @@ class Preparer:
     def fingerprint(self) -> dict[str, Any]:
         """What decides how rows become tokens and pixels, JSON-able."""
         return {
-            "tokenizer": {"sha256": tokenizer_hash(self.tokenizer), "length": len(self.tokenizer)},
-            "chat_template": text_hash(self._chat_owner().chat_template or ""),
-            "image_processor": image_processor_fingerprint(self.processor.image_processor),
+            **processor_fingerprint(self.processor),
             "max_length": self.limits.max_length,
             "over_length": self.limits.over_length,
         }
@@ -237,27 +234,3 @@ def content(text: str) -> list[dict[str, str]]:
         if stripped := piece.strip("\n"):
             parts.append({"type": "text", "text": stripped})
     return parts
-
-
-def text_hash(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
-def tokenizer_hash(tokenizer: Any) -> str:
-    """Hash of what turns text into ids: the fast tokenizer's own description, without truncation and padding state."""
-    description = json.loads(tokenizer.backend_tokenizer.to_str())
-    description.pop("truncation", None)
-    description.pop("padding", None)
-    return text_hash(json.dumps(description, sort_keys=True))
-
-
-def image_processor_fingerprint(image_processor: Any) -> dict[str, Any]:
-    """Class (its name carries the backend), settings and library version: PIL and torchvision pixels differ measurably."""
-    import transformers
-
-    settings = {k: v for k, v in image_processor.to_dict().items() if k not in ("processor_class", "_processor_class")}
-    return {
-        "class": type(image_processor).__name__,
-        "settings": text_hash(json.dumps(settings, sort_keys=True, default=str)),
-        "transformers": transformers.__version__,
-    }

@@ -12,7 +12,6 @@ import tarfile
 import uuid
 import zlib
 from collections import Counter
-from pathlib import Path
 
 from teacher_cache.records import Prepared, SkipRecord
 from teacher_cache.shards.commit import Commit, read_commit
@@ -86,15 +85,10 @@ class ShardWriter:
             counts=dict(self._counts),
         )
         self.storage.put_file(self._draft, f"{self.column}/data/{commit.tar}")
-        self._put_index(index, f"{self.column}/index/{commit.index}")
+        self.storage.put_bytes(index, f"{self.column}/index/{commit.index}")
         if not self.storage.put_new(f"{self.column}/commits/{self.shard:06d}.json", commit.to_bytes()):
             return read_commit(self.storage, self.column, self.shard)
         return commit
-
-    def _put_index(self, index: bytes, relative: str) -> None:
-        draft = Path(f"{self._draft}.parquet")
-        draft.write_bytes(index)
-        self.storage.put_file(draft, relative)
 
     def abandon(self) -> None:
         """Drop the draft, after an error."""

@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 
 from teacher_cache.batch import Batch, collate
 from teacher_cache.errors import CompatibilityError, KdcliError
-from teacher_cache.prepare import image_processor_fingerprint, text_hash, tokenizer_hash
+from teacher_cache.fingerprint import processor_fingerprint
 from teacher_cache.records import Prepared, TeacherOutput, TopK
 from teacher_cache.teachers.head import head_logits, topk_rows
 
@@ -79,13 +79,9 @@ def teacher_fingerprint(spec: TeacherSpec, processor: Any, config: Any) -> dict[
     return {
         "weights": weights_hash(spec, config),
         "architecture": (config.architectures or [type(config).__name__])[0],
-        "tokenizer": {"sha256": tokenizer_hash(processor.tokenizer), "length": len(processor.tokenizer)},
         "head_width": int(text_config.vocab_size),
         "hidden_size": int(text_config.hidden_size),
-        "chat_template": text_hash(
-            getattr(processor, "chat_template", None) or processor.tokenizer.chat_template or ""
-        ),
-        "image_processor": image_processor_fingerprint(processor.image_processor),
+        **processor_fingerprint(processor),
         "dtype": str(resolve_dtype(spec, config)).removeprefix("torch."),
         "attn_implementation": spec.attn_implementation,
         "backend": "transformers",

@@ -29,4 +29,6 @@ def small_real_shapes(monkeypatch: pytest.MonkeyPatch) -> None:
     heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "vocab_size": 5064}
     sizes = {name: one | narrow | heads for name, one in real_shapes.QWEN2.items()}
     monkeypatch.setattr(real_shapes, "QWEN2", sizes)
-    monkeypatch.setattr(real_shapes, "SIGLIP", real_shapes.SIGLIP | narrow | {"num_attention_heads": 2, "image_size": 56})
+    monkeypatch.setattr(
+        real_shapes, "SIGLIP", real_shapes.SIGLIP | narrow | {"num_attention_heads": 2, "image_size": 56}
+    )

@@ -1,0 +1,41 @@
+"""What makes two processors the same: the tokenizer, the chat template and the image processor, by hash."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import Any
+
+
+def processor_fingerprint(processor: Any) -> dict[str, Any]:
+    """``{"tokenizer": {"sha256", "length"}, "chat_template": hash, "image_processor": {…}}`` of an ``AutoProcessor``."""
+    tokenizer = processor.tokenizer
+    return {
+        "tokenizer": {"sha256": tokenizer_hash(tokenizer), "length": len(tokenizer)},
+        "chat_template": text_hash(getattr(processor, "chat_template", None) or tokenizer.chat_template or ""),
+        "image_processor": image_processor_fingerprint(processor.image_processor),
+    }
+
+
+def text_hash(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def tokenizer_hash(tokenizer: Any) -> str:
+    """Hash of what turns text into ids: the fast tokenizer's own description, without truncation and padding state."""
+    description = json.loads(tokenizer.backend_tokenizer.to_str())
+    description.pop("truncation", None)
+    description.pop("padding", None)
+    return text_hash(json.dumps(description, sort_keys=True))
+
+
+def image_processor_fingerprint(image_processor: Any) -> dict[str, Any]:
+    """Class (its name carries the backend), settings and library version: PIL and torchvision pixels differ measurably."""
+    import transformers
+
+    settings = {k: v for k, v in image_processor.to_dict().items() if k not in ("processor_class", "_processor_class")}
+    return {
+        "class": type(image_processor).__name__,
+        "settings": text_hash(json.dumps(settings, sort_keys=True, default=str)),
+        "transformers": transformers.__version__,
+    }
