@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -13,8 +12,8 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.worlds import World
-from pipelines.cache_teacher import HEAD, CaptureRequest, describe
-from pipelines.settings import CaptureSettings, Settings
+from pipelines.describe import describe
+from pipelines.settings import Settings
 from pipelines.stage_plans import plan_stages
 from pipelines.train_student import make_trainer
 from student_train.cache import Cache, CachedRows
@@ -23,15 +22,14 @@ from student_train.distributed import Processes
 from student_train.stream import TrainBatch
 from student_train.teacher_view import Served, TeacherSignals, TeacherView
 from student_train.trainer import Trainer
-from teacher_cache.cache_shard import cache_shard
-from teacher_cache.codecs import container
+from teacher_cache.cache_shard import CaptureJob, cache_shard
 from teacher_cache.fields import create_field
-from teacher_cache.plan import content_hash, make_plan, write_plan
-from teacher_cache.prepare import Preparer, text_hash, tokenizer_hash
-from teacher_cache.shards.sealed import seal
+from teacher_cache.fingerprint import processor_fingerprint
+from teacher_cache.plan import make_plan, write_plan
+from teacher_cache.prepare import Preparer
 from teacher_cache.shards.storage import Storage
 from teacher_cache.sources import open_source
-from teacher_cache.teachers.transformers import TeacherSpec, TransformersTeacher
+from teacher_cache.teachers.transformers import TransformersTeacher
 
 SFT, CACHED, LIVE, TOPK = "sft", "llava-kd cached", "llava-kd live", "llava-kd top-k"
 VARIANTS = (SFT, CACHED, LIVE, TOPK)
@@ -103,22 +101,14 @@ def write_cache(world: World, url: str) -> None:
     teacher = TransformersTeacher.wrap(world.teacher(), world.processor)
     fingerprint = {
         "weights": "benchmark",
-        "tokenizer": {"sha256": tokenizer_hash(world.processor.tokenizer), "length": len(world.processor.tokenizer)},
         "head_width": teacher.vocabulary,
         "hidden_size": teacher.head.shape[1],
-        "chat_template": text_hash(world.processor.chat_template or ""),
+        **processor_fingerprint(world.processor),
     }
-    head = container.pack({"weight": teacher.head.cpu()})
-    folder = f"teacher/{content_hash(fingerprint)[:12]}"
-    draft = storage.staging() / "head"
-    draft.write_bytes(head)
-    storage.put_file(draft, f"{folder}/{HEAD}")
-    digest = hashlib.sha256(head).hexdigest()
-    storage.put_new(f"{folder}/head.json", seal({"head_sha256": digest, "processor": {}}))
     names = sorted({name for fields in FIELDS_OF.values() for name in fields})
-    request = CaptureRequest(TeacherSpec("benchmark"), world.data, url, CaptureSettings(fields=tuple(names)), {})
     fields = {name: create_field(name) for name in names}
-    job = describe(request, storage, plan, fields, fingerprint, world.processor)
+    hashes = describe(storage, plan, fields, fingerprint, world.processor, lambda: teacher.head)
+    job = CaptureJob(storage, plan, hashes, fields)
     for shard, columns in job.missing().items():
         source = open_source(plan.spec(plan.slices[shard].part))
         cache_shard(job, shard, columns, source, preparer, teacher)
