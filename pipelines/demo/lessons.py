@@ -21,7 +21,7 @@ def patch_word_ids() -> torch.Tensor:
 
 
 def soft_word_loss(logits: torch.Tensor, words: torch.Tensor) -> torch.Tensor:
-    """Cross-entropy with the uniform distribution over a patch's words: ``logits [R, W]``, ``words [R, 3]`` -> ``[R]``"""
+    """Cross-entropy with the uniform distribution over a patch's words: ``logits [R, W]``, ``words [R, 5]`` -> ``[R]``"""
     valid = words >= 0
     picked = logits.gather(1, words.clamp(min=0)) * valid
     return logits.logsumexp(1) - picked.sum(1) / valid.sum(1)
@@ -53,7 +53,7 @@ def tower_loss(model: LlavaForConditionalGeneration, heads: AttributeHeads, batc
                attribute_weight: float) -> tuple[torch.Tensor, dict[str, float]]:  # fmt: skip
     """Phase A: every projected patch says its words through the (tied) LM head's rows of those words."""
     features = vision_embeddings(model, normalised(batch["pixels"]).to(model.dtype))
-    logits = F.linear(features, model.get_output_embeddings().weight[word_ids]).float()
+    logits = F.linear(features, model.lm_head.weight[word_ids]).float()
     words = batch["words"]
     weights = patch_weights(words)
     per_patch = soft_word_loss(logits.flatten(0, 1), words.flatten(0, 1)).view_as(weights)
@@ -70,8 +70,9 @@ def answer_loss(model: LlavaForConditionalGeneration, batch: dict, word_ids: tor
                 vision_rows: int) -> tuple[torch.Tensor, dict[str, float]]:  # fmt: skip
     """Phase B: next-token loss on answers, plus patch words at a sample of the vision tokens (unshifted)."""
     pixels = normalised(batch["pixels"]).to(model.dtype) if "pixels" in batch else None
-    # No attention mask: rows are padded on the right, where a causal model never looks.
-    hidden = model.model(input_ids=batch["input_ids"], pixel_values=pixels, use_cache=False).last_hidden_state
+    # Without a mask of its own a row needs none: it is padded on the right, where a causal model never looks.
+    layout = {name: batch[name] for name in ("attention_mask", "position_ids") if name in batch}
+    hidden = model.model(input_ids=batch["input_ids"], pixel_values=pixels, use_cache=False, **layout).last_hidden_state
     answers = batch["targets"] != IGNORED
     logits = model.lm_head(hidden[answers]).float()
     answer = F.cross_entropy(logits, batch["targets"][answers])

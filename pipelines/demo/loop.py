@@ -12,6 +12,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from pipelines.demo.recipe import StudentRecipe, TeacherRecipe
+
 Loss = Callable[[dict], tuple[torch.Tensor, dict[str, float]]]
 
 
@@ -26,14 +28,15 @@ class Group:
 class Masters:
     """fp32 copies of bf16 parameters and the AdamW that moves them (bf16 alone would round small steps away)."""
 
-    def __init__(self, groups: list[Group], learning_rate: float, recipe):
+    def __init__(self, groups: list[Group], learning_rate: float, recipe: TeacherRecipe | StudentRecipe):
         self.pairs: list[tuple[nn.Parameter, nn.Parameter]] = []
         self.clip = recipe.clip
         self.learning_rate = learning_rate
         seen: set[int] = set()
         optimizer_groups = []
         for group in groups:
-            decayed, plain = [], []
+            decayed: list[nn.Parameter] = []
+            plain: list[nn.Parameter] = []
             for parameter in group.modules.parameters():
                 if id(parameter) in seen:
                     continue
@@ -87,7 +90,7 @@ class Phase:
     steps: int
     minutes: float | None
     folder: Path  # checkpoints and log
-    recipe: object
+    recipe: TeacherRecipe | StudentRecipe
     watch: Callable[[], dict[str, float]] | None = None  # accuracies to log now and then
     watch_every: float = 240.0  # seconds
     save_every: float = 300.0  # seconds

@@ -9,12 +9,14 @@ from __future__ import annotations
 import numpy as np
 
 from pipelines.demo.render import CELL, SLOT, bar_box, shape_box
-from pipelines.demo.scenes import COLORS, GRID, PATCH, SHAPES, Scene
+from pipelines.demo.scenes import CELLS, COLORS, GRID, PATCH, SHAPES, Scene
 
 BACKGROUND_WORD = "background"
 PATCH_WORDS = (
     BACKGROUND_WORD, *COLORS, *SHAPES, "bar", *"0123456789", *"ABCDEFGHIJKLMNOPQRSTUVWXYZ",
-    "tallest", "shortest",
+    "tallest", "shortest", "top", "bottom", "left", "right", "center",
+    # With the space before them, as questions ("the third letter") and answers ("top left") hold them.
+    " left", " right", " first", " second", " third", " fourth",
 )  # fmt: skip
 WORD_INDEX = {word: i for i, word in enumerate(PATCH_WORDS)}
 
@@ -27,11 +29,12 @@ ATTRIBUTES = {
     "value": 10,  # value of the bar under or above this patch
     "color": len(COLORS),  # colour of the object, also on the digits above a bar
 }
-MAX_WORDS = 3
+MAX_WORDS = 5
+_ORDINAL_WORDS = PATCH_WORDS[-4:]
 
 
 def patch_words(scene: Scene) -> np.ndarray:
-    """``int16 [144, 3]`` indices into ``PATCH_WORDS``, -1 for unused: the equally right words of each patch."""
+    """``int16 [144, 5]`` indices into ``PATCH_WORDS``, -1 for unused: the equally right words of each patch."""
     words = np.full((GRID, GRID, MAX_WORDS), -1, np.int16)
     words[..., 0] = WORD_INDEX[BACKGROUND_WORD]
     for rows, columns, names, _ in _objects(scene):
@@ -58,7 +61,7 @@ def _objects(scene: Scene):
         for s in scene.shapes:
             yield (
                 *_patches(shape_box(s), 3),
-                (s.color, s.shape),
+                (s.color, s.shape, *_cell_words(s.cell)),
                 {
                     "place": s.cell,
                     "color": colors.index(s.color),
@@ -68,17 +71,27 @@ def _objects(scene: Scene):
             )
     elif scene.kind == "chart":
         values = [b.value for b in scene.bars]
-        for b in scene.bars:
+        for ordinal, b in zip(_ORDINAL_WORDS, scene.bars):
             x0, y0, x1, y1 = bar_box(b.slot, b.value)
             rank = {max(values): ("tallest",), min(values): ("shortest",)}.get(b.value, ())
             attributes = {"place": b.slot, "color": colors.index(b.color), "value": b.value}
-            yield *_patches((x0, y0, x1, y1), 3), (b.color, "bar", *rank), attributes
-            yield *_patches((x0, y0 - 16, x1, y0 - 1), 3), (str(b.value), b.color), attributes
+            yield *_patches((x0, y0, x1, y1), 3), (b.color, "bar", ordinal, *rank), attributes
+            yield *_patches((x0, y0 - 16, x1, y0 - 1), 3), (str(b.value), b.color, ordinal), attributes
     else:
         for i, character in enumerate(scene.text):
             x = scene.x + SLOT * i
             attributes = {"place": i, "color": colors.index(scene.ink)}
-            yield *_patches((x, scene.y, x + SLOT - 1, scene.y + SLOT - 1), 0), (character, scene.ink), attributes
+            yield (
+                *_patches((x, scene.y, x + SLOT - 1, scene.y + SLOT - 1), 0),
+                (character, scene.ink, _ORDINAL_WORDS[i]),
+                attributes,
+            )
+
+
+def _cell_words(cell: int) -> list[str]:
+    """``["top", " left"]``: the words of "Where is ...?", as the answer's tokens."""
+    first, *rest = CELLS[cell].split()
+    return [first, *(" " + word for word in rest)]
 
 
 def _patches(box: tuple[int, int, int, int], slack: int) -> tuple[slice, slice]:

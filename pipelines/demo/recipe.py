@@ -17,16 +17,17 @@ class TeacherRecipe:
     attribute_weight: float = 0.5
     # Phase B
     steps: int = 4000
-    batch: int = 24  # rows; about ten questions each
-    learning_rate: float = 1e-3
+    batch: int = 12  # rows; about ten questions each. Twice the steps teach more than twice the rows
+    learning_rate: float = 7e-4
     tower_learning_rate_ratio: float = 0.3  # the tower has already learned: move it more slowly
     turns: tuple[int, int] = (1, 12)
     caption_share: float = 0.25  # of the image rows end with a dense caption
     plain_share: float = 0.04  # of the image rows are a picture and its caption, without roles
+    alone_share: float = 0.7  # of the image batches hide the turns of a row from each other
     text_every: int = 10  # every n-th batch is text-only
     pair_every: int = 25  # every n-th batch shows two pictures a row
-    vision_weight: float = 0.3  # of the patch-word loss at the vision tokens themselves
-    vision_rows: int = 32  # vision tokens a picture that take part in that loss
+    vision_weight: float = 0.5  # of the patch-word loss at the vision tokens themselves
+    vision_rows: int = 40  # vision tokens a picture that take part in that loss
     # Both
     warmup: float = 0.03  # of the phase
     floor: float = 0.02  # of the peak learning rate, at the end
@@ -44,7 +45,7 @@ class StudentRecipe:
     tower_batch: int = 32
     tower_learning_rate: float = 2e-3
     attribute_weight: float = 0.0  # words of patches only: no counting, no layout
-    text_steps: int = 700
+    text_steps: int = 550
     text_batch: int = 24
     text_learning_rate: float = 2e-3
     warmup: float = 0.05

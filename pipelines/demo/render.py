@@ -63,12 +63,13 @@ def _draw_character(draw: ImageDraw.ImageDraw, character: str, x: int, y: int, s
 
 
 @functools.cache
-def _font(size: int) -> ImageFont.FreeTypeFont:
+def _font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
     return ImageFont.load_default(size)
 
 
 def _tinted(color: tuple[int, int, int], tint: random.Random, amount: int) -> tuple[int, int, int]:
-    return tuple(max(0, min(255, c + tint.randint(-amount, amount))) for c in color)
+    r, g, b = (max(0, min(255, c + tint.randint(-amount, amount))) for c in color)
+    return r, g, b
 
 
 def _draw_shape(draw: ImageDraw.ImageDraw, shape: Shape, fill: tuple) -> None:

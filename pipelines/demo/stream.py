@@ -73,8 +73,40 @@ def collate(rows: list[Row]) -> dict[str, torch.Tensor]:
     return {**batch, **picture_tensors(scenes)} if scenes else batch
 
 
+def collate_alone(rows: list[Row]) -> dict[str, torch.Tensor]:
+    """As ``collate``, but every turn sees the picture and itself only, at the positions it has when asked first.
+
+    Ordinary rows teach to look answers up in earlier turns; here each of the many turns is a first question. Adds
+    ``position_ids [B, T]`` and the boolean ``attention_mask [B, 1, T, T]``. One picture a row.
+    """
+    encoded = [_encode_alone(turns) for _, turns in rows]
+    length = -(-max(len(ids) for ids, *_ in encoded) // 16) * 16
+    fill = (_tokenizer().pad_token_id, IGNORED, 0, -1)
+    columns = [torch.tensor([row[c] + [fill[c]] * (length - len(row[c])) for row in encoded]) for c in range(len(fill))]
+    ids, targets, positions, turn = columns
+    mine = (turn[:, :, None] == turn[:, None, :]) | (turn[:, None, :] == 0)
+    mask = (mine & torch.ones(length, length, dtype=torch.bool).tril())[:, None]
+    batch = {"input_ids": ids, "targets": targets, "position_ids": positions, "attention_mask": mask}
+    return {**batch, **picture_tensors([scene for scenes, _ in rows for scene in scenes])}
+
+
+def _encode_alone(turns: list[Turn]) -> tuple[list[int], list[int], list[int], list[int]]:
+    """Ids, targets, positions and turn numbers (0: the picture) of a row of independent turns."""
+    first, _ = encode_row(1, turns[:1])
+    picture = 1 + GRID * GRID
+    ids, targets = first[:picture], [IGNORED] * picture
+    positions, numbers = list(range(picture)), [0] * picture
+    for number, turn in enumerate(turns, 1):
+        row, row_targets = (part[picture:] for part in encode_row(1, [turn]))
+        ids += row
+        targets += row_targets
+        positions += range(picture, picture + len(row))
+        numbers += [number] * len(row)
+    return ids, targets, positions, numbers
+
+
 def picture_tensors(scenes: list[Scene]) -> dict[str, torch.Tensor]:
-    """``pixels uint8 [N, 96, 96, 3]``, ``words [N, 144, 3]``, ``attributes [N, 144, A]``."""
+    """``pixels uint8 [N, 96, 96, 3]``, ``words [N, 144, 5]``, ``attributes [N, 144, A]``."""
     return {
         "pixels": torch.from_numpy(np.stack([pixels_u8(s) for s in scenes])),
         "words": torch.from_numpy(np.stack([patch_words(s) for s in scenes])).long(),
@@ -93,6 +125,9 @@ def full_batch(rng: random.Random, index: int, recipe: TeacherRecipe) -> dict[st
         return collate([_pair_row(rng) for _ in range(recipe.batch // 2)])
     if index % recipe.text_every == recipe.text_every - 1:
         return collate([([], [text_turn(rng) for _ in range(12)]) for _ in range(recipe.batch)])
+    if rng.random() < recipe.alone_share:
+        scenes = [sample_scene(rng, "train") for _ in range(recipe.batch)]
+        return collate_alone([([scene], image_turns(scene, rng, recipe.turns[1])) for scene in scenes])
     return collate([_image_row(rng, recipe) for _ in range(recipe.batch)])
 
 
