@@ -106,7 +106,9 @@ def run_demo(out: Path, seed: int, console: Any, recipe: Recipe | None = None) -
     """The whole loop; prints what it does and returns ``{"scores", "report", "seconds"}``."""
     recipe = recipe or Recipe()
     started = time.perf_counter()
-    with stage(console, "1/6 a world of rendered rows: LLaVA-1.5 json with captions, LLaVA-NeXT parquet with questions"):
+    with stage(
+        console, "1/6 a world of rendered rows: LLaVA-1.5 json with captions, LLaVA-NeXT parquet with questions"
+    ):
         world, data = make_world(out / "world", recipe)
     with stage(console, "2/6 doctor: defects of the mixture (some were planted)"):
         print_report(examine(list(data)), console)
