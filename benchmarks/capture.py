@@ -44,8 +44,8 @@ from teacher_cache.teachers.transformers import TransformersTeacher
 
 TARGET = 0.90
 DEFAULT_FIELDS = CaptureSettings().fields
-ALL_FIELDS = (*DEFAULT_FIELDS, "affinity", "relation")
-COLUMNS = {"default": DEFAULT_FIELDS, "all six": ALL_FIELDS}
+WITH_TOPK = (*DEFAULT_FIELDS, "response_topk", "vision_topk")
+COLUMNS = {"default": DEFAULT_FIELDS, "and top-k": WITH_TOPK, "all six": (*WITH_TOPK, "affinity", "relation")}
 HASH = "0" * 64
 
 

@@ -32,7 +32,7 @@ class CaptureSettings:
     """
 
     shards: int = 512
-    fields: tuple[str, ...] = ("response_topk", "vision_topk", "response_hidden", "vision_hidden")
+    fields: tuple[str, ...] = ("response_hidden", "vision_hidden")
     parts_without_fields: tuple[str, ...] = ()
     max_length: int = 2048
     over_length: str = "skip"

@@ -15,7 +15,7 @@ def test_prints_a_ratio_and_where_the_time_goes(tiny_models: str, capsys: pytest
     capture.main(["--models", tiny_models, "--rows", "16", "--repeats", "2"])
     body = last_line(capsys)
     assert body["benchmark"] == "capture" and body["rows"] == 16 and body["target"] == 0.9
-    assert set(body["ratio_to_bare"]) == {"default", "all six"}
+    assert set(body["ratio_to_bare"]) == {"default", "and top-k", "all six"}
     assert all(low <= middle <= high for low, middle, high in body["rows_per_second"].values())
     inside = body["ms_per_row_inside"]["all six"]
     assert {"teacher forward", "head product + top-k", "Gram matrices", "encode fields", "write"} <= set(inside)
