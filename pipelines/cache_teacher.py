@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -11,13 +10,14 @@ import torch
 
 from pipelines.describe import describe
 from pipelines.executors import local
+from pipelines.inspect_cache import status
 from pipelines.settings import CaptureSettings
+from student_train.cache import Cache
 from teacher_cache.cache_shard import CaptureJob, Teacher, cache_shard
 from teacher_cache.errors import KdcliError
 from teacher_cache.fields import create_field
-from teacher_cache.plan import Plan, make_plan, read_plan, write_plan
+from teacher_cache.plan import Plan, make_plan, write_plan
 from teacher_cache.prepare import Limits, Preparer
-from teacher_cache.shards.commit import read_commit
 from teacher_cache.shards.storage import Storage
 from teacher_cache.sources import DataSpec, open_source
 from teacher_cache.teachers.transformers import (
@@ -44,7 +44,7 @@ def capture(request: CaptureRequest, progress: Callable[[str, int, int], None] =
     """Run the whole job; continues what is there. ``progress(event, done_rows, all_rows)`` is called often.
 
     Returns:
-        The summary of ``summarise`` (rows, skips by reason, bytes by column).
+        ``inspect_cache.status`` of the finished cache: rows, skips by reason, bytes by column.
     """
     storage = Storage(request.out)
     processor, config = load_processor(request.teacher)
@@ -82,7 +82,7 @@ def capture(request: CaptureRequest, progress: Callable[[str, int, int], None] =
     if left:
         run_shards(request, job, left, done, total, progress)
     progress("end", total, total)
-    return summarise(storage)
+    return status(Cache(request.out))
 
 
 def make_preparer(request: CaptureRequest, processor: Any, config: Any) -> Preparer:
@@ -153,32 +153,3 @@ def run_shards(
         if not inline:
             advance(job.plan.slices[shard].rows)
         progress("shard", count, total)
-
-
-def cache_columns(storage: Storage) -> list[str]:
-    """``samples`` and every field folder that describes itself."""
-    return ["samples", *(f"fields/{n}" for n in storage.names("fields") if storage.exists(f"fields/{n}/field.json"))]
-
-
-def summarise(storage: Storage) -> dict[str, Any]:
-    """Rows, skips by reason, and bytes and tokens by column of what is committed so far."""
-    from teacher_cache.shards.commit import committed_shards
-
-    plan = read_plan(storage)
-    columns: dict[str, Any] = {}
-    for column in cache_columns(storage):
-        commits = [read_commit(storage, column, shard) for shard in committed_shards(storage, column)]
-        columns[column] = {
-            "shards": len(commits),
-            "rows": sum(one.rows for one in commits),
-            "written": sum(one.written for one in commits),
-            "skipped": dict(Counter(skip.reason for one in commits for skip in one.skipped)),
-            "bytes": sum(one.tar_bytes for one in commits),
-            "counts": dict(sum((Counter(one.counts) for one in commits), Counter())),
-        }
-    return {
-        "plan_hash": plan.plan_hash,
-        "shards": len(plan.slices),
-        "rows": sum(s.rows for s in plan.slices),
-        "columns": columns,
-    }

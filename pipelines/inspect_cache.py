@@ -139,7 +139,13 @@ def status(cache: Cache) -> dict[str, Any]:
             "counts": dict(counts),
         }
     rows = sum(one.rows for one in cache.plan.slices)
-    return {"cache": str(cache.storage), "plan_hash": cache.plan_hash, "rows": rows, "columns": columns}
+    return {
+        "cache": str(cache.storage),
+        "plan_hash": cache.plan_hash,
+        "shards": len(cache.plan.slices),
+        "rows": rows,
+        "columns": columns,
+    }
 
 
 def check(cache: Cache) -> list[Problem]:

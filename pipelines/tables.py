@@ -33,7 +33,7 @@ def cache_table(columns: Mapping[str, Mapping[str, Any]], rows: int) -> str:
     """Columns of a cache: shards, rows, bytes in all and a row, and the skips below."""
     body = []
     for name, one in columns.items():
-        shards = f"{one['done']}/{one['shards']}" if "done" in one else str(one["shards"])
+        shards = f"{one['done']}/{one['shards']}"
         per_row = human_bytes(one["bytes"] / one["written"]) if one["written"] else "–"
         body.append([name, shards, str(one["written"]), human_bytes(one["bytes"]), per_row])
     text = table(["column", "shards", "rows", "bytes", "a row"], body)
