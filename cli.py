@@ -9,6 +9,8 @@ from typing import Any
 
 import click
 
+import pipelines.quiet_threads  # noqa: F401 (before any command imports torch)
+
 
 class Group(click.Group):
     """Prints the project's own errors as one line, and keeps the commands in the order of a tour."""
