@@ -16,6 +16,10 @@ from typing import Any
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may ask the hub
 
 import pytest
+
+import pipelines.quiet_threads  # noqa: F401 (before torch)
+
+# isort: split
 import torch
 
 IMAGE_SIZE, PATCH = 96, 16
