@@ -41,13 +41,13 @@ class Recipe:
     """Sizes of the demo, chosen for six minutes on two cores."""
 
     captions: int = 320
-    train: int = 800
+    train: int = 640
     defects: int = 8
     heldout: int = 280
     shards: int = 8
     batch_size: int = 16
-    projector_steps: int = 60
-    tuning_steps: int = 150
+    projector_steps: int = 40
+    tuning_steps: int = 90
     projector_learning_rate: float = 2e-3
     tuning_learning_rate: float = 2e-3
 
