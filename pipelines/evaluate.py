@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+from teacher_cache.cache_shard import skip_record
 from teacher_cache.errors import DataError, SkipRow
 from teacher_cache.prepare import PLACEHOLDER, content
 from teacher_cache.records import Sample, SkipRecord
@@ -48,7 +49,7 @@ def read_questions(spec: DataSpec) -> Iterator[Sample | SkipRecord]:
             try:
                 check_sample(row, spec.max_image_pixels)
             except SkipRow as skip:
-                yield SkipRecord(row.part, row.ordinal, row.source_id, row.place, skip.reason, skip.detail)
+                yield skip_record(row, skip)
             else:
                 yield row
 
@@ -134,4 +135,4 @@ def evaluate_folder(
 
     model, processor = load_student(model_id, "sdpa")
     model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    return evaluate(model, processor, replace(spec), batch_size, **kwargs)
+    return evaluate(model, processor, spec, batch_size, **kwargs)

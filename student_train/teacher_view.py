@@ -50,13 +50,13 @@ def serve(needs: Iterable[str], available: Iterable[str], method: str, cache: st
     notes: list[str] = []
     for need in sorted(needs):
         choices = SERVED_BY[need]
-        # A relation from the hidden states that are read anyway costs no further bytes.
         found = [(name, loss) for name, loss in choices if name in have]
         if not found:
             raise CompatibilityError(
                 f"{cache}: method {method} needs {need}, served by {' or '.join(name for name, _ in choices)}; the cache has "
                 f"{', '.join(sorted(have)) or 'no field'}: add one with `kdcli cache-teacher --fields {choices[0][0]} …` on the same --out"
             )
+        # A field that is read anyway costs no further bytes.
         chosen, loss = next(((n, x) for n, x in found if n in fields.values()), found[0])
         fields[need] = chosen
         if loss:
