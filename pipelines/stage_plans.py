@@ -11,8 +11,8 @@ from pipelines.settings import Settings
 from student_train.cache import Cache
 from student_train.config import StageSettings, TrainSettings
 from student_train.methods import Method, create_method, method_module
+from student_train.needs import Served, serve
 from student_train.stages import Stage, parse_stages
-from student_train.teacher_view import Served, serve
 from teacher_cache.errors import CacheError, CompatibilityError
 from teacher_cache.fingerprint import processor_fingerprint
 from teacher_cache.plan import difference
@@ -50,7 +50,8 @@ def plan_stages(
             merged = replace(merged, learning_rate=stage.learning_rate)
         parts = own.parts or stage.parts
         used = chosen if stage.distils else plain
-        served = serve(used.needs(), complete_fields(cache, parts), method, str(cache.storage))
+        params = {name: cache.fields[name]["params"] for name in complete_fields(cache, parts)}
+        served = serve(used.needs(), params, method, str(cache.storage))
         plans.append(StagePlan(number, stage, merged, parts, method if stage.distils else "sft", used, served))
     return plans
 

@@ -92,13 +92,19 @@ def _grid(words: Sequence[Sequence[tuple[str, float]]], view: View) -> list[str]
 def method_table() -> str:
     """Method, needs, fields that serve them, stages, paper."""
     from student_train.methods import create_method, method_modules
-    from student_train.teacher_view import SERVED_BY
+    from student_train.needs import served_by
 
     body = []
     for name, module in method_modules().items():
         needs = sorted(create_method(name).needs())
-        served = [" or ".join(field for field, _ in SERVED_BY[need]) for need in needs]
+        served = [" or ".join(served_by(need)) for need in needs]
         body.append(
-            [name, ", ".join(needs) or "none", "; ".join(served) or "samples alone", module.STAGES, module.PAPER]
+            [
+                name,
+                ", ".join(map(str, needs)) or "none",
+                "; ".join(served) or "samples alone",
+                module.STAGES,
+                module.PAPER,
+            ]
         )
     return table(["method", "needs", "served by", "stages", "paper"], body)

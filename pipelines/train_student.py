@@ -83,7 +83,7 @@ def write_run_card(output: Path, cache: Cache, plans: list[StagePlan]) -> None:
                 "method": plan.method_name,
                 "knobs": asdict(plan.method),  # type: ignore[call-overload]
                 "parts": plan.parts,
-                "fields": dict(plan.served.fields),
+                "fields": {need: list(fields) for need, fields in plan.served.fields.items()},
                 "settings": asdict(plan.settings),
             }
             for plan in plans

@@ -22,6 +22,7 @@ from teacher_cache.shards.commit import Commit
 from teacher_cache.shards.reader import ColumnReader
 from teacher_cache.shards.sealed import unseal
 from teacher_cache.shards.storage import Storage
+from teacher_cache.teachers.low_rank import LowRankHead
 
 
 @dataclass(frozen=True)
@@ -96,6 +97,23 @@ class Cache:
         if hashlib.sha256(data).hexdigest() != body["head_sha256"]:
             raise CacheError(f"{self.storage}: {path} does not have the checksum that field {field} names")
         return container.unpack(data, path)["weight"]
+
+    def low_rank_head(self, field: str) -> LowRankHead:
+        """W′ and b of a sketched field, from its calibration."""
+        calibration = self.calibration(field)
+        return LowRankHead(calibration["low_rank_head"], calibration["low_rank_bias"])
+
+    def calibration(self, field: str) -> dict[str, torch.Tensor]:
+        """The calibration tensors that ``field`` was coded with, checked against the field's own description."""
+        body = self.fields[field]
+        path = f"{body['teacher_folder']}/{body['calibration']}"
+        try:
+            data = self.storage.read(path)
+        except FileNotFoundError:
+            raise CacheError(f"{self.storage}: {path} is missing, field {field} cannot be read") from None
+        if hashlib.sha256(data).hexdigest() != body["calibration_sha256"]:
+            raise CacheError(f"{self.storage}: {path} does not have the checksum that field {field} names")
+        return container.unpack(data, path)
 
 
 class CachedRows:

@@ -1,67 +1,19 @@
-"""What a method sees of the teacher: distributions and relations, whichever fields serve them.
-
-A method names needs; ``serve`` picks the fields of the cache that meet each need, best first, before any model loads.
-"""
+"""What a method sees of the teacher: distributions, relations and affinities, whichever fields serve them (``needs.serve``)."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 
 from student_train.cache import Cache
+from student_train.needs import Served
 from student_train.stream import TrainBatch
-from teacher_cache.errors import CompatibilityError
-from teacher_cache.records import TopK
+from teacher_cache.records import Sketch, TopK
 from teacher_cache.teachers.head import head_logits
-
-SERVED_BY: dict[str, tuple[tuple[str, str], ...]] = {
-    "response_logits": (
-        ("response_hidden", ""),
-        ("response_topk", "top-k with an exact tail bucket: a lower bound of the KL"),
-    ),
-    "vision_logits": (
-        ("vision_hidden", ""),
-        ("vision_topk", "top-k with an exact tail bucket: a lower bound of the KL"),
-    ),
-    "vision_relation": (("relation", ""), ("vision_hidden", "")),
-}
-"""Need → fields that serve it alone, best first, with what is lost."""
-
-
-@dataclass(frozen=True)
-class Served:
-    """Which field serves each need; ``notes`` are for the user's eyes."""
-
-    fields: Mapping[str, str]
-    notes: tuple[str, ...]
-
-    @property
-    def names(self) -> list[str]:
-        return sorted(set(self.fields.values()))
-
-
-def serve(needs: Iterable[str], available: Iterable[str], method: str, cache: str) -> Served:
-    """Match needs with fields; CompatibilityError naming what is missing and the command that adds it."""
-    have = set(available)
-    fields: dict[str, str] = {}
-    notes: list[str] = []
-    for need in sorted(needs):
-        choices = SERVED_BY[need]
-        found = [(name, loss) for name, loss in choices if name in have]
-        if not found:
-            raise CompatibilityError(
-                f"{cache}: method {method} needs {need}, served by {' or '.join(name for name, _ in choices)}; the cache has "
-                f"{', '.join(sorted(have)) or 'no field'}: add one with `kdcli cache-teacher --fields {choices[0][0]} …` on the same --out"
-            )
-        # A field that is read anyway costs no further bytes.
-        chosen, loss = next(((n, x) for n, x in found if n in fields.values()), found[0])
-        fields[need] = chosen
-        if loss:
-            notes.append(f"{need} served by {chosen}: {loss}")
-    return Served(fields, tuple(notes))
+from teacher_cache.teachers.low_rank import LowRankHead
 
 
 class Distribution(Protocol):
@@ -69,12 +21,33 @@ class Distribution(Protocol):
 
     def __len__(self) -> int: ...
 
-    def __getitem__(self, rows: slice) -> Distribution: ...
+    def __getitem__(self, rows: Any) -> Distribution: ...
+
+
+class FullVocabulary(Protocol):
+    """A distribution with every token's value, made chunk by chunk where it is used."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, rows: Any) -> FullVocabulary: ...
+
+    def logits(self) -> torch.Tensor:
+        """float32 ``[R, V]``: raw logits (not normalised)."""
+        ...
+
+    def log_probs(self, temperature: float = 1.0) -> torch.Tensor:
+        """float32 ``[R, V]``: log softmax(logits / temperature)."""
+        ...
+
+
+def is_full(teacher: Distribution) -> bool:
+    """Whether every token's value is known."""
+    return hasattr(teacher, "log_probs")
 
 
 @dataclass(frozen=True)
 class DenseTeacher:
-    """Full vocabulary: logits = hidden · headᵀ, made chunk by chunk where they are used. hidden ``[R, D]``, head ``[V, D]``."""
+    """Logits = hidden · headᵀ. hidden ``[R, D]``, head ``[V, D]``."""
 
     hidden: torch.Tensor
     head: torch.Tensor
@@ -82,12 +55,65 @@ class DenseTeacher:
     def __len__(self) -> int:
         return self.hidden.shape[0]
 
-    def __getitem__(self, rows: slice) -> DenseTeacher:
+    def __getitem__(self, rows: Any) -> DenseTeacher:
         return DenseTeacher(self.hidden[rows], self.head)
 
     def logits(self) -> torch.Tensor:
-        """float32 ``[R, V]``."""
         return head_logits(self.hidden, self.head)
+
+    def log_probs(self, temperature: float = 1.0) -> torch.Tensor:
+        return torch.log_softmax(self.logits().div_(temperature), dim=1)
+
+
+@dataclass(frozen=True)
+class SketchTeacher:
+    """Logits from a sketch alone: y·W′ᵀ + b + m (codecs/sketch.py)."""
+
+    sketch: Sketch
+    head: LowRankHead
+
+    def __len__(self) -> int:
+        return self.sketch.coefficients.shape[0]
+
+    def __getitem__(self, rows: Any) -> SketchTeacher:
+        return SketchTeacher(self.sketch[rows], self.head)
+
+    def logits(self) -> torch.Tensor:
+        return self.head.logits(self.sketch)
+
+    def log_probs(self, temperature: float = 1.0) -> torch.Tensor:
+        return torch.log_softmax(self.logits().div_(temperature), dim=1)
+
+
+@dataclass(frozen=True)
+class HeadAndSketch:
+    """Exact log-probs of the K likeliest tokens; all others by the sketch, shifted so that their mass is the exact tail's.
+
+    At T ≠ 1 the temperature is applied after the composition, so the tail's mass is approximate there.
+    """
+
+    topk: TopK
+    sketch: Sketch
+    head: LowRankHead
+
+    def __len__(self) -> int:
+        return self.topk.ids.shape[0]
+
+    def __getitem__(self, rows: Any) -> HeadAndSketch:
+        return HeadAndSketch(self.topk[rows], self.sketch[rows], self.head)
+
+    def logits(self) -> torch.Tensor:
+        """Raw: the head's are log-prob + log Z; the others are the sketch's, anchored by the row's mean logit."""
+        return self.head.logits(self.sketch).scatter_(1, self.topk.ids, self.topk.log_probs + self.topk.log_z[:, None])
+
+    def log_probs(self, temperature: float = 1.0) -> torch.Tensor:
+        tail = self.head.logits(self.sketch)
+        # The K columns leave the tail's sum by their values, so that no pass writes over the others.
+        tail.scatter_(1, self.topk.ids, -torch.inf)
+        log_mass = tail.logsumexp(dim=1)
+        shift = torch.where(log_mass > -torch.inf, self.topk.log_tail - log_mass, 0.0)  # K = V: there is no tail
+        composed = tail.add_(shift[:, None]).scatter_(1, self.topk.ids, self.topk.log_probs)
+        return composed if temperature == 1.0 else torch.log_softmax(composed.div_(temperature), dim=1)
 
 
 @dataclass(frozen=True)
@@ -100,8 +126,8 @@ class HeadAndTail:
     def __len__(self) -> int:
         return self.topk.ids.shape[0]
 
-    def __getitem__(self, rows: slice) -> HeadAndTail:
-        return HeadAndTail(TopK(*(column[rows] for column in vars(self.topk).values())), self.vocabulary)
+    def __getitem__(self, rows: Any) -> HeadAndTail:
+        return HeadAndTail(self.topk[rows], self.vocabulary)
 
 
 @dataclass(frozen=True)
@@ -112,22 +138,33 @@ class TeacherView:
         distributions: by row kind (``response``, ``vision``), rows of all samples one after the other.
         relations: float32 Gram matrix ``[N, N]`` of raw vision logits, one a sample (``[0, 0]`` for text-only); None: not asked.
         vocabulary: columns that both sides have; the student's head may hold padding rows beyond them.
+        raw_vision: raw vision logits, one a sample (no rows for text-only); None: not asked.
+        affinities: float32 ``[R_vision, N_text]`` cosines of hidden states, one a sample; None: not asked.
     """
 
     distributions: Mapping[str, Distribution]
     relations: Sequence[torch.Tensor] | None = None
     vocabulary: int | None = None
+    raw_vision: Sequence[FullVocabulary] | None = None
+    affinities: Sequence[torch.Tensor] | None = None
 
 
 class TeacherSignals:
     """Builds a ``TeacherView`` of every micro-batch from the fields that serve the run. Holds the teachers' heads, nothing else.
 
     Args:
-        heads: ``[V, D]`` by hidden field; fields of one teacher share one tensor, a field that was added by another teacher has its own.
+        heads: field → ``[V, D]`` of a field of hidden states, ``LowRankHead`` of a sketched one; fields of one teacher share one tensor, a
+            field that was added by another teacher has its own.
         vocabulary: columns that the teachers of all fields have.
     """
 
-    def __init__(self, served: Served, heads: Mapping[str, torch.Tensor], vocabulary: int, device: torch.device):
+    def __init__(
+        self,
+        served: Served,
+        heads: Mapping[str, torch.Tensor | LowRankHead],
+        vocabulary: int,
+        device: torch.device,
+    ):
         self.served, self.vocabulary, self.device = served, vocabulary, device
         self.heads = dict(heads)
         self._grams: dict[str, torch.Tensor] = {}
@@ -135,14 +172,16 @@ class TeacherSignals:
     @classmethod
     def open(cls, cache: Cache, served: Served, device: torch.device) -> TeacherSignals:
         unique: dict[str, torch.Tensor] = {}
-        heads = {}
-        for name in served.names:
-            if name.endswith("_hidden"):
-                sha = cache.fields[name]["head_sha256"]
-                if sha not in unique:
-                    head = cache.teacher_head(name).to(device)
-                    unique[sha] = head.to(torch.float32) if device.type == "cpu" else head
-                heads[name] = unique[sha]
+        heads: dict[str, torch.Tensor | LowRankHead] = {}
+        for name in (one for one in served.names if one.endswith("_hidden")):
+            if cache.fields[name]["params"]["codec"] == "sketch":
+                heads[name] = cache.low_rank_head(name).to(device)
+                continue
+            sha = cache.fields[name]["head_sha256"]
+            if sha not in unique:
+                head = cache.teacher_head(name).to(device)
+                unique[sha] = head.to(torch.float32) if device.type == "cpu" else head
+            heads[name] = unique[sha]
         widths = {
             min(t["head_width"], t["tokenizer"]["length"]) for n in served.names for t in [cache.fields[n]["teacher"]]
         }
@@ -152,24 +191,46 @@ class TeacherSignals:
         needs = self.served.fields
         kinds = [kind for kind in ("response", "vision") if f"{kind}_logits" in needs]
         distributions = {kind: self._distribution(needs[f"{kind}_logits"], batch.fields) for kind in kinds}
-        relations = self._relations(needs["vision_relation"], batch.fields) if "vision_relation" in needs else None
-        return TeacherView(distributions, relations, self.vocabulary)
+        relations = self._relations(needs["vision_relation"][0], batch.fields) if "vision_relation" in needs else None
+        raw = self._raw_vision(needs["vision_raw_logits"], batch.fields) if "vision_raw_logits" in needs else None
+        affinities = None
+        if "vision_text_affinity" in needs:
+            affinities = [one.to(self.device) for one in batch.fields["affinity"]]
+        return TeacherView(distributions, relations, self.vocabulary, raw, affinities)
 
-    def _distribution(self, field: str, records: Mapping[str, list[Any]]) -> Distribution:
-        rows = records[field]
-        if field.endswith("_hidden"):
-            head = self.heads[field]
-            return DenseTeacher(torch.cat(rows).to(self.device, head.dtype), head)
-        columns = zip(*(vars(one).values() for one in rows))
-        return HeadAndTail(TopK(*(torch.cat(column).to(self.device) for column in columns)), self.vocabulary)
+    def _distribution(self, fields: tuple[str, ...], records: Mapping[str, list[Any]]) -> Distribution:
+        parts = {name.split("_")[1]: self._join(records[name]) for name in fields}
+        topk: Any = parts.get("topk")
+        hidden: Any = parts.get("hidden")
+        head = next((self.heads[name] for name in fields if name in self.heads), None)
+        if isinstance(head, LowRankHead):
+            return HeadAndSketch(topk, hidden, head) if topk is not None else SketchTeacher(hidden, head)
+        if head is not None:
+            return DenseTeacher(hidden.to(head.dtype), head)
+        return parts["sampled"] if topk is None else HeadAndTail(topk, self.vocabulary)
+
+    def _join(self, rows: list[Any]) -> Any:
+        """A field's records of all samples as one, on the device."""
+        if isinstance(rows[0], torch.Tensor):
+            return torch.cat(rows).to(self.device)
+        return type(rows[0]).join(rows).to(self.device)
+
+    def _raw_vision(self, fields: tuple[str, ...], records: Mapping[str, list[Any]]) -> list[FullVocabulary]:
+        whole: Any = self._distribution(fields, records)
+        counts = [len(one) for one in records[fields[-1]]]
+        starts = [sum(counts[:i]) for i in range(len(counts))]
+        return [whole[slice(start, start + count)] for start, count in zip(starts, counts)]
 
     def _relations(self, field: str, records: Mapping[str, list[Any]]) -> list[torch.Tensor]:
         rows = [one.to(self.device) for one in records[field]]
         return rows if field == "relation" else [self.gram_of_hidden(field, one) for one in rows]
 
-    def gram_of_hidden(self, field: str, hidden_ND: torch.Tensor) -> torch.Tensor:
-        """Y·Yᵀ ``[N, N]`` of raw logits Y = h·Wᵀ, as h·(WᵀW)·hᵀ."""
+    def gram_of_hidden(self, field: str, hidden: Any) -> torch.Tensor:
+        """Y·Yᵀ ``[N, N]`` of raw logits Y = h·Wᵀ, as h·(WᵀW)·hᵀ; of a sketch, without touching V either."""
+        head = self.heads[field]
+        if isinstance(head, LowRankHead):
+            return head.gram(hidden)
         if field not in self._grams:
-            wide = self.heads[field].to(torch.float32)
+            wide = head.to(torch.float32)
             self._grams[field] = wide.T @ wide
-        return (hidden_ND @ self._grams[field]) @ hidden_ND.T
+        return (hidden @ self._grams[field]) @ hidden.T

@@ -6,7 +6,7 @@ R rows of one kind (vision or response), V vocabulary, D teacher width, K kept e
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -192,6 +192,47 @@ class TopK:
     log_tail: torch.Tensor
     log_z: torch.Tensor
     mean_logit: torch.Tensor
+
+    def __len__(self) -> int:
+        return self.ids.shape[0]
+
+    def __getitem__(self, rows: Any) -> TopK:
+        return TopK(*(column[rows] for column in vars(self).values()))
+
+    def to(self, device: torch.device | str) -> TopK:
+        return TopK(*(column.to(device) for column in vars(self).values()))
+
+    @staticmethod
+    def join(samples: Sequence[TopK]) -> TopK:
+        """Rows of several samples one after the other."""
+        return TopK(*(torch.cat(column) for column in zip(*(vars(one).values() for one in samples))))
+
+
+@dataclass(frozen=True)
+class Sketch:
+    """Coarse hidden states in the head's metric, rows ``[R]`` (codecs/sketch.py).
+
+    Attributes:
+        coefficients: float32 ``[R, r]``: y = Δ·K, the largest dimensions first.
+        mean_logit: float32 ``[R]``, mean raw logit over the vocabulary, stored beside them.
+    """
+
+    coefficients: torch.Tensor
+    mean_logit: torch.Tensor
+
+    def __len__(self) -> int:
+        return self.coefficients.shape[0]
+
+    def __getitem__(self, rows: Any) -> Sketch:
+        return Sketch(self.coefficients[rows], self.mean_logit[rows])
+
+    def to(self, device: torch.device | str) -> Sketch:
+        return Sketch(self.coefficients.to(device), self.mean_logit.to(device))
+
+    @staticmethod
+    def join(samples: Sequence[Sketch]) -> Sketch:
+        """Rows of several samples one after the other."""
+        return Sketch(torch.cat([one.coefficients for one in samples]), torch.cat([one.mean_logit for one in samples]))
 
 
 @dataclass(frozen=True)

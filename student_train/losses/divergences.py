@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch.nn import functional as F
 
-from student_train.teacher_view import DenseTeacher, Distribution, HeadAndTail
+from student_train.teacher_view import Distribution, HeadAndTail, is_full
 from teacher_cache.errors import CompatibilityError
 
 
@@ -22,8 +22,8 @@ def forward_kl(teacher: Distribution, student_logits: torch.Tensor, temperature:
 
     The bucket form is a lower bound of the dense KL (log-sum inequality) and exact in the head's part.
     """
-    if isinstance(teacher, DenseTeacher):
-        return forward_kl_dense(teacher.logits(), student_logits, temperature)
+    if is_full(teacher):
+        return forward_kl_dense(teacher.log_probs(temperature), student_logits, temperature)  # type: ignore[attr-defined]
     if isinstance(teacher, HeadAndTail):
         if temperature != 1.0:
             raise CompatibilityError(
@@ -34,13 +34,13 @@ def forward_kl(teacher: Distribution, student_logits: torch.Tensor, temperature:
 
 
 def forward_kl_dense(
-    teacher_logits: torch.Tensor, student_logits: torch.Tensor, temperature: float = 1.0
+    teacher_log_probs: torch.Tensor, student_logits: torch.Tensor, temperature: float = 1.0
 ) -> torch.Tensor:
-    """KL(softmax(z_t/T) ‖ softmax(z_s/T)) of logits ``[R, V_t]`` and ``[R, V_s ≥ V_t]``."""
-    teacher, student = teacher_logits.to(torch.float32), _shared(student_logits, teacher_logits.shape[1])
-    if temperature != 1.0:
-        teacher, student = teacher / temperature, student / temperature
-    return _ForwardKL.apply(teacher, student)
+    """KL(p_t ‖ softmax(z_s/T)) of the teacher's log-probs ``[R, V_t]`` and logits ``[R, V_s ≥ V_t]``."""
+    student = _shared(student_logits, teacher_log_probs.shape[1])
+    return _ForwardKL.apply(
+        teacher_log_probs.to(torch.float32), student if temperature == 1.0 else student / temperature
+    )
 
 
 def _shared(logits: torch.Tensor, vocabulary: int) -> torch.Tensor:
@@ -52,11 +52,10 @@ class _ForwardKL(torch.autograd.Function):
     """KL with its gradient p_s − p_t written down once: half the passes over ``[R, V]`` of the autograd form (its test twin)."""
 
     @staticmethod
-    def forward(ctx, teacher_logits: torch.Tensor, student_logits: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
-        teacher_log_probs = torch.log_softmax(teacher_logits, dim=1)
+    def forward(ctx, teacher_log_probs: torch.Tensor, student_logits: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
         student_log_probs = torch.log_softmax(student_logits, dim=1)
         teacher_probs = teacher_log_probs.exp()
-        value = torch.linalg.vecdot(teacher_probs, teacher_log_probs.sub_(student_log_probs))
+        value = torch.linalg.vecdot(teacher_probs, teacher_log_probs - student_log_probs)
         ctx.save_for_backward(student_log_probs.exp_().sub_(teacher_probs))
         return value
 

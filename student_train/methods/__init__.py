@@ -1,7 +1,7 @@
 """One file a method; the folder is the registry.
 
 A method module defines ``NAME``, ``PAPER``, ``STAGES`` (its default stages), ``PRESETS`` (name → instance of its frozen dataclass
-of knobs); the dataclass has ``needs() -> set of need names`` (teacher_view.SERVED_BY) and ``terms() -> {name: RowTerm | SampleTerm}``.
+of knobs); the dataclass has ``needs() -> set of Need`` (student_train.needs) and ``terms() -> {name: RowTerm | SampleTerm}``.
 """
 
 from __future__ import annotations
@@ -14,13 +14,14 @@ from types import ModuleType
 from typing import Any, Protocol
 
 from student_train.losses.reduce import Terms
+from student_train.needs import Need
 from teacher_cache.errors import KdcliError
 
 
 class Method(Protocol):
     """Frozen knobs of one method."""
 
-    def needs(self) -> frozenset[str]:
+    def needs(self) -> frozenset[Need]:
         """What it must know of the teacher."""
         ...
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from student_train.losses.divergences import cross_entropy, forward_kl
 from student_train.losses.reduce import RowTerm, SampleTerm, Terms
 from student_train.losses.relation import relation_cosine
+from student_train.needs import Need
 from teacher_cache.errors import KdcliError
 
 NAME = "llava-kd"
@@ -40,8 +41,12 @@ class LlavaKD:
         if not self.temperature > 0 or self.drop_vision_rows < 0:
             raise KdcliError("llava-kd: temperature must be above 0 and drop_vision_rows at least 0")
 
-    def needs(self) -> frozenset[str]:
-        weights = {"response_logits": self.alpha, "vision_logits": self.beta, "vision_relation": self.gamma}
+    def needs(self) -> frozenset[Need]:
+        weights = {
+            Need("response_logits", temperature=self.temperature): self.alpha,
+            Need("vision_logits", temperature=self.temperature): self.beta,
+            Need("vision_relation"): self.gamma,
+        }
         return frozenset(need for need, weight in weights.items() if weight)
 
     def terms(self) -> Terms:

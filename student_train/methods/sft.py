@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from student_train.losses.divergences import cross_entropy
 from student_train.losses.reduce import RowTerm, Terms
+from student_train.needs import Need
 
 NAME = "sft"
 PAPER = "Visual Instruction Tuning, arXiv 2304.08485"
@@ -16,7 +17,7 @@ STAGES = "PT,SFT"
 class SFT:
     """No knobs."""
 
-    def needs(self) -> frozenset[str]:
+    def needs(self) -> frozenset[Need]:
         return frozenset()
 
     def terms(self) -> Terms:

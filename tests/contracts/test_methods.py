@@ -15,8 +15,9 @@ from student_train import distributed
 from student_train.cache import Cache, CachedRows
 from student_train.losses.reduce import RowTerm, SampleTerm, total_loss
 from student_train.methods import create_method, method_modules
+from student_train.needs import Need, serve, served_by
 from student_train.stages import parse_stages
-from student_train.teacher_view import SERVED_BY, TeacherView, serve
+from student_train.teacher_view import TeacherView
 
 CASES = [(name, preset) for name, module in sorted(method_modules().items()) for preset in module.PRESETS]
 each_method = pytest.mark.parametrize("name, preset", CASES, ids=lambda value: value)
@@ -75,7 +76,9 @@ def test_a_method_describes_itself(name: str, preset: str) -> None:
         method.anything = 1  # type: ignore[attr-defined]
     for knob in fields(method):
         assert create_method(name, preset, {knob.name: getattr(method, knob.name)}) == method
-    assert method.needs() <= set(SERVED_BY), "only needs that some field serves"
+    assert all(isinstance(need, Need) and served_by(need) for need in method.needs()), (
+        "only needs that some field serves"
+    )
     assert method.terms() and all(isinstance(term, RowTerm | SampleTerm) for term in method.terms().values())
     assert all(term.weight for term in method.terms().values()), "a term of weight 0 costs its forward pass"
 
@@ -132,7 +135,7 @@ class Watched(Mapping[str, Any]):
 def test_needs_are_honest(open_method: Callable[..., Any], name: str, preset: str) -> None:
     """The terms work with exactly what ``needs`` asks for, and each need is used: taken away, the step fails."""
     trainer, batches = open_method(name, preset)
-    needs = trainer.method.needs()
+    needs = {need.what for need in trainer.method.needs()}
     batch = batches[0].batch
     with torch.no_grad():
         hidden = trainer.network(batch, trainer.kinds)
@@ -155,7 +158,7 @@ def test_needs_are_honest(open_method: Callable[..., Any], name: str, preset: st
 @each_method
 def test_only_the_served_fields_are_read(open_method: Callable[..., Any], name: str, preset: str) -> None:
     trainer, batches = open_method(name, preset)
-    served = serve(trainer.method.needs(), batches[0].fields, name, "")
+    served = serve(trainer.method.needs(), {field: {"codec": "fp32"} for field in batches[0].fields}, name, "")
     assert set(batches[0].fields) == set(served.names)
     watched = Watched(batches[0].fields)
     trainer.see_teacher(type(batches[0])(batches[0].batch, batches[0].text, watched))

@@ -274,7 +274,7 @@ def test_a_cache_without_a_needed_field_names_it_and_its_command(
     for name in ("vision_hidden", "vision_topk"):
         shutil.rmtree(cache / "fields" / name)
     settings = settings_for(tmp_path / "run", student=str(no_model(tmp_path / "s", tiny_student)))
-    match = "llava-kd needs vision_logits, served by vision_hidden or vision_topk.*cache-teacher --fields vision_hidden"
+    match = "llava-kd needs vision_logits .forward., served by vision_hidden or vision_topk.*cache add-field .* --field vision_hidden"
     refused(CompatibilityError, match, lambda: train(str(cache), "llava-kd", settings, "DFT"))
     # a field that lacks a shard is not there yet
     (next(iter((cache / "fields" / "response_hidden" / "commits").iterdir()))).unlink()
@@ -351,6 +351,7 @@ def test_temperature_with_top_k_alone_is_refused(
     settings, said = settings_for(tmp_path / "run", max_steps=1), []
     run = lambda **knobs: train(str(tmp_path / "cache"), "llava-kd", settings, "DFT", knobs=knobs, say=said.append)  # noqa: E731
     refused(CompatibilityError, "valid at temperature 1 only", lambda: run(temperature=2.0))
+    assert not (tmp_path / "run").exists(), "refused before anything was loaded or written"
     assert run()["stages"][0]["steps"] == 1
     assert any("vision_logits served by vision_topk" in note and "lower bound" in note for note in said)
 

@@ -1,0 +1,144 @@
+"""What a method needs of the teacher, and which fields of a cache serve it: decided before any model loads.
+
+A need that a cache can serve only approximately says so and goes on; one that it cannot serve is refused, with the command that adds
+the field.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from teacher_cache.errors import CompatibilityError
+
+WHATS = ("response_logits", "vision_logits", "vision_relation", "vision_raw_logits", "vision_text_affinity")
+EXACT_CODECS = ("fp32", "bf16", "int8", "int4")
+"""Codecs of hidden fields that give back hidden states, for every logit loss with the teacher's own head."""
+
+
+@dataclass(frozen=True, order=True)
+class Need:
+    """One thing that a method must know of the teacher.
+
+    Attributes:
+        what: ``response_logits`` or ``vision_logits`` (distributions), ``vision_relation`` (Gram matrix of raw vision logits),
+            ``vision_raw_logits`` (a matching cost, targets on matched rows), ``vision_text_affinity`` (cosines).
+        direction: ``forward`` (the teacher's mass weighs: KL(p_t‖p_s), cross-entropy) or ``reverse`` (the student's mass weighs: reverse
+            and skewed KL, Jensen-Shannon).
+        temperature: of the distributions.
+    """
+
+    what: str
+    direction: str = "forward"
+    temperature: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.what not in WHATS or self.direction not in ("forward", "reverse"):
+            raise ValueError(f"no such need: {self}")
+
+    def __str__(self) -> str:
+        if not self.what.endswith("_logits") or self.what == "vision_raw_logits":
+            return self.what
+        at = "" if self.temperature == 1.0 else f", T={self.temperature:g}"
+        return f"{self.what} ({self.direction}{at})"
+
+
+@dataclass(frozen=True)
+class Way:
+    """Fields that serve a need together. ``loss``: what is lost, "" for nothing."""
+
+    fields: tuple[str, ...]
+    loss: str = ""
+
+
+@dataclass(frozen=True)
+class Served:
+    """Which fields serve each need (by ``Need.what``); ``notes`` are for the user's eyes."""
+
+    fields: Mapping[str, tuple[str, ...]]
+    notes: tuple[str, ...]
+
+    @property
+    def names(self) -> list[str]:
+        return sorted({name for fields in self.fields.values() for name in fields})
+
+
+def ways(need: Need, codecs: Mapping[str, str]) -> list[Way]:
+    """How these fields serve a need, best first. ``codecs``: field → its codec, "" where it has none."""
+    if need.what == "vision_text_affinity":
+        return [Way(("affinity",))] if "affinity" in codecs else []
+    kind = need.what.split("_")[0]
+    hidden, topk, sampled = (f"{kind}_{suffix}" for suffix in ("hidden", "topk", "sampled"))
+    codec = codecs.get(hidden)
+    found: list[Way] = []
+    if need.what == "vision_relation" and "relation" in codecs:
+        found.append(Way(("relation",)))
+    if codec in EXACT_CODECS:
+        found.append(Way((hidden,)))
+    if codec == "sketch":
+        found += _sketch_ways(need, hidden, topk if topk in codecs else None)
+    if need.what.endswith("_logits") and need.what != "vision_raw_logits" and need.temperature == 1.0:
+        if topk in codecs:
+            found.append(Way((topk,), TOPK_LOSS[need.direction]))
+        if sampled in codecs and need.direction == "forward":
+            found.append(Way((sampled,), "unbiased samples of the distribution: noisy, right on average"))
+    return found
+
+
+TOPK_LOSS = {
+    "forward": "top-k with an exact tail bucket: a lower bound of the KL",
+    "reverse": "top-k with an exact tail bucket: a lower bound; what the student gives to tokens outside the head is seen as one sum",
+}
+
+
+def _sketch_ways(need: Need, hidden: str, topk: str | None) -> list[Way]:
+    if need.what == "vision_relation":
+        return [Way((hidden,))]
+    if topk is None:
+        return [Way((hidden,), "a sketch without its head (top-k): `kdcli fidelity` shows the error")]
+    if need.temperature == 1.0:
+        return [Way((topk, hidden))]
+    return [Way((topk, hidden), f"at T={need.temperature:g} the tail's mass is approximate")]
+
+
+def serve(needs: Iterable[Need], available: Mapping[str, Mapping[str, Any]], method: str, cache: str) -> Served:
+    """Match needs with fields; CompatibilityError naming what is missing and the command that adds it.
+
+    Args:
+        available: field → its parameters, as ``field.json`` has them.
+    """
+    codecs = {name: str(params.get("codec", "")) for name, params in available.items()}
+    fields: dict[str, tuple[str, ...]] = {}
+    notes: list[str] = []
+    for need in sorted(needs):
+        found = ways(need, codecs)
+        if not found:
+            raise CompatibilityError(refusal(need, sorted(codecs), method, cache))
+        # Fields that are read anyway cost no further bytes.
+        used = {name for names in fields.values() for name in names}
+        chosen = next((way for way in found if set(way.fields) <= used and not way.loss), found[0])
+        fields[need.what] = chosen.fields
+        if chosen.loss:
+            notes.append(f"{need} served by {' + '.join(chosen.fields)}: {chosen.loss}")
+    return Served(fields, tuple(notes))
+
+
+def refusal(need: Need, have: Sequence[str], method: str, cache: str) -> str:
+    """One line: the need, what would serve it, what there is, and the fix."""
+    serving = served_by(need)
+    heads = [name for name in have if name.endswith("_topk")]
+    why = f" ({', '.join(heads)}: valid at temperature 1 only)" if heads and need.temperature != 1.0 else ""
+    return (
+        f"{cache}: method {method} needs {need}, served by {' or '.join(serving)}; the cache has "
+        f"{', '.join(have) or 'no field'}{why}: add one with `kdcli cache add-field {cache or 'CACHE'} --field {serving[0]}`"
+    )
+
+
+def served_by(need: Need) -> list[str]:
+    """Every single field that can serve a need, whatever a cache has."""
+    every = {f"{kind}_hidden": "bf16" for kind in ("response", "vision")}
+    every |= {name: "" for name in ("affinity", "relation")}
+    every |= {f"{kind}_{suffix}": "" for kind in ("response", "vision") for suffix in ("topk", "sampled")}
+    found = list(dict.fromkeys(name for way in ways(need, every) for name in way.fields))
+    return sorted(found, key=lambda name: name == "relation")  # off by default: named last
