@@ -279,7 +279,7 @@ def test_a_cache_without_a_needed_field_names_it_and_its_command(
     # a field that lacks a shard is not there yet
     (next(iter((cache / "fields" / "response_hidden" / "commits").iterdir()))).unlink()
     shutil.rmtree(cache / "fields" / "response_topk")
-    match = "llava-kd needs response_logits.*--fields response_hidden"
+    match = "llava-kd needs response_logits.*--field response_hidden"
     refused(CompatibilityError, match, lambda: train(str(cache), "llava-kd", settings, "DPT,DFT", knobs={"beta": 0.0}))
 
 
