@@ -174,14 +174,16 @@ def doctor(
 @with_data_options
 @click.option("--out", help="Where the cache goes: a folder or an fsspec URL.")
 @click.option("--shards", type=int, help="Number of shards, fixed for the life of the cache.")
-@click.option("--fields", help="What to store of the teacher, comma-separated (see `kdcli methods`).")
+@click.option("--store", help="compact (top-k), standard (head + sketch + affinity) or exact (bf16 hidden states).")
+@click.option("--fields", help="Single fields instead of a profile, comma-separated (see `kdcli methods`).")
 @click.option("--k", "k", type=int, help="k of the top-k fields.")
-@click.option("--codec", help="Codec of the hidden fields: bf16, int8 or fp32.")
+@click.option("--codec", help="Codec of the hidden fields: sketch, bf16, int8, int4 or fp32.")
 @click.option("--parts-without-fields", help="Parts of which only the samples are stored, comma-separated.")
 @click.option("--max-length", type=int, help="Longest row in tokens.")
 @click.option("--over-length", type=click.Choice(["skip", "cut"]), help="What to do with longer rows.")
 @click.option("--workers", type=int, help="Worker processes; default one a GPU.")
 @click.option("--batch-tokens", type=int, help="Padded tokens of one teacher batch.")
+@click.option("--calibration-rows", type=int, help="Rows the teacher reads before the job, to fit codecs.")
 @click.option("--seed", type=int, help="Seed of the row order.")
 @click.option("--dtype", help="auto, float32, bfloat16, float16.")
 @device_option
@@ -205,6 +207,7 @@ def cache_teacher(
     from dataclasses import replace
 
     from pipelines import cache_teacher as pipeline
+    from pipelines.profiles import chosen_fields
     from pipelines.progress import capture_progress
     from pipelines.settings import override
     from teacher_cache.errors import KdcliError
@@ -225,8 +228,9 @@ def cache_teacher(
         parts_without_fields=split(parts_without_fields),
         **flags,
     )
-    params = {name: dict(value) for name, value in settings.fields.items() if name in capture.fields}
-    for name in capture.fields:
+    captured = chosen_fields(capture.store, capture.fields, {})
+    params = {name: dict(value) for name, value in settings.fields.items() if name in captured}
+    for name in captured:
         if k is not None and name.endswith("_topk"):
             params[name] = {**params.get(name, {}), "k": k}
         if codec is not None and name.endswith("_hidden"):

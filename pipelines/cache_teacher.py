@@ -8,14 +8,17 @@ from typing import Any
 
 import torch
 
+from pipelines.calibrate import calibrate
 from pipelines.describe import describe
 from pipelines.executors import local
 from pipelines.inspect_cache import status
+from pipelines.profiles import chosen_fields
 from pipelines.settings import CaptureSettings
 from student_train.cache import Cache
 from teacher_cache.cache_shard import CaptureJob, Teacher, cache_shard
 from teacher_cache.errors import KdcliError
-from teacher_cache.fields import create_field
+from teacher_cache.fields import CalibratedField, create_field
+from teacher_cache.fields.calibration import Calibration
 from teacher_cache.plan import Plan, make_plan, write_plan
 from teacher_cache.prepare import Limits, Preparer
 from teacher_cache.shards.storage import Storage
@@ -48,12 +51,8 @@ def capture(request: CaptureRequest, progress: Callable[[str, int, int], None] =
     """
     storage = Storage(request.out)
     processor, config = load_processor(request.teacher)
-    fields = {n: create_field(n, request.field_params.get(n)) for n in request.settings.fields}
-    unknown = set(request.field_params) - set(fields)
-    if unknown:
-        raise KdcliError(
-            f"parameters for {', '.join(sorted(unknown))}, but these fields are not captured: add them to --fields"
-        )
+    wanted = chosen_fields(request.settings.store, request.settings.fields, request.field_params)
+    fields = {name: create_field(name, params) for name, params in wanted.items()}
     parts = [spec.part for spec in request.data]
     if unknown := set(request.settings.parts_without_fields) - set(parts):
         raise KdcliError(
@@ -67,10 +66,19 @@ def capture(request: CaptureRequest, progress: Callable[[str, int, int], None] =
     fingerprint = teacher_fingerprint(request.teacher, processor, config)
     plan = plan_for(request, storage, preparer, config)
     write_plan(storage, plan)  # the first write: what can be refused is refused above
+    hashes, fields = describe(
+        storage,
+        plan,
+        fields,
+        fingerprint,
+        processor,
+        load_head=lambda: load_head(request.teacher, processor),
+        calibrate=lambda new: fit_fields(request, plan, preparer, processor, config, new),
+    )
     job = CaptureJob(
         storage=storage,
         plan=plan,
-        fields=describe(storage, plan, fields, fingerprint, processor, lambda: load_head(request.teacher, processor)),
+        fields=hashes,
         field_objects=fields,
         parts_without_fields=frozenset(request.settings.parts_without_fields),
         batch_tokens=request.settings.batch_tokens,
@@ -101,6 +109,23 @@ def plan_for(request: CaptureRequest, storage: Storage, preparer: Preparer, conf
 def load_head(spec: TeacherSpec, processor: Any) -> torch.Tensor:
     """W ``[V, D]`` of the teacher, loaded on the CPU so that no GPU is held while workers start."""
     return TransformersTeacher(replace(spec, device="cpu"), processor, None).head
+
+
+def fit_fields(
+    request: CaptureRequest,
+    plan: Plan,
+    preparer: Preparer,
+    processor: Any,
+    config: Any,
+    fields: Mapping[str, CalibratedField],
+) -> dict[str, Calibration]:
+    """Calibrations of new fields by the teacher itself, which leaves the device again before workers start."""
+    settings = request.settings
+    teacher = TransformersTeacher(request.teacher, processor, config)
+    bare = frozenset(settings.parts_without_fields)
+    return calibrate(
+        fields, plan, preparer, teacher, teacher.head, settings.calibration_rows, settings.batch_tokens, bare
+    )
 
 
 @dataclass(frozen=True)

@@ -10,9 +10,11 @@ from typing import Any
 
 import torch
 
+from student_train.cache import read_tensors
 from teacher_cache.codecs import container
 from teacher_cache.errors import CacheError
-from teacher_cache.fields import Field
+from teacher_cache.fields import CalibratedField, Field, open_field
+from teacher_cache.fields.calibration import Calibration
 from teacher_cache.plan import Plan, content_hash, difference
 from teacher_cache.shards.sealed import seal, unseal
 from teacher_cache.shards.storage import Storage
@@ -27,46 +29,88 @@ def describe(
     fingerprint: dict[str, Any],
     processor: Any,
     load_head: Callable[[], torch.Tensor],
-) -> dict[str, str]:
-    """Write them, or check that those there are the same. Returns field → sha256 of its ``field.json``.
+    calibrate: Callable[[Mapping[str, CalibratedField]], Mapping[str, Calibration]],
+) -> tuple[dict[str, str], dict[str, Field]]:
+    """Write them, or check that those there are the same.
 
     Args:
         load_head: the teacher's head W ``[V, D]``, asked for only where a field needs it and the cache has it not.
+        calibrate: fits the fields that are new to the cache and need it; asked once, for all of them.
+    Returns:
+        field → sha256 of its ``field.json``; field → the field, bound to its calibration.
     """
     folder = f"teacher/{content_hash(fingerprint)[:12]}"
-    with_head = [name for name, one in fields.items() if any(want.startswith("hidden.") for want in one.wants)]
-    bodies = {
-        name: {
-            "field": name,
-            "version": one.version,
-            "params": dict(one.params),
-            "plan_hash": plan.plan_hash,
-            "teacher": fingerprint,
-            "teacher_folder": folder,
-        }
-        for name, one in fields.items()
-    }
+    bodies = {name: field_body(name, one, plan, fingerprint, folder) for name, one in fields.items()}
     for name, body in bodies.items():
         refuse_other_settings(storage, name, body)
     if fields:
         write_processor(storage, folder, processor)
+    with_head = [name for name, one in fields.items() if reads_with_head(one)]
     head_sha = write_head(storage, folder, load_head) if with_head else None
-    hashes = {}
+    new = {name: one for name, one in fields.items() if one.calibrated and not storage.exists(field_path(name))}
+    fitted = calibrate(new) if new else {}  # type: ignore[arg-type]
     for name, body in bodies.items():
-        data = seal({**body, "head_sha256": head_sha if name in with_head else None})
-        if not storage.put_new(f"fields/{name}/field.json", data):
-            refuse_other_settings(storage, name, body)
-        hashes[name] = hashlib.sha256(storage.read(f"fields/{name}/field.json")).hexdigest()
-    return hashes
+        if storage.exists(field_path(name)):
+            continue
+        files = write_calibration(storage, folder, name, fitted[name]) if name in fitted else {}
+        data = seal({**body, "head_sha256": head_sha if name in with_head else None, **files})
+        if not storage.put_new(field_path(name), data):
+            refuse_other_settings(storage, name, body)  # another writer was first: its calibration is the cache's
+    hashes = {name: hashlib.sha256(storage.read(field_path(name))).hexdigest() for name in fields}
+    return hashes, {name: bound(storage, name, one) for name, one in fields.items()}
+
+
+def field_path(name: str) -> str:
+    return f"fields/{name}/field.json"
+
+
+def field_body(name: str, one: Field, plan: Plan, fingerprint: Mapping[str, Any], folder: str) -> dict[str, Any]:
+    """What two captures must agree on to write the same field."""
+    return {
+        "field": name,
+        "version": one.version,
+        "params": dict(one.params),
+        "temperatures": list(one.temperatures) if one.temperatures is not None else None,
+        "plan_hash": plan.plan_hash,
+        "teacher": fingerprint,
+        "teacher_folder": folder,
+    }
+
+
+def reads_with_head(one: Field) -> bool:
+    """Stored hidden states are read with the teacher's whole head; sketches and cosines are not."""
+    return one.name.endswith("_hidden") and not one.calibrated
+
+
+def write_calibration(storage: Storage, folder: str, name: str, fitted: Calibration) -> dict[str, Any]:
+    """The calibration's files, named by their content. Returns what ``field.json`` says of them."""
+    described: dict[str, Any] = {}
+    files = {"calibration": fitted.tensors, "low_rank_head": fitted.low_rank_head}
+    for role, tensors in files.items():
+        if tensors:
+            data = container.pack(tensors)
+            digest = hashlib.sha256(data).hexdigest()
+            path = f"{folder}/calibration/{name}-{role}-{digest[:12]}.safetensors"
+            storage.put_bytes(data, path)
+            described[role] = {"path": path, "sha256": digest, "rows": fitted.rows}
+    return described
+
+
+def bound(storage: Storage, name: str, one: Field) -> Field:
+    """The field with the calibration that the cache has committed."""
+    if not one.calibrated:
+        return one
+    body = unseal(storage.read(field_path(name)), f"{storage}/{field_path(name)}")
+    return open_field(name, body, read_tensors(storage, body["calibration"], name))
 
 
 def refuse_other_settings(storage: Storage, name: str, body: Mapping[str, Any]) -> None:
     """CacheError with a diff where the cache has this field with other settings or by another teacher."""
-    path = f"fields/{name}/field.json"
+    path = field_path(name)
     if not storage.exists(path):
         return
     there = unseal(storage.read(path), f"{storage}/{path}")
-    there.pop("head_sha256", None)  # of the same weights, by their hash in the fingerprint
+    there = {key: value for key, value in there.items() if key in body}  # its files are the cache's own business
     if there != body:
         lines = "; ".join(difference(there, body))
         raise CacheError(f"{storage}: field {name} was made with other settings: {lines}: choose another --out")

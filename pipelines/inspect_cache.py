@@ -12,9 +12,9 @@ from typing import Any
 
 import torch
 
-from student_train.cache import Cache, CachedRow, CachedRows
+from student_train.cache import Cache, CachedRow, CachedRows, read_tensors
 from teacher_cache.errors import CacheError
-from teacher_cache.records import TopK
+from teacher_cache.records import Sketch, TopK
 from teacher_cache.shards.commit import committed_shards, read_commit
 from teacher_cache.shards.sealed import unseal
 from teacher_cache.shards.verify import Problem, orphans, verify
@@ -98,7 +98,11 @@ def heads(cache: Cache, row: CachedRow, kind: str) -> list[tuple[list[int], list
     if f"{kind}_topk" in row.fields:
         topk: TopK = row.fields[f"{kind}_topk"]
     elif f"{kind}_hidden" in row.fields:
-        topk = topk_rows(row.fields[f"{kind}_hidden"], cache.teacher_head(f"{kind}_hidden"), WORDS)
+        name, record = f"{kind}_hidden", row.fields[f"{kind}_hidden"]
+        if isinstance(record, Sketch):
+            values, ids = torch.log_softmax(cache.low_rank_head(name).logits(record), dim=1).topk(WORDS, dim=1)
+            return list(zip(ids.tolist(), values.tolist()))
+        topk = topk_rows(record, cache.teacher_head(name), WORDS)
     else:
         return []
     return list(zip(topk.ids[:, :WORDS].tolist(), topk.log_probs[:, :WORDS].tolist()))
@@ -160,12 +164,21 @@ def check(cache: Cache) -> list[Problem]:
     for folder in sorted({body["teacher_folder"] for body in cache.fields.values()}):
         problems += [Problem(folder, None, what) for what in teacher_problems(cache, folder)]
     for name in cache.fields:
-        if any(want.startswith("hidden") for want in cache.open_field(name).wants):
-            try:
-                cache.teacher_head(name)
-            except CacheError as error:
-                problems.append(Problem(f"fields/{name}", None, str(error)))
+        problems += [Problem(f"fields/{name}", None, what) for what in reading_problems(cache, name)]
     return problems
+
+
+def reading_problems(cache: Cache, name: str) -> Iterator[str]:
+    """What keeps a field from being read: its calibration, or the head that its rows are multiplied with."""
+    body = cache.fields[name]
+    files = [body[role] for role in ("calibration", "low_rank_head") if body.get(role)]
+    if body["head_sha256"]:
+        files.append({"path": f"{body['teacher_folder']}/head.safetensors", "sha256": body["head_sha256"]})
+    for file in files:
+        try:
+            read_tensors(cache.storage, file, name)
+        except CacheError as error:
+            yield str(error)
 
 
 def missing_shards(cache: Cache, column: str) -> list[int]:

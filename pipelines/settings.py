@@ -26,22 +26,26 @@ class CaptureSettings:
 
     Attributes:
         shards: number of slices, fixed for the life of the cache.
-        fields: what is stored of the teacher. parts_without_fields: parts of which only the samples are stored.
+        store: profile of what is stored of the teacher; fields: single fields instead.
+        parts_without_fields: parts of which only the samples are stored.
         workers: processes; 0: one a GPU, else one.
         batch_tokens: padded tokens of one teacher batch.
+        calibration_rows: rows that the teacher reads before the job, to fit the fields that need it.
     """
 
     shards: int = 512
-    fields: tuple[str, ...] = ("response_hidden", "vision_hidden")
+    store: str = "standard"
+    fields: tuple[str, ...] = ()
     parts_without_fields: tuple[str, ...] = ()
     max_length: int = 2048
     over_length: str = "skip"
     seed: int = 0
     workers: int = 0
     batch_tokens: int = 8192
+    calibration_rows: int = 256
 
     def __post_init__(self) -> None:
-        for name in ("shards", "max_length", "batch_tokens"):
+        for name in ("shards", "max_length", "batch_tokens", "calibration_rows"):
             if getattr(self, name) < 1:
                 raise KdcliError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(self, name)}")
 

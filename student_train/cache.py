@@ -6,7 +6,7 @@ Opening reads the manifest, the field descriptions and the commits only; a shard
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -44,6 +44,7 @@ class Cache:
         self.plan = read_plan(self.storage)
         self.plan_hash = self.plan.plan_hash
         self.fields = {name: self._describe(name) for name in self.storage.names("fields") if not name.startswith(".")}
+        self._opened: dict[str, Field] = {}
 
     def _describe(self, name: str) -> dict[str, Any]:
         try:
@@ -64,7 +65,12 @@ class Cache:
         return ColumnReader(self.storage, f"fields/{name}", self.plan_hash, self.fields[name]["sha256"])
 
     def open_field(self, name: str) -> Field:
-        return open_field(name, self.fields[name])
+        """The field as it was written, with its calibration; read once."""
+        if name not in self._opened:
+            file = self.fields[name].get("calibration")
+            calibration = read_tensors(self.storage, file, name) if file else None
+            self._opened[name] = open_field(name, self.fields[name], calibration)
+        return self._opened[name]
 
     def parts(self) -> list[str]:
         return [part.spec.part for part in self.plan.parts]
@@ -89,31 +95,25 @@ class Cache:
     def teacher_head(self, field: str) -> torch.Tensor:
         """The head W ``[V, D]`` of the teacher that made ``field``, checked against the field's own description."""
         body = self.fields[field]
-        path = f"{body['teacher_folder']}/head.safetensors"
-        try:
-            data = self.storage.read(path)
-        except FileNotFoundError:
-            raise CacheError(f"{self.storage}: {path} is missing, field {field} cannot be read") from None
-        if hashlib.sha256(data).hexdigest() != body["head_sha256"]:
-            raise CacheError(f"{self.storage}: {path} does not have the checksum that field {field} names")
-        return container.unpack(data, path)["weight"]
+        file = {"path": f"{body['teacher_folder']}/head.safetensors", "sha256": body["head_sha256"]}
+        return read_tensors(self.storage, file, field)["weight"]
 
     def low_rank_head(self, field: str) -> LowRankHead:
-        """W′ and b of a sketched field, from its calibration."""
-        calibration = self.calibration(field)
-        return LowRankHead(calibration["low_rank_head"], calibration["low_rank_bias"])
+        """W′ and b of a sketched field: all that training needs of its teacher."""
+        tensors = read_tensors(self.storage, self.fields[field]["low_rank_head"], field)
+        return LowRankHead(tensors["weight"], tensors["bias"])
 
-    def calibration(self, field: str) -> dict[str, torch.Tensor]:
-        """The calibration tensors that ``field`` was coded with, checked against the field's own description."""
-        body = self.fields[field]
-        path = f"{body['teacher_folder']}/{body['calibration']}"
-        try:
-            data = self.storage.read(path)
-        except FileNotFoundError:
-            raise CacheError(f"{self.storage}: {path} is missing, field {field} cannot be read") from None
-        if hashlib.sha256(data).hexdigest() != body["calibration_sha256"]:
-            raise CacheError(f"{self.storage}: {path} does not have the checksum that field {field} names")
-        return container.unpack(data, path)
+
+def read_tensors(storage: Storage, file: Mapping[str, Any], field: str) -> dict[str, torch.Tensor]:
+    """A file that ``field.json`` names by ``path`` and ``sha256``; CacheError where it is missing or another."""
+    path = file["path"]
+    try:
+        data = storage.read(path)
+    except FileNotFoundError:
+        raise CacheError(f"{storage}: {path} is missing, field {field} cannot be read") from None
+    if hashlib.sha256(data).hexdigest() != file["sha256"]:
+        raise CacheError(f"{storage}: {path} does not have the checksum that field {field} names")
+    return container.unpack(data, path)
 
 
 class CachedRows:

@@ -158,7 +158,7 @@ def skip_record(sample: Sample, skip: SkipRow) -> SkipRecord:
 
 def is_finite(output: TeacherOutput) -> bool:
     """False where any hidden state, head or Gram entry is NaN or infinite (an empty tail, -inf, is no defect)."""
-    heads = [column for head in output.topk.values() for column in (head.log_probs, head.log_z, head.mean_logit)]
+    heads = [column for head in output.topk.values() for column in (head.log_probs, head.log_z)]
     tensors = [*output.hidden.values(), *heads, *([] if output.gram is None else [output.gram])]
     return all(_all_finite(tensor) for tensor in tensors)
 

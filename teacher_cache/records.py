@@ -184,14 +184,12 @@ class TopK:
         log_probs: float32 ``[R, K]``.
         log_tail: float32 ``[R]``, log of the exact mass outside the K ids (-inf where K = V).
         log_z: float32 ``[R]``, log-sum-exp of the raw logits.
-        mean_logit: float32 ``[R]``, mean raw logit over the vocabulary.
     """
 
     ids: torch.Tensor
     log_probs: torch.Tensor
     log_tail: torch.Tensor
     log_z: torch.Tensor
-    mean_logit: torch.Tensor
 
     def __len__(self) -> int:
         return self.ids.shape[0]

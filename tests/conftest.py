@@ -168,7 +168,7 @@ def make_request(tiny_teacher: Path, mixture: tuple[Any, ...]) -> Callable[..., 
         capture = replace(CaptureSettings(), **{**defaults, **settings})
         values = "float32" if codec == "fp32" else "float16"
         params = {
-            name: {"k": 8, "value_dtype": values} if name.endswith("_topk") else {"codec": codec}
+            name: {"k": 8, "coding": "plain", "value_dtype": values} if name.endswith("_topk") else {"codec": codec}
             for name in capture.fields
             if name.endswith(("_topk", "_hidden"))
         }

@@ -1,19 +1,21 @@
 """What is stored of the teacher: one file a field kind, found by folder; a reader composes them (student_train.teacher_view).
 
-A field kind module defines ``FIELDS`` (the names it serves) and ``create(name, params) -> Field``.
+A field kind module defines ``FIELDS`` (the names it serves) and ``create(name, params, calibration=None) -> Field``. A field with
+``calibrated`` True is fitted once on a few hundred samples (``fit``), committed, and bound to its calibration (``with_calibration``).
 """
 
 from __future__ import annotations
 
 import importlib
 import pkgutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from types import ModuleType
 from typing import Any, Protocol
 
 import torch
 
 from teacher_cache.errors import CacheError, KdcliError
+from teacher_cache.fields.calibration import Calibration
 from teacher_cache.records import Prepared, TeacherOutput
 
 
@@ -26,12 +28,16 @@ class Field(Protocol):
         params: JSON-able, complete: with them ``create`` makes the same field again. Bound in ``field.json``.
         wants: what the teacher must compute: ``hidden.vision``, ``hidden.response``, ``hidden.text``, ``topk.vision:K``,
             ``topk.response:K``, ``gram.vision``.
+        calibrated: it needs a ``Calibration`` to encode or decode.
+        temperatures: at which the stored distributions are valid; None: at all of them.
     """
 
     name: str
     version: int
     params: Mapping[str, Any]
     wants: frozenset[str]
+    calibrated: bool
+    temperatures: tuple[float, ...] | None
 
     def encode(self, prepared: Prepared, output: TeacherOutput) -> dict[str, torch.Tensor]:
         """The tensors that are stored for one row of the mixture."""
@@ -39,6 +45,18 @@ class Field(Protocol):
 
     def decode(self, stored: dict[str, torch.Tensor]) -> Any:
         """What a reader works with (the field module states its type)."""
+        ...
+
+
+class CalibratedField(Field, Protocol):
+    """A field that is fitted before the job starts."""
+
+    def fit(self, outputs: Sequence[TeacherOutput], head: torch.Tensor) -> Calibration:
+        """Learn from what the teacher said of the calibration samples; head W ``[V, D]``."""
+        ...
+
+    def with_calibration(self, tensors: Mapping[str, torch.Tensor]) -> CalibratedField:
+        """The same field, ready to encode and decode."""
         ...
 
 
@@ -51,20 +69,27 @@ def field_kinds() -> dict[str, ModuleType]:
     return kinds
 
 
-def create_field(name: str, params: Mapping[str, Any] | None = None) -> Field:
+def create_field(
+    name: str, params: Mapping[str, Any] | None = None, calibration: Mapping[str, torch.Tensor] | None = None
+) -> Field:
     """A field by name; KdcliError listing the choices, or naming the unknown parameter."""
     kinds = field_kinds()
     if name not in kinds:
         raise KdcliError(f"unknown field {name!r}: the fields are {', '.join(sorted(kinds))}")
     try:
-        return kinds[name].create(name, dict(params or {}))
+        return kinds[name].create(name, dict(params or {}), *([calibration] if calibration is not None else []))
     except TypeError as error:
         raise KdcliError(f"field {name}: {error}") from None
 
 
-def open_field(name: str, description: Mapping[str, Any]) -> Field:
+def open_field(
+    name: str, description: Mapping[str, Any], calibration: Mapping[str, torch.Tensor] | None = None
+) -> Field:
     """The field as a cache's ``field.json`` describes it; refuses an unknown version by name."""
+    kinds = field_kinds()
+    if name not in kinds:
+        raise CacheError(f"unknown field {name!r}: this kdcli reads {', '.join(sorted(kinds))}")
     ours = create_field(name).version  # asked first: another version may have parameters that this one does not know
     if ours != description["version"]:
         raise CacheError(f"field {name} version {description['version']} is not readable: this kdcli reads {ours}")
-    return create_field(name, description["params"])
+    return create_field(name, description["params"], calibration)

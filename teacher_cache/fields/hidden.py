@@ -1,42 +1,70 @@
 """``vision_hidden`` and ``response_hidden``: post-final-norm hidden states h, with logits = W·h (W: the teacher's head).
 
-Stored a row by the named codec (``bf16`` | ``int8`` | ``fp32``). Serves every logit loss over the full vocabulary at any temperature.
+Codecs: ``bf16`` (exact for a bfloat16 teacher), ``fp32``, ``int8``, ``int4`` give h back and serve every logit loss over the full
+vocabulary at any temperature. ``sketch`` keeps what h says about the logits: transform-coded in the head's metric (``codecs.transform``), with the
+mean logit m of every row, at a few per cent of the bytes; a reader gets ẑ = y·W′ᵀ + b + m through a low-rank head that is written once.
 """
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
 
-from teacher_cache.codecs import row_codec
-from teacher_cache.records import Prepared, TeacherOutput
+from teacher_cache.codecs import entropy, row_codec, row_codecs, transform
+from teacher_cache.codecs.entropy import Decoder, fit_smooth_table
+from teacher_cache.codecs.scales import Uniform
+from teacher_cache.codecs.transform import Transform
+from teacher_cache.errors import CacheError, KdcliError
+from teacher_cache.fields.calibration import Calibration, tables_of, tensors_of
+from teacher_cache.records import Prepared, Sketch, TeacherOutput
 
 FIELDS = ("vision_hidden", "response_hidden")
+SKETCH = "sketch"
+MEAN_LOGIT = Uniform(1 / 128)
+MOST_PROBS_ROWS = 4096
+"""Rows whose distributions make p̄: the mean of a few thousand is as good as that of all."""
 
 
 @dataclass(frozen=True)
 class Params:
+    """step: Δ of the sketch, in units of the weighted standard deviation of logits."""
+
     codec: str = "bf16"
     codec_version: int | None = None
+    step: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.codec not in (*row_codecs(), SKETCH):
+            raise CacheError(
+                f"unknown codec {self.codec!r}: this version of kdcli reads {', '.join(row_codecs())}, {SKETCH}"
+            )
+        if self.codec != SKETCH and self.step is not None:
+            raise KdcliError(f"hidden field: codec {self.codec} has no step; it belongs to codec = 'sketch'")
+        if self.step is not None and not self.step > 0:
+            raise KdcliError(f"hidden field: step must be above 0, got {self.step}")
 
 
 class HiddenField:
+    """Hidden states by a row codec."""
+
     version = 1
+    calibrated = False
+    temperatures: tuple[float, ...] | None = None
 
     def __init__(self, name: str, params: Params):
         self.name = name
         self.rows = name.removesuffix("_hidden")
         self._codec = row_codec(params.codec, params.codec_version)
-        self.params = asdict(params) | {"codec_version": self._codec.VERSION}
+        self.params = {"codec": params.codec, "codec_version": self._codec.VERSION}
         self.wants = frozenset({f"hidden.{self.rows}"})
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return create, (
-            self.name,
-            dict(self.params),
-        )  # a codec is a module, and those do not travel to worker processes
+        # A codec is a module, and those do not travel to worker processes.
+        return create, (self.name, dict(self.params))
 
     def encode(self, prepared: Prepared, output: TeacherOutput) -> dict[str, torch.Tensor]:
         return self._codec.encode(output.hidden[self.rows])
@@ -46,5 +74,89 @@ class HiddenField:
         return self._codec.decode(stored)
 
 
-def create(name: str, params: dict[str, Any]) -> HiddenField:
-    return HiddenField(name, Params(**params))
+class SketchField:
+    """Hidden states, transform-coded in the head's metric."""
+
+    version = 1
+    calibrated = True
+    temperatures: tuple[float, ...] | None = None
+
+    def __init__(self, name: str, params: Params, calibration: Mapping[str, torch.Tensor] | None = None):
+        if params.codec_version not in (None, transform.VERSION):
+            raise CacheError(
+                f"codec sketch version {params.codec_version} is not readable: this kdcli reads {transform.VERSION}"
+            )
+        self.name = name
+        self.rows = name.removesuffix("_hidden")
+        self.params: dict[str, Any] = {"codec": SKETCH, "codec_version": transform.VERSION, "step": params.step or 0.1}
+        self.wants = frozenset({f"hidden.{self.rows}"})
+        self._calibration = calibration
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return create, (self.name, dict(self.params), self._calibration)
+
+    @cached_property
+    def _fitted(self) -> tuple[Transform, entropy.Table, torch.Tensor]:
+        if self._calibration is None:
+            raise KdcliError(f"field {self.name}: a sketch needs its calibration")
+        tensors = dict(self._calibration)
+        return Transform.of(tensors), tables_of(tensors)["mean_logit"], tensors["mean_weight"]
+
+    def encode(self, prepared: Prepared, output: TeacherOutput) -> dict[str, torch.Tensor]:
+        coder, table, mean_weight = self._fitted
+        rows = output.hidden[self.rows].to(torch.float32)
+        means = MEAN_LOGIT.quantise(rows @ mean_weight).numpy()
+        return {"coded": entropy.encode([(means, table), *coder.streams(coder.quantise(rows))], len(rows))}
+
+    def decode(self, stored: dict[str, torch.Tensor]) -> Sketch:
+        """``Sketch``: float32 coefficients ``[R, r]`` and mean logits ``[R]``."""
+        coder, table, _ = self._fitted
+        decoder = Decoder(stored["coded"])
+        means = MEAN_LOGIT.restore(torch.from_numpy(decoder.take(decoder.rows, table)))
+        coefficients = coder.read(decoder)
+        decoder.finish()
+        return Sketch(coefficients, means)
+
+    def fit(self, outputs: Sequence[TeacherOutput], head: torch.Tensor) -> Calibration:
+        """Basis, entropy tables and low-rank head from the rows of a few hundred samples; head W ``[V, D]``.
+
+        W′ = W_c S⁻¹ R and b = W_c h̄ with W_c = W minus its uniform column mean (centred before it is rounded to bfloat16).
+        """
+        rows = torch.cat([one.hidden[self.rows] for one in outputs]).to(torch.float32)
+        head = head.cpu()
+        try:
+            root, inverse = transform.head_metric(head, mean_probs(rows, head))
+            coder = transform.fit(rows, root, self.params["step"])
+        except KdcliError as error:
+            raise KdcliError(
+                f"field {self.name}: {error}: raise --calibration-rows, or use another codec (bf16)"
+            ) from None
+        wide = head.to(torch.float32)
+        centre = wide.mean(dim=0)
+        # encode = S·R, so R = S⁻¹·encode and h − h̄ ≈ S⁻¹·R·y.
+        expand = (inverse @ (inverse @ coder.encode.double())).to(torch.float32)
+        low_rank = {"weight": (wide - centre) @ expand, "bias": (wide - centre) @ coder.mean}
+        means = fit_smooth_table(MEAN_LOGIT.quantise(rows @ centre).numpy())
+        tensors = {**coder.tensors(), **tensors_of({"mean_logit": means}), "mean_weight": centre}
+        low_rank["weight"] = low_rank["weight"].to(torch.bfloat16)
+        return Calibration(tensors, len(rows), low_rank)
+
+    def with_calibration(self, tensors: Mapping[str, torch.Tensor]) -> SketchField:
+        return SketchField(self.name, Params(**self.params), tensors)
+
+
+def mean_probs(rows: torch.Tensor, head: torch.Tensor) -> torch.Tensor:
+    """p̄ float32 ``[V]``: the mean distribution over at most ``MOST_PROBS_ROWS`` rows, evenly chosen."""
+    chosen = rows[:: max(1, len(rows) // MOST_PROBS_ROWS)]
+    total = torch.zeros(len(head))
+    wide = head.to(torch.float32)
+    for chunk in chosen.split(256):
+        total += torch.softmax(chunk @ wide.T, dim=1).sum(dim=0)
+    return total / max(1, len(chosen))
+
+
+def create(
+    name: str, params: dict[str, Any], calibration: Mapping[str, torch.Tensor] | None = None
+) -> HiddenField | SketchField:
+    given = Params(**params)
+    return SketchField(name, given, calibration) if given.codec == SKETCH else HiddenField(name, given)

@@ -19,6 +19,8 @@ FIELDS = ("relation",)
 class RelationField:
     name = "relation"
     version = 1
+    calibrated = False
+    temperatures: tuple[float, ...] | None = None
     wants = frozenset({"gram.vision"})
 
     def __init__(self) -> None:

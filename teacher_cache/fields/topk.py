@@ -1,67 +1,161 @@
-"""``vision_topk`` and ``response_topk``: the k largest log-probs with their ids, and exact scalars of the rest.
+"""``vision_topk`` and ``response_topk``: the k largest log-probs with their ids, the exact log tail mass and log Z.
 
-Stored a row: ids int32 [R, K] and log-probs float16 or float32 [R, K] by falling log-prob; log_tail, log_z, mean_logit float32 [R].
+Codings:
+
+- ``coded`` (default): ids under their calibrated frequencies, log-probs as falling differences on a scale that is finest at p = 1
+  (``codecs.scales``), the scalars quantised finely enough to be exact for every loss (`docs/fidelity.md`); 15 to 25 bytes a row at k = 8.
+- ``plain``: int32 ids, float16 or float32 log-probs, float32 scalars; needs no calibration: 6·k + 8 bytes a row.
+
 The tail mass is stored as its own logarithm, never as 1 − Σp: on peaked rows the tail is 1e-6 and rounding would destroy it.
-Alone it serves forward KL with a tail bucket at temperature 1.
+Alone it serves forward KL with a tail bucket at temperature 1; with a sketch of the hidden states, the full vocabulary.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import numpy as np
 import torch
 
+from teacher_cache.codecs import entropy
+from teacher_cache.codecs.entropy import Decoder, fit_smooth_table, fit_table
+from teacher_cache.codecs.scales import LogScale, Uniform
 from teacher_cache.errors import CacheError, KdcliError
+from teacher_cache.fields.calibration import Calibration, tables_of, tensors_of
 from teacher_cache.records import Prepared, TeacherOutput, TopK
 
 FIELDS = ("vision_topk", "response_topk")
 DTYPES = {"float16": torch.float16, "float32": torch.float32}
+CODINGS = ("coded", "plain")
+PLAIN = ("ids", "log_probs", "log_tail", "log_z")
+LOG_Z = Uniform(1 / 32)
+"""Only anchors the head's raw logits, k of V; half a step is 0.016 nats."""
+ID_PRIOR = 0.5
+"""Counts given to every id of the vocabulary, seen in calibration or not."""
 
 
 @dataclass(frozen=True)
 class Params:
+    """step: of the log-probs' scale, in nats at p = 1 (``coded``). value_dtype: of the log-probs (``plain``)."""
+
     k: int = 64
+    coding: str = "coded"
+    step: float = 1 / 64
     value_dtype: str = "float16"
 
     def __post_init__(self) -> None:
         if self.k < 1:
             raise KdcliError(f"top-k field: k must be at least 1, got {self.k}")
-        if self.value_dtype not in DTYPES:
-            raise KdcliError(f"top-k field: value_dtype must be one of {', '.join(DTYPES)}, got {self.value_dtype!r}")
+        for name, choices in (("value_dtype", tuple(DTYPES)), ("coding", CODINGS)):
+            if getattr(self, name) not in choices:
+                raise KdcliError(
+                    f"top-k field: {name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}"
+                )
+        if not 0 < self.step <= 1:
+            raise KdcliError(f"top-k field: step must be in (0, 1], got {self.step}")
 
 
 class TopKField:
-    version = 1
+    version = 2
+    temperatures: tuple[float, ...] | None = (1.0,)
 
-    def __init__(self, name: str, params: Params):
+    def __init__(self, name: str, params: Params, calibration: Mapping[str, torch.Tensor] | None = None):
         self.name = name
         self.rows = name.removesuffix("_topk")
         self.params = asdict(params)
         self.wants = frozenset({f"topk.{self.rows}:{params.k}"})
-        self._dtype = DTYPES[params.value_dtype]
-        self._k = params.k
+        self.calibrated = params.coding == "coded"
+        self._given, self._calibration = params, calibration
+        self._known = tables_of(calibration) if calibration is not None else None
+        self._scale, self._tail = LogScale(params.step), LogScale(params.step / 2)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return create, (self.name, dict(self.params), self._calibration)
+
+    @property
+    def _tables(self) -> dict[str, Table]:
+        if self._known is None:
+            raise KdcliError(f"field {self.name}: coding = 'coded' needs its calibration")
+        return self._known
 
     def encode(self, prepared: Prepared, output: TeacherOutput) -> dict[str, torch.Tensor]:
-        topk = output.topk[self.rows]
+        given, topk = self._given, output.topk[self.rows]
+        if given.coding == "coded":
+            return {"coded": entropy.encode(list(self._streams(topk).values()), len(topk))}
         return {
-            "ids": topk.ids[:, : self._k].to(torch.int32),
-            "log_probs": topk.log_probs[:, : self._k].to(self._dtype),
+            "ids": topk.ids[:, : given.k].to(torch.int32),
+            "log_probs": topk.log_probs[:, : given.k].to(DTYPES[given.value_dtype]),
             "log_tail": topk.log_tail,
             "log_z": topk.log_z,
-            "mean_logit": topk.mean_logit,
         }
+
+    def _symbols(self, topk: TopK) -> dict[str, np.ndarray]:
+        """Stream → int64 symbols, in the order they are written."""
+        values = self._scale.quantise(-topk.log_probs[:, : self._given.k])
+        steps = values.diff(dim=1).clamp_min(0)
+        tail, log_z = self._tail.quantise(-topk.log_tail), LOG_Z.quantise(topk.log_z)
+        places = {f"value.{p}": steps[:, p - 1] for p in range(1, values.shape[1])}
+        ids = topk.ids[:, : self._given.k]
+        named = {"log_tail": tail, "log_z": log_z, "value.0": values[:, 0], **places, "ids": ids}
+        return {name: symbols.numpy() for name, symbols in named.items()}
+
+    def _streams(self, topk: TopK) -> dict[str, entropy.Stream]:
+        symbols = self._symbols(topk)
+        vocabulary = self._tables["ids"].escape
+        if len(topk) and int(symbols["ids"].max()) >= vocabulary:
+            raise KdcliError(
+                f"field {self.name}: id {symbols['ids'].max()} is beyond the {vocabulary} of its calibration"
+            )
+        return {name: (one, self._tables[table_name(name)]) for name, one in symbols.items()}
+
+    def fit(self, outputs: Sequence[TeacherOutput], head: torch.Tensor) -> Calibration:
+        """Frequencies of ids and of all quantised numbers on the calibration rows."""
+        topk = TopK.join([one.topk[self.rows] for one in outputs])
+        if not len(topk):
+            raise KdcliError(f"calibration saw no {self.rows} rows: field {self.name} needs some; use coding = 'plain'")
+        pooled: dict[str, list[np.ndarray]] = {}
+        for name, symbols in self._symbols(topk).items():
+            pooled.setdefault(table_name(name), []).append(symbols.reshape(-1))
+        tables = {name: fit_smooth_table(np.concatenate(each)) for name, each in pooled.items() if name != "ids"}
+        tables["ids"] = fit_table(pooled["ids"][0], 0, len(head) - 1, np.full(len(head), ID_PRIOR))
+        return Calibration(tensors_of(tables), rows=len(topk))
+
+    def with_calibration(self, tensors: Mapping[str, torch.Tensor]) -> TopKField:
+        return TopKField(self.name, self._given, tensors)
 
     def decode(self, stored: dict[str, torch.Tensor]) -> TopK:
         """``TopK`` whose head is renormalised to exactly 1 − e^log_tail, so that rounded log-probs still sum to one."""
-        if set(stored) != {"ids", "log_probs", "log_tail", "log_z", "mean_logit"}:
+        if self._given.coding == "coded":
+            ids, log_probs, log_tail, log_z = self._read(Decoder(stored["coded"]))
+        elif set(stored) != set(PLAIN):
             raise CacheError(f"field {self.name}: a record holds {sorted(stored)}")
-        log_probs = stored["log_probs"].to(torch.float32)
-        log_tail = stored["log_tail"]
+        else:
+            ids, log_probs, log_tail, log_z = (stored[name] for name in PLAIN)
+        log_probs = log_probs.to(torch.float32)
         log_head = torch.log(-torch.expm1(log_tail.clamp(max=-1e-38)))
         log_probs = log_probs - log_probs.logsumexp(dim=1, keepdim=True) + log_head[:, None]
-        return TopK(stored["ids"].to(torch.int64), log_probs, log_tail, stored["log_z"], stored["mean_logit"])
+        return TopK(ids.to(torch.int64), log_probs, log_tail, log_z)
+
+    def _read(self, decoder: Decoder) -> tuple[torch.Tensor, ...]:
+        rows, k = decoder.rows, min(self._given.k, self._tables["ids"].escape)
+
+        def take(name: str, count: int = rows) -> torch.Tensor:
+            return torch.from_numpy(decoder.take(count, self._tables[table_name(name)]).astype(np.int64))
+
+        log_tail, log_z = -self._tail.restore(take("log_tail")), LOG_Z.restore(take("log_z"))
+        steps = torch.stack([take(f"value.{place}") for place in range(k)], dim=1)
+        ids = take("ids", rows * k).reshape(rows, k)
+        decoder.finish()
+        return ids, -self._scale.restore(steps.cumsum(dim=1)), log_tail, log_z
 
 
-def create(name: str, params: dict[str, Any]) -> TopKField:
-    return TopKField(name, Params(**params))
+def table_name(stream: str) -> str:
+    """The table of a stream: places of the head share one with their octave (1 | 2-3 | 4-7 | …)."""
+    kind, _, place = stream.partition(".")
+    return f"{kind}.{int(place).bit_length()}" if place else stream
+
+
+def create(name: str, params: dict[str, Any], calibration: Mapping[str, torch.Tensor] | None = None) -> TopKField:
+    return TopKField(name, Params(**params), calibration)

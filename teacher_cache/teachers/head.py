@@ -1,4 +1,4 @@
-"""The language-model head in row chunks: top-k, exact tail, log Z and mean logit, so a batch's logits never exist at once."""
+"""The language-model head in row chunks: top-k, exact tail and log Z, so a batch's logits never exist at once."""
 
 from __future__ import annotations
 
@@ -38,13 +38,12 @@ def topk_rows(hidden_RD: torch.Tensor, head_VD: torch.Tensor, k: int) -> TopK:
     if not chunks:
         empty = hidden_RD.new_zeros((0, k), dtype=torch.float32)
         scalar = empty.new_zeros(0)
-        return TopK(empty.to(torch.int64), empty, scalar, scalar, scalar)
+        return TopK(empty.to(torch.int64), empty, scalar, scalar)
     return TopK(*(torch.cat(column) for column in zip(*chunks)))
 
 
 def _topk_chunk(hidden: torch.Tensor, head: torch.Tensor, k: int) -> tuple[torch.Tensor, ...]:
     logits = head_logits(hidden, head)
-    mean = logits.mean(dim=1)
     top, ids = logits.topk(k, dim=1)
     peak = top[:, 0].clone()
     top = top - peak[:, None]
@@ -53,7 +52,7 @@ def _topk_chunk(hidden: torch.Tensor, head: torch.Tensor, k: int) -> tuple[torch
     log_total = torch.logaddexp(log_head, log_rest)
     # log(rest / (head + rest)) of the difference: no rounding of a nearly full tail, no underflow of a nearly empty one.
     log_tail = torch.nn.functional.logsigmoid(log_rest - log_head)
-    return ids, top - log_total[:, None], log_tail, log_total + peak, mean
+    return ids, top - log_total[:, None], log_tail, log_total + peak
 
 
 def _logsumexp_in_place(values: torch.Tensor) -> torch.Tensor:

@@ -14,15 +14,16 @@ from hypothesis import strategies as st
 from teacher_cache.codecs import container
 from teacher_cache.errors import CacheError, KdcliError
 from teacher_cache.fields import create_field, field_kinds, open_field
-from teacher_cache.records import Prepared, TeacherOutput, TextTokens, TopK
+from teacher_cache.records import Prepared, Sketch, TeacherOutput, TextTokens, TopK
 from teacher_cache.teachers.head import topk_rows
 
+PLAIN = {"coding": "plain"}
 PARAMS: dict[str, list[dict[str, Any]]] = {
-    "vision_topk": [{}, {"k": 3, "value_dtype": "float32"}, {"k": 1}],
-    "response_topk": [{}, {"k": 3, "value_dtype": "float32"}, {"k": 1}],
-    "vision_hidden": [{}, {"codec": "fp32"}, {"codec": "int8"}],
-    "response_hidden": [{}, {"codec": "fp32"}, {"codec": "int8"}],
-    "affinity": [{}],
+    "vision_topk": [{}, {"k": 3, **PLAIN, "value_dtype": "float32"}, {"k": 1}, {"k": 1, **PLAIN}],
+    "response_topk": [{}, {"k": 3, **PLAIN, "value_dtype": "float32"}, {"k": 1}, {"k": 1, **PLAIN}],
+    "vision_hidden": [{}, {"codec": "fp32"}, {"codec": "int8"}, {"codec": "int4"}, {"codec": "sketch", "step": 0.2}],
+    "response_hidden": [{}, {"codec": "fp32"}, {"codec": "int8"}, {"codec": "int4"}, {"codec": "sketch"}],
+    "affinity": [{}, {"layout": "factored"}],
     "relation": [{}],
 }
 CASES = [(name, params) for name, each in PARAMS.items() for params in each]
@@ -54,7 +55,16 @@ def stored(field: Any, said: TeacherOutput, text: int) -> dict[str, torch.Tensor
 
 
 def flat(decoded: Any) -> list[torch.Tensor]:
-    return list(vars(decoded).values()) if isinstance(decoded, TopK) else [decoded]
+    return list(vars(decoded).values()) if isinstance(decoded, TopK | Sketch) else [decoded]
+
+
+def ready(name: str, params: dict[str, Any]) -> Any:
+    """The field, fitted on rows like those of ``output`` where it needs a calibration."""
+    field = create_field(name, params)
+    if not field.calibrated:
+        return field
+    head = torch.randn(V, D, generator=torch.Generator().manual_seed(0))
+    return field.with_calibration(field.fit([output(seed, 6, 5, 7) for seed in range(90, 102)], head).tensors)
 
 
 def test_every_field_is_listed() -> None:
@@ -63,9 +73,9 @@ def test_every_field_is_listed() -> None:
 
 @pytest.mark.parametrize(("name", "params"), CASES)
 def test_field_json_makes_the_same_field_again(name: str, params: dict[str, Any]) -> None:
-    field = create_field(name, params)
+    field = ready(name, params)
     described = json.loads(json.dumps({"version": field.version, "params": dict(field.params)}))
-    again = open_field(name, described)
+    again = open_field(name, described, field._calibration if field.calibrated else None)
     assert (again.name, again.version, again.params, again.wants) == (name, field.version, field.params, field.wants)
     said = output(0, 5, 4, 9)
     one, two = stored(field, said, 9), stored(again, said, 9)
@@ -74,7 +84,7 @@ def test_field_json_makes_the_same_field_again(name: str, params: dict[str, Any]
 
 @pytest.mark.parametrize(("name", "params"), CASES)
 def test_fields_travel_to_worker_processes(name: str, params: dict[str, Any]) -> None:
-    field = create_field(name, params)
+    field = ready(name, params)
     again = pickle.loads(pickle.dumps(field))
     said = output(1, 3, 2, 4)
     assert (again.name, again.params, again.wants) == (name, field.params, field.wants)
@@ -83,14 +93,14 @@ def test_fields_travel_to_worker_processes(name: str, params: dict[str, Any]) ->
 
 @pytest.mark.parametrize(("name", "params"), CASES)
 def test_equal_outputs_are_equal_bytes(name: str, params: dict[str, Any]) -> None:
-    field = create_field(name, params)
+    field = ready(name, params)
     packed = {container.pack(field.encode(prepared(6), output(2, 4, 3, 6))) for _ in range(3)}
     assert len(packed) == 1
 
 
 @pytest.mark.parametrize(("name", "params"), CASES)
 def test_text_only_rows_and_rows_without_labels(name: str, params: dict[str, Any]) -> None:
-    field = create_field(name, params)
+    field = ready(name, params)
     decoded = field.decode(stored(field, output(3, 0, 0, 5), 5))
     assert all(tensor.shape[0] == 0 for tensor in flat(decoded))
     if name == "affinity":
@@ -135,14 +145,14 @@ def test_topk_values_and_mass(seed: int, scale: float, k: int) -> None:
     )
     said = TeacherOutput(said.hidden, {"vision": truth})
     for dtype, absolute in (("float32", 1e-5), ("float16", 0.06)):
-        field = create_field("vision_topk", {"k": k, "value_dtype": dtype})
+        field = create_field("vision_topk", {"k": k, **PLAIN, "value_dtype": dtype})
         decoded = field.decode(stored(field, said, 1))
         assert torch.equal(decoded.ids, truth.ids) and decoded.ids.dtype == torch.int64
         head = decoded.log_probs.double().exp().sum(dim=1)
         torch.testing.assert_close(head + decoded.log_tail.double().exp(), torch.ones_like(head), atol=1e-6, rtol=0)
         # float16 keeps 11 bits: an entry of log-prob -100 is off by 0.03
         torch.testing.assert_close(decoded.log_probs, truth.log_probs, atol=absolute, rtol=1e-3)
-        for name in ("log_tail", "log_z", "mean_logit"):
+        for name in ("log_tail", "log_z"):
             assert torch.equal(getattr(decoded, name), getattr(truth, name))
 
 
@@ -150,7 +160,7 @@ def test_topk_of_a_tiny_head_keeps_its_mass() -> None:
     """A flat row over a large vocabulary: the head's mass is 1e-5 and 1 - e^log_tail has no digit to lose."""
     logits = torch.randn(1, 150_000, generator=torch.Generator().manual_seed(0)) * 1e-3
     said = topk_rows(torch.ones(1, 1), logits.T.contiguous(), 2)
-    field = create_field("vision_topk", {"k": 2, "value_dtype": "float32"})
+    field = create_field("vision_topk", {"k": 2, **PLAIN, "value_dtype": "float32"})
     decoded = field.decode(stored(field, TeacherOutput({}, {"vision": said}), 1))
     dense = logits.double().log_softmax(dim=1).topk(2, dim=1).values
     torch.testing.assert_close(decoded.log_probs.double(), dense, atol=1e-4, rtol=0)
@@ -159,7 +169,7 @@ def test_topk_of_a_tiny_head_keeps_its_mass() -> None:
 def test_a_smaller_k_is_a_prefix_of_the_same_answer() -> None:
     """One teacher pass with the largest k serves several fields; a field cuts what is its own."""
     said = output(4, 6, 2, 3)
-    field = create_field("vision_topk", {"k": 5, "value_dtype": "float32"})
+    field = create_field("vision_topk", {"k": 5, **PLAIN, "value_dtype": "float32"})
     assert stored(field, said, 3)["ids"].shape == (6, 5)
 
 
@@ -188,4 +198,4 @@ def test_records_of_another_shape_are_cache_errors() -> None:
     with pytest.raises(CacheError, match="no triangle"):
         create_field("relation").decode({"upper": torch.zeros(4, dtype=torch.float16), "scale": torch.ones(1)})
     with pytest.raises(CacheError, match="a record holds"):
-        create_field("vision_topk").decode({"ids": torch.zeros(1, 1)})
+        create_field("vision_topk", PLAIN).decode({"ids": torch.zeros(1, 1)})

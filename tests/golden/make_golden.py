@@ -36,7 +36,7 @@ from teacher_cache.shards.storage import Storage
 from teacher_cache.shards.writer import ShardWriter
 
 ROWS, VISION, WIDTH, K = 4, 4, 6, 3
-FIELDS = {"response_topk": {"k": K, "value_dtype": "float32"}, "vision_hidden": {"codec": "int8"}}
+FIELDS = {"response_topk": {"k": K, "coding": "plain", "value_dtype": "float32"}, "vision_hidden": {"codec": "int8"}}
 
 
 def png(number: int) -> bytes:
@@ -84,7 +84,7 @@ def output(ordinal: int, vision: int) -> TeacherOutput:
     ids = torch.arange(3 * K).reshape(3, K) + ordinal
     scalars = torch.tensor([-1.5, -2.25, -4.0]) - ordinal
     log_probs = torch.tensor([[-0.5, -2.0, -3.0]]).repeat(3, 1) - torch.arange(3)[:, None] * 0.25
-    return TeacherOutput({"vision": values}, {"response": TopK(ids, log_probs, scalars, scalars + 9, scalars + 4)})
+    return TeacherOutput({"vision": values}, {"response": TopK(ids, log_probs, scalars, scalars + 9)})
 
 
 def plan() -> Plan:

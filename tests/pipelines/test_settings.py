@@ -43,7 +43,7 @@ def test_every_commented_line_of_the_template_is_valid_too(tmp_path: Path) -> No
         uncommented.append(body if is_setting else line)
     (tmp_path / "kd.toml").write_text("\n".join(uncommented))
     settings = load_settings(tmp_path / "kd.toml")
-    assert settings.fields == {"vision_topk": {"k": 64}}
+    assert settings.fields == {"vision_topk": {"k": 8}, "vision_hidden": {"step": 0.1}}
     assert settings.stages["DPT"].per_device_train_batch_size == 32
     assert settings.capture.parts_without_fields == ("caption",)
     assert settings.teacher is not None

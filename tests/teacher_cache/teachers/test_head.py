@@ -1,4 +1,4 @@
-"""Top-k, tail, log Z and mean logit against a dense float64 computation of the same logits."""
+"""Top-k, tail and log Z against a dense float64 computation of the same logits."""
 
 from __future__ import annotations
 
@@ -24,7 +24,6 @@ def dense(logits: torch.Tensor, k: int) -> TopK:
         ordered[:, :k] - log_z[:, None],
         ordered[:, k:].logsumexp(dim=1) - log_z,
         log_z,
-        logits.mean(dim=1),
     )
 
 
@@ -35,7 +34,7 @@ def from_logits(logits: torch.Tensor, k: int) -> TopK:
 
 def assert_close(got: TopK, want: TopK, absolute: float = 2e-5, relative: float = 3e-6) -> None:
     assert torch.equal(got.ids, want.ids)
-    for name in ("log_probs", "log_tail", "log_z", "mean_logit"):
+    for name in ("log_probs", "log_tail", "log_z"):
         torch.testing.assert_close(
             getattr(got, name).double(), getattr(want, name), atol=absolute, rtol=relative, msg=lambda m, n=name: n + m
         )
@@ -80,7 +79,7 @@ def test_no_rows() -> None:
     got = topk_rows(torch.zeros(0, 4), torch.randn(10, 4), 3)
     assert got.ids.shape == got.log_probs.shape == (0, 3)
     assert got.ids.dtype == torch.int64
-    assert got.log_tail.shape == got.log_z.shape == got.mean_logit.shape == (0,)
+    assert got.log_tail.shape == got.log_z.shape == (0,)
 
 
 @pytest.mark.parametrize("rows_a_chunk", [1, 3, 1000])
@@ -118,7 +117,7 @@ def test_any_row(rows: list[list[float]], k: int) -> None:
     torch.testing.assert_close(
         logits.gather(1, got.ids), logits.gather(1, want.ids), atol=0, rtol=0
     )  # ties: any of them
-    for name in ("log_probs", "log_tail", "log_z", "mean_logit"):
+    for name in ("log_probs", "log_tail", "log_z"):
         torch.testing.assert_close(getattr(got, name).double(), getattr(want, name), atol=1e-4, rtol=1e-5)
     total = got.log_probs.double().exp().sum(dim=1) + got.log_tail.double().exp()
     torch.testing.assert_close(total, torch.ones_like(total), atol=1e-5, rtol=0)

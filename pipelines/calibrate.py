@@ -1,0 +1,93 @@
+"""Before the job: the teacher reads a few hundred rows, and every field that needs it learns its tables and bases from them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+
+import torch
+
+from teacher_cache.batch import token_batches
+from teacher_cache.cache_shard import Teacher, is_finite
+from teacher_cache.errors import KdcliError, SkipRow
+from teacher_cache.fields import CalibratedField
+from teacher_cache.fields.calibration import Calibration
+from teacher_cache.plan import Plan
+from teacher_cache.prepare import Preparer
+from teacher_cache.records import Prepared, SkipRecord, TeacherOutput
+from teacher_cache.sources import open_source
+
+MOST_ROWS = 1 << 16
+"""Rows of one kind that a fit looks at: enough for any width, and a bound on its memory."""
+
+
+def calibrate(
+    fields: Mapping[str, CalibratedField],
+    plan: Plan,
+    preparer: Preparer,
+    teacher: Teacher,
+    head: torch.Tensor,
+    samples: int,
+    batch_tokens: int,
+    parts_without_fields: frozenset[str] = frozenset(),
+) -> dict[str, Calibration]:
+    """Fit every given field on the same samples, spread evenly over the plan.
+
+    Args:
+        head: W ``[V, D]``. samples: how many rows of the mixture the teacher reads.
+    """
+    prepared = calibration_samples(plan, preparer, samples, parts_without_fields)
+    wants = frozenset().union(*(field.wants for field in fields.values()))
+    outputs = thin(ask(teacher, prepared, wants, batch_tokens))
+    if not outputs:
+        raise KdcliError("calibration found no usable row: run `kdcli doctor`")
+    return {name: field.fit(outputs, head) for name, field in fields.items()}
+
+
+def calibration_samples(
+    plan: Plan, preparer: Preparer, samples: int, parts_without_fields: frozenset[str]
+) -> list[Prepared]:
+    """The first usable rows of every slice in turn, until there are enough: every part and kind of row has its share."""
+    sources = {part.spec.part: open_source(part.spec) for part in plan.parts}
+    chosen = [one for one in plan.slices if one.part not in parts_without_fields]
+    readers = [_usable_rows(plan, preparer, sources, one) for one in chosen]
+    found: list[Prepared] = []
+    while readers and len(found) < samples:
+        still = []
+        for reader in readers:
+            row = next(reader, None)
+            if row is not None:
+                found.append(row)
+                still.append(reader)
+            if len(found) == samples:
+                break
+        readers = still
+    return found
+
+
+def _usable_rows(plan, preparer, sources, one) -> Iterator[Prepared]:  # type: ignore[no-untyped-def]
+    spec = plan.spec(one.part)
+    for group in one.groups:
+        for row in sources[one.part].read(group):
+            if isinstance(row, SkipRecord):
+                continue
+            try:
+                yield preparer.prepare(row, spec.template, spec.max_image_pixels)
+            except SkipRow:
+                continue
+
+
+def ask(
+    teacher: Teacher, prepared: Sequence[Prepared], wants: frozenset[str], batch_tokens: int
+) -> list[TeacherOutput]:
+    """The finite outputs of the samples, in their order."""
+    outputs: dict[int, TeacherOutput] = {}
+    for indices in token_batches(prepared, batch_tokens):
+        outputs.update(zip(indices, teacher([prepared[i] for i in indices], wants)))
+    return [outputs[i] for i in range(len(prepared)) if is_finite(outputs[i])]
+
+
+def thin(outputs: Sequence[TeacherOutput]) -> list[TeacherOutput]:
+    """Whole samples left out, evenly, where the vision rows of all together are more than ``MOST_ROWS``."""
+    rows = sum(max((len(one) for one in output.hidden.values()), default=0) for output in outputs)
+    stride = -(-rows // MOST_ROWS) or 1
+    return list(outputs[::stride])

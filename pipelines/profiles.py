@@ -1,0 +1,50 @@
+"""What a capture stores of the teacher: a profile by name (``--store``), or fields one by one (``--fields``)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from teacher_cache.errors import KdcliError
+
+HEAD_K = 8
+STEP = 0.1
+KINDS = ("response", "vision")
+PROFILES: dict[str, dict[str, dict[str, Any]]] = {
+    "compact": {f"{kind}_topk": {"k": 50} for kind in KINDS},
+    "standard": {
+        **{f"{kind}_topk": {"k": HEAD_K} for kind in KINDS},
+        **{f"{kind}_hidden": {"codec": "sketch", "step": STEP} for kind in KINDS},
+        "affinity": {"layout": "factored"},
+    },
+    "none": {},
+    "exact": {**{f"{kind}_hidden": {"codec": "bf16"} for kind in KINDS}, "affinity": {"layout": "dense"}},
+}
+"""compact: forward KL with a tail bucket. standard: head + sketch, every logit loss, relations, matching and affinities at a few per
+cent of the bytes. exact: hidden states as they are, every loss at any temperature. none: the samples alone."""
+
+
+def chosen_fields(
+    store: str, fields: tuple[str, ...], params: Mapping[str, Mapping[str, Any]]
+) -> dict[str, dict[str, Any]]:
+    """Field → parameters, in writing order.
+
+    Args:
+        fields: takes the place of the profile where it is not empty; such fields start from their own defaults.
+        params: ``[fields.NAME]`` of kd.toml, over the profile's. A field whose codec or layout changes drops the profile's other
+            parameters with it.
+    """
+    if store not in PROFILES:
+        raise KdcliError(f"--store {store!r}: choose from {', '.join(PROFILES)}")
+    wanted = {name: {} for name in fields} if fields else PROFILES[store]
+    unknown = sorted(set(params) - set(wanted))
+    if unknown:
+        raise KdcliError(
+            f"parameters for {', '.join(unknown)}, but these fields are not captured: add them to --fields"
+        )
+    return {name: _over(wanted[name], params.get(name, {})) for name in wanted}
+
+
+def _over(base: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    changes_kind = any(given.get(key, base.get(key)) != base.get(key) for key in ("codec", "layout", "coding"))
+    return {**({} if changes_kind else base), **given}

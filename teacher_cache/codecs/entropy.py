@@ -1,0 +1,165 @@
+"""Entropy coding: streams of small integers, each with a calibrated table, as one compact byte string.
+
+An ANS coder of the ``constriction`` library over tables of fixed probabilities: within a few per cent of the empirical entropy where
+the tables fit, and decoding is a table look-up (tens of millions of symbols a second a core). Tables hold float32 probabilities and
+are stored beside the cache, never derived again, so that no machine's ``exp`` decides how bytes are read. Symbols that a table has
+no place for are escaped and written whole: a table that fits badly costs bytes, never correctness.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import constriction
+import numpy as np
+import torch
+
+from teacher_cache.errors import CacheError
+
+VERSION = 1
+SMOOTHING = 0.05
+"""Counts given to every symbol of a table, seen or not."""
+MOST_ENTRIES = 1 << 14
+"""Of a fitted table for measures; what lies outside is escaped."""
+_HEADER = struct.Struct("<III")
+MOST_SYMBOLS = 1 << 28
+"""Symbols of one record: what a damaged header may ask for before it is refused."""
+
+
+@dataclass(frozen=True)
+class Table:
+    """Probabilities of the symbols ``low … low + A − 2``; the last entry is the escape.
+
+    Attributes:
+        probabilities: float32 ``[A]``, positive.
+    """
+
+    low: int
+    probabilities: torch.Tensor
+
+    @cached_property
+    def model(self) -> Any:
+        return constriction.stream.model.Categorical(self.probabilities.numpy(), perfect=False)
+
+    @property
+    def escape(self) -> int:
+        return len(self.probabilities) - 1
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"low": self.low, "probabilities": self.probabilities}  # the library's model does not pickle
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+
+    def bits(self, symbols: np.ndarray) -> float:
+        """Ideal cost of ``symbols`` under this table, escapes at 32 bits more."""
+        places = self.places(symbols)
+        probabilities = self.probabilities.double() / self.probabilities.double().sum()
+        bits = -torch.log2(probabilities)[torch.from_numpy(places.astype(np.int64))].sum()
+        return float(bits) + 32.0 * int((places == self.escape).sum())
+
+    def places(self, symbols: np.ndarray) -> np.ndarray:
+        """int32 index of every symbol in the table; the escape's where it has none."""
+        places = symbols.astype(np.int64) - self.low
+        return np.where((places < 0) | (places >= self.escape), self.escape, places).astype(np.int32)
+
+
+def fit_table(symbols: np.ndarray, low: int, high: int, prior: np.ndarray | None = None) -> Table:
+    """A table for ``low … high`` from symbols seen in calibration.
+
+    Args:
+        prior: ``[high − low + 1]`` pseudo-counts besides the seen ones; None: ``SMOOTHING`` each.
+    """
+    inside = symbols[(symbols >= low) & (symbols <= high)].astype(np.int64)
+    counts = np.bincount(inside - low, minlength=high - low + 1).astype(np.float64)
+    counts += SMOOTHING if prior is None else prior
+    escapes = len(symbols) - len(inside) + SMOOTHING
+    every = np.append(counts, escapes)
+    # The coder works with 24-bit probabilities: anything rarer is given what it can express.
+    every = np.maximum(every / every.sum(), 2.0**-22)
+    return Table(low, torch.from_numpy((every / every.sum()).astype(np.float32)))
+
+
+def fit_smooth_table(symbols: np.ndarray) -> Table:
+    """A table for a quantised measure, whose neighbouring symbols are about as likely: what was seen, blurred, and a margin around it.
+
+    The blur is a tenth of the spread, so that a few hundred symbols fit a table of thousands.
+    """
+    if not len(symbols):
+        return fit_table(symbols, -8, 8)
+    margin = max(8, int(np.ptp(symbols)) // 8)
+    low, high = int(symbols.min()) - margin, int(symbols.max()) + margin
+    low, high = max(low, -MOST_ENTRIES // 2), min(high, MOST_ENTRIES // 2)
+    counts = np.bincount(np.clip(symbols.astype(np.int64), low, high) - low, minlength=high - low + 1).astype(
+        np.float64
+    )
+    quarter, three = np.percentile(symbols, [25, 75])
+    width = max(1.0, 0.1 * (three - quarter))
+    reach = int(3 * width) + 1
+    kernel = np.exp(-0.5 * (np.arange(-reach, reach + 1) / width) ** 2)
+    blurred = np.convolve(counts, kernel / kernel.sum(), mode="same") if len(counts) > len(kernel) else counts
+    return fit_table(symbols, low, high, blurred + 0.02)
+
+
+Stream = tuple[np.ndarray, Table]
+
+
+def encode(streams: Sequence[Stream], rows: int) -> torch.Tensor:
+    """uint8 ``[bytes]`` of all streams; ``rows`` is kept in the header for the reader.
+
+    Layout: rows, number of escapes, number of 32-bit words (uint32 each), escaped symbols (int32), words of the ANS coder (uint32).
+    """
+    coder = constriction.stream.stack.AnsCoder()
+    escaped = []
+    for symbols, table in reversed(streams):  # a stack: what is decoded first is encoded last
+        flat = np.ascontiguousarray(symbols).reshape(-1)
+        if not len(flat):
+            continue
+        places = table.places(flat)
+        coder.encode_reverse(places, table.model)
+        escaped.append(flat[places == table.escape])
+    outside = np.concatenate(escaped[::-1]).astype("<i4") if escaped else np.zeros(0, dtype="<i4")
+    words = coder.get_compressed().astype("<u4")
+    data = _HEADER.pack(rows, len(outside), len(words)) + outside.tobytes() + words.tobytes()
+    return torch.frombuffer(bytearray(data), dtype=torch.uint8)
+
+
+class Decoder:
+    """Reads the streams of ``encode`` back, in their order. CacheError where the bytes are not of that layout."""
+
+    def __init__(self, data: torch.Tensor):
+        raw = data.numpy().tobytes()
+        if data.dtype != torch.uint8 or len(raw) < _HEADER.size:
+            raise CacheError("a coded record is too short: run `kdcli cache verify`")
+        self.rows, escapes, words = _HEADER.unpack_from(raw)
+        if len(raw) != _HEADER.size + 4 * (escapes + words):
+            raise CacheError("a coded record has not the length that its header says: run `kdcli cache verify`")
+        self._escapes = np.frombuffer(raw, "<i4", escapes, _HEADER.size)
+        words_at = _HEADER.size + 4 * escapes
+        self._coder = constriction.stream.stack.AnsCoder(np.frombuffer(raw, "<u4", words, words_at).astype(np.uint32))
+
+    def take(self, count: int, table: Table) -> np.ndarray:
+        """The next ``count`` symbols, int32."""
+        if not 0 <= count <= MOST_SYMBOLS:
+            raise CacheError(f"a coded record claims {count} symbols: run `kdcli cache verify`")
+        if not count:
+            return np.zeros(0, dtype=np.int32)
+        places = self._coder.decode(table.model, count)
+        symbols = places + np.int32(table.low)
+        outside = places == table.escape
+        number = int(outside.sum())
+        if number > len(self._escapes):
+            raise CacheError("a coded record lacks escaped symbols: run `kdcli cache verify`")
+        symbols[outside], self._escapes = self._escapes[:number], self._escapes[number:]
+        return symbols
+
+    def finish(self) -> None:
+        """Everything must have been read: a record decoded with other tables than it was coded with does not end so."""
+        if len(self._escapes) or not self._coder.is_empty():
+            raise CacheError(
+                "a coded record does not end where it should: the calibration is not the one it was made with"
+            )
