@@ -18,6 +18,7 @@ from pipelines.stage_plans import StagePlan, check_vocabulary, plan_stages
 from student_train import distributed
 from student_train.cache import Cache, CachedRows
 from student_train.distributed import Processes
+from student_train.needs import Served
 from student_train.stream import MicroBatches, Order, TrainBatch, TrainDataset, step_batches
 from student_train.student import RowForward, freeze_except, load_student, save_student
 from student_train.teacher_view import TeacherSignals
@@ -29,6 +30,8 @@ from teacher_cache.teachers.transformers import TeacherSpec, load_processor, wei
 
 ROW_ALIGNED = frozenset({"vision_logits", "vision_relation"})
 OnStep = Callable[[str, int, int, StepResult], None]
+OpenSignals = Callable[[Cache, Served, torch.device], Any]
+"""(cache, served fields, device) → what has ``view(batch)``: ``TeacherSignals.open``, or a live teacher to compare with."""
 
 
 def train(
@@ -40,8 +43,12 @@ def train(
     knobs: Mapping[str, Any] | None = None,
     on_step: OnStep = lambda stage, step, steps, result: None,
     say: Callable[[str], None] = lambda text: None,
+    open_signals: OpenSignals = TeacherSignals.open,
 ) -> dict[str, Any]:
     """Train one student through its stages. Every check that needs no model runs first.
+
+    Args:
+        open_signals: where the teacher's side of a batch comes from.
 
     Returns:
         ``{"output": folder, "model": last Hugging Face folder, "stages": [...]}``
@@ -63,7 +70,7 @@ def train(
     processes.barrier()
     model_id, results = train_settings.student, []
     for plan in plans:
-        results.append(run_stage(cache, plan, model_id, output, processes, on_step))
+        results.append(run_stage(cache, plan, model_id, output, processes, on_step, open_signals))
         model_id = results[-1]["model"]
     distributed.stop()
     return {"output": str(output), "model": model_id, "stages": results}
@@ -107,7 +114,13 @@ def git_commit() -> str | None:
 
 
 def run_stage(
-    cache: Cache, plan: StagePlan, model_id: str, output: Path, processes: Processes, on_step: OnStep
+    cache: Cache,
+    plan: StagePlan,
+    model_id: str,
+    output: Path,
+    processes: Processes,
+    on_step: OnStep,
+    open_signals: OpenSignals = TeacherSignals.open,
 ) -> dict[str, Any]:
     """Train one stage, or find it done. Its folder holds metrics, checkpoints, and the model as a Hugging Face folder."""
     folder = plan.folder(output)
@@ -123,7 +136,9 @@ def run_stage(
         return finished["result"]
     torch.manual_seed(plan.settings.seed)
     model, processor = load_student(model_id, plan.settings.attn_implementation)
-    trainer, batches_from = make_trainer(cache, plan, rows, model, processor, total, global_batch, processes, folder)
+    trainer, batches_from = make_trainer(
+        cache, plan, rows, model, processor, total, global_batch, processes, folder, open_signals
+    )
     trainer.identity = identity
     trainer.train(batches_from, lambda step, result: on_step(folder.name, step, trainer.total_steps, result))
     result = {"stage": plan.stage.name, "model": str(folder / "model"), "steps": trainer.total_steps, "samples": total}
@@ -202,6 +217,7 @@ def make_trainer(
     global_batch: int,
     processes: Processes,
     folder: Path,
+    open_signals: OpenSignals = TeacherSignals.open,
 ) -> tuple[Trainer, Callable[[int], Iterator[tuple[int, list[TrainBatch]]]]]:
     """The trainer of a stage and its stream of batches from any step on."""
     freeze_except(model, plan.stage.trains)
@@ -209,7 +225,7 @@ def make_trainer(
         enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
         enable({"use_reentrant": False})
     student = RowForward(model.to(processes.device))
-    signals = TeacherSignals.open(cache, plan.served, processes.device)
+    signals = open_signals(cache, plan.served, processes.device)
     # A row that the capture cut at a turn border must be cut at the same border here.
     limits = Limits(plan.settings.max_length, cache.plan.preparation["over_length"])
     preparer = Preparer(processor, model.config, limits)

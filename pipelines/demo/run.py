@@ -31,7 +31,6 @@ from teacher_cache.teachers.transformers import TeacherSpec
 ASSETS = Path(str(files("pipelines.demo") / "assets"))
 TEACHER = ASSETS / "teacher"
 STUDENT_START = ASSETS / "student_start"
-EVERY_FIELD = ("response_topk", "vision_topk", "response_hidden", "vision_hidden", "affinity", "relation")
 RUNS = {"sft": "PT,SFT,SFT", "llava-kd": "DPT,SFT,DFT"}
 """Method → stages: the same parts, trainable modules, steps and learning rates in both."""
 
@@ -62,8 +61,8 @@ def make_world(folder: Path, recipe: Recipe, seed: int = 0) -> tuple[WorldPaths,
 
 
 def make_cache(url: str, data: tuple[DataSpec, ...], recipe: Recipe, progress: Any = lambda *_: None) -> dict[str, Any]:
-    """Every field of the shipped teacher on the whole mixture; the capture's summary."""
-    settings = CaptureSettings(shards=recipe.shards, fields=EVERY_FIELD)
+    """The default profile of the shipped teacher on the whole mixture; the capture's summary."""
+    settings = CaptureSettings(shards=recipe.shards)
     return capture(CaptureRequest(TeacherSpec(str(TEACHER)), data, url, settings, {}), progress)
 
 

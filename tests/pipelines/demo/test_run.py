@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from pipelines.demo.run import EVERY_FIELD, Recipe, quicker, run_demo
+from pipelines.demo.run import Recipe, quicker, run_demo
+from pipelines.profiles import PROFILES
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +30,7 @@ def test_prints_defects_cache_and_scores(demo: tuple[Path, str, dict]) -> None:
 
 def test_leaves_every_field_in_eight_shards(demo: tuple[Path, str, dict]) -> None:
     out, _, _ = demo
-    for field in EVERY_FIELD:
+    for field in PROFILES["standard"]:
         assert len(list((out / "cache" / "fields" / field / "commits").glob("*.json"))) >= 8
 
 
