@@ -1,90 +1,167 @@
-"""What does distillation gain? Students ``sft`` and ``llava-kd`` on the demo world, several seeds, paired.
+"""Does a student from the cache become the student of the live teacher, and what does distillation gain? Paired by seed and data order.
 
-    python benchmarks/students.py --seeds 3 --work runs/students [--methods sft,llava-kd] [--captions 320 --train 480] [--save]
+    python -m benchmarks.students --seeds 5 --work runs/students [--captions 320 --train 800] [--save]
 
-Each seed has its own training rows, row order and held-out rows; both methods share them, the start, the steps and the learning
-rates. Resumable: a finished student is not trained again. Recipes were chosen on seeds from 100 on; report seeds 0, 1, 2, ….
+Four students a seed on the demo world: ``sft``; ``llava-kd`` from the default profile (``standard``), from bf16 hidden states
+(``exact``) and from the teacher itself in every step (``live``). A seed has its own training rows, row order and held-out rows; its
+students share them, the start, the steps and the learning rates. Besides scores: the cosine of each student's weight update after
+``--update-steps`` steps with the live student's. Resumable: what is finished is not trained again. Recipes were chosen on seeds from
+100 on; report seeds 0, 1, 2, ….
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import statistics
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
+import torch
+from safetensors.torch import load_file
+from scipy.stats import t as student_t
+
+from benchmarks.live_teacher import LiveTeacher
 from pipelines.cache_teacher import CaptureRequest, capture
-from pipelines.demo.run import RUNS, TEACHER, Recipe, heldout, make_world, score, train_one
-from pipelines.settings import CaptureSettings
+from pipelines.demo.run import STUDENT_START, TEACHER, Recipe, heldout, make_world, score, student_settings
+from pipelines.settings import CaptureSettings, Settings
 from pipelines.tables import table
+from pipelines.train_student import train
+from student_train.config import StageSettings
+from student_train.teacher_view import TeacherSignals
 from teacher_cache.teachers.transformers import TeacherSpec
 
-FIELDS = ("response_hidden", "vision_hidden")
+VARIANTS = {"sft": ("sft", "exact"), "standard": ("llava-kd", "standard"), "exact": ("llava-kd", "exact")}
+VARIANTS |= {"live": ("llava-kd", "exact")}
+"""Student → method and the cache whose rows it reads; ``live`` takes nothing else from it."""
+STAGES = {"sft": "PT,SFT,SFT", "llava-kd": "DPT,SFT,DFT"}
 
 
-def run_seed(seed: int, recipe: Recipe, methods: list[str], work: Path) -> dict[str, Any]:
-    """Scores of every method (and the teacher) on one seed's world."""
+def train_variant(name: str, folder: Path, output: Path, settings: Settings, stages: str | None = None) -> str:
+    """Train one student; its model folder."""
+    method, cache = VARIANTS[name]
+    signals = LiveTeacher.opener(str(TEACHER)) if name == "live" else TeacherSignals.open
+    body = train(str(folder / cache), method, settings, stages or STAGES[method], open_signals=signals)
+    return body["model"]
+
+
+def run_seed(seed: int, recipe: Recipe, variants: list[str], work: Path, update_steps: int) -> dict[str, Any]:
+    """Scores of every student (and the teacher) on one seed's world, and the cosines of their weight updates."""
     folder = work / f"seed-{seed}"
     world, data = make_world(folder / "world", recipe, seed)
-    settings = CaptureSettings(shards=recipe.shards, fields=FIELDS)
-    capture(CaptureRequest(TeacherSpec(str(TEACHER)), data, str(folder / "cache"), settings, {}))
+    for store in ("standard", "exact"):
+        settings = CaptureSettings(shards=recipe.shards, store=store)
+        capture(CaptureRequest(TeacherSpec(str(TEACHER)), data, str(folder / store), settings, {}))
     scores = {}
-    for name in [*methods, "teacher"]:
+    for name in [*variants, "teacher"]:
         saved = folder / "scores" / f"{name}.json"
         if not saved.is_file():
             output = folder / "runs" / name
-            model = str(TEACHER) if name == "teacher" else train_one(name, str(folder / "cache"), output, recipe, seed)
+            settings = student_settings(output, recipe, seed)
+            model = str(TEACHER) if name == "teacher" else train_variant(name, folder, output, settings)
             saved.parent.mkdir(parents=True, exist_ok=True)
             saved.write_text(json.dumps(score(model, heldout(world))))
         scores[name] = json.loads(saved.read_text())
         print(f"seed {seed} {name}: {100 * scores[name]['family_mean']:.1f} % (mean of families)", flush=True)
-    return scores
+    cosines = update_cosines(folder, recipe, seed, [name for name in variants if name != "sft"], update_steps)
+    return {"seed": seed, "scores": scores, "update_cosines": cosines}
+
+
+def update_cosines(folder: Path, recipe: Recipe, seed: int, variants: list[str], steps: int) -> dict[str, float]:
+    """Cosine of each student's weight change in one DFT stage of so many steps to the live student's."""
+    if "live" not in variants:
+        return {}
+    updates = {}
+    start = load_file(STUDENT_START / "model.safetensors")
+    for name in variants:
+        settings = student_settings(folder / "updates" / name, recipe, seed)
+        settings = replace(
+            settings, stages={"DFT": replace(settings.stages.get("DFT", StageSettings()), max_steps=steps)}
+        )
+        model = load_file(
+            Path(train_variant(name, folder, folder / "updates" / name, settings, "DFT")) / "model.safetensors"
+        )
+        updates[name] = torch.cat([(model[key] - start[key]).flatten().double() for key in sorted(start)])
+    live = updates.pop("live")
+    return {name: float(one @ live / (one.norm() * live.norm())) for name, one in updates.items()}
+
+
+def interval(values: list[float]) -> tuple[float, float]:
+    """Mean and half width of its 95 % interval (Student's t)."""
+    if len(values) < 2:
+        return statistics.mean(values), math.inf
+    half = student_t.ppf(0.975, len(values) - 1) * statistics.stdev(values) / math.sqrt(len(values))
+    return statistics.mean(values), float(half)
 
 
 def mean_std(values: list[float]) -> str:
     """Percent with the sample standard deviation."""
-    spread = statistics.stdev(values) if len(values) > 1 else 0.0
-    return f"{100 * statistics.mean(values):.1f} ± {100 * spread:.1f}"
+    return f"{100 * statistics.mean(values):.1f} ± {100 * (statistics.stdev(values) if len(values) > 1 else 0.0):.1f}"
 
 
 def results_table(runs: list[dict[str, Any]], names: list[str]) -> str:
-    """Exact match by family, mean ± std over seeds, and the paired difference of the first two methods."""
-    families = list(runs[0][names[0]]["families"])
-    rows = []
-    for label, pick in [
-        *((family, lambda one, family=family: one["families"][family]["exact_match"]) for family in families),
-        ("mean of families", lambda one: one["family_mean"]),
-    ]:
-        columns = {name: [pick(run[name]) for run in runs] for name in names}
-        paired = [b - a for a, b in zip(columns[names[0]], columns[names[1]])] if len(names) > 2 else []
-        rows.append([label, *map(mean_std, columns.values()), *([mean_std(paired)] if paired else [])])
-    difference = [f"{names[1]} − {names[0]}"] if len(names) > 2 else []
-    return table([f"exact match, %, {len(runs)} seeds", *names, *difference], rows)
+    """Exact match by family, mean ± std over seeds."""
+    families = list(runs[0]["scores"][names[0]]["families"])
+    rows = [
+        [family, *(mean_std([run["scores"][n]["families"][family]["exact_match"] for run in runs]) for n in names)]
+        for family in families
+    ]
+    rows.append(["mean of families", *(mean_std([run["scores"][n]["family_mean"] for run in runs]) for n in names)])
+    return table([f"exact match, %, {len(runs)} seeds", *names], rows)
 
 
-def main() -> None:
+def paired(runs: list[dict[str, Any]], variants: list[str]) -> dict[str, dict[str, float]]:
+    """Each student less the live one, in points: mean and half width of the 95 % interval; and the lowest update cosine."""
+    result = {}
+    for name in (one for one in variants if one != "live"):
+        gaps = [100 * (run["scores"][name]["family_mean"] - run["scores"]["live"]["family_mean"]) for run in runs]
+        mean, half = interval(gaps)
+        cosines = [run["update_cosines"].get(name) for run in runs if name in run["update_cosines"]]
+        result[name] = {"difference": mean, "half_width_95": half, "least_cosine": min(cosines, default=math.nan)}
+    return result
+
+
+def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--first-seed", type=int, default=0)
-    parser.add_argument("--methods", default=",".join(RUNS))
+    parser.add_argument("--variants", default=",".join(VARIANTS))
+    parser.add_argument("--update-steps", type=int, default=50)
     parser.add_argument("--work", type=Path, default=Path("runs/students"))
     parser.add_argument("--save", action="store_true", help="write benchmarks/results/students.json")
     for one in fields(Recipe):
         parser.add_argument(f"--{one.name.replace('_', '-')}", type=type(one.default), default=None)
-    arguments = parser.parse_args()
+    return parser.parse_args()
+
+
+def main() -> None:
+    arguments = parse()
     given = {one.name: getattr(arguments, one.name) for one in fields(Recipe)}
     recipe = replace(Recipe(), **{name: value for name, value in given.items() if value is not None})
-    methods = arguments.methods.split(",")
+    variants = arguments.variants.split(",")
     seeds = range(arguments.first_seed, arguments.first_seed + arguments.seeds)
-    runs = [run_seed(seed, recipe, methods, arguments.work) for seed in seeds]
-    print(results_table(runs, [*methods, "teacher"]))
-    body = {"benchmark": "students", "recipe": asdict(recipe), "seeds": list(seeds), "scores": runs}
+    runs = [run_seed(seed, recipe, variants, arguments.work, arguments.update_steps) for seed in seeds]
+    print(results_table(runs, [*variants, "teacher"]))
+    differences = paired(runs, variants) if "live" in variants else {}
+    for name, one in differences.items():
+        print(
+            f"{name} − live: {one['difference']:+.2f} ± {one['half_width_95']:.2f} points (95 %), "
+            f"update cosine ≥ {one['least_cosine']:.5f}"
+        )
+    body = {
+        "benchmark": "students",
+        "recipe": asdict(recipe),
+        "seeds": list(seeds),
+        "paired": differences,
+        "runs": runs,
+    }
     if arguments.save:
         target = Path(__file__).parent / "results" / "students.json"
         target.write_text(json.dumps(body, indent=1) + "\n")
-    print(json.dumps({**body, "scores": [{n: one[n]["family_mean"] for n in one} for one in runs]}))
+    means = [{name: one["scores"][name]["family_mean"] for name in one["scores"]} for one in runs]
+    print(json.dumps({**body, "runs": means}))
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 from teacher_cache.codecs import entropy
-from teacher_cache.codecs.entropy import Decoder, fit_smooth_table, fit_table
+from teacher_cache.codecs.entropy import Decoder, Table, fit_smooth_table, fit_table
 from teacher_cache.codecs.scales import LogScale, Uniform
 from teacher_cache.errors import CacheError, KdcliError
 from teacher_cache.fields.calibration import Calibration, tables_of, tensors_of
