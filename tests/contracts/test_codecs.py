@@ -16,8 +16,15 @@ BOUNDS = {
     "fp32": lambda rows: torch.zeros_like(rows),
     "bf16": lambda rows: rows.abs() * 2.0**-8,
     "int8": lambda rows: (rows.abs().amax(dim=1, keepdim=True) / 254).expand_as(rows),
+    "int4": lambda rows: group_largest(rows) / 14 * (1 + 2.0**-8),
 }
 """Largest error of each entry, as the codec's module states it. A new codec adds its own."""
+
+
+def group_largest(rows: torch.Tensor) -> torch.Tensor:
+    """Largest magnitude among the 64 columns that share a scale, for every entry."""
+    groups = rows.abs().split(64, dim=1)
+    return torch.cat([one.amax(dim=1, keepdim=True).expand_as(one) for one in groups], dim=1)
 
 
 def rows_of(seed: int, rows: int, width: int, scale: float) -> torch.Tensor:
@@ -30,7 +37,7 @@ def test_every_codec_states_a_bound() -> None:
 
 @pytest.mark.parametrize("name", CODECS)
 @settings(max_examples=40, deadline=None)
-@given(st.integers(0, 10**6), st.integers(1, 6), st.integers(1, 40), st.sampled_from([1e-30, 1e-3, 1.0, 300.0, 1e30]))
+@given(st.integers(0, 10**6), st.integers(1, 6), st.integers(1, 140), st.sampled_from([1e-30, 1e-3, 1.0, 300.0, 1e30]))
 def test_round_trip_within_the_bound(name: str, seed: int, count: int, width: int, scale: float) -> None:
     codec, rows = CODECS[name], rows_of(seed, count, width, scale)
     stored = container.unpack(container.pack(codec.encode(rows)))
@@ -71,9 +78,22 @@ def test_equal_rows_are_equal_bytes(name: str) -> None:
     assert container.pack(CODECS[name].encode(rows)) == container.pack(CODECS[name].encode(strided))
 
 
+@pytest.mark.parametrize(("width", "size"), [(256, 128 + 8), (64, 32 + 2), (65, 32 + 1 + 4), (3, 1 + 1 + 2)])
+def test_int4_is_half_a_byte_a_value_and_a_scale_for_64(width: int, size: int) -> None:
+    stored = CODECS["int4"].encode(rows_of(3, 1, width, 1.0))
+    assert sum(tensor.nbytes for tensor in stored.values()) == size
+
+
+def test_int4_confines_an_outlier_to_its_group() -> None:
+    rows = rows_of(4, 5, 256, 1.0)
+    rows[:, 3] = 1000.0
+    decoded = CODECS["int4"].decode(CODECS["int4"].encode(rows))
+    assert (decoded[:, 64:] - rows[:, 64:]).abs().max() < 0.4
+
+
 def test_the_name_decides_and_unknown_ones_are_refused() -> None:
     assert row_codec("bf16", 1) is CODECS["bf16"]
-    with pytest.raises(CacheError, match="unknown codec 'zip': this version of kdcli reads bf16, fp32, int8"):
+    with pytest.raises(CacheError, match="unknown codec 'zip': this version of kdcli reads bf16, fp32, int4, int8"):
         row_codec("zip")
     with pytest.raises(CacheError, match="codec int8 version 9 is not readable: this kdcli reads 1"):
         row_codec("int8", 9)
