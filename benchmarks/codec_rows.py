@@ -1,0 +1,143 @@
+"""Rows of trained models for the codec benchmark: what a teacher says at vision and response rows, and a student at the same rows."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.text_teacher import load_text_teacher
+from pipelines.demo.run import STUDENT_START, TEACHER
+from pipelines.demo.write_world import write_world
+from teacher_cache.batch import token_batches
+from teacher_cache.prepare import Preparer
+from teacher_cache.records import Prepared, SkipRecord, TeacherOutput, TextTokens
+from teacher_cache.sources import DataSpec, open_source
+from teacher_cache.teachers.head import topk_rows
+from teacher_cache.teachers.transformers import TeacherSpec, TransformersTeacher, load_processor
+
+LARGEST_K = 128
+
+
+@dataclass
+class Rows:
+    """One kind of rows of one teacher, sample by sample.
+
+    Attributes:
+        kind: ``vision`` or ``response``, which names the fields. head: W ``[V, D]``.
+        calibration, test: samples for fitting, and others for measuring: hidden states (all three kinds for the demo) and top-128.
+        prepared: of the test samples (keys; what a sampler draws from). student: its outputs on the test samples; student_head.
+    """
+
+    name: str
+    kind: str
+    head: torch.Tensor
+    calibration: list[TeacherOutput]
+    test: list[TeacherOutput]
+    prepared: list[Prepared]
+    student: list[TeacherOutput]
+    student_head: torch.Tensor
+
+    @property
+    def hidden(self) -> torch.Tensor:
+        """float32 ``[R, D]``: the test rows of all samples."""
+        return torch.cat([one.hidden[self.kind] for one in self.test]).to(torch.float32)
+
+    @property
+    def student_hidden(self) -> torch.Tensor:
+        """float32 ``[R, D_s]``: the student at the same rows."""
+        return torch.cat([one.hidden[self.kind] for one in self.student]).to(torch.float32)
+
+
+def demo_rows(folder: Path, calibration: int, test: int) -> list[Rows]:
+    """Vision and response rows of the shipped teacher on demo rows, and the shipped student before any distillation."""
+    captions = (calibration + test) // 4
+    world = write_world(folder, captions=captions, train=calibration + test - captions, heldout=7, seed=11)
+    specs = (
+        DataSpec("caption", str(world.captions), image_root=str(world.images), template="plain"),
+        DataSpec("sft", world.train, template="chat"),
+    )
+    processor, config = load_processor(TeacherSpec(str(TEACHER)))
+    prepared = _prepare(specs, Preparer(processor, config))
+    order = torch.randperm(len(prepared), generator=torch.Generator().manual_seed(0)).tolist()
+    fit, measured = ([prepared[i] for i in part] for part in (order[:calibration], order[calibration:]))
+    teacher, student = (_model(path, processor, config) for path in (TEACHER, STUDENT_START))
+    said, fitted = ask(teacher, measured), ask(teacher, fit)
+    student_said = ask(student, measured)
+    return [
+        Rows(
+            f"demo teacher, {kind}",
+            kind,
+            teacher.head,
+            fitted,
+            said,
+            measured,
+            student_said,
+            student.head,
+        )
+        for kind in ("vision", "response")
+    ]
+
+
+def _model(folder: Path, processor: Any, config: Any) -> TransformersTeacher:
+    return TransformersTeacher(TeacherSpec(str(folder), dtype="float32", device="cpu"), processor, config)
+
+
+def _prepare(specs: Sequence[DataSpec], preparer: Preparer) -> list[Prepared]:
+    rows = []
+    for spec in specs:
+        source = open_source(spec)
+        for group in source.scan(500):
+            for row in source.read(group):
+                if not isinstance(row, SkipRecord):
+                    rows.append(preparer.prepare(row, spec.template, spec.max_image_pixels))
+    return rows
+
+
+def ask(model: TransformersTeacher, prepared: Sequence[Prepared]) -> list[TeacherOutput]:
+    """Hidden states of vision, response and text rows and the largest top-k, sample by sample."""
+    kinds = ("vision", "response")
+    wants = frozenset({*(f"topk.{kind}:{LARGEST_K}" for kind in kinds), *(f"hidden.{k}" for k in (*kinds, "text"))})
+    outputs: dict[int, TeacherOutput] = {}
+    for indices in token_batches(prepared, 8192):
+        outputs.update(zip(indices, model([prepared[i] for i in indices], wants)))
+    return [outputs[i] for i in range(len(prepared))]
+
+
+@torch.inference_mode()
+def text_rows(folder: Path, calibration: int, test: int) -> Rows:
+    """Response rows of the larger language model on text that it has not seen; its early exit, two layers sooner, is the student."""
+    model, tokens = load_text_teacher(folder)
+    model = model.eval()
+    head = model.get_output_embeddings().weight.detach().to(torch.float32)
+    layers = model.config.num_hidden_layers
+    outputs, exits = [], []
+    for block in tokens[: calibration + test]:
+        states = model.model(block[None].long(), output_hidden_states=True)
+        hidden = states.last_hidden_state[0].to(torch.float32)
+        outputs.append(TeacherOutput({"response": hidden}, {"response": topk_rows(hidden, head, LARGEST_K)}))
+        early = model.model.norm(states.hidden_states[layers - 2])[0].to(torch.float32)
+        exits.append(TeacherOutput({"response": early}))
+    prepared = [_text_sample(number, len(block)) for number, block in enumerate(tokens[: calibration + test])]
+    return Rows(
+        f"text teacher, {len(head)} × {head.shape[1]}",
+        "response",
+        head,
+        outputs[:calibration],
+        outputs[calibration:],
+        prepared[calibration:],
+        exits[calibration:],
+        head,
+    )
+
+
+def _text_sample(number: int, length: int) -> Prepared:
+    """A sample in name only: fields read its key and its counts."""
+    ids = torch.arange(length)
+    flags = torch.ones(length, dtype=torch.bool)
+    text = TextTokens(ids.to(torch.uint32), flags.to(torch.uint8), flags.to(torch.uint16), flags, ())
+    empty = torch.zeros(0, dtype=torch.int64)
+    return Prepared(f"{number:09d}-text", "text", ids, empty, ids, ids, ids, text, (), {})
