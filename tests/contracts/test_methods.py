@@ -13,11 +13,12 @@ import torch
 
 from student_train import distributed
 from student_train.cache import Cache, CachedRows
-from student_train.losses.reduce import RowTerm, SampleTerm, total_loss
+from student_train.losses.reduce import Rows, RowTerm, SampleTerm, total_loss
 from student_train.methods import create_method, method_modules
 from student_train.needs import Need, serve, served_by
 from student_train.stages import parse_stages
-from student_train.teacher_view import TeacherView
+from student_train.teacher_view import DenseTeacher, TeacherView
+from teacher_cache.errors import CompatibilityError
 
 CASES = [(name, preset) for name, module in sorted(method_modules().items()) for preset in module.PRESETS]
 each_method = pytest.mark.parametrize("name, preset", CASES, ids=lambda value: value)
@@ -35,12 +36,14 @@ def open_method(
     from student_train.config import StageSettings, TrainSettings
     from student_train.student import load_student
 
-    def open_(name: str, preset: str, cache_url: Path = tiny_cache, **changes: Any) -> tuple[Any, Any]:
+    def open_(
+        name: str, preset: str, cache_url: Path = tiny_cache, knobs: dict[str, Any] | None = None, **changes: Any
+    ) -> tuple[Any, Any]:
         given = {"per_device_train_batch_size": MIXED, "max_steps": 1, "report_to": "none", "seed": 1, **changes}
         train = TrainSettings(student=str(tiny_student), **given)
         cache, stage = Cache(str(cache_url)), parse_stages(method_modules()[name].STAGES)[-1]
         own = {stage.name: StageSettings(parts=("caption", "sft"))}
-        (plan,) = plan_stages(cache, name, Settings(train=train, stages=own), stage.name, preset, None)
+        (plan,) = plan_stages(cache, name, Settings(train=train, stages=own), stage.name, preset, knobs)
         rows = CachedRows(cache, plan.parts, plan.served.names)
         model, processor = load_student(str(tiny_student), "sdpa")
         processes = distributed.Processes(0, 1, torch.device("cpu"))
@@ -49,6 +52,16 @@ def open_method(
         return trainer, next(iter(batches_from(0)))[1]
 
     return open_
+
+
+@pytest.fixture(scope="module")
+def topk_cache(tmp_path_factory: pytest.TempPathFactory, make_request: Callable[..., Any]) -> Path:
+    """The rows of ``tiny_cache`` without hidden states: top-8 in float32, and the Gram matrices."""
+    from pipelines.cache_teacher import capture
+
+    out = tmp_path_factory.mktemp("caches") / "topk"
+    capture(make_request(out, fields=("response_topk", "vision_topk", "relation")))
+    return out
 
 
 def loss_and_gradients(trainer: Any, batches: Any) -> tuple[float, dict[str, float], dict[str, torch.Tensor]]:
@@ -175,3 +188,69 @@ def test_text_only_rows_alone(open_method: Callable[..., Any], name: str, preset
     for term_name, term in trainer.terms.items():
         sees_pictures = isinstance(term, SampleTerm) or term.rows == "vision"
         assert (terms[term_name] == 0) == sees_pictures
+
+
+def logit_needs(name: str, preset: str) -> list[Need]:
+    return [need for need in create_method(name, preset).needs() if need.what in ("response_logits", "vision_logits")]
+
+
+@each_method
+def test_hidden_states_serve_exactly_and_top_k_from_below(
+    open_method: Callable[..., Any], topk_cache: Path, name: str, preset: str
+) -> None:
+    """Exact fields win where a cache has both; from top-k alone every divergence is a lower bound, and the run says so."""
+    trainer, batches = open_method(name, preset)
+    assert not [field for field in batches[0].fields if field.endswith("_topk")]
+    try:
+        few, few_batches = open_method(name, preset, topk_cache)
+    except CompatibilityError as refusal:
+        assert any(need.what == "vision_raw_logits" for need in trainer.method.needs()), refusal
+        return
+    _, exact, _ = loss_and_gradients(trainer, batches)
+    loss, bound, gradients = loss_and_gradients(few, few_batches)
+    assert math.isfinite(loss) and all(torch.isfinite(one).all() for one in gradients.values())
+    for term, value in bound.items():
+        if isinstance(few.terms[term], SampleTerm) or term == "reg":
+            assert value == pytest.approx(exact[term], rel=1e-3)  # Gram matrices are stored in float16
+        else:
+            assert 0 < value < exact[term]
+
+
+@each_method
+def test_what_top_k_loses_is_said(name: str, preset: str) -> None:
+    topk = {f"{kind}_topk": {} for kind in ("response", "vision")}
+    for need in logit_needs(name, preset):
+        assert "lower bound" in " ".join(serve([need], topk, name, "").notes)
+        assert not serve([need], {f"{need.what.split('_')[0]}_hidden": {"codec": "int8"}}, name, "").notes
+
+
+@pytest.mark.parametrize(
+    "name, preset", [case for case in CASES if hasattr(create_method(*case), "temperature")], ids=lambda value: value
+)
+def test_another_temperature_needs_hidden_states(
+    open_method: Callable[..., Any], topk_cache: Path, name: str, preset: str
+) -> None:
+    knobs = {"temperature": 2.0}
+    assert all(need.temperature == 2.0 for need in create_method(name, preset, knobs).needs() if "logits" in need.what)
+    loss, _, _ = loss_and_gradients(*open_method(name, preset, knobs=knobs))
+    assert math.isfinite(loss) and loss > 0
+    with pytest.raises(CompatibilityError, match=r"T=2.*temperature 1 only.*add-field"):
+        open_method(name, preset, topk_cache, knobs=knobs)
+
+
+@each_method
+def test_the_need_says_whose_mass_weighs(name: str, preset: str) -> None:
+    """``forward`` promises that the teacher's samples would do: the gradient is p_s minus the mean of one-hot samples."""
+    for need in logit_needs(name, preset):
+        kind = need.what.split("_")[0]
+        terms = [term for term in create_method(name, preset).terms().values() if isinstance(term, RowTerm)]
+        logits = torch.tensor([[0.5, -1.0, 2.0, 0.0]], requires_grad=True)
+        teacher = DenseTeacher(torch.tensor([[1.0, 0.0, -1.0, 0.5]]), torch.eye(4))
+        for term in (one for one in terms if one.rows == kind):
+            try:
+                value = term.loss(Rows(logits, None, teacher))
+            except AssertionError:
+                continue  # cross-entropy
+            (gradient,) = torch.autograd.grad(value.sum(), logits)
+            linear = logits.softmax(1) - teacher.log_probs(need.temperature).exp()
+            assert torch.allclose(gradient, linear, atol=1e-6) == (need.direction == "forward")
