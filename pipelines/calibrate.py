@@ -11,7 +11,7 @@ from teacher_cache.cache_shard import Teacher, is_finite
 from teacher_cache.errors import KdcliError, SkipRow
 from teacher_cache.fields import CalibratedField
 from teacher_cache.fields.calibration import Calibration
-from teacher_cache.plan import Plan
+from teacher_cache.plan import Plan, Slice
 from teacher_cache.prepare import Preparer
 from teacher_cache.records import Prepared, SkipRecord, TeacherOutput
 from teacher_cache.sources import open_source
@@ -48,8 +48,7 @@ def calibration_samples(
 ) -> list[Prepared]:
     """The first usable rows of every slice in turn, until there are enough: every part and kind of row has its share."""
     sources = {part.spec.part: open_source(part.spec) for part in plan.parts}
-    chosen = [one for one in plan.slices if one.part not in parts_without_fields]
-    readers = [_usable_rows(plan, preparer, sources, one) for one in chosen]
+    readers = [_usable_rows(plan, preparer, sources, one) for one in spread(plan.slices, parts_without_fields)]
     found: list[Prepared] = []
     while readers and len(found) < samples:
         still = []
@@ -62,6 +61,16 @@ def calibration_samples(
                 break
         readers = still
     return found
+
+
+def spread(slices: Sequence[Slice], parts_without_fields: frozenset[str]) -> list[Slice]:
+    """The slices that have fields, parts mixed by their shares: any first few are of every part, however many slices there are."""
+    by_part: dict[str, list[Slice]] = {}
+    for one in slices:
+        if one.part not in parts_without_fields:
+            by_part.setdefault(one.part, []).append(one)
+    places = [(i / len(own), number, one) for number, own in enumerate(by_part.values()) for i, one in enumerate(own)]
+    return [one for *_, one in sorted(places, key=lambda place: place[:2])]
 
 
 def _usable_rows(plan, preparer, sources, one) -> Iterator[Prepared]:  # type: ignore[no-untyped-def]

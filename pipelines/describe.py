@@ -10,10 +10,10 @@ from typing import Any
 
 import torch
 
-from student_train.cache import read_tensors
+from student_train.cache import read_field
 from teacher_cache.codecs import container
 from teacher_cache.errors import CacheError
-from teacher_cache.fields import CalibratedField, Field, open_field
+from teacher_cache.fields import CalibratedField, Field
 from teacher_cache.fields.calibration import Calibration
 from teacher_cache.plan import Plan, content_hash, difference
 from teacher_cache.shards.sealed import seal, unseal
@@ -101,7 +101,7 @@ def bound(storage: Storage, name: str, one: Field) -> Field:
     if not one.calibrated:
         return one
     body = unseal(storage.read(field_path(name)), f"{storage}/{field_path(name)}")
-    return open_field(name, body, read_tensors(storage, body["calibration"], name))
+    return read_field(storage, name, body)
 
 
 def refuse_other_settings(storage: Storage, name: str, body: Mapping[str, Any]) -> None:

@@ -17,7 +17,7 @@ from teacher_cache.errors import CacheError
 from teacher_cache.records import Sketch, TopK
 from teacher_cache.shards.commit import committed_shards, read_commit
 from teacher_cache.shards.sealed import unseal
-from teacher_cache.shards.verify import Problem, orphans, verify
+from teacher_cache.shards.verify import CALIBRATION_ROLES, Problem, orphans, verify
 from teacher_cache.teachers.head import topk_rows
 
 WORDS = 3
@@ -171,7 +171,7 @@ def check(cache: Cache) -> list[Problem]:
 def reading_problems(cache: Cache, name: str) -> Iterator[str]:
     """What keeps a field from being read: its calibration, or the head that its rows are multiplied with."""
     body = cache.fields[name]
-    files = [body[role] for role in ("calibration", "low_rank_head") if body.get(role)]
+    files = [body[role] for role in CALIBRATION_ROLES if body.get(role)]
     if body["head_sha256"]:
         files.append({"path": f"{body['teacher_folder']}/head.safetensors", "sha256": body["head_sha256"]})
     for file in files:

@@ -67,9 +67,7 @@ class Cache:
     def open_field(self, name: str) -> Field:
         """The field as it was written, with its calibration; read once."""
         if name not in self._opened:
-            file = self.fields[name].get("calibration")
-            calibration = read_tensors(self.storage, file, name) if file else None
-            self._opened[name] = open_field(name, self.fields[name], calibration)
+            self._opened[name] = read_field(self.storage, name, self.fields[name])
         return self._opened[name]
 
     def parts(self) -> list[str]:
@@ -100,12 +98,23 @@ class Cache:
 
     def low_rank_head(self, field: str) -> LowRankHead:
         """W′ and b of a sketched field: all that training needs of its teacher."""
-        tensors = read_tensors(self.storage, self.fields[field]["low_rank_head"], field)
+        tensors = read_tensors(self.storage, self.fields[field].get("low_rank_head"), field)
         return LowRankHead(tensors["weight"], tensors["bias"])
 
 
-def read_tensors(storage: Storage, file: Mapping[str, Any], field: str) -> dict[str, torch.Tensor]:
-    """A file that ``field.json`` names by ``path`` and ``sha256``; CacheError where it is missing or another."""
+def read_field(storage: Storage, name: str, body: Mapping[str, Any]) -> Field:
+    """The field that ``field.json`` describes, with its calibration where it has one; CacheError where that cannot be read."""
+    file = body.get("calibration")
+    field = open_field(name, body, read_tensors(storage, file, name) if file else None)
+    if field.calibrated and not file:
+        raise CacheError(f"{storage}/fields/{name}/field.json names no calibration, field {name} cannot be read")
+    return field
+
+
+def read_tensors(storage: Storage, file: Mapping[str, Any] | None, field: str) -> dict[str, torch.Tensor]:
+    """A file that ``field.json`` names by ``path`` and ``sha256``; CacheError where it is not named, missing or another."""
+    if file is None:
+        raise CacheError(f"{storage}/fields/{field}/field.json does not name a file that field {field} is read with")
     path = file["path"]
     try:
         data = storage.read(path)

@@ -9,7 +9,7 @@ no place for are escaped and written whole: a table that fits badly costs bytes,
 from __future__ import annotations
 
 import struct
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -18,7 +18,7 @@ import constriction
 import numpy as np
 import torch
 
-from teacher_cache.errors import CacheError
+from teacher_cache.errors import CacheError, KdcliError
 
 VERSION = 1
 SMOOTHING = 0.05
@@ -26,8 +26,13 @@ SMOOTHING = 0.05
 MOST_ENTRIES = 1 << 14
 """Of a fitted table for measures; what lies outside is escaped."""
 _HEADER = struct.Struct("<III")
+MOST_ROWS = 1 << 18
 MOST_SYMBOLS = 1 << 28
-"""Symbols of one record: what a damaged header may ask for before it is refused."""
+"""Rows and symbols of one record: what a damaged header may ask for before it is refused."""
+GROUND = np.array([0x9E3779B9], dtype=np.uint32)
+"""What the coder stands on. On nothing, reading too much would end as it should: an empty coder hands out first symbols for ever."""
+FARTHEST = 1 << 30
+"""Measures beyond are no part of a table's window: the symbol of an infinity is one."""
 
 
 @dataclass(frozen=True)
@@ -89,18 +94,19 @@ def fit_smooth_table(symbols: np.ndarray) -> Table:
 
     The blur is a tenth of the spread, so that a few hundred symbols fit a table of thousands.
     """
-    if not len(symbols):
+    inside = symbols[np.abs(symbols.astype(np.int64)) < FARTHEST].astype(np.int64)
+    if not len(inside):
         return fit_table(symbols, -8, 8)
-    margin = max(8, int(np.ptp(symbols)) // 8)
-    low, high = int(symbols.min()) - margin, int(symbols.max()) + margin
-    low, high = max(low, -MOST_ENTRIES // 2), min(high, MOST_ENTRIES // 2)
-    counts = np.bincount(np.clip(symbols.astype(np.int64), low, high) - low, minlength=high - low + 1).astype(
-        np.float64
-    )
-    quarter, three = np.percentile(symbols, [25, 75])
+    # Around the median, wherever it lies: some teachers' mean logit is -100.
+    middle, reach = int(np.sort(inside)[len(inside) // 2]), MOST_ENTRIES // 2
+    inside = inside[np.abs(inside - middle) < reach]
+    margin = max(8, int(np.ptp(inside)) // 8)
+    low, high = max(int(inside.min()) - margin, middle - reach), min(int(inside.max()) + margin, middle + reach)
+    counts = np.bincount(inside - low, minlength=high - low + 1).astype(np.float64)
+    quarter, three = np.percentile(inside, [25, 75])
     width = max(1.0, 0.1 * (three - quarter))
-    reach = int(3 * width) + 1
-    kernel = np.exp(-0.5 * (np.arange(-reach, reach + 1) / width) ** 2)
+    wide = np.arange(-int(3 * width) - 1, int(3 * width) + 2)
+    kernel = np.exp(-0.5 * (wide / width) ** 2)
     blurred = np.convolve(counts, kernel / kernel.sum(), mode="same") if len(counts) > len(kernel) else counts
     return fit_table(symbols, low, high, blurred + 0.02)
 
@@ -111,9 +117,15 @@ Stream = tuple[np.ndarray, Table]
 def encode(streams: Sequence[Stream], rows: int) -> torch.Tensor:
     """uint8 ``[bytes]`` of all streams; ``rows`` is kept in the header for the reader.
 
-    Layout: rows, number of escapes, number of 32-bit words (uint32 each), escaped symbols (int32), words of the ANS coder (uint32).
+    Layout: rows, number of escapes, number of 32-bit words (uint32 each), escaped symbols (int32), words of the ANS coder (uint32),
+    coded upon ``GROUND``.
+
+    Raises:
+        KdcliError: more rows or symbols than a reader takes, or a symbol beyond 32 bits.
     """
-    coder = constriction.stream.stack.AnsCoder()
+    if rows > MOST_ROWS or sum(symbols.size for symbols, _ in streams) > MOST_SYMBOLS:
+        raise KdcliError(f"a record of {rows} rows is more than a coded field takes: use another codec")
+    coder = constriction.stream.stack.AnsCoder(GROUND)
     escaped = []
     for symbols, table in reversed(streams):  # a stack: what is decoded first is encoded last
         flat = np.ascontiguousarray(symbols).reshape(-1)
@@ -121,7 +133,10 @@ def encode(streams: Sequence[Stream], rows: int) -> torch.Tensor:
             continue
         places = table.places(flat)
         coder.encode_reverse(places, table.model)
-        escaped.append(flat[places == table.escape])
+        beyond = flat[places == table.escape]
+        if len(beyond) and (beyond.min() < -(1 << 31) or beyond.max() >= 1 << 31):
+            raise KdcliError("a value is too large to be coded: use another codec")
+        escaped.append(beyond)
     outside = np.concatenate(escaped[::-1]).astype("<i4") if escaped else np.zeros(0, dtype="<i4")
     words = coder.get_compressed().astype("<u4")
     data = _HEADER.pack(rows, len(outside), len(words)) + outside.tobytes() + words.tobytes()
@@ -132,20 +147,30 @@ class Decoder:
     """Reads the streams of ``encode`` back, in their order. CacheError where the bytes are not of that layout."""
 
     def __init__(self, data: torch.Tensor):
-        raw = data.numpy().tobytes()
-        if data.dtype != torch.uint8 or len(raw) < _HEADER.size:
+        if data.dtype != torch.uint8 or data.numel() < _HEADER.size:
             raise CacheError("a coded record is too short: run `kdcli cache verify`")
+        raw = data.numpy().tobytes()
         self.rows, escapes, words = _HEADER.unpack_from(raw)
         if len(raw) != _HEADER.size + 4 * (escapes + words):
             raise CacheError("a coded record has not the length that its header says: run `kdcli cache verify`")
+        if self.rows > MOST_ROWS:
+            raise CacheError(f"a coded record claims {self.rows} rows: run `kdcli cache verify`")
+        self._left = MOST_SYMBOLS
         self._escapes = np.frombuffer(raw, "<i4", escapes, _HEADER.size)
-        words_at = _HEADER.size + 4 * escapes
-        self._coder = constriction.stream.stack.AnsCoder(np.frombuffer(raw, "<u4", words, words_at).astype(np.uint32))
+        coded = np.frombuffer(raw, "<u4", words, _HEADER.size + 4 * escapes).astype(np.uint32)
+        if words and not coded[-1]:  # what the library would refuse with an error of its own
+            raise CacheError("a coded record ends in a way that none does: run `kdcli cache verify`")
+        self._coder = constriction.stream.stack.AnsCoder(coded)
+
+    def promise(self, symbols: int) -> None:
+        """So many symbols are still to come: refused before room is made for what a damaged header asks for."""
+        if not 0 <= symbols <= self._left:
+            raise CacheError(f"a coded record claims {symbols} symbols: run `kdcli cache verify`")
 
     def take(self, count: int, table: Table) -> np.ndarray:
         """The next ``count`` symbols, int32."""
-        if not 0 <= count <= MOST_SYMBOLS:
-            raise CacheError(f"a coded record claims {count} symbols: run `kdcli cache verify`")
+        self.promise(count)
+        self._left -= count
         if not count:
             return np.zeros(0, dtype=np.int32)
         places = self._coder.decode(table.model, count)
@@ -159,7 +184,14 @@ class Decoder:
 
     def finish(self) -> None:
         """Everything must have been read: a record decoded with other tables than it was coded with does not end so."""
-        if len(self._escapes) or not self._coder.is_empty():
+        if len(self._escapes) or not np.array_equal(self._coder.get_compressed(), GROUND):
             raise CacheError(
                 "a coded record does not end where it should: the calibration is not the one it was made with"
             )
+
+
+def open_record(stored: Mapping[str, torch.Tensor], place: str) -> Decoder:
+    """The decoder of a record's member ``coded``; CacheError naming ``place`` where it has none."""
+    if "coded" not in stored:
+        raise CacheError(f"{place}: a record holds {sorted(stored)}, nothing coded: run `kdcli cache verify`")
+    return Decoder(stored["coded"])

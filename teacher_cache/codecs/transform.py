@@ -1,27 +1,35 @@
 """Transform coder: rows ``[R, D]`` → a few small integers each, by a KLT in a given metric and one uniform quantiser step.
 
 The step is the same for every dimension, which is reverse water-filling: dimensions with less energy than the step quantise to zero
-and cost nearly nothing. Fitted once on calibration rows, then fixed: basis, ranks and entropy tables lie beside the cache.
+and cost nearly nothing. Rows on a grid (vision tokens) are transformed over the grid as well (``codecs.spectrum``). Fitted once on
+calibration rows, then fixed: basis, ranks and entropy tables lie beside the cache.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
 import torch
 
-from teacher_cache.codecs.entropy import Decoder, Stream, Table, fit_table
-from teacher_cache.errors import KdcliError
+from teacher_cache.codecs import spectrum
+from teacher_cache.codecs.entropy import MOST_ROWS, Decoder, Stream, Table, fit_table
+from teacher_cache.codecs.spectrum import Grid
+from teacher_cache.errors import CacheError, KdcliError
 
 VERSION = 1
-LARGEST = 127
+LARGEST = 2047
 CLASSES_PER_OCTAVE = 4
 """Dimensions share a table with those of about their own scale: fine enough to cost little, coarse enough to be fitted."""
 LEAST_USED = 1e-3
 """A dimension whose symbol is zero in all but this share of the calibration rows is left out. Judged by use, not by variance: the
 coefficients have heavy tails, and leaving out what has little variance tripled the KL of a sketch without its head."""
+NUMBERS = Table(0, torch.full((MOST_ROWS + 1,), 1.0 / (MOST_ROWS + 1)))
+"""Counts and places of grids: 18 bits each."""
+MOST_KEPT = 1 << 20
+"""Symbols of a layout whose order is kept for the next record of that layout."""
 
 
 @dataclass(frozen=True)
@@ -30,7 +38,8 @@ class Transform:
 
     Attributes:
         mean: float32 ``[D]``. encode: float32 ``[D, r]``: y = (h − mean)·encode. step: of the quantiser, in units of y.
-        classes: uint8 ``[r]``: the table of each dimension. tables: float32 ``[C, 256]``: symbols −127 … 127 and the escape.
+        classes: uint8 ``[bands, r]``: the table of each dimension in each band of spatial frequency.
+        tables: float32, the classes' tables one after the other, symbols −n … n and the escape; sizes: int32 ``[C]`` of each.
         shrink: float32 ``[C]``: how far, in steps, values of a bin lie below its middle on average.
     """
 
@@ -39,6 +48,7 @@ class Transform:
     step: float
     classes: torch.Tensor
     tables: torch.Tensor
+    sizes: torch.Tensor
     shrink: torch.Tensor
 
     @property
@@ -47,47 +57,81 @@ class Transform:
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """For a calibration file."""
-        step = torch.tensor([self.step], dtype=torch.float32)
-        return {**{name: value for name, value in vars(self).items() if isinstance(value, torch.Tensor)}, "step": step}
+        names = ("mean", "encode", "classes", "tables", "sizes", "shrink")
+        return {**{name: getattr(self, name) for name in names}, "step": torch.tensor([self.step])}
 
     @classmethod
     def of(cls, tensors: dict[str, torch.Tensor]) -> Transform:
-        names = ("mean", "encode", "classes", "tables", "shrink")
+        names = ("mean", "encode", "classes", "tables", "sizes", "shrink")
+        if missing := sorted({*names, "step"} - set(tensors)):
+            raise CacheError(f"a calibration lacks {', '.join(missing)}: it is of another kind of field")
         return cls(step=float(tensors["step"]), **{name: tensors[name] for name in names})
 
     @cached_property
-    def _by_class(self) -> list[tuple[int, np.ndarray, Table]]:
-        classes = self.classes.numpy()
-        return [
-            (number, np.flatnonzero(classes == number), Table(-LARGEST, self.tables[number]))
-            for number in range(len(self.tables))
-        ]
+    def _tables(self) -> list[Table]:
+        return [Table(-(len(one) - 2) // 2, one) for one in self.tables.split(self.sizes.tolist())]
 
-    def quantise(self, rows: torch.Tensor) -> np.ndarray:
-        """int32 ``[R, r]`` of rows ``[R, D]``."""
-        values = (rows.to(torch.float32) - self.mean) @ self.encode
-        return values.div_(self.step).round_().to(torch.int32).numpy()
+    @cached_property
+    def _orders(self) -> dict[tuple[int, tuple[Grid, ...]], tuple[np.ndarray, np.ndarray]]:
+        return {}
 
-    def streams(self, symbols: np.ndarray) -> list[Stream]:
-        """One stream a table: what ``entropy.encode`` wants."""
-        return [(symbols[:, dims], table) for _, dims, table in self._by_class]
+    def _order(self, rows: int, grids: tuple[Grid, ...]) -> tuple[np.ndarray, np.ndarray]:
+        """(places of all symbols by class, symbols of each class): a function of the layout, which records share."""
+        if (rows, grids) in self._orders:
+            return self._orders[rows, grids]
+        classes = self.classes.numpy()[spectrum.bands(rows, grids)].reshape(-1)
+        made = np.argsort(classes, kind="stable").astype(np.int32), np.bincount(classes, minlength=len(self._tables))
+        if classes.size <= MOST_KEPT:
+            if len(self._orders) >= 16:
+                self._orders.clear()
+            self._orders[rows, grids] = made
+        return made
+
+    def quantise(self, rows: torch.Tensor, grids: Sequence[Grid] = ()) -> np.ndarray:
+        """int32 ``[R, r]`` of rows ``[R, D]``; KdcliError where one is NaN or beyond any integer, which would be stored as garbage."""
+        values = spectrum.forward((rows.to(torch.float32) - self.mean) @ self.encode, grids)
+        values = (values / self.step).round_()
+        if values.numel() and not values.abs().max() < 2**31:  # NaN is not below either
+            raise KdcliError("hidden states hold NaN, infinity or values too large to be coded")
+        return values.to(torch.int32).numpy()
+
+    def streams(self, symbols: np.ndarray, grids: Sequence[Grid] = ()) -> list[Stream]:
+        """The layout, then one stream a table: what ``entropy.encode`` wants."""
+        order, counts = self._order(len(symbols), tuple(grids))
+        parts = np.split(symbols.reshape(-1)[order], np.cumsum(counts)[:-1])
+        layout = [(np.array([len(grids)]), NUMBERS), (spectrum.to_symbols(grids), NUMBERS)]
+        return [*layout, *zip(parts, self._tables)]
 
     def read(self, decoder: Decoder) -> torch.Tensor:
         """float32 ``[R, r]``: y as the reader sees it, bins at their mean value."""
-        values = np.empty((decoder.rows, self.rank), dtype=np.float32)
-        for number, dims, table in self._by_class:
-            symbols = decoder.take(decoder.rows * len(dims), table).reshape(decoder.rows, len(dims))
-            inward = np.sign(symbols) * np.float32(self.shrink[number])
-            values[:, dims] = (symbols - inward) * np.float32(self.step)
-        return torch.from_numpy(values)
+        count = int(decoder.take(1, NUMBERS)[0])
+        if not 0 <= count <= spectrum.MOST_GRIDS:
+            raise CacheError(f"a coded record claims {count} grids: run `kdcli cache verify`")
+        grids = spectrum.from_symbols(decoder.take(4 * count, NUMBERS), decoder.rows)
+        decoder.promise(decoder.rows * self.rank)
+        order, counts = self._order(decoder.rows, grids)
+        taken = []
+        for table, number, shrink in zip(self._tables, counts.tolist(), self.shrink.tolist()):
+            symbols = decoder.take(number, table).astype(np.float32)
+            taken.append(symbols - np.sign(symbols) * np.float32(shrink))
+        values = np.empty(decoder.rows * self.rank, dtype=np.float32)
+        values[order] = np.concatenate(taken) * np.float32(self.step)
+        return spectrum.inverse(torch.from_numpy(values).reshape(decoder.rows, self.rank), grids)
 
 
-def fit(rows: torch.Tensor, root: torch.Tensor | None, step: float, centre: bool = True) -> Transform:
+def fit(
+    rows: torch.Tensor,
+    root: torch.Tensor | None,
+    step: float,
+    centre: bool = True,
+    grids: Sequence[Grid] = (),
+) -> Transform:
     """Fit on calibration rows.
 
     Args:
         rows: ``[R, D]``. root: S ``[D, D]``, square root of the metric; None: Euclidean.
         centre: subtract the mean first (False where inner products matter, which a mean would mix).
+        grids: of all samples, among ``rows``.
     Raises:
         KdcliError: fewer rows than twice their width, where a covariance means nothing.
     """
@@ -95,42 +139,62 @@ def fit(rows: torch.Tensor, root: torch.Tensor | None, step: float, centre: bool
     if count < 2 * width:
         raise KdcliError(f"calibration saw {count} rows of width {width}: at least {2 * width} are needed")
     wide = rows.double()
+    if not torch.isfinite(wide).all():
+        raise KdcliError("calibration rows hold NaN or infinity")
     mean = wide.mean(dim=0) if centre else wide.new_zeros(width)
     centred = wide - mean if root is None else (wide - mean) @ root.double()
     variance, basis = torch.linalg.eigh(centred.T @ centred / count)
-    variance, basis = variance.flip(0).clamp_min(0), basis.flip(1)
-    coefficients = (centred @ (basis / step)).numpy()
+    basis = basis.flip(1)
+    coefficients = spectrum.forward((centred @ (basis / step)).float(), grids).numpy()
     used = np.flatnonzero((np.abs(coefficients) > 0.5).mean(axis=0) > LEAST_USED)
     rank = int(used.max()) + 1 if len(used) else 1
-    coefficients = coefficients[:, :rank]
-    encode = basis[:, :rank] if root is None else root.double() @ basis[:, :rank]
-    classes = scale_classes(variance[:rank].sqrt().numpy() / step)
-    tables, shrink = zip(*(_fit_class(coefficients[:, classes == c]) for c in range(classes.max() + 1)))
+    coefficients, basis = coefficients[:, :rank], basis[:, :rank]
+    of_row = spectrum.bands(count, grids)
+    classes = scale_classes(band_scales(coefficients, of_row))
+    of_symbol = classes[of_row]
+    fitted = [_fit_class(coefficients[of_symbol == number]) for number in range(classes.max() + 1)]
     return Transform(
         mean.float(),
-        encode.float().contiguous(),
+        (basis if root is None else root.double() @ basis).float().contiguous(),
         step,
         torch.from_numpy(classes.astype(np.uint8)),
-        torch.stack([table.probabilities for table in tables]),
-        torch.tensor(shrink, dtype=torch.float32),
+        torch.cat([table.probabilities for table, _ in fitted]),
+        torch.tensor([len(table.probabilities) for table, _ in fitted], dtype=torch.int32),
+        torch.tensor([shrink for _, shrink in fitted], dtype=torch.float32),
     )
 
 
+def band_scales(coefficients: np.ndarray, of_row: np.ndarray) -> np.ndarray:
+    """Root mean square ``[bands, r]`` of the coefficients in each band; a band that no row is in is taken as the average one."""
+    overall = np.sqrt(np.square(coefficients, dtype=np.float64).mean(axis=0))
+    scales = np.repeat(overall[None], spectrum.BANDS, axis=0)
+    for band in np.unique(of_row):
+        scales[band] = np.sqrt(np.square(coefficients[of_row == band], dtype=np.float64).mean(axis=0))
+    return scales
+
+
 def scale_classes(scales: np.ndarray) -> np.ndarray:
-    """Class numbers 0 … of dimensions by scale, without gaps."""
-    octaves = np.floor(np.log2(np.maximum(scales, 1e-6)) * CLASSES_PER_OCTAVE).astype(np.int64)
-    return np.unique(-octaves, return_inverse=True)[1]
+    """Class numbers 0 … of scales, without gaps, the largest first."""
+    octaves = np.floor(np.log2(np.clip(scales, 2.0**-6, 2.0**16)) * CLASSES_PER_OCTAVE).astype(np.int64)
+    return np.unique(-octaves, return_inverse=True)[1].reshape(scales.shape)
 
 
 def _fit_class(values: np.ndarray) -> tuple[Table, float]:
-    """Table and bin shift of one class from its values ``[R, dims]`` in steps; a Laplace distribution fills what was not seen."""
-    symbols = np.rint(values).astype(np.int64).reshape(-1)
-    flat = values.reshape(-1)
-    scale = max(float(np.abs(flat).mean()), 1e-3)
-    prior = np.exp(-np.abs(np.arange(-LARGEST, LARGEST + 1)) / scale)
-    table = fit_table(symbols, -LARGEST, LARGEST, prior / prior.sum() * 8 + 1e-4)
+    """Table and bin shift of one class from its values in steps; a Laplace distribution fills what was not seen."""
+    if not len(values):
+        return fit_table(np.zeros(1, dtype=np.int64), -1, 1), 0.0
+    symbols = np.rint(values).astype(np.int64)
+    scale = max(float(np.abs(values).mean()), 1e-3)
+    largest = min(LARGEST, int(12 * scale) + 15)
+    prior = np.exp(-np.abs(np.arange(-largest, largest + 1)) / scale)
+    prior = prior / prior.sum() * (8 + 2 * scale) + 1e-4
+    if scale > 4:  # many symbols, few of each: neighbours are about as likely
+        reach = int(scale / 4)
+        seen = np.bincount(np.clip(symbols, -largest, largest) + largest, minlength=2 * largest + 1)
+        prior += np.convolve(seen, np.ones(2 * reach + 1) / (2 * reach + 1), mode="same")
+    table = fit_table(symbols if scale <= 4 else symbols[:0], -largest, largest, prior)
     nonzero = symbols != 0
-    inward = float((np.abs(symbols) - np.abs(flat))[nonzero].mean()) if nonzero.any() else 0.0
+    inward = float((np.abs(symbols) - np.abs(values))[nonzero].mean()) if nonzero.any() else 0.0
     return table, min(max(inward, 0.0), 0.4)
 
 

@@ -19,10 +19,11 @@ import torch
 from torch.nn.functional import normalize
 
 from teacher_cache.codecs import entropy, transform
-from teacher_cache.codecs.entropy import Decoder
+from teacher_cache.codecs.entropy import open_record
 from teacher_cache.codecs.transform import Transform
 from teacher_cache.errors import CacheError, KdcliError
 from teacher_cache.fields.calibration import Calibration
+from teacher_cache.fields.grids import grids_of, grids_of_all
 from teacher_cache.records import Prepared, TeacherOutput
 
 FIELDS = ("affinity",)
@@ -88,27 +89,42 @@ class FactoredAffinity:
         vision, text = unit_states(output)
         if not len(vision):  # nothing to compare: text states alone would only cost bytes
             return {"coded": entropy.encode([], 0), "text": torch.tensor([len(text)], dtype=torch.int32)}
-        symbols = self._coder.quantise(torch.cat([vision, text]))
-        streams = [(np.array([len(vision)]), VISION_ROWS), *self._coder.streams(symbols)]
+        grids = grids_of(output, "vision")
+        symbols = self._coder.quantise(torch.cat([vision, text]), grids)
+        streams = [(np.array([len(vision)]), VISION_ROWS), *self._coder.streams(symbols, grids)]
         return {"coded": entropy.encode(streams, len(symbols))}
 
     def decode(self, stored: dict[str, torch.Tensor]) -> torch.Tensor:
         """float32 ``[R_vision, N]``; a text-only row gives ``[0, N]``."""
-        decoder = Decoder(stored["coded"])
+        decoder = open_record(stored, "field affinity")
         if not decoder.rows:
-            return torch.zeros(0, int(stored["text"]))
+            return torch.zeros(0, self._text_tokens(stored))
         vision = int(decoder.take(1, VISION_ROWS)[0])
-        if vision > decoder.rows:
-            raise CacheError(f"field affinity: {vision} vision rows of {decoder.rows}")
+        if not 0 < vision <= decoder.rows or vision * (decoder.rows - vision) > entropy.MOST_SYMBOLS:
+            raise CacheError(f"field affinity: {vision} vision rows of {decoder.rows}: run `kdcli cache verify`")
         states = self._coder.read(decoder)
         decoder.finish()
         return states[:vision] @ states[vision:].T
 
+    @staticmethod
+    def _text_tokens(stored: Mapping[str, torch.Tensor]) -> int:
+        """Of a row without an image, where they are all that is stored."""
+        count = int(stored["text"]) if "text" in stored and stored["text"].numel() == 1 else -1
+        if not 0 <= count <= entropy.MOST_ROWS:
+            raise CacheError("field affinity: a record of a row without an image is damaged: run `kdcli cache verify`")
+        return count
+
     def fit(self, outputs: Sequence[TeacherOutput], head: torch.Tensor) -> Calibration:
         """Basis and tables of the unit states; not centred, since a mean would mix into every cosine."""
-        rows = torch.cat([part for one in outputs for part in unit_states(one) if len(unit_states(one)[0])])
+        pictured = [one for one in outputs if len(one.hidden["vision"])]
+        states = [unit_states(one) for one in pictured]
+        if not states:
+            raise KdcliError("calibration saw no vision rows: field affinity needs some; use layout = 'dense'")
+        rows = torch.cat([part for both in states for part in both])
+        grids = grids_of_all(pictured, "vision", [len(vision) + len(text) for vision, text in states])
         try:
-            return Calibration(transform.fit(rows, None, self.params["step"], centre=False).tensors(), len(rows))
+            fitted = transform.fit(rows, None, self.params["step"], centre=False, grids=grids)
+            return Calibration(fitted.tensors(), len(rows))
         except KdcliError as error:
             raise KdcliError(f"field affinity: {error}: raise --calibration-rows, or use layout = 'dense'") from None
 

@@ -16,11 +16,12 @@ from typing import Any
 import torch
 
 from teacher_cache.codecs import entropy, row_codec, row_codecs, transform
-from teacher_cache.codecs.entropy import Decoder, fit_smooth_table
+from teacher_cache.codecs.entropy import fit_smooth_table, open_record
 from teacher_cache.codecs.scales import Uniform
 from teacher_cache.codecs.transform import Transform
 from teacher_cache.errors import CacheError, KdcliError
 from teacher_cache.fields.calibration import Calibration, tables_of, tensors_of
+from teacher_cache.fields.grids import grids_of, grids_of_all
 from teacher_cache.records import Prepared, Sketch, TeacherOutput
 
 FIELDS = ("vision_hidden", "response_hidden")
@@ -107,12 +108,14 @@ class SketchField:
         coder, table, mean_weight = self._fitted
         rows = output.hidden[self.rows].to(torch.float32)
         means = MEAN_LOGIT.quantise(rows @ mean_weight).numpy()
-        return {"coded": entropy.encode([(means, table), *coder.streams(coder.quantise(rows))], len(rows))}
+        grids = grids_of(output, self.rows)
+        symbols = coder.quantise(rows, grids)
+        return {"coded": entropy.encode([(means, table), *coder.streams(symbols, grids)], len(rows))}
 
     def decode(self, stored: dict[str, torch.Tensor]) -> Sketch:
         """``Sketch``: float32 coefficients ``[R, r]`` and mean logits ``[R]``."""
         coder, table, _ = self._fitted
-        decoder = Decoder(stored["coded"])
+        decoder = open_record(stored, f"field {self.name}")
         means = MEAN_LOGIT.restore(torch.from_numpy(decoder.take(decoder.rows, table)))
         coefficients = coder.read(decoder)
         decoder.finish()
@@ -127,7 +130,8 @@ class SketchField:
         head = head.cpu()
         try:
             root, inverse = transform.head_metric(head, mean_probs(rows, head))
-            coder = transform.fit(rows, root, self.params["step"])
+            grids = grids_of_all(outputs, self.rows, [len(one.hidden[self.rows]) for one in outputs])
+            coder = transform.fit(rows, root, self.params["step"], grids=grids)
         except KdcliError as error:
             raise KdcliError(
                 f"field {self.name}: {error}: raise --calibration-rows, or use another codec (bf16)"

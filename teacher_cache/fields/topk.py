@@ -6,7 +6,8 @@ Codings:
   (``codecs.scales``), the scalars quantised finely enough to be exact for every loss (`docs/fidelity.md`); 15 to 25 bytes a row at k = 8.
 - ``plain``: int32 ids, float16 or float32 log-probs, float32 scalars; needs no calibration: 6·k + 8 bytes a row.
 
-The tail mass is stored as its own logarithm, never as 1 − Σp: on peaked rows the tail is 1e-6 and rounding would destroy it.
+The tail mass is never stored as 1 − Σp: on peaked rows it is 1e-6, and rounding would destroy it. ``plain`` keeps its logarithm, ``coded``
+its log odds, since on flat rows it is the head's mass that a rounded logarithm would destroy.
 Alone it serves forward KL with a tail bucket at temperature 1; with a sketch of the hidden states, the full vocabulary.
 """
 
@@ -18,10 +19,11 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.nn.functional import logsigmoid
 
 from teacher_cache.codecs import entropy
-from teacher_cache.codecs.entropy import Decoder, Table, fit_smooth_table, fit_table
-from teacher_cache.codecs.scales import LogScale, Uniform
+from teacher_cache.codecs.entropy import Decoder, Table, fit_smooth_table, fit_table, open_record
+from teacher_cache.codecs.scales import LogOdds, LogScale, Uniform
 from teacher_cache.errors import CacheError, KdcliError
 from teacher_cache.fields.calibration import Calibration, tables_of, tensors_of
 from teacher_cache.records import Prepared, TeacherOutput, TopK
@@ -30,6 +32,8 @@ FIELDS = ("vision_topk", "response_topk")
 DTYPES = {"float16": torch.float16, "float32": torch.float32}
 CODINGS = ("coded", "plain")
 PLAIN = ("ids", "log_probs", "log_tail", "log_z")
+TABLES = {"tail_odds", "log_z", "value.0", "ids"}
+"""What every calibration holds."""
 LOG_Z = Uniform(1 / 32)
 """Only anchors the head's raw logits, k of V; half a step is 0.016 nats."""
 ID_PRIOR = 0.5
@@ -69,7 +73,9 @@ class TopKField:
         self.calibrated = params.coding == "coded"
         self._given, self._calibration = params, calibration
         self._known = tables_of(calibration) if calibration is not None else None
-        self._scale, self._tail = LogScale(params.step), LogScale(params.step / 2)
+        if self._known is not None and (lacking := TABLES - set(self._known)):
+            raise CacheError(f"field {name}: its calibration lacks {', '.join(sorted(lacking))}")
+        self._scale, self._odds = LogScale(params.step), LogOdds(params.step / 2)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return create, (self.name, dict(self.params), self._calibration)
@@ -81,24 +87,24 @@ class TopKField:
         return self._known
 
     def encode(self, prepared: Prepared, output: TeacherOutput) -> dict[str, torch.Tensor]:
-        given, topk = self._given, output.topk[self.rows]
+        given, topk = self._given, cut(output.topk[self.rows], self._given.k)
         if given.coding == "coded":
             return {"coded": entropy.encode(list(self._streams(topk).values()), len(topk))}
         return {
-            "ids": topk.ids[:, : given.k].to(torch.int32),
-            "log_probs": topk.log_probs[:, : given.k].to(DTYPES[given.value_dtype]),
+            "ids": topk.ids.to(torch.int32),
+            "log_probs": topk.log_probs.to(DTYPES[given.value_dtype]),
             "log_tail": topk.log_tail,
             "log_z": topk.log_z,
         }
 
     def _symbols(self, topk: TopK) -> dict[str, np.ndarray]:
         """Stream → int64 symbols, in the order they are written."""
-        values = self._scale.quantise(-topk.log_probs[:, : self._given.k])
+        values = self._scale.quantise(-topk.log_probs)
         steps = values.diff(dim=1).clamp_min(0)
-        tail, log_z = self._tail.quantise(-topk.log_tail), LOG_Z.quantise(topk.log_z)
+        odds = self._odds.quantise(topk.log_tail - topk.log_probs.logsumexp(dim=1))
         places = {f"value.{p}": steps[:, p - 1] for p in range(1, values.shape[1])}
-        ids = topk.ids[:, : self._given.k]
-        named = {"log_tail": tail, "log_z": log_z, "value.0": values[:, 0], **places, "ids": ids}
+        scalars = {"tail_odds": odds, "log_z": LOG_Z.quantise(topk.log_z)}
+        named = {**scalars, "value.0": values[:, 0], **places, "ids": topk.ids}
         return {name: symbols.numpy() for name, symbols in named.items()}
 
     def _streams(self, topk: TopK) -> dict[str, entropy.Stream]:
@@ -112,7 +118,7 @@ class TopKField:
 
     def fit(self, outputs: Sequence[TeacherOutput], head: torch.Tensor) -> Calibration:
         """Frequencies of ids and of all quantised numbers on the calibration rows."""
-        topk = TopK.join([one.topk[self.rows] for one in outputs])
+        topk = TopK.join([cut(one.topk[self.rows], self._given.k) for one in outputs])
         if not len(topk):
             raise KdcliError(f"calibration saw no {self.rows} rows: field {self.name} needs some; use coding = 'plain'")
         pooled: dict[str, list[np.ndarray]] = {}
@@ -128,27 +134,39 @@ class TopKField:
     def decode(self, stored: dict[str, torch.Tensor]) -> TopK:
         """``TopK`` whose head is renormalised to exactly 1 − e^log_tail, so that rounded log-probs still sum to one."""
         if self._given.coding == "coded":
-            ids, log_probs, log_tail, log_z = self._read(Decoder(stored["coded"]))
+            ids, log_probs, odds, log_z = self._read(open_record(stored, f"field {self.name}"))
+            log_tail, log_head = logsigmoid(odds), logsigmoid(-odds)
         elif set(stored) != set(PLAIN):
             raise CacheError(f"field {self.name}: a record holds {sorted(stored)}")
         else:
             ids, log_probs, log_tail, log_z = (stored[name] for name in PLAIN)
+            log_head = torch.log(-torch.expm1(log_tail.clamp(max=-1e-38)))
         log_probs = log_probs.to(torch.float32)
-        log_head = torch.log(-torch.expm1(log_tail.clamp(max=-1e-38)))
         log_probs = log_probs - log_probs.logsumexp(dim=1, keepdim=True) + log_head[:, None]
         return TopK(ids.to(torch.int64), log_probs, log_tail, log_z)
 
     def _read(self, decoder: Decoder) -> tuple[torch.Tensor, ...]:
-        rows, k = decoder.rows, min(self._given.k, self._tables["ids"].escape)
+        rows, vocabulary = decoder.rows, self._tables["ids"].escape
+        k = min(self._given.k, vocabulary)
 
         def take(name: str, count: int = rows) -> torch.Tensor:
             return torch.from_numpy(decoder.take(count, self._tables[table_name(name)]).astype(np.int64))
 
-        log_tail, log_z = -self._tail.restore(take("log_tail")), LOG_Z.restore(take("log_z"))
+        odds, log_z = self._odds.restore(take("tail_odds")), LOG_Z.restore(take("log_z"))
         steps = torch.stack([take(f"value.{place}") for place in range(k)], dim=1)
         ids = take("ids", rows * k).reshape(rows, k)
         decoder.finish()
-        return ids, -self._scale.restore(steps.cumsum(dim=1)), log_tail, log_z
+        if rows and not 0 <= int(ids.min()) <= int(ids.max()) < vocabulary:
+            raise CacheError(f"field {self.name}: a record holds an id beyond the vocabulary: run `kdcli cache verify`")
+        return ids, -self._scale.restore(steps.cumsum(dim=1)), odds, log_z
+
+
+def cut(topk: TopK, k: int) -> TopK:
+    """The ``k`` largest entries; what is cut joins the tail. One answer of the teacher may serve fields of several k."""
+    if topk.ids.shape[1] <= k:
+        return topk
+    log_tail = torch.logaddexp(topk.log_tail, topk.log_probs[:, k:].logsumexp(dim=1))
+    return TopK(topk.ids[:, :k], topk.log_probs[:, :k], log_tail, topk.log_z)
 
 
 def table_name(stream: str) -> str:
