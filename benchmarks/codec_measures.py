@@ -42,6 +42,7 @@ class Angles:
     live: torch.Tensor | None = None
 
     def add(self, ours: torch.Tensor, live: torch.Tensor, hidden: torch.Tensor) -> None:
+        ours, live, hidden = ours.double(), live.double(), hidden.double()  # a cosine near 1 has no digit to lose
         self.rows.append(degrees((ours * live).sum(1), ours.norm(dim=1), live.norm(dim=1)))
         mine, theirs = (one.T @ hidden for one in (ours, live))
         self.ours = mine if self.ours is None else self.ours.add_(mine)

@@ -69,7 +69,7 @@ def one_sample(rows: Rows, said: TeacherOutput, student: torch.Tensor, cached: H
         gradient(reverse_kl, one[matched], pooled_logits)
         for one, matched in ((live, best), (cached, best), (cached, found))
     ]
-    flat = [one.flatten() for one in grads]
+    flat = [one.double().flatten() for one in grads]
     angle = [float(degrees(flat[0] @ one, flat[0].norm(), one.norm())) for one in flat[1:]]
     return {
         "RDist relative error": float((ours - truth).abs() / truth),

@@ -8,13 +8,14 @@ from typing import Any
 from teacher_cache.errors import KdcliError
 
 HEAD_K = 8
-STEP = 0.1
+STEPS = {"response": 0.04, "vision": 0.02}
+"""Of the sketches: reverse KL at vision rows wants the finer one, and pays little, since neighbouring patches are coded together."""
 KINDS = ("response", "vision")
 PROFILES: dict[str, dict[str, dict[str, Any]]] = {
     "compact": {f"{kind}_topk": {"k": 50} for kind in KINDS},
     "standard": {
         **{f"{kind}_topk": {"k": HEAD_K} for kind in KINDS},
-        **{f"{kind}_hidden": {"codec": "sketch", "step": STEP} for kind in KINDS},
+        **{f"{kind}_hidden": {"codec": "sketch", "step": STEPS[kind]} for kind in KINDS},
         "affinity": {"layout": "factored"},
     },
     "none": {},

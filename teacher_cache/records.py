@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch.nn.functional import pad
 
 ROLES = ("system", "user", "assistant")
 """Role codes of text tokens: the index in this tuple is what is stored. The template's own tokens count to their turn."""
@@ -207,6 +208,38 @@ class TopK:
 
 
 @dataclass(frozen=True)
+class Sampled:
+    """Unbiased samples of a distribution at temperature 1, rows ``[R]``: E[Σ w_i f(i)] = Σ p_i f(i) (teachers/sampling.py).
+
+    Attributes:
+        ids: int64 ``[R, K]``, distinct in a row; 0 where there is none.
+        weights: float32 ``[R, K]``, summing to 1 in a row; 0 marks padding.
+        entropy: float32 ``[R]``, of the whole distribution in nats.
+    """
+
+    ids: torch.Tensor
+    weights: torch.Tensor
+    entropy: torch.Tensor
+
+    def __len__(self) -> int:
+        return self.ids.shape[0]
+
+    def __getitem__(self, rows: Any) -> Sampled:
+        return Sampled(*(column[rows] for column in vars(self).values()))
+
+    def to(self, device: torch.device | str) -> Sampled:
+        return Sampled(*(column.to(device) for column in vars(self).values()))
+
+    @staticmethod
+    def join(samples: Sequence[Sampled]) -> Sampled:
+        """Rows of several samples one after the other, padded to the widest."""
+        width = max(one.ids.shape[1] for one in samples)
+        wide = [[pad(column, (0, width - column.shape[1])) for column in (one.ids, one.weights)] for one in samples]
+        ids, weights = (torch.cat(column) for column in zip(*wide))
+        return Sampled(ids, weights, torch.cat([one.entropy for one in samples]))
+
+
+@dataclass(frozen=True)
 class Sketch:
     """Coarse hidden states in the head's metric, rows ``[R]`` (codecs/sketch.py).
 
@@ -241,9 +274,13 @@ class TeacherOutput:
         hidden: post-final-norm hidden states by row kind: ``vision`` ``[R_vision, D]``, ``response`` ``[R_response, D]``,
             ``text`` ``[N, D]`` (at the text token itself), in the teacher's dtype.
         topk: ``vision`` and ``response`` heads.
+        sampled: ``vision`` and ``response`` samples.
         gram: float32 ``[R_vision, R_vision]``: Y·Yᵀ of the raw vision logits Y.
+        layout: of the row's images: which grids its vision rows lie on.
     """
 
     hidden: Mapping[str, torch.Tensor] = field(default_factory=dict)
     topk: Mapping[str, TopK] = field(default_factory=dict)
     gram: torch.Tensor | None = None
+    layout: tuple[ImageLayout, ...] = ()
+    sampled: Mapping[str, Sampled] = field(default_factory=dict)

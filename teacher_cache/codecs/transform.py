@@ -143,8 +143,7 @@ def fit(
         raise KdcliError("calibration rows hold NaN or infinity")
     mean = wide.mean(dim=0) if centre else wide.new_zeros(width)
     centred = wide - mean if root is None else (wide - mean) @ root.double()
-    variance, basis = torch.linalg.eigh(centred.T @ centred / count)
-    basis = basis.flip(1)
+    basis = torch.linalg.eigh(centred.T @ centred / count).eigenvectors.flip(1)
     coefficients = spectrum.forward((centred @ (basis / step)).float(), grids).numpy()
     used = np.flatnonzero((np.abs(coefficients) > 0.5).mean(axis=0) > LEAST_USED)
     rank = int(used.max()) + 1 if len(used) else 1
@@ -189,7 +188,7 @@ def _fit_class(values: np.ndarray) -> tuple[Table, float]:
     prior = np.exp(-np.abs(np.arange(-largest, largest + 1)) / scale)
     prior = prior / prior.sum() * (8 + 2 * scale) + 1e-4
     if scale > 4:  # many symbols, few of each: neighbours are about as likely
-        reach = int(scale / 4)
+        reach = min(int(scale / 4), largest)
         seen = np.bincount(np.clip(symbols, -largest, largest) + largest, minlength=2 * largest + 1)
         prior += np.convolve(seen, np.ones(2 * reach + 1) / (2 * reach + 1), mode="same")
     table = fit_table(symbols if scale <= 4 else symbols[:0], -largest, largest, prior)
