@@ -1,0 +1,207 @@
+"""The transform coder: how far decoded rows are from what was coded, in which metric, at which rate."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from teacher_cache.codecs import entropy
+from teacher_cache.codecs.entropy import Decoder
+from teacher_cache.codecs.transform import LARGEST, Transform, fit, head_metric, scale_classes
+from teacher_cache.errors import KdcliError
+
+D = 24
+SPECTRUM = torch.logspace(1, -2, D)
+
+
+def rows_of(seed: int, count: int, spectrum: torch.Tensor = SPECTRUM, heavy: bool = True) -> torch.Tensor:
+    """Rows of a falling spectrum along random axes, around a mean, with tails heavier than normal ones."""
+    generator = torch.Generator().manual_seed(seed)
+    axes = torch.linalg.qr(torch.randn(len(spectrum), len(spectrum), generator=torch.Generator().manual_seed(5))).Q
+    tails = torch.randn(count, 1, generator=generator).abs() + 0.5 if heavy else 1.0
+    return (torch.randn(count, len(spectrum), generator=generator) * tails * spectrum) @ axes.T + 0.3
+
+
+def decoded(coder: Transform, rows: torch.Tensor) -> torch.Tensor:
+    return coder.read(Decoder(encoded(coder, rows)))
+
+
+def encoded(coder: Transform, rows: torch.Tensor) -> torch.Tensor:
+    return entropy.encode(coder.streams(coder.quantise(rows)), len(rows))
+
+
+def y_of(coder: Transform, rows: torch.Tensor) -> torch.Tensor:
+    return (rows.double() - coder.mean.double()) @ coder.encode.double()
+
+
+def root_of(seed: int) -> torch.Tensor:
+    return head_metric(torch.randn(50, D, generator=torch.Generator().manual_seed(seed)), torch.full((50,), 0.02))[0]
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(0, 10**6), st.integers(0, 40), st.sampled_from([1e-3, 0.05, 1.0, 50.0]), st.booleans())
+def test_every_coefficient_is_within_half_a_step(seed: int, count: int, step: float, in_metric: bool) -> None:
+    """And by the shift of its class nearer to zero, where it is not zero."""
+    coder = fit(rows_of(1, 300), root_of(2) if in_metric else None, step)
+    rows = rows_of(seed, count)
+    values = decoded(coder, rows)
+    assert values.shape == (count, coder.rank) and values.dtype == torch.float32
+    error = (values.double() - y_of(coder, rows)).abs()
+    allowed = step * (0.5 + coder.shrink.max().double())
+    rounding = 1e-5 * (y_of(coder, rows).abs() + 1)
+    assert (error <= allowed + rounding).all()
+
+
+def test_symbols_beyond_the_table_come_back_whole() -> None:
+    coder = fit(rows_of(1, 300), None, 0.1)
+    rows = rows_of(2, 5) * LARGEST
+    assert int(np.abs(coder.quantise(rows)).max()) > 10 * LARGEST
+    assert ((decoded(coder, rows).double() - y_of(coder, rows)).abs() <= 0.1 + 1e-6 * y_of(coder, rows).abs()).all()
+
+
+def test_without_a_metric_inner_products_are_those_of_the_rows() -> None:
+    rows = rows_of(3, 400)
+    coder = fit(rows, None, 1e-4, centre=False)
+    assert coder.rank == D
+    basis = coder.encode.double()
+    torch.testing.assert_close(basis.T @ basis, torch.eye(D, dtype=torch.float64), atol=1e-6, rtol=0)
+    values = decoded(coder, rows[:50]).double()
+    exact = rows[:50].double() @ rows[:50].double().T
+    torch.testing.assert_close(values @ values.T, exact, atol=1e-4 * float(exact.abs().max()), rtol=0)
+
+
+def test_coefficients_are_independent_and_fall() -> None:
+    rows = rows_of(4, 4000)
+    y = y_of(fit(rows, root_of(3), 0.01), rows)
+    covariance = y.T @ y / len(rows)
+    energies = covariance.diagonal()
+    assert (energies.diff() <= 1e-6 * energies[0]).all()
+    correlation = covariance / torch.outer(energies, energies).sqrt()
+    assert (correlation - torch.eye(len(energies), dtype=torch.float64)).abs().max() < 1e-3
+
+
+def test_the_metric_is_the_weighted_variance_of_logits() -> None:
+    generator = torch.Generator().manual_seed(6)
+    head = torch.randn(70, D, generator=generator) * torch.logspace(0, -2, D) + 0.4
+    probs = torch.rand(70, generator=generator) ** 4
+    probs /= probs.sum()
+    root, inverse = head_metric(head, probs)
+    torch.testing.assert_close(root, root.T)
+    torch.testing.assert_close(root @ inverse, torch.eye(D, dtype=torch.float64), atol=1e-8, rtol=0)
+    weights = 0.5 * probs.double() + 0.5 / 70
+    for error in torch.randn(20, D, generator=generator).double():
+        logits = head.double() @ error
+        variance = (weights * (logits - weights @ logits).square()).sum()
+        assert float((root @ error).square().sum()) == pytest.approx(float(variance), rel=1e-6)  # the head is float32
+
+
+def test_a_head_in_slices_is_the_head_in_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    head = torch.randn(16384 * 2 + 5, 3, generator=torch.Generator().manual_seed(7))
+    probs = torch.full((len(head),), 1 / len(head))
+    root, _ = head_metric(head, probs)
+    centred = head.double() - head.double().mean(dim=0)
+    torch.testing.assert_close(root @ root, centred.T @ centred / len(head))
+
+
+def per_dimension(coder: Transform, rows: torch.Tensor, bits: float) -> float:
+    """MSE of the same coefficients with a step for each dimension, all in proportion to their spread, at no fewer bits."""
+    y = y_of(coder, rows).numpy()
+    spread = y.std(axis=0)
+    low, high = 1e-4, 10.0
+    for _ in range(40):
+        middle = (low * high) ** 0.5
+        symbols = np.rint(y / (middle * spread))
+        low, high = (middle, high) if empirical_bits(symbols) > bits else (low, middle)
+    return float(np.square(y - np.rint(y / (low * spread)) * low * spread).sum(axis=1).mean())
+
+
+def empirical_bits(symbols: np.ndarray) -> float:
+    total = 0.0
+    for column in symbols.T:
+        share = np.unique(column, return_counts=True)[1] / len(column)
+        total -= (share * np.log2(share)).sum() * len(column)
+    return total
+
+
+@pytest.mark.parametrize("step", [0.05, 0.3])
+def test_one_step_for_all_beats_a_step_for_each(step: float) -> None:
+    """Reverse water-filling: at the same bits, steps in proportion to the spread leave at least a third more error on this spectrum.
+
+    The rival is counted at its own empirical entropy, which needs no tables; the transform at its real bytes.
+    """
+    train, test = rows_of(8, 20_000), rows_of(9, 4000)
+    coder = fit(train, None, step)
+    bits = 8 * encoded(coder, test).numel()
+    ours = float((decoded(coder, test).double() - y_of(coder, test)).square().sum(dim=1).mean())
+    assert per_dimension(coder, test, bits) > 1.33 * ours
+
+
+@pytest.mark.parametrize("step", [0.05, 0.3, 2.0])
+def test_the_rate_is_near_the_entropy(step: float) -> None:
+    """Tables that dimensions share cost under 6 % against the empirical entropy of every dimension by itself."""
+    coder = fit(rows_of(8, 20_000), None, step)
+    symbols = coder.quantise(rows_of(9, 4000))
+    spent = 8 * entropy.encode(coder.streams(symbols), 4000).numel()
+    assert spent <= 1.06 * empirical_bits(symbols) + 200
+
+
+def test_dimensions_are_left_out_by_use() -> None:
+    """A dimension of tiny variance that speaks in one row of a hundred is kept; one that never leaves its middle bin is not."""
+    rows = torch.zeros(1000, 3)
+    rows[:, 0] = torch.randn(1000, generator=torch.Generator().manual_seed(1)) * 5
+    rows[::100, 1] = 1.0  # variance 0.01, a tenth of the step's
+    rows[:, 2] = torch.randn(1000, generator=torch.Generator().manual_seed(2)) * 0.01
+    coder = fit(rows, None, 0.3)
+    assert coder.rank == 2
+    error = decoded(coder, rows)[:, 1].abs() - rows[:, 1] + rows[:, 1].mean()
+    assert float(error.abs().max()) < 0.3
+
+
+@pytest.mark.parametrize("value", [0.0, -3.5])
+def test_constant_rows_have_one_dimension(value: float) -> None:
+    rows = torch.full((60, 5), value)
+    coder = fit(rows, None, 0.1)
+    assert coder.rank == 1
+    torch.testing.assert_close(decoded(coder, rows), torch.zeros(60, 1), atol=1e-6, rtol=0)
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.integers(1, 12), st.integers(0, 9), st.integers(0, 10**6), st.sampled_from([1e-6, 1.0, 1e6]))
+def test_any_shape_and_scale(width: int, count: int, seed: int, scale: float) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    rows = torch.randn(2 * width + 3, width, generator=generator) * scale
+    coder = fit(rows, None, 0.05 * scale)
+    again = Transform.of(coder.tensors())
+    part = rows[:count]
+    assert torch.equal(encoded(coder, part), encoded(again, part))
+    assert decoded(again, part).shape == (len(part), coder.rank)
+
+
+def test_too_few_rows_are_refused() -> None:
+    with pytest.raises(KdcliError, match="saw 47 rows of width 24: at least 48 are needed"):
+        fit(rows_of(1, 47), None, 0.1)
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf, 1e30])
+def test_rows_that_are_no_numbers_are_never_stored(bad: float) -> None:
+    coder = fit(rows_of(1, 300), None, 0.1)
+    rows = rows_of(2, 4)
+    rows[2, 3] = bad
+    with pytest.raises(KdcliError, match="NaN, infinity or values too large"):
+        coder.quantise(rows)
+    rows = rows_of(1, 300)
+    rows[2, 3] = bad
+    if bad != 1e30:
+        with pytest.raises(KdcliError, match="calibration rows hold NaN"):
+            fit(rows, None, 0.1)
+
+
+def test_classes_are_a_quarter_octave_wide_and_without_gaps() -> None:
+    scales = np.array([8.0, 7.9, 4.0, 4.1, 1e-9, 1e-12])
+    classes = scale_classes(scales)
+    assert classes[0] != classes[1] and classes[2] == classes[3] and classes[4] == classes[5]
+    assert set(classes) == set(range(classes.max() + 1))
+    assert classes[0] < classes[2] < classes[4], "the widest first"
