@@ -11,7 +11,7 @@ import torch
 from student_train.cache import Cache
 from student_train.needs import Served
 from student_train.stream import TrainBatch
-from teacher_cache.records import Sketch, TopK
+from teacher_cache.records import Sampled, Sketch, TopK
 from teacher_cache.teachers.head import head_logits
 from teacher_cache.teachers.low_rank import LowRankHead
 
@@ -131,6 +131,20 @@ class HeadAndTail:
 
 
 @dataclass(frozen=True)
+class SampledTeacher:
+    """Unbiased samples of the distribution at temperature 1: for what is linear in the teacher's probabilities."""
+
+    sampled: Sampled
+    vocabulary: int
+
+    def __len__(self) -> int:
+        return self.sampled.ids.shape[0]
+
+    def __getitem__(self, rows: Any) -> SampledTeacher:
+        return SampledTeacher(self.sampled[rows], self.vocabulary)
+
+
+@dataclass(frozen=True)
 class TeacherView:
     """The teacher's side of one micro-batch, aligned with the student's rows.
 
@@ -207,7 +221,10 @@ class TeacherSignals:
             return HeadAndSketch(topk, hidden, head) if topk is not None else SketchTeacher(hidden, head)
         if head is not None:
             return DenseTeacher(hidden.to(head.dtype), head)
-        return parts["sampled"] if topk is None else HeadAndTail(topk, self.vocabulary)
+        if topk is not None:
+            return HeadAndTail(topk, self.vocabulary)
+        sampled: Any = parts["sampled"]
+        return SampledTeacher(sampled, self.vocabulary)
 
     def _join(self, rows: list[Any]) -> Any:
         """A field's records of all samples as one, on the device."""

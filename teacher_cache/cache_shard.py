@@ -157,9 +157,10 @@ def skip_record(sample: Sample, skip: SkipRow) -> SkipRecord:
 
 
 def is_finite(output: TeacherOutput) -> bool:
-    """False where any hidden state, head or Gram entry is NaN or infinite (an empty tail, -inf, is no defect)."""
+    """False where any hidden state, head, sample or Gram entry is NaN or infinite (an empty tail, -inf, is no defect)."""
     heads = [column for head in output.topk.values() for column in (head.log_probs, head.log_z)]
-    tensors = [*output.hidden.values(), *heads, *([] if output.gram is None else [output.gram])]
+    samples = [column for one in output.sampled.values() for column in (one.weights, one.entropy)]
+    tensors = [*output.hidden.values(), *heads, *samples, *([] if output.gram is None else [output.gram])]
     return all(_all_finite(tensor) for tensor in tensors)
 
 

@@ -18,7 +18,8 @@ import torch
 from torch.nn import functional as F
 
 from student_train.losses import written
-from student_train.teacher_view import Distribution, FullVocabulary, HeadAndTail, is_full
+from student_train.losses.sampled import forward_kl_sampled
+from student_train.teacher_view import Distribution, FullVocabulary, HeadAndTail, SampledTeacher, is_full
 from teacher_cache.errors import CompatibilityError
 
 LOG_NOTHING = -1e5
@@ -31,7 +32,9 @@ def cross_entropy(student_logits: torch.Tensor, labels: torch.Tensor) -> torch.T
 
 
 def forward_kl(teacher: Distribution, student_logits: torch.Tensor, temperature: float = 1.0) -> torch.Tensor:
-    """KL(p_t ‖ p_s) ``[R]``."""
+    """KL(p_t ‖ p_s) ``[R]``; from samples (``*_sampled``) an unbiased estimate, at temperature 1."""
+    if isinstance(teacher, SampledTeacher):
+        return forward_kl_sampled(teacher, student_logits, temperature)
     return _rows(written.forward_kl, teacher, student_logits, temperature)
 
 

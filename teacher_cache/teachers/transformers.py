@@ -20,6 +20,7 @@ from teacher_cache.errors import CompatibilityError, KdcliError
 from teacher_cache.fingerprint import processor_fingerprint
 from teacher_cache.records import Prepared, TeacherOutput, TopK
 from teacher_cache.teachers.head import head_logits, topk_rows
+from teacher_cache.teachers.sampling import sample_batch
 
 HEAD_TOLERANCE, HALF_HEAD_TOLERANCE = 1e-3, 2e-2
 """Relative to the largest logit; half precision rounds the model's own logits."""
@@ -156,6 +157,7 @@ class TransformersTeacher:
         names = {want.split(":")[0].split(".")[1] for want in wants}
         rows = {name: states[batch.rows[name]] for name in names}
         heads = self._heads(rows, batch, wants)
+        samples = sample_batch(rows, self.head, batch.keys, batch.counts, wants)
         grams = self._grams(rows["vision"], batch.counts["vision"]) if "gram.vision" in wants else None
         hidden = {want.split(".")[1] for want in wants if want.startswith("hidden.")}
         by_kind = {name: rows[name].cpu().split(batch.counts[name]) for name in hidden}
@@ -164,6 +166,8 @@ class TransformersTeacher:
                 hidden={name: by_kind[name][i] for name in hidden},
                 topk={name: heads[name][i] for name in heads},
                 gram=grams[i] if grams is not None else None,
+                layout=prepared[i].layout,
+                sampled={name: samples[name][i] for name in samples},
             )
             for i in range(len(prepared))
         ]

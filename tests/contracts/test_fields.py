@@ -14,15 +14,25 @@ from hypothesis import strategies as st
 from teacher_cache.codecs import container
 from teacher_cache.errors import CacheError, KdcliError
 from teacher_cache.fields import create_field, field_kinds, open_field
-from teacher_cache.records import Prepared, Sketch, TeacherOutput, TextTokens, TopK
+from teacher_cache.records import Prepared, Sampled, Sketch, TeacherOutput, TextTokens, TopK
 from teacher_cache.teachers.head import topk_rows
+from teacher_cache.teachers.sampling import sample_batch
 
 PLAIN = {"coding": "plain"}
+SAMPLERS: list[dict[str, Any]] = [
+    {},
+    {"k": 3, "seed": 5},
+    {"k": 400},
+    {"sampler": "random"},
+    {"sampler": "random", "draws": 700},
+]
 PARAMS: dict[str, list[dict[str, Any]]] = {
     "vision_topk": [{}, {"k": 3, **PLAIN, "value_dtype": "float32"}, {"k": 1}, {"k": 1, **PLAIN}],
     "response_topk": [{}, {"k": 3, **PLAIN, "value_dtype": "float32"}, {"k": 1}, {"k": 1, **PLAIN}],
     "vision_hidden": [{}, {"codec": "fp32"}, {"codec": "int8"}, {"codec": "int4"}, {"codec": "sketch", "step": 0.2}],
     "response_hidden": [{}, {"codec": "fp32"}, {"codec": "int8"}, {"codec": "int4"}, {"codec": "sketch"}],
+    "vision_sampled": SAMPLERS,
+    "response_sampled": SAMPLERS,
     "affinity": [{}, {"layout": "factored"}],
     "relation": [{}],
 }
@@ -38,7 +48,9 @@ def prepared(text_tokens: int) -> Prepared:
     return Prepared("k", "p", empty, empty, empty, empty, empty, text, (), {})
 
 
-def output(seed: int, vision: int, response: int, text: int, scale: float = 1.0) -> TeacherOutput:
+def output(
+    seed: int, vision: int, response: int, text: int, scale: float = 1.0, wants: frozenset[str] = frozenset()
+) -> TeacherOutput:
     generator = torch.Generator().manual_seed(seed)
     head = torch.randn(V, D, generator=generator) * scale
     hidden = {
@@ -47,7 +59,9 @@ def output(seed: int, vision: int, response: int, text: int, scale: float = 1.0)
     }
     topk = {name: topk_rows(hidden[name], head, 64) for name in ("vision", "response")}
     logits = hidden["vision"] @ head.T
-    return TeacherOutput(hidden, topk, logits @ logits.T)
+    counts = {name: (len(one),) for name, one in hidden.items()}
+    sampled = {name: one for name, (one,) in sample_batch(hidden, head, ["k"], counts, wants).items()}
+    return TeacherOutput(hidden, topk, logits @ logits.T, sampled=sampled)
 
 
 def stored(field: Any, said: TeacherOutput, text: int) -> dict[str, torch.Tensor]:
@@ -55,7 +69,7 @@ def stored(field: Any, said: TeacherOutput, text: int) -> dict[str, torch.Tensor
 
 
 def flat(decoded: Any) -> list[torch.Tensor]:
-    return list(vars(decoded).values()) if isinstance(decoded, TopK | Sketch) else [decoded]
+    return list(vars(decoded).values()) if isinstance(decoded, TopK | Sketch | Sampled) else [decoded]
 
 
 def ready(name: str, params: dict[str, Any]) -> Any:
@@ -77,7 +91,7 @@ def test_field_json_makes_the_same_field_again(name: str, params: dict[str, Any]
     described = json.loads(json.dumps({"version": field.version, "params": dict(field.params)}))
     again = open_field(name, described, field._calibration if field.calibrated else None)
     assert (again.name, again.version, again.params, again.wants) == (name, field.version, field.params, field.wants)
-    said = output(0, 5, 4, 9)
+    said = output(0, 5, 4, 9, wants=field.wants)
     one, two = stored(field, said, 9), stored(again, said, 9)
     assert all(torch.equal(a, b) for a, b in zip(flat(field.decode(one)), flat(again.decode(two))))
 
@@ -86,7 +100,7 @@ def test_field_json_makes_the_same_field_again(name: str, params: dict[str, Any]
 def test_fields_travel_to_worker_processes(name: str, params: dict[str, Any]) -> None:
     field = ready(name, params)
     again = pickle.loads(pickle.dumps(field))
-    said = output(1, 3, 2, 4)
+    said = output(1, 3, 2, 4, wants=field.wants)
     assert (again.name, again.params, again.wants) == (name, field.params, field.wants)
     assert container.pack(again.encode(prepared(4), said)) == container.pack(field.encode(prepared(4), said))
 
@@ -94,14 +108,14 @@ def test_fields_travel_to_worker_processes(name: str, params: dict[str, Any]) ->
 @pytest.mark.parametrize(("name", "params"), CASES)
 def test_equal_outputs_are_equal_bytes(name: str, params: dict[str, Any]) -> None:
     field = ready(name, params)
-    packed = {container.pack(field.encode(prepared(6), output(2, 4, 3, 6))) for _ in range(3)}
+    packed = {container.pack(field.encode(prepared(6), output(2, 4, 3, 6, wants=field.wants))) for _ in range(3)}
     assert len(packed) == 1
 
 
 @pytest.mark.parametrize(("name", "params"), CASES)
 def test_text_only_rows_and_rows_without_labels(name: str, params: dict[str, Any]) -> None:
     field = ready(name, params)
-    decoded = field.decode(stored(field, output(3, 0, 0, 5), 5))
+    decoded = field.decode(stored(field, output(3, 0, 0, 5, wants=field.wants), 5))
     assert all(tensor.shape[0] == 0 for tensor in flat(decoded))
     if name == "affinity":
         assert decoded.shape == (0, 5)
@@ -171,6 +185,71 @@ def test_a_smaller_k_is_a_prefix_of_the_same_answer() -> None:
     said = output(4, 6, 2, 3)
     field = create_field("vision_topk", {"k": 5, **PLAIN, "value_dtype": "float32"})
     assert stored(field, said, 3)["ids"].shape == (6, 5)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(0, 10**6), st.sampled_from([1e-3, 1.0, 5.0, 40.0]), st.sampled_from(SAMPLERS))
+def test_samples_round_trip(seed: int, scale: float, params: dict[str, Any]) -> None:
+    """Ids and entropy exactly; counts exactly; log-probs above the threshold to float16, the others' weight to float32."""
+    field = create_field("vision_sampled", params)
+    said = output(seed, 5, 1, 1, scale, field.wants)
+    record = stored(field, said, 1)
+    assert len(record) <= 4
+    decoded, truth = field.decode(record), said.sampled["vision"]
+
+    def dense(one: Sampled) -> torch.Tensor:
+        return torch.zeros(5, V).scatter_add_(1, one.ids, one.weights)
+
+    assert torch.equal(decoded.entropy, truth.entropy)
+    assert torch.equal(dense(decoded) > 0, dense(truth) > 0)
+    if params.get("sampler") == "random":
+        torch.testing.assert_close(dense(decoded), dense(truth), atol=0, rtol=1e-6)
+    else:
+        # float16 holds a log-prob x to x·2⁻¹¹; the common factor moves the others by no more.
+        bound = 2.0**-10 * dense(truth) * (1 + dense(truth).clamp_min(1e-30).log().abs())
+        assert ((dense(decoded) - dense(truth)).abs() <= bound + 1e-7).all()
+    torch.testing.assert_close(decoded.weights.sum(dim=1), torch.ones(5), atol=1e-6, rtol=0)
+
+
+def test_bytes_of_samples() -> None:
+    """k ids in w bits, a log-prob for those above the threshold, and 10 bytes a row; 6 where counts stand for weights."""
+    threshold = create_field("vision_sampled", {"k": 12})
+    record = stored(threshold, output(0, 200, 1, 1, 1.0, threshold.wants), 1)
+    exact = record["exact"].numel()
+    assert int(record["ids"][0]) == 7
+    assert sum(tensor.nbytes for tensor in record.values()) == 1 + 200 * 12 * 7 // 8 + 2 * exact + 10 * 200
+    random = create_field("vision_sampled", {"sampler": "random", "draws": 20})
+    record = stored(random, output(0, 200, 1, 1, 1.0, random.wants), 1)
+    unique = record["counts"].numel()
+    assert sum(tensor.nbytes for tensor in record.values()) == 1 + -(-unique * 7 // 8) + unique + 5 * 200
+
+
+def test_parameters_of_samples_are_checked() -> None:
+    for params, message in [
+        ({"sampler": "topk"}, "sampler must be one of threshold, random, got 'topk'"),
+        ({"draws": 5}, "sampler = 'threshold' takes k, not draws"),
+        ({"sampler": "random", "k": 5}, "sampler = 'random' takes draws, not k"),
+        ({"k": 0}, "k must be in 1 … 65535, got 0"),
+        ({"sampler": "random", "draws": 70_000}, "draws must be in 1 … 65535"),
+    ]:
+        with pytest.raises(KdcliError, match=message):
+            create_field("response_sampled", params)
+
+
+def test_damaged_samples_are_cache_errors() -> None:
+    field = create_field("vision_sampled", {"k": 4})
+    record = stored(field, output(0, 3, 1, 1, 4.0, field.wants), 1)
+    damages = {
+        "a record holds": {"ids": record["ids"]},
+        "disagree": {**record, "scalars": record["scalars"][:2]},
+        "do not hold 12 values": {**record, "ids": record["ids"][:-1]},
+        "begin with their width": {**record, "ids": torch.zeros_like(record["ids"])},
+        "exact where the sizes say": {**record, "exact": record["exact"][:-1]},
+        "more exact ids than ids": {**record, "sizes": record["sizes"].flip(1)},
+    }
+    for message, damaged in damages.items():
+        with pytest.raises(CacheError, match=message):
+            field.decode(damaged)
 
 
 @settings(max_examples=40, deadline=None)
