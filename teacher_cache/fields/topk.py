@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch.nn.functional import logsigmoid
 
-from teacher_cache.codecs import entropy
+from teacher_cache.codecs import entropy, repeats
 from teacher_cache.codecs.entropy import Decoder, Table, fit_smooth_table, fit_table, open_record
 from teacher_cache.codecs.scales import LogOdds, LogScale, Uniform
 from teacher_cache.errors import CacheError, KdcliError
@@ -86,6 +86,11 @@ class TopKField:
             raise KdcliError(f"field {self.name}: coding = 'coded' needs its calibration")
         return self._known
 
+    @property
+    def _repeats(self) -> bool:
+        """Whether the calibration found it cheaper to point at the row before."""
+        return "near.0" in self._tables
+
     def encode(self, prepared: Prepared, output: TeacherOutput) -> dict[str, torch.Tensor]:
         given, topk = self._given, cut(output.topk[self.rows], self._given.k)
         if given.coding == "coded":
@@ -97,23 +102,26 @@ class TopKField:
             "log_z": topk.log_z,
         }
 
-    def _symbols(self, topk: TopK) -> dict[str, np.ndarray]:
-        """Stream → int64 symbols, in the order they are written."""
+    def _symbols(self, topk: TopK, repeat: bool) -> dict[str, np.ndarray]:
+        """Stream → int64 symbols, in the order they are written. repeat: ids that the row before had are places in it."""
         values = self._scale.quantise(-topk.log_probs)
         steps = values.diff(dim=1).clamp_min(0)
         odds = self._odds.quantise(topk.log_tail - topk.log_probs.logsumexp(dim=1))
         places = {f"value.{p}": steps[:, p - 1] for p in range(1, values.shape[1])}
         scalars = {"tail_odds": odds, "log_z": LOG_Z.quantise(topk.log_z)}
-        named = {**scalars, "value.0": values[:, 0], **places, "ids": topk.ids}
-        return {name: symbols.numpy() for name, symbols in named.items()}
+        named = {name: one.numpy() for name, one in {**scalars, "value.0": values[:, 0], **places}.items()}
+        ids = topk.ids.numpy()
+        if not repeat:
+            return {**named, "ids": ids}
+        near = repeats.find(ids)
+        columns = {f"near.{place}": near[:, place] for place in range(near.shape[1])}
+        return {**named, **columns, "ids": ids[near == near.shape[1]]}
 
     def _streams(self, topk: TopK) -> dict[str, entropy.Stream]:
-        symbols = self._symbols(topk)
+        symbols = self._symbols(topk, self._repeats)
         vocabulary = self._tables["ids"].escape
-        if len(topk) and int(symbols["ids"].max()) >= vocabulary:
-            raise KdcliError(
-                f"field {self.name}: id {symbols['ids'].max()} is beyond the {vocabulary} of its calibration"
-            )
+        if len(topk) and int(topk.ids.max()) >= vocabulary:
+            raise KdcliError(f"field {self.name}: id {topk.ids.max()} is beyond the {vocabulary} of its calibration")
         return {name: (one, self._tables[table_name(name)]) for name, one in symbols.items()}
 
     def fit(self, outputs: Sequence[TeacherOutput], head: torch.Tensor) -> Calibration:
@@ -121,12 +129,24 @@ class TopKField:
         topk = TopK.join([cut(one.topk[self.rows], self._given.k) for one in outputs])
         if not len(topk):
             raise KdcliError(f"calibration saw no {self.rows} rows: field {self.name} needs some; use coding = 'plain'")
-        pooled: dict[str, list[np.ndarray]] = {}
-        for name, symbols in self._symbols(topk).items():
-            pooled.setdefault(table_name(name), []).append(symbols.reshape(-1))
-        tables = {name: fit_smooth_table(np.concatenate(each)) for name, each in pooled.items() if name != "ids"}
-        tables["ids"] = fit_table(pooled["ids"][0], 0, len(head) - 1, np.full(len(head), ID_PRIOR))
+        ways = [self._fit_tables(topk, len(head), repeat) for repeat in (False, True)]
+        _, tables = min(ways, key=lambda way: way[0])
         return Calibration(tensors_of(tables), rows=len(topk))
+
+    def _fit_tables(self, topk: TopK, vocabulary: int, repeat: bool) -> tuple[float, dict[str, Table]]:
+        """(bits of the calibration rows, tables). Rows follow one another as in the cache, but for the first of a sample."""
+        pooled: dict[str, list[np.ndarray]] = {}
+        for name, symbols in self._symbols(topk, repeat).items():
+            pooled.setdefault(table_name(name), []).append(symbols.reshape(-1))
+        seen = {name: np.concatenate(each) for name, each in pooled.items()}
+        k = topk.ids.shape[1]
+        tables = {
+            name: fit_table(one, 0, k) if name.startswith("near") else fit_smooth_table(one)
+            for name, one in seen.items()
+            if name != "ids"
+        }
+        tables["ids"] = fit_table(seen["ids"], 0, vocabulary - 1, np.full(vocabulary, ID_PRIOR))
+        return sum(tables[name].bits(one) for name, one in seen.items()), tables
 
     def with_calibration(self, tensors: Mapping[str, torch.Tensor]) -> TopKField:
         return TopKField(self.name, self._given, tensors)
@@ -154,7 +174,12 @@ class TopKField:
 
         odds, log_z = self._odds.restore(take("tail_odds")), LOG_Z.restore(take("log_z"))
         steps = torch.stack([take(f"value.{place}") for place in range(k)], dim=1)
-        ids = take("ids", rows * k).reshape(rows, k)
+        if self._repeats:
+            near = torch.stack([take(f"near.{place}") for place in range(k)], dim=1).numpy()
+            fresh = take("ids", int((near == k).sum())).numpy()
+            ids = torch.from_numpy(repeats.resolve(near, fresh))
+        else:
+            ids = take("ids", rows * k).reshape(rows, k)
         decoder.finish()
         if rows and not 0 <= int(ids.min()) <= int(ids.max()) < vocabulary:
             raise CacheError(f"field {self.name}: a record holds an id beyond the vocabulary: run `kdcli cache verify`")
