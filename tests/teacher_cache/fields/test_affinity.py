@@ -1,0 +1,99 @@
+"""Factored affinities: cosines from coded unit states, and rows without an image."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch.nn.functional import cosine_similarity
+
+from teacher_cache.codecs import container
+from teacher_cache.errors import KdcliError
+from teacher_cache.fields import create_field
+from teacher_cache.records import ImageLayout, TeacherOutput, View
+
+D = 40
+LAYOUT = (ImageLayout((96, 96), (View((0, 0, 96, 96), (6, 6)),)),)
+SPECTRUM = torch.logspace(0.5, -1, D)
+
+
+def said(seed: int, text: int = 30, pictures: int = 1) -> TeacherOutput:
+    """States around means of their own, as vision and text have."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def rows(count: int, mean: float) -> torch.Tensor:
+        return torch.randn(count, D, generator=generator) * SPECTRUM + mean * SPECTRUM.flip(0)
+
+    return TeacherOutput({"vision": rows(36 * pictures, 0.4), "text": rows(text, -0.6)}, layout=LAYOUT * pictures)
+
+
+def fitted(step: float = 0.03, seeds: range = range(60)) -> Any:
+    field = create_field("affinity", {"layout": "factored", "step": step})
+    return field.with_calibration(field.fit([said(seed) for seed in seeds], torch.zeros(1, D)).tensors)
+
+
+def exact(of: TeacherOutput) -> torch.Tensor:
+    return cosine_similarity(of.hidden["vision"].double()[:, None], of.hidden["text"].double()[None], dim=2)
+
+
+def decoded(field: Any, of: TeacherOutput) -> torch.Tensor:
+    return field.decode(container.unpack(container.pack(field.encode(None, of))))
+
+
+@pytest.mark.parametrize("step", [0.01, 0.03, 0.1])
+def test_cosines_are_off_by_under_half_a_step(step: float) -> None:
+    """Errors of both unit vectors, each Δ/√12 a dimension along the other: √2·Δ/√12 = 0.41·Δ (root mean square)."""
+    field = fitted(step)
+    errors = torch.cat([(decoded(field, said(seed)) - exact(said(seed))).flatten() for seed in range(100, 110)])
+    assert float(errors.square().mean().sqrt()) <= 0.5 * step
+    assert float(errors.abs().max()) <= 3 * step
+    assert abs(float(errors.mean())) <= 0.1 * step, "no shift of all cosines"
+
+
+@pytest.mark.parametrize(("text", "pictures"), [(1, 1), (7, 3), (500, 1), (0, 1)])
+def test_any_number_of_rows_and_tokens(text: int, pictures: int) -> None:
+    cosines = decoded(fitted(), said(200, text, pictures))
+    assert cosines.shape == (36 * pictures, text) and cosines.dtype == torch.float32
+    torch.testing.assert_close(cosines.double(), exact(said(200, text, pictures)), atol=0.12, rtol=0)
+
+
+def test_rows_without_an_image_keep_their_width() -> None:
+    """A text-only row is not among what is fitted, and costs a few bytes."""
+    none = said(1, text=25, pictures=0)
+    field = create_field("affinity", {"layout": "factored"})
+    both = field.fit([said(seed) for seed in range(5)], torch.zeros(1, D)).tensors
+    mixed = field.fit([none, *(said(seed) for seed in range(5)), none], torch.zeros(1, D)).tensors
+    assert all(torch.equal(both[name], mixed[name]) for name in both)
+    ready = field.with_calibration(mixed)
+    assert sum(one.numel() * one.element_size() for one in ready.encode(None, none).values()) <= 24
+    assert decoded(ready, none).shape == (0, 25)
+
+
+def test_no_image_at_all_is_said() -> None:
+    with pytest.raises(KdcliError, match=r"saw no vision rows: field affinity needs some; use layout = 'dense'"):
+        create_field("affinity", {"layout": "factored"}).fit([said(1, pictures=0)], torch.zeros(1, D))
+    with pytest.raises(KdcliError, match=r"field affinity: .* at least 80 .*--calibration-rows"):
+        create_field("affinity", {"layout": "factored"}).fit([said(1)], torch.zeros(1, D))
+
+
+def test_factors_are_smaller_than_cosines_where_tokens_are_many() -> None:
+    of = said(300, text=1000, pictures=20)
+    factored = fitted(0.1).encode(None, of)["coded"].numel()
+    assert factored < 0.1 * create_field("affinity").encode(None, of)["cosine"].numel()
+
+
+@pytest.mark.parametrize("layout", ["dense", "factored"])
+def test_states_of_no_length_have_no_direction(layout: str) -> None:
+    of = said(7)
+    of.hidden["vision"][3] = 0
+    cosines = decoded(fitted() if layout == "factored" else create_field("affinity"), of)
+    assert float(cosines[3].abs().max()) < 0.1 and torch.isfinite(cosines).all()
+
+
+def test_step_belongs_to_factors() -> None:
+    for params in ({"step": 0.1}, {"layout": "factored", "step": 0.0}, {"layout": "factored", "step": 1.0}):
+        with pytest.raises(KdcliError, match="step belongs to layout = 'factored'"):
+            create_field("affinity", params)
+    with pytest.raises(KdcliError, match="layout must be one of dense, factored, got 'sparse'"):
+        create_field("affinity", {"layout": "sparse"})
