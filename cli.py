@@ -445,6 +445,54 @@ def evaluate(
 
 
 @main.command()
+@click.option("--cache", "cache_url", help="The cache.")
+@click.option("--teacher", help="The model that made it.")
+@click.option("--student", help="Whose gradients are compared; default: the one of kd.toml.")
+@click.option("--samples", default=32, show_default=True, help="How many rows of the cache, evenly over its shards.")
+@click.option("--parts", help="Mixture parts, comma-separated; default: those with a field.")
+@click.option("--stage", default="DFT", show_default=True, help="Whose modules have gradients.")
+@click.option("--dtype", help="Of the live teacher; default: as in the capture.")
+@click.option("--seed", default=0, show_default=True)
+@click.option("--sweep", is_flag=True, help="Also fit many other fields on other rows, and measure the frontier.")
+@click.option("--plot", type=click.Path(dir_okay=False), help="Write bytes against gradient angle as a PNG.")
+@click.option("--out", type=click.Path(dir_okay=False), help="Also write the tables here, as Markdown.")
+@device_option
+@config_option
+@json_option
+def fidelity(
+    cache_url: str | None,
+    teacher: str | None,
+    student: str | None,
+    parts: str | None,
+    plot: str | None,
+    out: str | None,
+    device: str | None,
+    config: str | None,
+    as_json: bool,
+    **asked: Any,
+) -> None:
+    """Cached losses and gradients against the live teacher, per method, with the live-vs-live noise floor beside them."""
+    from pipelines import fidelity as pipeline
+    from pipelines.fidelity import show
+    from pipelines.settings import override
+    from teacher_cache.errors import KdcliError
+    from teacher_cache.teachers.transformers import TeacherSpec
+
+    settings = load(config)
+    url, spec = cache_url or settings.cache, TeacherSpec(teacher) if teacher else settings.teacher
+    if not url or not spec:
+        raise KdcliError("name both sides: --cache and --teacher, or run `kdcli init` and edit kd.toml")
+    names = tuple(one.strip() for one in parts.split(",")) if parts else None
+    request = pipeline.FidelityRequest(
+        url, override(spec, device=device), student or settings.train.student, parts=names, **asked
+    )
+    with show.fidelity_progress(console()) as progress:
+        result = pipeline.fidelity(request, progress)
+    pipeline.write_files(result, plot, out)
+    click.echo(json.dumps(show.as_json(result)) if as_json else show.report(result))
+
+
+@main.command()
 def methods() -> None:
     """List the methods: what they need, which fields serve it, the paper."""
     from pipelines.tables import method_table

@@ -1,0 +1,90 @@
+"""Bytes a row against gradient angle, both logarithmic, a panel a row kind."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+FLOOR = 0.003
+"""Degrees below which a point is drawn on the axis: a logarithm has no room for 0."""
+MARKERS = {"forward": "o", "reverse": "s"}
+FAMILIES = {
+    "head + sketch": "tab:blue",
+    "sketch": "tab:cyan",
+    "top-k": "tab:orange",
+    "sampled": "tab:green",
+    "hidden": "tab:gray",
+    "this cache": "black",
+}
+
+
+def write_plot(result: Mapping[str, Any], path: Path) -> Path:
+    """The PNG: points of the cache, and of the sweep where there was one; circles forward KL, squares reverse KL."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    points = plot_points(result)
+    kinds = list(dict.fromkeys(one["kind"] for one in points)) or ["response"]
+    figure, axes = pyplot.subplots(1, len(kinds), figsize=(5.5 * len(kinds), 4.6), sharey=True, squeeze=False)
+    for axis, kind in zip(axes[0], kinds):
+        draw_panel(axis, kind, [one for one in points if one["kind"] == kind])
+    axes[0][0].set_ylabel("angle of the head's gradient, degrees")
+    handles, labels = axes[0][-1].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="lower center", ncol=4, fontsize=7, frameon=False)
+    figure.tight_layout(rect=(0, 0.12, 1, 1))
+    figure.savefig(path, dpi=80)
+    pyplot.close(figure)
+    return path
+
+
+def draw_panel(axis: Any, kind: str, points: list[dict[str, Any]]) -> None:
+    axis.set(xscale="log", yscale="log", title=f"{kind} rows", xlabel="bytes a row")
+    axis.axhline(FLOOR, color="lightgray", linewidth=0.8)
+    for family, colour in FAMILIES.items():
+        for direction, marker in MARKERS.items():
+            mine = [one for one in points if (one["family"], one["direction"]) == (family, direction)]
+            if not mine:
+                continue
+            mine.sort(key=lambda one: one["bytes"])
+            style = "" if family in ("this cache", "hidden") else "-" if direction == "forward" else ":"
+            places = [one["bytes"] for one in mine], [max(one["angle"], FLOOR) for one in mine]
+            axis.plot(*places, marker + style, color=colour, ms=4, lw=0.8, label=f"{family}, {direction}")
+    for one in points:
+        if one["direction"] == "reverse" and one["family"] != "this cache":
+            place = (one["bytes"], max(one["angle"], FLOOR))
+            axis.annotate(one["label"], place, fontsize=5, xytext=(2, 3), textcoords="offset points")
+
+
+def plot_points(result: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """``{"kind", "family", "label", "direction", "bytes", "angle"}`` of everything that was measured."""
+    found = [(one, "this cache", "", one["payload_per_row"]) for one in result["distributions"].values()]
+    for one in result["sweep"]:
+        if "error" not in one:
+            label = one["label"].replace(" hidden", "").replace("sketch ", "").replace("top-", "")
+            found.append((one, family_of(one["fields"]), label, one["bytes_per_row"]))
+    return [
+        {
+            "kind": one["kind"],
+            "family": family,
+            "label": label,
+            "direction": direction,
+            "bytes": size,
+            "angle": one[direction]["head_angle"],
+        }
+        for one, family, label, size in found
+        for direction in MARKERS
+        if one.get(direction) and one[direction].get("head_angle") is not None
+    ]
+
+
+def family_of(fields: Mapping[str, Mapping[str, Any]]) -> str:
+    suffixes = {name.split("_")[1] for name in fields}
+    sketched = any(params.get("codec") == "sketch" for params in fields.values())
+    if "sampled" in suffixes:
+        return "sampled"
+    if "topk" in suffixes:
+        return "head + sketch" if sketched else "top-k"
+    return "sketch" if sketched else "hidden"

@@ -1,0 +1,109 @@
+"""The actual student over the compared samples: its hidden states, and the way from their gradients to its parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
+from typing import Any
+
+import torch
+
+from pipelines.fidelity.rows import Row, same_grids
+from pipelines.fidelity.terms import StudentSide, pool
+from student_train.student import RowForward, freeze_except
+from teacher_cache.batch import collate, token_batches
+from teacher_cache.records import Prepared
+
+KINDS = ("response", "vision", "text")
+BATCH_TOKENS = 4096
+"""Padded tokens of one forward."""
+States = dict[str, torch.Tensor]
+Gradient = list[torch.Tensor]
+
+
+class Student:
+    """A student in float32, in ``eval``, with the modules of one stage to train.
+
+    Args:
+        rows: the compared samples. prepared: the same, as the student reads them. trains: module groups with gradient.
+    Attributes:
+        aligned: its vision tokens are the teacher's, one by one. batches: sample numbers of every forward.
+    """
+
+    def __init__(
+        self, model: Any, rows: Sequence[Row], prepared: Sequence[Prepared], trains: Sequence[str], pad_id: int
+    ):
+        self.device = next(model.parameters()).device
+        self.parameters = [parameter for _, parameter in freeze_except(model, trains)]
+        self.model = RowForward(model.eval())
+        self.prepared, self._pad = list(prepared), pad_id
+        self._labels = [(row.teacher.text.response, one.text.response) for row, one in zip(rows, prepared)]
+        self.aligned = same_grids(rows, prepared)
+        self.batches = token_batches(prepared, BATCH_TOKENS)
+        self._head_at = next((i for i, one in enumerate(self.parameters) if one is self.model.head), None)
+
+    def __len__(self) -> int:
+        return len(self.prepared)
+
+    @property
+    def head(self) -> torch.Tensor:
+        """``[V, D]`` without gradient."""
+        return self.model.head.detach()
+
+    @property
+    def trains_head(self) -> bool:
+        return self._head_at is not None
+
+    def forward(self, numbers: Sequence[int]) -> tuple[States, dict[str, list[torch.Tensor]]]:
+        """Hidden states by kind of some samples together, with graph, and detached ``[R, D]`` of each."""
+        batch = collate([self.prepared[i] for i in numbers], self._pad)
+        states = self.model(batch.to(self.device), KINDS)
+        return states, {kind: list(states[kind].detach().split(batch.counts[kind])) for kind in KINDS}
+
+    def side(self, number: int, states: Mapping[str, torch.Tensor]) -> StudentSide:
+        """Leaves of one sample, whose gradients a loss can be asked for."""
+        leaves = {kind: one.detach().clone().requires_grad_() for kind, one in states.items()}
+        head = self.head.requires_grad_(self.trains_head)
+        layout = self.prepared[number].layout
+        theirs, ours = self._labels[number]
+        return StudentSide(leaves, head, layout, (theirs.to(self.device), ours.to(self.device)), self.aligned)
+
+    def no_gradient(self) -> Gradient:
+        return [torch.zeros_like(one) for one in self.parameters]
+
+    def pull(self, states: States, at_states: Mapping[str, torch.Tensor], into: Gradient) -> None:
+        """Add to ``into`` what gradients at the hidden states ``[R, D]`` mean for the parameters; the graph is kept."""
+        kinds = [kind for kind in KINDS if states[kind].requires_grad and at_states[kind].numel()]
+        if not kinds:  # a frozen language model on samples without images
+            return
+        found = torch.autograd.grad(
+            [states[kind] for kind in kinds],
+            self.parameters,
+            [at_states[kind] for kind in kinds],
+            retain_graph=True,
+            allow_unused=True,
+        )
+        for total, one in zip(into, found):
+            if one is not None:
+                total += one
+
+    def pull_head(self, at_head: torch.Tensor, into: Gradient) -> None:
+        """Add a gradient ``[V, D]`` at the head, which may be the embedding too."""
+        if self._head_at is not None:
+            into[self._head_at] += at_head
+
+    @cached_property
+    def rows(self) -> list[dict[str, torch.Tensor]]:
+        """Hidden states ``[R, D]`` by kind of every sample, without graph."""
+        found: list[dict[str, torch.Tensor]] = [{} for _ in self.prepared]
+        for numbers in self.batches:
+            with torch.no_grad():
+                _, split = self.forward(numbers)
+            for place, number in enumerate(numbers):
+                found[number] = {kind: split[kind][place] for kind in KINDS}
+        return found
+
+    def matched_rows(self) -> Iterator[torch.Tensor]:
+        """``[N_s, D]`` of every sample: its vision rows as they are matched."""
+        for one, prepared in zip(self.rows, self.prepared):
+            yield pool(one["vision"], prepared.layout) if self.aligned else one["vision"]
