@@ -182,12 +182,16 @@ def reading_problems(cache: Cache, name: str) -> Iterator[str]:
 
 
 def missing_shards(cache: Cache, column: str) -> list[int]:
-    """Shards that a column should have. A field may leave out whole parts (``parts_without_fields``), never some of a part."""
+    """Shards that a column should have. A field may leave out whole parts (``parts_without_fields``), never some of a part.
+
+    A tar without its commit counts too: of a capture that was killed, or of a commit that is lost, which may be a part's only one.
+    """
     done = set(committed_shards(cache.storage, column))
+    begun = {int(name[:6]) for name in cache.storage.names(f"{column}/data") if name[:6].isdecimal()}
     missing = []
     for part in cache.parts():
         shards = set(cache.shards([part]))
-        if column == "samples" or shards & done:
+        if column == "samples" or shards & (done | begun):
             missing += sorted(shards - done)
     return missing
 
