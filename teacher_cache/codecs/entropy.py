@@ -50,7 +50,7 @@ class Table:
     def model(self) -> Any:
         return constriction.stream.model.Categorical(self.probabilities.numpy(), perfect=False)
 
-    @property
+    @cached_property
     def escape(self) -> int:
         return len(self.probabilities) - 1
 
@@ -125,22 +125,32 @@ def encode(streams: Sequence[Stream], rows: int) -> torch.Tensor:
     """
     if rows > MOST_ROWS or sum(symbols.size for symbols, _ in streams) > MOST_SYMBOLS:
         raise KdcliError(f"a record of {rows} rows is more than a coded field takes: use another codec")
-    coder = constriction.stream.stack.AnsCoder(GROUND)
-    escaped = []
-    for symbols, table in reversed(streams):  # a stack: what is decoded first is encoded last
-        flat = np.ascontiguousarray(symbols).reshape(-1)
-        if not len(flat):
-            continue
-        places = table.places(flat)
-        coder.encode_reverse(places, table.model)
-        beyond = flat[places == table.escape]
-        if len(beyond) and (beyond.min() < -(1 << 31) or beyond.max() >= 1 << 31):
+    used = [(symbols.reshape(-1), table) for symbols, table in streams if symbols.size]
+    # All streams at once: a record has dozens of short ones.
+    flat = np.concatenate([one for one, _ in used]) if used else np.zeros(0, dtype=np.int32)
+    if flat.dtype != np.int32:
+        if len(flat) and (flat.min() < -(1 << 31) or flat.max() >= 1 << 31):
             raise KdcliError("a value is too large to be coded: use another codec")
-        escaped.append(beyond)
-    outside = np.concatenate(escaped[::-1]).astype("<i4") if escaped else np.zeros(0, dtype="<i4")
+        flat = flat.astype(np.int32)
+    low, escape = _of_each([table for _, table in used], [len(one) for one, _ in used])
+    # Modulo 2³² what lies below a table is far above it, so that one comparison finds both.
+    places = np.minimum((flat - low).view(np.uint32), escape.view(np.uint32)).view(np.int32)
+    beyond = places == escape
+    outside = flat[beyond].astype("<i4") if beyond.any() else np.zeros(0, dtype="<i4")
+    coder = constriction.stream.stack.AnsCoder(GROUND)
+    stop = len(flat)
+    for one, table in reversed(used):  # a stack: what is decoded first is encoded last
+        coder.encode_reverse(places[stop - len(one) : stop], table.model)
+        stop -= len(one)
     words = coder.get_compressed().astype("<u4")
     data = _HEADER.pack(rows, len(outside), len(words)) + outside.tobytes() + words.tobytes()
     return torch.frombuffer(bytearray(data), dtype=torch.uint8)
+
+
+def _of_each(tables: Sequence[Table], counts: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+    """int32 ``low`` and ``escape`` of every symbol of streams with so many symbols."""
+    numbers = np.array([(table.low, table.escape) for table in tables], dtype=np.int32).reshape(-1, 2)
+    return np.repeat(numbers[:, 0], counts), np.repeat(numbers[:, 1], counts)
 
 
 class Decoder:
@@ -169,18 +179,25 @@ class Decoder:
 
     def take(self, count: int, table: Table) -> np.ndarray:
         """The next ``count`` symbols, int32."""
-        self.promise(count)
-        self._left -= count
-        if not count:
+        return self.take_all([count], [table])
+
+    def take_all(self, counts: Sequence[int], tables: Sequence[Table]) -> np.ndarray:
+        """The symbols of the next streams, int32, one stream after the other."""
+        total = sum(counts)
+        self.promise(total)
+        self._left -= total
+        if not total:
             return np.zeros(0, dtype=np.int32)
-        places = self._coder.decode(table.model, count)
-        symbols = places + np.int32(table.low)
-        outside = places == table.escape
-        number = int(outside.sum())
+        places = np.concatenate([self._coder.decode(one.model, n) for one, n in zip(tables, counts) if n])
+        low, escape = _of_each(tables, counts)
+        outside = places == escape
+        places += low
+        number = np.count_nonzero(outside)
         if number > len(self._escapes):
             raise CacheError("a coded record lacks escaped symbols: run `kdcli cache verify`")
-        symbols[outside], self._escapes = self._escapes[:number], self._escapes[number:]
-        return symbols
+        if number:
+            places[outside], self._escapes = self._escapes[:number], self._escapes[number:]
+        return places
 
     def finish(self) -> None:
         """Everything must have been read: a record decoded with other tables than it was coded with does not end so."""

@@ -27,8 +27,20 @@ SAMPLERS: list[dict[str, Any]] = [
     {"sampler": "random", "draws": 700},
 ]
 PARAMS: dict[str, list[dict[str, Any]]] = {
-    "vision_topk": [{}, {"k": 3, **PLAIN, "value_dtype": "float32"}, {"k": 1}, {"k": 1, **PLAIN}],
-    "response_topk": [{}, {"k": 3, **PLAIN, "value_dtype": "float32"}, {"k": 1}, {"k": 1, **PLAIN}],
+    "vision_topk": [
+        {},
+        {"k": 5, "coding": "packed"},
+        {"k": 3, **PLAIN, "value_dtype": "float32"},
+        {"k": 1},
+        {"k": 1, **PLAIN},
+    ],
+    "response_topk": [
+        {},
+        {"coding": "packed"},
+        {"k": 3, **PLAIN, "value_dtype": "float32"},
+        {"k": 1},
+        {"k": 1, **PLAIN},
+    ],
     "vision_hidden": [{}, {"codec": "fp32"}, {"codec": "int8"}, {"codec": "int4"}, {"codec": "sketch", "step": 0.2}],
     "response_hidden": [{}, {"codec": "fp32"}, {"codec": "int8"}, {"codec": "int4"}, {"codec": "sketch"}],
     "vision_sampled": SAMPLERS,
