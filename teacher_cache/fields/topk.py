@@ -6,8 +6,8 @@ Codings:
 - ``packed`` (``topk_packed``): no calibration; ids bit-packed, log-probs in uniform steps under zstd: 2 to 3·k + 8 bytes a row.
 - ``plain`` (``topk_plain``): int32 ids, float16 or float32 log-probs, float32 scalars: 6·k + 8 bytes a row.
 
-The tail mass is never stored as 1 − Σp: on peaked rows it is 1e-6, and rounding would destroy it. ``plain`` and ``packed`` keep its logarithm,
-``coded`` its log odds, since on flat rows it is the head's mass that a rounded logarithm would destroy.
+The tail mass is never stored as 1 − Σp: on peaked rows it is 1e-6, and rounding would destroy it. ``plain`` and ``packed`` keep its
+logarithm, ``coded`` its log odds, since on flat rows it is the head's mass that a rounded logarithm would destroy.
 Alone it serves forward KL with a tail bucket at temperature 1; with a sketch of the hidden states, the full vocabulary.
 """
 
