@@ -198,6 +198,16 @@ def tiny_cache_bf16(tmp_path_factory: pytest.TempPathFactory, make_request: Call
     return out
 
 
+@pytest.fixture(scope="session")
+def tiny_cache_standard(tmp_path_factory: pytest.TempPathFactory, make_request: Callable[..., Any]) -> Path:
+    """The same rows by the profile ``standard``: head + sketch, factored affinities."""
+    from pipelines.cache_teacher import capture
+
+    out = tmp_path_factory.mktemp("caches") / "standard"
+    capture(make_request(out, store="standard", fields=()))
+    return out
+
+
 @pytest.fixture
 def copy_of(tmp_path: Path) -> Callable[[Path], Path]:
     """``copy_of(cache)`` → a private copy to damage."""

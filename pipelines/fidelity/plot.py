@@ -6,17 +6,23 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from pipelines.profiles import HEAD_K
+
 FLOOR = 0.003
 """Degrees below which a point is drawn on the axis: a logarithm has no room for 0."""
 MARKERS = {"forward": "o", "reverse": "s"}
 FAMILIES = {
-    "head + sketch": "tab:blue",
+    "head 8 + sketch": "tab:blue",
+    "other head + sketch": "tab:purple",
     "sketch": "tab:cyan",
     "top-k": "tab:orange",
     "sampled": "tab:green",
     "hidden": "tab:gray",
     "this cache": "black",
 }
+SINGLE = ("this cache", "hidden", "other head + sketch")
+"""Families whose points are no series of one parameter: no line joins them."""
+TICKS = (5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000)
 
 
 def write_plot(result: Mapping[str, Any], path: Path) -> Path:
@@ -41,7 +47,12 @@ def write_plot(result: Mapping[str, Any], path: Path) -> Path:
 
 
 def draw_panel(axis: Any, kind: str, points: list[dict[str, Any]]) -> None:
+    from matplotlib import ticker
+
     axis.set(xscale="log", yscale="log", title=f"{kind} rows", xlabel="bytes a row")
+    axis.xaxis.set_major_locator(ticker.FixedLocator(TICKS))
+    axis.xaxis.set_minor_locator(ticker.NullLocator())
+    axis.xaxis.set_major_formatter(ticker.ScalarFormatter())
     axis.axhline(FLOOR, color="lightgray", linewidth=0.8)
     for family, colour in FAMILIES.items():
         for direction, marker in MARKERS.items():
@@ -49,11 +60,11 @@ def draw_panel(axis: Any, kind: str, points: list[dict[str, Any]]) -> None:
             if not mine:
                 continue
             mine.sort(key=lambda one: one["bytes"])
-            style = "" if family in ("this cache", "hidden") else "-" if direction == "forward" else ":"
+            style = "" if family in SINGLE else "-" if direction == "forward" else ":"
             places = [one["bytes"] for one in mine], [max(one["angle"], FLOOR) for one in mine]
             axis.plot(*places, marker + style, color=colour, ms=4, lw=0.8, label=f"{family}, {direction}")
     for one in points:
-        if one["direction"] == "reverse" and one["family"] != "this cache":
+        if one["family"] != "this cache" and (one["direction"] == "reverse" or one["family"] == "sampled"):
             place = (one["bytes"], max(one["angle"], FLOOR))
             axis.annotate(one["label"], place, fontsize=5, xytext=(2, 3), textcoords="offset points")
 
@@ -63,7 +74,9 @@ def plot_points(result: Mapping[str, Any]) -> list[dict[str, Any]]:
     found = [(one, "this cache", "", one["payload_per_row"]) for one in result["distributions"].values()]
     for one in result["sweep"]:
         if "error" not in one:
-            label = one["label"].replace(" hidden", "").replace("sketch ", "").replace("top-", "")
+            label = one["label"]
+            for word in ("top-8 + ", "top-", "sketch ", " hidden"):
+                label = label.replace(word, "")
             found.append((one, family_of(one["fields"]), label, one["bytes_per_row"]))
     return [
         {
@@ -86,5 +99,8 @@ def family_of(fields: Mapping[str, Mapping[str, Any]]) -> str:
     if "sampled" in suffixes:
         return "sampled"
     if "topk" in suffixes:
-        return "head + sketch" if sketched else "top-k"
+        if not sketched:
+            return "top-k"
+        (k,) = (params["k"] for name, params in fields.items() if name.endswith("_topk"))
+        return "head 8 + sketch" if k == HEAD_K else "other head + sketch"
     return "sketch" if sketched else "hidden"

@@ -101,9 +101,11 @@ def compare_cache(
     served = {**opened.served, **{n: Served({f"{k}_logits": f}, ()) for n, (k, f) in pairs.items()}}
     stored = cache_source(cache, served, [row.records for row in rows], device)
     sources: dict[str, Source] = {LIVE: live.pop(LIVE), CACHE: stored, **live}
-    raw = {name: one for name, one in sources.items() if MATCHING in one.signals}
-    matches, matching = match_all(student, raw)
     chosen = {name: TERMS[name] for name in terms}
+    matches: dict[str, list[torch.Tensor]] = {}
+    matching: dict[str, Any] = {}
+    if MATCHING in stored.signals or any(term.matching for term in chosen.values()):
+        matches, matching = match_all(student, {n: one for n, one in sources.items() if MATCHING in one.signals})
     found = compare(chosen, student, sources, matches, lambda more, total: progress("comparing", more, total))
     sizes = cache_bytes(cache, opened.parts, opened.fields)
     distributions = {
@@ -113,7 +115,7 @@ def compare_cache(
     }
     return {
         "terms": {name: {"fields": opened.served[name].names, **one} for name, one in found.items()},
-        "matching": matching,
+        "matching": matching if CACHE in matching else {},
         "unserved": unserved,
         "distributions": distributions,
         "bytes": sizes,

@@ -13,6 +13,7 @@ from pipelines.fidelity.rows import Row
 from pipelines.fidelity.sources import Source, live_source
 from pipelines.fidelity.stored import KINDS, measure_rows
 from pipelines.fidelity.student import Student
+from pipelines.profiles import HEAD_K
 from student_train.needs import Need, Served
 from student_train.teacher_view import TeacherSignals
 from teacher_cache.codecs import container, row_codecs
@@ -23,7 +24,6 @@ from teacher_cache.teachers.low_rank import LowRankHead
 from teacher_cache.teachers.sampling import sample_batch
 
 STEPS = (0.4, 0.3, 0.2, 0.1, 0.05, 0.02)
-HEAD_K = 8
 
 
 @dataclass(frozen=True)
