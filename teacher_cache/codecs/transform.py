@@ -98,8 +98,9 @@ class Transform:
     def streams(self, symbols: np.ndarray, grids: Sequence[Grid] = ()) -> list[Stream]:
         """The layout, then one stream a table: what ``entropy.encode`` wants."""
         order, counts = self._order(len(symbols), tuple(grids))
-        parts = np.split(symbols.reshape(-1)[order], np.cumsum(counts)[:-1])
-        layout = [(np.array([len(grids)]), NUMBERS), (spectrum.to_symbols(grids), NUMBERS)]
+        ordered, stops = symbols.reshape(-1)[order], counts.cumsum().tolist()
+        parts = [ordered[start:stop] for start, stop in zip([0, *stops], stops)]
+        layout = [(np.array([len(grids)], dtype=np.int32), NUMBERS), (spectrum.to_symbols(grids), NUMBERS)]
         return [*layout, *zip(parts, self._tables)]
 
     def read(self, decoder: Decoder) -> torch.Tensor:
@@ -110,12 +111,10 @@ class Transform:
         grids = spectrum.from_symbols(decoder.take(4 * count, NUMBERS), decoder.rows)
         decoder.promise(decoder.rows * self.rank)
         order, counts = self._order(decoder.rows, grids)
-        taken = []
-        for table, number, shrink in zip(self._tables, counts.tolist(), self.shrink.tolist()):
-            symbols = decoder.take(number, table).astype(np.float32)
-            taken.append(symbols - np.sign(symbols) * np.float32(shrink))
-        values = np.empty(decoder.rows * self.rank, dtype=np.float32)
-        values[order] = np.concatenate(taken) * np.float32(self.step)
+        symbols = decoder.take_all(counts.tolist(), self._tables).astype(np.float32)
+        symbols -= np.sign(symbols) * np.repeat(self.shrink.numpy(), counts)
+        values = np.empty_like(symbols)
+        values[order] = symbols * np.float32(self.step)
         return spectrum.inverse(torch.from_numpy(values).reshape(decoder.rows, self.rank), grids)
 
 
