@@ -36,6 +36,8 @@ from teacher_cache.teachers.low_rank import LowRankHead
 
 STEPS = (0.4, 0.2, 0.1, 0.04, 0.02, 0.01)
 DRAWS = 50
+TEXT_CALIBRATION, TEXT_TEST = 40, 24
+"""Blocks of 256 tokens."""
 Params = dict[str, dict[str, Any]]
 
 
@@ -232,7 +234,7 @@ def main() -> None:
             if rows.kind == "vision":
                 body["vision terms"] = vision_terms(rows, Coded(rows, configurations()[STANDARD]))
     if options.text_model.is_dir():
-        rows = text_rows(options.text_model, 128, 32)
+        rows = text_rows(options.text_model, TEXT_CALIBRATION, TEXT_TEST)
         body[rows.name] = run(rows)
     print(json.dumps({name: one["targets"] for name, one in body.items() if "targets" in one}, indent=1))
     finish("codecs", body, options.save)

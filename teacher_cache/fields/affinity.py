@@ -141,4 +141,4 @@ def create(
     name: str, params: dict[str, Any], calibration: Mapping[str, torch.Tensor] | None = None
 ) -> DenseAffinity | FactoredAffinity:
     given = Params(**params)
-    return DenseAffinity() if given.layout == "dense" else FactoredAffinity(given.step or 0.03, calibration)
+    return DenseAffinity() if given.layout == "dense" else FactoredAffinity(given.step or 0.02, calibration)
