@@ -178,8 +178,8 @@ def test_a_teacher_that_says_nan_of_some_rows(make_request, tmp_path: Path, monk
     """NaN at one vision row, infinity at one text token: skipped in every field with the reason, never stored, never calibrated on."""
     say = TransformersTeacher.__call__
     bad = {
-        ("sft", 3): ("vision", torch.nan),
-        ("caption", 7): ("text", torch.inf),
+        ("sft", 3): ("text", torch.inf),
+        ("caption", 7): ("vision", torch.nan),
         ("sft", 11): ("response", -torch.inf),
     }
 
