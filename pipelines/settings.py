@@ -31,6 +31,7 @@ class CaptureSettings:
         workers: processes; 0: one a GPU, else one.
         batch_tokens: padded tokens of one teacher batch.
         calibration_rows: rows that the teacher reads before the job, to fit the fields that need it.
+        calibration: cache of `kdcli preflight` whose calibrations are taken instead; empty: fit afresh.
     """
 
     shards: int = 512
@@ -43,6 +44,7 @@ class CaptureSettings:
     workers: int = 0
     batch_tokens: int = 8192
     calibration_rows: int = 256
+    calibration: str | None = None
 
     def __post_init__(self) -> None:
         for name in ("shards", "max_length", "batch_tokens", "calibration_rows"):

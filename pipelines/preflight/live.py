@@ -1,0 +1,39 @@
+"""The live teacher, loaded when it is first asked and let go before somebody else needs its memory."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from pipelines.fidelity.sources import listen
+from teacher_cache.records import Prepared, TeacherOutput
+from teacher_cache.teachers.transformers import TeacherSpec, TransformersTeacher
+
+
+class LiveTeacher:
+    """A teacher on demand."""
+
+    def __init__(self, spec: TeacherSpec, processor: Any, config: Any):
+        self.spec, self.processor, self.config = spec, processor, config
+        self._loaded: TransformersTeacher | None = None
+
+    @property
+    def model(self) -> TransformersTeacher:
+        if self._loaded is None:
+            self._loaded = TransformersTeacher(self.spec, self.processor, self.config)
+        return self._loaded
+
+    @property
+    def head(self) -> torch.Tensor:
+        """W ``[V, D]`` on the CPU."""
+        return self.model.head.cpu()
+
+    def listen(self, rows: Sequence[Prepared], wants: frozenset[str], batch_tokens: int) -> list[TeacherOutput]:
+        return listen(self.model, rows, wants, batch_tokens)
+
+    def release(self) -> None:
+        self._loaded = None
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()

@@ -1,0 +1,158 @@
+"""A preflight for a person: the verdict first, then the tables behind it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from rich.console import Console
+
+from pipelines.progress import bar
+from pipelines.tables import human_bytes, table
+
+Body = Mapping[str, Any]
+
+
+def report(body: Body) -> str:
+    """Everything that ``run.preflight`` found."""
+    sections = [verdict(body)]
+    if "rows" in body:
+        sections += [rows_line(body), *map(ladder_table, body["choices"]), method_tables(body), cost_lines(body)]
+        sections += [canary_line(body)]
+    sections.append(kd_lines(body))
+    return "\n\n".join(one for one in sections if one)
+
+
+def verdict(body: Body) -> str:
+    if body["go"]:
+        return "GO"
+    return "\n".join(["NO-GO", *(f"- {reason}" for reason in body["reasons"])])
+
+
+def rows_line(body: Body) -> str:
+    rows = body["rows"]
+    skipped = ", ".join(f"{count} {reason}" for reason, count in sorted(rows["skipped"].items()))
+    return (
+        f"Rows: {rows['sampled']} sampled, {rows['written']} captured, {sum(rows['skipped'].values())} skipped"
+        + (f" ({skipped})" if skipped else "")
+        + f"; {rows['judged']} held out to judge. Cache: {body['cache']}"
+    )
+
+
+def ladder_table(choice: Body) -> str:
+    """Every candidate of one row kind, the cheapest first; angles of the student's whole gradient where they were asked for."""
+    lines = []
+    for one in choice["ladder"]:
+        chosen = one["label"] == choice["label"]
+        label = f"**{one['label']}**" if chosen else one["label"]
+        if one["error"]:
+            continue
+        whole = max((angle for angle in one["angles"].values() if not math.isnan(angle)), default=math.nan)
+        sizes = [f"{one['bytes_per_row']:.1f}", f"{one['bytes_per_sample']:,.0f}", f"{one['kl']:.2g}"]
+        heads = [degrees(one["head_angles"].get(direction, math.nan)) for direction in ("forward", "reverse")]
+        lines.append([label, *sizes, *heads, degrees(whole)])
+    header = ["stored", "B a row", "B a sample", "KL, nats", "head: forward", "head: reverse", "whole gradient"]
+    why = f"not within the limits: {choice['reasons'][0]}" if choice["reasons"] else "the cheapest within the limits"
+    failed = dict.fromkeys(one["error"] for one in choice["ladder"] if one["error"])
+    left_out = "".join(f"\n\nleft out: {error}" for error in failed)
+    return f"{choice['kind']} rows, chosen: {choice['label']} ({why})\n\n{table(header, lines)}{left_out}"
+
+
+def method_tables(body: Body) -> str:
+    lines = []
+    for one in body["methods"]:
+        for name, term in one["terms"].items():
+            lines.append(
+                [
+                    f"{one['method']}: {name}",
+                    " + ".join(term["fields"]),
+                    percent(term["loss_error"]),
+                    degrees(term["gradient_angle"]),
+                    percent(term["floor_error"]),
+                    degrees(term["floor_angle"]),
+                ]
+            )
+    header = ["method: term", "served by", "loss error", "gradient angle", "floor: loss", "floor: angle"]
+    text = ["Cache against the live teacher, on the actual student (floor: the live teacher in other batches):", ""]
+    text += [table(header, lines)] if lines else ["(no term could be compared)"]
+    text.append("")
+    for one in body["methods"]:
+        text += [f"- {one['method']}: {step_words(one)}"] + [f"  note: {note}" for note in one["notes"]]
+    return "\n".join(text)
+
+
+def step_words(one: Body) -> str:
+    step = one["step"]
+    if not step:
+        return "cannot be trained: " + "; ".join(one["reasons"]) if one["reasons"] else "no step was taken"
+    return (
+        f"{step['seconds']:.3g} s for {step['samples']} samples ({step['tokens']:,} tokens) in stage {step['stage']}, "
+        f"{step['optimizer_step_seconds']:.3g} s an optimizer step; peak memory {human_bytes(step['peak_bytes'])} of {step['of']}"
+    )
+
+
+def cost_lines(body: Body) -> str:
+    sizes = ", ".join(f"{name} {human_bytes(size)}" for name, size in body["bytes_per_sample"].items())
+    lines = [
+        f"Measured bytes a sample: {sizes or 'no field'} (together {human_bytes(sum(body['bytes_per_sample'].values()))})"
+    ]
+    one = body["estimate"]
+    if "error" in one:
+        return "\n".join([*lines, one["error"]])
+    hours, rows = one["hours"], sum(part["rows"] for part in one["parts"])
+    lines.append(
+        f"Whole job: {rows:,} rows, {one['tokens']:,} tokens, {human_bytes(one['bytes'])} in {one['shards']} shards; "
+        f"{hours['gpu_hours']:,.2f} GPU-hours, {hours['wall_hours']:,.2f} h on {hours['gpus']} GPUs like this device ({hours['basis']})"
+    )
+    return "\n".join([*lines, *(f"- Note: {note}." for note in one["notes"])])
+
+
+def canary_line(body: Body) -> str:
+    one = body["canaries"]
+    if one["floor"] is None:
+        return ""
+    return (
+        f"Canaries: hidden states of two live runs differ by {one['floor']:.2g} (relative RMS, {one['dtype']}), logits by at most "
+        f"{one['floor_logit']:.2g}; `kdcli cache-teacher` asks them again before it starts"
+    )
+
+
+def kd_lines(body: Body) -> str:
+    """What was written to kd.toml, or what to paste."""
+    written = body.get("kd_toml")
+    if not written:
+        return ""
+    if written["written"]:
+        return (
+            f"{written['path']} changed:\n\n{written['diff']}"
+            if written["diff"]
+            else f"{written['path']} says it already"
+        )
+    return f"{written['why']}:\n\n{written['block']}"
+
+
+def degrees(angle: float) -> str:
+    return "–" if angle is None or math.isnan(angle) else f"{angle:.2g}°"
+
+
+def percent(share: float) -> str:
+    return "–" if math.isnan(share) else f"{100 * share:+.2g} %"
+
+
+def as_json(value: Any) -> Any:
+    """The same without NaN and infinity, which JSON does not know."""
+    if isinstance(value, Mapping):
+        return {key: as_json(one) for key, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [as_json(one) for one in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+@contextmanager
+def preflight_progress(console: Console) -> Iterator[Callable[[str, int, int], None]]:
+    """``progress(event, done, total)`` for ``run.preflight``."""
+    with bar(console, "parts") as progress:
+        task = progress.add_task("starting", total=None)
+        yield lambda event, done, total: progress.update(task, description=event, completed=done, total=total)
