@@ -82,7 +82,7 @@ def test_the_template_is_valid_and_complete(tmp_path: Path) -> None:
     target.write_text("\n".join(lines))
     tomllib.loads(target.read_text())
     settings = load_settings(target)
-    assert settings.capture.over_length == "skip" and settings.fields["vision_topk"] == {"k": 64}
+    assert settings.capture.over_length == "skip" and settings.fields["vision_topk"] == {"k": 8}
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

@@ -135,7 +135,7 @@ BAD = [
     ({"workers": "-1"}, ["--workers must not be negative"]),
     ({"limit": "-1"}, ["limit is -1"]),
     ({"dtype": "int4"}, ["dtype 'int4'", "bfloat16"]),
-    ({"fields": "vision_hidden", "codec": "jpeg"}, ["unknown codec 'jpeg'", "bf16, fp32, int8"]),
+    ({"fields": "vision_hidden", "codec": "jpeg"}, ["unknown codec 'jpeg'", "bf16, fp32, int4, int8, sketch"]),
     ({"parts_without_fields": "sft"}, ["parts_without_fields", "sft", "captions"]),
     ({"device": "gpu"}, ["device 'gpu'", "cuda:N"]),
     ({"device": "cuda:99"}, ["this machine has \\d+ CUDA devices"]),
