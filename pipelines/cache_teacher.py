@@ -4,22 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
 
 from pipelines.calibrate import calibrate
-from pipelines.describe import describe
+from pipelines.describe import describe, new_calibrated
 from pipelines.executors import local
 from pipelines.inspect_cache import status
+from pipelines.preflight import canaries
+from pipelines.preflight.adopt import calibrations
 from pipelines.profiles import chosen_fields
 from pipelines.settings import CaptureSettings
 from student_train.cache import Cache
 from teacher_cache.cache_shard import CaptureJob, Teacher, cache_shard
 from teacher_cache.errors import KdcliError
-from teacher_cache.fields import CalibratedField, create_field
+from teacher_cache.fields import CalibratedField, Field, create_field
 from teacher_cache.fields.calibration import Calibration
-from teacher_cache.plan import Plan, make_plan, write_plan
+from teacher_cache.plan import Plan, content_hash, make_plan, write_plan
 from teacher_cache.prepare import Limits, Preparer
 from teacher_cache.shards.storage import Storage
 from teacher_cache.sources import DataSpec, open_source
@@ -47,7 +50,7 @@ def capture(request: CaptureRequest, progress: Callable[[str, int, int], None] =
     """Run the whole job; continues what is there. ``progress(event, done_rows, all_rows)`` is called often.
 
     Returns:
-        ``inspect_cache.status`` of the finished cache: rows, skips by reason, bytes by column.
+        ``inspect_cache.status`` of the finished cache: rows, skips by reason, bytes by column; and ``notes`` where there are any.
     """
     storage = Storage(request.out)
     processor, config = load_processor(request.teacher)
@@ -65,6 +68,7 @@ def capture(request: CaptureRequest, progress: Callable[[str, int, int], None] =
     resolve_device(request.teacher)
     fingerprint = teacher_fingerprint(request.teacher, processor, config)
     plan = plan_for(request, storage, preparer, config)
+    preflight, taken = adopted(request, storage, fields, fingerprint)
     write_plan(storage, plan)  # the first write: what can be refused is refused above
     hashes, fields = describe(
         storage,
@@ -73,7 +77,7 @@ def capture(request: CaptureRequest, progress: Callable[[str, int, int], None] =
         fingerprint,
         processor,
         load_head=lambda: load_head(request.teacher, processor),
-        calibrate=lambda new: fit_fields(request, plan, preparer, processor, config, new),
+        calibrate=lambda new: taken or fit_fields(request, plan, preparer, processor, config, new),
     )
     job = CaptureJob(
         storage=storage,
@@ -87,10 +91,21 @@ def capture(request: CaptureRequest, progress: Callable[[str, int, int], None] =
     total = sum(one.rows for one in plan.slices)
     done = total - sum(plan.slices[shard].rows for shard in left)
     progress("start", done, total)
+    notes = ask_canaries(request, preflight, storage, fingerprint) if left and fields and preflight else []
     if left:
         run_shards(request, job, left, done, total, progress)
     progress("end", total, total)
-    return status(Cache(request.out))
+    return status(Cache(request.out)) | ({"notes": notes} if notes else {})
+
+
+def adopted(
+    request: CaptureRequest, storage: Storage, fields: Mapping[str, Field], fingerprint: Mapping[str, Any]
+) -> tuple[Cache | None, dict[str, Calibration]]:
+    """(the preflight's cache where one is named, calibrations out of it for the fields that the job's cache lacks)."""
+    if not request.settings.calibration:
+        return None, {}
+    preflight = Cache(request.settings.calibration)
+    return preflight, calibrations(preflight, new_calibrated(storage, fields), fingerprint)
 
 
 def make_preparer(request: CaptureRequest, processor: Any, config: Any) -> Preparer:
@@ -126,6 +141,16 @@ def fit_fields(
     return calibrate(
         fields, plan, preparer, teacher, teacher.head, settings.calibration_rows, settings.batch_tokens, bare
     )
+
+
+def ask_canaries(request: CaptureRequest, preflight: Cache, storage: Storage, fingerprint: dict[str, Any]) -> list[str]:
+    """Notes; CompatibilityError where this machine's teacher is not the preflight's. It leaves the device before workers start."""
+    folder = f"teacher/{content_hash(fingerprint)[:12]}"
+    processor, config = load_processor(request.teacher)
+    load = partial(TransformersTeacher, request.teacher, processor, config)
+    note = canaries.check(preflight, folder, processor, config, load)
+    canaries.copy(preflight.storage, storage, folder)
+    return [note]
 
 
 @dataclass(frozen=True)

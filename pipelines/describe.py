@@ -6,7 +6,7 @@ import hashlib
 import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -47,8 +47,8 @@ def describe(
         write_processor(storage, folder, processor)
     with_head = [name for name, one in fields.items() if reads_with_head(one)]
     head_sha = write_head(storage, folder, load_head) if with_head else None
-    new = {name: one for name, one in fields.items() if one.calibrated and not storage.exists(field_path(name))}
-    fitted = calibrate(new) if new else {}  # type: ignore[arg-type]
+    new = new_calibrated(storage, fields)
+    fitted = calibrate(new) if new else {}
     for name, body in bodies.items():
         if storage.exists(field_path(name)):
             continue
@@ -58,6 +58,12 @@ def describe(
             refuse_other_settings(storage, name, body)  # another writer was first: its calibration is the cache's
     hashes = {name: hashlib.sha256(storage.read(field_path(name))).hexdigest() for name in fields}
     return hashes, {name: bound(storage, name, one) for name, one in fields.items()}
+
+
+def new_calibrated(storage: Storage, fields: Mapping[str, Field]) -> dict[str, CalibratedField]:
+    """Those that need a calibration and that the cache has not described yet."""
+    new = {name: one for name, one in fields.items() if one.calibrated and not storage.exists(field_path(name))}
+    return cast(dict[str, CalibratedField], new)
 
 
 def field_path(name: str) -> str:

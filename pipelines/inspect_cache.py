@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from pipelines.preflight import canaries
 from student_train.cache import Cache, CachedRow, CachedRows, read_tensors
 from teacher_cache.errors import CacheError
 from teacher_cache.records import Sketch, TopK
@@ -162,7 +163,8 @@ def check(cache: Cache) -> list[Problem]:
             for shard in missing_shards(cache, column)
         ]
     for folder in sorted({body["teacher_folder"] for body in cache.fields.values()}):
-        problems += [Problem(folder, None, what) for what in teacher_problems(cache, folder)]
+        found = [*teacher_problems(cache, folder), *canaries.problems(cache.storage, folder)]
+        problems += [Problem(folder, None, what) for what in found]
     for name in cache.fields:
         problems += [Problem(f"fields/{name}", None, what) for what in reading_problems(cache, name)]
     return problems

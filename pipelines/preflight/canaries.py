@@ -7,7 +7,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ from student_train.cache import Cache, CachedRows
 from teacher_cache.cache_shard import Teacher
 from teacher_cache.codecs import container
 from teacher_cache.errors import CacheError, CompatibilityError
-from teacher_cache.prepare import Preparer
+from teacher_cache.prepare import Limits, Preparer
 from teacher_cache.records import Prepared
 from teacher_cache.shards.sealed import seal, unseal
 from teacher_cache.shards.storage import Storage
@@ -102,23 +102,25 @@ def ids_hash(row: Prepared) -> str:
     return hashlib.sha256(row.input_ids.to(torch.int64).numpy().tobytes()).hexdigest()
 
 
-def check(cache: Cache, folder: str, preparer: Preparer, teacher: Teacher) -> str:
+def check(cache: Cache, folder: str, processor: Any, config: Any, load: Callable[[], Teacher]) -> str:
     """A note of how near this teacher is; CompatibilityError where it is not the one of the preflight.
 
     Args:
-        cache: of the preflight. folder: ``teacher/<fingerprint>`` in it.
+        cache: of the preflight. folder: ``teacher/<fingerprint>`` in it. load: gives the teacher, asked for only where there are canaries.
     """
     there = receipt(cache.storage, folder)
     if there is None:
         return f"{cache.storage} holds no canaries of this teacher: its answers were not compared"
     stored = container.unpack(checked(cache.storage, folder, there), f"{cache.storage}/{folder}/{FILE}")
+    made = cache.plan.preparation
+    preparer = Preparer(processor, config, Limits(made["max_length"], made["over_length"]))  # not the job's own limits
     rows = [find(cache, part, key, preparer) for part, key in there["keys"]]
     other = [row.key for row, digest in zip(rows, there["input_ids"]) if ids_hash(row) != digest]
     if other:
         raise CompatibilityError(
             f"canary row {other[0]} of {cache.storage} has other tokens than at preflight: same tokenizer, template and library?"
         )
-    found = relative_difference(stored, states_of(teacher, rows))
+    found = relative_difference(stored, states_of(load(), rows))
     limit = max(FLOOR_TIMES * there["floor"], TOLERANCE[there["dtype"]])
     if not found <= limit:
         raise CompatibilityError(

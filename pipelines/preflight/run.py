@@ -59,7 +59,8 @@ def preflight(request: PreflightRequest, progress: Progress = lambda event, done
     """Everything; continues what is in ``request.out``. ``progress(event, done, total)`` is called as it goes on.
 
     Returns:
-        One JSON-able object: ``go``, ``reasons``, ``rows``, ``choices``, ``methods``, ``bytes_per_sample``, ``estimate``, ``canaries``, ``params``, ``kd_toml``.
+        One JSON-able object: ``go``, ``reasons``, ``rows``, ``choices``, ``methods``, ``bytes_per_sample``,
+        ``estimate``, ``canaries``, ``params``, ``kd_toml``.
     """
     opened = open_everything(request, progress)
     if opened.read.tokenizer or not opened.judged:
