@@ -13,6 +13,8 @@ from student_train.needs import Need, ways
 from teacher_cache.teachers.head import head_logits
 
 KINDS = ("response", "vision")
+MOST_SHARDS = 64
+"""Shards whose indexes are read for bytes a row: a mean does not need all of a large cache's."""
 
 
 def combinations(cache: Cache, fields: Sequence[str]) -> dict[str, tuple[str, tuple[str, ...]]]:
@@ -45,14 +47,16 @@ def measure_rows(name: str, kind: str, live: Source, stored: Source, student: St
 
 
 def cache_bytes(cache: Cache, parts: Sequence[str], fields: Sequence[str]) -> dict[str, dict[str, float]]:
-    """Field → payload bytes (members of the tars) and tar bytes a row of its kind, over all shards of the parts."""
+    """Field → payload bytes (members of the tars) and tar bytes a row of its kind, over ``MOST_SHARDS`` shards of the parts, evenly."""
+    every = cache.shards(parts)
+    shards = every[:: -(-len(every) // MOST_SHARDS)]
     found = {}
     for name in fields:
         column = cache.column(name)
         kind = "response_rows" if name.startswith("response") else "vision_rows"
-        entries = [one for shard in cache.shards(parts) for one in column.entries(shard)]
+        entries = [one for shard in shards for one in column.entries(shard)]
         payload = sum(member.size for one in entries for member in one.members)
-        tars = sum(column.commit(shard).tar_bytes for shard in cache.shards(parts))
+        tars = sum(column.commit(shard).tar_bytes for shard in shards)
         rows = max(1, sum(getattr(one, kind) for one in entries))
         found[name] = {"payload_per_row": payload / rows, "tar_per_row": tars / rows, "rows": float(rows)}
     return found

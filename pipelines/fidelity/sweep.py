@@ -92,7 +92,7 @@ class Fitted:
 def fit_field(name: str, params: Mapping[str, Any], outputs: Sequence[TeacherOutput], head: torch.Tensor) -> Fitted:
     """A field fitted on calibration outputs where it needs that; head W ``[V, D]`` on the CPU. KdcliError: too few rows."""
     field = create_field(name, params)
-    full = head.to(torch.float32) if name.endswith("_hidden") else None
+    full = head if name.endswith("_hidden") else None
     if not field.calibrated:
         return Fitted(field, full)
     calibrated = cast(CalibratedField, field)
@@ -123,9 +123,16 @@ def stored_source(
     device: torch.device,
 ) -> Source:
     """A source of fields that were made in memory, read as a cache's are."""
-    heads = {n: one.head.to(device) for n, one in fitted.items() if one.head is not None}
+    heads = {n: reading_head(one.head, device) for n, one in fitted.items() if one.head is not None}
     served = Served({f"{kind}_logits": tuple(fitted)}, ())
     return Source({name: TeacherSignals(served, heads, vocabulary, device)}, records)
+
+
+def reading_head(head: torch.Tensor | LowRankHead, device: torch.device) -> torch.Tensor | LowRankHead:
+    """On the device; float32 on a CPU, the teacher's own dtype elsewhere, as ``TeacherSignals.open`` has it."""
+    if isinstance(head, LowRankHead) or device.type != "cpu":
+        return head.to(device)
+    return head.to(torch.float32)
 
 
 class Codecs:
