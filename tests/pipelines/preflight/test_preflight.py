@@ -1,0 +1,225 @@
+"""The whole of ``kdcli preflight`` on the tiny world, and the real job that goes by it."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from pipelines import cache_teacher
+from pipelines.cache_teacher import CaptureRequest, capture
+from pipelines.inspect_cache import check
+from pipelines.preflight.report import as_json, report
+from pipelines.preflight.request import PreflightRequest
+from pipelines.preflight.run import preflight
+from pipelines.preflight.sample import held_out
+from pipelines.settings import load_settings
+from student_train.cache import Cache
+from teacher_cache.errors import CacheError, CompatibilityError, KdcliError
+from teacher_cache.teachers.transformers import TransformersTeacher
+
+Ask = Callable[..., PreflightRequest]
+
+
+def test_go_says_what_was_chosen_and_why(flown: Any) -> None:
+    _, result = flown
+    assert result["go"] and not result["reasons"]
+    assert result["rows"]["written"] + sum(result["rows"]["skipped"].values()) == result["rows"]["sampled"]
+    held = held_out(Cache(result["cache"]).plan)
+    assert len(held) == 2 and 0 < result["rows"]["judged"] <= result["rows"]["sampled"] // 3 + 2
+    for choice in result["choices"]:
+        chosen = next(one for one in choice["ladder"] if one["label"] == choice["label"])
+        assert chosen["kl"] <= 0.005 and max(chosen["angles"].values()) <= 1.0
+        assert chosen["bytes_per_row"] > 0 and not chosen["error"]
+        cheaper = [
+            one for one in choice["ladder"] if not one["error"] and one["bytes_per_row"] < chosen["bytes_per_row"]
+        ]
+        assert all(
+            one["kl"] > 0.005 or max([*one["head_angles"].values(), *one["angles"].values()]) > 0.5 for one in cheaper
+        )
+    terms = {name for one in result["methods"] for name in one["terms"]}
+    assert terms == {"forward KL, response", "forward KL, vision", "RDist"}
+    assert all(one["step"]["seconds"] > 0 and one["step"]["peak_bytes"] > 1e6 for one in result["methods"])
+    assert result["estimate"]["bytes"] > 0 and result["tokens_per_second"] > 0
+    text = report(result)
+    assert text.startswith("GO\n") and "top-4 + sketch" in text and "Whole job: 54 rows" in text
+    json.dumps(as_json(result), allow_nan=False)
+
+
+def test_its_cache_is_a_cache(flown: Any) -> None:
+    """Every other command works on it, and a damaged canary file is seen."""
+    cache = Cache(flown[1]["cache"])
+    assert check(cache) == []
+    for choice in flown[1]["choices"]:
+        for name, params in choice["fields"].items():
+            assert params.items() <= cache.fields[name]["params"].items()
+
+
+def test_verify_sees_a_damaged_canary(flown: Any, copy_of: Callable[[Path], Path]) -> None:
+    cache = copy_of(flown[0] / "preflight" / "cache")
+    (file,) = cache.glob("teacher/*/canaries.safetensors")
+    file.write_bytes(file.read_bytes()[:-1] + b"x")
+    assert [one.what for one in check(Cache(str(cache))) if "canaries" in one.what]
+
+
+def test_kd_toml_keeps_its_comments(flown: Any) -> None:
+    text = (flown[0] / "kd.toml").read_text()
+    assert (
+        text.startswith("# my job\n") and "# a guess" in text and "# of the teacher" in text and "# workers = 0" in text
+    )
+    settings = load_settings(flown[0] / "kd.toml")
+    assert settings.capture.calibration == flown[1]["cache"] and settings.capture.shards == 5
+    chosen = {name: params for choice in flown[1]["choices"] for name, params in choice["fields"].items()}
+    assert settings.fields == chosen
+    assert "+calibration" in flown[1]["kd_toml"]["diff"]
+
+
+def real_job(flown: Any, ask: Ask, out: Path, **settings: Any) -> CaptureRequest:
+    """The job as kd.toml now says it."""
+    request, body = ask(out), load_settings(flown[0] / "kd.toml")
+    capture = replace(request.settings.capture, calibration=body.capture.calibration, **settings)
+    return CaptureRequest(request.teacher, request.data, str(out), capture, body.fields)
+
+
+def test_the_real_job_takes_the_calibration_and_asks_the_canaries(flown: Any, ask: Ask, tmp_path: Path) -> None:
+    summary = capture(real_job(flown, ask, tmp_path / "cache"))
+    assert "answered as at preflight" in summary["notes"][0]
+    there, here = Cache(flown[1]["cache"]), Cache(str(tmp_path / "cache"))
+    for name, body in here.fields.items():
+        assert body["calibration"]["sha256"] == there.fields[name]["calibration"]["sha256"]
+        assert body.get("low_rank_head") == there.fields[name].get("low_rank_head")
+    assert list((tmp_path / "cache").glob("teacher/*/canaries.json")) and check(here) == []
+    assert "notes" not in capture(real_job(flown, ask, tmp_path / "cache")), "nothing left: nobody is asked"
+
+
+def test_a_teacher_that_answers_otherwise_is_refused(
+    flown: Any, ask: Ask, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Perturbed(TransformersTeacher):
+        def __init__(self, *arguments: Any):
+            super().__init__(*arguments)
+            for parameter in self.model.model.language_model.layers.parameters():
+                parameter.mul_(1 + 0.01 * torch.randn_like(parameter))
+
+    monkeypatch.setattr(cache_teacher, "TransformersTeacher", Perturbed)
+    with pytest.raises(CompatibilityError, match="answers otherwise than at preflight: relative difference"):
+        capture(real_job(flown, ask, tmp_path / "cache"))
+    assert not list((tmp_path / "cache").glob("samples/commits/*"))
+
+
+def test_another_teachers_calibration_is_refused(flown: Any, ask: Ask, tmp_path: Path, tiny_student: Path) -> None:
+    job = real_job(flown, ask, tmp_path / "cache")
+    with pytest.raises(CompatibilityError, match=r"fitted otherwise: .*teacher\.weights: there .*--calibration ''"):
+        capture(replace(job, teacher=replace(job.teacher, id=str(tiny_student))))
+    assert not (tmp_path / "cache").exists(), "refused before anything is written"
+
+
+@pytest.mark.parametrize(
+    ("params", "fields", "message"),
+    [
+        (
+            {"vision_hidden": {"codec": "sketch", "step": 0.5}},
+            ("vision_hidden",),
+            r"params\.step: there 0\.\d+, here 0\.5",
+        ),
+        ({}, ("vision_sampled", "relation", "response_topk"), "field response_topk was fitted otherwise"),
+    ],
+)
+def test_another_fields_calibration_is_refused(
+    flown: Any, ask: Ask, tmp_path: Path, params: Any, fields: tuple[str, ...], message: str
+) -> None:
+    job = real_job(flown, ask, tmp_path / "cache", fields=fields)
+    with pytest.raises(CompatibilityError, match=message):
+        capture(replace(job, field_params=params))
+
+
+def test_a_damaged_calibration_is_refused(flown: Any, ask: Ask, tmp_path: Path, copy_of: Any) -> None:
+    cache = copy_of(flown[0] / "preflight" / "cache")
+    for file in cache.glob("teacher/*/calibration/vision_hidden-calibration-*"):
+        file.write_bytes(file.read_bytes()[:-1] + b"x")
+    with pytest.raises(CacheError, match="checksum"):
+        job = real_job(flown, ask, tmp_path / "cache")
+        capture(replace(job, settings=replace(job.settings, calibration=str(cache))))
+
+
+def test_a_calibration_of_too_few_rows_is_refused(
+    flown: Any, ask: Ask, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pipelines.preflight.adopt.LEAST_ROWS", 1 << 20)
+    with pytest.raises(CompatibilityError, match=r"fitted on .* token rows, at least 1048576 are needed"):
+        capture(real_job(flown, ask, tmp_path / "cache"))
+
+
+def test_a_rerun_reuses_and_other_settings_are_refused(flown: Any, ask: Ask, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(flown[0] / "preflight", tmp_path / "preflight"))
+    commits = sorted(folder.glob("cache/*/commits/*.json"))
+    before = [one.stat().st_mtime_ns for one in commits]
+    again = preflight(ask(folder))
+    assert again["go"] and again["choices"] == as_plain(flown[1]["choices"])
+    assert before == [one.stat().st_mtime_ns for one in commits]
+    assert "put this into kd.toml" in report(again)
+    with pytest.raises(
+        CacheError, match=r"holds another preflight: max_kl: there 0\.005, here 0\.1: choose another --out"
+    ):
+        preflight(ask(folder, max_kl=0.1))
+    with pytest.raises(CacheError, match=r"holds another preflight: .*plan_hash"):
+        preflight(ask(folder, rows=24))
+
+
+def as_plain(value: Any) -> Any:
+    return json.loads(json.dumps(value))
+
+
+def test_no_go_where_nothing_is_fine_enough(ask: Ask, tmp_path: Path) -> None:
+    kd_file = tmp_path / "kd.toml"
+    kd_file.write_text("")
+    result = preflight(ask(tmp_path / "out", max_angle=1e-9, methods=("kd",), rows=12, kd_file=kd_file))
+    assert not result["go"] and report(result).startswith("NO-GO\n")
+    assert any("response rows: no parameters reach" in reason for reason in result["reasons"])
+    assert kd_file.read_text() == "" and result["kd_toml"] is None
+
+
+def test_no_go_where_a_need_is_unserved(ask: Ask, tmp_path: Path) -> None:
+    only = {"fields": ("response_topk",), "shards": 4}
+    result = preflight(ask(tmp_path / "out", capture=only, methods=("llava-kd",), rows=12))
+    assert not result["go"]
+    for need in ("vision_logits", "vision_relation"):
+        assert any(f"needs {need}" in reason and "add-field" in reason for reason in result["reasons"])
+    assert result["methods"][0]["terms"].keys() == {"forward KL, response"}
+
+
+def test_no_go_where_the_student_has_another_tokenizer(ask: Ask, tmp_path: Path, tiny_student: Path) -> None:
+    other = Path(shutil.copytree(tiny_student, tmp_path / "student"))
+    body = json.loads((other / "tokenizer.json").read_text())
+    body["added_tokens"].append({**body["added_tokens"][-1], "id": 5000, "content": "<other>"})
+    (other / "tokenizer.json").write_text(json.dumps(body))
+    result = preflight(ask(tmp_path / "out", train={"student": str(other)}))
+    assert not result["go"] and "another tokenizer" in result["reasons"][0] and report(result).startswith("NO-GO")
+
+
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        ({"rows": 3}, "--rows must be at least 12"),
+        ({"max_angle": 0.0}, "--max-angle must be above 0"),
+        ({"max_kl": -1.0}, "--max-kl must be above 0"),
+        ({"max_bytes": 0}, "--max-bytes must be above 0"),
+        ({"gpus": 0}, "--gpus must be at least 1"),
+        ({"methods": ()}, "--methods is empty"),
+        ({"methods": ("nonsense",)}, "unknown method 'nonsense': choose from"),
+        ({"train": {"student": ""}}, "no student"),
+        ({"train": {"student": "/no/such"}}, "cannot be loaded"),
+        ({"capture": {"store": "tiny"}}, "--store 'tiny': choose from"),
+        ({"capture": {"parts_without_fields": ("x",)}}, "parts_without_fields names x"),
+    ],
+)
+def test_bad_input_is_one_line(ask: Ask, tmp_path: Path, asked: dict[str, Any], message: str) -> None:
+    with pytest.raises(KdcliError) as caught:
+        preflight(ask(tmp_path / "out", **asked))
+    assert message in str(caught.value) and "\n" not in str(caught.value)
