@@ -42,7 +42,10 @@ def fidelity(request: FidelityRequest, progress: Progress = lambda event, done, 
     Returns:
         One JSON-able object: what was compared, ``terms``, ``matching``, ``unserved``, ``distributions``, ``bytes``, ``sweep``.
     """
-    (stage,) = parse_stages(request.stage)[:1]
+    stages = parse_stages(request.stage)
+    if len(stages) != 1:
+        raise KdcliError(f"--stage {request.stage}: gradients are compared for one stage at a time")
+    (stage,) = stages
     opened = open_cache(request)
     preparer = capture_preparer(opened.cache, opened.processor, opened.config)
     reader = RowReader(opened.cache, opened.parts, opened.fields, preparer)

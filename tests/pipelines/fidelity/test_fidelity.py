@@ -138,6 +138,18 @@ def test_terms_that_are_not_served_are_named(
     assert "VLAD: not served: needs vision_text_affinity" in text and "lower bound" in text
 
 
+def test_a_student_with_other_vision_tokens_is_matched_only(
+    compared: Callable[..., Any], tiny_cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pipelines.fidelity.student.same_grids", lambda rows, student: False)
+    result = compared(tiny_cache, fresh=True, samples=2, stage="DPT")
+    aligned = {name for name, term in TERMS.items() if term.aligned}
+    assert set(result["unserved"]) == aligned and set(result["terms"]) == set(TERMS) - aligned
+    assert all("vision tokens are not the teacher's" in why for why in result["unserved"].values())
+    assert abs(result["terms"]["VSD"]["cache"]["loss_error"]) < 1e-4, "unpooled rows are matched too"
+    assert result["trained_parameters"] < 10_000, "DPT trains the projector alone"
+
+
 def test_a_cache_that_serves_nothing_is_refused(
     compared: Callable[..., Any], make_request: Callable[..., Any], tmp_path: Path
 ) -> None:
@@ -233,6 +245,7 @@ def test_the_command_writes_json_tables_and_a_plot(
     [
         (["--samples", "0"], "--samples must be at least 1"),
         (["--stage", "XYZ"], "unknown stage XYZ"),
+        (["--stage", "DPT,DFT"], "one stage at a time"),
         (["--parts", "other"], "no part other"),
         (["--dtype", "float8"], "dtype 'float8'"),
     ],
