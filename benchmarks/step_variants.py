@@ -1,9 +1,10 @@
-"""The four ways to take one optimizer step that ``benchmarks.step`` compares, built from the product's own pieces."""
+"""The ways to take one optimizer step that ``benchmarks.step`` compares, built from the product's own pieces."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -11,8 +12,11 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.worlds import World
+from benchmarks.coding_cost import BatchDecoder
+from benchmarks.live_teacher import LiveTeacher
+from benchmarks.worlds import World, fit_fields
 from pipelines.describe import describe
+from pipelines.profiles import PROFILES
 from pipelines.settings import Settings
 from pipelines.stage_plans import plan_stages
 from pipelines.train_student import make_trainer
@@ -20,25 +24,30 @@ from student_train.cache import Cache, CachedRows
 from student_train.config import TrainSettings
 from student_train.distributed import Processes
 from student_train.stream import TrainBatch
-from student_train.teacher_view import Served, TeacherSignals, TeacherView
+from student_train.teacher_view import Served
 from student_train.trainer import Trainer
 from teacher_cache.cache_shard import CaptureJob, cache_shard
 from teacher_cache.fields import create_field
 from teacher_cache.fingerprint import processor_fingerprint
-from teacher_cache.plan import make_plan, write_plan
-from teacher_cache.prepare import Preparer
+from teacher_cache.plan import write_plan
 from teacher_cache.shards.storage import Storage
 from teacher_cache.sources import open_source
 from teacher_cache.teachers.transformers import TransformersTeacher
 
-SFT, CACHED, LIVE, TOPK = "sft", "llava-kd cached", "llava-kd live", "llava-kd top-k"
-VARIANTS = (SFT, CACHED, LIVE, TOPK)
+SFT, EXACT, STANDARD = "sft", "llava-kd exact", "llava-kd standard"
+LIVE, COMPACT = "llava-kd live", "llava-kd compact"
+VARIANTS = (SFT, EXACT, STANDARD, LIVE, COMPACT)
+CACHED = (EXACT, STANDARD, COMPACT)
+HIDDEN, TOPK = ("response_hidden", "vision_hidden"), ("response_topk", "vision_topk")
 FIELDS_OF = {
     SFT: (),
-    CACHED: ("response_hidden", "vision_hidden"),
-    LIVE: ("response_hidden", "vision_hidden"),  # made by the forward of each step, not read
-    TOPK: ("response_topk", "vision_topk", "relation"),
+    EXACT: HIDDEN,
+    STANDARD: (*TOPK, *HIDDEN),
+    LIVE: HIDDEN,  # made by the forward of each step, not read
+    COMPACT: (*TOPK, "relation"),  # the profile alone has no relations
 }
+STORE_OF = {SFT: "exact", EXACT: "exact", STANDARD: "standard", LIVE: "exact", COMPACT: "compact"}
+"""Variant → the profile whose fields it reads, and the folder of its cache."""
 
 
 @dataclass(frozen=True)
@@ -48,6 +57,7 @@ class Variant:
     name: str
     trainer: Trainer
     batches_from: Callable[[int], Iterator[tuple[int, list[TrainBatch]]]]
+    decoder: BatchDecoder | None = None
 
     def steps(self, count: int) -> list[list[TrainBatch]]:
         return [batches for _, batches in islice(self.batches_from(0), count)]
@@ -59,6 +69,11 @@ class Variant:
     def run_with_loading(self, count: int) -> None:
         for number, batches in islice(self.batches_from(0), count):
             self.trainer.step(number, batches)
+
+    def decode(self, steps: list[list[TrainBatch]]) -> dict[str, float]:
+        """Seconds of one thread for what these steps' batches read of the teacher."""
+        assert self.decoder is not None
+        return self.decoder.seconds([batch.batch.keys for batches in steps for batch in batches])
 
     def flops(self, batches: list[TrainBatch]) -> int:
         """Multiply-adds × 2 of every matrix product, convolution and attention of one real step, forward and backward.
@@ -92,49 +107,38 @@ EXTRA_FLOPS = {
 }
 
 
-def write_cache(world: World, url: str) -> None:
-    """Every field that some variant reads, captured by the product's own line from the world's teacher."""
-    storage = Storage(url)
-    preparer = Preparer(world.processor, world.teacher_config)
-    plan = make_plan(world.data, len(world.data), preparer.fingerprint(), 0, image_tokens=world.image_tokens)
-    write_plan(storage, plan)
-    teacher = TransformersTeacher.wrap(world.teacher(), world.processor)
+def write_caches(world: World, url: str) -> None:
+    """One cache a profile, by the product's own line, of the fields that some variant reads."""
+    plan, preparer, teacher = world.open_capture()
     fingerprint = {
         "weights": "benchmark",
         "head_width": teacher.vocabulary,
         "hidden_size": teacher.head.shape[1],
         **processor_fingerprint(world.processor),
     }
-    names = sorted({name for fields in FIELDS_OF.values() for name in fields})
-    fields = {name: create_field(name) for name in names}
-    hashes = describe(storage, plan, fields, fingerprint, world.processor, lambda: teacher.head)
-    job = CaptureJob(storage, plan, hashes, fields)
-    for shard, columns in job.missing().items():
-        source = open_source(plan.spec(plan.slices[shard].part))
-        cache_shard(job, shard, columns, source, preparer, teacher)
-
-
-class LiveTeacher:
-    """The cached run's own ``TeacherSignals``, fed by the teacher's forward on the batch instead of by stored fields."""
-
-    def __init__(self, teacher: TransformersTeacher, served: Served, device: torch.device):
-        self.teacher, self.device = teacher, device
-        heads = dict.fromkeys(FIELDS_OF[LIVE], teacher.head)
-        self.signals = TeacherSignals(served, heads, teacher.vocabulary, device)
-
-    def view(self, batch: TrainBatch) -> TeacherView:
-        moved = batch.batch.to(self.device)
-        states = self.teacher.hidden(moved)
-        fields = {
-            f"{kind}_hidden": list(states[moved.rows[kind]].float().split(list(moved.counts[kind])))
-            for kind in ("response", "vision")
-        }
-        return self.signals.view(replace(batch, fields=fields))
+    for name in CACHED:
+        store = STORE_OF[name]
+        storage = Storage(f"{url}/{store}")
+        write_plan(storage, plan)
+        fields = {field: create_field(field, PROFILES[store].get(field)) for field in FIELDS_OF[name]}
+        hashes, fields = describe(
+            storage,
+            plan,
+            fields,
+            fingerprint,
+            world.processor,
+            lambda: teacher.head,
+            partial(fit_fields, plan, preparer, teacher),
+        )
+        job = CaptureJob(storage, plan, hashes, fields)
+        for shard, columns in job.missing().items():
+            source = open_source(plan.spec(plan.slices[shard].part))
+            cache_shard(job, shard, columns, source, preparer, teacher)
 
 
 def build_variant(name: str, world: World, url: str, batch: int, workers: int, steps: int) -> Variant:
     """The trainer of one variant on a fresh student."""
-    cache = Cache(url)
+    cache = Cache(f"{url}/{STORE_OF[name]}")
     cache.fields = {field: body for field, body in cache.fields.items() if field in FIELDS_OF[name]}
     settings = TrainSettings(
         student="benchmark",
@@ -146,7 +150,6 @@ def build_variant(name: str, world: World, url: str, batch: int, workers: int, s
     )
     method, stage = ("sft", "SFT") if name == SFT else ("llava-kd", "DFT")
     (plan,) = plan_stages(cache, method, Settings(train=settings), stage, "paper", None)
-    served = plan.served
     if name == LIVE:
         plan = replace(plan, served=Served({}, ()))
     rows = CachedRows(cache, plan.parts, plan.served.names)
@@ -157,8 +160,7 @@ def build_variant(name: str, world: World, url: str, batch: int, workers: int, s
         cache, plan, rows, world.student(), world.processor, total, batch, processes, Path(url) / "run"
     )
     if name == LIVE:
-        trainer.see_teacher = LiveTeacher(
-            TransformersTeacher.wrap(world.teacher(), world.processor), served, device
-        ).view
+        trainer.see_teacher = LiveTeacher(TransformersTeacher.wrap(world.teacher(), world.processor), device).view
     trainer.model.train()
-    return Variant(name, trainer, batches_from)
+    decoder = BatchDecoder(cache, plan.served.names, plan.parts) if name in CACHED else None
+    return Variant(name, trainer, batches_from, decoder)

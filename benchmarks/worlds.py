@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,9 +10,15 @@ from typing import Any
 import torch
 
 from benchmarks import real_shapes
+from pipelines.calibrate import calibrate
 from pipelines.demo.write_world import write_world
+from pipelines.settings import CaptureSettings
+from teacher_cache.fields import CalibratedField
+from teacher_cache.fields.calibration import Calibration
+from teacher_cache.plan import Plan, make_plan
+from teacher_cache.prepare import Preparer
 from teacher_cache.sources import DataSpec
-from teacher_cache.teachers.transformers import TeacherSpec, load_processor
+from teacher_cache.teachers.transformers import TeacherSpec, TransformersTeacher, load_processor
 
 
 @dataclass(frozen=True)
@@ -45,6 +51,20 @@ class World:
             "vision_tokens": self.image_tokens,
             "notes": list(self.notes),
         }
+
+    def open_capture(self) -> tuple[Plan, Preparer, TransformersTeacher]:
+        """What a capture of this world works with; one shard a part."""
+        preparer = Preparer(self.processor, self.teacher_config)
+        plan = make_plan(self.data, len(self.data), preparer.fingerprint(), 0, image_tokens=self.image_tokens)
+        return plan, preparer, TransformersTeacher.wrap(self.teacher(), self.processor)
+
+
+def fit_fields(
+    plan: Plan, preparer: Preparer, teacher: TransformersTeacher, fields: Mapping[str, CalibratedField]
+) -> dict[str, Calibration]:
+    """Calibrations on as many of the world's own rows as a capture takes by default."""
+    settings = CaptureSettings()
+    return calibrate(fields, plan, preparer, teacher, teacher.head, settings.calibration_rows, settings.batch_tokens)
 
 
 def parameter_count(config: Any) -> int:

@@ -11,14 +11,21 @@ def last_line(capsys: pytest.CaptureFixture[str]) -> dict:
     return json.loads(capsys.readouterr().out.splitlines()[-1])
 
 
-def test_prints_a_ratio_and_where_the_time_goes(tiny_models: str, capsys: pytest.CaptureFixture[str]) -> None:
-    capture.main(["--models", tiny_models, "--rows", "16", "--repeats", "2"])
+def test_prints_ratios_what_encoding_costs_and_where_the_time_goes(
+    tiny_models: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    capture.main(["--models", tiny_models, "--rows", "24", "--repeats", "1"])
     body = last_line(capsys)
-    assert body["benchmark"] == "capture" and body["rows"] == 16 and body["target"] == 0.9
-    assert set(body["ratio_to_bare"]) == {"default", "and top-k", "all six"}
+    assert body["benchmark"] == "capture" and body["rows"] == 24
+    assert set(body["ratio_to_bare"]) == {"samples only", "compact", "standard", "exact"}
     assert all(low <= middle <= high for low, middle, high in body["rows_per_second"].values())
-    inside = body["ms_per_row_inside"]["all six"]
-    assert {"teacher forward", "head product + top-k", "Gram matrices", "encode fields", "write"} <= set(inside)
+    inside = body["ms_per_row_inside"]
+    assert {"teacher forward", "head product + top-k", "encode fields", "write"} <= set(inside["standard"])
+    assert "teacher forward" not in inside["samples only"]
+    cost = body["encoding_ms_per_row"]["standard"]
+    fields = ("response_topk", "vision_topk", "response_hidden", "vision_hidden", "affinity")
+    assert cost["encode"] == pytest.approx(sum(cost[name] for name in fields), rel=0.01)
+    assert cost["encode / forward, CPU"] == pytest.approx(cost["encode"] / cost["forward, CPU"], rel=0.01)
 
 
 @pytest.mark.usefixtures("small_real_shapes")
