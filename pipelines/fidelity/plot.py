@@ -39,8 +39,8 @@ def write_plot(result: Mapping[str, Any], path: Path) -> Path:
         draw_panel(axis, kind, [one for one in points if one["kind"] == kind])
     axes[0][0].set_ylabel("angle of the head's gradient, degrees")
     handles, labels = axes[0][-1].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="lower center", ncol=4, fontsize=7, frameon=False)
-    figure.tight_layout(rect=(0, 0.12, 1, 1))
+    figure.legend(handles, labels, loc="lower center", ncol=5, fontsize=7, frameon=False)
+    figure.tight_layout(rect=(0, 0.14, 1, 1))
     figure.savefig(path, dpi=80)
     pyplot.close(figure)
     return path
