@@ -48,19 +48,19 @@ def train_variant(name: str, folder: Path, output: Path, settings: Settings, sta
 
 
 def run_seed(seed: int, recipe: Recipe, variants: list[str], work: Path, update_steps: int) -> dict[str, Any]:
-    """Scores of every student (and the teacher) on one seed's world, and the cosines of their weight updates."""
+    """Scores of every student on one seed's world, and the cosines of their weight updates."""
     folder = work / f"seed-{seed}"
     world, data = make_world(folder / "world", recipe, seed)
     for store in ("standard", "exact"):
         settings = CaptureSettings(shards=recipe.shards, store=store)
         capture(CaptureRequest(TeacherSpec(str(TEACHER)), data, str(folder / store), settings, {}))
     scores = {}
-    for name in [*variants, "teacher"]:
+    for name in variants:
         saved = folder / "scores" / f"{name}.json"
         if not saved.is_file():
             output = folder / "runs" / name
             settings = student_settings(output, recipe, seed)
-            model = str(TEACHER) if name == "teacher" else train_variant(name, folder, output, settings)
+            model = train_variant(name, folder, output, settings)
             saved.parent.mkdir(parents=True, exist_ok=True)
             saved.write_text(json.dumps(score(model, heldout(world))))
         scores[name] = json.loads(saved.read_text())
@@ -143,7 +143,7 @@ def main() -> None:
     variants = arguments.variants.split(",")
     seeds = range(arguments.first_seed, arguments.first_seed + arguments.seeds)
     runs = [run_seed(seed, recipe, variants, arguments.work, arguments.update_steps) for seed in seeds]
-    print(results_table(runs, [*variants, "teacher"]))
+    print(results_table(runs, variants))
     differences = paired(runs, variants) if "live" in variants else {}
     for name, one in differences.items():
         print(
