@@ -36,7 +36,7 @@ from teacher_cache.teachers.low_rank import LowRankHead
 
 STEPS = (0.4, 0.2, 0.1, 0.04, 0.02, 0.01)
 DRAWS = 50
-TEXT_CALIBRATION, TEXT_TEST = 40, 24
+TEXT_CALIBRATION, TEXT_TEST = 48, 12
 """Blocks of 256 tokens."""
 Params = dict[str, dict[str, Any]]
 
