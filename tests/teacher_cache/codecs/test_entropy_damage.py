@@ -20,7 +20,7 @@ from teacher_cache.codecs.entropy import MOST_ROWS, MOST_SYMBOLS, Decoder, Table
 from teacher_cache.errors import CacheError
 from teacher_cache.fields import create_field
 from teacher_cache.fields.affinity import VISION_ROWS
-from teacher_cache.records import TeacherOutput
+from teacher_cache.records import ImageLayout, TeacherOutput, View
 from teacher_cache.teachers.head import topk_rows
 
 V, D = 40, 6
@@ -31,8 +31,10 @@ def random(rows: int, width: int, seed: int) -> torch.Tensor:
 
 
 def spoken(seed: int, rows: int) -> TeacherOutput:
-    hidden = {"vision": random(rows, D, seed), "text": random(5, D, seed + 1000)}
-    return TeacherOutput(hidden, {"vision": topk_rows(hidden["vision"], random(V, D, 7), 4)})
+    """Rows alike (ids repeat), on a grid of one row's height where there are several."""
+    hidden = {"vision": random(1, D, seed) + 0.1 * random(rows, D, seed + 1), "text": random(5, D, seed + 1000)}
+    layout = (ImageLayout((rows, 1), (View((0, 0, rows, 1), (1, rows)),)),)
+    return TeacherOutput(hidden, {"vision": topk_rows(hidden["vision"], random(V, D, 7), 4)}, layout=layout)
 
 
 def fitted(name: str, **params: Any) -> Any:
@@ -45,6 +47,11 @@ READERS: dict[str, Callable[[], Any]] = {
     "sketch": lambda: fitted("vision_hidden", codec="sketch"),
     "affinity": lambda: fitted("affinity", layout="factored"),
 }
+
+
+def test_the_records_have_everything_in_them() -> None:
+    assert "table.near.0" in READERS["topk"]()._calibration, "ids as places in the row before"
+    assert len(set(READERS["sketch"]()._calibration["classes"].flatten().tolist())) > 3, "bands of frequency"
 
 
 def as_tensor(data: bytes) -> torch.Tensor:
@@ -63,15 +70,16 @@ def refused(field: Any, data: bytes) -> bool:
 @pytest.mark.parametrize("kind", READERS)
 def test_every_flip_and_every_cut(kind: str) -> None:
     field = READERS[kind]()
-    unseen = 0
+    unseen = []
     for rows in (1, 5):
         data = field.encode(None, spoken(99, rows))["coded"].numpy().tobytes()
         assert not refused(field, data)
         assert all(refused(field, data[:length]) for length in range(len(data)))
         assert refused(field, data + b"\0") and refused(field, data + b"\0\0\0\0")
         flips = [(at, bit) for at in range(len(data)) for bit in range(8)]
-        unseen += sum(not refused(field, damaged(data, at, bit)) for at, bit in flips)
-    assert unseen <= 8, "of some 700: a symbol under a uniform table takes whole bits, and a flip changes nothing else"
+        unseen.append(sum(not refused(field, damaged(data, at, bit)) for at, bit in flips) / len(flips))
+    # Numbers of a layout are whole bits under a uniform table: a flip there moves a grid and nothing else.
+    assert max(unseen) <= 0.06
 
 
 def damaged(data: bytes, at: int, bit: int) -> bytes:
