@@ -59,11 +59,10 @@ class CodedTopK:
     def _symbols(self, topk: TopK, repeat: bool) -> dict[str, np.ndarray]:
         """Stream → int64 symbols, in the order they are written. repeat: ids that the row before had are places in it."""
         values = self._scale.quantise(-topk.log_probs)
-        steps = values.diff(dim=1).clamp_min(0)
-        odds = self._odds.quantise(topk.log_tail - topk.log_probs.logsumexp(dim=1))
-        places = {f"value.{p}": steps[:, p - 1] for p in range(1, values.shape[1])}
-        scalars = {"tail_odds": odds, "log_z": LOG_Z.quantise(topk.log_z)}
-        named = {name: one.numpy() for name, one in {**scalars, "value.0": values[:, 0], **places}.items()}
+        falls = torch.cat([values[:, :1], values.diff(dim=1).clamp_min(0)], dim=1).numpy()
+        odds = self._odds.quantise(topk.log_tail - topk.log_probs.logsumexp(dim=1)).numpy()
+        places = {f"value.{place}": falls[:, place] for place in range(falls.shape[1])}
+        named = {"tail_odds": odds, "log_z": LOG_Z.quantise(topk.log_z).numpy(), **places}
         ids = topk.ids.numpy()
         if not repeat:
             return {**named, "ids": ids}
