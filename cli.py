@@ -97,6 +97,8 @@ def main() -> None:
       kdcli demo                               the whole loop on a small rendered world, in minutes
       kdcli init                               write a commented kd.toml here; edit teacher, student, data
       kdcli doctor                             look for defects in the mixture before any GPU is touched
+      kdcli plan                               tokens, bytes, shards and hours of the job, from a few real rows
+      kdcli preflight                          go or no-go: a few hundred rows, cache against live teacher
       kdcli cache-teacher --shards 512         the batch job: one WebDataset tar per shard and field
       kdcli cache status / verify / inspect    progress, checksums, one sample as words
       kdcli train-student --method llava-kd    train from the cache, no teacher in memory
@@ -169,6 +171,143 @@ def doctor(
         print_report(report, Console())
 
 
+@main.command("plan")
+@click.option("--teacher", help="Model folder or hub id; its configuration and processor are read, no weights.")
+@with_data_options
+@click.option(
+    "--rows", multiple=True, metavar="[PART=]N", help="Rows of the whole mixture, of which --data holds a few."
+)
+@click.option("--sample", default=512, show_default=True, type=click.IntRange(1), help="Rows to prepare.")
+@click.option("--like", help="A cache of the same settings (a few hundred rows) whose bytes a row are taken.")
+@click.option("--shards", type=int, help="Number of shards.")
+@click.option("--store", help="compact (top-k), standard (head + sketch + affinity) or exact (bf16 hidden states).")
+@click.option("--fields", help="Single fields instead of a profile, comma-separated.")
+@click.option("--k", "k", type=int, help="k of the top-k fields.")
+@click.option("--codec", help="Codec of the hidden fields: sketch, bf16, int8, int4 or fp32.")
+@click.option("--parts-without-fields", help="Parts of which only the samples are stored, comma-separated.")
+@click.option("--max-length", type=int, help="Longest row in tokens.")
+@click.option("--over-length", type=click.Choice(["skip", "cut"]), help="What to do with longer rows.")
+@click.option("--tokens-per-second", type=float, help="Measured speed of one GPU, text and vision tokens.")
+@click.option("--peak-tflops", default=989.0, show_default=True, help="Of one GPU, where no speed is given.")
+@click.option("--utilisation", default=0.4, show_default=True, help="Share of the peak that is reached.")
+@click.option("--gpus", default=8, show_default=True, help="GPUs of the job.")
+@config_option
+@json_option
+def plan_capture(
+    teacher: str | None,
+    data: tuple[str, ...],
+    rows: tuple[str, ...],
+    sample: int,
+    like: str | None,
+    fields: str | None,
+    k: int | None,
+    codec: str | None,
+    parts_without_fields: str | None,
+    tokens_per_second: float | None,
+    peak_tflops: float,
+    utilisation: float,
+    gpus: int,
+    config: str | None,
+    as_json: bool,
+    **flags: Any,
+) -> None:
+    """Before the job: rows, tokens, bytes by column, shards and hours, from a few real rows and no weights."""
+    from pipelines.estimate.mixture_sample import parse_rows
+    from pipelines.estimate.report import estimate_tables
+    from pipelines.estimate.run import PlanRequest, estimate
+    from pipelines.estimate.teacher_cost import Speed
+    from pipelines.progress import bar
+    from pipelines.settings import override
+    from teacher_cache.errors import KdcliError
+    from teacher_cache.teachers.transformers import TeacherSpec
+
+    settings = load(config)
+    each = {name: flags.pop(name) for name in ("part", "image_root", "template", "limit")}
+    specs = data_specs(data, **each) or settings.data
+    spec = TeacherSpec(teacher) if teacher else settings.teacher
+    for value, name in ((spec, "--teacher"), (specs, "--data")):
+        if not value:
+            raise KdcliError(f"no {name}: give the flag, or run `kdcli init` and edit kd.toml")
+    capture = override(
+        settings.capture, fields=split(fields), parts_without_fields=split(parts_without_fields), **flags
+    )
+    counts = parse_rows(rows, [one.part for one in specs])
+    speed = Speed(tokens_per_second, peak_tflops, utilisation, gpus)
+    params = field_params(settings, capture, k, codec)
+    request = PlanRequest(spec, specs, capture, params, counts, sample, like, speed)
+    with bar(console(), "rows") as progress:
+        task = progress.add_task("looking at rows", total=None)
+        result = estimate(request, lambda done, total: progress.update(task, completed=done, total=total))
+    click.echo(json.dumps(result.to_json(), ensure_ascii=False) if as_json else estimate_tables(result))
+
+
+@main.command()
+@click.option("--teacher", help="Model folder or hub id.")
+@click.option("--student", help="Model folder or hub id that will be trained.")
+@with_data_options
+@click.option("--methods", default="llava-kd,kd", show_default=True, help="Methods to try, comma-separated.")
+@click.option("--rows", default=256, show_default=True, help="Rows of the mixture; a third is held out to judge.")
+@click.option("--out", default="preflight", show_default=True, help="Folder or URL; the rows' cache is OUT/cache.")
+@click.option("--store", help="compact, standard (whose fineness is chosen) or exact.")
+@click.option("--fields", help="Single fields instead of a profile, comma-separated.")
+@click.option("--shards", type=int, help="Number of shards of the real job.")
+@click.option("--max-length", type=int, help="Longest row in tokens.")
+@click.option("--max-angle", default=1.0, show_default=True, help="Degrees between whole gradients, cache and live.")
+@click.option("--max-kl", default=0.005, show_default=True, help="Nats between stored and live distributions, mean.")
+@click.option("--max-bytes", type=int, help="Most bytes of all fields together, a sample.")
+@click.option("--write/--no-write", default=True, show_default=True, help="Write what was chosen into kd.toml.")
+@click.option("--gpus", default=8, show_default=True, help="GPUs of the real job.")
+@click.option("--dtype", help="auto, float32, bfloat16, float16.")
+@device_option
+@config_option
+@json_option
+def preflight(
+    teacher: str | None,
+    student: str | None,
+    data: tuple[str, ...],
+    methods: str,
+    store: str | None,
+    fields: str | None,
+    shards: int | None,
+    max_length: int | None,
+    write: bool,
+    dtype: str | None,
+    device: str | None,
+    config: str | None,
+    as_json: bool,
+    **asked: Any,
+) -> None:
+    """Go or no-go before the job: a few hundred rows through the cache and the actual student. Exit status 1: no-go."""
+    from dataclasses import replace
+
+    from pipelines.preflight import report
+    from pipelines.preflight.request import PreflightRequest
+    from pipelines.preflight.run import preflight as run
+    from pipelines.settings import FILE, override
+    from teacher_cache.errors import KdcliError
+    from teacher_cache.teachers.transformers import TeacherSpec
+
+    settings = load(config)
+    each = {name: asked.pop(name) for name in ("part", "image_root", "template", "limit")}
+    specs = data_specs(data, **each) or settings.data
+    spec = TeacherSpec(teacher) if teacher else settings.teacher
+    for value, name in ((spec, "--teacher"), (specs, "--data")):
+        if not value:
+            raise KdcliError(f"no {name}: give the flag, or run `kdcli init` and edit kd.toml")
+    capture = override(
+        settings.capture, store=store, fields=split(fields), shards=shards, max_length=max_length, workers=1
+    )
+    settings = replace(settings, capture=capture, train=override(settings.train, student=student))
+    kd_file = Path(config or FILE) if write else None
+    spec = override(spec, dtype=dtype, device=device)
+    request = PreflightRequest(spec, specs, settings, split(methods) or (), kd_file=kd_file, **asked)
+    with report.preflight_progress(console()) as progress:
+        result = run(request, progress)
+    click.echo(json.dumps(report.as_json(result), ensure_ascii=False) if as_json else report.report(result))
+    if not result["go"]:
+        sys.exit(1)
+
+
 @main.command("cache-teacher")
 @click.option("--teacher", help="Model folder or hub id.")
 @with_data_options
@@ -184,6 +323,7 @@ def doctor(
 @click.option("--workers", type=int, help="Worker processes; default one a GPU.")
 @click.option("--batch-tokens", type=int, help="Padded tokens of one teacher batch.")
 @click.option("--calibration-rows", type=int, help="Rows the teacher reads before the job, to fit codecs.")
+@click.option("--calibration", help="Cache of `kdcli preflight` whose calibration is taken; '' fits afresh.")
 @click.option("--seed", type=int, help="Seed of the row order.")
 @click.option("--dtype", help="auto, float32, bfloat16, float16.")
 @device_option
@@ -207,7 +347,6 @@ def cache_teacher(
     from dataclasses import replace
 
     from pipelines import cache_teacher as pipeline
-    from pipelines.profiles import chosen_fields
     from pipelines.progress import capture_progress
     from pipelines.settings import override
     from teacher_cache.errors import KdcliError
@@ -228,13 +367,7 @@ def cache_teacher(
         parts_without_fields=split(parts_without_fields),
         **flags,
     )
-    captured = chosen_fields(capture.store, capture.fields, {})
-    params = {name: dict(value) for name, value in settings.fields.items() if name in captured}
-    for name in captured:
-        if k is not None and name.endswith("_topk"):
-            params[name] = {**params.get(name, {}), "k": k}
-        if codec is not None and name.endswith("_hidden"):
-            params[name] = {**params.get(name, {}), "codec": codec}
+    params = field_params(settings, capture, k, codec)
     request = pipeline.CaptureRequest(replace(spec), specs, target, capture, params)
     with capture_progress(console()) as progress:
         summary = pipeline.capture(request, progress)
@@ -247,6 +380,22 @@ def cache_teacher(
         click.echo(
             f"{summary['rows']} rows in {summary['shards']} shards at {target}; plan {summary['plan_hash'][:12]}"
         )
+        for note in summary.get("notes", []):
+            click.echo(f"note: {note}")
+
+
+def field_params(settings: Any, capture: Any, k: int | None, codec: str | None) -> dict[str, dict[str, Any]]:
+    """``[fields.NAME]`` of kd.toml for the captured fields, with ``--k`` and ``--codec`` over it."""
+    from pipelines.profiles import chosen_fields
+
+    captured = chosen_fields(capture.store, capture.fields, {})
+    params = {name: dict(value) for name, value in settings.fields.items() if name in captured}
+    for name in captured:
+        if k is not None and name.endswith("_topk"):
+            params[name] = {**params.get(name, {}), "k": k}
+        if codec is not None and name.endswith("_hidden"):
+            params[name] = {**params.get(name, {}), "codec": codec}
+    return params
 
 
 def split(text: str | None) -> tuple[str, ...] | None:

@@ -45,15 +45,14 @@ def choose(
     limits: Limits,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Choice:
-    """Measure the whole ladder, then ask the student's parameters about those that came near, the cheapest first."""
-    measured = []
-    for done, candidate in enumerate(ladder):
-        progress(done, len(ladder))
-        measured.append(bench.measure(candidate))
+    """Measure from the cheapest on, and ask the student's parameters about those that come near, until one is within the limits."""
+    measured = [bench.size(candidate) for candidate in ladder]
     measured.sort(key=lambda one: (bool(one.error), one.bytes_per_row))
     affordable = [one for one in measured if not one.error and excess_bytes(one, limits) <= 1]
     directions = bench.needed(kind)
-    for one in affordable:
+    for done, one in enumerate(affordable):
+        progress(done, len(affordable))
+        bench.measure(one)
         if worst(one, limits, directions) <= 1:
             bench.confirm(one)
             if worst(one, limits, directions) <= 1:
@@ -61,7 +60,9 @@ def choose(
     usable = [one for one in measured if not one.error]
     if not usable:
         return Choice(kind, measured[0], tuple(measured), (f"{kind} rows: {measured[0].error}",))
-    best = min(affordable or usable, key=lambda one: worst(one, limits, directions))
+    best = min(affordable, key=lambda one: worst(one, limits, directions)) if affordable else usable[0]
+    if math.isnan(best.kl):
+        bench.measure(best)
     if not best.angles:
         bench.confirm(best)
     return Choice(kind, best, tuple(measured), (why_not(kind, best, limits, directions, bool(affordable)),))

@@ -40,8 +40,9 @@ class Measured:
     """A candidate with what it costs and loses.
 
     Attributes:
-        bytes_per_row, bytes_per_sample: payload of the records. kl: nats, mean. angles: term → degrees, whole gradient of the student's
-            trained parameters; measured only for candidates that come near. head_angles: direction → degrees, of its head's gradient.
+        bytes_per_row, bytes_per_sample: payload of the records. kl: nats, mean; NaN where nobody asked, since a cheaper one was chosen.
+        angles: term → degrees, whole gradient of the student's trained parameters; only of those that come near.
+        head_angles: direction → degrees, of its head's gradient.
         error: why it cannot be made ("too few rows").
     """
 
@@ -107,8 +108,8 @@ class Bench:
         self.terms = [name for name in terms if student.aligned or not TERMS[name].aligned]
         self.codecs = Codecs(rows, outputs, calibration, head)
 
-    def measure(self, candidate: Candidate) -> Measured:
-        """Bytes, KL and the head's gradient angles; its error where it cannot be fitted."""
+    def size(self, candidate: Candidate) -> Measured:
+        """Its bytes; its error where it cannot be fitted."""
         found = Measured(candidate)
         try:
             made = {name: self.codecs.made(name, params) for name, params in candidate.fields.items()}
@@ -119,18 +120,22 @@ class Bench:
         rows = sum(len(output.hidden[kind]) for output in self.outputs)
         size = sum(each[2] for each in made.values())
         found.bytes_per_row, found.bytes_per_sample = size / max(1, rows), size / max(1, len(self.outputs))
-        if not rows:
+        return found
+
+    def measure(self, found: Measured) -> None:
+        """KL and the head's gradient angles."""
+        candidate, kind = found.candidate, found.candidate.kind
+        if not any(len(output.hidden[kind]) for output in self.outputs):
             found.kl = 0.0
-            return found
+            return
         live = self._live({kind: frozenset({Need(f"{kind}_logits")})})
         stored = self._stored(candidate, {kind: frozenset({Need(f"{kind}_logits")})})
         if kind == "vision" and not self.student.aligned:
             found.kl = self._kl(kind, live, stored)
-            return found
+            return
         body = measure_rows(kind, kind, live, stored, self.student)
         found.kl = body["kl"]["mean"]
         found.head_angles = {name: body[name]["head_angle"] for name in ("forward", "reverse") if name in body}
-        return found
 
     def confirm(self, measured: Measured) -> None:
         """Whole-gradient angles of the needed terms of this kind, through the student's trained parameters."""

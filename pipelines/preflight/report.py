@@ -50,7 +50,11 @@ def ladder_table(choice: Body) -> str:
         if one["error"]:
             continue
         whole = max((angle for angle in one["angles"].values() if not math.isnan(angle)), default=math.nan)
-        sizes = [f"{one['bytes_per_row']:.1f}", f"{one['bytes_per_sample']:,.0f}", f"{one['kl']:.2g}"]
+        sizes = [
+            f"{one['bytes_per_row']:.1f}",
+            f"{one['bytes_per_sample']:,.0f}",
+            "–" if math.isnan(one["kl"]) else f"{one['kl']:.2g}",
+        ]
         heads = [degrees(one["head_angles"].get(direction, math.nan)) for direction in ("forward", "reverse")]
         lines.append([label, *sizes, *heads, degrees(whole)])
     header = ["stored", "B a row", "B a sample", "KL, nats", "head: forward", "head: reverse", "whole gradient"]
