@@ -223,3 +223,45 @@ def test_bad_input_is_one_line(ask: Ask, tmp_path: Path, asked: dict[str, Any], 
     with pytest.raises(KdcliError) as caught:
         preflight(ask(tmp_path / "out", **asked))
     assert message in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_other_grids_refuse_the_row_aligned_method_alone(
+    ask: Ask, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from tests import conftest
+
+    monkeypatch.setattr(conftest, "IMAGE_SIZE", 64)
+    monkeypatch.setattr(conftest, "VISION_TOKENS", 16)
+    student = conftest.build_folder(tmp_path / "student", text_width=32, vision_width=24, seed=2)
+    result = preflight(ask(tmp_path / "out", rows=12, train={"student": str(student)}))
+    assert [bool(one["reasons"]) for one in result["methods"]] == [True, False]
+    assert any("llava-kd" in reason and "vision grids differ" in reason for reason in result["reasons"])
+    vision = next(choice for choice in result["choices"] if choice["kind"] == "vision")
+    chosen = next(one for one in vision["ladder"] if one["label"] == vision["label"])
+    assert 0 <= chosen["kl"] <= 0.005 and not chosen["angles"], "without aligned rows the distributions alone decide"
+
+
+def test_rows_that_training_would_stop_at_are_named(ask: Ask, tmp_path: Path) -> None:
+    only = {"fields": ("response_topk",), "shards": 4}
+    result = preflight(ask(tmp_path / "out", capture=only, methods=("kd",), rows=12, train={"max_length": 60}))
+    assert not result["go"] and any("over [train] max_length = 60" in reason for reason in result["reasons"])
+
+
+def test_the_command_line(
+    tmp_path: Path, tiny_teacher: Path, tiny_student: Path, preflight_data: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A no-go is exit status 1 with its JSON on standard output; an error is one line."""
+    from click.testing import CliRunner
+
+    import cli
+
+    monkeypatch.chdir(tmp_path)
+    caption, _ = preflight_data
+    words = ["preflight", "--teacher", str(tiny_teacher), "--student", str(tiny_student), "--device", "cpu"]
+    words += ["--data", caption.path, "--image-root", caption.image_root, "--template", "plain", "--part", "caption"]
+    words += ["--fields", "response_topk", "--shards", "2", "--methods", "llava-kd", "--json"]
+    result = CliRunner().invoke(cli.main, [*words, "--rows", "12"])
+    body = json.loads(result.stdout)
+    assert result.exit_code == 1 and body["go"] is False and "add-field" in " ".join(body["reasons"])
+    result = CliRunner().invoke(cli.main, [*words, "--rows", "2"])
+    assert result.exit_code == 1 and "--rows must be at least 12" in result.output
