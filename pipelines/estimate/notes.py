@@ -1,0 +1,71 @@
+"""What a person should know before trusting an estimate or starting the job."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+from pipelines.estimate.column_sizes import ColumnEstimate
+from pipelines.estimate.field_sizes import EXACT, MEASURED, FieldSize, coded_rows, differs
+from pipelines.estimate.mixture_sample import PartSample
+from pipelines.settings import CaptureSettings
+from student_train.cache import Cache
+from teacher_cache.fields import Field
+
+LARGEST_TAR, SMALLEST_TAR, GOOD_TAR = 2e9, 50e6, 500e6
+
+
+def notes(
+    settings: CaptureSettings,
+    gpus: int,
+    fields: Mapping[str, Field],
+    sizes: Mapping[str, FieldSize],
+    full: Sequence[PartSample],
+    columns: Sequence[ColumnEstimate],
+    like: Cache | None,
+    width: int,
+) -> list[str]:
+    """What a person should know before trusting or starting this."""
+    guessed = [name for name, size in sizes.items() if size.basis not in (EXACT, MEASURED)]
+    said = [why for name in guessed if like and (why := differs(like, fields[name]))]
+    if guessed:
+        said.append(
+            f"bytes of {', '.join(guessed)} are defaults from small teachers: `kdcli preflight` measures them, or cache a "
+            "few hundred rows and name that cache with --like"
+        )
+    return said + calibration_notes(settings, fields, full, width) + shard_notes(settings, gpus, columns)
+
+
+def calibration_notes(
+    settings: CaptureSettings, fields: Mapping[str, Field], full: Sequence[PartSample], width: int
+) -> list[str]:
+    """Whether the rows that fit the fields are enough for a covariance of this width."""
+    usable = sum(part.total(lambda row: 1) for part in full)
+    if not usable:
+        return []
+    said = []
+    for name, one in fields.items():
+        if one.calibrated and not name.endswith("_topk"):
+            mean = sum(part.total(lambda row, n=name: coded_rows(n, row.counts)) for part in full) / usable  # type: ignore[misc]
+            rows = min(settings.calibration_rows, usable) * mean
+            if rows < 2 * width:
+                enough = math.ceil(2.2 * width / mean) if mean else 0
+                fix = f"--calibration-rows {enough}" if enough and enough <= usable else "--codec bf16"
+                said.append(
+                    f"calibration will see about {rows:,.0f} rows of {name}, {2 * width:,} are needed: use {fix}"
+                )
+    return said
+
+
+def shard_notes(settings: CaptureSettings, gpus: int, columns: Sequence[ColumnEstimate]) -> list[str]:
+    """Where tars come out too large to stream or too small to read well."""
+    each = {column.name: column.tar_bytes / column.tars for column in columns if column.tars}
+    name, largest = max(each.items(), key=lambda item: item[1])
+    shards = max(gpus, round(settings.shards * largest / GOOD_TAR))
+    if largest > LARGEST_TAR:
+        return [f"tars of {name} come to {largest / 1e9:.1f} GB each, more than 2 GB: use --shards {shards}"]
+    if largest < SMALLEST_TAR and shards < settings.shards:
+        return [
+            f"the largest tars come to {largest / 1e6:.1f} MB each ({name}), less than 50 MB: use --shards {shards}"
+        ]
+    return []

@@ -1,0 +1,155 @@
+"""``kdcli plan``: rows, tokens, bytes by column, shards and hours of a capture, before any GPU is touched and without weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from pipelines.estimate.column_sizes import (
+    ColumnEstimate,
+    column_estimate,
+    manifest_bytes,
+    sampling_error,
+    tars_by_part,
+)
+from pipelines.estimate.field_sizes import size_field
+from pipelines.estimate.lengths import Lengths, part_lengths
+from pipelines.estimate.mixture_sample import PartSample, sample_mixture
+from pipelines.estimate.notes import notes
+from pipelines.estimate.teacher_cost import Speed, files_once, head_rows, model_size
+from pipelines.profiles import chosen_fields
+from pipelines.settings import CaptureSettings
+from student_train.cache import Cache
+from teacher_cache.errors import KdcliError
+from teacher_cache.fields import Field, create_field
+from teacher_cache.prepare import Limits, Preparer
+from teacher_cache.sources import DataSpec
+from teacher_cache.teachers.transformers import TeacherSpec, load_processor
+
+
+@dataclass(frozen=True)
+class PlanRequest:
+    """What the user asks about: the same words as a capture, and what only an estimate needs.
+
+    Attributes:
+        rows: part → rows of the whole mixture, of which the files hold a few. sample: rows prepared. like: cache to measure bytes on.
+    """
+
+    teacher: TeacherSpec
+    data: tuple[DataSpec, ...]
+    settings: CaptureSettings
+    field_params: Mapping[str, Mapping[str, Any]]
+    rows: Mapping[str, int]
+    sample: int = 512
+    like: str | None = None
+    speed: Speed = field(default_factory=Speed)
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Everything that ``kdcli plan`` says; bytes are bytes, hours are hours, ``uncertainty`` is relative (95 %, of the sample alone)."""
+
+    teacher: str
+    parts: tuple[dict[str, Any], ...]
+    lengths: tuple[Lengths, ...]
+    columns: tuple[ColumnEstimate, ...]
+    once: dict[str, int]
+    bytes: int
+    uncertainty: float
+    shards: int
+    tokens: int
+    hours: dict[str, Any]
+    notes: tuple[str, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def estimate(request: PlanRequest, progress: Callable[[int, int], None] = lambda done, total: None) -> Estimate:
+    """Reads configuration and processor of the teacher, scans the mixture, prepares ``request.sample`` rows; writes nothing."""
+    settings = request.settings
+    processor, config = load_processor(request.teacher)
+    wanted = chosen_fields(settings.store, settings.fields, request.field_params)
+    fields = {name: create_field(name, params) for name, params in wanted.items()}
+    like = Cache(request.like) if request.like else None
+    text = config.get_text_config()
+    width, vocabulary = int(text.hidden_size), min(len(processor.tokenizer), int(text.vocab_size))
+    sizes = {name: size_field(one, width, vocabulary, like) for name, one in fields.items()}
+    preparer = Preparer(processor, config, Limits(settings.max_length, settings.over_length))
+    for template in sorted({spec.template for spec in request.data}):
+        preparer.check_template(template)
+    parts = sample_mixture(request.data, preparer, request.rows, request.sample, settings.seed, progress)
+    check_shards(parts, settings.shards)
+    bare = set(settings.parts_without_fields)
+    if unknown := bare - {part.part for part in parts}:
+        raise KdcliError(f"parts_without_fields names {', '.join(sorted(unknown))}, which is no part of the mixture")
+    full = [part for part in parts if part.part not in bare]
+    tars = tars_by_part(parts, settings.shards)
+    columns = [column_estimate("samples", None, parts, tars)]
+    columns += [column_estimate(f"fields/{name}", size, full, tars) for name, size in sizes.items()]
+    once = files_once(request.teacher, processor, config, fields, width, vocabulary, like)
+    once["plan"] = manifest_bytes(parts, settings.shards)
+    total = sum(column.bytes for column in columns) + sum(once.values())
+    return Estimate(
+        teacher=request.teacher.id,
+        parts=tuple(part_summary(part) for part in parts),
+        lengths=tuple(one for part in parts for one in part_lengths(part)),
+        columns=tuple(columns),
+        once=once,
+        bytes=total,
+        uncertainty=sampling_error(parts, bare, sizes) / max(1, total),
+        shards=settings.shards,
+        tokens=round(sum(part.total(lambda row: row.tokens) for part in full)),
+        hours=hours(request, config, vocabulary, fields, parts),
+        notes=tuple(notes(settings, request.speed.gpus, fields, sizes, full, columns, like, width)),
+    )
+
+
+def check_shards(parts: Sequence[PartSample], shards: int) -> None:
+    """What the capture would refuse."""
+    rows = sum(part.rows for part in parts)
+    if not sum(len(part.usable) for part in parts):
+        raise KdcliError("no sampled row is usable: run `kdcli doctor`")
+    if shards > rows:
+        raise KdcliError(f"--shards {shards} is more than the {rows} rows of the mixture: use at most --shards {rows}")
+
+
+def part_summary(part: PartSample) -> dict[str, Any]:
+    """What the table says of one part."""
+    return {
+        "part": part.part,
+        "rows": part.rows,
+        "rows_in_files": part.scanned,
+        "rows_prepared": part.read,
+        "usable_rows": round(part.total(lambda row: 1)),
+        "tokens": round(part.total(lambda row: row.tokens)),
+        "image_bytes": round(part.total(lambda row: row.image_bytes)),
+        "skipped_share": part.skips(),
+    }
+
+
+def hours(
+    request: PlanRequest, config: Any, vocabulary: int, fields: Mapping[str, Field], parts: Sequence[PartSample]
+) -> dict[str, Any]:
+    """GPU-hours and wall-clock hours of the teacher, none where no field asks it; hours of preparing rows, one process a GPU."""
+    speed, bare = request.speed, request.settings.parts_without_fields
+    asked = [part for part in parts if fields and part.part not in bare]
+    flops = 0.0
+    if asked and speed.tokens_per_second is None:
+        model = model_size(request.teacher, config, vocabulary)
+        wants = frozenset().union(*(one.wants for one in fields.values()))
+        flops = sum(
+            part.total(lambda row: model.flops(row.tokens, row.patches, head_rows(wants, row.counts))) for part in asked
+        )
+    gpu = speed.gpu_hours(sum(part.total(lambda row: row.tokens) for part in asked), flops)
+    preparation = sum(part.weight * part.seconds for part in parts) / 3600
+    return {
+        "gpu_hours": gpu,
+        "wall_hours": gpu / speed.gpus,
+        "gpus": speed.gpus,
+        "basis": speed.basis if asked else "no field: the teacher is not asked",
+        "flops": flops or None,
+        "preparation_process_hours": preparation,
+        "preparation_wall_hours": preparation / speed.gpus,
+    }
