@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,7 +14,7 @@ from pipelines.fidelity.measure import divergence, row_chunks, spread
 from pipelines.fidelity.sources import Source, live_source
 from pipelines.fidelity.stored import measure_rows
 from pipelines.fidelity.student import Student
-from pipelines.fidelity.sweep import Codecs, Fitted
+from pipelines.fidelity.sweep import Fitted, fit_field, through_codec
 from pipelines.fidelity.terms import TERMS
 from pipelines.preflight.request import names_of
 from student_train.needs import Need, serve
@@ -106,19 +107,20 @@ class Bench:
     ):
         self.student, self.outputs, self.head = student, outputs, head
         self.terms = [name for name in terms if student.aligned or not TERMS[name].aligned]
-        self.codecs = Codecs(rows, outputs, calibration, head)
+        self._rows, self._calibration = rows, calibration
+        self._fitted: dict[str, Fitted] = {}
+        self._sizes: dict[str, int] = {}
 
     def size(self, candidate: Candidate) -> Measured:
         """Its bytes; its error where it cannot be fitted."""
         found = Measured(candidate)
         try:
-            made = {name: self.codecs.made(name, params) for name, params in candidate.fields.items()}
+            size = sum(self._size(name, params) for name, params in candidate.fields.items())
         except KdcliError as error:
             found.error = str(error).replace("--calibration-rows", "--rows")
             return found
         kind = candidate.kind
         rows = sum(len(output.hidden[kind]) for output in self.outputs)
-        size = sum(each[2] for each in made.values())
         found.bytes_per_row, found.bytes_per_sample = size / max(1, rows), size / max(1, len(self.outputs))
         return found
 
@@ -158,13 +160,30 @@ class Bench:
         """Affinities have their own field, and an assignment of vision rows is judged on the captured cache."""
         return TERMS[name].rows == kind and not TERMS[name].matching
 
+    def _fit(self, name: str, params: Mapping[str, Any]) -> Fitted:
+        """Fitted once, since bases of wide states take seconds; what needs no fit is made anew and its float32 head let go."""
+        key = json.dumps([name, dict(params)], sort_keys=True)
+        if key in self._fitted:
+            return self._fitted[key]
+        found = fit_field(name, params, self._calibration, self.head)
+        if found.field.calibrated:
+            self._fitted[key] = found
+        return found
+
+    def _size(self, name: str, params: Mapping[str, Any]) -> int:
+        """Payload bytes of all rows; the records are made again when they are measured, all ladders' would not fit."""
+        key = json.dumps([name, dict(params)], sort_keys=True)
+        if key not in self._sizes:
+            self._sizes[key] = through_codec(self._fit(name, params).field, self._rows, self.outputs)[1]
+        return self._sizes[key]
+
     def _live(self, needs: Mapping[str, frozenset[Need]]) -> Source:
         return live_source(self.outputs, self.head, needs, self.student.device)
 
     def _stored(self, candidate: Candidate, needs: Mapping[str, frozenset[Need]]) -> Source:
-        made = {name: self.codecs.made(name, params) for name, params in candidate.fields.items()}
-        records = [{name: each[1][i] for name, each in made.items()} for i in range(len(self.outputs))]
-        fitted: dict[str, Fitted] = {name: each[0] for name, each in made.items()}
+        fitted = {name: self._fit(name, params) for name, params in candidate.fields.items()}
+        made = {name: through_codec(one.field, self._rows, self.outputs)[0] for name, one in fitted.items()}
+        records = [{name: each[i] for name, each in made.items()} for i in range(len(self.outputs))]
         device = self.student.device
         params = {name: each.field.params for name, each in fitted.items()}
         heads = {name: each.head.to(device) for name, each in fitted.items() if each.head is not None}
