@@ -9,10 +9,13 @@ from pipelines.estimate.column_sizes import ColumnEstimate
 from pipelines.estimate.field_sizes import EXACT, MEASURED, FieldSize, coded_rows, differs
 from pipelines.estimate.mixture_sample import PartSample
 from pipelines.settings import CaptureSettings
+from pipelines.tables import human_bytes
 from student_train.cache import Cache
 from teacher_cache.fields import Field
 
 LARGEST_TAR, SMALLEST_TAR, GOOD_TAR = 2e9, 50e6, 500e6
+SHARDS_A_GPU = 4
+"""At least, so that no GPU waits long for the last one and a kill loses little."""
 
 
 def notes(
@@ -61,11 +64,10 @@ def shard_notes(settings: CaptureSettings, gpus: int, columns: Sequence[ColumnEs
     """Where tars come out too large to stream or too small to read well."""
     each = {column.name: column.tar_bytes / column.tars for column in columns if column.tars}
     name, largest = max(each.items(), key=lambda item: item[1])
-    shards = max(gpus, round(settings.shards * largest / GOOD_TAR))
+    shards = max(SHARDS_A_GPU * gpus, round(settings.shards * largest / GOOD_TAR))
+    size = f"the largest tars ({name}) come to {human_bytes(largest)} each"
     if largest > LARGEST_TAR:
-        return [f"tars of {name} come to {largest / 1e9:.1f} GB each, more than 2 GB: use --shards {shards}"]
+        return [f"{size}, more than 2 GB: use --shards {shards}"]
     if largest < SMALLEST_TAR and shards < settings.shards:
-        return [
-            f"the largest tars come to {largest / 1e6:.1f} MB each ({name}), less than 50 MB: use --shards {shards}"
-        ]
+        return [f"{size}, less than 50 MB: use --shards {shards}"]
     return []

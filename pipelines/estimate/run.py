@@ -72,9 +72,9 @@ def estimate(request: PlanRequest, progress: Callable[[int, int], None] = lambda
     processor, config = load_processor(request.teacher)
     wanted = chosen_fields(settings.store, settings.fields, request.field_params)
     fields = {name: create_field(name, params) for name, params in wanted.items()}
-    like = Cache(request.like) if request.like else None
     text = config.get_text_config()
     width, vocabulary = int(text.hidden_size), min(len(processor.tokenizer), int(text.vocab_size))
+    like = open_like(request.like, width) if request.like else None
     sizes = {name: size_field(one, width, vocabulary, like) for name, one in fields.items()}
     preparer = Preparer(processor, config, Limits(settings.max_length, settings.over_length))
     for template in sorted({spec.template for spec in request.data}):
@@ -104,6 +104,18 @@ def estimate(request: PlanRequest, progress: Callable[[int, int], None] = lambda
         hours=hours(request, config, vocabulary, fields, parts),
         notes=tuple(notes(settings, request.speed.gpus, fields, sizes, full, columns, like, width)),
     )
+
+
+def open_like(url: str, width: int) -> Cache:
+    """The cache to measure bytes on; KdcliError where its teacher is of another width, which its bytes a row would be too."""
+    like = Cache(url)
+    for name, body in like.fields.items():
+        there = body["teacher"]["hidden_size"]
+        if there != width:
+            raise KdcliError(
+                f"--like {url}: {name} is of a teacher {there} wide, this one is {width}: leave --like out"
+            )
+    return like
 
 
 def check_shards(parts: Sequence[PartSample], shards: int) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 
+from pipelines.estimate.column_sizes import ColumnEstimate
 from pipelines.estimate.field_sizes import (
     EXACT,
     MEASURED,
@@ -22,9 +24,11 @@ from pipelines.estimate.field_sizes import (
     size_field,
 )
 from pipelines.estimate.mixture_sample import parse_rows, sample_mixture
+from pipelines.estimate.notes import shard_notes
 from pipelines.estimate.report import estimate_tables
 from pipelines.estimate.run import PlanRequest, estimate
 from pipelines.estimate.teacher_cost import ModelSize, Speed, model_size
+from pipelines.settings import CaptureSettings
 from teacher_cache.codecs import container
 from teacher_cache.errors import KdcliError
 from teacher_cache.fields import create_field
@@ -60,8 +64,6 @@ def larger(tmp_path_factory: pytest.TempPathFactory) -> tuple[DataSpec, ...]:
 @pytest.fixture(scope="module")
 def capture_profile(larger: tuple[DataSpec, ...], make_request: Callable[..., Any]) -> Callable[..., Any]:
     """``capture_profile(out, store, limit=None)`` captures the mixture with a profile; returns its request."""
-    from dataclasses import replace
-
     from pipelines.cache_teacher import capture
 
     def run(out: Path, store: str, limit: int | None = None) -> Any:
@@ -152,6 +154,25 @@ def test_parts_without_fields_and_speed(make_request: Callable[..., Any], tmp_pa
 def test_more_shards_than_rows(make_request: Callable[..., Any], tmp_path: Path) -> None:
     with pytest.raises(KdcliError, match="at most --shards 31"):
         estimate(plan_of(make_request(tmp_path / "no", shards=32), sample=8))
+
+
+def test_bytes_of_another_teacher_say_nothing(
+    make_request: Callable[..., Any], tiny_cache: Path, tmp_path: Path
+) -> None:
+    wide = Path(__file__).parents[2] / "pipelines" / "demo" / "assets" / "teacher"
+    with pytest.raises(KdcliError, match="48 wide, this one is 256"):
+        estimate(plan_of(make_request(tmp_path / "no", teacher=wide), like=str(tiny_cache)))
+
+
+@pytest.mark.parametrize(
+    ("tar_bytes", "said"),
+    [(512 * 3 * 10**9, "3.0 GB each, more than 2 GB: use --shards 3072"), (512 * 10**7, "50 MB: use --shards 32")],
+)
+def test_shards_of_a_wrong_size_are_mentioned(tar_bytes: int, said: str) -> None:
+    column = ColumnEstimate("fields/vision_hidden", 1000, 1000, tar_bytes, tar_bytes, 512, EXACT)
+    (note,) = shard_notes(CaptureSettings(), 8, [column])
+    assert said in note
+    assert not shard_notes(CaptureSettings(), 8, [replace(column, tar_bytes=512 * 10**8)])
 
 
 def test_operations_by_hand(teacher_model: Any, teacher_parts: tuple[Any, Any], tiny_teacher: Path) -> None:
