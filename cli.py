@@ -404,7 +404,7 @@ def split(text: str | None) -> tuple[str, ...] | None:
 
 @main.group("cache")
 def cache_group() -> None:
-    """Look at a cache: inspect, status, verify, gc, urls."""
+    """Look at a cache and change it: its fields, its rows, its garbage."""
 
 
 def open_cache(url: str | None, config: str | None) -> Any:
@@ -475,6 +475,141 @@ def gc(url: str | None, yes: bool, config: str | None) -> None:
     for name in found:
         click.echo(name)
     click.echo(f"{len(found)} files {'removed' if yes else 'would be removed (--yes)'}")
+
+
+@cache_group.command("add-field")
+@click.argument("url", metavar="CACHE", required=False)
+@click.option("--field", "names", multiple=True, required=True, help="A field to add; repeat for more.")
+@click.option(
+    "--set", "knobs", multiple=True, metavar="[FIELD.]NAME=VALUE", help="Its parameter, e.g. --set codec=int8."
+)
+@click.option("--teacher", help="Model folder or hub id.")
+@click.option(
+    "--other-teacher", is_flag=True, help="Another teacher than that of the other fields, of the same vocabulary."
+)
+@click.option("--parts-without-fields", help="Parts that do not get the field, comma-separated.")
+@click.option("--workers", type=int, help="Worker processes; default one a GPU.")
+@click.option("--batch-tokens", type=int, help="Padded tokens of one teacher batch.")
+@click.option("--calibration-rows", type=int, help="Rows the teacher reads before the job, to fit codecs.")
+@click.option(
+    "--calibration", help="A cache (of `kdcli preflight`, or another one) whose calibration to take; '' fits afresh."
+)
+@click.option("--dtype", help="float32, bfloat16, float16; default: as the other fields.")
+@device_option
+@config_option
+@json_option
+def add_field(
+    url: str | None,
+    names: tuple[str, ...],
+    knobs: tuple[str, ...],
+    teacher: str | None,
+    other_teacher: bool,
+    parts_without_fields: str | None,
+    dtype: str | None,
+    device: str | None,
+    config: str | None,
+    as_json: bool,
+    **flags: Any,
+) -> None:
+    """Capture further fields of a cache from its own samples; the mixture is not needed. Run it again to continue."""
+    from pipelines import edit_cache as pipeline
+    from pipelines.progress import capture_progress
+    from pipelines.settings import override
+    from teacher_cache.errors import KdcliError
+    from teacher_cache.teachers.transformers import TeacherSpec
+
+    settings = load(config)
+    cache = open_cache(url, config)
+    spec = TeacherSpec(teacher) if teacher else settings.teacher
+    if not spec:
+        raise KdcliError("no --teacher: give the flag, or run `kdcli init` and edit kd.toml")
+    given = pipeline.parse_field_sets(names, parse_knobs(knobs))
+    params = {name: {**settings.fields.get(name, {}), **given[name]} for name in names}
+    capture = override(settings.capture, parts_without_fields=split(parts_without_fields), **flags)
+    spec = override(spec, dtype=dtype, device=device)
+    with capture_progress(console()) as progress:
+        summary = pipeline.add_fields(str(cache.storage), spec, params, capture, other_teacher, progress)
+    print_summary(summary, as_json)
+
+
+def print_summary(summary: dict[str, Any], as_json: bool) -> None:
+    """A cache that was made or changed: as ``cache status`` says it."""
+    from pipelines.tables import cache_table
+
+    click.echo(json.dumps(summary) if as_json else cache_table(summary["columns"], summary["rows"]))
+    if not as_json:
+        for note in summary.get("notes", []):
+            click.echo(f"note: {note}")
+
+
+@cache_group.command("drop-field")
+@click.argument("url", metavar="CACHE")
+@click.argument("name")
+@click.option("--yes", is_flag=True, help="Remove it; without it nothing is touched. Never while something reads it.")
+@json_option
+def drop_field(url: str, name: str, yes: bool, as_json: bool) -> None:
+    """Remove one field of a cache, or say what would go."""
+    from pipelines.edit_cache import drop_field as drop
+    from pipelines.tables import human_bytes
+
+    found = drop(url, name, remove=yes)
+    if as_json:
+        click.echo(json.dumps({**vars(found), "removed": yes}))
+        return
+    what = f"field {name}: {found.shards} shards, {found.files} files, {human_bytes(found.bytes)}"
+    click.echo(f"{what} {'removed' if yes else 'would be removed (--yes)'}")
+    if yes:
+        click.echo("what it alone read under teacher/ goes with `kdcli cache gc --yes`")
+
+
+@cache_group.command()
+@click.argument("url", metavar="CACHE")
+@click.option("--out", required=True, help="Where the new cache goes.")
+@click.option("--parts", help="Only these parts, comma-separated.")
+@click.option("--fields", help="Only these fields, comma-separated; default all.")
+@click.option("--keys", type=click.Path(), help="Only the rows of this file: a key a line.")
+@click.option("--with-images/--text-only", "images", default=None, help="Only rows with, or only rows without images.")
+@click.option("--fraction", type=float, help="About this share of the rows, drawn by a hash of their keys.")
+@click.option("--max-rows", type=int, help="At most so many rows, drawn in the same way.")
+@click.option("--seed", default=0, show_default=True, help="Of the draw.")
+@click.option("--workers", default=1, show_default=True, help="Processes that copy.")
+@json_option
+def subset(
+    url: str,
+    out: str,
+    parts: str | None,
+    fields: str | None,
+    keys: str | None,
+    workers: int,
+    as_json: bool,
+    **rows: Any,
+) -> None:
+    """A new cache of some rows, parts or fields of one, without the teacher. Run it again to continue."""
+    from pipelines.choose_rows import RowFilter, read_keys
+    from pipelines.derive_cache import subset as pipeline
+    from pipelines.progress import capture_progress
+
+    chosen = RowFilter(keys=read_keys(keys) if keys else None, **rows)
+    with capture_progress(console()) as progress:
+        summary = pipeline(url, out, split(parts), split(fields), chosen, workers, progress)
+    print_summary(summary, as_json)
+
+
+@cache_group.command()
+@click.argument("urls", metavar="CACHE CACHE…", nargs=-1, required=True)
+@click.option("--out", required=True, help="Where the new cache goes.")
+@click.option("--fields", help="Only these fields, comma-separated; default all.")
+@click.option("--keep", type=click.Choice(["first"]), help="Rows that several hold: take those of the first cache.")
+@click.option("--workers", default=1, show_default=True, help="Processes that copy.")
+@json_option
+def merge(urls: tuple[str, ...], out: str, fields: str | None, keep: str | None, workers: int, as_json: bool) -> None:
+    """A new cache of the rows of several, of one teacher and one preparation. Run it again to continue."""
+    from pipelines.derive_cache import merge as pipeline
+    from pipelines.progress import capture_progress
+
+    with capture_progress(console()) as progress:
+        summary = pipeline(urls, out, split(fields), keep, workers, progress)
+    print_summary(summary, as_json)
 
 
 @cache_group.command()

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from pipelines.calibrate import calibrate
+from pipelines.calibrate import calibrate, mixture_reader
 from pipelines.describe import describe, new_calibrated
 from pipelines.executors import local
 from pipelines.inspect_cache import status
@@ -18,14 +18,16 @@ from pipelines.preflight.adopt import calibrations
 from pipelines.profiles import chosen_fields
 from pipelines.settings import CaptureSettings
 from student_train.cache import Cache
-from teacher_cache.cache_shard import CaptureJob, Teacher, cache_shard
+from teacher_cache.cache_shard import CaptureJob, RowReader, Teacher, cache_shard
 from teacher_cache.errors import KdcliError
 from teacher_cache.fields import CalibratedField, Field, create_field
 from teacher_cache.fields.calibration import Calibration
 from teacher_cache.plan import Plan, content_hash, make_plan, write_plan
 from teacher_cache.prepare import Limits, Preparer
+from teacher_cache.shards.reader import ColumnReader
 from teacher_cache.shards.storage import Storage
-from teacher_cache.sources import DataSpec, open_source
+from teacher_cache.sources import DataSpec
+from teacher_cache.stored_rows import StoredPreparer, StoredRows
 from teacher_cache.teachers.transformers import (
     TeacherSpec,
     TransformersTeacher,
@@ -37,13 +39,18 @@ from teacher_cache.teachers.transformers import (
 
 @dataclass(frozen=True)
 class CaptureRequest:
-    """One capture as the user asked for it; pickles to worker processes."""
+    """One capture as the user asked for it; pickles to worker processes.
+
+    Attributes:
+        from_samples: the rows come from the cache's own ``samples``, not from ``data``.
+    """
 
     teacher: TeacherSpec
     data: tuple[DataSpec, ...]
     out: str
     settings: CaptureSettings
     field_params: Mapping[str, Mapping[str, Any]]
+    from_samples: bool = False
 
 
 def capture(request: CaptureRequest, progress: Callable[[str, int, int], None] = lambda *_: None) -> dict[str, Any]:
@@ -70,20 +77,38 @@ def capture(request: CaptureRequest, progress: Callable[[str, int, int], None] =
     plan = plan_for(request, storage, preparer, config)
     preflight, taken = adopted(request, storage, fields, fingerprint)
     write_plan(storage, plan)  # the first write: what can be refused is refused above
-    hashes, fields = describe(
+    return capture_fields(request, plan, fields, fingerprint, (processor, config), (preflight, taken), progress)
+
+
+def capture_fields(
+    request: CaptureRequest,
+    plan: Plan,
+    fields: Mapping[str, Field],
+    fingerprint: dict[str, Any],
+    loaded: tuple[Any, Any],
+    adoption: tuple[Cache | None, Mapping[str, Calibration]],
+    progress: Callable[[str, int, int], None],
+) -> dict[str, Any]:
+    """Describe the fields, then capture every shard that is not committed yet. Returns what ``capture`` does.
+
+    Args:
+        loaded: the teacher's (processor, config). adoption: as ``adopted`` found it.
+    """
+    storage, (preflight, taken) = Storage(request.out), adoption
+    hashes, bound = describe(
         storage,
         plan,
         fields,
         fingerprint,
-        processor,
-        load_head=lambda: load_head(request.teacher, processor),
-        calibrate=lambda new: taken or fit_fields(request, plan, preparer, processor, config, new),
+        loaded[0],
+        load_head=lambda: load_head(request.teacher, loaded[0]),
+        calibrate=lambda new: taken or fit_fields(request, storage, plan, loaded, new),
     )
     job = CaptureJob(
         storage=storage,
         plan=plan,
         fields=hashes,
-        field_objects=fields,
+        field_objects=bound,
         parts_without_fields=frozenset(request.settings.parts_without_fields),
         batch_tokens=request.settings.batch_tokens,
     )
@@ -109,7 +134,8 @@ def adopted(
 
 
 def make_preparer(request: CaptureRequest, processor: Any, config: Any) -> Preparer:
-    return Preparer(processor, config, Limits(request.settings.max_length, request.settings.over_length))
+    kind = StoredPreparer if request.from_samples else Preparer
+    return kind(processor, config, Limits(request.settings.max_length, request.settings.over_length))
 
 
 def plan_for(request: CaptureRequest, storage: Storage, preparer: Preparer, config: Any) -> Plan:
@@ -128,18 +154,24 @@ def load_head(spec: TeacherSpec, processor: Any) -> torch.Tensor:
 
 def fit_fields(
     request: CaptureRequest,
+    storage: Storage,
     plan: Plan,
-    preparer: Preparer,
-    processor: Any,
-    config: Any,
+    loaded: tuple[Any, Any],
     fields: Mapping[str, CalibratedField],
 ) -> dict[str, Calibration]:
     """Calibrations of new fields by the teacher itself, which leaves the device again before workers start."""
     settings = request.settings
-    teacher = TransformersTeacher(request.teacher, processor, config)
-    bare = frozenset(settings.parts_without_fields)
+    teacher = TransformersTeacher(request.teacher, *loaded)
     return calibrate(
-        fields, plan, preparer, teacher, teacher.head, settings.calibration_rows, settings.batch_tokens, bare
+        fields,
+        plan,
+        make_preparer(request, *loaded),
+        teacher,
+        teacher.head,
+        settings.calibration_rows,
+        settings.batch_tokens,
+        frozenset(settings.parts_without_fields),
+        row_readers(request, storage, plan),
     )
 
 
@@ -151,6 +183,14 @@ def ask_canaries(request: CaptureRequest, preflight: Cache, storage: Storage, fi
     note = canaries.check(preflight, folder, processor, config, load)
     canaries.copy(preflight.storage, storage, folder)
     return [note]
+
+
+def row_readers(request: CaptureRequest, storage: Storage, plan: Plan) -> Callable[[int], RowReader]:
+    """Shard → where its rows are read."""
+    if request.from_samples:
+        samples = ColumnReader(storage, "samples", plan.plan_hash, "")
+        return lambda shard: StoredRows(samples, shard)
+    return mixture_reader(plan)
 
 
 @dataclass(frozen=True)
@@ -168,14 +208,13 @@ class ShardTask:
             spec = replace(spec, device=f"cuda:{worker % torch.cuda.device_count()}")
         processor, config = load_processor(spec)
         preparer = make_preparer(self.request, processor, config)
-        sources = {part.spec.part: open_source(part.spec) for part in self.job.plan.parts}
+        row_reader = row_readers(self.request, self.job.storage, self.job.plan)
         needs_teacher = any(column != "samples" for columns in self.left.values() for column in columns)
         teacher: Teacher | None = TransformersTeacher(spec, processor, config) if needs_teacher else None
 
         def task(shard: int) -> int:
-            source = sources[self.job.plan.slices[shard].part]
             advance = self.advance or (lambda rows: None)
-            cache_shard(self.job, shard, self.left[shard], source, preparer, teacher, advance)
+            cache_shard(self.job, shard, self.left[shard], row_reader(shard), preparer, teacher, advance)
             return shard
 
         return task

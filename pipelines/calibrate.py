@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
 
 from teacher_cache.batch import token_batches
-from teacher_cache.cache_shard import Teacher, is_finite
+from teacher_cache.cache_shard import RowReader, Teacher, is_finite
 from teacher_cache.errors import KdcliError, SkipRow
 from teacher_cache.fields import CalibratedField
 from teacher_cache.fields.calibration import Calibration
@@ -29,13 +29,15 @@ def calibrate(
     samples: int,
     batch_tokens: int,
     parts_without_fields: frozenset[str] = frozenset(),
+    row_reader: Callable[[int], RowReader] | None = None,
 ) -> dict[str, Calibration]:
     """Fit every given field on the same samples, spread evenly over the plan.
 
     Args:
         head: W ``[V, D]``. samples: how many rows of the mixture the teacher reads.
+        row_reader: shard → where its rows are read; None: from the mixture.
     """
-    prepared = calibration_samples(plan, preparer, samples, parts_without_fields)
+    prepared = calibration_samples(plan, preparer, samples, parts_without_fields, row_reader)
     wants = frozenset().union(*(field.wants for field in fields.values()))
     outputs = thin(ask(teacher, prepared, wants, batch_tokens))
     if not outputs:
@@ -44,11 +46,17 @@ def calibrate(
 
 
 def calibration_samples(
-    plan: Plan, preparer: Preparer, samples: int, parts_without_fields: frozenset[str]
+    plan: Plan,
+    preparer: Preparer,
+    samples: int,
+    parts_without_fields: frozenset[str],
+    row_reader: Callable[[int], RowReader] | None = None,
 ) -> list[Prepared]:
     """The first usable rows of every slice in turn, until there are enough: every part and kind of row has its share."""
-    sources = {part.spec.part: open_source(part.spec) for part in plan.parts}
-    readers = [_usable_rows(plan, preparer, sources, one) for one in spread(plan.slices, parts_without_fields)]
+    reader_of = row_reader or mixture_reader(plan)
+    shards = {id(one): shard for shard, one in enumerate(plan.slices)}
+    order = [shards[id(one)] for one in spread(plan.slices, parts_without_fields)]
+    readers = [_usable_rows(plan, preparer, reader_of(shard), shard) for shard in order]
     found: list[Prepared] = []
     while readers and len(found) < samples:
         still = []
@@ -73,10 +81,16 @@ def spread(slices: Sequence[Slice], parts_without_fields: frozenset[str]) -> lis
     return [one for *_, one in sorted(places, key=lambda place: place[:2])]
 
 
-def _usable_rows(plan, preparer, sources, one) -> Iterator[Prepared]:  # type: ignore[no-untyped-def]
-    spec = plan.spec(one.part)
-    for group in one.groups:
-        for row in sources[one.part].read(group):
+def mixture_reader(plan: Plan) -> Callable[[int], RowReader]:
+    """Shard → the mixture part that its rows are read from."""
+    sources = {part.spec.part: open_source(part.spec) for part in plan.parts}
+    return lambda shard: sources[plan.slices[shard].part]
+
+
+def _usable_rows(plan: Plan, preparer: Preparer, reader: RowReader, shard: int) -> Iterator[Prepared]:
+    spec = plan.spec(plan.slices[shard].part)
+    for group in plan.slices[shard].groups:
+        for row in reader.read(group):
             if isinstance(row, SkipRecord):
                 continue
             try:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import tempfile
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -159,7 +159,7 @@ def check(cache: Cache) -> list[Problem]:
     problems = verify(cache.storage, columns)
     for column in columns:
         problems += [
-            Problem(column, shard, "not captured yet: run `kdcli cache-teacher` again")
+            Problem(column, shard, f"not captured yet: run `{cache.made_by()}` again")
             for shard in missing_shards(cache, column)
         ]
     for folder in sorted({body["teacher_folder"] for body in cache.fields.values()}):
@@ -215,9 +215,28 @@ def teacher_problems(cache: Cache, folder: str) -> Iterator[str]:
 
 
 def collect_garbage(cache: Cache, remove: bool) -> list[str]:
-    """Files that no commit names; removed where ``remove``."""
-    found = orphans(cache.storage, hashes(cache))
+    """Files that no commit names, and what no field reads any more; removed where ``remove``."""
+    found = list(dict.fromkeys([*orphans(cache.storage, hashes(cache)), *left_by_fields(cache)]))
     if remove:
         for name in found:
             cache.storage.remove(name)
     return found
+
+
+def left_by_fields(cache: Cache) -> list[str]:
+    """What no field reads any more (it was dropped, or never described): teachers, heads, calibrations, and field folders."""
+    bodies = list(cache.fields.values())
+    left = [file for file in cache.storage.files("teacher") if not is_read(file, bodies)]
+    undescribed = [name for name in cache.storage.names("fields") if name not in cache.fields]
+    return left + [file for name in undescribed for file in cache.storage.files(f"fields/{name}")]
+
+
+def is_read(file: str, bodies: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether reading one of these fields (their ``field.json``) takes a file below ``teacher/``."""
+    folder = "/".join(file.split("/")[:2])
+    own = [body for body in bodies if body["teacher_folder"] == folder]
+    if file.startswith(f"{folder}/calibration/"):
+        return any(file == body[role]["path"] for body in own for role in CALIBRATION_ROLES if body.get(role))
+    if file.startswith(f"{folder}/head."):
+        return any(body["head_sha256"] for body in own)
+    return bool(own)

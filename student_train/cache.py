@@ -18,7 +18,7 @@ from teacher_cache.fields import Field, open_field
 from teacher_cache.plan import read_plan
 from teacher_cache.records import ImageLayout, Sample, TextTokens
 from teacher_cache.samples import decode_sample
-from teacher_cache.shards.commit import Commit
+from teacher_cache.shards.commit import Commit, committed_shards
 from teacher_cache.shards.reader import ColumnReader
 from teacher_cache.shards.sealed import unseal
 from teacher_cache.shards.storage import Storage
@@ -43,8 +43,14 @@ class Cache:
         self.storage = Storage(url)
         self.plan = read_plan(self.storage)
         self.plan_hash = self.plan.plan_hash
-        self.fields = {name: self._describe(name) for name in self.storage.names("fields") if not name.startswith(".")}
+        names = [name for name in self.storage.names("fields") if not name.startswith(".")]
+        self.fields = {name: self._describe(name) for name in names if self._is_field(name)}
         self._opened: dict[str, Field] = {}
+
+    def _is_field(self, name: str) -> bool:
+        """A folder without description and commits is none: its capture died at the first write, or its removal at the last."""
+        described = self.storage.exists(f"fields/{name}/field.json")
+        return described or bool(committed_shards(self.storage, f"fields/{name}"))
 
     def _describe(self, name: str) -> dict[str, Any]:
         try:
@@ -82,6 +88,11 @@ class Cache:
                 f"e.g. [stages.SFT] parts = [{self.parts()[0]!r}], or leave the stage out with --stages"
             )
         return [number for number, one in enumerate(self.plan.slices) if one.part in parts]
+
+    def made_by(self) -> str:
+        """The command that made this cache, and that finishes it where it is not complete."""
+        derived = self.plan.derived
+        return f"kdcli cache {derived['by']}" if derived else "kdcli cache-teacher"
 
     def template(self, part: str) -> str:
         return self.plan.spec(part).template

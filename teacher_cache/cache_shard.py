@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import islice
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -16,15 +16,22 @@ from teacher_cache.errors import SkipRow
 from teacher_cache.fields import Field
 from teacher_cache.plan import Plan
 from teacher_cache.prepare import Preparer
-from teacher_cache.records import Prepared, Sample, SkipRecord, TeacherOutput
+from teacher_cache.records import Prepared, RowGroup, Sample, SkipRecord, TeacherOutput
 from teacher_cache.samples import encode_sample
 from teacher_cache.shards.commit import committed_shards
 from teacher_cache.shards.storage import Storage
 from teacher_cache.shards.writer import ShardWriter
-from teacher_cache.sources import Source
 
 WINDOW_ROWS = 256
 Teacher = Callable[[Sequence[Prepared], frozenset[str]], list[TeacherOutput]]
+
+
+class RowReader(Protocol):
+    """What capture asks of a mixture part (``sources.Source``), or of the ``samples`` of a cache (``stored_rows``)."""
+
+    def read(self, group: RowGroup) -> Iterator[Sample | SkipRecord]:
+        """The rows of one group in order, exactly ``group.rows`` items."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -76,7 +83,7 @@ def cache_shard(
     job: CaptureJob,
     shard: int,
     columns: Sequence[str],
-    source: Source,
+    source: RowReader,
     preparer: Preparer,
     teacher: Teacher | None,
     advance: Callable[[int], None] = lambda rows: None,
@@ -100,7 +107,7 @@ def cache_shard(
         raise
 
 
-def prepare_windows(job: CaptureJob, shard: int, source: Source, preparer: Preparer) -> Iterator[Window]:
+def prepare_windows(job: CaptureJob, shard: int, source: RowReader, preparer: Preparer) -> Iterator[Window]:
     """The rows of a slice, prepared, ``WINDOW_ROWS`` at a time: enough to batch similar lengths, bounded in memory."""
     one = job.plan.slices[shard]
     spec = job.plan.spec(one.part)

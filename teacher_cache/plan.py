@@ -53,12 +53,15 @@ class Plan:
     Attributes:
         preparation: everything that decides how a row becomes tokens and pixels (templates' hashes, tokenizer, processor, limits).
         seed: of the group permutation.
+        derived: None where the mixture was scanned. A cache made of other caches says ``by`` which command (``subset``, ``merge``),
+            ``from`` which plans, by what ``filter``, and ``rows_sha256`` of the rows that this chose (``derived``).
     """
 
     parts: tuple[Part, ...]
     slices: tuple[Slice, ...]
     preparation: Mapping[str, Any]
     seed: int
+    derived: Mapping[str, Any] | None = None
 
     def identity(self) -> dict[str, Any]:
         """What the plan hash covers: content, not the places where files happen to lie."""
@@ -76,6 +79,7 @@ class Plan:
             "slices": [[s.part, [[group.start, group.rows] for group in s.groups]] for s in self.slices],
             "preparation": dict(self.preparation),
             "seed": self.seed,
+            **({"derived": dict(self.derived)} if self.derived else {}),
         }
 
     @property
@@ -93,6 +97,7 @@ class Plan:
             "slices": [asdict(one) for one in self.slices],
             "preparation": self.preparation,
             "seed": self.seed,
+            **({"derived": self.derived} if self.derived else {}),
         }
         return seal(body)
 
@@ -192,7 +197,7 @@ def parse_plan(data: bytes, place: str) -> Plan:
             )
         parts = tuple(Part(DataSpec(**p["spec"]), p["fingerprint"], p["rows"]) for p in body["parts"])
         slices = tuple(Slice(s["part"], tuple(RowGroup(**group) for group in s["groups"])) for s in body["slices"])
-        plan = Plan(parts, slices, body["preparation"], body["seed"])
+        plan = Plan(parts, slices, body["preparation"], body["seed"], body.get("derived"))
         if plan.plan_hash != body["plan_hash"]:
             raise CacheError(f"{place}: its content does not have its plan hash: it was edited or damaged; restore it")
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import uuid
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -56,8 +57,22 @@ class Storage:
         entries = self.fs.ls(self.path(folder), detail=False)
         return sorted(str(entry).rstrip("/").rsplit("/", 1)[-1] for entry in entries)
 
+    def files(self, folder: str) -> list[str]:
+        """Every file below ``folder``, by its path relative to the cache, sorted; empty where it does not exist."""
+        self.fs.invalidate_cache()
+        found = (str(path) for path in self.fs.find(self.path(folder)))
+        return sorted(path[len(self.root) :].lstrip("/") for path in found)
+
     def remove(self, relative: str) -> None:
         self.fs.rm_file(self.path(relative))
+
+    def remove_empty_folders(self, folder: str) -> None:
+        """``folder`` and those below it, where nothing is in them; only local disks have such folders."""
+        if not self.local:
+            return
+        for path, _, _ in os.walk(self.path(folder), topdown=False):
+            with suppress(OSError):  # somebody writes there
+                os.rmdir(path)
 
     def put_file(self, source: Path, relative: str) -> None:
         """Move a finished local file to its place; readers see all of it or nothing."""

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import tarfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from teacher_cache.errors import CacheError
 from teacher_cache.plan import Plan, read_plan
 from teacher_cache.shards.commit import Commit, committed_shards, read_commit
 from teacher_cache.shards.index import Entry, parse_index
-from teacher_cache.shards.sealed import unseal
 from teacher_cache.shards.storage import Storage
 
 BLOCK = 8 << 20
@@ -107,13 +106,4 @@ def orphans(storage: Storage, columns: dict[str, str]) -> list[str]:
             named |= {commit.tar, commit.index}
         for folder in ("data", "index"):
             found += [f"{column}/{folder}/{name}" for name in storage.names(f"{column}/{folder}") if name not in named]
-    return found + orphaned_calibrations(storage, list(columns), teachers)
-
-
-def orphaned_calibrations(storage: Storage, columns: Sequence[str], teachers: Sequence[str]) -> list[str]:
-    """Calibration files that no ``field.json`` names: of a capture killed before it wrote one, of the slower of two, of a field removed."""
-    fields = [f"{column}/field.json" for column in columns if column != "samples"]
-    bodies = [unseal(storage.read(path), f"{storage}/{path}") for path in fields]
-    named = {body[role]["path"] for body in bodies for role in CALIBRATION_ROLES if body.get(role)}
-    present = [f"{one}/calibration/{name}" for one in teachers for name in storage.names(f"{one}/calibration")]
-    return [path for path in present if path not in named]
+    return found

@@ -12,6 +12,7 @@ import tarfile
 import uuid
 import zlib
 from collections import Counter
+from dataclasses import replace
 
 from teacher_cache.records import Prepared, SkipRecord
 from teacher_cache.shards.commit import Commit, read_commit
@@ -40,14 +41,18 @@ class ShardWriter:
 
     def add(self, prepared: Prepared, members: dict[str, bytes]) -> None:
         """Append one sample; ``members`` maps extension → content, written in the given order."""
-        stored = tuple(self._append(prepared.key, ext, content) for ext, content in members.items())
-        counts = {
-            "vision_rows": len(prepared.vision_positions),
-            "response_rows": len(prepared.response_rows),
-            "text_tokens": len(prepared.text.ids),
-        }
-        self._counts.update(counts)
-        self._entries.append(Entry(prepared.key, int(prepared.key.split("-")[0]), **counts, members=stored))
+        ordinal = int(prepared.key.split("-")[0])
+        vision, response, text = prepared.vision_positions, prepared.response_rows, prepared.text.ids
+        self._add(Entry(prepared.key, ordinal, len(vision), len(response), len(text)), members)
+
+    def copy(self, entry: Entry, members: dict[str, bytes]) -> None:
+        """Append a sample of another tar as it is; same samples in the same order give the same tar."""
+        self._add(entry, members)
+
+    def _add(self, entry: Entry, members: dict[str, bytes]) -> None:
+        stored = tuple(self._append(entry.key, ext, content) for ext, content in members.items())
+        self._counts.update({name: getattr(entry, name) for name in ("vision_rows", "response_rows", "text_tokens")})
+        self._entries.append(replace(entry, members=stored))
 
     def skip(self, record: SkipRecord) -> None:
         self._skipped.append(record)
