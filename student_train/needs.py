@@ -111,17 +111,33 @@ def serve(needs: Iterable[Need], available: Mapping[str, Mapping[str, Any]], met
     codecs = {name: str(params.get("codec", "")) for name, params in available.items()}
     fields: dict[str, tuple[str, ...]] = {}
     notes: list[str] = []
-    for need in sorted(needs):
-        found = ways(need, codecs)
+    for asked in grouped(needs):
+        found = ways_of_all(asked, codecs)
         if not found:
-            raise CompatibilityError(refusal(need, sorted(codecs), method, cache))
+            lacking = next((one for one in asked if not ways(one, codecs)), asked[-1])
+            raise CompatibilityError(refusal(lacking, sorted(codecs), method, cache))
         # Fields that are read anyway cost no further bytes.
         used = {name for names in fields.values() for name in names}
         chosen = next((way for way in found if set(way.fields) <= used and not way.loss), found[0])
-        fields[need.what] = chosen.fields
+        fields[asked[0].what] = chosen.fields
         if chosen.loss:
-            notes.append(f"{need} served by {' + '.join(chosen.fields)}: {chosen.loss}")
+            notes.append(f"{' and '.join(map(str, asked))} served by {' + '.join(chosen.fields)}: {chosen.loss}")
     return Served(fields, tuple(notes))
+
+
+def grouped(needs: Iterable[Need]) -> list[list[Need]]:
+    """Needs of one ``what`` together: a method may want it in both directions, or at two temperatures."""
+    groups: dict[str, list[Need]] = {}
+    for need in sorted(needs):
+        groups.setdefault(need.what, []).append(need)
+    return list(groups.values())
+
+
+def ways_of_all(needs: Sequence[Need], codecs: Mapping[str, str]) -> list[Way]:
+    """The ways that serve every one of these needs, in the order of the first; what is lost with any of them is lost."""
+    each = [{way.fields: way.loss for way in ways(need, codecs)} for need in needs]
+    shared = [way.fields for way in ways(needs[0], codecs) if all(way.fields in one for one in each)]
+    return [Way(fields, "; ".join(dict.fromkeys(one[fields] for one in each if one[fields]))) for fields in shared]
 
 
 def refusal(need: Need, have: Sequence[str], method: str, cache: str) -> str:
