@@ -33,6 +33,7 @@ from teacher_cache.teachers.transformers import (
     TransformersTeacher,
     load_processor,
     resolve_device,
+    resolve_dtype,
     teacher_fingerprint,
 )
 
@@ -101,7 +102,7 @@ def capture_fields(
         fields,
         fingerprint,
         loaded[0],
-        load_head=lambda: load_head(request.teacher, loaded[0]),
+        load_head=lambda: load_head(request.teacher, *loaded),
         calibrate=lambda new: taken or fit_fields(request, storage, plan, loaded, new),
     )
     job = CaptureJob(
@@ -147,9 +148,10 @@ def plan_for(request: CaptureRequest, storage: Storage, preparer: Preparer, conf
     )
 
 
-def load_head(spec: TeacherSpec, processor: Any) -> torch.Tensor:
-    """W ``[V, D]`` of the teacher, loaded on the CPU so that no GPU is held while workers start."""
-    return TransformersTeacher(replace(spec, device="cpu"), processor, None).head
+def load_head(spec: TeacherSpec, processor: Any, config: Any) -> torch.Tensor:
+    """W ``[V, D]`` of the teacher in the dtype that it runs in, loaded on the CPU so that no GPU is held while workers start."""
+    dtype = str(resolve_dtype(spec, config)).removeprefix("torch.")  # "auto" on the CPU would be twice the bytes
+    return TransformersTeacher(replace(spec, device="cpu", dtype=dtype), processor, config).head
 
 
 def fit_fields(

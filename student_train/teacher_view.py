@@ -67,7 +67,7 @@ class DenseTeacher:
 
 @dataclass(frozen=True)
 class SketchTeacher:
-    """Logits from a sketch alone: y·W′ᵀ + b + m (codecs/sketch.py)."""
+    """Logits from a sketch alone: y·W′ᵀ + b + m (codecs/transform.py)."""
 
     sketch: Sketch
     head: LowRankHead

@@ -241,7 +241,7 @@ class Sampled:
 
 @dataclass(frozen=True)
 class Sketch:
-    """Coarse hidden states in the head's metric, rows ``[R]`` (codecs/sketch.py).
+    """Coarse hidden states in the head's metric, rows ``[R]`` (codecs/transform.py).
 
     Attributes:
         coefficients: float32 ``[R, r]``: y = Δ·K, the largest dimensions first.
