@@ -246,7 +246,7 @@ def no_model(folder: Path, student: Path) -> Path:
 
 
 BEFORE_MODEL: dict[str, tuple[type[KdcliError], str, dict[str, Any]]] = {
-    "method": (KdcliError, "unknown method 'llava-dk': choose from .*llava-kd, sft", {"method": "llava-dk"}),
+    "method": (KdcliError, "unknown method 'llava-dk': choose from .*llava-kd.*, sft", {"method": "llava-dk"}),
     "preset": (KdcliError, "no preset 'papers': choose from paper, code", {"preset": "papers"}),
     "knob": (KdcliError, "no knob gama; it has alpha, beta, gamma", {"knobs": {"gama": 1.0}}),
     "knob type": (KdcliError, "gamma must be a float, got 'much'", {"knobs": {"gamma": "much"}}),
@@ -353,7 +353,7 @@ def test_temperature_with_top_k_alone_is_refused(
     refused(CompatibilityError, "valid at temperature 1 only", lambda: run(temperature=2.0))
     assert not (tmp_path / "run").exists(), "refused before anything was loaded or written"
     assert run()["stages"][0]["steps"] == 1
-    assert any("vision_logits served by vision_topk" in note and "lower bound" in note for note in said)
+    assert any("vision_logits (forward) served by vision_topk" in note and "lower bound" in note for note in said)
 
 
 def test_no_step_at_all_is_refused(tiny_cache: Path, settings_for: Callable[..., Settings], tmp_path: Path) -> None:
