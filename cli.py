@@ -65,6 +65,15 @@ def with_data_options(command: Any) -> Any:
     return command
 
 
+def need(given: dict[str, Any]) -> None:
+    """KdcliError naming the first flag that neither the command line nor kd.toml gave."""
+    from teacher_cache.errors import KdcliError
+
+    for name, value in given.items():
+        if not value:
+            raise KdcliError(f"no {name}: give the flag, or run `kdcli init` and edit kd.toml")
+
+
 def data_specs(data: tuple[str, ...], **each: tuple[Any, ...]) -> tuple[Any, ...]:
     """Flags → one DataSpec a part; an option is given once for all parts or once for each."""
     from pipelines.settings import build
@@ -218,16 +227,13 @@ def plan_capture(
     from pipelines.estimate.teacher_cost import Speed
     from pipelines.progress import bar
     from pipelines.settings import override
-    from teacher_cache.errors import KdcliError
     from teacher_cache.teachers.transformers import TeacherSpec
 
     settings = load(config)
     each = {name: flags.pop(name) for name in ("part", "image_root", "template", "limit")}
     specs = data_specs(data, **each) or settings.data
     spec = TeacherSpec(teacher) if teacher else settings.teacher
-    for value, name in ((spec, "--teacher"), (specs, "--data")):
-        if not value:
-            raise KdcliError(f"no {name}: give the flag, or run `kdcli init` and edit kd.toml")
+    need({"--teacher": spec, "--data": specs})
     capture = override(
         settings.capture, fields=split(fields), parts_without_fields=split(parts_without_fields), **flags
     )
@@ -284,16 +290,13 @@ def preflight(
     from pipelines.preflight.request import PreflightRequest
     from pipelines.preflight.run import preflight as run
     from pipelines.settings import FILE, override
-    from teacher_cache.errors import KdcliError
     from teacher_cache.teachers.transformers import TeacherSpec
 
     settings = load(config)
     each = {name: asked.pop(name) for name in ("part", "image_root", "template", "limit")}
     specs = data_specs(data, **each) or settings.data
     spec = TeacherSpec(teacher) if teacher else settings.teacher
-    for value, name in ((spec, "--teacher"), (specs, "--data")):
-        if not value:
-            raise KdcliError(f"no {name}: give the flag, or run `kdcli init` and edit kd.toml")
+    need({"--teacher": spec, "--data": specs})
     capture = override(
         settings.capture, store=store, fields=split(fields), shards=shards, max_length=max_length, workers=1
     )
@@ -349,7 +352,6 @@ def cache_teacher(
     from pipelines import cache_teacher as pipeline
     from pipelines.progress import capture_progress
     from pipelines.settings import override
-    from teacher_cache.errors import KdcliError
     from teacher_cache.teachers.transformers import TeacherSpec
 
     settings = load(config)
@@ -357,9 +359,7 @@ def cache_teacher(
     specs = data_specs(data, **each) or settings.data
     spec = TeacherSpec(teacher) if teacher else settings.teacher
     target = out or settings.cache
-    for value, name in ((spec, "--teacher"), (specs, "--data"), (target, "--out")):
-        if not value:
-            raise KdcliError(f"no {name}: give the flag, or run `kdcli init` and edit kd.toml")
+    need({"--teacher": spec, "--data": specs, "--out": target})
     spec = override(spec, dtype=dtype, device=device)
     capture = override(
         settings.capture,
@@ -515,14 +515,12 @@ def add_field(
     from pipelines import edit_cache as pipeline
     from pipelines.progress import capture_progress
     from pipelines.settings import override
-    from teacher_cache.errors import KdcliError
     from teacher_cache.teachers.transformers import TeacherSpec
 
     settings = load(config)
     cache = open_cache(url, config)
     spec = TeacherSpec(teacher) if teacher else settings.teacher
-    if not spec:
-        raise KdcliError("no --teacher: give the flag, or run `kdcli init` and edit kd.toml")
+    need({"--teacher": spec})
     given = pipeline.parse_field_sets(names, parse_knobs(knobs))
     params = {name: {**settings.fields.get(name, {}), **given[name]} for name in names}
     capture = override(settings.capture, parts_without_fields=split(parts_without_fields), **flags)

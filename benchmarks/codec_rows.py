@@ -12,7 +12,7 @@ import torch
 from benchmarks.text_teacher import load_text_teacher
 from pipelines.demo.run import STUDENT_START, TEACHER
 from pipelines.demo.write_world import write_world
-from teacher_cache.batch import token_batches
+from teacher_cache.cache_shard import ask
 from teacher_cache.prepare import Preparer
 from teacher_cache.records import Prepared, SkipRecord, TeacherOutput, TextTokens
 from teacher_cache.sources import DataSpec, open_source
@@ -65,8 +65,8 @@ def demo_rows(folder: Path, calibration: int, test: int) -> list[Rows]:
     order = torch.randperm(len(prepared), generator=torch.Generator().manual_seed(0)).tolist()
     fit, measured = ([prepared[i] for i in part] for part in (order[:calibration], order[calibration:]))
     teacher, student = (_model(path, processor, config) for path in (TEACHER, STUDENT_START))
-    said, fitted = ask(teacher, measured), ask(teacher, fit)
-    student_said = ask(student, measured)
+    said, fitted = listen(teacher, measured), listen(teacher, fit)
+    student_said = listen(student, measured)
     return [
         Rows(
             f"demo teacher, {kind}",
@@ -97,14 +97,11 @@ def _prepare(specs: Sequence[DataSpec], preparer: Preparer) -> list[Prepared]:
     return rows
 
 
-def ask(model: TransformersTeacher, prepared: Sequence[Prepared]) -> list[TeacherOutput]:
+def listen(model: TransformersTeacher, prepared: Sequence[Prepared]) -> list[TeacherOutput]:
     """Hidden states of vision, response and text rows and the largest top-k, sample by sample."""
     kinds = ("vision", "response")
     wants = frozenset({*(f"topk.{kind}:{LARGEST_K}" for kind in kinds), *(f"hidden.{k}" for k in (*kinds, "text"))})
-    outputs: dict[int, TeacherOutput] = {}
-    for indices in token_batches(prepared, 8192):
-        outputs.update(zip(indices, model([prepared[i] for i in indices], wants)))
-    return [outputs[i] for i in range(len(prepared))]
+    return ask(model, prepared, wants, 8192)
 
 
 @torch.inference_mode()

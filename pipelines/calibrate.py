@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
 
-from teacher_cache.batch import token_batches
+from teacher_cache import cache_shard
 from teacher_cache.cache_shard import RowReader, Teacher, is_finite
 from teacher_cache.errors import KdcliError, SkipRow
 from teacher_cache.fields import CalibratedField
@@ -103,10 +103,7 @@ def ask(
     teacher: Teacher, prepared: Sequence[Prepared], wants: frozenset[str], batch_tokens: int
 ) -> list[TeacherOutput]:
     """The finite outputs of the samples, in their order."""
-    outputs: dict[int, TeacherOutput] = {}
-    for indices in token_batches(prepared, batch_tokens):
-        outputs.update(zip(indices, teacher([prepared[i] for i in indices], wants)))
-    return [outputs[i] for i in range(len(prepared)) if is_finite(outputs[i])]
+    return [one for one in cache_shard.ask(teacher, prepared, wants, batch_tokens) if is_finite(one)]
 
 
 def thin(outputs: Sequence[TeacherOutput]) -> list[TeacherOutput]:

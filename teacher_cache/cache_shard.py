@@ -96,7 +96,9 @@ def cache_shard(
     try:
         with WriteBehind() as behind:
             for window in read_ahead(prepare_windows(job, shard, source, preparer)):
-                outputs = ask(teacher, window, wants, job.batch_tokens) if fields and teacher is not None else None
+                outputs = None
+                if fields and teacher is not None:
+                    outputs = ask(teacher, window.prepared, wants, job.batch_tokens)
                 behind.submit(write_window, window, outputs, fields, writers)
                 advance(len(window))
         for writer in writers.values():
@@ -128,12 +130,14 @@ def prepare_windows(job: CaptureJob, shard: int, source: RowReader, preparer: Pr
         yield window
 
 
-def ask(teacher: Teacher, window: Window, wants: frozenset[str], batch_tokens: int) -> list[TeacherOutput]:
-    """What the teacher says of every prepared row, asked in batches of similar length."""
+def ask(
+    teacher: Teacher, prepared: Sequence[Prepared], wants: frozenset[str], batch_tokens: int
+) -> list[TeacherOutput]:
+    """What the teacher says of every row, in their order, asked in batches of similar length."""
     outputs: dict[int, TeacherOutput] = {}
-    for indices in token_batches(window.prepared, batch_tokens):
-        outputs.update(zip(indices, teacher([window.prepared[i] for i in indices], wants)))
-    return [outputs[i] for i in range(len(window.prepared))]
+    for indices in token_batches(prepared, batch_tokens):
+        outputs.update(zip(indices, teacher([prepared[i] for i in indices], wants)))
+    return [outputs[i] for i in range(len(prepared))]
 
 
 def write_window(

@@ -12,8 +12,8 @@ from student_train.cache import Cache
 from student_train.needs import Need, Served, serve
 from student_train.stream import TrainBatch
 from student_train.teacher_view import TeacherSignals, TeacherView
-from teacher_cache.batch import Batch, token_batches
-from teacher_cache.cache_shard import is_finite
+from teacher_cache.batch import Batch
+from teacher_cache.cache_shard import ask, is_finite
 from teacher_cache.errors import CompatibilityError, KdcliError
 from teacher_cache.fields.affinity import unit_states
 from teacher_cache.plan import difference
@@ -158,10 +158,8 @@ def listen(
 
     batch_tokens: padded tokens of one batch; 1: one sample at a time.
     """
-    outputs: dict[int, TeacherOutput] = {}
-    for indices in token_batches(prepared, batch_tokens):
-        outputs.update(zip(indices, teacher([prepared[i] for i in indices], wants)))
-    bad = next((prepared[i].key for i, one in outputs.items() if not is_finite(one)), None)
+    outputs = ask(teacher, prepared, wants, batch_tokens)
+    bad = next((row.key for row, one in zip(prepared, outputs) if not is_finite(one)), None)
     if bad:
         raise KdcliError(f"row {bad}: the live teacher's output holds NaN or infinity: try another --dtype")
-    return [outputs[i] for i in range(len(prepared))]
+    return outputs

@@ -37,15 +37,6 @@ def tree(folder: Path) -> dict[str, bytes]:
     return {str(f.relative_to(folder)): f.read_bytes() for f in files}
 
 
-@pytest.fixture
-def one_thread():
-    """Sums split over threads round differently; one thread makes bytes comparable between processes."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture(scope="module")
 def undisturbed(make_request, tmp_path_factory: pytest.TempPathFactory) -> Path:
     before = torch.get_num_threads()
