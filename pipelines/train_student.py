@@ -18,7 +18,8 @@ from pipelines.stage_plans import StagePlan, check_vocabulary, plan_stages
 from student_train import distributed
 from student_train.cache import Cache, CachedRows
 from student_train.distributed import Processes
-from student_train.needs import Served
+from student_train.methods import hook
+from student_train.needs import ROW_ALIGNED, Served
 from student_train.stream import MicroBatches, Order, TrainBatch, TrainDataset, step_batches
 from student_train.student import RowForward, freeze_except, load_student, save_student
 from student_train.teacher_view import TeacherSignals
@@ -28,7 +29,6 @@ from teacher_cache.plan import content_hash, difference
 from teacher_cache.prepare import Limits, Preparer
 from teacher_cache.teachers.transformers import TeacherSpec, load_processor, weights_hash
 
-ROW_ALIGNED = frozenset({"vision_logits", "vision_relation"})
 OnStep = Callable[[str, int, int, StepResult], None]
 OpenSignals = Callable[[Cache, Served, torch.device], Any]
 """(cache, served fields, device) → what has ``view(batch)``: ``TeacherSignals.open``, or a live teacher to compare with."""
@@ -224,15 +224,17 @@ def make_trainer(
     if plan.settings.gradient_checkpointing:
         enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
         enable({"use_reentrant": False})
-    student = RowForward(model.to(processes.device))
+    student = RowForward(model, learned_maps(cache, plan, model)).to(processes.device)
     signals = open_signals(cache, plan.served, processes.device)
     # A row that the capture cut at a turn border must be cut at the same border here.
     limits = Limits(plan.settings.max_length, cache.plan.preparation["over_length"])
     preparer = Preparer(processor, model.config, limits)
     templates = {part: cache.template(part) for part in plan.parts}
-    same_grid = bool(ROW_ALIGNED & plan.served.fields.keys())
+    matching = hook(plan.method, "matching")()
+    same_grid = bool(ROW_ALIGNED & plan.served.fields.keys()) and not matching
     order = Order(rows.counts, plan.settings.seed)
-    dataset = TrainDataset(rows, order, preparer, templates, cache.image_limits(), same_grid)
+    check_layouts = matching.check_layouts if matching else None
+    dataset = TrainDataset(rows, order, preparer, templates, cache.image_limits(), same_grid, check_layouts)
     micro = plan.settings.per_device_train_batch_size
 
     def positions(first: int) -> MicroBatches:
@@ -244,3 +246,9 @@ def make_trainer(
 
     trainer = Trainer(student, plan.method, signals.view, plan.settings, processes, folder, positions(0).steps())
     return trainer, batches_from
+
+
+def learned_maps(cache: Cache, plan: StagePlan, model: Any) -> dict[str, torch.nn.Module]:
+    """The method's maps between hidden states of the student and of the teacher whose fields serve it; none for most methods."""
+    widths = [cache.fields[name]["teacher"]["hidden_size"] for name in plan.served.names if name.endswith("_hidden")]
+    return hook(plan.method, "maps")(model.config.get_text_config().hidden_size, widths[0]) or {} if widths else {}

@@ -13,7 +13,8 @@ import torch
 
 from student_train import distributed
 from student_train.cache import Cache, CachedRows
-from student_train.losses.reduce import Rows, RowTerm, SampleTerm, total_loss
+from student_train.losses.reduce import total_loss
+from student_train.losses.terms import HiddenTerm, Rows, RowTerm, SampleTerm
 from student_train.methods import create_method, method_modules
 from student_train.needs import Need, serve, served_by
 from student_train.stages import parse_stages
@@ -92,7 +93,9 @@ def test_a_method_describes_itself(name: str, preset: str) -> None:
     assert all(isinstance(need, Need) and served_by(need) for need in method.needs()), (
         "only needs that some field serves"
     )
-    assert method.terms() and all(isinstance(term, RowTerm | SampleTerm) for term in method.terms().values())
+    assert method.terms() and all(
+        isinstance(term, RowTerm | HiddenTerm | SampleTerm) for term in method.terms().values()
+    )
     assert all(term.weight for term in method.terms().values()), "a term of weight 0 costs its forward pass"
 
 
