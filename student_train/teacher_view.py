@@ -25,7 +25,10 @@ class Distribution(Protocol):
 
 
 class FullVocabulary(Protocol):
-    """A distribution with every token's value, made chunk by chunk where it is used."""
+    """A distribution with every token's value, made chunk by chunk where it is used. vocabulary: V."""
+
+    @property
+    def vocabulary(self) -> int: ...
 
     def __len__(self) -> int: ...
 
@@ -33,6 +36,10 @@ class FullVocabulary(Protocol):
 
     def logits(self) -> torch.Tensor:
         """float32 ``[R, V]``: raw logits (not normalised)."""
+        ...
+
+    def logits_at(self, columns: torch.Tensor) -> torch.Tensor:
+        """float32 ``[R, m]``: ``logits()[:, columns]`` without the others; columns int64 ``[m]``, each once."""
         ...
 
     def log_probs(self, temperature: float = 1.0) -> torch.Tensor:
@@ -52,6 +59,10 @@ class DenseTeacher:
     hidden: torch.Tensor
     head: torch.Tensor
 
+    @property
+    def vocabulary(self) -> int:
+        return len(self.head)
+
     def __len__(self) -> int:
         return self.hidden.shape[0]
 
@@ -60,6 +71,9 @@ class DenseTeacher:
 
     def logits(self) -> torch.Tensor:
         return head_logits(self.hidden, self.head)
+
+    def logits_at(self, columns: torch.Tensor) -> torch.Tensor:
+        return head_logits(self.hidden, self.head[columns])
 
     def log_probs(self, temperature: float = 1.0) -> torch.Tensor:
         return torch.log_softmax(self.logits().div_(temperature), dim=1)
@@ -72,6 +86,10 @@ class SketchTeacher:
     sketch: Sketch
     head: LowRankHead
 
+    @property
+    def vocabulary(self) -> int:
+        return len(self.head.bias)
+
     def __len__(self) -> int:
         return self.sketch.coefficients.shape[0]
 
@@ -80,6 +98,9 @@ class SketchTeacher:
 
     def logits(self) -> torch.Tensor:
         return self.head.logits(self.sketch)
+
+    def logits_at(self, columns: torch.Tensor) -> torch.Tensor:
+        return self.head.at(columns).logits(self.sketch)
 
     def log_probs(self, temperature: float = 1.0) -> torch.Tensor:
         return torch.log_softmax(self.logits().div_(temperature), dim=1)
@@ -96,6 +117,10 @@ class HeadAndSketch:
     sketch: Sketch
     head: LowRankHead
 
+    @property
+    def vocabulary(self) -> int:
+        return len(self.head.bias)
+
     def __len__(self) -> int:
         return self.topk.ids.shape[0]
 
@@ -105,6 +130,15 @@ class HeadAndSketch:
     def logits(self) -> torch.Tensor:
         """Raw: the head's are log-prob + log Z; the others are the sketch's, anchored by the row's mean logit."""
         return self.head.logits(self.sketch).scatter_(1, self.topk.ids, self.topk.log_probs + self.topk.log_z[:, None])
+
+    def logits_at(self, columns: torch.Tensor) -> torch.Tensor:
+        values = self.head.at(columns).logits(self.sketch)
+        place = columns.new_full(
+            (self.vocabulary,), len(columns)
+        )  # of a column that is not asked for: one past the last
+        place[columns] = torch.arange(len(columns), device=columns.device)
+        wide = torch.cat([values, values.new_empty(len(values), 1)], dim=1)
+        return wide.scatter_(1, place[self.topk.ids], self.topk.log_probs + self.topk.log_z[:, None])[:, :-1]
 
     def log_probs(self, temperature: float = 1.0) -> torch.Tensor:
         tail = self.head.logits(self.sketch)
