@@ -30,6 +30,11 @@ class FullVocabulary(Protocol):
     @property
     def vocabulary(self) -> int: ...
 
+    @property
+    def head_rows(self) -> torch.Tensor:
+        """``[V, D]``: logits are linear in some D numbers of the row, up to constants; the same tensor for all rows of a run."""
+        ...
+
     def __len__(self) -> int: ...
 
     def __getitem__(self, rows: Any) -> FullVocabulary: ...
@@ -63,6 +68,10 @@ class DenseTeacher:
     def vocabulary(self) -> int:
         return len(self.head)
 
+    @property
+    def head_rows(self) -> torch.Tensor:
+        return self.head
+
     def __len__(self) -> int:
         return self.hidden.shape[0]
 
@@ -89,6 +98,10 @@ class SketchTeacher:
     @property
     def vocabulary(self) -> int:
         return len(self.head.bias)
+
+    @property
+    def head_rows(self) -> torch.Tensor:
+        return self.head.weight
 
     def __len__(self) -> int:
         return self.sketch.coefficients.shape[0]
@@ -120,6 +133,10 @@ class HeadAndSketch:
     @property
     def vocabulary(self) -> int:
         return len(self.head.bias)
+
+    @property
+    def head_rows(self) -> torch.Tensor:
+        return self.head.weight
 
     def __len__(self) -> int:
         return self.topk.ids.shape[0]

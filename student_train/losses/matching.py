@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from scipy.optimize import linear_sum_assignment
 
-from student_train.losses.column_sampling import draw_columns
+from student_train.losses.column_sampling import column_spread, draw_columns
 from student_train.losses.distances import manhattan
 from student_train.losses.divergences import reverse_kl
 from student_train.teacher_view import Distribution, FullVocabulary
@@ -62,7 +62,8 @@ def column_sampled_cost(
     """An unbiased estimate of ``manhattan_cost`` from ``columns`` columns of the vocabulary, float64 ``[N_t, N_s]``.
 
     Only these columns' logits are made, of both sides: the two whole head products, which cost as much as the distances, are not.
-    As many columns as there are give the exact cost.
+    Columns that tell the teacher's rows apart are drawn more often (``column_spread``) and weigh less: on the demo's teacher a
+    thousand of them do what several thousand uniform ones do. As many columns as there are give the exact cost.
 
     Args:
         columns: how many are drawn; all pairs share them. generator: of the CPU; the draw is a function of its state.
@@ -75,7 +76,8 @@ def column_sampled_cost(
     if columns < 1:
         raise KdcliError(f"matching columns must be at least 1, got {columns}")
     vocabulary = min(teacher.vocabulary, len(head))
-    chosen, weights = draw_columns(torch.ones(vocabulary, device=head.device), columns, generator)
+    drawn = draw_columns(column_spread(teacher.head_rows)[:vocabulary], columns, generator)
+    chosen, weights = (one.to(head.device) for one in drawn)
     theirs = teacher.logits_at(chosen)
     ours = head_logits(hidden, head[chosen].to(hidden.dtype))
     return manhattan(theirs.mul_(weights), ours.mul_(weights))

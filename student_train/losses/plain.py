@@ -1,6 +1,6 @@
-"""Slow twins of ``losses.written`` and ``losses.distances``: the definitions as autograd differentiates them, in the dtype of their arguments.
+"""Slow twins of ``losses.written`` and ``losses.distances``: the definitions, as autograd differentiates them.
 
-All take the teacher's log-probs ``[R, V]`` and the student's logits ``[R, V]`` and return ``[R]``.
+The divergences take the teacher's log-probs ``[R, V]`` and the student's logits ``[R, V]`` and return ``[R]`` in their dtype.
 """
 
 from __future__ import annotations

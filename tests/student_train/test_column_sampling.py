@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from student_train.losses.column_sampling import draw_columns, inclusion
+from student_train.losses.column_sampling import column_spread, draw_columns, inclusion
 
 IMPORTANCE = torch.tensor([5.0, 1.0, 1.0, 0.0, 2.0, 1.0, 3.0, 1.0])
 
@@ -51,3 +51,13 @@ def test_the_draw_is_a_function_of_the_generator() -> None:
 def test_nothing_is_important() -> None:
     columns, weights = draw_columns(torch.zeros(10), 4, generator(0))
     assert len(columns) == 4 and torch.allclose(weights, torch.full((4,), 2.5))
+
+
+def test_the_spread_of_columns() -> None:
+    """A part that all rows of the head share counts for nothing; half precision and many rows change little."""
+    head = torch.randn(9000, 6, generator=generator(0))
+    expected = (head.double() - head.double().mean(dim=0)).norm(dim=1)
+    torch.testing.assert_close(column_spread(head), expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(column_spread(head + 3.0), expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(column_spread(head.bfloat16()), expected, rtol=0.02, atol=0.02)
+    assert column_spread(head) is column_spread(head)
