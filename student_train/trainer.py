@@ -63,7 +63,7 @@ class Trainer:
 
     def __post_init__(self) -> None:
         self.terms: Terms = self.method.terms()
-        self.matching = hook(self.method, "matching")()
+        self.matching = hook(self.method, "alignment")()
         self.kinds = sorted(kinds_of(self.terms) | ({"vision"} if self.matching else set()))
         s = self.settings
         parameters = [p for p in self.model.parameters() if p.requires_grad]

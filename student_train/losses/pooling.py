@@ -60,11 +60,11 @@ def pooled_teacher(teacher: Distribution, cells: torch.Tensor, student_rows: int
         CompatibilityError: a top-k or sampled teacher, whose logits are not known.
     """
     if isinstance(teacher, DenseTeacher):
-        return DenseTeacher(_means(teacher.hidden, cells, student_rows), teacher.head)
+        return DenseTeacher(cell_means(teacher.hidden, cells, student_rows), teacher.head)
     if isinstance(teacher, SketchTeacher | HeadAndSketch):
         sketch = teacher.sketch
-        coefficients = _means(sketch.coefficients, cells, student_rows)
-        mean_logit = _means(sketch.mean_logit[:, None], cells, student_rows)[:, 0]
+        coefficients = cell_means(sketch.coefficients, cells, student_rows)
+        mean_logit = cell_means(sketch.mean_logit[:, None], cells, student_rows)[:, 0]
         return SketchTeacher(Sketch(coefficients, mean_logit), teacher.head)
     raise CompatibilityError(
         "pooling the teacher's vision rows needs their logits: capture vision_hidden (a top-k field has single rows only)"
@@ -78,7 +78,7 @@ def cells_filled(cells: torch.Tensor, student_rows: int) -> torch.Tensor:
     return filled
 
 
-def _means(values: torch.Tensor, cells: torch.Tensor, count: int) -> torch.Tensor:
+def cell_means(values: torch.Tensor, cells: torch.Tensor, count: int) -> torch.Tensor:
     """Mean over the rows of each cell ``[count, …]``, summed in float32."""
     cells = cells.to(values.device)
     inside = cells != UNMATCHED

@@ -5,7 +5,7 @@ of knobs); the dataclass has ``needs() -> set of Need`` (student_train.needs) an
 
 What only some methods have are further functions of the dataclass, looked up by ``hook``:
 
-- ``matching() -> Matching | None``: which teacher row stands beside which vision row of the student (alignment.py).
+- ``alignment() -> Matching | None``: which teacher row stands beside which vision row of the student (alignment.py).
 - ``maps(student_width, teacher_width) -> {name: module}``: learned maps between hidden states, trained beside the student.
 - ``passes(progress, generator) -> Passes``: vision tokens that the student's pass, and the gradient-free pass of its own weights, do
   without.
