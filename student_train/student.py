@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from student_train.compression import compressor_of, install, load_compressed, settle, with_grid
+from student_train.compressors import CompressorSpec
 from student_train.losses.terms import StudentRows
 from teacher_cache.batch import Batch
 from teacher_cache.errors import CompatibilityError, KdcliError
@@ -23,20 +25,52 @@ MODULES = {
 """Module groups by the names that transformers gives them; a parameter belongs to the first group whose name is in its path."""
 
 
-def load_student(model_id: str, attn_implementation: str, trust_remote_code: bool = False) -> tuple[nn.Module, Any]:
-    """(model in float32, processor); KdcliError where the folder or hub id is not to be had."""
-    from transformers import AutoModelForImageTextToText, AutoProcessor
+def load_student(
+    model_id: str,
+    attn_implementation: str,
+    trust_remote_code: bool = False,
+    compressor: CompressorSpec | None = None,
+) -> tuple[nn.Module, Any]:
+    """(model in float32, processor); KdcliError where the folder or hub id is not to be had.
+
+    Args:
+        compressor: of its vision tokens; None: as the folder is. One that the folder has not yet is installed, its fresh weights
+            drawn from torch's generator.
+    """
+    from transformers import AutoModelForImageTextToText
+
+    processor, config, spec = open_student(model_id, trust_remote_code, compressor)
+    arguments = {"dtype": torch.float32, "attn_implementation": attn_implementation}
+    try:
+        if compressor_of(config) and spec:
+            return load_compressed(model_id, spec, **arguments), processor
+        model = AutoModelForImageTextToText.from_pretrained(model_id, trust_remote_code=trust_remote_code, **arguments)
+    except (OSError, ValueError) as error:
+        raise _not_to_be_had(model_id, error) from None
+    if spec:
+        install(model, spec)
+    return model, processor
+
+
+def open_student(
+    model_id: str, trust_remote_code: bool = False, compressor: CompressorSpec | None = None
+) -> tuple[Any, Any, CompressorSpec | None]:
+    """(processor, configuration, settled compressor) without any weights; the processor writes the compressed count."""
+    from transformers import AutoConfig, AutoProcessor
 
     try:
         processor = AutoProcessor.from_pretrained(model_id, trust_remote_code=trust_remote_code)
-        model = AutoModelForImageTextToText.from_pretrained(
-            model_id, dtype=torch.float32, attn_implementation=attn_implementation, trust_remote_code=trust_remote_code
-        )
+        config = AutoConfig.from_pretrained(model_id, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
-        raise KdcliError(
-            f"student {model_id!r} cannot be loaded ({str(error).splitlines()[0]}): give a model folder or hub id"
-        ) from None
-    return model, processor
+        raise _not_to_be_had(model_id, error) from None
+    spec = settle(compressor, config, processor, model_id)
+    return with_grid(processor, spec), config, spec
+
+
+def _not_to_be_had(model_id: str, error: Exception) -> KdcliError:
+    return KdcliError(
+        f"student {model_id!r} cannot be loaded ({str(error).splitlines()[0]}): give a model folder or hub id"
+    )
 
 
 def module_group(parameter: str) -> str:

@@ -15,12 +15,13 @@ def image_layout(
     """Layout of every image of a row.
 
     Args:
+        processor: one whose model has fewer tokens than patches says their (rows, columns) as ``vision_grid``.
         sizes: original (width, height) of each image. inputs: the processor's tensors. tokens: vision tokens of the whole row.
     """
     per_image, rest = divmod(tokens, len(sizes))
-    grid = _square(config, inputs) or (
-        (math.isqrt(per_image),) * 2 if math.isqrt(per_image) ** 2 == per_image else None
-    )
+    grid = getattr(processor, "vision_grid", None) or _square(config, inputs)
+    if grid is None and math.isqrt(per_image) ** 2 == per_image:
+        grid = (math.isqrt(per_image),) * 2
     if rest or grid is None or grid[0] * grid[1] != per_image:
         grid = (1, per_image)  # a family whose grid we do not know: tokens in order, one row
     return tuple(ImageLayout(size, (View(_crop(processor.image_processor, size), grid),)) for size in sizes)

@@ -1,0 +1,185 @@
+"""A compressor in a LLaVA-type student: settled before any weights are read, installed, written into its configuration, read back.
+
+The configuration's entry ``kdcli_compressor`` says what the folder holds. The processor is the stock one but for the number of
+placeholders of an image, which is why a saved folder has a stock processor beside that entry.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import lru_cache
+from typing import Any
+
+from torch import nn
+
+from student_train.compressors import CompressorSpec, Site, compressor_module
+from teacher_cache.errors import CompatibilityError, KdcliError
+
+ENTRY = "kdcli_compressor"
+NONE = "none"
+
+
+def compressor_of(config: Any) -> CompressorSpec | None:
+    """What a saved student's configuration says; None for a student without compression."""
+    entry = getattr(config, ENTRY, None)
+    return CompressorSpec.from_entry(entry) if entry else None
+
+
+def settle(asked: CompressorSpec | None, config: Any, processor: Any, student: str) -> CompressorSpec | None:
+    """What the student will have; CompatibilityError where that cannot be, before any weights are read.
+
+    Args:
+        asked: None: as the student is. student: its name, for the message.
+    """
+    has = compressor_of(config)
+    if asked is None:
+        return has
+    module = compressor_module(asked.name)
+    if asked.layers and not module.CHOOSES_LAYERS:
+        raise KdcliError(
+            f"compressor {asked.name} reads the student's own feature layer: leave vision_feature_layers out"
+        )
+    if has is None:
+        return module.settle(asked, site_of(config, processor, student))
+    wanted = replace(has, vision_tokens=asked.vision_tokens or has.vision_tokens) if module.ELASTIC else has
+    differs = [name for name, value in vars(asked).items() if value and value != getattr(wanted, name)]
+    if differs:
+        raise CompatibilityError(
+            f"{student} has compressor {has.name} with {has.count} vision tokens already, not {asked.name}"
+            f"{f' with {asked.vision_tokens}' if asked.vision_tokens else ''}: leave --compressor out, or start from the student before it"
+        )
+    return module.settle(wanted, site_of(config, processor, student))
+
+
+def site_of(config: Any, processor: Any, student: str) -> Site:
+    """CompatibilityError where the student is not one view of a square grid before a projector (LLaVA-1.5)."""
+    vision = getattr(config, "vision_config", None)
+    if config.model_type != "llava" or getattr(vision, "model_type", "") == "pixtral":
+        raise CompatibilityError(
+            f"{student} is of family {config.model_type}: compressors need a LLaVA-1.5 type student (one view an image, a square "
+            "grid, model_type llava): use --compressor none"
+        )
+    side, rest = divmod(int(vision.image_size), int(vision.patch_size))
+    patches = stock_tokens(processor)
+    if rest or patches != side * side:
+        raise CompatibilityError(
+            f"{student}: its processor writes {patches} vision tokens an image, its vision tower has {side}×{side} patches; compressors need "
+            "one token a patch (vision_feature_select_strategy without a class token): use --compressor none"
+        )
+    return site_of_config(config)
+
+
+def site_of_config(config: Any) -> Site:
+    vision, layers = config.vision_config, config.vision_feature_layer
+    return Site(
+        side=vision.image_size // vision.patch_size,
+        vision_width=vision.hidden_size,
+        text_width=config.text_config.hidden_size,
+        layers=(layers,) if isinstance(layers, int) else tuple(layers),
+        depth=vision.num_hidden_layers,
+    )
+
+
+def stock_tokens(processor: Any) -> int:
+    """Placeholders that the stock LLaVA processor writes for one image of its crop size."""
+    crop = getattr(processor.image_processor, "crop_size", None) or processor.image_processor.size
+    sides = [crop[side] // processor.patch_size for side in ("height", "width")]
+    class_token = processor.vision_feature_select_strategy == "default"
+    return sides[0] * sides[1] + processor.num_additional_image_tokens - class_token
+
+
+def install(model: Any, spec: CompressorSpec) -> None:
+    """Put a settled compressor where the projector stands; fresh weights come from torch's generator as it is."""
+    projector = compressor_module(spec.name).build(
+        spec, site_of_config(model.config), model.model.multi_modal_projector
+    )
+    model.model.multi_modal_projector = projector
+    setattr(model.config, ENTRY, spec.entry())
+    if spec.layers:
+        model.config.vision_feature_layer = list(spec.layers)
+
+
+@lru_cache(maxsize=1)
+def compressed_class() -> type:
+    """The LLaVA class that builds the projector its configuration names: ``from_pretrained`` then finds every weight by name.
+
+    It has the stock class's name, and so has the folder that it writes.
+    """
+    from transformers import LlavaForConditionalGeneration
+
+    def build(self: Any, config: Any) -> None:
+        LlavaForConditionalGeneration.__init__(self, config)
+        spec = compressor_of(config)
+        assert spec is not None
+        install(self, spec)
+
+    name = LlavaForConditionalGeneration.__name__
+    return type(name, (LlavaForConditionalGeneration,), {"__init__": build, "__module__": __name__})
+
+
+def load_compressed(model_id: str, spec: CompressorSpec, **arguments: Any) -> nn.Module:
+    """A saved compressed student; KdcliError where weights are missing."""
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(model_id)
+    setattr(config, ENTRY, spec.entry())
+    model, found = compressed_class().from_pretrained(  # type: ignore[attr-defined]
+        model_id, config=config, output_loading_info=True, **arguments
+    )
+    missing = sorted(name for name in found["missing_keys"] if "multi_modal_projector" in name)
+    if missing:
+        raise KdcliError(
+            f"student {model_id!r} says compressor {spec.name}, but lacks its weights {', '.join(missing)}"
+        )
+    return model
+
+
+def compress_processor(processor: Any, grid: tuple[int, int]) -> Any:
+    """The same processor with ``rows · columns`` placeholders an image; ``vision_grid`` tells the layout. In place."""
+    base = getattr(type(processor), "stock_class", type(processor))
+    processor.__class__ = _processor_class(base, grid)
+    return processor
+
+
+@lru_cache(maxsize=16)
+def _processor_class(base: type, grid: tuple[int, int]) -> type:
+    """A subclass that still has the stock name, which ``save_pretrained`` writes."""
+    count = grid[0] * grid[1]
+
+    def replace_image_token(self: Any, image_inputs: Any, image_idx: int, **kwargs: Any) -> str:
+        return self.image_token * count
+
+    def _get_num_multimodal_tokens(self: Any, image_sizes: Any = None, **kwargs: Any) -> Any:
+        stock = base._get_num_multimodal_tokens(self, image_sizes, **kwargs)  # type: ignore[attr-defined]
+        if image_sizes is not None:
+            stock.num_image_tokens = [count] * len(image_sizes)
+        return stock
+
+    def reduce(self: Any, protocol: Any) -> Any:
+        # Pickle finds a class by its name, which is the stock one's: loader processes rebuild this one.
+        return _rebuild_processor, (base, grid, vars(self))
+
+    own = {
+        "replace_image_token": replace_image_token,
+        "_get_num_multimodal_tokens": _get_num_multimodal_tokens,
+        "__reduce_ex__": reduce,
+        "__module__": base.__module__,
+        "__doc__": base.__doc__,
+        "stock_class": base,
+        "vision_grid": grid,
+    }
+    return type(base.__name__, (base,), own)
+
+
+def _rebuild_processor(base: type, grid: tuple[int, int], state: dict[str, Any]) -> Any:
+    processor = base.__new__(base)
+    vars(processor).update(state)
+    return compress_processor(processor, grid)
+
+
+def with_grid(processor: Any, spec: CompressorSpec | None, training: bool = False) -> Any:
+    """The processor of a student with this compressor; ``training``: of the largest count that a step can draw."""
+    if spec is None:
+        return processor
+    module = compressor_module(spec.name)
+    return compress_processor(processor, module.training_grid(spec) if training else module.grid(spec))

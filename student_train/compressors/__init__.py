@@ -1,0 +1,83 @@
+"""Compression of vision tokens where the projector stands: one file a compressor; the folder is the registry.
+
+A compressor module defines ``NAME``, ``PAPER``, ``ELASTIC`` (one set of weights serves several counts), ``CHOOSES_LAYERS`` (which
+hidden states of the vision tower it reads is a choice) and
+
+- ``settle(spec, site) -> CompressorSpec``: every open choice made; CompatibilityError naming the counts that can be had;
+- ``build(spec, site, projector) -> nn.Module``: features ``[images, side², layers·D_v]`` → tokens ``[images, vision_tokens, D_t]``,
+  starting from the weights of the trained projector where it can use them;
+- ``grid(spec) -> (rows, columns)`` of the tokens; ``training_grid(spec)``: the largest that a training step can draw.
+
+Shape letters: P patches of an image (side²), M vision tokens after compression, D_v vision width, D_t text width.
+"""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from types import ModuleType
+from typing import Any
+
+from teacher_cache.errors import KdcliError
+
+
+@dataclass(frozen=True)
+class CompressorSpec:
+    """What was asked for, or (settled) what a student has.
+
+    Attributes:
+        vision_tokens: of one image; None: a quarter of the patches.
+        layers: hidden states of the vision tower that the projector reads, counted as ``vision_feature_layer`` does; empty: the compressor's choice.
+        largest: most vision tokens that an elastic compressor can give; None: its own choice.
+    """
+
+    name: str
+    vision_tokens: int | None = None
+    layers: tuple[int, ...] = ()
+    largest: int | None = None
+
+    def entry(self) -> dict[str, Any]:
+        """JSON-able, for the model's configuration."""
+        return {name: list(v) if isinstance(v, tuple) else v for name, v in asdict(self).items() if v}
+
+    @classmethod
+    def from_entry(cls, entry: Mapping[str, Any]) -> CompressorSpec:
+        return cls(**{**entry, "layers": tuple(entry.get("layers", ()))})
+
+    @property
+    def count(self) -> int:
+        """``vision_tokens`` of a settled spec."""
+        assert self.vision_tokens is not None, "settle the spec first"
+        return self.vision_tokens
+
+
+@dataclass(frozen=True)
+class Site:
+    """Where a compressor is put.
+
+    Attributes:
+        side: patches along each side of an image. vision_width, text_width: of one layer's features, of the language model.
+        layers: ``vision_feature_layer`` as it is. depth: layers of the vision tower.
+    """
+
+    side: int
+    vision_width: int
+    text_width: int
+    layers: tuple[int, ...]
+    depth: int
+
+
+def compressor_modules() -> dict[str, ModuleType]:
+    """Every compressor by name."""
+    modules = [importlib.import_module(f"{__name__}.{info.name}") for info in pkgutil.iter_modules(__path__)]
+    return {module.NAME: module for module in modules if hasattr(module, "NAME")}
+
+
+def compressor_module(name: str) -> ModuleType:
+    """A compressor's module; KdcliError listing the choices."""
+    modules = compressor_modules()
+    if name not in modules:
+        raise KdcliError(f"unknown compressor {name!r}: choose from {', '.join(sorted(modules))}, or none")
+    return modules[name]
