@@ -138,7 +138,7 @@ def run_stage(
         if finished["identity"] != identity:
             lines = "; ".join(difference(finished["identity"], identity)).replace("cache ", "there ")
             raise KdcliError(f"{folder} holds another finished stage: {lines}: choose another --output-dir")
-        return finished["result"]
+        return {**finished["result"], "model": str(folder / "model")}  # the folder may have been moved since
     torch.manual_seed(plan.settings.seed)
     model, processor = load_student(model_id, plan.settings.attn_implementation)
     trainer, batches_from = make_trainer(
