@@ -116,7 +116,11 @@ class FieldSize:
 
 
 def size_field(one: Field, width: int, vocabulary: int, like: Cache | None, heads: int = 1) -> FieldSize:
-    """Args: width: D. vocabulary: V without padding rows. heads: of attention. KdcliError where neither shapes, ``like`` nor a default tell."""
+    """Args: width: D. vocabulary: V without padding rows. heads: of attention.
+
+    Raises:
+        KdcliError: neither shapes, ``like`` nor a default tell.
+    """
     if not one.calibrated:
         probe = ShapeProbe(one, width, vocabulary)
         try:
