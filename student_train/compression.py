@@ -63,8 +63,8 @@ def site_of(config: Any, processor: Any, student: str) -> Site:
     patches = stock_tokens(processor)
     if rest or patches != side * side:
         raise CompatibilityError(
-            f"{student}: its processor writes {patches} vision tokens an image, its vision tower has {side}×{side} patches; compressors need "
-            "one token a patch (vision_feature_select_strategy without a class token): use --compressor none"
+            f"{student}: its processor writes {patches} vision tokens an image, its vision tower has {side}×{side} patches; "
+            "compressors need one token a patch (vision_feature_select_strategy without a class token): use --compressor none"
         )
     return site_of_config(config)
 

@@ -29,7 +29,8 @@ class CompressorSpec:
 
     Attributes:
         vision_tokens: of one image; None: a quarter of the patches.
-        layers: hidden states of the vision tower that the projector reads, counted as ``vision_feature_layer`` does; empty: the compressor's choice.
+        layers: hidden states of the vision tower that the projector reads, counted as ``vision_feature_layer`` does;
+            empty: the compressor's choice.
         largest: most vision tokens that an elastic compressor can give; None: its own choice.
     """
 
