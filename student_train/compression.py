@@ -53,7 +53,7 @@ def settle(asked: CompressorSpec | None, config: Any, processor: Any, student: s
 
 def site_of(config: Any, processor: Any, student: str) -> Site:
     """CompatibilityError where the student is not one view of a square grid before a projector (LLaVA-1.5)."""
-    vision = getattr(config, "vision_config", None)
+    vision: Any = getattr(config, "vision_config", None)
     if config.model_type != "llava" or getattr(vision, "model_type", "") == "pixtral":
         raise CompatibilityError(
             f"{student} is of family {config.model_type}: compressors need a LLaVA-1.5 type student (one view an image, a square "
@@ -136,7 +136,7 @@ def load_compressed(model_id: str, spec: CompressorSpec, **arguments: Any) -> nn
 
 def compress_processor(processor: Any, grid: tuple[int, int]) -> Any:
     """The same processor with ``rows · columns`` placeholders an image; ``vision_grid`` tells the layout. In place."""
-    base = getattr(type(processor), "stock_class", type(processor))
+    base: type = getattr(type(processor), "stock_class", type(processor))
     processor.__class__ = _processor_class(base, grid)
     return processor
 
@@ -172,7 +172,7 @@ def _processor_class(base: type, grid: tuple[int, int]) -> type:
 
 
 def _rebuild_processor(base: type, grid: tuple[int, int], state: dict[str, Any]) -> Any:
-    processor = base.__new__(base)
+    processor: Any = object.__new__(base)
     vars(processor).update(state)
     return compress_processor(processor, grid)
 

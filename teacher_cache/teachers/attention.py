@@ -20,7 +20,7 @@ KNOWN_ATTENTION = ("LlamaAttention", "MistralAttention", "Qwen2Attention", "Qwen
 
 def check_attention(layer: Any) -> None:
     """CompatibilityError, by name, where a decoder layer computes its attention in another way than this file does."""
-    attention = getattr(layer, "self_attn", None)
+    attention: Any = getattr(layer, "self_attn", None)
     name = type(layer if attention is None else attention).__name__
     if name not in KNOWN_ATTENTION:
         raise CompatibilityError(
