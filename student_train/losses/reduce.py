@@ -79,7 +79,7 @@ class _KindLoss:
     ):
         self.kind = kind
         # Backwards: methods name the cross-entropy first, which has no teacher's logits to keep beside the others' gradient.
-        self.terms = {n: t for n, t in reversed(terms.items()) if isinstance(t, RowTerm) and t.rows == kind}
+        self.terms = {n: t for n, t in reversed(list(terms.items())) if isinstance(t, RowTerm) and t.rows == kind}
         self.masks = {name: _keep(kind, student, teacher, term.skip_first) for name, term in self.terms.items()}
         self.denominators = {name: max(denominators[name], 1.0) for name in self.terms}
         self.labels = student.labels if kind == "response" else None

@@ -1,7 +1,8 @@
 """The divergences with their gradients written down: half the passes over ``[R, V]`` that autograd takes (``losses.plain``).
 
-Each takes what is known of the teacher (mostly log-probs b ``[R, V]``) and the student's logits z ``[R, V]`` and returns the value ``[R]`` and its gradient
-∂/∂z ``[R, V]``; a = log softmax(z), p_s = e^a, p_t = e^b. For a divergence whose derivative after p_s is g, ∂/∂z = p_s·(g − Σ p_s g).
+Each takes what is known of the teacher (mostly its log-probs b ``[R, V]``) and the student's logits z ``[R, V]`` and returns the value
+``[R]`` and its gradient ∂/∂z ``[R, V]``; a = log softmax(z), p_s = e^a, p_t = e^b. For a divergence whose derivative after p_s is g,
+∂/∂z = p_s·(g − Σ p_s g).
 
 The mixtures m = c·p_t + (1−c)·p_s are never formed: with v = b − a − log((1−c)/c), c·p_t / m = σ(v) and (1−c)·p_s / m = σ(−v), so
 b − log m = log σ(v) − log c and a − log m = log σ(−v) − log(1−c), without overflow however far apart both sides are.
