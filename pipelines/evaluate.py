@@ -4,19 +4,35 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 
+from student_train.pruning import Pruning, operator_modules
 from teacher_cache.cache_shard import skip_record
-from teacher_cache.errors import DataError, SkipRow
+from teacher_cache.errors import DataError, KdcliError, SkipRow
 from teacher_cache.prepare import PLACEHOLDER, content
 from teacher_cache.records import Sample, SkipRecord
 from teacher_cache.rows import check_sample, decode_image
 from teacher_cache.sources import DataSpec, open_source
 
 MAX_NEW_TOKENS = 32
+
+
+@dataclass(frozen=True)
+class Compression:
+    """Vision tokens removed while a model answers. generator: of random choices, one for the whole file whatever the batch size."""
+
+    pruning: Pruning
+    generator: torch.Generator
+
+    def around(self, model: Any, images: Sequence[int]) -> AbstractContextManager[Any]:
+        """images: of each question."""
+        from student_train.pruning.forward import prune_vision
+
+        return prune_vision(model, self.pruning, images=images, generator=self.generator)
 
 
 @dataclass(frozen=True)
@@ -61,10 +77,11 @@ def answer(
     questions: Sequence[Sample],
     max_new_tokens: int = MAX_NEW_TOKENS,
     max_image_pixels: int = DataSpec.max_image_pixels,
+    compression: Compression | None = None,
 ) -> list[str]:
     """Greedy answers to each row's last user turn, given the turns before it."""
     tokenizer = processor.tokenizer
-    texts, images = [], []
+    texts, images, counts = [], [], []
     for row in questions:
         asked = row.turns[:-1]
         messages = [{"role": turn.role, "content": content(turn.text)} for turn in asked]
@@ -72,21 +89,32 @@ def answer(
         texts.append(owner.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
         kept = sum(turn.text.count(PLACEHOLDER) for turn in asked)
         images += [decode_image(image, max_image_pixels) for image in row.images[:kept]]
+        counts.append(kept)
     arguments = {"images": images} if images else {}
     inputs = processor(
         text=texts, **arguments, return_tensors="pt", padding=True, padding_side="left", add_special_tokens=False
     ).to(model.device)
-    generated = model.generate(
-        **inputs, do_sample=False, max_new_tokens=max_new_tokens, pad_token_id=tokenizer.pad_token_id or 0
-    )
+    with compression.around(model, counts) if compression else nullcontext():
+        generated = model.generate(
+            **inputs, do_sample=False, max_new_tokens=max_new_tokens, pad_token_id=tokenizer.pad_token_id or 0
+        )
     return tokenizer.batch_decode(generated[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
 
 
 def evaluate(
-    model: Any, processor: Any, spec: DataSpec, batch_size: int = 32, advance: Callable[[int], None] = lambda rows: None
+    model: Any,
+    processor: Any,
+    spec: DataSpec,
+    batch_size: int = 32,
+    advance: Callable[[int], None] = lambda rows: None,
+    pruning: Pruning | None = None,
 ) -> dict[str, Any]:
-    """``{"exact_match": mean over rows, "families": {name: {"n", "exact_match"}}, "skipped": {...}, "answers": [Answer]}``."""
+    """``{"exact_match": mean over rows, "families": {name: {"n", "exact_match"}}, "skipped": {...}, "answers": [Answer]}``.
+
+    With ``pruning``, vision tokens are removed inside the language model while it answers, and ``"compression"`` says how.
+    """
     model.eval()
+    compression = Compression(pruning, torch.Generator().manual_seed(0)) if pruning else None
     rows = list(read_questions(spec))
     questions: list[Sample] = []
     skipped: dict[str, int] = defaultdict(int)
@@ -103,11 +131,13 @@ def evaluate(
     answers: list[Answer] = []
     for start in range(0, len(questions), batch_size):
         batch = questions[start : start + batch_size]
-        for row, given in zip(batch, answer(model, processor, batch, max_image_pixels=spec.max_image_pixels)):
+        given_answers = answer(model, processor, batch, max_image_pixels=spec.max_image_pixels, compression=compression)
+        for row, given in zip(batch, given_answers):
             family = str(row.extra.get("family", row.part))
             answers.append(Answer(family, row.turns[-2].text, row.turns[-1].text, given))
         advance(len(batch))
-    return {**score(answers), "skipped": dict(skipped), "answers": answers}
+    how = {"compression": asdict(pruning)} if pruning else {}
+    return {**score(answers), **how, "skipped": dict(skipped), "answers": answers}
 
 
 def score(answers: Sequence[Answer]) -> dict[str, Any]:
@@ -127,12 +157,37 @@ def score(answers: Sequence[Answer]) -> dict[str, Any]:
     }
 
 
-def evaluate_folder(
-    model_id: str, spec: DataSpec, batch_size: int = 32, device: str | None = None, **kwargs: Any
-) -> dict[str, Any]:
-    """``evaluate`` on a model folder."""
-    from student_train.student import load_student
+def pruning_of(compress: str | None, keep: int | None, layer: int | None) -> Pruning | None:
+    """What the flags of an evaluation ask for; None: all vision tokens stay. KdcliError before anything is loaded."""
+    if compress is None:
+        if keep is not None or layer is not None:
+            choices = ", ".join(sorted(operator_modules()))
+            raise KdcliError(f"--keep and --compress-layer need --compress: choose from {choices}")
+        return None
+    return Pruning(compress, Pruning.layer if layer is None else layer, keep=keep)
 
+
+def evaluate_folder(
+    model_id: str,
+    spec: DataSpec,
+    batch_size: int = 32,
+    device: str | None = None,
+    compress: str | None = None,
+    keep: int | None = None,
+    compress_layer: int | None = None,
+    **kwargs: Any,
+) -> dict[str, Any]:
+    """``evaluate`` on a model folder.
+
+    Args:
+        compress: operator that removes vision tokens inside the language model, from layer ``compress_layer`` (2) on, down to
+            ``keep`` tokens an image.
+    """
+    from student_train.student import load_student, open_student
+
+    pruning = pruning_of(compress, keep, compress_layer)
+    if pruning:
+        pruning.check(open_student(model_id)[1])
     model, processor = load_student(model_id, "sdpa")
     model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    return evaluate(model, processor, spec, batch_size, **kwargs)
+    return evaluate(model, processor, spec, batch_size, pruning=pruning, **kwargs)

@@ -12,6 +12,8 @@ import pytest
 import torch
 
 from pipelines.evaluate import MAX_NEW_TOKENS, Answer, evaluate, evaluate_folder, normalise, score
+from student_train.pruning import Pruning
+from student_train.pruning.plain import pruned_states
 from teacher_cache.errors import DataError
 from teacher_cache.sources import DataSpec
 
@@ -166,3 +168,100 @@ def test_families_count_the_same_however_many_rows_they_have() -> None:
     answers = [Answer("many", "q", "a", "a")] * 9 + [Answer("one", "q", "a", "b")]
     result = score(answers)
     assert result["exact_match"] == 0.9 and result["family_mean"] == 0.5
+
+
+@pytest.mark.parametrize("operator", ["dart", "fastv", "pyramiddrop", "random"])
+def test_compressed_answers(
+    student: tuple[Any, Any], tiny_student: Path, own_answers: list[str], images: Path, tmp_path: Path, operator: str
+) -> None:
+    """Any batch size gives the same answers; all tokens kept are the model's own; few kept change some; text rows never change."""
+    spec = write(tmp_path, [row(*question, "x") for question in QUESTIONS], images)
+    whole = evaluate_folder(str(tiny_student), spec, 5, "cpu", compress=operator, keep=36, compress_layer=1)
+    assert [one.given for one in whole["answers"]] == own_answers
+    few = Pruning(operator, layer=1, keep=3)
+    results = [evaluate(*student, spec, size, pruning=few) for size in (1, 2, 5)]
+    given = [[one.given for one in result["answers"]] for result in results]
+    assert given[0] == given[1] == given[2]
+    assert given[0][2:4] == own_answers[2:4] and given[0] != own_answers
+    assert results[0]["compression"] == {"operator": operator, "layer": 1, "removed": None, "keep": 3}
+    assert "compression" not in evaluate(*student, spec, 5)
+
+
+def test_compressed_answers_are_those_of_the_plain_forward(
+    student: tuple[Any, Any], tiny_student: Path, images: Path, tmp_path: Path
+) -> None:
+    """The question with two pictures: 3 tokens each, ranked together, chosen by the prompt, then one token at a time."""
+    from student_train.student import load_student
+
+    model, processor = load_student(str(tiny_student), "eager")
+    _, text, count = QUESTIONS[4]
+    opened = [PIL.Image.open(images / f"{number}.png").convert("RGB") for number in range(count)]
+    inputs = processor(text=[f"<|user|>{text}<|end|><|assistant|>"], images=opened, return_tensors="pt")
+    ids, said, pixels = inputs["input_ids"][0], [], {"pixel_values": inputs["pixel_values"]}
+    pruning, asking = Pruning("dart", layer=1, keep=3), len(ids) - 1
+    with torch.inference_mode():
+        for _ in range(MAX_NEW_TOKENS):
+            states, rows = pruned_states(model, ids, pixels, pruning, asking, count)
+            token = int(model.lm_head(states[-1]).argmax())
+            if token == processor.tokenizer.eos_token_id:
+                break
+            said.append(token)
+            ids = torch.cat([ids, torch.tensor([token])])
+    assert len(ids) - len(rows) >= 72 - 6
+    result = evaluate(*student, write(tmp_path, [row(*QUESTIONS[4], "x")], images), pruning=pruning)
+    assert result["answers"][0].given == processor.tokenizer.decode(said, skip_special_tokens=True)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (
+            ["--compress", "fastvv", "--keep", "4"],
+            "unknown compression operator 'fastvv': choose from dart, fastv, pyramiddrop, random",
+        ),
+        (["--compress", "dart"], "say how many vision tokens an image keeps"),
+        (["--compress", "dart", "--keep", "0"], "at least 1 vision token"),
+        (
+            ["--compress", "dart", "--keep", "4", "--compress-layer", "3"],
+            "layer 3 is outside the model, whose layers are 0 to 1",
+        ),
+        (["--keep", "4"], "--keep and --compress-layer need --compress: choose from dart"),
+    ],
+)
+def test_wrong_compression_is_refused_before_the_weights(
+    tiny_student: Path, tmp_path: Path, flags: list[str], message: str
+) -> None:
+    """The folder has no weights at all."""
+    import shutil
+
+    from click.testing import CliRunner
+
+    from cli import main
+
+    bare = Path(shutil.copytree(tiny_student, tmp_path / "bare", ignore=shutil.ignore_patterns("*.safetensors")))
+    result = CliRunner().invoke(main, ["eval", str(bare), "--data", "absent.json", *flags])
+    assert result.exit_code == 1 and message in " ".join(result.output.split())
+
+
+def test_the_command_says_what_was_compressed(tiny_student: Path, images: Path, tmp_path: Path) -> None:
+    from click.testing import CliRunner
+
+    from cli import main
+
+    spec = write(tmp_path, [row(*QUESTIONS[0], "x")], images)
+    flags = [
+        "--image-root",
+        str(images),
+        "--compress",
+        "fastv",
+        "--keep",
+        "5",
+        "--compress-layer",
+        "1",
+        "--device",
+        "cpu",
+        "--json",
+    ]
+    result = CliRunner().invoke(main, ["eval", str(tiny_student), "--data", spec.path, *flags])
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.stdout)["compression"] == {"operator": "fastv", "layer": 1, "removed": None, "keep": 5}
