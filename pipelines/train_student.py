@@ -14,9 +14,10 @@ from typing import Any
 import torch
 
 from pipelines.settings import Settings
-from pipelines.stage_plans import StagePlan, check_vocabulary, plan_stages
+from pipelines.stage_plans import StagePlan, check_vocabulary, plan_stages, row_aligned, settle_compressor
 from student_train import distributed
 from student_train.cache import Cache, CachedRows
+from student_train.compression import compressor_of, with_grid
 from student_train.distributed import Processes
 from student_train.needs import Served
 from student_train.stream import MicroBatches, Order, TrainBatch, TrainDataset, step_batches
@@ -28,7 +29,6 @@ from teacher_cache.plan import content_hash, difference
 from teacher_cache.prepare import Limits, Preparer
 from teacher_cache.teachers.transformers import TeacherSpec, load_processor, weights_hash
 
-ROW_ALIGNED = frozenset({"vision_logits", "vision_relation"})
 OnStep = Callable[[str, int, int, StepResult], None]
 OpenSignals = Callable[[Cache, Served, torch.device], Any]
 """(cache, served fields, device) → what has ``view(batch)``: ``TeacherSignals.open``, or a live teacher to compare with."""
@@ -60,6 +60,7 @@ def train(
     plans = plan_stages(cache, method, settings, stages, preset, knobs)
     spec = TeacherSpec(train_settings.student)
     processor, _ = load_processor(spec)
+    plans = settle_compressor(plans, train_settings.student)
     notes = check_vocabulary(cache, plans, processor)
     output = Path(train_settings.output_dir)
     processes = distributed.start()
@@ -92,6 +93,7 @@ def write_run_card(output: Path, cache: Cache, plans: list[StagePlan]) -> None:
                 "parts": plan.parts,
                 "fields": {need: list(fields) for need, fields in plan.served.fields.items()},
                 "settings": asdict(plan.settings),
+                "compressor": plan.compressor and plan.compressor.entry(),
             }
             for plan in plans
         ],
@@ -135,7 +137,7 @@ def run_stage(
             raise KdcliError(f"{folder} holds another finished stage: {lines}: choose another --output-dir")
         return finished["result"]
     torch.manual_seed(plan.settings.seed)
-    model, processor = load_student(model_id, plan.settings.attn_implementation)
+    model, processor = load_student(model_id, plan.settings.attn_implementation, compressor=plan.compressor)
     trainer, batches_from = make_trainer(
         cache, plan, rows, model, processor, total, global_batch, processes, folder, open_signals
     )
@@ -195,6 +197,7 @@ def stage_identity(cache: Cache, plan: StagePlan, total: int, global_batch: int,
                 "max_length",
             )
         },
+        **({"compressor": plan.compressor.entry()} if plan.compressor else {}),
         "start": start_hash(model_id),
     }
 
@@ -228,9 +231,9 @@ def make_trainer(
     signals = open_signals(cache, plan.served, processes.device)
     # A row that the capture cut at a turn border must be cut at the same border here.
     limits = Limits(plan.settings.max_length, cache.plan.preparation["over_length"])
-    preparer = Preparer(processor, model.config, limits)
+    preparer = Preparer(with_grid(processor, compressor_of(model.config), training=True), model.config, limits)
     templates = {part: cache.template(part) for part in plan.parts}
-    same_grid = bool(ROW_ALIGNED & plan.served.fields.keys())
+    same_grid = row_aligned(plan)
     order = Order(rows.counts, plan.settings.seed)
     dataset = TrainDataset(rows, order, preparer, templates, cache.image_limits(), same_grid)
     micro = plan.settings.per_device_train_batch_size

@@ -12,7 +12,7 @@ from torch import nn
 from student_train.compression import compressor_of, install, load_compressed, settle, with_grid
 from student_train.compressors import CompressorSpec
 from student_train.losses.reduce import StudentRows
-from teacher_cache.batch import Batch
+from teacher_cache.batch import Batch, keep_vision
 from teacher_cache.errors import CompatibilityError, KdcliError
 
 MODULES = {
@@ -112,11 +112,28 @@ class RowForward(nn.Module):
 
     def forward(self, batch: Batch, kinds: Sequence[str]) -> dict[str, torch.Tensor]:
         """Post-final-norm hidden states ``[R, D]`` by row kind, in the compute dtype."""
+        self._expect(batch)
         states = self.model.model(**batch.inputs, use_cache=False).last_hidden_state.flatten(0, 1)
         if torch.is_autocast_enabled(states.device.type):
             # The residual stream stays float32 under autocast; the head product, outside of it, must be in the compute dtype too.
             states = states.to(torch.get_autocast_dtype(states.device.type))
         return {kind: states[batch.rows[kind]] for kind in kinds}
+
+    def draw(self, batch: Batch, seed: int, step: int) -> Batch:
+        """The batch as this step trains it: an elastic compressor keeps as many vision tokens of every image as the step draws."""
+        if not hasattr(self.projector, "draw") or "pixel_values" not in batch.inputs:
+            return batch
+        keep = self.projector.draw(seed, step)
+        return keep_vision(batch, keep, pad_id=self.model.config.get_text_config().pad_token_id or 0)
+
+    @property
+    def projector(self) -> Any:
+        return getattr(self.model.model, "multi_modal_projector", None)
+
+    def _expect(self, batch: Batch) -> None:
+        """An elastic compressor gives as many tokens an image as the batch has places for."""
+        if hasattr(self.projector, "keep") and "pixel_values" in batch.inputs:
+            self.projector.keep = sum(batch.counts["vision"]) // len(batch.inputs["pixel_values"])
 
     def rows(self, hidden: dict[str, torch.Tensor], batch: Batch) -> StudentRows:
         return StudentRows(hidden, batch.counts, self.head, batch.labels, self.head_gram)

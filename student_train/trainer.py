@@ -8,7 +8,7 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -89,6 +89,7 @@ class Trainer:
         """One optimizer step over this process's micro-batches. Row means run over all micro-batches of all processes."""
         started = time.perf_counter()
         self._seed(step)
+        batches = [replace(one, batch=self.model.draw(one.batch, self.settings.seed, step)) for one in batches]
         denominators = self._denominators(batches)
         shares = dict.fromkeys(self.terms, 0.0)
         loss_sum = 0.0

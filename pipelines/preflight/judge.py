@@ -18,8 +18,14 @@ from pipelines.preflight.ladder import terms_for
 from pipelines.preflight.request import PreflightRequest
 from pipelines.preflight.step_cost import step_cost
 from pipelines.preflight.student_side import StudentRead, row_id
-from pipelines.stage_plans import StagePlan, check_vocabulary, complete_fields, plan_stages
-from pipelines.train_student import ROW_ALIGNED
+from pipelines.stage_plans import (
+    ROW_ALIGNED,
+    StagePlan,
+    check_vocabulary,
+    complete_fields,
+    plan_stages,
+    settle_compressor,
+)
 from student_train.cache import Cache
 from student_train.methods import create_method
 from student_train.needs import Need, serve
@@ -119,6 +125,7 @@ def judge_method(
     plans: list[StagePlan] = []
     try:
         plans = plan_stages(cache, method, request.settings, None, "paper", None)
+        plans = settle_compressor(plans, request.student)
         processor, _ = load_processor(TeacherSpec(request.student))
         body["notes"] += check_vocabulary(cache, plans, processor)
     except KdcliError as error:
