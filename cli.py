@@ -112,6 +112,7 @@ def main() -> None:
       kdcli cache status / verify / inspect    progress, checksums, one sample as words
       kdcli train-student --method llava-kd    train from the cache, no teacher in memory
       kdcli eval runs/03-DFT/model --data …    exact match by family
+      kdcli ablate GRID.toml                   many students over one cache, one table
     """
 
 
@@ -691,6 +692,38 @@ def parse_knobs(knobs: tuple[str, ...]) -> dict[str, Any]:
         except json.JSONDecodeError:
             parsed[name] = value
     return parsed
+
+
+@main.command()
+@click.argument("grid", metavar="GRID.toml", type=click.Path(dir_okay=False))
+@click.option("--out", help="Folder of cells, shared stages and results; default: ablations/NAME of the grid file.")
+@click.option("--devices", help="E.g. cuda:0,cuda:1, a student at a time on each; default: every GPU, else the CPU.")
+@click.option("--workers", type=int, help="Students at a time on the CPU, which share its cores.")
+@click.option("--only", metavar="GLOB", help="Only students whose ROW/seed-N, or whose row, fits.")
+@click.option("--limit", type=click.IntRange(0), help="Train at most so many students this time.")
+@click.option("--retry-failed", is_flag=True, help="Also those that failed before.")
+@click.option("--losses", is_flag=True, help="The last stage's final loss terms as columns too.")
+@click.option("--dry-run", is_flag=True, help="List the students and what is done; train nothing.")
+@json_option
+def ablate(grid: str, out: str | None, dry_run: bool, as_json: bool, **asked: Any) -> None:
+    """Train many students over one cache, and compare them in one table; run it again to continue."""
+    from pipelines.ablate import run as pipeline
+
+    request = pipeline.AblateRequest(Path(grid), Path(out or Path("ablations") / Path(grid).stem), **asked)
+    if dry_run:
+        listed, text = pipeline.dry_run(request)
+        click.echo(json.dumps(listed) if as_json else text)
+        return
+    try:
+        result = pipeline.ablate(request, console())
+    except KeyboardInterrupt:
+        raise click.ClickException("interrupted: run the same command again to continue") from None
+    text = result.pop("markdown")
+    click.echo(json.dumps(result) if as_json else text)
+    for one in result["failed"]:
+        click.echo(f"failed: {one['name']}: {one['error']} (log: {one['log']})", err=True)
+    if result["failed"]:
+        sys.exit(1)
 
 
 @main.command("eval")

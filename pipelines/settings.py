@@ -72,14 +72,23 @@ def load_settings(path: Path | None) -> Settings:
         if not Path(FILE).is_file():
             return Settings()
         path = Path(FILE)
+    return settings_of(read_toml(path, "`kdcli init` writes a commented kd.toml"), path)
+
+
+def read_toml(path: Path, advice: str) -> dict[str, Any]:
+    """The tables of a file; KdcliError with ``advice`` where there is none."""
     try:
-        body = tomllib.loads(path.read_text())
+        return tomllib.loads(path.read_text())
     except FileNotFoundError:
-        raise KdcliError(f"{path}: no such file; `kdcli init` writes a commented kd.toml") from None
+        raise KdcliError(f"{path}: no such file; {advice}") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise KdcliError(f"{path}: not valid TOML ({error})") from None
+
+
+def settings_of(body: Mapping[str, Any], path: Path) -> Settings:
+    """The settings that the tables of ``path`` say; unknown sections and keys are refused."""
     known = {one.name for one in fields(Settings)}
-    _refuse_unknown(body, known, str(path), "section")
+    refuse_unknown(body, known, str(path), "section")
     from student_train.methods import method_modules
     from student_train.stages import STAGES
 
@@ -104,23 +113,24 @@ def load_settings(path: Path | None) -> Settings:
 def _tables(body: Mapping[str, Any], section: str, names: set[str], path: Path) -> dict[str, dict[str, Any]]:
     """``[section.NAME]`` tables; KdcliError listing the names that there are."""
     tables = body.get(section, {})
-    _refuse_unknown(tables, names, f"{path} [{section}]", section.removesuffix("s"))
+    refuse_unknown(tables, names, f"{path} [{section}]", section.removesuffix("s"))
     for name, table in tables.items():
-        _refuse_no_table(table, f"{path} [{section}.{name}]")
+        refuse_no_table(table, f"{path} [{section}.{name}]")
     return tables
 
 
 def build(cls: type[T], table: Mapping[str, Any], place: str) -> T:
     """A dataclass from a TOML table; KdcliError naming ``place`` and the known keys, or the missing one."""
     known = {one.name: one for one in fields(cls)}  # type: ignore[arg-type]
-    _refuse_unknown(table, set(known), place, "key")
+    refuse_unknown(table, set(known), place, "key")
     values = {name: tuple(value) if isinstance(value, list) else value for name, value in table.items()}
     types = get_type_hints(cls)
     for name, value in values.items():
         if not _fits(value, types[name]):
             wanted = getattr(types[name], "__name__", str(types[name]))
             raise KdcliError(f"{place}: {name} must be {_KINDS.get(wanted, wanted)}, got {value!r}")
-    missing = [one.name for one in known.values() if one.default is MISSING and one.name not in values]
+    required = [one.name for one in known.values() if one.default is MISSING and one.default_factory is MISSING]
+    missing = [name for name in required if name not in values]
     if missing:
         raise KdcliError(f"{place}: {', '.join(missing)} is missing")
     try:
@@ -139,9 +149,11 @@ _KINDS = {
 
 
 def _fits(value: Any, wanted: Any) -> bool:
-    """Whether a TOML value is of a dataclass field's type: str, int, float, bool, a tuple of one of these, or one of these or None."""
+    """Whether a TOML value is of a field's type: str, int, float, bool, a tuple of one of these, table, or one of these or None."""
     if isinstance(wanted, UnionType):
         return any(_fits(value, one) for one in get_args(wanted))
+    if get_origin(wanted) is Mapping:
+        return isinstance(value, Mapping)
     if get_origin(wanted) is tuple:
         return isinstance(value, tuple) and all(_fits(one, get_args(wanted)[0]) for one in value)
     if isinstance(value, bool):
@@ -149,14 +161,15 @@ def _fits(value: Any, wanted: Any) -> bool:
     return isinstance(value, (int, float) if wanted is float else wanted)
 
 
-def _refuse_unknown(table: Mapping[str, Any], known: set[str], place: str, what: str) -> None:
-    _refuse_no_table(table, place)
+def refuse_unknown(table: Mapping[str, Any], known: set[str], place: str, what: str) -> None:
+    """KdcliError listing the known keys of a table where it has another, or is none."""
+    refuse_no_table(table, place)
     unknown = sorted(set(table) - known)
     if unknown:
         raise KdcliError(f"{place}: unknown {what} {', '.join(unknown)}; known are {', '.join(sorted(known))}")
 
 
-def _refuse_no_table(table: Any, place: str) -> None:
+def refuse_no_table(table: Any, place: str) -> None:
     if not isinstance(table, Mapping):
         raise KdcliError(f"{place} must be a table, got {table!r}")
 

@@ -12,16 +12,14 @@ from student_train.cache import Cache
 from student_train.compression import asked_for
 from student_train.compressors import CompressorSpec
 from student_train.config import StageSettings, TrainSettings
-from student_train.methods import Method, create_method, method_module
-from student_train.needs import Served, serve
+from student_train.methods import Method, create_method, hook, method_module
+from student_train.needs import ROW_ALIGNED, Served, serve
 from student_train.stages import Stage, parse_stages
 from student_train.student import open_student
-from teacher_cache.errors import CacheError, CompatibilityError
+from teacher_cache.errors import CacheError, CompatibilityError, KdcliError
 from teacher_cache.fingerprint import processor_fingerprint
 from teacher_cache.plan import difference
 from teacher_cache.shards.commit import committed_shards
-
-ROW_ALIGNED = frozenset({"vision_logits", "vision_relation"})
 
 
 @dataclass(frozen=True)
@@ -49,7 +47,8 @@ def plan_stages(
 ) -> list[StagePlan]:
     """Decide every stage; refuses a method, knob, part or need that cannot be had."""
     module = method_module(method)
-    chosen = create_method(method, preset, {**settings.methods.get(method, {}), **(knobs or {})})
+    shared = {**settings.methods.get(method, {}), **(knobs or {})}
+    create_method(method, preset, shared)
     plain = create_method("sft")
     plans = []
     for number, stage in enumerate(parse_stages(stages or module.STAGES), start=1):
@@ -58,7 +57,9 @@ def plan_stages(
         if not merged.learning_rate:
             merged = replace(merged, learning_rate=stage.learning_rate)
         parts = own.parts or stage.parts
-        used = chosen if stage.distils else plain
+        if own.knobs and not stage.distils:
+            raise KdcliError(f"stage {stage.name} is plain SFT: it has no knobs; give them to DPT or DFT")
+        used = create_method(method, preset, {**shared, **(own.knobs or {})}) if stage.distils else plain
         params = {name: cache.fields[name]["params"] for name in complete_fields(cache, parts)}
         served = serve(used.needs(), params, method, str(cache.storage))
         compressor = asked_for(merged, getattr(module, "COMPRESSOR", None))
@@ -94,7 +95,7 @@ def settle_compressor(plans: list[StagePlan], student: str) -> list[StagePlan]:
 
 def row_aligned(plan: StagePlan) -> bool:
     """Whether row i of the student is compared with row i of the teacher."""
-    return bool(ROW_ALIGNED & plan.served.fields.keys())
+    return bool(ROW_ALIGNED & plan.served.fields.keys()) and not hook(plan.method, "alignment")()
 
 
 def check_vocabulary(cache: Cache, plans: list[StagePlan], processor: Any) -> list[str]:

@@ -15,6 +15,7 @@ from torch import nn
 from student_train.compressors import CompressorSpec, Site, compressor_module
 from student_train.config import TrainSettings
 from teacher_cache.errors import CompatibilityError, KdcliError
+from teacher_cache.records import ImageLayout
 
 ENTRY = "kdcli_compressor"
 NONE = "none"
@@ -212,6 +213,11 @@ def _rebuild_processor(base: type, grid: tuple[int, int], state: dict[str, Any])
     processor: Any = object.__new__(_processor_class(base, grid))
     vars(processor).update(state)
     return processor
+
+
+def first_tokens(layout: tuple[ImageLayout, ...], count: int) -> tuple[ImageLayout, ...]:
+    """Images of one view each, of which only the first ``count`` tokens are left."""
+    return tuple(replace(image, views=(replace(image.views[0], grid=(1, count)),)) for image in layout)
 
 
 def with_grid(processor: Any, spec: CompressorSpec | None, training: bool = False) -> Any:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
+from typing import Any
 
 from teacher_cache.errors import KdcliError
 
@@ -71,9 +73,11 @@ class StageSettings:
 
     Attributes:
         parts: mixture parts it reads.
+        knobs: of the method, in this stage only.
     """
 
     parts: tuple[str, ...] | None = None
+    knobs: Mapping[str, Any] | None = None
     per_device_train_batch_size: int | None = None
     gradient_accumulation_steps: int | None = None
     num_train_epochs: float | None = None
@@ -84,5 +88,5 @@ class StageSettings:
 
     def over(self, train: TrainSettings) -> TrainSettings:
         """The stage's settings: its own values over the run's."""
-        own = {one.name: getattr(self, one.name) for one in fields(self) if one.name != "parts"}
+        own = {one.name: getattr(self, one.name) for one in fields(self) if one.name not in ("parts", "knobs")}
         return replace(train, **{name: value for name, value in own.items() if value is not None})

@@ -12,7 +12,19 @@ from typing import Any
 
 from teacher_cache.errors import CompatibilityError
 
-WHATS = ("response_logits", "vision_logits", "vision_relation", "vision_raw_logits", "vision_text_affinity")
+WHATS = (
+    "response_logits",
+    "vision_logits",
+    "vision_relation",
+    "vision_raw_logits",
+    "vision_text_affinity",
+    "response_hidden",
+    "vision_hidden",
+    "text_vision_attention",
+    "self_teacher",
+)
+ROW_ALIGNED = frozenset({"vision_logits", "vision_relation", "vision_hidden", "text_vision_attention"})
+"""Needs that compare vision token i with vision token i, unless the method matches them (``alignment.py``)."""
 EXACT_CODECS = ("fp32", "bf16", "int8", "int4")
 """Codecs of hidden fields that give back hidden states, for every logit loss with the teacher's own head."""
 
@@ -23,7 +35,9 @@ class Need:
 
     Attributes:
         what: ``response_logits`` or ``vision_logits`` (distributions), ``vision_relation`` (Gram matrix of raw vision logits),
-            ``vision_raw_logits`` (a matching cost, targets on matched rows), ``vision_text_affinity`` (cosines).
+            ``vision_raw_logits`` (a matching cost, targets on matched rows), ``vision_text_affinity`` (cosines),
+            ``response_hidden`` or ``vision_hidden`` (hidden states themselves), ``text_vision_attention`` (first-layer maps), or
+            ``self_teacher`` (the student's own weights in a second pass: no field can hold a teacher that moves with the student).
         direction: ``forward`` (the teacher's mass weighs: KL(p_t‖p_s), cross-entropy) or ``reverse`` (the student's mass weighs: reverse
             and skewed KL, Jensen-Shannon).
         temperature: of the distributions.
@@ -66,8 +80,10 @@ class Served:
 
 def ways(need: Need, codecs: Mapping[str, str]) -> list[Way]:
     """How these fields serve a need, best first. ``codecs``: field → its codec, "" where it has none."""
-    if need.what == "vision_text_affinity":
-        return [Way(("affinity",))] if "affinity" in codecs else []
+    if need.what == "self_teacher":
+        return [Way(())]
+    if need.what in ONE_FIELD:
+        return [Way((ONE_FIELD[need.what],))] if ONE_FIELD[need.what] in codecs else []
     kind = need.what.split("_")[0]
     hidden, topk, sampled = (f"{kind}_{suffix}" for suffix in ("hidden", "topk", "sampled"))
     codec = codecs.get(hidden)
@@ -76,6 +92,8 @@ def ways(need: Need, codecs: Mapping[str, str]) -> list[Way]:
         found.append(Way(("relation",)))
     if codec in EXACT_CODECS:
         found.append(Way((hidden,)))
+    if need.what == hidden:
+        return found
     if codec == "sketch":
         found += _sketch_ways(need, hidden, topk if topk in codecs else None)
     if need.what.endswith("_logits") and need.what != "vision_raw_logits" and need.temperature == 1.0:
@@ -86,6 +104,8 @@ def ways(need: Need, codecs: Mapping[str, str]) -> list[Way]:
     return found
 
 
+ONE_FIELD = {"vision_text_affinity": "affinity", "text_vision_attention": "attention"}
+"""Needs that exactly one field serves."""
 TOPK_LOSS = {
     "forward": "top-k with an exact tail bucket: a lower bound of the KL",
     "reverse": "top-k with an exact tail bucket: a lower bound; what the student gives to tokens outside the head is seen as one sum",
@@ -145,16 +165,19 @@ def refusal(need: Need, have: Sequence[str], method: str, cache: str) -> str:
     serving = served_by(need)
     heads = [name for name in have if name.endswith("_topk")]
     why = f" ({', '.join(heads)}: valid at temperature 1 only)" if heads and need.temperature != 1.0 else ""
+    codec = " --set codec=bf16" if need.what.endswith("_hidden") else ""
+    if codec and serving[0] in have:
+        why = f" ({serving[0]}: a sketch does not give hidden states back; --set codec=bf16 or int8 in another cache)"
     return (
         f"{cache}: method {method} needs {need}, served by {' or '.join(serving)}; the cache has "
-        f"{', '.join(have) or 'no field'}{why}: add one with `kdcli cache add-field {cache or 'CACHE'} --field {serving[0]}`"
+        f"{', '.join(have) or 'no field'}{why}: add one with `kdcli cache add-field {cache or 'CACHE'} --field {serving[0]}{codec}`"
     )
 
 
 def served_by(need: Need) -> list[str]:
     """Every single field that can serve a need, whatever a cache has."""
     every = {f"{kind}_hidden": "bf16" for kind in ("response", "vision")}
-    every |= {name: "" for name in ("affinity", "relation")}
+    every |= {name: "" for name in (*ONE_FIELD.values(), "relation")}
     every |= {f"{kind}_{suffix}": "" for kind in ("response", "vision") for suffix in ("topk", "sampled")}
     found = list(dict.fromkeys(name for way in ways(need, every) for name in way.fields))
     return sorted(found, key=lambda name: name == "relation")  # off by default: named last

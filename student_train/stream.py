@@ -22,6 +22,7 @@ from teacher_cache.prepare import Preparer
 from teacher_cache.records import ImageLayout, Prepared, TextTokens
 
 BLOCK_SHARDS = 16
+CheckLayouts = Callable[[str, tuple[ImageLayout, ...], tuple[ImageLayout, ...]], None]
 
 
 class Order:
@@ -70,15 +71,23 @@ class TrainRow:
     prepared: Prepared
     text: TextTokens
     fields: dict[str, Any]
+    layout: tuple[ImageLayout, ...] = ()
 
 
 @dataclass(frozen=True)
 class TrainBatch:
-    """One micro-batch: the student's batch, and per field the decoded records of its samples in the same order."""
+    """One micro-batch: the student's batch, and per field the decoded records of its samples in the same order.
+
+    Attributes:
+        text, layouts: of each sample as the teacher read it. student_text, student_layouts: as the student reads it.
+    """
 
     batch: Batch
     text: tuple[TextTokens, ...]
     fields: dict[str, list[Any]]
+    layouts: tuple[tuple[ImageLayout, ...], ...] = ()
+    student_text: tuple[TextTokens, ...] = ()
+    student_layouts: tuple[tuple[ImageLayout, ...], ...] = ()
 
 
 class TrainDataset(Dataset):
@@ -87,6 +96,7 @@ class TrainDataset(Dataset):
     Args:
         templates: part → template. image_limits: part → most pixels of an image. Both as the capture had them.
         same_grid: the vision layout must be the teacher's, token by token. The response token ids must be, where any field is read.
+        check_layouts: further demand on (row key, teacher's layout, student's layout), a method's own.
     """
 
     def __init__(
@@ -97,9 +107,10 @@ class TrainDataset(Dataset):
         templates: dict[str, str],
         image_limits: dict[str, int],
         same_grid: bool,
+        check_layouts: CheckLayouts | None = None,
     ):
         self.rows, self.order, self.preparer, self.templates = rows, order, preparer, templates
-        self.image_limits, self.same_grid = image_limits, same_grid
+        self.image_limits, self.same_grid, self.check_layouts = image_limits, same_grid, check_layouts
 
     def __getitem__(self, position: int) -> TrainRow:
         row = self.rows.read(*self.order.at(position))
@@ -115,7 +126,9 @@ class TrainDataset(Dataset):
             check_same_response(row.key, row.text, prepared.text)
             if self.same_grid:
                 check_same_grid(row.key, row.layout, prepared.layout)
-        return TrainRow(prepared, row.text, row.fields)
+            if self.check_layouts:
+                self.check_layouts(row.key, row.layout, prepared.layout)
+        return TrainRow(prepared, row.text, row.fields, row.layout)
 
 
 def check_same_response(key: str, teacher: TextTokens, student: TextTokens) -> None:
@@ -138,7 +151,8 @@ def check_same_grid(key: str, teacher: tuple[ImageLayout, ...], student: tuple[I
     if grids(teacher) != grids(student):
         raise CompatibilityError(
             f"row {key}: vision grids differ, teacher {grids(teacher)}, student {grids(student)}: "
-            "llava-kd needs equal vision tokens; use a student with the teacher's image size and patch size"
+            "this method compares vision tokens one by one; use a student with the teacher's image size and patch size and no "
+            "compressor, or method em-kd, which matches them"
         )
 
 
@@ -171,7 +185,14 @@ class MicroBatches:
 def join(rows: Sequence[TrainRow], pad_id: int) -> TrainBatch:
     """Rows → one micro-batch."""
     fields = {name: [row.fields[name] for row in rows] for name in rows[0].fields}
-    return TrainBatch(collate([row.prepared for row in rows], pad_id), tuple(row.text for row in rows), fields)
+    return TrainBatch(
+        collate([row.prepared for row in rows], pad_id),
+        tuple(row.text for row in rows),
+        fields,
+        tuple(row.layout for row in rows),
+        tuple(row.prepared.text for row in rows),
+        tuple(row.prepared.layout for row in rows),
+    )
 
 
 @dataclass(frozen=True)

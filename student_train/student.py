@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from student_train.compression import compressor_of, install, load_compressed, settle, with_grid
+from student_train.compression import compressor_of, first_tokens, install, load_compressed, settle, with_grid
 from student_train.compressors import CompressorSpec
-from student_train.losses.reduce import StudentRows
+from student_train.losses.terms import StudentRows
+from student_train.stream import TrainBatch
 from teacher_cache.batch import Batch, keep_vision
 from teacher_cache.errors import CompatibilityError, KdcliError
+from teacher_cache.records import TextTokens
 
 MODULES = {
     "projector": ("multi_modal_projector", "connector", "merger", "image_newline"),
@@ -97,34 +101,41 @@ class RowForward(nn.Module):
     """One forward that returns the hidden states of the wanted rows (and so is what DDP wraps).
 
     The head product is left to the losses, which take it chunk by chunk.
+
+    Args:
+        maps: learned maps of the method, trained beside the student and no part of it.
     """
 
     model: Any  # a transformers model, whose methods no type checker follows
 
-    def __init__(self, model: nn.Module):
+    def __init__(self, model: nn.Module, maps: Mapping[str, nn.Module] | None = None):
         super().__init__()
         self.model = model
+        self.maps = nn.ModuleDict(maps or {})
         self._gram: tuple[tuple[int, int | None], torch.Tensor] | None = None
 
     @property
     def head(self) -> torch.Tensor:
         return self.model.get_output_embeddings().weight
 
-    def forward(self, batch: Batch, kinds: Sequence[str]) -> dict[str, torch.Tensor]:
-        """Post-final-norm hidden states ``[R, D]`` by row kind, in the compute dtype."""
+    def forward(self, batch: Batch, kinds: Sequence[str], pruning: Any = None) -> dict[str, torch.Tensor]:
+        """Post-final-norm hidden states ``[R, D]`` by row kind, in the compute dtype. pruning: of vision tokens inside the LLM."""
         self._expect(batch)
+        assert pruning is None, "no in-LLM pruning yet"
         states = self.model.model(**batch.inputs, use_cache=False).last_hidden_state.flatten(0, 1)
         if torch.is_autocast_enabled(states.device.type):
             # The residual stream stays float32 under autocast; the head product, outside of it, must be in the compute dtype too.
             states = states.to(torch.get_autocast_dtype(states.device.type))
         return {kind: states[batch.rows[kind]] for kind in kinds}
 
-    def draw(self, batch: Batch, seed: int, step: int) -> Batch:
-        """The batch as this step trains it: an elastic compressor keeps as many vision tokens of every image as the step draws."""
-        if not hasattr(self.projector, "draw") or "pixel_values" not in batch.inputs:
-            return batch
+    def draw(self, one: TrainBatch, seed: int, step: int) -> TrainBatch:
+        """The micro-batch as this step trains it: an elastic compressor keeps as many vision tokens of every image as the step draws."""
+        if not hasattr(self.projector, "draw") or "pixel_values" not in one.batch.inputs:
+            return one
         keep = self.projector.draw(seed, step)
-        return keep_vision(batch, keep, pad_id=self.model.config.get_text_config().pad_token_id or 0)
+        pad_id = self.model.config.get_text_config().pad_token_id or 0
+        layouts = tuple(first_tokens(layout, keep) for layout in one.student_layouts)
+        return replace(one, batch=keep_vision(one.batch, keep, pad_id), student_layouts=layouts)
 
     @property
     def projector(self) -> Any:
@@ -135,8 +146,10 @@ class RowForward(nn.Module):
         if hasattr(self.projector, "keep") and "pixel_values" in batch.inputs:
             self.projector.keep = sum(batch.counts["vision"]) // len(batch.inputs["pixel_values"])
 
-    def rows(self, hidden: dict[str, torch.Tensor], batch: Batch) -> StudentRows:
-        return StudentRows(hidden, batch.counts, self.head, batch.labels, self.head_gram)
+    def rows(self, hidden: dict[str, torch.Tensor], batch: Batch, text: Sequence[TextTokens] = ()) -> StudentRows:
+        """The student's side of a micro-batch; text: as the student reads it."""
+        gram = cache(self.head_gram)  # one graph for all samples of the micro-batch
+        return StudentRows(hidden, batch.counts, self.head, batch.labels, gram, dict(self.maps.items()), text)
 
     def head_gram(self, vocabulary: int | None = None) -> torch.Tensor:
         """WᵀW float32 ``[D, D]`` over the vocabulary: with gradient where the head is trained, made once where it is frozen."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
@@ -11,7 +11,7 @@ import torch
 from student_train.cache import Cache
 from student_train.needs import Served
 from student_train.stream import TrainBatch
-from teacher_cache.records import Sampled, Sketch, TopK
+from teacher_cache.records import Sampled, Sketch, TextTokens, TopK
 from teacher_cache.teachers.head import head_logits
 from teacher_cache.teachers.low_rank import LowRankHead
 
@@ -25,7 +25,15 @@ class Distribution(Protocol):
 
 
 class FullVocabulary(Protocol):
-    """A distribution with every token's value, made chunk by chunk where it is used."""
+    """A distribution with every token's value, made chunk by chunk where it is used. vocabulary: V."""
+
+    @property
+    def vocabulary(self) -> int: ...
+
+    @property
+    def head_rows(self) -> torch.Tensor:
+        """``[V, D]``: logits are linear in some D numbers of the row, up to constants; the same tensor for all rows of a run."""
+        ...
 
     def __len__(self) -> int: ...
 
@@ -33,6 +41,10 @@ class FullVocabulary(Protocol):
 
     def logits(self) -> torch.Tensor:
         """float32 ``[R, V]``: raw logits (not normalised)."""
+        ...
+
+    def logits_at(self, columns: torch.Tensor) -> torch.Tensor:
+        """float32 ``[R, m]``: ``logits()[:, columns]`` without the others; columns int64 ``[m]``, each once."""
         ...
 
     def log_probs(self, temperature: float = 1.0) -> torch.Tensor:
@@ -52,6 +64,14 @@ class DenseTeacher:
     hidden: torch.Tensor
     head: torch.Tensor
 
+    @property
+    def vocabulary(self) -> int:
+        return len(self.head)
+
+    @property
+    def head_rows(self) -> torch.Tensor:
+        return self.head
+
     def __len__(self) -> int:
         return self.hidden.shape[0]
 
@@ -60,6 +80,9 @@ class DenseTeacher:
 
     def logits(self) -> torch.Tensor:
         return head_logits(self.hidden, self.head)
+
+    def logits_at(self, columns: torch.Tensor) -> torch.Tensor:
+        return head_logits(self.hidden, self.head[columns])
 
     def log_probs(self, temperature: float = 1.0) -> torch.Tensor:
         return torch.log_softmax(self.logits().div_(temperature), dim=1)
@@ -72,6 +95,14 @@ class SketchTeacher:
     sketch: Sketch
     head: LowRankHead
 
+    @property
+    def vocabulary(self) -> int:
+        return len(self.head.bias)
+
+    @property
+    def head_rows(self) -> torch.Tensor:
+        return self.head.weight
+
     def __len__(self) -> int:
         return self.sketch.coefficients.shape[0]
 
@@ -80,6 +111,9 @@ class SketchTeacher:
 
     def logits(self) -> torch.Tensor:
         return self.head.logits(self.sketch)
+
+    def logits_at(self, columns: torch.Tensor) -> torch.Tensor:
+        return self.head.at(columns).logits(self.sketch)
 
     def log_probs(self, temperature: float = 1.0) -> torch.Tensor:
         return torch.log_softmax(self.logits().div_(temperature), dim=1)
@@ -96,6 +130,14 @@ class HeadAndSketch:
     sketch: Sketch
     head: LowRankHead
 
+    @property
+    def vocabulary(self) -> int:
+        return len(self.head.bias)
+
+    @property
+    def head_rows(self) -> torch.Tensor:
+        return self.head.weight
+
     def __len__(self) -> int:
         return self.topk.ids.shape[0]
 
@@ -105,6 +147,15 @@ class HeadAndSketch:
     def logits(self) -> torch.Tensor:
         """Raw: the head's are log-prob + log Z; the others are the sketch's, anchored by the row's mean logit."""
         return self.head.logits(self.sketch).scatter_(1, self.topk.ids, self.topk.log_probs + self.topk.log_z[:, None])
+
+    def logits_at(self, columns: torch.Tensor) -> torch.Tensor:
+        values = self.head.at(columns).logits(self.sketch)
+        place = columns.new_full(
+            (self.vocabulary,), len(columns)
+        )  # of a column that is not asked for: one past the last
+        place[columns] = torch.arange(len(columns), device=columns.device)
+        wide = torch.cat([values, values.new_empty(len(values), 1)], dim=1)
+        return wide.scatter_(1, place[self.topk.ids], self.topk.log_probs + self.topk.log_z[:, None])[:, :-1]
 
     def log_probs(self, temperature: float = 1.0) -> torch.Tensor:
         tail = self.head.logits(self.sketch)
@@ -154,6 +205,11 @@ class TeacherView:
         vocabulary: columns that both sides have; the student's head may hold padding rows beyond them.
         raw_vision: raw vision logits, one a sample (no rows for text-only); None: not asked.
         affinities: float32 ``[R_vision, N_text]`` cosines of hidden states, one a sample; None: not asked.
+        hidden: by row kind, float32 hidden states ``[R, D_t]`` of all samples; only kinds that a need asks for.
+        attentions: float32 ``[H, N_text, R_vision]`` of the first layer, one a sample; None: not asked.
+        text: text tokens of each sample as the teacher read them.
+        matched: bool ``[R_vision]`` of the student, one a sample: rows that have a teacher row; None: all have (no matching).
+        self_teacher: by row kind, what the student's own weights say in the gradient-free pass.
     """
 
     distributions: Mapping[str, Distribution]
@@ -161,6 +217,11 @@ class TeacherView:
     vocabulary: int | None = None
     raw_vision: Sequence[FullVocabulary] | None = None
     affinities: Sequence[torch.Tensor] | None = None
+    hidden: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    attentions: Sequence[torch.Tensor] | None = None
+    text: Sequence[TextTokens] = ()
+    matched: Sequence[torch.Tensor] | None = None
+    self_teacher: Mapping[str, Distribution] = field(default_factory=dict)
 
 
 class TeacherSignals:
@@ -207,10 +268,17 @@ class TeacherSignals:
         distributions = {kind: self._distribution(needs[f"{kind}_logits"], batch.fields) for kind in kinds}
         relations = self._relations(needs["vision_relation"][0], batch.fields) if "vision_relation" in needs else None
         raw = self._raw_vision(needs["vision_raw_logits"], batch.fields) if "vision_raw_logits" in needs else None
-        affinities = None
-        if "vision_text_affinity" in needs:
-            affinities = [one.to(self.device) for one in batch.fields["affinity"]]
-        return TeacherView(distributions, relations, self.vocabulary, raw, affinities)
+        hidden = {
+            kind: self._join(batch.fields[f"{kind}_hidden"]).to(torch.float32)
+            for kind in ("response", "vision")
+            if f"{kind}_hidden" in needs
+        }
+        affinities = self._one_a_sample("vision_text_affinity", "affinity", batch)
+        attentions = self._one_a_sample("text_vision_attention", "attention", batch)
+        return TeacherView(distributions, relations, self.vocabulary, raw, affinities, hidden, attentions, batch.text)
+
+    def _one_a_sample(self, need: str, name: str, batch: TrainBatch) -> list[torch.Tensor] | None:
+        return [one.to(self.device) for one in batch.fields[name]] if need in self.served.fields else None
 
     def _distribution(self, fields: tuple[str, ...], records: Mapping[str, list[Any]]) -> Distribution:
         parts = {name.split("_")[1]: self._join(records[name]) for name in fields}

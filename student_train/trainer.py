@@ -6,7 +6,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -18,11 +18,13 @@ from torch.nn.parallel import DistributedDataParallel
 from student_train.checkpoint import checkpoints, load_checkpoint, save_checkpoint
 from student_train.config import TrainSettings
 from student_train.distributed import Processes
-from student_train.losses.reduce import RowTerm, Terms, count_rows, total_loss
-from student_train.methods import Method
+from student_train.losses.reduce import count_rows, total_loss
+from student_train.losses.terms import Terms, kinds_of
+from student_train.methods import Method, Passes, hook
 from student_train.stream import TrainBatch
 from student_train.student import RowForward
-from student_train.teacher_view import TeacherView
+from student_train.teacher_view import DenseTeacher, TeacherView
+from teacher_cache.batch import Batch
 from teacher_cache.errors import KdcliError
 
 StepBatches = Callable[[int], Iterator[tuple[int, list[TrainBatch]]]]
@@ -61,7 +63,8 @@ class Trainer:
 
     def __post_init__(self) -> None:
         self.terms: Terms = self.method.terms()
-        self.kinds = self._kinds()
+        self.matching = hook(self.method, "alignment")()
+        self.kinds = sorted(kinds_of(self.terms) | ({"vision"} if self.matching else set()))
         s = self.settings
         parameters = [p for p in self.model.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(
@@ -71,11 +74,6 @@ class Trainer:
         self.network: torch.nn.Module = self.model
         if self.processes.world > 1:
             self.network = DistributedDataParallel(self.model)
-
-    def _kinds(self) -> list[str]:
-        """Row kinds some term looks at: a plain SFT run never gathers vision rows."""
-        asked = {term.rows if isinstance(term, RowTerm) else "vision" for term in self.terms.values()}
-        return sorted(asked)
 
     def learning_rate(self, step: int) -> float:
         """Linear warm-up over ``warmup_ratio`` of the steps, then a cosine to zero."""
@@ -89,18 +87,14 @@ class Trainer:
         """One optimizer step over this process's micro-batches. Row means run over all micro-batches of all processes."""
         started = time.perf_counter()
         self._seed(step)
-        batches = [replace(one, batch=self.model.draw(one.batch, self.settings.seed, step)) for one in batches]
+        batches = [self.model.draw(one, self.settings.seed, step) for one in batches]
         denominators = self._denominators(batches)
         shares = dict.fromkeys(self.terms, 0.0)
         loss_sum = 0.0
         for number, one in enumerate(batches):
+            generator = self._generator(step, number)
             with self._sync(last=number == len(batches) - 1):
-                batch = one.batch.to(self.processes.device)
-                with self._autocast():
-                    hidden = self.network(batch, self.kinds)
-                loss, values = total_loss(
-                    self.terms, self.model.rows(hidden, batch), self.see_teacher(one), denominators
-                )
+                loss, values = self._loss(step, one, generator, denominators)
                 self._backward(loss)
             loss_sum += float(loss.detach())
             shares = {name: shares[name] + values[name] for name in shares}
@@ -121,6 +115,34 @@ class Trainer:
         result.seconds = time.perf_counter() - started
         return result
 
+    def _loss(
+        self, step: int, one: TrainBatch, generator: torch.Generator, denominators: dict[str, float]
+    ) -> tuple[torch.Tensor, dict[str, float]]:
+        """The method's loss of one micro-batch, and each term's share of it."""
+        passes = hook(self.method, "passes")(step / self.total_steps, generator) or Passes()
+        batch = one.batch.to(self.processes.device)
+        view = self.see_teacher(one)
+        if passes.self_teacher:
+            view = replace(view, self_teacher=self._own_words(batch, passes))
+        with self._autocast():
+            hidden = self.network(batch, self.kinds, passes.student)
+        student = self.model.rows(hidden, batch, one.student_text)
+        if self.matching:
+            view = self.matching.align(view, student, one, generator)
+        return total_loss(self.terms, student, view, denominators)
+
+    @torch.no_grad()
+    def _own_words(self, batch: Batch, passes: Passes) -> dict[str, DenseTeacher]:
+        """What the student's weights say in the pass that teaches, by row kind; past DDP, which waits for a backward pass."""
+        with self._autocast():
+            hidden = self.model(batch, self.kinds, passes.teacher)
+        return {kind: DenseTeacher(rows, self.model.head.detach()) for kind, rows in hidden.items()}
+
+    def _generator(self, step: int, micro_batch: int) -> torch.Generator:
+        """Draws of a method, a function of (seed, step, process, micro-batch) for the same reason."""
+        seed = hash((self.settings.seed, step, self.processes.rank, 1 + micro_batch))
+        return torch.Generator().manual_seed(seed % 2**63)
+
     def _seed(self, step: int) -> None:
         """Dropout and the like are a function of (seed, step, process): a resumed run draws what an undisturbed one does."""
         torch.manual_seed(hash((self.settings.seed, step, self.processes.rank)) % 2**63)
@@ -139,9 +161,14 @@ class Trainer:
             loss.backward()
 
     def _denominators(self, batches: list[TrainBatch]) -> dict[str, float]:
-        counted = [count_rows(one.batch.counts, self.terms) for one in batches]
+        counted = [count_rows(self._counts(one), self.terms) for one in batches]
         mine = [sum(one[name] for one in counted) for name in self.terms]
         return dict(zip(self.terms, self.processes.sum(mine)))
+
+    def _counts(self, one: TrainBatch) -> dict[str, Sequence[int]]:
+        """Rows of each sample that can count: vision rows that a matching leaves out do not."""
+        counts: dict[str, Sequence[int]] = dict(one.batch.counts)
+        return counts | {"vision": self.matching.counts(one)} if self.matching else counts
 
     def _sync(self, last: bool) -> AbstractContextManager[None]:
         if last or not isinstance(self.network, DistributedDataParallel):

@@ -9,7 +9,8 @@ import torch
 
 from teacher_cache.records import Prepared
 
-KINDS = ("vision", "response", "text")
+KINDS = ("vision", "response", "text", "answer")
+"""Rows at the vision tokens; those that predict a response token (shifted); at every text token; at the response tokens themselves."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,7 @@ def collate(prepared: Sequence[Prepared], pad_id: int) -> Batch:
         "vision": [one.vision_positions for one in prepared],
         "response": [one.response_rows for one in prepared],
         "text": [one.text_positions for one in prepared],
+        "answer": [one.response_rows + 1 for one in prepared],
     }
     return Batch(
         keys=tuple(one.key for one in prepared),

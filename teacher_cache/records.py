@@ -275,6 +275,8 @@ class TeacherOutput:
             ``text`` ``[N, D]`` (at the text token itself), in the teacher's dtype.
         topk: ``vision`` and ``response`` heads.
         sampled: ``vision`` and ``response`` samples.
+        attention: by decoder layer, float32 ``[H, N, R_vision]``: probabilities that text tokens pay vision tokens; H = 1 where only
+            their mean over heads was asked for.
         gram: float32 ``[R_vision, R_vision]``: Y·Yᵀ of the raw vision logits Y.
         layout: of the row's images: which grids its vision rows lie on.
     """
@@ -284,3 +286,4 @@ class TeacherOutput:
     gram: torch.Tensor | None = None
     layout: tuple[ImageLayout, ...] = ()
     sampled: Mapping[str, Sampled] = field(default_factory=dict)
+    attention: Mapping[int, torch.Tensor] = field(default_factory=dict)

@@ -72,8 +72,13 @@ def member_bytes(size: int) -> int:
 
 
 def coded_rows(name: str, counts: RowCounts) -> int:
-    """Rows that a field stores of one sample; affinities store vision and text states, and nothing of a sample without images."""
+    """Rows that a field stores of one sample; affinities store vision and text states, and nothing of a sample without images.
+
+    Of attention, pairs of a text and a vision token: those of text before an image are zeros that cost nothing, and count all the same.
+    """
     kind = name.split("_")[0]
+    if kind == "attention":
+        return counts.vision * counts.text
     if kind in ("vision", "response"):
         return int(getattr(counts, kind))
     if kind == "relation":
@@ -110,8 +115,12 @@ class FieldSize:
         return sum(member_bytes(round(self.empty + (size - self.empty) * factor)) for factor in SCATTER) / len(SCATTER)
 
 
-def size_field(one: Field, width: int, vocabulary: int, like: Cache | None) -> FieldSize:
-    """Args: width: D. vocabulary: V without padding rows. KdcliError where neither shapes, ``like`` nor a default tell."""
+def size_field(one: Field, width: int, vocabulary: int, like: Cache | None, heads: int = 1) -> FieldSize:
+    """Args: width: D. vocabulary: V without padding rows. heads: of attention.
+
+    Raises:
+        KdcliError: neither shapes, ``like`` nor a default tell.
+    """
     if not one.calibrated:
         probe = ShapeProbe(one, width, vocabulary)
         try:
@@ -123,7 +132,7 @@ def size_field(one: Field, width: int, vocabulary: int, like: Cache | None) -> F
     empty = empty_record(one, width, vocabulary)
     if like is not None and differs(like, one) is None:
         return FieldSize(one.name, MEASURED, per_row=measure(like, one, empty), empty=empty)
-    return FieldSize(one.name, default_basis(one), per_row={"": default_bytes(one, vocabulary)}, empty=empty)
+    return FieldSize(one.name, default_basis(one), per_row={"": default_bytes(one, vocabulary, heads)}, empty=empty)
 
 
 def empty_record(one: Field, width: int, vocabulary: int) -> int:
@@ -197,10 +206,15 @@ def shapes_of(
     def empty(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         return torch.empty(shape, dtype=dtype, device=device)
 
-    hidden, topk, sampled, gram = {}, {}, {}, None
+    hidden, topk, sampled, gram, attention = {}, {}, {}, None, {}
     for want in wants:
         what, _, kind = want.partition(".")
         kind, _, number = kind.partition(":")
+        if (
+            what == "attention"
+        ):  # any number of heads: such a field looks at values, and is asked for its empty record only
+            attention[int(kind)] = empty(1, counts.text, counts.vision)
+            continue
         rows = getattr(counts, kind)
         if what == "hidden":
             hidden[kind] = empty(rows, width, dtype=torch.bfloat16)
@@ -214,7 +228,7 @@ def shapes_of(
             gram = empty(rows, rows)
         else:
             raise NotImplementedError(want)
-    return TeacherOutput(hidden=hidden, topk=topk, sampled=sampled, gram=gram)
+    return TeacherOutput(hidden=hidden, topk=topk, sampled=sampled, gram=gram, attention=attention)
 
 
 def calibration_files(one: Field, width: int, vocabulary: int, like: Cache | None) -> dict[str, int]:

@@ -75,7 +75,8 @@ def estimate(request: PlanRequest, progress: Callable[[int, int], None] = lambda
     text = config.get_text_config()
     width, vocabulary = int(text.hidden_size), min(len(processor.tokenizer), int(text.vocab_size))
     like = open_like(request.like, width) if request.like else None
-    sizes = {name: size_field(one, width, vocabulary, like) for name, one in fields.items()}
+    attention_heads = int(text.num_attention_heads)
+    sizes = {name: size_field(one, width, vocabulary, like, attention_heads) for name, one in fields.items()}
     preparer = Preparer(processor, config, Limits(settings.max_length, settings.over_length))
     for template in sorted({spec.template for spec in request.data}):
         preparer.check_template(template)

@@ -58,13 +58,13 @@ def write_report(
     return out
 
 
-def template() -> jinja2.Template:
-    """The page's template; escaping is on for every file, and a name that is not passed is an error."""
+def template(name: str = "page.html") -> jinja2.Template:
+    """A page's template; escaping is on for every file, and a name that is not passed is an error."""
     loader = jinja2.FileSystemLoader(Path(__file__).parent)
     settings = {"autoescape": True, "undefined": jinja2.StrictUndefined, "trim_blocks": True, "lstrip_blocks": True}
     environment = jinja2.Environment(loader=loader, **settings)  # type: ignore[arg-type]
     environment.filters["short"] = short
-    return environment.get_template("page.html")
+    return environment.get_template(name)
 
 
 def header(runs: Sequence[Run], cache: Cache | None) -> list[tuple[str, str]]:

@@ -12,7 +12,8 @@ from typing import Any
 
 from teacher_cache.errors import KdcliError
 
-SEED = re.compile(r"^(?P<group>.*?)[-_./]*seed[-_=]?\d+$")
+SEED = re.compile(r"^(?P<group>.*?)[-_./]*seed[-_=]?\d+(-[0-9a-f]{8})?$")
+"""A run's name without its seed; cells of an ablation end in a hash besides."""
 
 
 @dataclass(frozen=True)

@@ -9,13 +9,13 @@ from __future__ import annotations
 import torch
 from scipy.optimize import linear_sum_assignment
 
+from student_train.losses.column_sampling import column_spread, draw_columns
+from student_train.losses.distances import manhattan
 from student_train.losses.divergences import reverse_kl
 from student_train.teacher_view import Distribution, FullVocabulary
 from teacher_cache.errors import KdcliError
 from teacher_cache.teachers.head import CHUNK_BYTES, chunk_rows, head_logits
 
-COLUMNS = 2048
-"""Vocabulary columns summed in float32 before they go to float64: any width takes the same time, wider ones lose digits."""
 UNMATCHED = -1
 SPACES = ("logits", "probs")
 
@@ -26,7 +26,7 @@ def manhattan_cost(
 ) -> torch.Tensor:
     """C[i, j] = Σ_v |z_t[i, v] − z_s[j, v]|, float64 ``[N_t, N_s]``, over the vocabulary that both sides have.
 
-    Logits exist for a chunk of rows of either side at a time, their differences for one pair; the teacher's are made once unless the
+    Logits exist for a chunk of rows of either side at a time, their maxima for a few pairs; the teacher's are made once unless the
     student's rows do not fit one chunk. No gradient.
 
     Args:
@@ -46,16 +46,51 @@ def manhattan_cost(
             pair = (theirs[:, :width], ours[:, :width])
             if space == "probs":
                 pair = (pair[0].softmax(1), pair[1].softmax(1))
-            cost[i : i + rows, j : j + rows] = _distances(*pair)
+            cost[i : i + rows, j : j + rows] = manhattan(*pair)
     return cost
 
 
-def _distances(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
-    """Manhattan distances float64 ``[A, B]`` of float32 rows ``[A, V]`` and ``[B, V]``, never ``[A, B, V]``."""
-    total = left.new_zeros(len(left), len(right), dtype=torch.float64)
-    for some, others in zip(left.split(COLUMNS, dim=1), right.split(COLUMNS, dim=1)):
-        total += torch.cdist(some, others, p=1.0)
-    return total
+@torch.no_grad()
+def column_sampled_cost(
+    teacher: FullVocabulary,
+    hidden: torch.Tensor,
+    head: torch.Tensor,
+    columns: int,
+    generator: torch.Generator,
+    space: str = "logits",
+) -> torch.Tensor:
+    """An unbiased estimate of ``manhattan_cost`` from ``columns`` columns of the vocabulary, float64 ``[N_t, N_s]``.
+
+    Only these columns' logits are made, of both sides: the two whole head products, which cost as much as the distances, are not.
+    Columns that tell the teacher's rows apart are drawn more often (``column_spread``) and weigh less: on the demo's teacher a
+    thousand of them do what several thousand uniform ones do. As many columns as there are give the exact cost.
+
+    Args:
+        columns: how many are drawn; all pairs share them. generator: of the CPU; the draw is a function of its state.
+        space: ``logits`` only: probabilities would need every column for their sum.
+    """
+    if space != "logits":
+        raise KdcliError(
+            f"matching cost on {space!r} from sampled columns: probabilities need every column; take the cost on logits, or all columns"
+        )
+    if columns < 1:
+        raise KdcliError(f"matching columns must be at least 1, got {columns}")
+    vocabulary = min(teacher.vocabulary, len(head))
+    drawn = draw_columns(column_spread(teacher.head_rows)[:vocabulary], columns, generator)
+    chosen, weights = (one.to(head.device) for one in drawn)
+    theirs = teacher.logits_at(chosen)
+    ours = head_logits(hidden, head[chosen].to(hidden.dtype))
+    return manhattan(theirs.mul_(weights), ours.mul_(weights))
+
+
+@torch.no_grad()
+def hidden_cost(teacher: torch.Tensor, mapped: torch.Tensor) -> torch.Tensor:
+    """C[i, j] = Σ_d |h_t[i, d] − h_s[j, d]|, float64 ``[N_t, N_s]``: the paper's ablation that matches on hidden states.
+
+    Args:
+        teacher: ``[N_t, D_t]``. mapped: the student's hidden states in the teacher's width ``[N_s, D_t]``; the map learns nothing here.
+    """
+    return manhattan(teacher.to(torch.float32), mapped.detach().to(torch.float32))
 
 
 def match(cost: torch.Tensor) -> torch.Tensor:

@@ -1,6 +1,6 @@
-"""Slow twins of ``losses.written``: the definitions as autograd differentiates them, in the dtype of their arguments.
+"""Slow twins of ``losses.written`` and ``losses.distances``: the definitions, as autograd differentiates them.
 
-All take the teacher's log-probs ``[R, V]`` and the student's logits ``[R, V]`` and return ``[R]``.
+The divergences take the teacher's log-probs ``[R, V]`` and the student's logits ``[R, V]`` and return ``[R]`` in their dtype.
 """
 
 from __future__ import annotations
@@ -51,3 +51,8 @@ def merge_tail(ids: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
     others = torch.ones_like(logits, dtype=torch.bool).scatter(1, ids, False)
     tail = logits.masked_fill(~others, LOG_ZERO).logsumexp(1, keepdim=True)
     return torch.cat([logits.gather(1, ids), tail], dim=1)
+
+
+def manhattan(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    """Twin of ``distances.manhattan``: Σ_v |left[i, v] − right[j, v]| in float64, all differences at once ``[A, B, V]``."""
+    return (left.double()[:, None] - right.double()[None]).abs().sum(2)

@@ -7,94 +7,35 @@ finished before the next begins, so rows × V never exists. This is exact becaus
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 
 import torch
 
-from student_train.teacher_view import Distribution, TeacherView
+from student_train.losses.terms import HiddenRows, HiddenTerm, Rows, RowTerm, SampleRows, SampleTerm, StudentRows, Terms
+from student_train.teacher_view import TeacherView
 from teacher_cache.teachers.head import chunk_rows, head_logits
 
 CHUNK_BYTES = 8 << 20
 """float32 logits of a chunk on a CPU: with 128 MiB the passes of the losses took twice as long."""
 
 
-@dataclass(frozen=True)
-class Rows:
-    """A chunk of C rows of one kind, as a method's loss sees it.
-
-    Attributes:
-        logits: ``[C, V]`` of the student. labels: ``[C]`` for response rows, None for vision rows.
-        teacher: the same rows of the teacher, None where the method needs no logits of this kind.
-    """
-
-    logits: torch.Tensor
-    labels: torch.Tensor | None
-    teacher: Distribution | None
-
-    def need_labels(self) -> torch.Tensor:
-        assert self.labels is not None, "only response rows have labels"
-        return self.labels
-
-    def need_teacher(self) -> Distribution:
-        assert self.teacher is not None, "the method did not declare this need"
-        return self.teacher
-
-
-@dataclass(frozen=True)
-class RowTerm:
-    """weight × mean over rows of ``loss(chunk) -> [C]``. rows: ``response`` or ``vision``.
-
-    skip_first: leave out so many rows at the start of every sample (LLaVA-KD's code drops one vision row).
-    sum_rows: sum over the rows of a sample, mean over samples, instead of the mean over all rows.
-    """
-
-    weight: float
-    rows: str
-    loss: Callable[[Rows], torch.Tensor]
-    skip_first: int = 0
-    sum_rows: bool = False
-
-
-@dataclass(frozen=True)
-class SampleTerm:
-    """weight × mean over samples with an image of ``loss(teacher Gram [N, N], student Gram [N, N]) -> scalar``."""
-
-    weight: float
-    loss: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
-    skip_first: int = 0
-
-
-Terms = Mapping[str, RowTerm | SampleTerm]
-
-
-@dataclass(frozen=True)
-class StudentRows:
-    """The student's side of a micro-batch.
-
-    Attributes:
-        hidden: by row kind ``[R, D]``, with gradient. counts: by kind, rows of each sample.
-        head: ``[V, D]``, with gradient where it is trained. labels: ``[R_response]``.
-        head_gram: columns V → WᵀW ``[D, D]`` of the head's first V rows (None: all), with gradient where the head is trained;
-            only made where a SampleTerm asks.
-    """
-
-    hidden: Mapping[str, torch.Tensor]
-    counts: Mapping[str, Sequence[int]]
-    head: torch.Tensor
-    labels: torch.Tensor
-    head_gram: Callable[[int | None], torch.Tensor]
-
-
 def count_rows(counts: Mapping[str, Sequence[int]], terms: Terms) -> dict[str, float]:
-    """Denominator contributed by a micro-batch to every term; summed over the optimizer step and all processes."""
-    totals = {}
-    for name, term in terms.items():
-        kind = term.rows if isinstance(term, RowTerm) else "vision"
-        rows = [max(0, count - term.skip_first) for count in counts[kind]]
-        per_row = isinstance(term, RowTerm) and not term.sum_rows
-        totals[name] = float(sum(rows) if per_row else sum(count > 0 for count in rows))
-    return totals
+    """Denominator contributed by a micro-batch to every term; summed over the optimizer step and all processes.
+
+    Args:
+        counts: by row kind, rows of each sample that can count (a matched method's ``vision`` without those that nothing matches).
+    """
+    return {name: _count(counts, term) for name, term in terms.items()}
+
+
+def _count(counts: Mapping[str, Sequence[int]], term: RowTerm | HiddenTerm | SampleTerm) -> float:
+    if isinstance(term, HiddenTerm):
+        return float(sum(counts[term.rows]))
+    if isinstance(term, SampleTerm):
+        skipped = [[max(0, n - term.skip_first * (kind == "vision")) for n in counts[kind]] for kind in term.rows]
+        return float(sum(all(sample) for sample in zip(*skipped)))
+    rows = [max(0, count - term.skip_first) for count in counts[term.rows]]
+    return float(sum(count > 0 for count in rows) if term.sum_rows else sum(rows))
 
 
 def total_loss(
@@ -103,19 +44,24 @@ def total_loss(
     """Σ weight · Σ values / denominator over the micro-batch, and each term's (unweighted) share for the log."""
     total = student.head.new_zeros((), dtype=torch.float32)
     shares: dict[str, float] = {}
-    for kind in ("response", "vision"):
+    for kind in sorted({term.rows for term in terms.values() if isinstance(term, RowTerm)}):
         chosen = {n: t for n, t in terms.items() if isinstance(t, RowTerm) and t.rows == kind}
-        if chosen and len(student.hidden[kind]):
+        if len(student.hidden[kind]):
             loss, values = _row_terms(chosen, kind, student, teacher, denominators)
             total = total + loss
             shares.update(values)
     for name, term in terms.items():
-        if isinstance(term, SampleTerm):
-            value = _sample_term(term, student, teacher)
-            if value is not None:
-                total = total + value * (term.weight / max(denominators[name], 1.0))
-                shares[name] = float(value.detach()) / max(denominators[name], 1.0)
+        value = None if isinstance(term, RowTerm) else _summed(term, student, teacher)
+        if value is not None:
+            total = total + value * (term.weight / max(denominators[name], 1.0))
+            shares[name] = float(value.detach()) / max(denominators[name], 1.0)
     return total, {name: shares.get(name, 0.0) for name in terms}
+
+
+def _summed(term: HiddenTerm | SampleTerm, student: StudentRows, teacher: TeacherView) -> torch.Tensor | None:
+    return (
+        _hidden_term(term, student, teacher) if isinstance(term, HiddenTerm) else _sample_term(term, student, teacher)
+    )
 
 
 def _row_terms(
@@ -125,8 +71,8 @@ def _row_terms(
     teacher: TeacherView,
     denominators: Mapping[str, float],
 ) -> tuple[torch.Tensor, dict[str, float]]:
-    masks = {name: _keep(student.counts[kind], term.skip_first, student.head.device) for name, term in terms.items()}
-    distribution = teacher.distributions.get(kind)
+    masks = {name: _keep(kind, student, teacher, term.skip_first) for name, term in terms.items()}
+    distribution, own = teacher.distributions.get(kind), teacher.self_teacher.get(kind)
     sums = {name: torch.zeros((), device=student.head.device) for name in terms}
 
     def chunk_loss(logits: torch.Tensor, rows: slice) -> torch.Tensor:
@@ -134,6 +80,7 @@ def _row_terms(
             logits,
             student.labels[rows] if kind == "response" else None,
             distribution[rows] if distribution is not None else None,
+            own[rows] if own is not None else None,
         )
         total = logits.new_zeros((), dtype=torch.float32)
         for name, term in terms.items():
@@ -149,11 +96,37 @@ def _row_terms(
     return loss, {name: float(value) for name, value in sums.items()}
 
 
-def _keep(counts: Sequence[int], skip_first: int, device: torch.device) -> torch.Tensor | None:
-    """Mask of the rows that count; None where all do."""
-    if not skip_first:
+def _keep(kind: str, student: StudentRows, teacher: TeacherView, skip_first: int) -> torch.Tensor | None:
+    """Mask of the rows that count, bool ``[R]``; None where all do."""
+    counts, device = student.counts[kind], student.head.device
+    mask = None
+    if skip_first:
+        mask = torch.cat([torch.arange(count, device=device) >= skip_first for count in counts])
+    if kind == "vision" and teacher.matched is not None:
+        matched = torch.cat(list(teacher.matched))
+        mask = matched if mask is None else mask & matched
+    return mask
+
+
+def _hidden_term(term: HiddenTerm, student: StudentRows, teacher: TeacherView) -> torch.Tensor | None:
+    """Sum over the rows that count; None where there are none."""
+    ours, theirs = student.hidden[term.rows], teacher.hidden.get(term.rows)
+    assert theirs is not None, f"the method did not declare this need ({term.rows}_hidden)"
+    if not len(ours):
         return None
-    return torch.cat([torch.arange(count, device=device) >= skip_first for count in counts])
+    values = term.loss(HiddenRows(ours.to(torch.float32), theirs, student.maps or {}))
+    mask = _keep(term.rows, student, teacher, 0)
+    return (values if mask is None else torch.where(mask, values, 0.0)).sum()
+
+
+def _sample_term(term: SampleTerm, student: StudentRows, teacher: TeacherView) -> torch.Tensor | None:
+    """Sum over the samples that have the rows; None where there are none."""
+    values = []
+    for number in range(len(student.counts[term.rows[0]])):
+        rows = {kind: student.counts[kind][number] - term.skip_first * (kind == "vision") for kind in term.rows}
+        if all(count > 0 for count in rows.values()):
+            values.append(term.loss(SampleRows(number, student, teacher, term.skip_first)))
+    return torch.stack(values).sum() if values else None
 
 
 class _ChunkedHead(torch.autograd.Function):
@@ -208,19 +181,3 @@ def _accumulate(grad_head: torch.Tensor, grad_logits: torch.Tensor, states: torc
 def _mm_float32(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
     """Product of two half-precision matrices; the result is not rounded to half precision where the device can do that."""
     return torch.mm(left, right, out_dtype=torch.float32) if left.is_cuda else left @ right
-
-
-def _sample_term(term: SampleTerm, student: StudentRows, teacher: TeacherView) -> torch.Tensor | None:
-    """Sum over the samples that have vision rows; None where there are none."""
-    assert teacher.relations is not None, "the method did not declare vision_relation"
-    samples = student.hidden["vision"].split(list(student.counts["vision"]))
-    pairs = [
-        (rows[term.skip_first :].to(torch.float32), target[term.skip_first :, term.skip_first :])
-        for rows, target in zip(samples, teacher.relations, strict=True)
-        if len(rows) > term.skip_first
-    ]
-    if not pairs:
-        return None
-    gram = student.head_gram(teacher.vocabulary)
-    values = [term.loss(target, (rows @ gram) @ rows.T) for rows, target in pairs]
-    return torch.stack(values).sum()

@@ -1,7 +1,14 @@
 """One file a method; the folder is the registry.
 
 A method module defines ``NAME``, ``PAPER``, ``STAGES`` (its default stages), ``PRESETS`` (name → instance of its frozen dataclass
-of knobs); the dataclass has ``needs() -> set of Need`` (student_train.needs) and ``terms() -> {name: RowTerm | SampleTerm}``.
+of knobs); the dataclass has ``needs() -> set of Need`` (student_train.needs) and ``terms() -> {name: term}`` (losses/terms.py).
+
+What only some methods have are further functions of the dataclass, looked up by ``hook``:
+
+- ``alignment() -> Matching | None``: which teacher row stands beside which vision row of the student (alignment.py).
+- ``maps(student_width, teacher_width) -> {name: module}``: learned maps between hidden states, trained beside the student.
+- ``passes(progress, generator) -> Passes``: vision tokens that the student's pass, and the gradient-free pass of its own weights, do
+  without.
 """
 
 from __future__ import annotations
@@ -9,11 +16,11 @@ from __future__ import annotations
 import importlib
 import pkgutil
 from collections.abc import Mapping
-from dataclasses import fields, replace
+from dataclasses import dataclass, fields, replace
 from types import ModuleType
 from typing import Any, Protocol
 
-from student_train.losses.reduce import Terms
+from student_train.losses.terms import Terms
 from student_train.needs import Need
 from teacher_cache.errors import KdcliError
 
@@ -28,6 +35,23 @@ class Method(Protocol):
     def terms(self) -> Terms:
         """Its loss, term by term."""
         ...
+
+
+@dataclass(frozen=True)
+class Passes:
+    """How one micro-batch goes through the student: ``Pruning`` of either pass, None for all vision tokens.
+
+    self_teacher: whether there is a gradient-free pass of the same weights, whose distributions are ``TeacherView.self_teacher``.
+    """
+
+    student: Any = None
+    teacher: Any = None
+    self_teacher: bool = False
+
+
+def hook(method: Method, name: str) -> Any:
+    """A function that only some methods have; one that returns None for all others."""
+    return getattr(method, name, lambda *arguments: None)
 
 
 def method_modules() -> dict[str, ModuleType]:

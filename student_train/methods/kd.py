@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from student_train.losses.divergences import forward_kl
-from student_train.losses.reduce import Terms
+from student_train.losses.terms import Terms
 from student_train.methods.on_responses import check_knobs, response_terms
 from student_train.needs import Need
 

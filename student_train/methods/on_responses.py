@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 
 from student_train.losses.divergences import cross_entropy
-from student_train.losses.reduce import RowTerm, Terms
+from student_train.losses.terms import RowTerm, Terms
 from student_train.teacher_view import Distribution
 from teacher_cache.errors import KdcliError
 

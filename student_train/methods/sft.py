@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from student_train.losses.divergences import cross_entropy
-from student_train.losses.reduce import RowTerm, Terms
+from student_train.losses.terms import RowTerm, Terms
 from student_train.needs import Need
 
 NAME = "sft"

@@ -27,7 +27,8 @@ class Field(Protocol):
         version: of the stored layout; an unknown one is refused by name.
         params: JSON-able, complete: with them ``create`` makes the same field again. Bound in ``field.json``.
         wants: what the teacher must compute: ``hidden.vision``, ``hidden.response``, ``hidden.text``, ``topk.vision:K``,
-            ``topk.response:K``, ``gram.vision``, ``sampled.KIND:SAMPLER:SIZE:SEED``.
+            ``topk.response:K``, ``gram.vision``, ``sampled.KIND:SAMPLER:SIZE:SEED``,
+            ``attention.LAYER:each`` or ``attention.LAYER:mean``.
         calibrated: it needs a ``Calibration`` to encode or decode.
         temperatures: at which the stored distributions are valid; None: at all of them.
     """

@@ -31,6 +31,10 @@ class LowRankHead:
         product = head_logits(sketch.coefficients.to(self.weight.dtype), self.weight)
         return product.add_(self.bias).add_(sketch.mean_logit[:, None])
 
+    def at(self, columns: torch.Tensor) -> LowRankHead:
+        """The head of the tokens ``columns`` int64 ``[m]`` alone."""
+        return LowRankHead(self.weight[columns], self.bias[columns])
+
     def logits_at(self, sketch: Sketch, ids: torch.Tensor) -> torch.Tensor:
         """float32 ``[R, K]``: the logits of the tokens ``ids`` ``[R, K]`` only."""
         rows = self.weight[ids].to(torch.float32)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import pickle
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from teacher_cache.codecs import container
+from teacher_cache.codecs import container, probabilities
 from teacher_cache.errors import CacheError, KdcliError
 from teacher_cache.fields import create_field, field_kinds, open_field
 from teacher_cache.records import Prepared, Sampled, Sketch, TeacherOutput, TextTokens, TopK
@@ -47,7 +48,9 @@ PARAMS: dict[str, list[dict[str, Any]]] = {
     "response_sampled": SAMPLERS,
     "affinity": [{}, {"layout": "factored"}],
     "relation": [{}],
+    "attention": [{}, {"heads": "mean", "layer": 3, "step": 0.2}],
 }
+HEADS = 2
 CASES = [(name, params) for name, each in PARAMS.items() for params in each]
 V, D = 90, 12
 
@@ -73,7 +76,16 @@ def output(
     logits = hidden["vision"] @ head.T
     counts = {name: (len(one),) for name, one in hidden.items()}
     sampled = {name: one for name, (one,) in sample_batch(hidden, head, ["k"], counts, wants).items()}
-    return TeacherOutput(hidden, topk, logits @ logits.T, sampled=sampled)
+    attention = attention_of(generator, HEADS, text, vision)
+    return TeacherOutput(hidden, topk, logits @ logits.T, sampled=sampled, attention={0: attention, 3: attention})
+
+
+def attention_of(generator: torch.Generator, heads: int, text: int, vision: int) -> torch.Tensor:
+    """``[H, N, R]``: the first text token stands before the image, the others pay all they have left to it."""
+    scores = 4 * torch.randn(heads, text, vision + text, generator=generator)
+    attention = torch.softmax(scores, dim=2)[:, :, :vision].contiguous()
+    attention[:, :1] = 0.0
+    return attention
 
 
 def stored(field: Any, said: TeacherOutput, text: int) -> dict[str, torch.Tensor]:
@@ -128,11 +140,13 @@ def test_equal_outputs_are_equal_bytes(name: str, params: dict[str, Any]) -> Non
 def test_text_only_rows_and_rows_without_labels(name: str, params: dict[str, Any]) -> None:
     field = ready(name, params)
     decoded = field.decode(stored(field, output(3, 0, 0, 5, wants=field.wants), 5))
-    assert all(tensor.shape[0] == 0 for tensor in flat(decoded))
+    assert all(0 in tensor.shape for tensor in flat(decoded))
     if name == "affinity":
         assert decoded.shape == (0, 5)
     if name == "relation":
         assert decoded.shape == (0, 0)
+    if name == "attention":
+        assert decoded.shape == (1 if params.get("heads") == "mean" else HEADS, 5, 0)
 
 
 @pytest.mark.parametrize(("name", "params"), CASES)
@@ -150,7 +164,7 @@ def test_unknown_parameters_are_refused(name: str) -> None:
 
 
 def test_unknown_fields_and_values_list_the_choices() -> None:
-    with pytest.raises(KdcliError, match="unknown field 'topk': the fields are affinity, relation"):
+    with pytest.raises(KdcliError, match="unknown field 'topk': the fields are affinity, attention, relation"):
         create_field("topk")
     with pytest.raises(KdcliError, match="k must be at least 1"):
         create_field("vision_topk", {"k": 0})
@@ -290,3 +304,64 @@ def test_records_of_another_shape_are_cache_errors() -> None:
         create_field("relation").decode({"upper": torch.zeros(4, dtype=torch.float16), "scale": torch.ones(1)})
     with pytest.raises(CacheError, match="a record holds"):
         create_field("vision_topk", PLAIN).decode({"ids": torch.zeros(1, 1)})
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(0, 10**6), st.integers(0, 9), st.integers(0, 7), st.sampled_from([0.03, 0.05, 0.5]))
+def test_attention_round_trip(seed: int, vision: int, text: int, step: float) -> None:
+    """Every value within half a step of its logarithm, what is below the floor and what is 0 exactly 0."""
+    said = output(seed, vision, 1, text)
+    field = create_field("attention", {"step": step})
+    truth, decoded = said.attention[0], field.decode(stored(field, said, text))
+    assert decoded.shape == truth.shape == (HEADS, text, vision)
+    small = truth <= probabilities.floor(step) * (1 + 1e-4)
+    relative = (decoded / truth - 1)[~small].abs()
+    assert (relative <= math.expm1(step / 2) + 1e-5).all() and (decoded[small] <= truth[small] * math.exp(step)).all()
+    assert (decoded[truth == 0] == 0).all()
+    mean = create_field("attention", {"heads": "mean", "step": step})
+    torch.testing.assert_close(
+        mean.decode(stored(mean, said, text)), truth.mean(0, keepdim=True), rtol=math.expm1(step / 2) + 1e-5, atol=1e-3
+    )
+
+
+def test_attention_before_the_image_is_cheap() -> None:
+    said = output(0, 40, 1, 90)
+    field = create_field("attention")
+    late = said.attention[0].clone()
+    late[:, :80] = 0.0  # an image that stands near the end
+    sizes = [
+        len(field.encode(prepared(90), TeacherOutput(attention={0: one}))["coded"]) for one in (late, said.attention[0])
+    ]
+    assert sizes[0] < 0.15 * sizes[1]
+
+
+def test_parameters_and_values_of_attention_are_checked() -> None:
+    for params, message in [
+        ({"heads": "all"}, "heads must be one of each, mean, got 'all'"),
+        ({"layer": -1}, "layer must be a whole number from 0, got -1"),
+        ({"step": 0.001}, "step must be in"),
+    ]:
+        with pytest.raises(KdcliError, match=message):
+            create_field("attention", params)
+    field = create_field("attention")
+    for value in (-0.1, 1.5, float("nan")):
+        with pytest.raises(KdcliError, match="is not in"):
+            field.encode(prepared(1), TeacherOutput(attention={0: torch.full((1, 1, 1), value)}))
+
+
+def test_damaged_attention_is_a_cache_error() -> None:
+    field = create_field("attention")
+    record = stored(field, output(0, 3, 1, 4), 4)
+    shape = record["shape"]
+    damages: dict[str, dict[str, torch.Tensor]] = {
+        "a record holds": {"coded": record["coded"]},
+        "of shape": {**record, "shape": -shape},
+        "bytes are not of shape": {**record, "shape": shape * 2},
+        "at most 12 are read": {**record, "shape": torch.tensor([1, 3, 4], dtype=torch.int32)},
+        "damaged compressed frame": {**record, "coded": record["coded"].flip(0)},
+    }
+    for message, damaged in damages.items():
+        with pytest.raises(CacheError, match=message):
+            field.decode(damaged)
+    with pytest.raises(CacheError, match="of shape"):
+        field.decode({**record, "shape": torch.full((3,), 2**30, dtype=torch.int32)})

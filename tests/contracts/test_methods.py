@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import fields, is_dataclass
+from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +13,8 @@ import torch
 
 from student_train import distributed
 from student_train.cache import Cache, CachedRows
-from student_train.losses.reduce import Rows, RowTerm, SampleTerm, total_loss
-from student_train.methods import create_method, method_modules
+from student_train.losses.terms import HiddenTerm, Rows, RowTerm, SampleTerm, kinds_of
+from student_train.methods import create_method, hook, method_modules
 from student_train.needs import Need, serve, served_by
 from student_train.stages import parse_stages
 from student_train.teacher_view import DenseTeacher, TeacherView
@@ -89,10 +89,12 @@ def test_a_method_describes_itself(name: str, preset: str) -> None:
         method.anything = 1  # type: ignore[attr-defined]
     for knob in fields(method):
         assert create_method(name, preset, {knob.name: getattr(method, knob.name)}) == method
-    assert all(isinstance(need, Need) and served_by(need) for need in method.needs()), (
+    assert all(isinstance(n, Need) and (served_by(n) or n.what == "self_teacher") for n in method.needs()), (
         "only needs that some field serves"
     )
-    assert method.terms() and all(isinstance(term, RowTerm | SampleTerm) for term in method.terms().values())
+    assert method.terms() and all(
+        isinstance(term, RowTerm | HiddenTerm | SampleTerm) for term in method.terms().values()
+    )
     assert all(term.weight for term in method.terms().values()), "a term of weight 0 costs its forward pass"
 
 
@@ -149,23 +151,43 @@ def test_needs_are_honest(open_method: Callable[..., Any], name: str, preset: st
     """The terms work with exactly what ``needs`` asks for, and each need is used: taken away, the step fails."""
     trainer, batches = open_method(name, preset)
     needs = {need.what for need in trainer.method.needs()}
-    batch = batches[0].batch
-    with torch.no_grad():
-        hidden = trainer.network(batch, trainer.kinds)
     denominators = trainer._denominators(batches)
     view = trainer.see_teacher(batches[0])
-    assert {f"{kind}_logits" for kind in view.distributions} == {need for need in needs if need.endswith("_logits")}
-    assert (view.relations is not None) == ("vision_relation" in needs)
-    whole, _ = total_loss(trainer.terms, trainer.model.rows(hidden, batch), view, denominators)
-    assert torch.isfinite(whole)
-    for need in needs:
-        less = TeacherView(
-            {kind: one for kind, one in view.distributions.items() if f"{kind}_logits" != need},
-            None if need == "vision_relation" else view.relations,
-            view.vocabulary,
-        )
+    assert told_by(view) == needs - {"self_teacher"}
+
+    def loss() -> torch.Tensor:
+        return trainer._loss(0, batches[0], torch.Generator().manual_seed(0), denominators)[0]
+
+    assert torch.isfinite(loss())
+    assert bool(getattr(hook(trainer.method, "passes")(0.5, torch.Generator()), "self_teacher", False)) == (
+        "self_teacher" in needs
+    )
+    for need in needs - {"self_teacher"}:
+        trainer.see_teacher = lambda one, need=need: without(view, need)
         with pytest.raises(AssertionError, match="did not declare"):
-            total_loss(trainer.terms, trainer.model.rows(hidden, batch), less, denominators)
+            loss()
+
+
+ATTRIBUTES = {
+    "vision_relation": "relations",
+    "vision_raw_logits": "raw_vision",
+    "vision_text_affinity": "affinities",
+    "text_vision_attention": "attentions",
+}
+
+
+def told_by(view: TeacherView) -> set[str]:
+    """The needs that a view serves."""
+    told = {need for need, attribute in ATTRIBUTES.items() if getattr(view, attribute) is not None}
+    return told | {f"{kind}_logits" for kind in view.distributions} | {f"{kind}_hidden" for kind in view.hidden}
+
+
+def without(view: TeacherView, need: str) -> TeacherView:
+    if need in ATTRIBUTES:
+        return replace(view, **{ATTRIBUTES[need]: None})
+    kind, what = need.split("_")
+    name = {"logits": "distributions", "hidden": "hidden"}[what]
+    return replace(view, **{name: {key: one for key, one in getattr(view, name).items() if key != kind}})
 
 
 @each_method
@@ -186,12 +208,14 @@ def test_text_only_rows_alone(open_method: Callable[..., Any], name: str, preset
     loss, terms, _ = loss_and_gradients(trainer, text_only)
     assert math.isfinite(loss) and loss > 0
     for term_name, term in trainer.terms.items():
-        sees_pictures = isinstance(term, SampleTerm) or term.rows == "vision"
-        assert (terms[term_name] == 0) == sees_pictures
+        assert (terms[term_name] == 0) == ("vision" in kinds_of({term_name: term}))
+
+
+LOGITS = ("response_logits", "vision_logits")
 
 
 def logit_needs(name: str, preset: str) -> list[Need]:
-    return [need for need in create_method(name, preset).needs() if need.what in ("response_logits", "vision_logits")]
+    return [need for need in create_method(name, preset).needs() if need.what in LOGITS]
 
 
 @each_method
@@ -204,7 +228,7 @@ def test_hidden_states_serve_exactly_and_top_k_from_below(
     try:
         few, few_batches = open_method(name, preset, topk_cache)
     except CompatibilityError as refusal:
-        assert any(need.what == "vision_raw_logits" for need in trainer.method.needs()), refusal
+        assert any("topk" not in " ".join(served_by(need)) for need in trainer.method.needs()), refusal
         return
     _, exact, _ = loss_and_gradients(trainer, batches)
     loss, bound, gradients = loss_and_gradients(few, few_batches)
@@ -231,7 +255,7 @@ def test_another_temperature_needs_hidden_states(
     open_method: Callable[..., Any], topk_cache: Path, name: str, preset: str
 ) -> None:
     knobs = {"temperature": 2.0}
-    assert all(need.temperature == 2.0 for need in create_method(name, preset, knobs).needs() if "logits" in need.what)
+    assert all(need.temperature == 2.0 for need in create_method(name, preset, knobs).needs() if need.what in LOGITS)
     loss, _, _ = loss_and_gradients(*open_method(name, preset, knobs=knobs))
     assert math.isfinite(loss) and loss > 0
     with pytest.raises(CompatibilityError, match=r"T=2.*temperature 1 only.*add-field"):

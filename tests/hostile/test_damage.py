@@ -15,7 +15,7 @@ from pipelines.inspect_cache import check
 from student_train.cache import Cache, CachedRow, CachedRows
 from teacher_cache.errors import KdcliError
 
-FIELDS = ["affinity", "relation", "response_hidden", "response_topk", "vision_hidden", "vision_topk"]
+FIELDS = ["affinity", "attention", "relation", "response_hidden", "response_topk", "vision_hidden", "vision_topk"]
 
 
 def leaves(value: object) -> Iterator[object]:
@@ -58,7 +58,7 @@ def mini_cache(make_request, mixture, tmp_path_factory: pytest.TempPathFactory) 
     from pipelines.cache_teacher import capture
 
     out = tmp_path_factory.mktemp("caches") / "mini"
-    capture(make_request(out, data=[replace(part, limit=2) for part in mixture], shards=4))
+    capture(make_request(out, data=[replace(part, limit=2) for part in mixture], shards=4, fields=tuple(FIELDS)))
     return out
 
 

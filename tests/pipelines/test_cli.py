@@ -124,7 +124,7 @@ BAD = [
     ({"shards": "0"}, ["--shards must be at least 1"]),
     ({"shards": "-3"}, ["--shards must be at least 1"]),
     ({"shards": "11"}, ["more than the 10 rows", "use at most --shards 10"]),
-    ({"fields": "response_topk,depth"}, ["unknown field 'depth'", "affinity, relation, response_hidden"]),
+    ({"fields": "response_topk,depth"}, ["unknown field 'depth'", "affinity, attention, relation, response_hidden"]),
     ({"teacher": "nowhere/model"}, ["'nowhere/model' cannot be loaded", "model folder or a hub id"]),
     ({"data": "missing.json"}, ["missing.json"]),
     ({"image_root": "no/such/folder"}, ["no/such/folder"]),

@@ -307,7 +307,7 @@ def test_the_commands(tiny_cache: Path, copy_of, tiny_teacher: Path, tmp_path: P
 
 
 BAD = [
-    (["--field", "depth"], ["unknown field 'depth'", "affinity, relation"]),
+    (["--field", "depth"], ["unknown field 'depth'", "affinity, attention, relation"]),
     (
         ["--field", "vision_topk"],
         ["vision_topk is there with other parameters", "params.k: cache 8, here 64", "drop-field"],

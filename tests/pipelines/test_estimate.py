@@ -216,6 +216,21 @@ def test_a_field_that_looks_at_values_has_a_default() -> None:
     assert size.basis.startswith("default") and size.record("sft", RowCounts(0, 10, 0)) > 100
 
 
+def test_attention_by_pairs_and_heads() -> None:
+    """Bytes of a default scale with heads where each is stored, and with text × vision tokens; an empty record has its header."""
+    each, mean = (
+        size_field(create_field("attention", {"heads": h}), WIDTH, VOCABULARY, None, 28) for h in ("each", "mean")
+    )
+    counts = RowCounts(36, 5, 9)
+    assert coded_rows("attention", counts) == 324
+    assert each.record("sft", counts) - each.empty == pytest.approx(
+        28 * (mean.record("sft", counts) - mean.empty), rel=0.01
+    )
+    nothing = {0: torch.zeros(1, 9, 0)}
+    real = len(container.pack(create_field("attention").encode(None, TeacherOutput(attention=nothing))))  # type: ignore[arg-type]
+    assert each.record("sft", RowCounts(0, 5, 9)) == pytest.approx(real, abs=8)
+
+
 def test_rows_and_blocks() -> None:
     assert [member_bytes(n) for n in (0, 1, 512, 513)] == [512, 1024, 1024, 1536]
     assert coded_rows("affinity", RowCounts(36, 5, 9)) == 45 and coded_rows("affinity", RowCounts(0, 5, 9)) == 0

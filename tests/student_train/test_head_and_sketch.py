@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from student_train.losses.divergences import forward_kl, reverse_kl
-from student_train.teacher_view import HeadAndSketch
+from student_train.teacher_view import DenseTeacher, HeadAndSketch, SketchTeacher
 from teacher_cache.records import Sketch
 from teacher_cache.teachers.head import topk_rows
 from teacher_cache.teachers.low_rank import LowRankHead
@@ -85,3 +85,17 @@ def test_rows_are_cut_together() -> None:
     chosen = torch.tensor([3, 0, 7])
     torch.testing.assert_close(teacher[chosen].log_probs(), teacher.log_probs()[chosen], atol=1e-5, rtol=0)
     assert len(teacher[2:5]) == 3 and len(teacher[0:0].log_probs()) == 0
+
+
+@pytest.mark.parametrize("columns", [[3], [0, 5, 2, 40], list(range(0, 60, 7))], ids=str)
+def test_logits_of_some_columns(columns: list[int]) -> None:
+    """Of every teacher with a full vocabulary: as if all were made, ids of the head inside and outside of them."""
+    teacher, _ = composed()
+    chosen = torch.tensor(columns)
+    for one in (
+        teacher,
+        SketchTeacher(teacher.sketch, teacher.head),
+        DenseTeacher(torch.randn(9, 5), torch.randn(61, 5)),
+    ):
+        assert one.vocabulary == one.logits().shape[1]
+        torch.testing.assert_close(one.logits_at(chosen), one.logits()[:, chosen], rtol=1e-5, atol=1e-5)

@@ -6,9 +6,17 @@ from itertools import permutations
 
 import pytest
 import torch
+from scipy.optimize import linear_sum_assignment
 
-from student_train.losses import matching, plain
-from student_train.losses.matching import UNMATCHED, manhattan_cost, match, matched_reverse_kl
+from student_train.losses import distances, matching, plain
+from student_train.losses.matching import (
+    UNMATCHED,
+    column_sampled_cost,
+    hidden_cost,
+    manhattan_cost,
+    match,
+    matched_reverse_kl,
+)
 from student_train.teacher_view import DenseTeacher, HeadAndTail
 from teacher_cache.errors import KdcliError
 from teacher_cache.teachers.head import topk_rows
@@ -28,8 +36,8 @@ def sides(teacher_rows: int, student_rows: int, seed: int = 0) -> tuple[DenseTea
 
 
 def dense_cost(teacher: torch.Tensor, student: torch.Tensor) -> torch.Tensor:
-    """All differences at once: ``[N_t, N_s, V]``."""
-    return (teacher[:, None] - student[None, :, : teacher.shape[1]]).abs().sum(2)
+    """All differences at once, over the columns that the teacher has."""
+    return plain.manhattan(teacher, student[:, : teacher.shape[1]])
 
 
 @pytest.mark.parametrize("chunk", [1, 3, 1000], ids="rows of a chunk {}".format)
@@ -37,7 +45,7 @@ def dense_cost(teacher: torch.Tensor, student: torch.Tensor) -> torch.Tensor:
 def test_the_cost_is_the_dense_one(monkeypatch: pytest.MonkeyPatch, chunk: int, columns: int) -> None:
     """Padding columns of the student's head do not count, however rows and columns are cut."""
     monkeypatch.setattr(matching, "CHUNK_BYTES", 4 * PADDED * chunk)
-    monkeypatch.setattr(matching, "COLUMNS", columns)
+    monkeypatch.setattr(distances, "COLUMNS", columns)
     teacher, hidden, head = sides(9, 5)
     logits = [teacher.hidden.double() @ teacher.head.double().T, hidden.double() @ head.double().T]
     cost = manhattan_cost(teacher, hidden.requires_grad_(), head)
@@ -62,15 +70,6 @@ def test_the_cost_is_on_raw_logits() -> None:
     assert (shifted > manhattan_cost(teacher, hidden, head) + 1000).all()
 
 
-def test_a_wide_vocabulary_keeps_its_digits() -> None:
-    """Sums of 2e5 over 150k columns: the float64 running sum leaves the rounding of single differences."""
-    generator = torch.Generator().manual_seed(1)
-    left, right = (torch.randn(3, 150_000, generator=generator) for _ in range(2))
-    torch.testing.assert_close(
-        matching._distances(left, right), dense_cost(left.double(), right.double()), rtol=1e-6, atol=0
-    )
-
-
 def test_bfloat16_states() -> None:
     teacher, hidden, head = sides(6, 4)
     hidden = hidden.bfloat16()
@@ -82,6 +81,58 @@ def test_bfloat16_states() -> None:
 def test_only_known_spaces() -> None:
     with pytest.raises(KdcliError, match="logits, probs"):
         manhattan_cost(*sides(2, 2), space="cosine")
+
+
+def test_sampled_columns_estimate_the_cost_without_bias() -> None:
+    """The mean over many draws meets the exact cost within its error; padding columns are never drawn."""
+    teacher, hidden, head = sides(6, 4)
+    exact = manhattan_cost(teacher, hidden, head)
+    source = torch.Generator().manual_seed(0)
+    draws = torch.stack([column_sampled_cost(teacher, hidden, head, 9, source) for _ in range(3000)])
+    error = draws.std(dim=0) / len(draws) ** 0.5
+    assert draws.dtype == torch.float64 and draws.shape[1:] == exact.shape
+    assert ((draws.mean(dim=0) - exact).abs() < 5 * error).all() and (error < 0.02 * exact).all()
+
+
+def test_all_columns_are_the_cost_itself() -> None:
+    teacher, hidden, head = sides(6, 4)
+    for columns in (VOCABULARY, 10_000):
+        cost = column_sampled_cost(teacher, hidden.requires_grad_(), head.requires_grad_(), columns, torch.Generator())
+        torch.testing.assert_close(cost, manhattan_cost(teacher, hidden, head))
+        assert not cost.requires_grad
+
+
+def test_sampled_columns_follow_their_generator() -> None:
+    teacher, hidden, head = sides(6, 4)
+    first, again, other = (
+        column_sampled_cost(teacher, hidden, head, 9, torch.Generator().manual_seed(seed)) for seed in (7, 7, 8)
+    )
+    assert first.equal(again) and not first.equal(other)
+
+
+def test_sampling_refuses_what_it_cannot_do() -> None:
+    with pytest.raises(KdcliError, match="every column"):
+        column_sampled_cost(*sides(2, 2), 5, torch.Generator(), space="probs")
+    with pytest.raises(KdcliError, match="at least 1"):
+        column_sampled_cost(*sides(2, 2), 0, torch.Generator())
+
+
+def test_the_cost_on_hidden_states() -> None:
+    generator = torch.Generator().manual_seed(0)
+    teacher, mapped = torch.randn(6, 11, generator=generator), torch.randn(4, 11, generator=generator)
+    cost = hidden_cost(teacher.bfloat16(), mapped.requires_grad_())
+    torch.testing.assert_close(cost, plain.manhattan(teacher.bfloat16(), mapped.detach()), rtol=1e-5, atol=1e-5)
+    assert not cost.requires_grad
+
+
+@pytest.mark.parametrize("shape", [(7, 7), (9, 4), (4, 9), (1, 1)])
+@pytest.mark.parametrize("levels", [2, 5, 1000], ids="{} different costs".format)
+def test_the_match_is_scipys(shape: tuple[int, int], levels: int) -> None:
+    """Pair by pair, also where many assignments cost the same."""
+    cost = torch.randint(levels, shape, generator=torch.Generator().manual_seed(levels)).double()
+    teachers, students = linear_sum_assignment(cost.numpy())
+    expected = {int(student): int(teacher) for teacher, student in zip(teachers, students)}
+    assert {i: t for i, t in enumerate(match(cost).tolist()) if t != UNMATCHED} == expected
 
 
 @pytest.mark.parametrize("seed", range(5))

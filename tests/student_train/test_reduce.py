@@ -9,8 +9,9 @@ import torch
 
 from student_train.losses import reduce
 from student_train.losses.divergences import cross_entropy, forward_kl
-from student_train.losses.reduce import Rows, RowTerm, SampleTerm, StudentRows, Terms, count_rows, total_loss
+from student_train.losses.reduce import count_rows, total_loss
 from student_train.losses.relation import relation_cosine
+from student_train.losses.terms import Rows, RowTerm, SampleTerm, StudentRows, Terms
 from student_train.teacher_view import DenseTeacher, TeacherView
 
 VOCABULARY, PADDED, WIDTH, TEACHER_WIDTH = 29, 33, 6, 9
@@ -25,7 +26,7 @@ TERMS: Terms = {
     "reg": RowTerm(1.0, "response", lambda rows: cross_entropy(rows.logits, rows.need_labels())),
     "res": RowTerm(0.7, "response", kl, sum_rows=True),
     "vis": RowTerm(1.3, "vision", kl, skip_first=1),
-    "rel": SampleTerm(0.5, relation_cosine, skip_first=1),
+    "rel": SampleTerm(0.5, lambda s: relation_cosine(s.teacher_gram(), s.student_gram()), skip_first=1),
 }
 
 

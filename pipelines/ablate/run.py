@@ -1,0 +1,150 @@
+"""``kdcli ablate``: plan every cell, run what is missing, write the tables."""
+
+from __future__ import annotations
+
+import fnmatch
+import json
+import time
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pipelines.ablate import results
+from pipelines.ablate.cell import write_json
+from pipelines.ablate.cells import FAILED, LOG, Cell, make_cells
+from pipelines.ablate.grid import Grid, load_grid
+from pipelines.ablate.runner import alone, make_slots, prune_models, run_cells
+from pipelines.tables import table
+from teacher_cache.errors import KdcliError
+
+
+@dataclass(frozen=True)
+class AblateRequest:
+    """What ``kdcli ablate`` was asked.
+
+    Attributes:
+        only: a glob of ``row/seed-N`` or of the row. limit: at most so many cells this time. losses: final loss terms as columns too.
+    """
+
+    grid: Path
+    out: Path
+    devices: str | None = None
+    workers: int | None = None
+    only: str | None = None
+    limit: int | None = None
+    retry_failed: bool = False
+    losses: bool = False
+
+
+def ablate(request: AblateRequest, console: Any) -> dict[str, Any]:
+    """Run the grid; ``{"cells", "tables", "failed": [{"name", "error", "log"}], "markdown"}``. Tables are written whatever happens."""
+    grid = load_grid(request.grid)
+    slots = make_slots(request.devices, request.workers)
+    cells = make_cells(grid, request.out)
+    chosen = choose(cells, request)
+    waiting = [cell for cell in chosen if cell.state() != "done" and (request.retry_failed or cell.state() != "failed")]
+    with alone(request.out):
+        try:
+            run_shown(waiting[: request.limit], slots, grid, cells, console)
+        finally:
+            written = write_results(cells, grid, request)
+    return written
+
+
+def choose(cells: Sequence[Cell], request: AblateRequest) -> list[Cell]:
+    if not request.only:
+        return list(cells)
+    chosen = [cell for cell in cells if any(fnmatch.fnmatchcase(name, request.only) for name in (cell.name, cell.row))]
+    if not chosen:
+        rows = ", ".join(dict.fromkeys(cell.row for cell in cells))
+        raise KdcliError(f"--only {request.only!r} fits no cell; cells are ROW/seed-N, the rows are {rows}")
+    return chosen
+
+
+def run_shown(waiting: Sequence[Cell], slots: Sequence[Any], grid: Grid, cells: Sequence[Cell], console: Any) -> None:
+    """Run cells under a bar, a line for each that ends."""
+    from pipelines.progress import bar
+
+    if not waiting:
+        return
+    ended: list[Cell] = []
+    with bar(console, "students") as progress:
+        task = progress.add_task("ablate", total=len(waiting))
+        began = time.perf_counter()
+
+        def on_end(cell: Cell, error: str) -> None:
+            ended.append(cell)
+            progress.update(task, advance=1)
+            progress.console.print(
+                ended_line(cell, error, f"{len(ended)}/{len(waiting)}"), highlight=False, markup=False
+            )
+            if not grid.keep_models and not error:
+                prune_models(cells)
+
+        def on_poll(running: list[Cell]) -> None:
+            progress.update(task, description=", ".join(cell.name for cell in running) or "ablate")
+
+        run_cells(waiting, slots, on_end, on_poll)
+    console.print(f"{len(ended)} students in {time.perf_counter() - began:.0f} s", highlight=False)
+
+
+def ended_line(cell: Cell, error: str, count: str) -> str:
+    if error:
+        return f"{count} {cell.name} FAILED: {error} (log: {cell.folder / LOG})"
+    card = cell.card()
+    told = [f"{label}: {100 * one['scores']['family_mean']:.1f} %" for label, one in card["results"].items()]
+    told.append("trained {train:.0f} s, asked {evaluate:.0f} s".format(**card["seconds"]))
+    return f"{count} {cell.name} {'; '.join(told)}"
+
+
+def failures(cells: Sequence[Cell]) -> list[dict[str, str]]:
+    """Failed cells with the last line of their error and their log."""
+    return [
+        {
+            "name": cell.name,
+            **{key: str(value) for key, value in json.loads((cell.folder / FAILED).read_text()).items()},
+        }
+        for cell in cells
+        if cell.state() == "failed"
+    ]
+
+
+def write_results(cells: Sequence[Cell], grid: Grid, request: AblateRequest) -> dict[str, Any]:
+    """``results.md`` and ``results.json`` in the output folder."""
+    text = results.markdown(cells, grid.baseline, request.losses)
+    body = {"grid": str(grid.path), **results.as_json(cells, grid.baseline), "failed": failures(cells)}
+    (request.out / "results.md").write_text(f"# {grid.path.stem}\n\n{text}\n")
+    write_json(request.out / "results.json", body)
+    return {**body, "markdown": text}
+
+
+def dry_run(request: AblateRequest) -> tuple[list[dict[str, Any]], str]:
+    """What would run: (a dictionary a cell, the table of them). Every check of a real run is made."""
+    cells = choose(make_cells(load_grid(request.grid), request.out), request)
+    users = Counter(stage.shared for cell in cells for stage in cell.stages)
+    listed = [
+        {
+            "name": cell.name,
+            "state": cell.state(),
+            "method": cell.method,
+            "stages": [stage.shared for stage in cell.stages],
+            "evaluations": [one.label for one in cell.evaluations],
+            "folder": str(cell.folder),
+        }
+        for cell in cells
+    ]
+    body = []
+    for cell in cells:
+        names = " ".join(f"{one.shared}{'*' if users[one.shared] > 1 else ''}" for one in cell.stages)
+        body.append([cell.name, cell.state(), cell.method, names])
+    stages = {stage for cell in cells for stage in cell.stage_folders()}
+    trained = sum((stage / "done.json").is_file() for stage in stages)
+    counts = Counter(one["state"] for one in listed)
+    told = ", ".join(f"{count} {state}" for state, count in counts.items())
+    text = table(["student", "state", "method", "stages"], body)
+    return (
+        listed,
+        f"{text}\n{len(cells)} students: {told}. {len(stages)} stages, {trained} trained; * shared by several students.",
+    )

@@ -1,0 +1,190 @@
+"""Run cells side by side, each in a fresh process on its own device. One that fails does not stop the others."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import pipelines
+from pipelines.ablate.cell import write_json
+from pipelines.ablate.cells import FAILED, LOG, REQUEST, Cell, request
+from teacher_cache.errors import KdcliError
+
+POLL_SECONDS = 0.1
+GRACE_SECONDS = 10.0
+OnEnd = Callable[[Cell, str], None]
+"""(cell, its error or "") when a cell ends."""
+
+
+@dataclass(frozen=True)
+class Slot:
+    """Where a cell runs. device: ``cpu`` or ``cuda:N``. threads: of a process on the CPU; 0: as torch likes."""
+
+    device: str
+    threads: int = 0
+
+    def environment(self) -> dict[str, str]:
+        """The child sees its own GPU alone, as ``cuda:0``, or none."""
+        own = dict(os.environ)
+        root = str(Path(pipelines.__file__).parents[1])
+        own["PYTHONPATH"] = os.pathsep.join(filter(None, [root, own.get("PYTHONPATH", "")]))
+        if self.device == "cpu":
+            own["CUDA_VISIBLE_DEVICES"] = ""
+        else:
+            number = int(self.device.partition(":")[2] or 0)
+            visible = [one for one in own.get("CUDA_VISIBLE_DEVICES", "").split(",") if one]
+            own["CUDA_VISIBLE_DEVICES"] = visible[number] if visible else str(number)
+        if self.threads:
+            own["OMP_NUM_THREADS"] = str(self.threads)
+        return own
+
+
+def make_slots(devices: str | None, workers: int | None) -> list[Slot]:
+    """``--devices cuda:0,cuda:1`` or ``--workers N`` (on the CPU, cores split); default: every GPU, else one worker on the CPU."""
+    import torch
+
+    count = torch.cuda.device_count()
+    if devices and workers:
+        raise KdcliError("--devices and --workers exclude each other: a device runs one cell at a time")
+    if workers is not None and workers < 1:
+        raise KdcliError(f"--workers must be at least 1, got {workers}")
+    names = [one.strip() for one in (devices or "").split(",") if one.strip()]
+    if not names and not workers and count:
+        names = [f"cuda:{number}" for number in range(count)]
+    for name in names:
+        kind, _, number = name.partition(":")
+        if kind not in ("cpu", "cuda") or (number and not number.isdecimal()):
+            raise KdcliError(f"--devices {name}: write cpu or cuda:N, e.g. --devices cuda:0,cuda:1")
+        if kind == "cuda" and int(number or 0) >= count:
+            raise KdcliError(f"--devices {name}: this machine has {count} GPUs")
+    names = names or ["cpu"] * (workers or 1)
+    on_cpu = names.count("cpu")
+    threads = max(1, len(os.sched_getaffinity(0)) // on_cpu) if on_cpu else 0
+    return [Slot(name, threads if name == "cpu" else 0) for name in names]
+
+
+@contextmanager
+def alone(out: Path) -> Iterator[None]:
+    """One ablation a folder at a time."""
+    out.mkdir(parents=True, exist_ok=True)
+    with (out / ".lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise KdcliError(f"{out}: another ablation runs there: wait for it, or choose another --out") from None
+        yield
+
+
+@dataclass
+class _Running:
+    cell: Cell
+    process: subprocess.Popen[bytes]
+    slot: Slot
+
+
+def run_cells(
+    cells: Sequence[Cell],
+    slots: Sequence[Slot],
+    on_end: OnEnd,
+    on_poll: Callable[[list[Cell]], None] = lambda cells: None,
+) -> None:
+    """Run every cell. Whoever shares an unfinished stage with a running cell waits for it. An interrupt ends the children too."""
+    pending, free, running = list(cells), list(slots), list[_Running]()
+    with _terminate_as_interrupt():
+        try:
+            while pending or running:
+                while free and (cell := _next(pending, running)):
+                    pending.remove(cell)
+                    slot = free.pop(0)
+                    running.append(_Running(cell, start(cell, slot), slot))
+                for one in [one for one in running if one.process.poll() is not None]:
+                    running.remove(one)
+                    free.append(one.slot)
+                    on_end(one.cell, conclude(one.cell, one.process.returncode))
+                on_poll([one.cell for one in running])
+                time.sleep(POLL_SECONDS)
+        finally:
+            stop([one.process for one in running])
+
+
+def _next(pending: Sequence[Cell], running: Sequence[_Running]) -> Cell | None:
+    """The first cell none of whose unfinished stages is being trained."""
+    busy = {folder for one in running for folder in unfinished(one.cell)}
+    return next((cell for cell in pending if not busy & set(unfinished(cell))), None)
+
+
+def unfinished(cell: Cell) -> list[Path]:
+    return [one for one in cell.stage_folders() if not (one / "done.json").is_file()]
+
+
+def start(cell: Cell, slot: Slot) -> subprocess.Popen[bytes]:
+    """A process of its own session: an interrupt at the terminal reaches this program alone, which then ends its children."""
+    cell.folder.mkdir(parents=True, exist_ok=True)
+    (cell.folder / FAILED).unlink(missing_ok=True)
+    write_json(cell.folder / REQUEST, request(cell))
+    command = [sys.executable, "-P", "-m", "pipelines.ablate.cell", str(cell.folder / REQUEST)]
+    with (cell.folder / LOG).open("wb") as log:
+        return subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            env=slot.environment(),
+            start_new_session=True,
+        )
+
+
+def conclude(cell: Cell, status: int) -> str:
+    """ "" for a finished cell; else its error, also kept as ``failed.json``."""
+    if status == 0 and not cell.missing() and cell.card():
+        return ""
+    log = cell.folder / LOG
+    lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
+    said = lines[-1].strip() if lines else "it said nothing"
+    error = said if status > 0 else f"ended by signal {-status} after: {said}" if status else f"left no result: {said}"
+    write_json(cell.folder / FAILED, {"error": error.removeprefix("Error: "), "status": status, "log": str(log)})
+    return error.removeprefix("Error: ")
+
+
+def stop(processes: Sequence[subprocess.Popen[bytes]]) -> None:
+    """End children; what their last checkpoints hold is not lost."""
+    for process in processes:
+        process.terminate()
+    for process in processes:
+        try:
+            process.wait(GRACE_SECONDS)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+
+
+@contextmanager
+def _terminate_as_interrupt() -> Iterator[None]:
+    """SIGTERM ends the children as Ctrl-C does."""
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def prune_models(cells: Sequence[Cell]) -> None:
+    """Remove the models of stages that no unfinished cell starts from."""
+    needed: Mapping[Path, None] = {
+        folder: None for cell in cells if cell.state() != "done" for folder in cell.stage_folders()
+    }
+    for folder in {folder for cell in cells for folder in cell.stage_folders()} - set(needed):
+        shutil.rmtree(folder / "model", ignore_errors=True)

@@ -1,0 +1,105 @@
+"""Vision tokens removed inside the language model, after its first layers. One file an operator; the folder is the registry.
+
+An operator module defines ``NAME``, ``PAPER``, ``WANTS`` (what of the layer before it ranks by: ``attention``, ``keys``, ``hidden``)
+and ``choose(seen, keep) -> int64 [keep]``; optionally ``STAGES`` and ``DEFAULT_KEPT`` (see ``Pruning``), where it removes in steps.
+"""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
+
+from teacher_cache.errors import CompatibilityError, KdcliError
+
+TEXT_MODELS = ("llama", "mistral", "qwen2", "qwen3")
+"""Language models (``model_type``) whose layers are known well enough to take tokens out between them."""
+ATTENTION_IMPLEMENTATIONS = ("eager", "sdpa", "flash_attention_2", "flash_attention_3")
+
+ONE_STAGE = ((0.0, 1.0),)
+
+
+def operator_modules() -> dict[str, ModuleType]:
+    """Every operator by name."""
+    modules = [importlib.import_module(f"{__name__}.{info.name}") for info in pkgutil.iter_modules(__path__)]
+    return {module.NAME: module for module in modules if hasattr(module, "NAME")}
+
+
+def operator_module(name: str) -> ModuleType:
+    """An operator's module; KdcliError listing the choices."""
+    modules = operator_modules()
+    if name not in modules:
+        raise KdcliError(f"unknown compression operator {name!r}: choose from {', '.join(sorted(modules))}")
+    return modules[name]
+
+
+@dataclass(frozen=True)
+class Pruning:
+    """How many vision tokens go, where, and who chooses.
+
+    Attributes:
+        operator: name of an operator.
+        layer: K, counted from 0: layers 0..K-1 see every token, layer K and those after it the kept ones. At K = number of layers
+            nothing is removed. An operator with several ``STAGES`` spreads them over the layers from K on.
+        removed: fraction of each sample's vision tokens that is removed in the end, 0 <= removed < 1; one token at least stays.
+        keep: vision tokens kept in the end for every image of a sample; with fewer there, nothing is removed. The tokens of a
+            sample's images are ranked together. Exactly one of ``removed`` and ``keep``, or none where the operator has a
+            ``DEFAULT_KEPT`` of its own.
+    """
+
+    operator: str
+    layer: int = 2
+    removed: float | None = None
+    keep: int | None = None
+
+    def __post_init__(self) -> None:
+        module = operator_module(self.operator)
+        if self.layer < 1:
+            raise KdcliError(
+                f"{self.operator}: compression layer must be at least 1 (the layer before it ranks), got {self.layer}"
+            )
+        if self.removed is not None and self.keep is not None:
+            raise KdcliError(f"{self.operator}: give the fraction removed or the tokens to keep, not both")
+        if self.removed is None and self.keep is None and not hasattr(module, "DEFAULT_KEPT"):
+            raise KdcliError(f"{self.operator}: say how many vision tokens an image keeps, e.g. --keep 64")
+        if self.keep is not None and self.keep < 1:
+            raise KdcliError(f"{self.operator}: at least 1 vision token an image must be kept, got {self.keep}")
+        if self.removed is not None and not 0.0 <= self.removed < 1.0:
+            raise KdcliError(
+                f"{self.operator}: the fraction removed must be at least 0 and below 1, got {self.removed:g}"
+            )
+
+    def check(self, config: Any) -> None:
+        """CompatibilityError or KdcliError where a model of this configuration cannot be pruned so. Needs no weights."""
+        text = config.get_text_config()
+        if text.model_type not in TEXT_MODELS:
+            raise CompatibilityError(
+                f"vision tokens cannot be removed inside a {text.model_type} language model: known are {', '.join(TEXT_MODELS)}"
+            )
+        if getattr(config, "image_token_id", None) is None:
+            raise CompatibilityError(f"{config.model_type} has no image_token_id: there are no vision tokens to remove")
+        if self.layer > text.num_hidden_layers:
+            raise KdcliError(
+                f"{self.operator}: compression layer {self.layer} is outside the model, whose layers are 0 to "
+                f"{text.num_hidden_layers - 1}"
+            )
+
+    def depths(self, layers: int) -> dict[int, float]:
+        """Layer → tokens that stay from it on, as a multiple of the final count; none where K is the number of layers."""
+        stages = getattr(operator_module(self.operator), "STAGES", ONE_STAGE)
+        found = {self.layer + int(share * (layers - self.layer)): multiple for share, multiple in stages}
+        return {layer: multiple for layer, multiple in found.items() if layer < layers}
+
+    def kept(self, vision: int, images: int, multiple: float = 1.0) -> int:
+        """Vision tokens of a sample that stay. vision: how many it has; images: of how many images."""
+        if not vision:
+            return 0
+        if self.keep is not None:
+            final = float(self.keep * images)
+        elif self.removed is not None:
+            final = float(vision - round(self.removed * vision))
+        else:
+            final = operator_module(self.operator).DEFAULT_KEPT * vision
+        return min(vision, max(1, round(final * multiple)))

@@ -1,0 +1,251 @@
+"""A model's forward with vision tokens taken out between two of its layers: hooks on its decoder layers, nothing of the model is rewritten.
+
+Kept tokens keep their order and their ORIGINAL position ids. Samples keep different numbers, so they are padded anew, on the side where
+the input is padded. Works around ``model.model(…, use_cache=False)``, with gradients and gradient checkpointing (whose recomputation
+starts inside a layer, after its hooks), and around ``model.generate(…)``, where each layer's cache has the length of what it saw.
+
+Shapes: B samples, T tokens before, T' after.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from student_train.pruning import ATTENTION_IMPLEMENTATIONS, Pruning, operator_module
+from student_train.pruning.masks import attention_mask
+from student_train.pruning.seen import Seen
+from teacher_cache.errors import CompatibilityError
+from teacher_cache.teachers.attention import check_attention, layer_attention, layer_keys
+
+
+@contextmanager
+def prune_vision(
+    model: Any,
+    pruning: Pruning,
+    query_at: torch.Tensor | None = None,
+    images: Sequence[int] | None = None,
+    generator: torch.Generator | None = None,
+) -> Iterator[PrunedForward]:
+    """While the context is open, forwards of ``model`` (an image-text-to-text model of transformers) are pruned.
+
+    Args:
+        query_at: int64 ``[B]``, the row whose attention ranks: in training the one before the first response row, or responses
+            would choose what they are asked about. None: each sample's last token (generation).
+        images: images of each sample; None: runs of vision tokens are counted, which takes images without anything between them
+            as one. Only ``Pruning.keep`` asks.
+        generator: of random choices; None: the global one.
+
+    Yields:
+        What was kept, of the newest forward.
+    """
+    pruning.check(model.config)
+    forward = PrunedForward(model, pruning, query_at, images, generator)
+    try:
+        forward.attach()
+        yield forward
+    finally:
+        forward.detach()
+
+
+@dataclass
+class Kept:
+    """The tokens that layers from one depth on see.
+
+    Attributes:
+        positions: int64 ``[B, T']``, rows of the input, -1 on padding. valid: bool ``[B, T' + decoded]``, over the keys in the cache.
+        inputs: keyword arguments of the layers in place of those of the whole sequence.
+    """
+
+    positions: torch.Tensor
+    valid: torch.Tensor
+    inputs: dict[str, Any] = field(default_factory=dict)
+
+
+class PrunedForward:
+    """The hooks of ``prune_vision``, and what they kept."""
+
+    positions: torch.Tensor
+    """int64 ``[B, T']``: the input row of every row of the last hidden states, -1 on padding."""
+
+    def __init__(
+        self,
+        model: Any,
+        pruning: Pruning,
+        query_at: torch.Tensor | None,
+        images: Sequence[int] | None,
+        generator: torch.Generator | None,
+    ):
+        self.base, self.pruning = model.model, pruning
+        text: Any = getattr(self.base, "language_model", None)
+        if not hasattr(text, "layers"):
+            raise CompatibilityError(
+                f"{type(self.base).__name__} has no language_model with layers: it cannot be pruned"
+            )
+        self.layers = text.layers
+        for layer in self.layers:
+            check_attention(layer)
+        self.implementation = text.config._attn_implementation
+        if self.implementation not in ATTENTION_IMPLEMENTATIONS:
+            raise CompatibilityError(
+                f"pruning with attention {self.implementation!r}: choose from {', '.join(ATTENTION_IMPLEMENTATIONS)}"
+            )
+        self.image_token = model.config.image_token_id
+        self.operator = operator_module(pruning.operator)
+        self.depths = pruning.depths(len(self.layers))
+        self.query_at, self.images, self.generator = query_at, images, generator
+        self._handles: list[Any] = []
+
+    def attach(self) -> None:
+        self._handles.append(self.base.register_forward_pre_hook(self._before_model, with_kwargs=True))
+        for number in range(min(self.depths, default=len(self.layers)) - 1, len(self.layers)):
+            hook = LayerHook(self, number)
+            self._handles.append(self.layers[number].register_forward_pre_hook(hook, with_kwargs=True))
+
+    def detach(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+
+    def rows(self, flat: torch.Tensor) -> torch.Tensor:
+        """Flat rows into ``[B·T]`` → flat rows into ``[B·T']`` of the pruned states, -1 where the token was removed."""
+        batch, length = self.vision.shape
+        places = torch.full((batch, length), -1, dtype=torch.int64, device=flat.device)
+        sample, column = (self.positions >= 0).nonzero(as_tuple=True)
+        places[sample, self.positions[sample, column]] = sample * self.positions.shape[1] + column
+        return places.flatten()[flat]
+
+    # ---- the hooks, in the order in which a forward meets them
+
+    def _before_model(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """A first pass starts anew; a decoding step appends to what the layers keep."""
+        ids, mask = kwargs.get("input_ids"), kwargs.get("attention_mask")
+        if ids is None or (mask is not None and mask.ndim != 2):
+            raise CompatibilityError("pruning needs input_ids and a two-dimensional attention_mask, by keyword")
+        cache = kwargs.get("past_key_values")
+        if getattr(cache, "is_compileable", False):
+            raise CompatibilityError(f"pruning needs a cache that grows by layer, not {type(cache).__name__}")
+        self.decoding = cache is not None and cache.get_seq_length() > 0
+        if self.decoding:
+            new = ids.new_ones(ids.shape) if mask is None else mask[:, -ids.shape[1] :]
+            for kept in {id(one): one for one in self.kept.values()}.values():
+                kept.valid = torch.cat([kept.valid, new.bool()], dim=1)
+                kept.inputs = {"attention_mask": self._mask(kept.valid, ids.shape[1])}
+            return
+        valid = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool()
+        rows = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
+        self.positions = rows.masked_fill(~valid, -1)
+        self.vision = (ids == self.image_token) & valid
+        # Padding goes where the input has it; where it has none, to the left: generation reads the last column.
+        self.pad_left = bool(valid[:, -1].all())
+        self.asking = self.positions.amax(dim=1) if self.query_at is None else self.query_at.to(ids.device)
+        self.kept: dict[int, Kept] = {}
+        self.newest: Kept | None = None
+
+    def _mask(self, valid: torch.Tensor, queries: int) -> torch.Tensor | None:
+        dtype = next(self.layers[0].parameters()).dtype
+        return attention_mask(valid, queries, self.implementation, dtype)
+
+    def before_layer(
+        self, number: int, hidden: torch.Tensor, inputs: dict[str, Any]
+    ) -> tuple[torch.Tensor, dict[str, Any]]:
+        """Hidden states and keyword arguments with which layer ``number`` runs."""
+        if self.decoding:
+            kept = self.kept.get(number)
+            return hidden, inputs if kept is None else {**inputs, **kept.inputs}
+        if number in self.depths:
+            index = self._choose(number, hidden)
+            if index is not None:
+                hidden = hidden.gather(1, index[:, :, None].expand(-1, -1, hidden.shape[2]))
+                self._keep(index, inputs)
+        if self.newest is not None:
+            self.kept[number] = self.newest
+            inputs = {**inputs, **self.newest.inputs}
+        if number + 1 in self.depths:
+            self._ranking = (self.layers[number], hidden.detach(), inputs["position_embeddings"])
+        return hidden, inputs
+
+    def _keep(self, index: torch.Tensor, inputs: dict[str, Any]) -> None:
+        """From here on, layers see rows ``index`` ``[B, T']`` of what they saw before; self.positions is already theirs."""
+        before = inputs if self.newest is None else {**inputs, **self.newest.inputs}
+        at = index[:, :, None]
+        cos, sin = (
+            one.expand(len(index), -1, -1).gather(1, at.expand(-1, -1, one.shape[2]))
+            for one in before["position_embeddings"]
+        )
+        valid = self.positions >= 0
+        new = {"position_embeddings": (cos, sin), "attention_mask": self._mask(valid, valid.shape[1])}
+        if before.get("position_ids") is not None:
+            new["position_ids"] = before["position_ids"].expand(len(index), -1).gather(1, index)
+        self.newest = Kept(self.positions, valid, new)
+
+    @torch.no_grad()
+    def _choose(self, number: int, hidden: torch.Tensor) -> torch.Tensor | None:
+        """Rows of the current sequence that stay, ``[B, T']``; None where all do. Moves ``self.positions`` along."""
+        valid = self.positions >= 0
+        vision = self.vision.gather(1, self.positions.clamp_min(0)) & valid
+        have = vision.sum(dim=1).tolist()
+        stay = self._counts(have, self.depths[number])
+        if stay == have:
+            return None
+        keep = valid.clone()
+        for sample, seen in self._seen(hidden, vision, valid):
+            if stay[sample] < have[sample]:
+                rows = vision[sample].nonzero()[:, 0]
+                keep[sample, rows] = False
+                keep[sample, rows[self.operator.choose(seen, stay[sample])]] = True
+        length = int(keep.sum(dim=1).max())
+        # A stable sort brings the kept rows together without changing their order.
+        index = keep.to(torch.uint8).argsort(dim=1, descending=not self.pad_left, stable=True)
+        index = index[:, -length:] if self.pad_left else index[:, :length]
+        self.positions = self.positions.gather(1, index).masked_fill(~keep.gather(1, index), -1)
+        return index
+
+    def _counts(self, have: Sequence[int], multiple: float) -> list[int]:
+        starts = self.vision & ~torch.nn.functional.pad(self.vision, (1, 0))[:, :-1]
+        images = starts.sum(dim=1).tolist() if self.images is None else self.images
+        totals = self.vision.sum(dim=1).tolist()
+        return [min(now, self.pruning.kept(n, m, multiple)) for now, n, m in zip(have, totals, images, strict=True)]
+
+    def _seen(self, hidden: torch.Tensor, vision: torch.Tensor, valid: torch.Tensor) -> Iterator[tuple[int, Seen]]:
+        """Sample by sample what the operator asks for; the layer before is computed once for the batch."""
+        layer, entered, positions = self._ranking
+        wants = self.operator.WANTS
+        attention = keys = None
+        if "attention" in wants:
+            row = (self.positions == self.asking[:, None]).to(torch.uint8).argmax(dim=1, keepdim=True)
+            attention = layer_attention(layer, entered, positions, row, valid)[:, :, 0].mean(dim=1)
+        if "keys" in wants:
+            keys = layer_keys(layer, entered, positions).transpose(1, 2).flatten(2)
+        for sample in range(len(vision)):
+            there = valid[sample]
+            yield (
+                sample,
+                Seen(
+                    vision[sample, there],
+                    (self.positions[sample] <= self.asking[sample])[there],
+                    None if attention is None else attention[sample, there],
+                    None if keys is None else keys[sample, there],
+                    hidden[sample, there] if "hidden" in wants else None,
+                    self.generator,
+                ),
+            )
+
+
+@dataclass(frozen=True)
+class LayerHook:
+    """The pre-hook of one decoder layer."""
+
+    forward: PrunedForward
+    number: int
+
+    def __call__(
+        self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        hidden, *rest = args
+        hidden, kwargs = self.forward.before_layer(self.number, hidden, kwargs)
+        return (hidden, *rest), kwargs

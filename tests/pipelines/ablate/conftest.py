@@ -1,0 +1,54 @@
+"""Grids of tiny students over the tiny cache: 16 rows a step, one or two steps a stage."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+BASE = """
+cache = "{cache}"
+
+[train]
+student = "{student}"
+per_device_train_batch_size = 4
+max_steps = 1
+learning_rate = 1e-3
+
+[[eval]]
+name = "heldout"
+path = "{heldout}"
+image_root = "{images}"
+limit = 4
+batch_size = 4
+"""
+
+VARIED = """
+[grid]
+seed = [0, 1]
+
+[[variants]]
+name = "sft"
+method = "sft"
+stages = "PT,SFT"
+
+[[variants]]
+name = "llava-kd"
+method = "llava-kd"
+stages = "PT,DFT"
+"""
+
+
+@pytest.fixture
+def write_grid(tmp_path: Path, tiny_cache: Path, tiny_student: Path, world: Any) -> Callable[..., Path]:
+    """``write_grid(varied=…, top=…, name=…)`` → a grid file: ``top`` lines, the base, what varies."""
+
+    def write(varied: str = VARIED, top: str = "", name: str = "grid.toml") -> Path:
+        places = {"cache": tiny_cache, "student": tiny_student, "heldout": world.heldout, "images": world.images}
+        path = tmp_path / name
+        path.write_text(top + BASE.format(**places) + varied)
+        return path
+
+    return write
