@@ -94,20 +94,19 @@ def site_of(config: Any, processor: Any, student: str) -> Site:
             f"{student} is of family {config.model_type}: compressors need a LLaVA-1.5 type student (one view an image, a square "
             "grid, model_type llava): use --compressor none"
         )
-    side, rest = divmod(config.vision_config.image_size, config.vision_config.patch_size)
-    patches = stock_tokens(processor)
-    if rest or patches != side * side:
+    site, patches = site_of_config(config), stock_tokens(processor)
+    if patches != site.side**2:
         raise CompatibilityError(
-            f"{student}: its processor writes {patches} vision tokens an image, its vision tower has {side}×{side} patches; "
+            f"{student}: its processor writes {patches} vision tokens an image, its vision tower has {site.side}×{site.side} patches; "
             "compressors need one token a patch, no class token: use --compressor none"
         )
-    return site_of_config(config)
+    return site
 
 
 def site_of_config(config: Any) -> Site:
     vision, layers = config.vision_config, config.vision_feature_layer
     return Site(
-        side=vision.image_size // vision.patch_size,
+        side=vision.image_size // vision.patch_size,  # SigLIP of 384 pixels leaves 6 of them out: 27×27 patches of 14
         vision_width=vision.hidden_size,
         text_width=config.text_config.hidden_size,
         layers=(layers,) if isinstance(layers, int) else tuple(layers),

@@ -209,3 +209,15 @@ def test_kd_toml_names_the_compressor(tmp_path: Path) -> None:
     (tmp_path / "kd.toml").write_text('[train]\nvision_feature_layers = ["a"]\n')
     with pytest.raises(KdcliError, match="vision_feature_layers must be"):
         load_settings(tmp_path / "kd.toml")
+
+
+@pytest.mark.parametrize("compressor", [None, "mqt"])
+def test_matched_methods_train_compressed_students(
+    tiny_cache: Path, settings_for: Callable[..., Settings], tmp_path: Path, compressor: str | None
+) -> None:
+    """em-kd brings adaptive_pool along; with mqt, layouts and matchings follow the count of the step."""
+    result = train(str(tiny_cache), "em-kd", settings_for(tmp_path / "run", compressor, max_steps=3), "PT,DFT")
+    entry = json.loads((Path(result["model"]) / "config.json").read_text())["kdcli_compressor"]
+    assert (entry["name"], entry["vision_tokens"]) == (compressor or "adaptive_pool", 9)
+    last = json.loads((tmp_path / "run" / "02-DFT" / "metrics.jsonl").read_text().splitlines()[-1])
+    assert last["loss/vsd"] > 0 and last["loss/vlad"] > 0

@@ -93,6 +93,20 @@ def test_another_compressor_than_the_folder_has_is_refused(
     ), "a method's default gives way"
 
 
+def test_a_tower_whose_patches_leave_some_pixels_out(without_weights: Callable[..., Path]) -> None:
+    """SigLIP-so400m: 384 = 27 · 14 + 6, which 144 tokens cannot be made of."""
+    folder = without_weights(vision_config={"image_size": 384, "patch_size": 14})
+    processor = json.loads((folder / "processor_config.json").read_text())
+    processor["patch_size"] = 14
+    processor["image_processor"] |= {"crop_size": {"height": 384, "width": 384}, "size": {"shortest_edge": 384}}
+    (folder / "processor_config.json").write_text(json.dumps(processor))
+    assert open_student(str(folder), compressor=CompressorSpec("adaptive_pool", 81))[0].vision_grid == (9, 9)
+    with pytest.raises(
+        CompatibilityError, match=r"144 vision tokens .* 27×27 grid .*choose --vision-tokens from 81, 9, 1$"
+    ):
+        open_student(str(folder), compressor=CompressorSpec("adaptive_pool", 144))
+
+
 REFUSED: dict[str, tuple[CompressorSpec, dict[str, Any], str]] = {
     "unknown": (CompressorSpec("pool"), {}, "unknown compressor 'pool': choose from adaptive_pool, mqt.*or none"),
     "count": (
