@@ -640,6 +640,10 @@ def urls(url: str, column: str) -> None:
 @click.option("--warmup-ratio", type=float)
 @click.option("--seed", type=int)
 @click.option("--bf16/--no-bf16", default=None, help="bfloat16 autocast.")
+@click.option(
+    "--compressor", help="Of vision tokens: adaptive_pool, pixel_shuffle, tokenpacker, mqt; none: as the student is."
+)
+@click.option("--vision-tokens", type=int, help="That it leaves of an image; default a quarter.")
 @click.option("--gradient-checkpointing/--no-gradient-checkpointing", default=None)
 @click.option("--dataloader-num-workers", type=int)
 @click.option("--save-steps", type=int)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import io
 import json
 import random
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -69,12 +70,12 @@ def config(size: str, tokenizer: Any, layers: int | None = None) -> Any:
 
 
 def build(configuration: Any, dtype: torch.dtype, device: str) -> Any:
-    """A model with random weights, allocated on its device in its own type from the start."""
+    """A model with random weights and a configuration of its own, allocated on its device in its own type from the start."""
     from transformers import AutoModelForImageTextToText
 
     with torch.device(device):
         torch.manual_seed(0)
-        return AutoModelForImageTextToText.from_config(configuration, dtype=dtype)
+        return AutoModelForImageTextToText.from_config(deepcopy(configuration), dtype=dtype)
 
 
 def processor() -> Any:

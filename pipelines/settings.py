@@ -149,13 +149,13 @@ _KINDS = {
 
 
 def _fits(value: Any, wanted: Any) -> bool:
-    """Whether a TOML value is of a dataclass field's type: str, int, float, bool, tuple[str, ...], table, or one of these or None."""
+    """Whether a TOML value is of a field's type: str, int, float, bool, a tuple of one of these, table, or one of these or None."""
     if isinstance(wanted, UnionType):
         return any(_fits(value, one) for one in get_args(wanted))
     if get_origin(wanted) is Mapping:
         return isinstance(value, Mapping)
     if get_origin(wanted) is tuple:
-        return isinstance(value, tuple) and all(isinstance(one, str) for one in value)
+        return isinstance(value, tuple) and all(_fits(one, get_args(wanted)[0]) for one in value)
     if isinstance(value, bool):
         return wanted is bool
     return isinstance(value, (int, float) if wanted is float else wanted)

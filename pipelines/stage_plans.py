@@ -9,10 +9,13 @@ from typing import Any
 
 from pipelines.settings import Settings
 from student_train.cache import Cache
+from student_train.compression import asked_for
+from student_train.compressors import CompressorSpec
 from student_train.config import StageSettings, TrainSettings
-from student_train.methods import Method, create_method, method_module
-from student_train.needs import Served, serve
+from student_train.methods import Method, create_method, hook, method_module
+from student_train.needs import ROW_ALIGNED, Served, serve
 from student_train.stages import Stage, parse_stages
+from student_train.student import open_student
 from teacher_cache.errors import CacheError, CompatibilityError, KdcliError
 from teacher_cache.fingerprint import processor_fingerprint
 from teacher_cache.plan import difference
@@ -21,7 +24,10 @@ from teacher_cache.shards.commit import committed_shards
 
 @dataclass(frozen=True)
 class StagePlan:
-    """One stage with everything decided: its settings, method, and the fields that serve it."""
+    """One stage with everything decided: its settings, method, the fields that serve it, and what compresses vision tokens.
+
+    compressor: None: as the student is.
+    """
 
     number: int
     stage: Stage
@@ -30,6 +36,7 @@ class StagePlan:
     method_name: str
     method: Method
     served: Served
+    compressor: CompressorSpec | None = None
 
     def folder(self, output: Path) -> Path:
         return output / f"{self.number:02d}-{self.stage.name}"
@@ -55,7 +62,9 @@ def plan_stages(
         used = create_method(method, preset, {**shared, **(own.knobs or {})}) if stage.distils else plain
         params = {name: cache.fields[name]["params"] for name in complete_fields(cache, parts)}
         served = serve(used.needs(), params, method, str(cache.storage))
-        plans.append(StagePlan(number, stage, merged, parts, method if stage.distils else "sft", used, served))
+        compressor = asked_for(merged, getattr(module, "COMPRESSOR", None))
+        name = method if stage.distils else "sft"
+        plans.append(StagePlan(number, stage, merged, parts, name, used, served, compressor))
     return plans
 
 
@@ -69,6 +78,24 @@ def complete_fields(cache: Cache, parts: tuple[str, ...]) -> list[str]:
             "run `kdcli cache-teacher` again to finish them"
         )
     return [name for name in cache.fields if shards <= set(committed_shards(cache.storage, f"fields/{name}"))]
+
+
+def settle_compressor(plans: list[StagePlan], student: str) -> list[StagePlan]:
+    """The plans with their one compressor settled; CompatibilityError where the student cannot have it, before its weights are read."""
+    _, _, spec = open_student(student, compressor=plans[0].compressor)
+    for plan in plans:
+        if spec and row_aligned(plan):
+            raise CompatibilityError(
+                f"method {plan.method_name} compares the student's vision tokens with the teacher's one by one, but compressor "
+                f"{spec.name} leaves {student} only {spec.count} an image: use --method em-kd, which matches them, or a student "
+                "without compression"
+            )
+    return [replace(plan, compressor=spec) for plan in plans]
+
+
+def row_aligned(plan: StagePlan) -> bool:
+    """Whether row i of the student is compared with row i of the teacher."""
+    return bool(ROW_ALIGNED & plan.served.fields.keys()) and not hook(plan.method, "alignment")()
 
 
 def check_vocabulary(cache: Cache, plans: list[StagePlan], processor: Any) -> list[str]:

@@ -15,12 +15,13 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from pipelines.settings import Settings
-from pipelines.stage_plans import StagePlan, check_vocabulary, plan_stages
+from pipelines.stage_plans import StagePlan, check_vocabulary, plan_stages, row_aligned, settle_compressor
 from student_train import distributed
 from student_train.cache import Cache, CachedRows
+from student_train.compression import compressor_of, with_grid
 from student_train.distributed import Processes
 from student_train.methods import hook
-from student_train.needs import ROW_ALIGNED, Served
+from student_train.needs import Served
 from student_train.stream import MicroBatches, Order, TrainBatch, TrainDataset, step_batches
 from student_train.student import RowForward, freeze_except, load_student, save_student
 from student_train.teacher_view import TeacherSignals
@@ -67,6 +68,7 @@ def train(
     processor, config = load_processor(spec)
     for plan in plans:
         hook(plan.method, "check_student")(config)
+    plans = settle_compressor(plans, train_settings.student)
     notes = check_vocabulary(cache, plans, processor)
     output = Path(train_settings.output_dir)
     processes = distributed.start()
@@ -99,6 +101,7 @@ def write_run_card(output: Path, cache: Cache, plans: list[StagePlan]) -> None:
                 "parts": plan.parts,
                 "fields": {need: list(fields) for need, fields in plan.served.fields.items()},
                 "settings": asdict(plan.settings),
+                "compressor": plan.compressor and plan.compressor.entry(),
             }
             for plan in plans
         ],
@@ -142,7 +145,7 @@ def run_stage(
             raise KdcliError(f"{folder} holds another finished stage: {lines}: choose another --output-dir")
         return {**finished["result"], "model": str(folder / "model")}  # the folder may have been moved since
     torch.manual_seed(plan.settings.seed)
-    model, processor = load_student(model_id, plan.settings.attn_implementation)
+    model, processor = load_student(model_id, plan.settings.attn_implementation, compressor=plan.compressor)
     trainer, batches_from = make_trainer(
         cache, plan, rows, model, processor, total, global_batch, processes, folder, open_signals
     )
@@ -204,6 +207,7 @@ def stage_identity(cache: Cache, plan: StagePlan, total: int, global_batch: int,
                 "max_length",
             )
         },
+        **({"compressor": plan.compressor.entry()} if plan.compressor else {}),
         "start": start_hash(model_id),
     }
 
@@ -237,10 +241,10 @@ def make_trainer(
     signals = open_signals(cache, plan.served, processes.device)
     # A row that the capture cut at a turn border must be cut at the same border here.
     limits = Limits(plan.settings.max_length, cache.plan.preparation["over_length"])
-    preparer = Preparer(processor, model.config, limits)
+    preparer = Preparer(with_grid(processor, compressor_of(model.config), training=True), model.config, limits)
     templates = {part: cache.template(part) for part in plan.parts}
     matching = hook(plan.method, "alignment")()
-    same_grid = bool(ROW_ALIGNED & plan.served.fields.keys()) and not matching
+    same_grid = row_aligned(plan)
     order = Order(rows.counts, plan.settings.seed)
     check_layouts = matching.check_layouts if matching else None
     dataset = TrainDataset(rows, order, preparer, templates, cache.image_limits(), same_grid, check_layouts)

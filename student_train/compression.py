@@ -13,7 +13,9 @@ from typing import Any
 from torch import nn
 
 from student_train.compressors import CompressorSpec, Site, compressor_module
+from student_train.config import TrainSettings
 from teacher_cache.errors import CompatibilityError, KdcliError
+from teacher_cache.records import ImageLayout
 
 ENTRY = "kdcli_compressor"
 NONE = "none"
@@ -34,45 +36,77 @@ def settle(asked: CompressorSpec | None, config: Any, processor: Any, student: s
     has = compressor_of(config)
     if asked is None:
         return has
+    if has is None:
+        return _settle_fresh(asked, config, processor, student)
+    wanted = asked.name or has.name
+    if asked.optional:
+        asked, wanted = replace(asked, name=has.name), has.name
+    elastic = compressor_module(wanted).ELASTIC and wanted == has.name
+    count = asked.vision_tokens if elastic and asked.vision_tokens is not None else has.vision_tokens
+    kept = replace(has, vision_tokens=count)
+    choices = {"vision_tokens": count, "layers": kept.layers, "largest": kept.largest}
+    if wanted != has.name or any(getattr(asked, name) not in (None, (), value) for name, value in choices.items()):
+        raise CompatibilityError(
+            f"{student} already has compressor {has.name} with {has.count} vision tokens, which cannot become {wanted} with "
+            f"{asked.vision_tokens or 'another setting'}: leave --compressor and --vision-tokens out, or start from a student without one"
+        )
+    return compressor_module(has.name).settle(kept, site_of(config, processor, student))
+
+
+def _settle_fresh(asked: CompressorSpec, config: Any, processor: Any, student: str) -> CompressorSpec:
+    """For a student that has none yet."""
+    if not asked.name:
+        raise KdcliError(
+            f"vision_tokens {asked.vision_tokens} without a compressor: name one, e.g. --compressor adaptive_pool"
+        )
     module = compressor_module(asked.name)
     if asked.layers and not module.CHOOSES_LAYERS:
         raise KdcliError(
             f"compressor {asked.name} reads the student's own feature layer: leave vision_feature_layers out"
         )
-    if has is None:
-        return module.settle(asked, site_of(config, processor, student))
-    wanted = replace(has, vision_tokens=asked.vision_tokens or has.vision_tokens) if module.ELASTIC else has
-    differs = [name for name, value in vars(asked).items() if value and value != getattr(wanted, name)]
-    if differs:
-        raise CompatibilityError(
-            f"{student} has compressor {has.name} with {has.count} vision tokens already, not {asked.name}"
-            f"{f' with {asked.vision_tokens}' if asked.vision_tokens else ''}: leave --compressor out, or start from the student before it"
-        )
-    return module.settle(wanted, site_of(config, processor, student))
+    return replace(module.settle(asked, site_of(config, processor, student)), optional=False)
+
+
+def asked_for(settings: TrainSettings, default: str | None = None) -> CompressorSpec | None:
+    """What ``[train]`` asks of a student, or a method's ``default`` where that says nothing; None: as the student is.
+
+    KdcliError listing the choices where there is no such compressor.
+    """
+    name, count, layers = settings.compressor, settings.vision_tokens, settings.vision_feature_layers
+    if name == NONE:
+        if count is not None or layers:
+            raise KdcliError(
+                f"--compressor {NONE} leaves the student as it is: leave vision_tokens and vision_feature_layers out"
+            )
+        return None
+    if name is None and default is None and count is None and not layers:
+        return None
+    spec = CompressorSpec(name or default or "", count, layers, optional=name is None)
+    if spec.name:
+        compressor_module(spec.name)
+    return spec
 
 
 def site_of(config: Any, processor: Any, student: str) -> Site:
     """CompatibilityError where the student is not one view of a square grid before a projector (LLaVA-1.5)."""
-    vision: Any = getattr(config, "vision_config", None)
-    if config.model_type != "llava" or getattr(vision, "model_type", "") == "pixtral":
+    if config.model_type != "llava" or config.vision_config.model_type == "pixtral":
         raise CompatibilityError(
             f"{student} is of family {config.model_type}: compressors need a LLaVA-1.5 type student (one view an image, a square "
             "grid, model_type llava): use --compressor none"
         )
-    side, rest = divmod(int(vision.image_size), int(vision.patch_size))
-    patches = stock_tokens(processor)
-    if rest or patches != side * side:
+    site, patches = site_of_config(config), stock_tokens(processor)
+    if patches != site.side**2:
         raise CompatibilityError(
-            f"{student}: its processor writes {patches} vision tokens an image, its vision tower has {side}×{side} patches; "
-            "compressors need one token a patch (vision_feature_select_strategy without a class token): use --compressor none"
+            f"{student}: its processor writes {patches} vision tokens an image, its vision tower has {site.side}×{site.side} patches; "
+            "compressors need one token a patch, no class token: use --compressor none"
         )
-    return site_of_config(config)
+    return site
 
 
 def site_of_config(config: Any) -> Site:
     vision, layers = config.vision_config, config.vision_feature_layer
     return Site(
-        side=vision.image_size // vision.patch_size,
+        side=vision.image_size // vision.patch_size,  # SigLIP of 384 pixels leaves 6 of them out: 27×27 patches of 14
         vision_width=vision.hidden_size,
         text_width=config.text_config.hidden_size,
         layers=(layers,) if isinstance(layers, int) else tuple(layers),
@@ -103,7 +137,8 @@ def install(model: Any, spec: CompressorSpec) -> None:
 def compressed_class() -> type:
     """The LLaVA class that builds the projector its configuration names: ``from_pretrained`` then finds every weight by name.
 
-    It has the stock class's name, and so has the folder that it writes.
+    It has the stock class's name and module, which decide how transformers names the weights of a folder, and what the folder
+    says its class is.
     """
     from transformers import LlavaForConditionalGeneration
 
@@ -113,8 +148,12 @@ def compressed_class() -> type:
         assert spec is not None
         install(self, spec)
 
-    name = LlavaForConditionalGeneration.__name__
-    return type(name, (LlavaForConditionalGeneration,), {"__init__": build, "__module__": __name__})
+    name = str(LlavaForConditionalGeneration.__name__)
+    return type(
+        name,
+        (LlavaForConditionalGeneration,),
+        {"__init__": build, "__module__": LlavaForConditionalGeneration.__module__},
+    )
 
 
 def load_compressed(model_id: str, spec: CompressorSpec, **arguments: Any) -> nn.Module:
@@ -135,10 +174,8 @@ def load_compressed(model_id: str, spec: CompressorSpec, **arguments: Any) -> nn
 
 
 def compress_processor(processor: Any, grid: tuple[int, int]) -> Any:
-    """The same processor with ``rows · columns`` placeholders an image; ``vision_grid`` tells the layout. In place."""
-    base: type = getattr(type(processor), "stock_class", type(processor))
-    processor.__class__ = _processor_class(base, grid)
-    return processor
+    """A twin of the processor that writes ``rows · columns`` placeholders an image; its ``vision_grid`` tells the layout."""
+    return _rebuild_processor(getattr(type(processor), "stock_class", type(processor)), grid, vars(processor))
 
 
 @lru_cache(maxsize=16)
@@ -172,9 +209,14 @@ def _processor_class(base: type, grid: tuple[int, int]) -> type:
 
 
 def _rebuild_processor(base: type, grid: tuple[int, int], state: dict[str, Any]) -> Any:
-    processor: Any = object.__new__(base)
+    processor: Any = object.__new__(_processor_class(base, grid))
     vars(processor).update(state)
-    return compress_processor(processor, grid)
+    return processor
+
+
+def first_tokens(layout: tuple[ImageLayout, ...], count: int) -> tuple[ImageLayout, ...]:
+    """Images of one view each, of which only the first ``count`` tokens are left."""
+    return tuple(replace(image, views=(replace(image.views[0], grid=(1, count)),)) for image in layout)
 
 
 def with_grid(processor: Any, spec: CompressorSpec | None, training: bool = False) -> Any:

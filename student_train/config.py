@@ -19,6 +19,9 @@ class TrainSettings:
         per_device_train_batch_size × gradient_accumulation_steps × processes = samples of one optimizer step.
         max_steps: optimizer steps of the stage; 0: ``num_train_epochs`` epochs.
         learning_rate: 0: the stage's own (PT, DPT 1e-3; SFT, DFT 2e-5).
+        compressor: of vision tokens (student_train/compressors), ``none``: as the student is; None: the method's own choice, if it has one.
+        vision_tokens: that it leaves of an image; None: a quarter. vision_feature_layers: layers of the vision tower that it reads,
+            for one that chooses them.
         save_steps: steps between checkpoints. save_total_limit: how many are kept.
         report_to: ``tensorboard`` or ``none`` (metrics.jsonl is always written).
     """
@@ -45,6 +48,9 @@ class TrainSettings:
     save_total_limit: int = 2
     report_to: str = "tensorboard"
     attn_implementation: str = "sdpa"
+    compressor: str | None = None
+    vision_tokens: int | None = None
+    vision_feature_layers: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         positive = (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -10,12 +11,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from student_train.compression import compressor_of, install, load_compressed, settle, with_grid
+from student_train.compression import compressor_of, first_tokens, install, load_compressed, settle, with_grid
 from student_train.compressors import CompressorSpec
 from student_train.losses.terms import StudentRows
 from student_train.pruning import Descending, Pruning
 from student_train.pruning.forward import prune_vision
-from teacher_cache.batch import Batch
+from student_train.stream import TrainBatch
+from teacher_cache.batch import Batch, keep_vision
 from teacher_cache.errors import CompatibilityError, KdcliError
 from teacher_cache.records import TextTokens
 
@@ -127,6 +129,7 @@ class RowForward(nn.Module):
             pruning: of vision tokens inside the language model (``student_train.pruning``), None: all stay. Random choices are the
                 global generator's, which the trainer seeds by step.
         """
+        self._expect(batch)
         states, rows = self._states(batch, pruning)
         if torch.is_autocast_enabled(states.device.type):
             # The residual stream stays float32 under autocast; the head product, outside of it, must be in the compute dtype too.
@@ -144,6 +147,24 @@ class RowForward(nn.Module):
         with prune_vision(self.model, pruning.at(layers), asking_rows(batch)) as pruned:
             states = self.model.model(**batch.inputs, use_cache=False).last_hidden_state
         return states.flatten(0, 1), pruned.rows
+
+    def draw(self, one: TrainBatch, seed: int, step: int) -> TrainBatch:
+        """The micro-batch as this step trains it: an elastic compressor keeps as many vision tokens of every image as the step draws."""
+        if not hasattr(self.projector, "draw") or "pixel_values" not in one.batch.inputs:
+            return one
+        keep = self.projector.draw(seed, step)
+        pad_id = self.model.config.get_text_config().pad_token_id or 0
+        layouts = tuple(first_tokens(layout, keep) for layout in one.student_layouts)
+        return replace(one, batch=keep_vision(one.batch, keep, pad_id), student_layouts=layouts)
+
+    @property
+    def projector(self) -> Any:
+        return getattr(self.model.model, "multi_modal_projector", None)
+
+    def _expect(self, batch: Batch) -> None:
+        """An elastic compressor gives as many tokens an image as the batch has places for."""
+        if hasattr(self.projector, "keep") and "pixel_values" in batch.inputs:
+            self.projector.keep = sum(batch.counts["vision"]) // len(batch.inputs["pixel_values"])
 
     def rows(self, hidden: dict[str, torch.Tensor], batch: Batch, text: Sequence[TextTokens] = ()) -> StudentRows:
         """The student's side of a micro-batch; text: as the student reads it."""

@@ -87,6 +87,7 @@ class Trainer:
         """One optimizer step over this process's micro-batches. Row means run over all micro-batches of all processes."""
         started = time.perf_counter()
         self._seed(step)
+        batches = [self.model.draw(one, self.settings.seed, step) for one in batches]
         denominators = self._denominators(batches)
         shares = dict.fromkeys(self.terms, 0.0)
         loss_sum = 0.0

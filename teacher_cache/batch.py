@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -72,6 +72,38 @@ def _join_pixels(prepared: Sequence[Prepared]) -> dict[str, torch.Tensor]:
             tensors = [torch.nn.functional.pad(t, (0, 0) * 3 + (0, views - t.shape[1])) for t in tensors]
         joined[name] = torch.cat(tensors)
     return joined
+
+
+def keep_vision(batch: Batch, keep: int, pad_id: int) -> Batch:
+    """The batch as if every image had its first ``keep`` vision tokens only, of the equally many that each has now.
+
+    Sequences close up and are padded again to the longest; rows and counts follow.
+    """
+    vision, shape = batch.rows["vision"], batch.inputs["input_ids"].shape
+    images = len(batch.inputs["pixel_values"])
+    per_image, rest = divmod(len(vision), images)
+    if rest or not 1 <= keep <= per_image:
+        raise ValueError(f"cannot keep {keep} of {len(vision)} vision tokens in {images} images")
+    is_kept_row = torch.arange(len(vision), device=vision.device) % per_image < keep
+    kept = batch.inputs["attention_mask"].bool().flatten()
+    kept[vision[~is_kept_row]] = False
+    kept_BT = kept.view(shape)
+    length = int(kept_BT.sum(1).max())
+    column_BT = kept_BT.cumsum(1) - 1
+    sample_BT = torch.arange(shape[0], device=vision.device)[:, None].expand(shape)
+    moved = (sample_BT * length + column_BT).flatten()  # old place → new place, for what is kept
+    input_ids = torch.full((shape[0] * length,), pad_id, device=vision.device)
+    attention_mask = torch.zeros_like(input_ids)
+    input_ids[moved[kept]] = batch.inputs["input_ids"].flatten()[kept]
+    attention_mask[moved[kept]] = 1
+    # The row before a response token may be a vision token that is gone: it is found from the token itself, which stays.
+    rows = {kind: moved[at + 1] - 1 if kind == "response" else moved[at] for kind, at in batch.rows.items()}
+    rows["vision"] = moved[vision[is_kept_row]]
+    joined = {"input_ids": input_ids.view(-1, length), "attention_mask": attention_mask.view(-1, length)}
+    vision_counts = tuple(count // per_image * keep for count in batch.counts["vision"])
+    return replace(
+        batch, inputs={**batch.inputs, **joined}, rows=rows, counts={**batch.counts, "vision": vision_counts}
+    )
 
 
 def token_batches(prepared: Sequence[Prepared], budget: int) -> list[list[int]]:

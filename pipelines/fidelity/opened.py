@@ -14,11 +14,12 @@ from pipelines.stage_plans import complete_fields
 from student_train.cache import Cache
 from student_train.needs import Need, Served, served_by
 from student_train.student import load_student
+from student_train.student import open_student as load_student_processor
 from teacher_cache.errors import CompatibilityError, KdcliError
 from teacher_cache.fingerprint import processor_fingerprint
 from teacher_cache.plan import difference
 from teacher_cache.prepare import Preparer
-from teacher_cache.teachers.transformers import TeacherSpec, load_processor, resolve_device
+from teacher_cache.teachers.transformers import TeacherSpec, resolve_device
 
 
 @dataclass(frozen=True)
@@ -93,7 +94,7 @@ def open_student(
 ) -> Student:
     """The student over the compared rows; CompatibilityError where its tokenizer is not the teacher's."""
     assert request.student is not None
-    processor, config = load_processor(TeacherSpec(request.student))
+    processor, config, _ = load_student_processor(request.student)
     ours = processor_fingerprint(processor)["tokenizer"]
     for name in opened.fields:
         theirs = opened.cache.fields[name]["teacher"]["tokenizer"]

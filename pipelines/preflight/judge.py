@@ -18,8 +18,14 @@ from pipelines.preflight.ladder import terms_for
 from pipelines.preflight.request import PreflightRequest
 from pipelines.preflight.step_cost import step_cost
 from pipelines.preflight.student_side import StudentRead, row_id
-from pipelines.stage_plans import StagePlan, check_vocabulary, complete_fields, plan_stages
-from pipelines.train_student import ROW_ALIGNED
+from pipelines.stage_plans import (
+    StagePlan,
+    check_vocabulary,
+    complete_fields,
+    plan_stages,
+    row_aligned,
+    settle_compressor,
+)
 from student_train.cache import Cache
 from student_train.methods import create_method
 from student_train.needs import Need, serve
@@ -119,6 +125,7 @@ def judge_method(
     plans: list[StagePlan] = []
     try:
         plans = plan_stages(cache, method, request.settings, None, "paper", None)
+        plans = settle_compressor(plans, request.student)
         processor, _ = load_processor(TeacherSpec(request.student))
         body["notes"] += check_vocabulary(cache, plans, processor)
     except KdcliError as error:
@@ -127,7 +134,7 @@ def judge_method(
     body["served"] = {need: list(fields) for need, fields in served.items()}
     body["notes"] += [note for plan in plans for note in plan.served.notes]
     body["terms"] = {name: terms[name] for name in terms_for(needs) if name in terms}
-    if read.grids and ROW_ALIGNED & served.keys():
+    if read.grids and any(map(row_aligned, plans)):
         body["reasons"].append(read.grids)
     for name, one in body["terms"].items():
         limit = max(request.max_angle, 0.0 if math.isnan(one["floor_angle"]) else one["floor_angle"])

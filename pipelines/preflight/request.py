@@ -11,6 +11,7 @@ from typing import Any
 from pipelines.profiles import chosen_fields
 from pipelines.settings import Settings
 from pipelines.train_student import start_hash
+from student_train.compression import asked_for
 from student_train.methods import method_module
 from teacher_cache.errors import CacheError, KdcliError
 from teacher_cache.plan import difference
@@ -109,6 +110,7 @@ def has_ladder(fields: Mapping[str, Mapping[str, Any]], kind: str) -> bool:
 def identity(request: PreflightRequest, plan_hash: str, fingerprint: Mapping[str, Any]) -> dict[str, Any]:
     """Everything that decides the result, JSON-able."""
     train = request.settings.train
+    compression = asked_for(train)
     return {
         "plan_hash": plan_hash,
         "teacher": dict(fingerprint),
@@ -120,6 +122,7 @@ def identity(request: PreflightRequest, plan_hash: str, fingerprint: Mapping[str
         "max_kl": request.max_kl,
         "max_bytes": request.max_bytes,
         "train": {"max_length": train.max_length, "bf16": train.bf16},
+        **({"compressor": compression.entry()} if compression else {}),
     }
 
 

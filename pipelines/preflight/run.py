@@ -69,7 +69,7 @@ def preflight(request: PreflightRequest, progress: Progress = lambda event, done
         )
         return {"go": False, "reasons": [why], "out": request.out}
     device = resolve_device(request.teacher)
-    student, rows = load_side(request.student, opened.read, opened.judged, device)
+    student, rows = load_side(request.settings.train, opened.read, opened.judged, device)
     answers = ask(request, opened, rows, progress)
     choices, params = chosen_params(request, opened, student, rows, answers, progress)
     receipt = write_canaries(request, opened)
@@ -123,7 +123,7 @@ def open_everything(request: PreflightRequest, progress: Progress) -> Opened:
     rows = [*sides[False], *sides[True]]
     if not rows:
         raise KdcliError("no sampled row is usable: run `kdcli doctor`")
-    read = read_as_student(request.student, rows, plan, fingerprint, request.settings.train.max_length)
+    read = read_as_student(request.student, rows, plan, fingerprint, request.settings.train)
     kept = {row_id(row) for row in read.rows}
     judged = frozenset(row_id(row) for row in sides[True] if row.sample.part not in bare) & kept
     write_plan(Storage(request.cache_url), plan)

@@ -10,15 +10,16 @@ import torch
 
 from pipelines.fidelity.rows import Row
 from pipelines.fidelity.student import Student
+from student_train.compression import asked_for
+from student_train.config import TrainSettings
 from student_train.stages import STAGES
 from student_train.stream import check_same_grid, check_same_response
-from student_train.student import load_student
+from student_train.student import load_student, open_student
 from teacher_cache.errors import CompatibilityError, SkipRow
 from teacher_cache.fingerprint import processor_fingerprint
 from teacher_cache.plan import Plan, difference
 from teacher_cache.prepare import Limits, Preparer
 from teacher_cache.records import Prepared
-from teacher_cache.teachers.transformers import TeacherSpec, load_processor
 
 
 @dataclass(frozen=True)
@@ -39,10 +40,11 @@ class StudentRead:
 
 
 def read_as_student(
-    student: str, rows: Sequence[Row], plan: Plan, teacher: Mapping[str, Any], train_length: int
+    student: str, rows: Sequence[Row], plan: Plan, teacher: Mapping[str, Any], settings: TrainSettings
 ) -> StudentRead:
-    """teacher: its fingerprint. train_length: ``[train] max_length``, tokens."""
-    processor, config = load_processor(TeacherSpec(student))
+    """teacher: its fingerprint. settings: ``[train]``, whose ``max_length`` (tokens) and compressor count."""
+    processor, config, _ = open_student(student, compressor=asked_for(settings))
+    train_length = settings.max_length
     ours = processor_fingerprint(processor)
     if teacher["tokenizer"] != ours["tokenizer"]:
         lines = "; ".join(difference(teacher["tokenizer"], ours["tokenizer"], "tokenizer")).replace(
@@ -95,9 +97,13 @@ def row_id(row: Row) -> str:
     return f"{row.sample.part}/{row.key}"
 
 
-def load_side(student: str, read: StudentRead, ids: frozenset[str], device: torch.device) -> tuple[Student, list[Row]]:
+def load_side(
+    settings: TrainSettings, read: StudentRead, ids: frozenset[str], device: torch.device
+) -> tuple[Student, list[Row]]:
     """The student with the modules of its last stage to train, over the rows with these ids; and these rows in its order."""
-    model, processor = load_student(student, "sdpa")
+    assert settings.student is not None
+    torch.manual_seed(settings.seed)  # of a compressor's fresh weights, as in training
+    model, processor = load_student(settings.student, "sdpa", compressor=asked_for(settings))
     pairs = [(row, one) for row, one in zip(read.rows, read.prepared) if row_id(row) in ids]
     rows, prepared = [row for row, _ in pairs], [one for _, one in pairs]
     pad = processor.tokenizer.pad_token_id or 0

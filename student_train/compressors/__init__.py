@@ -28,20 +28,23 @@ class CompressorSpec:
     """What was asked for, or (settled) what a student has.
 
     Attributes:
+        name: of the compressor; "": the one that the student has.
         vision_tokens: of one image; None: a quarter of the patches.
-        layers: hidden states of the vision tower that the projector reads, counted as ``vision_feature_layer`` does;
-            empty: the compressor's choice.
+        layers: hidden states of the vision tower that are read, counted as ``vision_feature_layer`` counts; empty: the compressor's choice.
         largest: most vision tokens that an elastic compressor can give; None: its own choice.
+        optional: a method's default, which gives way to the compressor that a student has.
     """
 
     name: str
     vision_tokens: int | None = None
     layers: tuple[int, ...] = ()
     largest: int | None = None
+    optional: bool = False
 
     def entry(self) -> dict[str, Any]:
         """JSON-able, for the model's configuration."""
-        return {name: list(v) if isinstance(v, tuple) else v for name, v in asdict(self).items() if v}
+        said = {name: value for name, value in asdict(self).items() if value and name != "optional"}
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in said.items()}
 
     @classmethod
     def from_entry(cls, entry: Mapping[str, Any]) -> CompressorSpec:
