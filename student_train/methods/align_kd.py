@@ -5,8 +5,9 @@ most + γ·MSE of the first layer's text→vision attention. Features are the pr
 width by a learned linear map. All weights are 1, as in the released code.
 
 Otherwise than the released code: it sends the teacher's heads through a learned map to the student's, here the means over heads are
-compared (or each, where the counts are equal); its mask takes vision tokens as queries and text tokens as keys, which a causal model
-leaves at 0 where the image stands first, and here text tokens are the queries, as the paper says; its KL runs over all positions, here over responses.
+compared (or each, where the counts are equal). Its mask takes vision tokens as queries and text tokens as keys, which a causal model
+leaves at 0 where the image stands first; here text tokens are the queries, as the paper's words have it. Its KL runs over all positions,
+here over responses.
 """
 
 from __future__ import annotations

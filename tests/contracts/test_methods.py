@@ -284,8 +284,11 @@ def test_another_temperature_needs_hidden_states(
     assert all(need.temperature == 2.0 for need in create_method(name, preset, knobs).needs() if need.what in LOGITS)
     loss, _, _ = loss_and_gradients(*open_method(name, preset, knobs=knobs))
     assert math.isfinite(loss) and loss > 0
-    with pytest.raises(CompatibilityError, match=r"T=2.*temperature 1 only.*add-field"):
+    with pytest.raises(CompatibilityError, match="add-field"):
         open_method(name, preset, topk_cache, knobs=knobs)
+    topk = {f"{kind}_topk": {} for kind in ("response", "vision")}
+    with pytest.raises(CompatibilityError, match=r"T=2.*temperature 1 only.*add-field"):
+        serve([need for need in create_method(name, preset, knobs).needs() if need.what in LOGITS], topk, name, "there")
 
 
 @each_method
