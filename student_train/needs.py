@@ -148,6 +148,9 @@ def serve(needs: Iterable[Need], available: Mapping[str, Mapping[str, Any]], met
         used = {name for names in fields.values() for name in names}
         chosen = next((way for way in found if set(way.fields) <= used and not way.loss), found[0])
         fields[asked[0].what] = chosen.fields
+        layer = available["attention"].get("layer", 0) if chosen.fields == ("attention",) else 0
+        if layer:
+            notes.append(f"{asked[0]}: the teacher's is of its layer {layer}, the student's of its first")
         if chosen.loss:
             notes.append(f"{' and '.join(map(str, asked))} served by {' + '.join(chosen.fields)}: {chosen.loss}")
     return Served(fields, tuple(notes))

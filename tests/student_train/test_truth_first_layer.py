@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 
+from student_train.losses.first_layer import attention_mse, looked_at
 from student_train.methods import create_method
 from teacher_cache.errors import CompatibilityError, KdcliError
 
@@ -30,7 +31,7 @@ def load(folder: Path) -> Any:
 class Said:
     """A whole model over a micro-batch, one padded forward: logits and hidden states of rows, and per sample its first layer."""
 
-    def __init__(self, model: Any, batch: Any, length: int):
+    def __init__(self, model: Any, batch: Any, length: int, text_kind: str = "text"):
         inputs = {name: one.double() if one.is_floating_point() else one for name, one in batch.inputs.items()}
         out = model(**inputs, use_cache=False, output_attentions=True, output_hidden_states=True)
         states = model.model(**inputs, use_cache=False).last_hidden_state.flatten(0, 1)
@@ -39,7 +40,7 @@ class Said:
         self.hidden = {kind: states[rows[kind]] for kind in ("response", "vision")}
         self.samples = []
         width = batch.inputs["input_ids"].shape[1]
-        text, vision = (rows[kind].split(list(batch.counts[kind])) for kind in ("text", "vision"))
+        text, vision = (rows[kind].split(list(batch.counts[kind])) for kind in (text_kind, "vision"))
         for number, (words, places) in enumerate(zip(text, vision)):
             words, places = words % width, places % width
             seen = words[words > places.min()] if len(places) else words[:0]
@@ -56,8 +57,8 @@ def kl(p: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
     return (p * (p / q).log()).sum(1).mean()
 
 
-def align_kd(teacher: Said, student: Said, maps: Any, top_k: int) -> dict[str, torch.Tensor]:
-    """Per term, the mean over samples with an image."""
+def align_kd(teacher: Said, student: Said, maps: Any, top_k: int, each: bool) -> dict[str, torch.Tensor]:
+    """Per term, the mean over samples with an image. each: heads one by one, else their means."""
     vis, focus, att = [], [], []
     for (their_maps, theirs), (our_maps, ours) in zip(teacher.samples, student.samples):
         if not len(theirs):
@@ -67,7 +68,8 @@ def align_kd(teacher: Said, student: Said, maps: Any, top_k: int) -> dict[str, t
         vis.append(((mapped - ours) ** 2).mean())
         best = stored.mean(0).sum(0).topk(top_k).indices
         focus.append(((mapped[best] - ours[best]) ** 2).mean())
-        att.append(((stored.mean(0) - our_maps.mean(0)) ** 2).mean())
+        difference = stored - our_maps if each else stored.mean(0) - our_maps.mean(0)
+        att.append((difference**2).mean())
     return {name: torch.stack(values).mean() for name, values in (("vis", vis), ("focus", focus), ("att", att))}
 
 
@@ -104,8 +106,12 @@ def one_step(open_stage: Open, rich_cache: Any) -> Callable[..., Any]:
 ALIGN = {
     "paper": {},
     "weights": {"alpha": 0.5, "beta": 2.0, "focus": 0.0, "gamma": 50.0, "temperature": 2.0},
+    "each head, response": {"gamma": 20.0, "heads": "each", "text": "response"},
     "focus": {"alpha": 0.0, "beta": 0.0, "focus": 3.0, "gamma": 0.0, "top_k": 5},
 }
+
+
+KIND_OF = {"all": "text", "response": "answer"}
 
 
 @pytest.mark.parametrize("case", ALIGN)
@@ -115,10 +121,10 @@ def test_align_kd(one_step: Any, tiny_teacher: Path, tiny_student: Path, teacher
     method: Any = create_method("align-kd", "paper", knobs)
     model, length = load(tiny_student), len(teacher_parts[0].tokenizer)
     with torch.no_grad():
-        teacher = Said(load(tiny_teacher), batch, length)
-    student = Said(model, batch, length)
+        teacher = Said(load(tiny_teacher), batch, length, KIND_OF[method.text])
+    student = Said(model, batch, length, KIND_OF[method.text])
     temperature = method.temperature
-    terms = align_kd(teacher, student, maps, method.top_k) | {
+    terms = align_kd(teacher, student, maps, method.top_k, method.heads == "each") | {
         "reg": -student_log_probs(model, batch)[torch.arange(len(batch.labels)), batch.labels].mean(),
         "res": kl((teacher.logits / temperature).softmax(1), (student.logits / temperature).softmax(1)),
     }
@@ -231,3 +237,14 @@ def test_other_grids_are_refused_before_the_first_step(
     student = conftest.build_folder(tmp_path / "small", text_width=32, vision_width=24, seed=3)
     with pytest.raises(CompatibilityError, match="vision grids differ"):
         open_stage(rich_cache(fields=FIELDS), method="align-kd", student=student, parts=("caption",))
+
+
+def test_losses_on_maps_alone() -> None:
+    """Other counts of heads are compared by their means only; an image behind all text costs nothing; equals stand in order."""
+    many, few = torch.rand(4, 3, 5), torch.rand(2, 3, 5)
+    assert float(attention_mse(many, few, "mean")) == pytest.approx(float(((many.mean(0) - few.mean(0)) ** 2).mean()))
+    with pytest.raises(CompatibilityError, match="stored with 4 heads, the student has 2: use --set heads=mean"):
+        attention_mse(many, few, "each")
+    assert float(attention_mse(many[:, :0], few[:, :0], "mean")) == 0.0
+    paid = torch.tensor([[[0.1, 0.3, 0.0, 0.3]], [[0.1, 0.1, 0.0, 0.1]]])
+    assert looked_at(paid, 3).tolist() == [1, 3, 0] and looked_at(paid, 9).tolist() == [1, 3, 0, 2]
