@@ -140,7 +140,7 @@ class RowForward(nn.Module):
             # The residual stream stays float32 under autocast; the head product, outside of it, must be in the compute dtype too.
             states = states.to(torch.get_autocast_dtype(states.device.type))
         assert pruning is None or not {"vision", *FIRST_LAYER} & set(kinds), "rows of vision tokens that may be removed"
-        found = {kind: states[rows(batch.rows[kind])] for kind in kinds if kind not in FIRST_LAYER}
+        found: dict[str, Any] = {kind: states[rows(batch.rows[kind])] for kind in kinds if kind not in FIRST_LAYER}
         if "features" in first:
             found["features"] = seen.hidden[0].flatten(0, 1)[batch.rows["vision"]]
         if "attention" in first:
@@ -179,7 +179,9 @@ class RowForward(nn.Module):
     def rows(self, hidden: dict[str, Any], batch: Batch, text: Sequence[TextTokens] = ()) -> StudentRows:
         """The student's side of a micro-batch; text: as the student reads it."""
         gram = cache(self.head_gram)  # one graph for all samples of the micro-batch
-        return StudentRows(hidden, batch.counts, self.head, batch.labels, gram, dict(self.maps.items()), text, hidden.get("attention"))
+        return StudentRows(
+            hidden, batch.counts, self.head, batch.labels, gram, dict(self.maps.items()), text, hidden.get("attention")
+        )
 
     def head_gram(self, vocabulary: int | None = None) -> torch.Tensor:
         """WᵀW float32 ``[D, D]`` over the vocabulary: with gradient where the head is trained, made once where it is frozen."""

@@ -42,6 +42,32 @@ def decoder_layer(model: Any, number: int) -> Any:
     return layers[number]
 
 
+def attention_layers(wants: frozenset[str]) -> dict[int, set[str]]:
+    """Layer → ``each`` and ``mean``, as fields want it of heads."""
+    asked: dict[int, set[str]] = {}
+    for want in wants:
+        if want.startswith("attention."):
+            layer, heads = want.removeprefix("attention.").split(":")
+            asked.setdefault(int(layer), set()).add(heads)
+    return asked
+
+
+def check_layers(wants: frozenset[str], config: Any, trust_remote_code: bool = False) -> None:
+    """What a capture would stop at after loading the weights, from the configuration alone: a layer that is not there, or whose
+    attention is computed in a way that is not known here."""
+    from transformers import AutoModelForImageTextToText
+
+    layers = {*attention_layers(wants), *([0] if "features.vision" in wants else [])}
+    if not layers:
+        return
+    with torch.device("meta"):
+        model = AutoModelForImageTextToText.from_config(config, trust_remote_code=trust_remote_code)
+    for number in sorted(layers):
+        layer = decoder_layer(model, number)
+        if number in attention_layers(wants):
+            check_attention(layer)
+
+
 @contextmanager
 def layer_inputs(model: Any, numbers: Sequence[int]) -> Iterator[LayerInput]:
     """Notes what these layers are called with, the last time inside the block."""

@@ -21,7 +21,7 @@ from teacher_cache.fingerprint import processor_fingerprint
 from teacher_cache.records import Prepared, TeacherOutput, TopK
 from teacher_cache.teachers.head import head_logits, topk_rows
 from teacher_cache.teachers.sampling import sample_batch
-from teacher_cache.teachers.text_vision import layer_inputs, text_vision_attention
+from teacher_cache.teachers.text_vision import attention_layers, layer_inputs, text_vision_attention
 
 HEAD_TOLERANCE, HALF_HEAD_TOLERANCE = 1e-3, 2e-2
 """Relative to the largest logit; half precision rounds the model's own logits."""
@@ -182,11 +182,7 @@ class TransformersTeacher:
 
         The latter two are on the CPU, one a sample.
         """
-        asked: dict[int, set[str]] = {}
-        for want in wants:
-            if want.startswith("attention."):
-                layer, heads = want.removeprefix("attention.").split(":")
-                asked.setdefault(int(layer), set()).add(heads)
+        asked = attention_layers(wants)
         with layer_inputs(self.model, sorted({*asked, *([0] if "features.vision" in wants else [])})) as seen:
             states = self.hidden(batch)
         attention = {
