@@ -827,11 +827,12 @@ def fidelity(
 
 
 @main.command()
-def methods() -> None:
-    """List the methods: what they need, which fields serve it, the paper."""
-    from pipelines.tables import method_table
+@json_option
+def methods(as_json: bool) -> None:
+    """List the methods: what they need, which fields serve it, the paper; and what is not offered, with the reason."""
+    from pipelines import method_table
 
-    click.echo(method_table())
+    click.echo(json.dumps(method_table.as_json()) if as_json else method_table.text())
 
 
 @main.command()

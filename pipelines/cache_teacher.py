@@ -28,6 +28,7 @@ from teacher_cache.shards.reader import ColumnReader
 from teacher_cache.shards.storage import Storage
 from teacher_cache.sources import DataSpec
 from teacher_cache.stored_rows import StoredPreparer, StoredRows
+from teacher_cache.teachers.text_vision import check_layers
 from teacher_cache.teachers.transformers import (
     TeacherSpec,
     TransformersTeacher,
@@ -95,6 +96,8 @@ def capture_fields(
     Args:
         loaded: the teacher's (processor, config). adoption: as ``adopted`` found it.
     """
+    wants = frozenset().union(*(one.wants for one in fields.values()))
+    check_layers(wants, loaded[1], request.teacher.trust_remote_code)
     storage, (preflight, taken) = Storage(request.out), adoption
     hashes, bound = describe(
         storage,

@@ -91,24 +91,3 @@ def _grid(words: Sequence[Sequence[tuple[str, float]]], view: View) -> list[str]
     for row, top in tops:
         lines[row] += top.ljust(width)
     return [line.rstrip() for line in lines]
-
-
-def method_table() -> str:
-    """Method, needs, fields that serve them, stages, paper."""
-    from student_train.methods import create_method, method_modules
-    from student_train.needs import served_by
-
-    body = []
-    for name, module in method_modules().items():
-        needs = sorted(create_method(name).needs())
-        served = [" or ".join(served_by(need)) for need in needs]
-        body.append(
-            [
-                name,
-                ", ".join(map(str, needs)) or "none",
-                "; ".join(served) or "samples alone",
-                module.STAGES,
-                module.PAPER,
-            ]
-        )
-    return table(["method", "needs", "served by", "stages", "paper"], body)

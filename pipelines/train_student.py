@@ -31,6 +31,8 @@ from teacher_cache.plan import content_hash, difference
 from teacher_cache.prepare import Limits, Preparer
 from teacher_cache.teachers.transformers import TeacherSpec, load_processor, weights_hash
 
+STATES = ("_hidden", "_features")
+"""Fields whose rows are as wide as the teacher."""
 PROBED = 512
 """Rows looked through for an image before the first step."""
 MAPS = "maps.safetensors"
@@ -264,7 +266,7 @@ def make_trainer(
 
 def learned_maps(cache: Cache, plan: StagePlan, model: Any) -> dict[str, torch.nn.Module]:
     """The method's maps between hidden states of the student and of the teacher whose fields serve it; none for most methods."""
-    widths = [cache.fields[name]["teacher"]["hidden_size"] for name in plan.served.names if name.endswith("_hidden")]
+    widths = [cache.fields[name]["teacher"]["hidden_size"] for name in plan.served.names if name.endswith(STATES)]
     return hook(plan.method, "maps")(model.config.get_text_config().hidden_size, widths[0]) or {} if widths else {}
 
 

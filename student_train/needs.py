@@ -21,9 +21,12 @@ WHATS = (
     "response_hidden",
     "vision_hidden",
     "text_vision_attention",
+    "vision_features",
     "self_teacher",
 )
-ROW_ALIGNED = frozenset({"vision_logits", "vision_relation", "vision_hidden", "text_vision_attention"})
+ROW_ALIGNED = frozenset(
+    {"vision_logits", "vision_relation", "vision_hidden", "text_vision_attention", "vision_features"}
+)
 """Needs that compare vision token i with vision token i, unless the method matches them (``alignment.py``)."""
 EXACT_CODECS = ("fp32", "bf16", "int8", "int4")
 """Codecs of hidden fields that give back hidden states, for every logit loss with the teacher's own head."""
@@ -36,7 +39,8 @@ class Need:
     Attributes:
         what: ``response_logits`` or ``vision_logits`` (distributions), ``vision_relation`` (Gram matrix of raw vision logits),
             ``vision_raw_logits`` (a matching cost, targets on matched rows), ``vision_text_affinity`` (cosines),
-            ``response_hidden`` or ``vision_hidden`` (hidden states themselves), ``text_vision_attention`` (first-layer maps), or
+            ``response_hidden`` or ``vision_hidden`` (hidden states themselves), ``text_vision_attention`` (first-layer maps),
+            ``vision_features`` (what the language model is given at vision tokens), or
             ``self_teacher`` (the student's own weights in a second pass: no field can hold a teacher that moves with the student).
         direction: ``forward`` (the teacher's mass weighs: KL(p_t‖p_s), cross-entropy) or ``reverse`` (the student's mass weighs: reverse
             and skewed KL, Jensen-Shannon).
@@ -104,7 +108,11 @@ def ways(need: Need, codecs: Mapping[str, str]) -> list[Way]:
     return found
 
 
-ONE_FIELD = {"vision_text_affinity": "affinity", "text_vision_attention": "attention"}
+ONE_FIELD = {
+    "vision_text_affinity": "affinity",
+    "text_vision_attention": "attention",
+    "vision_features": "vision_features",
+}
 """Needs that exactly one field serves."""
 TOPK_LOSS = {
     "forward": "top-k with an exact tail bucket: a lower bound of the KL",
@@ -140,6 +148,9 @@ def serve(needs: Iterable[Need], available: Mapping[str, Mapping[str, Any]], met
         used = {name for names in fields.values() for name in names}
         chosen = next((way for way in found if set(way.fields) <= used and not way.loss), found[0])
         fields[asked[0].what] = chosen.fields
+        layer = available["attention"].get("layer", 0) if chosen.fields == ("attention",) else 0
+        if layer:
+            notes.append(f"{asked[0]}: the teacher's is of its layer {layer}, the student's of its first")
         if chosen.loss:
             notes.append(f"{' and '.join(map(str, asked))} served by {' + '.join(chosen.fields)}: {chosen.loss}")
     return Served(fields, tuple(notes))

@@ -13,13 +13,14 @@ from torch import nn
 
 from student_train.compression import compressor_of, first_tokens, install, load_compressed, settle, with_grid
 from student_train.compressors import CompressorSpec
-from student_train.losses.terms import StudentRows
+from student_train.losses.terms import FIRST_LAYER, StudentRows
 from student_train.pruning import Descending, Pruning
 from student_train.pruning.forward import prune_vision
 from student_train.stream import TrainBatch
 from teacher_cache.batch import Batch, keep_vision
 from teacher_cache.errors import CompatibilityError, KdcliError
 from teacher_cache.records import TextTokens
+from teacher_cache.teachers.text_vision import layer_inputs, text_vision_attention
 
 MODULES = {
     "projector": ("multi_modal_projector", "connector", "merger", "image_newline"),
@@ -127,8 +128,10 @@ class RowForward(nn.Module):
         pruning: Pruning | Descending | None = None,
         images: Sequence[int] | None = None,
         generator: torch.Generator | None = None,
-    ) -> dict[str, torch.Tensor]:
+    ) -> dict[str, Any]:
         """Post-final-norm hidden states ``[R, D]`` by row kind, in the compute dtype.
+
+        Kinds of the first layer: ``features``, its input at the vision rows, and ``attention``, a list of one map a sample.
 
         Args:
             pruning: of vision tokens inside the language model (``student_train.pruning``), None: all stay.
@@ -136,12 +139,19 @@ class RowForward(nn.Module):
             generator: of random choices; None: the global one, which the trainer seeds by step.
         """
         self._expect(batch)
-        states, rows = self._states(batch, pruning, images, generator)
+        first = FIRST_LAYER & set(kinds)
+        with layer_inputs(self.model, [0] if first else []) as seen:
+            states, rows = self._states(batch, pruning, images, generator)
         if torch.is_autocast_enabled(states.device.type):
             # The residual stream stays float32 under autocast; the head product, outside of it, must be in the compute dtype too.
             states = states.to(torch.get_autocast_dtype(states.device.type))
-        assert pruning is None or "vision" not in kinds, "rows of vision tokens that may be removed"
-        return {kind: states[rows(batch.rows[kind])] for kind in kinds}
+        assert pruning is None or not {"vision", *FIRST_LAYER} & set(kinds), "rows of vision tokens that may be removed"
+        found: dict[str, Any] = {kind: states[rows(batch.rows[kind])] for kind in kinds if kind not in FIRST_LAYER}
+        if "features" in first:
+            found["features"] = seen.hidden[0].flatten(0, 1)[batch.rows["vision"]]
+        if "attention" in first:
+            found["attention"] = text_vision_attention(self.model, 0, seen, batch)
+        return found
 
     def _states(
         self,
@@ -176,10 +186,12 @@ class RowForward(nn.Module):
         if hasattr(self.projector, "keep") and "pixel_values" in batch.inputs:
             self.projector.keep = sum(batch.counts["vision"]) // len(batch.inputs["pixel_values"])
 
-    def rows(self, hidden: dict[str, torch.Tensor], batch: Batch, text: Sequence[TextTokens] = ()) -> StudentRows:
+    def rows(self, hidden: dict[str, Any], batch: Batch, text: Sequence[TextTokens] = ()) -> StudentRows:
         """The student's side of a micro-batch; text: as the student reads it."""
         gram = cache(self.head_gram)  # one graph for all samples of the micro-batch
-        return StudentRows(hidden, batch.counts, self.head, batch.labels, gram, dict(self.maps.items()), text)
+        return StudentRows(
+            hidden, batch.counts, self.head, batch.labels, gram, dict(self.maps.items()), text, hidden.get("attention")
+        )
 
     def head_gram(self, vocabulary: int | None = None) -> torch.Tensor:
         """WᵀW float32 ``[D, D]`` over the vocabulary: with gradient where the head is trained, made once where it is frozen."""

@@ -214,6 +214,7 @@ class TeacherView:
         text: text tokens of each sample as the teacher read them.
         matched: bool ``[R_vision]`` of the student, one a sample: rows that have a teacher row; None: all have (no matching).
         self_teacher: by row kind, what the student's own weights say in the gradient-free pass.
+        features: float32 ``[R_vision, D_t]`` that the teacher's language model is given, one a sample; None: not asked.
     """
 
     distributions: Mapping[str, Distribution]
@@ -226,6 +227,7 @@ class TeacherView:
     text: Sequence[TextTokens] = ()
     matched: Sequence[torch.Tensor] | None = None
     self_teacher: Mapping[str, Distribution] = field(default_factory=dict)
+    features: Sequence[torch.Tensor] | None = None
 
 
 class TeacherSignals:
@@ -279,7 +281,18 @@ class TeacherSignals:
         }
         affinities = self._one_a_sample("vision_text_affinity", "affinity", batch)
         attentions = self._one_a_sample("text_vision_attention", "attention", batch)
-        return TeacherView(distributions, relations, self.vocabulary, raw, affinities, hidden, attentions, batch.text)
+        features = self._one_a_sample("vision_features", "vision_features", batch)
+        return TeacherView(
+            distributions,
+            relations,
+            self.vocabulary,
+            raw,
+            affinities,
+            hidden,
+            attentions,
+            batch.text,
+            features=features,
+        )
 
     def _one_a_sample(self, need: str, name: str, batch: TrainBatch) -> list[torch.Tensor] | None:
         return [one.to(self.device) for one in batch.fields[name]] if need in self.served.fields else None

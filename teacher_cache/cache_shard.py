@@ -168,11 +168,11 @@ def skip_record(sample: Sample, skip: SkipRow) -> SkipRecord:
 
 
 def is_finite(output: TeacherOutput) -> bool:
-    """False where any hidden state, head, sample, attention or Gram entry is NaN or infinite (an empty tail, -inf, is no defect)."""
+    """False where anything that the teacher said is NaN or infinite (an empty tail, -inf, is no defect)."""
     heads = [column for head in output.topk.values() for column in (head.log_probs, head.log_z)]
     samples = [column for one in output.sampled.values() for column in (one.weights, one.entropy)]
     tensors = [*output.hidden.values(), *output.attention.values(), *heads, *samples]
-    tensors += [] if output.gram is None else [output.gram]
+    tensors += [one for one in (output.gram, output.features) if one is not None]
     return all(_all_finite(tensor) for tensor in tensors)
 
 

@@ -277,6 +277,7 @@ class TeacherOutput:
         sampled: ``vision`` and ``response`` samples.
         attention: by decoder layer, float32 ``[H, N, R_vision]``: probabilities that text tokens pay vision tokens; H = 1 where only
             their mean over heads was asked for.
+        features: ``[R_vision, D]``: what the language model is given at the vision tokens, in the teacher's dtype.
         gram: float32 ``[R_vision, R_vision]``: Y·Yᵀ of the raw vision logits Y.
         layout: of the row's images: which grids its vision rows lie on.
     """
@@ -287,3 +288,4 @@ class TeacherOutput:
     layout: tuple[ImageLayout, ...] = ()
     sampled: Mapping[str, Sampled] = field(default_factory=dict)
     attention: Mapping[int, torch.Tensor] = field(default_factory=dict)
+    features: torch.Tensor | None = None

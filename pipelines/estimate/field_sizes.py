@@ -206,7 +206,8 @@ def shapes_of(
     def empty(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         return torch.empty(shape, dtype=dtype, device=device)
 
-    hidden, topk, sampled, gram, attention = {}, {}, {}, None, {}
+    hidden, topk, sampled, attention = {}, {}, {}, {}
+    gram = features = None
     for want in wants:
         what, _, kind = want.partition(".")
         kind, _, number = kind.partition(":")
@@ -226,9 +227,11 @@ def shapes_of(
             sampled[kind] = Sampled(empty(rows, k, dtype=torch.int64), empty(rows, k), empty(rows))
         elif what == "gram":
             gram = empty(rows, rows)
+        elif what == "features":
+            features = empty(rows, width, dtype=torch.bfloat16)
         else:
             raise NotImplementedError(want)
-    return TeacherOutput(hidden=hidden, topk=topk, sampled=sampled, gram=gram, attention=attention)
+    return TeacherOutput(hidden=hidden, topk=topk, sampled=sampled, gram=gram, attention=attention, features=features)
 
 
 def calibration_files(one: Field, width: int, vocabulary: int, like: Cache | None) -> dict[str, int]:

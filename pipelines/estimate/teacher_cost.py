@@ -112,7 +112,9 @@ def tower_tokens(prepared: Prepared, config: Any) -> int:
 def head_rows(wants: frozenset[str], counts: RowCounts) -> int:
     """Rows whose logits the capture computes."""
     kinds = {
-        want.partition(".")[2].partition(":")[0] for want in wants if not want.startswith(("hidden.", "attention."))
+        want.partition(".")[2].partition(":")[0]
+        for want in wants
+        if not want.startswith(("hidden.", "attention.", "features."))
     }
     return sum(getattr(counts, kind) for kind in kinds)
 

@@ -83,7 +83,7 @@ def terms_for(needs: frozenset[Need]) -> list[str]:
         elif need.what == "vision_raw_logits":
             found += ["reverse KL, vision", "VSD"]
         else:
-            found.append({"vision_relation": "RDist", "vision_text_affinity": "VLAD"}[need.what])
+            found.append({"vision_relation": "RDist", "vision_text_affinity": "VLAD"}.get(need.what, ""))
     return [name for name in dict.fromkeys(found) if name in TERMS]
 
 

@@ -80,8 +80,8 @@ class StudentRows:
     attentions: Sequence[torch.Tensor] | None = None
 
     def of_sample(self, kind: str, number: int) -> torch.Tensor:
-        """Hidden states of one sample ``[R_i, D]``."""
-        counts = self.counts[kind]
+        """Hidden states of one sample ``[R_i, D]``; ``features``: what the language model is given at the vision rows."""
+        counts = self.counts["vision" if kind == "features" else kind]
         start = sum(counts[:number])
         return self.hidden[kind][start : start + counts[number]]
 
@@ -125,8 +125,23 @@ class SampleRows:
 
     def student_attention(self) -> torch.Tensor:
         """The student's, float32 ``[H_s, N_text, N]``, with gradient."""
-        assert self.student.attentions is not None, "RowForward was not asked for attentions"
+        assert self.student.attentions is not None, "the term did not ask for attention"
         return self.student.attentions[self.number][:, :, self.skip_first :]
+
+    def features(self) -> torch.Tensor:
+        """What the student's language model is given at its vision rows ``[N, D_s]``, with gradient."""
+        assert "features" in self.student.hidden, "the term did not ask for features"
+        return self.student.of_sample("features", self.number)[self.skip_first :]
+
+    def teacher_features(self) -> torch.Tensor:
+        """The teacher's, float32 ``[N, D_t]``."""
+        assert self.teacher.features is not None, "the method did not declare this need (vision_features)"
+        return self.teacher.features[self.number][self.skip_first :]
+
+    def maps(self, name: str) -> torch.nn.Module:
+        """A learned map of the method."""
+        assert self.student.maps is not None and name in self.student.maps, f"the method has no map {name}"
+        return self.student.maps[name]
 
     def matched(self) -> torch.Tensor:
         """bool ``[N]``: the vision rows that have a teacher row."""
@@ -181,14 +196,20 @@ class HiddenTerm:
 
 @dataclass(frozen=True)
 class SampleTerm:
-    """weight × mean over samples of ``loss(sample) -> scalar``; a sample counts where it has rows of every kind in ``rows``."""
+    """weight × mean over samples of ``loss(sample) -> scalar``; a sample counts where it has rows of every kind in ``rows``.
+
+    asks: of ``FIRST_LAYER``, what else the loss looks at.
+    """
 
     weight: float
     loss: Callable[[SampleRows], torch.Tensor]
     rows: tuple[str, ...] = ("vision",)
     skip_first: int = 0
+    asks: tuple[str, ...] = ()
 
 
+FIRST_LAYER = frozenset({"features", "attention"})
+"""Kinds that are no hidden states of the last layer: vision features, and what text tokens pay vision tokens."""
 Term = RowTerm | HiddenTerm | SampleTerm
 Terms = Mapping[str, Term]
 
@@ -197,5 +218,5 @@ def kinds_of(terms: Mapping[str, Any]) -> set[str]:
     """Row kinds that some term looks at: a plain SFT run never gathers vision rows."""
     kinds: set[str] = set()
     for term in terms.values():
-        kinds |= set(term.rows) if isinstance(term, SampleTerm) else {term.rows}
+        kinds |= {*term.rows, *term.asks} if isinstance(term, SampleTerm) else {term.rows}
     return kinds

@@ -28,7 +28,7 @@ class Field(Protocol):
         params: JSON-able, complete: with them ``create`` makes the same field again. Bound in ``field.json``.
         wants: what the teacher must compute: ``hidden.vision``, ``hidden.response``, ``hidden.text``, ``topk.vision:K``,
             ``topk.response:K``, ``gram.vision``, ``sampled.KIND:SAMPLER:SIZE:SEED``,
-            ``attention.LAYER:each`` or ``attention.LAYER:mean``.
+            ``attention.LAYER:each`` or ``attention.LAYER:mean``, ``features.vision``.
         calibrated: it needs a ``Calibration`` to encode or decode.
         temperatures: at which the stored distributions are valid; None: at all of them.
     """

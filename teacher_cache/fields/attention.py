@@ -4,8 +4,8 @@ Probabilities after the softmax over *all* keys that a text token sees, so a row
 tokens in the order of ``TextTokens``, vision tokens of all images one after the other; a text token before an image pays it exactly 0.
 
 Stored: one byte a probability on a logarithmic scale (``codecs.probabilities``), ``[H, N, R_vision]`` as differences (modulo 256) of
-neighbouring vision tokens, under zstd. Zeros cost next to nothing; the rest takes two thirds of a byte and so, times heads,
-``heads = "each"`` makes by far the largest field of a cache, and ``heads = "mean"`` a fraction 1/H of it.
+neighbouring vision tokens, under zstd. Zeros cost next to nothing, the rest two thirds of a byte: ``heads = "each"`` makes by far the
+largest field of a cache, ``heads = "mean"`` a fraction 1/H of it.
 """
 
 from __future__ import annotations

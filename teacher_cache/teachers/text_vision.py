@@ -25,11 +25,11 @@ class LayerInput:
     """What a decoder layer was called with: hidden states ``[B, T, D]``, cos and sin ``[B or 1, T, d]``; by layer number."""
 
     hidden: dict[int, torch.Tensor] = field(default_factory=dict)
-    positions: dict[int, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
+    positions: dict[int, Any] = field(default_factory=dict)
 
 
 def decoder_layer(model: Any, number: int) -> Any:
-    """A layer of the language model whose attention can be computed apart; errors by name where it cannot, or is not there."""
+    """A layer of the language model; errors by name where it is not there."""
     layers = getattr(getattr(model.model, "language_model", None), "layers", None)
     if layers is None:
         raise CompatibilityError(
@@ -39,8 +39,33 @@ def decoder_layer(model: Any, number: int) -> Any:
         raise KdcliError(
             f"attention of layer {number}: the model has layers 0 … {len(layers) - 1}; set layer among them"
         )
-    check_attention(layers[number])
     return layers[number]
+
+
+def attention_layers(wants: frozenset[str]) -> dict[int, set[str]]:
+    """Layer → ``each`` and ``mean``, as fields want it of heads."""
+    asked: dict[int, set[str]] = {}
+    for want in wants:
+        if want.startswith("attention."):
+            layer, heads = want.removeprefix("attention.").split(":")
+            asked.setdefault(int(layer), set()).add(heads)
+    return asked
+
+
+def check_layers(wants: frozenset[str], config: Any, trust_remote_code: bool = False) -> None:
+    """What a capture would stop at after loading the weights, from the configuration alone: a layer that is not there, or whose
+    attention is computed in a way that is not known here."""
+    from transformers import AutoModelForImageTextToText
+
+    layers = {*attention_layers(wants), *([0] if "features.vision" in wants else [])}
+    if not layers:
+        return
+    with torch.device("meta"):
+        model = AutoModelForImageTextToText.from_config(config, trust_remote_code=trust_remote_code)
+    for number in sorted(layers):
+        layer = decoder_layer(model, number)
+        if number in attention_layers(wants):
+            check_attention(layer)
 
 
 @contextmanager
@@ -58,7 +83,7 @@ def layer_inputs(model: Any, numbers: Sequence[int]) -> Iterator[LayerInput]:
 def _note(seen: LayerInput, number: int) -> Any:
     def hook(layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         seen.hidden[number] = args[0] if args else kwargs["hidden_states"]
-        seen.positions[number] = kwargs["position_embeddings"]
+        seen.positions[number] = kwargs.get("position_embeddings")
 
     return hook
 
@@ -68,6 +93,7 @@ def text_vision_attention(
 ) -> list[torch.Tensor]:
     """float32 ``[H, N, R]`` (``[1, N, R]``: the mean) of every sample, on the model's device; with gradient where it is on."""
     layer, length = decoder_layer(model, number), seen.hidden[number].shape[1]
+    check_attention(layer)
     found = []
     for b, (text, vision) in enumerate(zip(_places(batch, "text"), _places(batch, "vision"))):
         text, vision = text - b * length, vision - b * length

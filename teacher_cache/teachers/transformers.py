@@ -21,7 +21,7 @@ from teacher_cache.fingerprint import processor_fingerprint
 from teacher_cache.records import Prepared, TeacherOutput, TopK
 from teacher_cache.teachers.head import head_logits, topk_rows
 from teacher_cache.teachers.sampling import sample_batch
-from teacher_cache.teachers.text_vision import layer_inputs, text_vision_attention
+from teacher_cache.teachers.text_vision import attention_layers, layer_inputs, text_vision_attention
 
 HEAD_TOLERANCE, HALF_HEAD_TOLERANCE = 1e-3, 2e-2
 """Relative to the largest logit; half precision rounds the model's own logits."""
@@ -154,7 +154,7 @@ class TransformersTeacher:
     def __call__(self, prepared: Sequence[Prepared], wants: frozenset[str]) -> list[TeacherOutput]:
         """What the fields want of each row, on the CPU; NaN and infinity come back as they are."""
         batch = collate(prepared, self.pad_id).to(self.device)
-        states, attention = self._hidden_and_attention(batch, wants)
+        states, attention, features = self._hidden_and_first(batch, wants)
         names = {want.split(":")[0].split(".")[1] for want in wants if not want.startswith("attention.")}
         rows = {name: states[batch.rows[name]] for name in names}
         heads = self._heads(rows, batch, wants)
@@ -170,26 +170,29 @@ class TransformersTeacher:
                 layout=prepared[i].layout,
                 sampled={name: samples[name][i] for name in samples},
                 attention={layer: each[i] for layer, each in attention.items()},
+                features=features[i] if features is not None else None,
             )
             for i in range(len(prepared))
         ]
 
-    def _hidden_and_attention(
+    def _hidden_and_first(
         self, batch: Batch, wants: frozenset[str]
-    ) -> tuple[torch.Tensor, dict[int, list[torch.Tensor]]]:
-        """Hidden states, and by layer what text tokens pay vision tokens (on the CPU); the mean over heads where no field wants each."""
-        asked: dict[int, set[str]] = {}
-        for want in wants:
-            if want.startswith("attention."):
-                layer, heads = want.removeprefix("attention.").split(":")
-                asked.setdefault(int(layer), set()).add(heads)
-        with layer_inputs(self.model, sorted(asked)) as seen:
+    ) -> tuple[torch.Tensor, dict[int, list[torch.Tensor]], Sequence[torch.Tensor] | None]:
+        """Hidden states; by layer what text tokens pay vision tokens, the mean over heads where no field wants each; vision features.
+
+        The latter two are on the CPU, one a sample.
+        """
+        asked = attention_layers(wants)
+        with layer_inputs(self.model, sorted({*asked, *([0] if "features.vision" in wants else [])})) as seen:
             states = self.hidden(batch)
         attention = {
             layer: [one.cpu() for one in text_vision_attention(self.model, layer, seen, batch, heads == {"mean"})]
             for layer, heads in asked.items()
         }
-        return states, attention
+        features = None
+        if "features.vision" in wants:
+            features = seen.hidden[0].flatten(0, 1)[batch.rows["vision"]].cpu().split(list(batch.counts["vision"]))
+        return states, attention, features
 
     def _heads(self, rows: dict[str, torch.Tensor], batch: Batch, wants: frozenset[str]) -> dict[str, list[TopK]]:
         """Per row kind, the head of every sample; several fields of one kind share the largest k."""

@@ -48,6 +48,7 @@ PARAMS: dict[str, list[dict[str, Any]]] = {
     "response_sampled": SAMPLERS,
     "affinity": [{}, {"layout": "factored"}],
     "relation": [{}],
+    "vision_features": [{}, {"codec": "fp32"}, {"codec": "int8"}],
     "attention": [{}, {"heads": "mean", "layer": 3, "step": 0.2}],
 }
 HEADS = 2
@@ -77,7 +78,14 @@ def output(
     counts = {name: (len(one),) for name, one in hidden.items()}
     sampled = {name: one for name, (one,) in sample_batch(hidden, head, ["k"], counts, wants).items()}
     attention = attention_of(generator, HEADS, text, vision)
-    return TeacherOutput(hidden, topk, logits @ logits.T, sampled=sampled, attention={0: attention, 3: attention})
+    return TeacherOutput(
+        hidden,
+        topk,
+        logits @ logits.T,
+        sampled=sampled,
+        attention={0: attention, 3: attention},
+        features=hidden["vision"],
+    )
 
 
 def attention_of(generator: torch.Generator, heads: int, text: int, vision: int) -> torch.Tensor:
@@ -174,6 +182,8 @@ def test_unknown_fields_and_values_list_the_choices() -> None:
         create_field("vision_hidden", {"codec": "jpeg"})
     with pytest.raises(CacheError, match="version 7"):
         create_field("vision_hidden", {"codec": "bf16", "codec_version": 7})
+    with pytest.raises(CacheError, match="unknown codec 'sketch' of vision_features: choose from bf16"):
+        create_field("vision_features", {"codec": "sketch"})
 
 
 @settings(max_examples=50, deadline=None)

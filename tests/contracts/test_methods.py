@@ -27,8 +27,19 @@ MIXED = 31
 
 
 @pytest.fixture(scope="module")
+def full_cache(tmp_path_factory: pytest.TempPathFactory, make_request: Callable[..., Any]) -> Path:
+    """The rows of ``tiny_cache`` with every field that any method needs."""
+    from pipelines.cache_teacher import capture
+    from teacher_cache.fields import field_kinds
+
+    out = tmp_path_factory.mktemp("caches") / "full"
+    capture(make_request(out, fields=tuple(name for name in field_kinds() if not name.endswith("_sampled"))))
+    return out
+
+
+@pytest.fixture(scope="module")
 def open_method(
-    tiny_cache: Path, tiny_student: Path, tmp_path_factory: pytest.TempPathFactory
+    full_cache: Path, tiny_student: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Callable[..., tuple[Any, Any]]:
     """``open_method(name, preset, **train settings)`` → (trainer, micro-batches of one step over captions and chats)."""
     from pipelines.settings import Settings
@@ -37,7 +48,7 @@ def open_method(
     from student_train.student import load_student
 
     def open_(
-        name: str, preset: str, cache_url: Path = tiny_cache, knobs: dict[str, Any] | None = None, **changes: Any
+        name: str, preset: str, cache_url: Path = full_cache, knobs: dict[str, Any] | None = None, **changes: Any
     ) -> tuple[Any, Any]:
         given = {"per_device_train_batch_size": MIXED, "max_steps": 1, "report_to": "none", "seed": 1, **changes}
         train = TrainSettings(student=str(tiny_student), **given)
@@ -173,6 +184,7 @@ ATTRIBUTES = {
     "vision_raw_logits": "raw_vision",
     "vision_text_affinity": "affinities",
     "text_vision_attention": "attentions",
+    "vision_features": "features",
 }
 
 
@@ -272,8 +284,11 @@ def test_another_temperature_needs_hidden_states(
     assert all(need.temperature == 2.0 for need in create_method(name, preset, knobs).needs() if need.what in LOGITS)
     loss, _, _ = loss_and_gradients(*open_method(name, preset, knobs=knobs))
     assert math.isfinite(loss) and loss > 0
-    with pytest.raises(CompatibilityError, match=r"T=2.*temperature 1 only.*add-field"):
+    with pytest.raises(CompatibilityError, match="add-field"):
         open_method(name, preset, topk_cache, knobs=knobs)
+    topk = {f"{kind}_topk": {} for kind in ("response", "vision")}
+    with pytest.raises(CompatibilityError, match=r"T=2.*temperature 1 only.*add-field"):
+        serve([need for need in create_method(name, preset, knobs).needs() if need.what in LOGITS], topk, name, "there")
 
 
 @each_method

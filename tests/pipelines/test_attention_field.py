@@ -82,3 +82,22 @@ def test_plan_knows_its_size(world: Any, tiny_teacher: Path, captured: Path) -> 
     body = json.loads(run("plan", *flags, "--json").splitlines()[-1])
     column = next(one for one in body["columns"] if one["name"] == "fields/attention")
     assert column["bytes"] > 10_000
+
+
+def test_layers_are_refused_before_the_weights_are_loaded(
+    make_request: Any, tiny_teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from dataclasses import replace
+
+    from pipelines.cache_teacher import capture
+    from teacher_cache.errors import CompatibilityError, KdcliError
+    from teacher_cache.teachers import attention, transformers
+
+    monkeypatch.setattr(transformers.TransformersTeacher, "__init__", lambda *arguments: pytest.fail("weights loaded"))
+    request = make_request(tmp_path / "out", fields=FIELDS)
+    far = replace(request, field_params={**request.field_params, "attention": {"layer": 2}})
+    with pytest.raises(KdcliError, match="attention of layer 2: the model has layers 0 … 1"):
+        capture(far)
+    monkeypatch.setattr(attention, "KNOWN_ATTENTION", ("LlamaAttention",))
+    with pytest.raises(CompatibilityError, match="Qwen2Attention"):
+        capture(request)

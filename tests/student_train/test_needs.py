@@ -54,3 +54,9 @@ def test_two_temperatures_need_hidden_states() -> None:
 def test_what_needs_hidden_states_themselves_is_not_served_by_a_head() -> None:
     with pytest.raises(CompatibilityError, match="cache add-field C --field vision_hidden"):
         serve([Need("vision_raw_logits")], {"vision_topk": {"k": 8}}, "m", "C")
+
+
+def test_attention_of_another_layer_is_said() -> None:
+    served = serve([Need("text_vision_attention")], {"attention": {"layer": 3}}, "align-kd", "there")
+    assert served.names == ["attention"] and "of its layer 3" in " ".join(served.notes)
+    assert not serve([Need("text_vision_attention")], {"attention": {"layer": 0}}, "align-kd", "there").notes

@@ -265,3 +265,13 @@ def test_the_command_line(
     assert result.exit_code == 1 and body["go"] is False and "add-field" in " ".join(body["reasons"])
     result = CliRunner().invoke(cli.main, [*words, "--rows", "2"])
     assert result.exit_code == 1 and "--rows must be at least 12" in result.output
+
+
+def test_methods_whose_needs_no_measured_term_stands_for(ask: Ask, tmp_path: Path) -> None:
+    """Hidden states and first-layer attention are served or named as missing; only their logits are measured on the ladder."""
+    fields = {"fields": ("response_hidden", "vision_features", "attention"), "shards": 4}
+    request = ask(tmp_path / "out", capture=fields, methods=("align-kd", "llavadi", "em-kd"), rows=12)
+    found = {one["method"]: one for one in preflight(request)["methods"]}
+    assert not found["align-kd"]["reasons"] and not found["llavadi"]["reasons"]
+    assert found["align-kd"]["served"]["text_vision_attention"] == ["attention"] and found["align-kd"]["step"]
+    assert "add-field" in " ".join(found["em-kd"]["reasons"])

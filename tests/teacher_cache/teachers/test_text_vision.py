@@ -58,13 +58,16 @@ def test_the_teacher_against_eager_attention(
     monkeypatch.setattr(text_vision, "CHUNK_BYTES", chunk_bytes)
     assert teacher_model.config._attn_implementation == "sdpa"
     teacher = TransformersTeacher.wrap(teacher_model, teacher_parts[0])
-    outputs = teacher(rows, frozenset({"attention.0:each", "attention.1:mean", "hidden.vision"}))
+    outputs = teacher(rows, frozenset({"attention.0:each", "attention.1:mean", "features.vision"}))
     for one, said in zip(rows, outputs):
         each, mean = truth(eager, one, 0), truth(eager, one, 1).mean(dim=0, keepdim=True)
         assert said.attention[0].shape == (2, len(one.text_positions), len(one.vision_positions))
         torch.testing.assert_close(said.attention[0], each, atol=2e-6, rtol=1e-4)
         torch.testing.assert_close(said.attention[1], mean, atol=2e-6, rtol=1e-4)
+        assert said.features is not None and said.features.shape == (len(one.vision_positions), 48)
         if len(one.vision_positions):
+            pictures = eager.model.get_image_features(one.pixels["pixel_values"]).pooler_output
+            torch.testing.assert_close(said.features, torch.cat(list(pictures)), atol=1e-5, rtol=1e-4)
             before = one.text_positions < one.vision_positions.min()
             assert before.any() and (said.attention[0][:, before] == 0).all()
             assert 0 < float(said.attention[0].sum(dim=2).max()) <= 1 + 1e-6

@@ -1,0 +1,85 @@
+"""LLaVADI (arXiv 2407.19409): hidden states of the last layer and logits, the two alignments that its study finds to matter.
+
+reg + α·T²·KL(p_t ‖ p_s) + β·distance of the teacher's last hidden states and the student's, taken into the teacher's width by a learned
+map; on response rows, vision rows by choice. Its affinity losses, which it finds to add nothing, are not here.
+
+Otherwise than the released code: that takes the answer tokens themselves, here the shifted rows that predict them, as everywhere; and its
+means are over the rows of a sample first, here over all rows of the step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from student_train.losses.divergences import cross_entropy, forward_kl
+from student_train.losses.embedding import cosine_distance, squared_distance
+from student_train.losses.terms import HiddenRows, HiddenTerm, RowTerm, Term, Terms
+from student_train.needs import Need
+from teacher_cache.errors import KdcliError
+
+NAME = "llavadi"
+PAPER = "LLaVADI, arXiv 2407.19409"
+STAGES = "PT,DFT"
+DISTANCES = {"mse": squared_distance, "cosine": cosine_distance}
+MAPS = ("mlp", "linear")
+
+
+@dataclass(frozen=True)
+class LLaVADI:
+    """alpha, beta, vision: weights of the KL, of hidden states at response rows and at vision rows (0 leaves a term out).
+
+    distance: ``mse`` (mean over dimensions) or ``cosine`` (1 − cos). map: ``mlp`` (linear, GELU, linear) or ``linear``, from the
+    student's width to the teacher's; one for both kinds of rows. temperature: of the KL, which is multiplied by its square.
+    """
+
+    alpha: float = 1.0
+    beta: float = 1.0
+    vision: float = 0.0
+    distance: str = "mse"
+    map: str = "mlp"
+    temperature: float = 1.0
+
+    def __post_init__(self) -> None:
+        for knob, choices in (("distance", tuple(DISTANCES)), ("map", MAPS)):
+            if getattr(self, knob) not in choices:
+                raise KdcliError(f"llavadi: {knob} must be {' or '.join(choices)}, got {getattr(self, knob)!r}")
+        if min(self.alpha, self.beta, self.vision) < 0 or not self.temperature > 0:
+            raise KdcliError("llavadi: alpha, beta and vision must be at least 0 and temperature above 0")
+
+    def needs(self) -> frozenset[Need]:
+        weights = {
+            Need("response_logits", temperature=self.temperature): self.alpha,
+            Need("response_hidden"): self.beta,
+            Need("vision_hidden"): self.vision,
+        }
+        return frozenset(need for need, weight in weights.items() if weight)
+
+    def maps(self, student_width: int, teacher_width: int) -> Mapping[str, nn.Module]:
+        if not self.beta + self.vision:
+            return {}
+        widen = nn.Linear(student_width, teacher_width)
+        if self.map == "linear":
+            return {"hidden": widen}
+        return {"hidden": nn.Sequential(widen, nn.GELU(), nn.Linear(teacher_width, teacher_width))}
+
+    def terms(self) -> Terms:
+        def kl(rows):
+            return forward_kl(rows.need_teacher(), rows.logits, self.temperature)
+
+        def embedding(rows: HiddenRows) -> torch.Tensor:
+            return DISTANCES[self.distance](rows.teacher, rows.maps["hidden"](rows.student))
+
+        every: dict[str, Term] = {
+            "reg": RowTerm(1.0, "response", lambda rows: cross_entropy(rows.logits, rows.need_labels())),
+            "res": RowTerm(self.alpha * self.temperature**2, "response", kl),
+            "emb": HiddenTerm(self.beta, "response", embedding),
+            "emb_vis": HiddenTerm(self.vision, "vision", embedding),
+        }
+        return {name: term for name, term in every.items() if term.weight}
+
+
+PRESETS = {"paper": LLaVADI(), "code": LLaVADI(alpha=5.0, beta=5.0)}
