@@ -1,4 +1,9 @@
-"""``kdcli eval``: greedy answers to the questions of a held-out file, exact match by family."""
+"""``kdcli eval``: greedy answers to the questions of a held-out file, exact match by family; and how likely the expected answers are.
+
+``nll`` is the mean negative log-likelihood of the expected answer's tokens in nats, teacher-forced on the row as training renders it, the
+end-of-turn token included: over the tokens of a family, then the mean of families. It moves with every step, where exact match waits
+for an answer to flip.
+"""
 
 from __future__ import annotations
 
@@ -10,13 +15,17 @@ from typing import Any
 
 import torch
 
+from student_train.losses.divergences import cross_entropy
 from student_train.pruning import Pruning, operator_modules
+from student_train.student import RowForward, load_student, open_student
+from teacher_cache.batch import collate
 from teacher_cache.cache_shard import skip_record
 from teacher_cache.errors import DataError, KdcliError, SkipRow
-from teacher_cache.prepare import PLACEHOLDER, content
-from teacher_cache.records import Sample, SkipRecord
+from teacher_cache.prepare import PLACEHOLDER, Limits, Preparer, content
+from teacher_cache.records import Prepared, Sample, SkipRecord
 from teacher_cache.rows import check_sample, decode_image
 from teacher_cache.sources import DataSpec, open_source
+from teacher_cache.teachers.head import CHUNK_BYTES, chunk_rows, head_logits
 
 MAX_NEW_TOKENS = 32
 
@@ -37,12 +46,19 @@ class Compression:
 
 @dataclass(frozen=True)
 class Answer:
-    """One scored question. family: the row's ``family`` column, or its part."""
+    """One scored question.
+
+    Attributes:
+        family: the row's ``family`` column, or its part.
+        nats: negative log-likelihood of all ``tokens`` of the expected answer; 0 tokens where training could not render the row.
+    """
 
     family: str
     question: str
     expected: str
     given: str
+    nats: float = 0.0
+    tokens: int = 0
 
     @property
     def correct(self) -> bool:
@@ -101,6 +117,49 @@ def answer(
     return tokenizer.batch_decode(generated[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
 
 
+@torch.inference_mode()
+def answer_nats(
+    student: RowForward,
+    preparer: Preparer,
+    questions: Sequence[Sample],
+    spec: DataSpec,
+    compression: Compression | None = None,
+) -> list[tuple[float, int]]:
+    """(nats, tokens) of each row's expected last answer; (0, 0) for a row that training could not render either."""
+    prepared: list[Prepared | None] = []
+    for row in questions:
+        try:
+            prepared.append(preparer.prepare(row, spec.template, spec.max_image_pixels))
+        except SkipRow:
+            prepared.append(None)
+    usable = [one for one in prepared if one is not None]
+    if not usable:
+        return [(0.0, 0)] * len(questions)
+    batch = collate(usable, preparer.tokenizer.pad_token_id or 0).to(student.head.device)
+    if compression:
+        # As when it answers: the last prompt token ranks, and every image keeps as many tokens.
+        asking = torch.stack([one.response_rows[_last_turn(one)][0] for one in usable])
+        images = [len(one.layout) for one in usable]
+        how = {"query_at": asking, "images": images, "generator": compression.generator}
+        hidden = student(batch, ["response"], compression.pruning, how)["response"]
+    else:
+        hidden = student(batch, ["response"])["response"]
+    rows = chunk_rows(student.head, CHUNK_BYTES)
+    values = [
+        cross_entropy(head_logits(states, student.head), labels)
+        for states, labels in zip(hidden.split(rows), batch.labels.split(rows))
+    ]
+    each = torch.cat(values).double().cpu().split(list(batch.counts["response"]))
+    own = iter([nats[_last_turn(one)] for one, nats in zip(usable, each)])
+    return [(0.0, 0) if one is None else (float((nats := next(own)).sum()), len(nats)) for one in prepared]
+
+
+def _last_turn(prepared: Prepared) -> torch.Tensor:
+    """bool ``[response rows]``: those of the last answer; earlier answers are context."""
+    turns = prepared.text.turn[prepared.text.response]
+    return turns == turns[-1]
+
+
 def evaluate(
     model: Any,
     processor: Any,
@@ -109,12 +168,14 @@ def evaluate(
     advance: Callable[[int], None] = lambda rows: None,
     pruning: Pruning | None = None,
 ) -> dict[str, Any]:
-    """``{"exact_match": mean over rows, "families": {name: {"n", "exact_match"}}, "skipped": {...}, "answers": [Answer]}``.
+    """``score`` of the answers, and ``"skipped": {reason: rows}``, ``"answers": [Answer]``.
 
     With ``pruning``, vision tokens are removed inside the language model while it answers, and ``"compression"`` says how.
     """
     model.eval()
-    compression = Compression(pruning, torch.Generator().manual_seed(0)) if pruning else None
+    student, preparer = RowForward(model), Preparer(processor, model.config, Limits(max_length=1 << 60))
+    # A generator each: what is kept must not depend on what else is measured.
+    compression, forced = (Compression(pruning, torch.Generator().manual_seed(0)) if pruning else None for _ in range(2))
     rows = list(read_questions(spec))
     questions: list[Sample] = []
     skipped: dict[str, int] = defaultdict(int)
@@ -131,30 +192,49 @@ def evaluate(
     answers: list[Answer] = []
     for start in range(0, len(questions), batch_size):
         batch = questions[start : start + batch_size]
-        given_answers = answer(model, processor, batch, max_image_pixels=spec.max_image_pixels, compression=compression)
-        for row, given in zip(batch, given_answers):
+        said = answer(model, processor, batch, max_image_pixels=spec.max_image_pixels, compression=compression)
+        for row, given, (nats, tokens) in zip(batch, said, answer_nats(student, preparer, batch, spec, forced)):
             family = str(row.extra.get("family", row.part))
-            answers.append(Answer(family, row.turns[-2].text, row.turns[-1].text, given))
+            answers.append(Answer(family, row.turns[-2].text, row.turns[-1].text, given, nats, tokens))
         advance(len(batch))
     how = {"compression": asdict(pruning)} if pruning else {}
     return {**score(answers), **how, "skipped": dict(skipped), "answers": answers}
 
 
 def score(answers: Sequence[Answer]) -> dict[str, Any]:
-    """Exact match over all rows, over families (each counts the same), and by family."""
-    by_family: dict[str, list[bool]] = defaultdict(list)
+    """Exact match over all rows, over families (each counts the same), and by family; ``nll`` in the same three ways.
+
+    Returns:
+        ``{"n", "exact_match", "family_mean", "nll", "nll_family_mean", "families": {name: {"n", "exact_match", "tokens", "nll"}}}``;
+        ``nll`` is None where no answer token was scored.
+    """
+    by_family: dict[str, list[Answer]] = defaultdict(list)
     for one in answers:
-        by_family[one.family].append(one.correct)
-    families = {
-        name: {"n": len(hits), "exact_match": sum(hits) / len(hits)} for name, hits in sorted(by_family.items())
+        by_family[one.family].append(one)
+    families = {name: _tally(members) for name, members in sorted(by_family.items())}
+    every = _tally(answers)
+    return {
+        "n": every["n"],
+        "exact_match": every["exact_match"],
+        "family_mean": _mean([one["exact_match"] for one in families.values()]) or 0.0,
+        "nll": every["nll"],
+        "nll_family_mean": _mean([one["nll"] for one in families.values() if one["nll"] is not None]),
+        "families": families,
     }
-    means = [one["exact_match"] for one in families.values()]
+
+
+def _tally(answers: Sequence[Answer]) -> dict[str, Any]:
+    tokens = sum(one.tokens for one in answers)
     return {
         "n": len(answers),
         "exact_match": sum(one.correct for one in answers) / max(1, len(answers)),
-        "family_mean": sum(means) / max(1, len(means)),
-        "families": families,
+        "tokens": tokens,
+        "nll": sum(one.nats for one in answers) / tokens if tokens else None,
     }
+
+
+def _mean(values: Sequence[float]) -> float | None:
+    return sum(values) / len(values) if values else None
 
 
 def pruning_of(compress: str | None, keep: int | None, layer: int | None) -> Pruning | None:
@@ -183,8 +263,6 @@ def evaluate_folder(
         compress: operator that removes vision tokens inside the language model, from layer ``compress_layer`` (2) on, down to
             ``keep`` tokens an image.
     """
-    from student_train.student import load_student, open_student
-
     pruning = pruning_of(compress, keep, compress_layer)
     if pruning:
         pruning.check(open_student(model_id)[1])

@@ -121,16 +121,21 @@ class RowForward(nn.Module):
         return self.model.get_output_embeddings().weight
 
     def forward(
-        self, batch: Batch, kinds: Sequence[str], pruning: Pruning | Descending | None = None
+        self,
+        batch: Batch,
+        kinds: Sequence[str],
+        pruning: Pruning | Descending | None = None,
+        how: Mapping[str, Any] | None = None,
     ) -> dict[str, torch.Tensor]:
         """Post-final-norm hidden states ``[R, D]`` by row kind, in the compute dtype.
 
         Args:
             pruning: of vision tokens inside the language model (``student_train.pruning``), None: all stay. Random choices are the
                 global generator's, which the trainer seeds by step.
+            how: further keywords of ``prune_vision``, where not as training has them.
         """
         self._expect(batch)
-        states, rows = self._states(batch, pruning)
+        states, rows = self._states(batch, pruning, how or {})
         if torch.is_autocast_enabled(states.device.type):
             # The residual stream stays float32 under autocast; the head product, outside of it, must be in the compute dtype too.
             states = states.to(torch.get_autocast_dtype(states.device.type))
@@ -138,13 +143,13 @@ class RowForward(nn.Module):
         return {kind: states[rows(batch.rows[kind])] for kind in kinds}
 
     def _states(
-        self, batch: Batch, pruning: Pruning | Descending | None
+        self, batch: Batch, pruning: Pruning | Descending | None, how: Mapping[str, Any]
     ) -> tuple[torch.Tensor, Callable[[torch.Tensor], torch.Tensor]]:
         """(hidden states ``[rows, D]``, what turns rows of the batch into rows of them)"""
         if pruning is None:
             return self.model.model(**batch.inputs, use_cache=False).last_hidden_state.flatten(0, 1), lambda rows: rows
         layers = self.model.config.get_text_config().num_hidden_layers
-        with prune_vision(self.model, pruning.at(layers), asking_rows(batch)) as pruned:
+        with prune_vision(self.model, pruning.at(layers), **{"query_at": asking_rows(batch), **how}) as pruned:
             states = self.model.model(**batch.inputs, use_cache=False).last_hidden_state
         return states.flatten(0, 1), pruned.rows
 

@@ -71,6 +71,20 @@ def own_answers(student: tuple[Any, Any], images: Path) -> list[str]:
     return [greedy(student, f"<|user|>{text}<|end|><|assistant|>", opened[:count]) for _, text, count in QUESTIONS]
 
 
+@torch.inference_mode()
+def answer_tokens(student: tuple[Any, Any], prompt: str, answer: str, pictures: list[PIL.Image.Image]) -> list[float]:
+    """Nats of each token of ``answer`` and its end of turn, from one forward over the whole text: no batch, no label mask."""
+    model, processor = student
+    whole, asked = (
+        processor(text=[t], images=pictures or None, return_tensors="pt") for t in (f"{prompt}{answer}<|end|>", prompt)
+    )
+    ids = whole.pop("input_ids")
+    whole.pop("attention_mask")
+    log_probs = model.eval()(input_ids=ids, **whole).logits[0].double().log_softmax(-1)
+    first = asked["input_ids"].shape[1]
+    return [float(-log_probs[at - 1, ids[0, at]]) for at in range(first, ids.shape[1])]
+
+
 def write(folder: Path, rows: list[dict[str, Any]], images: Path) -> DataSpec:
     (folder / "heldout.json").write_text(json.dumps(rows))
     return DataSpec("heldout", str(folder / "heldout.json"), image_root=str(images))
@@ -94,10 +108,10 @@ def test_greedy_answers_score_exactly(
     result = evaluate(*student, write(tmp_path, rows, images))
     assert [one.given for one in result["answers"]] == own_answers
     assert result["n"] == 5 and result["exact_match"] == 3 / 5
-    assert result["families"] == {
-        "pair": {"n": 1, "exact_match": 0.0},
-        "shape": {"n": 2, "exact_match": 1.0},
-        "text": {"n": 2, "exact_match": 0.5},
+    assert {name: (one["n"], one["exact_match"]) for name, one in result["families"].items()} == {
+        "pair": (1, 0.0),
+        "shape": (2, 1.0),
+        "text": (2, 0.5),
     }
     assert result["family_mean"] == pytest.approx(0.5) and result["skipped"] == {}
 
@@ -125,6 +139,42 @@ def test_earlier_turns_are_context_and_the_last_is_asked(
     (answer,) = result["answers"]
     assert (answer.question, answer.expected) == ("how many", "three")
     assert answer.given == greedy(student, prompt, opened)
+
+
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_nll_is_that_of_the_expected_answers(
+    student: tuple[Any, Any], images: Path, tmp_path: Path, batch_size: int
+) -> None:
+    """Families of unequal token counts: over the tokens of each, then the mean of families; the end of turn is a token of the answer."""
+    answers = ["a red circle on the left side", "blue", "three", "m", "the second of the two"]
+    rows = [row(*question, answer) for question, answer in zip(QUESTIONS, answers)]
+    result = evaluate(*student, write(tmp_path, rows, images), batch_size)
+    opened = [PIL.Image.open(images / f"{number}.png").convert("RGB") for number in range(3)]
+    nats: dict[str, list[float]] = {}
+    for (family, text, count), answer, one in zip(QUESTIONS, answers, result["answers"]):
+        own = answer_tokens(student, f"<|user|>{text}<|end|><|assistant|>", answer, opened[:count])
+        assert one.tokens == len(own) and one.nats == pytest.approx(sum(own), rel=1e-5)
+        nats.setdefault(family, []).extend(own)
+    means = {family: sum(own) / len(own) for family, own in nats.items()}
+    assert {name: one["nll"] for name, one in result["families"].items()} == pytest.approx(means, rel=1e-5)
+    assert result["nll_family_mean"] == pytest.approx(sum(means.values()) / 3, rel=1e-5)
+    every = [value for own in nats.values() for value in own]
+    assert result["nll"] == pytest.approx(sum(every) / len(every), rel=1e-5)
+
+
+def test_nll_is_of_the_last_answer_and_skips_what_training_cannot_render(
+    student: tuple[Any, Any], images: Path, tmp_path: Path
+) -> None:
+    talk = row("talk", "<image>\nwhat is it", 1, "a circle")
+    talk["conversations"] += [{"from": "human", "value": "how many"}, {"from": "gpt", "value": "three"}]
+    reserved = row("odd", "say <|end|>", 0, "three")
+    result = evaluate(*student, write(tmp_path, [reserved, talk], images))
+    prompt = "<|user|><image>\nwhat is it<|end|><|assistant|>a circle<|end|><|user|>how many<|end|><|assistant|>"
+    own = answer_tokens(student, prompt, "three", [PIL.Image.open(images / "0.png").convert("RGB")])
+    odd, last = result["answers"]
+    assert (odd.tokens, last.tokens) == (0, len(own)) and last.nats == pytest.approx(sum(own), rel=1e-5)
+    assert result["families"]["odd"]["nll"] is None
+    assert result["nll_family_mean"] == result["nll"] == pytest.approx(sum(own) / len(own), rel=1e-5)
 
 
 def test_rows_that_cannot_be_scored_are_counted_by_reason(
