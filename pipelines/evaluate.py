@@ -175,7 +175,9 @@ def evaluate(
     model.eval()
     student, preparer = RowForward(model), Preparer(processor, model.config, Limits(max_length=1 << 60))
     # A generator each: what is kept must not depend on what else is measured.
-    compression, forced = (Compression(pruning, torch.Generator().manual_seed(0)) if pruning else None for _ in range(2))
+    compression, forced = (
+        Compression(pruning, torch.Generator().manual_seed(0)) if pruning else None for _ in range(2)
+    )
     rows = list(read_questions(spec))
     questions: list[Sample] = []
     skipped: dict[str, int] = defaultdict(int)
