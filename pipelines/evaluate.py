@@ -136,24 +136,28 @@ def answer_nats(
     if not usable:
         return [(0.0, 0)] * len(questions)
     batch = collate(usable, preparer.tokenizer.pad_token_id or 0).to(student.head.device)
-    images = [len(one.layout) for one in usable]
-    how = (compression.pruning, images, compression.generator) if compression else ()
-    hidden = student(batch, ["response"], *how)["response"]
+    if compression:
+        # As when it answers: the last prompt token ranks, and every image keeps as many tokens.
+        asking = torch.stack([one.response_rows[_last_turn(one)][0] for one in usable])
+        images = [len(one.layout) for one in usable]
+        how = {"query_at": asking, "images": images, "generator": compression.generator}
+        hidden = student(batch, ["response"], compression.pruning, how)["response"]
+    else:
+        hidden = student(batch, ["response"])["response"]
     rows = chunk_rows(student.head, CHUNK_BYTES)
     values = [
         cross_entropy(head_logits(states, student.head), labels)
         for states, labels in zip(hidden.split(rows), batch.labels.split(rows))
     ]
     each = torch.cat(values).double().cpu().split(list(batch.counts["response"]))
-    found = iter([_last_answer(one, nats) for one, nats in zip(usable, each)])
-    return [(0.0, 0) if one is None else next(found) for one in prepared]
+    own = iter([nats[_last_turn(one)] for one, nats in zip(usable, each)])
+    return [(0.0, 0) if one is None else (float((nats := next(own)).sum()), len(nats)) for one in prepared]
 
 
-def _last_answer(prepared: Prepared, nats: torch.Tensor) -> tuple[float, int]:
-    """Sum and count over the tokens of the last answer alone: earlier answers are context."""
+def _last_turn(prepared: Prepared) -> torch.Tensor:
+    """bool ``[response rows]``: those of the last answer; earlier answers are context."""
     turns = prepared.text.turn[prepared.text.response]
-    own = nats[turns == turns[-1]]
-    return float(own.sum()), len(own)
+    return turns == turns[-1]
 
 
 def evaluate(
@@ -169,8 +173,11 @@ def evaluate(
     With ``pruning``, vision tokens are removed inside the language model while it answers, and ``"compression"`` says how.
     """
     model.eval()
-    compression = Compression(pruning, torch.Generator().manual_seed(0)) if pruning else None
     student, preparer = RowForward(model), Preparer(processor, model.config, Limits(max_length=1 << 60))
+    # A generator each: what is kept must not depend on what else is measured.
+    compression, forced = (
+        Compression(pruning, torch.Generator().manual_seed(0)) if pruning else None for _ in range(2)
+    )
     rows = list(read_questions(spec))
     questions: list[Sample] = []
     skipped: dict[str, int] = defaultdict(int)
@@ -188,8 +195,7 @@ def evaluate(
     for start in range(0, len(questions), batch_size):
         batch = questions[start : start + batch_size]
         said = answer(model, processor, batch, max_image_pixels=spec.max_image_pixels, compression=compression)
-        nats_and_tokens = answer_nats(student, preparer, batch, spec, compression)
-        for row, given, (nats, tokens) in zip(batch, said, nats_and_tokens):
+        for row, given, (nats, tokens) in zip(batch, said, answer_nats(student, preparer, batch, spec, forced)):
             family = str(row.extra.get("family", row.part))
             answers.append(Answer(family, row.turns[-2].text, row.turns[-1].text, given, nats, tokens))
         advance(len(batch))

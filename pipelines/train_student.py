@@ -66,12 +66,7 @@ def train(
         raise KdcliError("no student: give --student MODEL, or `student = …` under [train] in kd.toml")
     cache = Cache(cache_url)
     plans = plan_stages(cache, method, settings, stages, preset, knobs)
-    spec = TeacherSpec(train_settings.student)
-    processor, config = load_processor(spec)
-    for plan in plans:
-        hook(plan.method, "check_student")(config)
-    plans = settle_compressor(plans, train_settings.student)
-    notes = check_vocabulary(cache, plans, processor)
+    plans, notes = settle(cache, plans, train_settings.student)
     output = Path(train_settings.output_dir)
     processes = distributed.start()
     if processes.is_main:
@@ -85,6 +80,15 @@ def train(
         model_id = results[-1]["model"]
     distributed.stop()
     return {"output": str(output), "model": model_id, "stages": results}
+
+
+def settle(cache: Cache, plans: list[StagePlan], student: str) -> tuple[list[StagePlan], list[str]]:
+    """The plans as this student can have them, and notes for the user; refuses a student that cannot, before its weights are read."""
+    processor, config = load_processor(TeacherSpec(student))
+    for plan in plans:
+        hook(plan.method, "check_student")(config)
+    plans = settle_compressor(plans, student)
+    return plans, check_vocabulary(cache, plans, processor)
 
 
 def write_run_card(output: Path, cache: Cache, plans: list[StagePlan]) -> None:

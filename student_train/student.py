@@ -126,22 +126,21 @@ class RowForward(nn.Module):
         batch: Batch,
         kinds: Sequence[str],
         pruning: Pruning | Descending | None = None,
-        images: Sequence[int] | None = None,
-        generator: torch.Generator | None = None,
+        how: Mapping[str, Any] | None = None,
     ) -> dict[str, Any]:
         """Post-final-norm hidden states ``[R, D]`` by row kind, in the compute dtype.
 
         Kinds of the first layer: ``features``, its input at the vision rows, and ``attention``, a list of one map a sample.
 
         Args:
-            pruning: of vision tokens inside the language model (``student_train.pruning``), None: all stay.
-            images: of each sample, where ``pruning.keep`` counts by image and images may touch.
-            generator: of random choices; None: the global one, which the trainer seeds by step.
+            pruning: of vision tokens inside the language model (``student_train.pruning``), None: all stay. Random choices are the
+                global generator's, which the trainer seeds by step.
+            how: further keywords of ``prune_vision``, where not as training has them.
         """
         self._expect(batch)
         first = FIRST_LAYER & set(kinds)
         with layer_inputs(self.model, [0] if first else []) as seen:
-            states, rows = self._states(batch, pruning, images, generator)
+            states, rows = self._states(batch, pruning, how or {})
         if torch.is_autocast_enabled(states.device.type):
             # The residual stream stays float32 under autocast; the head product, outside of it, must be in the compute dtype too.
             states = states.to(torch.get_autocast_dtype(states.device.type))
@@ -154,17 +153,13 @@ class RowForward(nn.Module):
         return found
 
     def _states(
-        self,
-        batch: Batch,
-        pruning: Pruning | Descending | None,
-        images: Sequence[int] | None,
-        generator: torch.Generator | None,
+        self, batch: Batch, pruning: Pruning | Descending | None, how: Mapping[str, Any]
     ) -> tuple[torch.Tensor, Callable[[torch.Tensor], torch.Tensor]]:
         """(hidden states ``[rows, D]``, what turns rows of the batch into rows of them)"""
         if pruning is None:
             return self.model.model(**batch.inputs, use_cache=False).last_hidden_state.flatten(0, 1), lambda rows: rows
         layers = self.model.config.get_text_config().num_hidden_layers
-        with prune_vision(self.model, pruning.at(layers), asking_rows(batch), images, generator) as pruned:
+        with prune_vision(self.model, pruning.at(layers), **{"query_at": asking_rows(batch), **how}) as pruned:
             states = self.model.model(**batch.inputs, use_cache=False).last_hidden_state
         return states.flatten(0, 1), pruned.rows
 

@@ -16,14 +16,15 @@ from pathlib import Path
 from typing import Any
 
 from pipelines.ablate.grid import EvalFile, Grid, resolved_train
+from pipelines.evaluate import pruning_of
 from pipelines.settings import Settings
-from pipelines.stage_plans import StagePlan, check_vocabulary, plan_stages
-from pipelines.train_student import budget, stage_identity, start_hash
+from pipelines.stage_plans import StagePlan, plan_stages
+from pipelines.train_student import budget, settle, stage_identity, start_hash
 from student_train.cache import Cache, CachedRows
+from student_train.student import open_student
 from teacher_cache.errors import KdcliError
 from teacher_cache.plan import content_hash
 from teacher_cache.sources import open_source
-from teacher_cache.teachers.transformers import TeacherSpec, load_processor
 
 KEY = 8
 """Hexadecimal digits of a key in a folder's name."""
@@ -144,7 +145,7 @@ class _Planner:
         self.grid, self.out = grid, out
         self.open = remember(Cache)
         self.start = remember(start_hash)
-        self.processor = remember(lambda student: load_processor(TeacherSpec(student))[0])
+        self.config = remember(lambda student: open_student(student)[1])
         self.rows = remember(lambda url, parts, fields: sum(CachedRows(self.open(url), parts, fields).counts))
         self.contents = {file.name: _content(file) for file in grid.files}
 
@@ -176,7 +177,7 @@ class _Planner:
             knobs=knobs,
             settings=settings,
             stages=stages,
-            evaluations=tuple(self.evaluations(options)),
+            evaluations=tuple(self.evaluations(options, str(settings.train.student), place)),
         )
 
     def plan(
@@ -186,8 +187,8 @@ class _Planner:
             if value is not None and not isinstance(value, str):
                 raise KdcliError(f"{name} must be text, got {value!r}")
         cache = self.open(settings.cache)
-        plans = plan_stages(cache, method, settings, stages, preset, knobs)
-        check_vocabulary(cache, plans, self.processor(settings.train.student))
+        assert settings.train.student is not None
+        plans, _ = settle(cache, plan_stages(cache, method, settings, stages, preset, knobs), settings.train.student)
         return plans
 
     def stage_folders(self, plans: list[StagePlan], settings: Settings) -> tuple[StageFolder, ...]:
@@ -203,11 +204,19 @@ class _Planner:
             start = f"stage {key}"
         return tuple(found)
 
-    def evaluations(self, options: tuple[Mapping[str, Any], ...] | None) -> Iterator[Evaluation]:
-        """Every held-out file with every table of options."""
+    def evaluations(
+        self, options: tuple[Mapping[str, Any], ...] | None, student: str, place: str
+    ) -> Iterator[Evaluation]:
+        """Every held-out file with every table of options; refuses what this student cannot be asked."""
         for file in self.grid.files:
             for table in options or ({},):
                 chosen = {**file.options, **table}
+                pruning = pruning_of(*(chosen.get(name) for name in ("compress", "keep", "compress_layer")))
+                if pruning:
+                    try:
+                        pruning.check(self.config(student))
+                    except KdcliError as error:
+                        raise type(error)(f"{place}: {error}") from None
                 label = ", ".join([file.name, *(f"{name}={value}" for name, value in table.items())])
                 yield Evaluation(label, file, chosen, content_hash([self.contents[file.name], file.limit, chosen]))
 

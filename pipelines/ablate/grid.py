@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from pipelines.evaluate import evaluate_folder
+from pipelines.evaluate import evaluate_folder, pruning_of
 from pipelines.settings import Settings, build, read_toml, refuse_unknown, settings_of
 from student_train.config import StageSettings, TrainSettings
 from student_train.stages import STAGES
@@ -135,7 +135,7 @@ def _variant(table: Any, number: int, path: Path) -> Variant:
         if not isinstance(evaluations, list) or not all(isinstance(one, Mapping) for one in evaluations):
             raise KdcliError(f"{place}: eval must be a list of tables of options")
         for one in evaluations:
-            refuse_unknown(one, evaluation_options(), f"{place} eval", "option")
+            check_options(one, f"{place} eval")
         evaluations = tuple(evaluations)
     rest = {name: value for name, value in table.items() if name not in ("name", "eval")}
     return Variant(table["name"], _dotted(rest, place), evaluations)
@@ -172,6 +172,15 @@ def evaluation_options() -> set[str]:
     return {one.name for one in parameters if one.kind is not one.VAR_KEYWORD} - fixed
 
 
+def check_options(options: Mapping[str, Any], place: str) -> None:
+    """KdcliError where no student could be asked in this way."""
+    refuse_unknown(options, evaluation_options(), place, "option")
+    try:
+        pruning_of(*(options.get(name) for name in ("compress", "keep", "compress_layer")))
+    except KdcliError as error:
+        raise KdcliError(f"{place}: {error}") from None
+
+
 def _files(tables: list[Any], path: Path) -> tuple[EvalFile, ...]:
     """The held-out files, each opened once so that a missing one is known before any training."""
     own = {one.name for one in fields(EvalFile)} - {"options"}
@@ -179,6 +188,7 @@ def _files(tables: list[Any], path: Path) -> tuple[EvalFile, ...]:
     for table in tables:
         refuse_unknown(table, own | evaluation_options(), f"{path} [[eval]]", "key")
         options = {name: value for name, value in table.items() if name not in own}
+        check_options(options, f"{path} [[eval]]")
         one = build(EvalFile, {name: value for name, value in table.items() if name in own}, f"{path} [[eval]]")
         found.append(EvalFile(one.name, one.path, one.image_root, one.format, one.limit, options))
         open_source(one.spec)

@@ -89,14 +89,17 @@ def test_a_changed_grid_runs_only_what_is_new(write_grid: Callable[..., Path], t
     assert trained.items() <= stamps(out, "stages/*/metrics.jsonl").items() and len(trained) == 2
     # Another question to a trained student costs no training; the first answer stays.
     asked = write_grid()
-    asked.write_text(asked.read_text().replace('"PT,SFT"', '"PT,SFT"\neval = [{}, {batch_size = 1}]'))
+    pruned = '{compress = "fastv", keep = 9, compress_layer = 1}'
+    several = f'"PT,SFT"\neval = [{{}}, {{batch_size = 1}}, {pruned}]'
+    asked.write_text(asked.read_text().replace('"PT,SFT"', several))
     assert states(asked, out)["sft/seed-0"] == "started"
     in_process(asked, out, "sft/seed-0")
     (card,) = (json.loads(path.read_text()) for path in out.glob("sft/*/cell.json"))
-    assert list(card["results"]) == ["heldout", "heldout, batch_size=1"]
+    last = "heldout, compress=fastv, keep=9, compress_layer=1"
+    assert list(card["results"]) == ["heldout", "heldout, batch_size=1", last]
     assert trained.items() <= stamps(out, "stages/*/metrics.jsonl").items()
-    first, second = (one["scores"]["nll"] for one in card["results"].values())
-    assert first == pytest.approx(second, rel=1e-5)
+    first, second, third = (one["scores"]["nll"] for one in card["results"].values())
+    assert first == pytest.approx(second, rel=1e-5) and third != pytest.approx(first, rel=1e-5)
 
 
 def test_an_interrupt_ends_the_children_and_the_next_run_continues(
