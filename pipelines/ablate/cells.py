@@ -17,7 +17,7 @@ from typing import Any
 
 from pipelines.ablate.grid import EvalFile, Grid, resolved_train
 from pipelines.settings import Settings
-from pipelines.stage_plans import StagePlan, check_vocabulary, plan_stages
+from pipelines.stage_plans import StagePlan, check_vocabulary, plan_stages, settle_compressor
 from pipelines.train_student import budget, stage_identity, start_hash
 from student_train.cache import Cache, CachedRows
 from teacher_cache.errors import KdcliError
@@ -187,6 +187,7 @@ class _Planner:
                 raise KdcliError(f"{name} must be text, got {value!r}")
         cache = self.open(settings.cache)
         plans = plan_stages(cache, method, settings, stages, preset, knobs)
+        plans = settle_compressor(plans, settings.train.student or "")
         check_vocabulary(cache, plans, self.processor(settings.train.student))
         return plans
 
