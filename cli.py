@@ -732,6 +732,9 @@ def ablate(grid: str, out: str | None, dry_run: bool, as_json: bool, **asked: An
 @click.option("--image-root", default=None)
 @click.option("--limit", type=int, default=None)
 @click.option("--batch-size", default=32, show_default=True)
+@click.option("--compress", help="Remove vision tokens inside the language model: dart, fastv, pyramiddrop or random.")
+@click.option("--keep", type=int, help="Vision tokens that stay of every image.")
+@click.option("--compress-layer", type=int, help="The first layer that sees the kept tokens only; default 2.")
 @click.option(
     "--out", type=click.Path(dir_okay=False), help="Also write the scores here; RUN/scores.json is what reports read."
 )
@@ -743,6 +746,9 @@ def evaluate(
     image_root: str | None,
     limit: int | None,
     batch_size: int,
+    compress: str | None,
+    keep: int | None,
+    compress_layer: int | None,
     out: str | None,
     device: str | None,
     as_json: bool,
@@ -756,7 +762,16 @@ def evaluate(
     with bar(console(), "questions") as progress:
         task = progress.add_task("asking", total=None)
         spec = DataSpec("heldout", data, image_root=image_root, limit=limit)
-        result = evaluate_folder(model, spec, batch_size, device, advance=lambda rows: progress.advance(task, rows))
+        result = evaluate_folder(
+            model,
+            spec,
+            batch_size,
+            device,
+            compress,
+            keep,
+            compress_layer,
+            advance=lambda rows: progress.advance(task, rows),
+        )
     answers = [vars(one) for one in result.pop("answers")]
     if out:
         Path(out).write_text(json.dumps({model: result}, indent=1) + "\n")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -14,9 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.coding_cost import BatchDecoder
 from benchmarks.live_teacher import LiveTeacher
-from benchmarks.worlds import World, fit_fields
-from pipelines.describe import describe
-from pipelines.profiles import PROFILES
+from benchmarks.worlds import World, write_cache
 from pipelines.settings import Settings
 from pipelines.stage_plans import plan_stages
 from pipelines.train_student import make_trainer
@@ -26,12 +23,6 @@ from student_train.distributed import Processes
 from student_train.stream import TrainBatch
 from student_train.teacher_view import Served
 from student_train.trainer import Trainer
-from teacher_cache.cache_shard import CaptureJob, cache_shard
-from teacher_cache.fields import create_field
-from teacher_cache.fingerprint import processor_fingerprint
-from teacher_cache.plan import write_plan
-from teacher_cache.shards.storage import Storage
-from teacher_cache.sources import open_source
 from teacher_cache.teachers.transformers import TransformersTeacher
 
 SFT, EXACT, STANDARD = "sft", "llava-kd exact", "llava-kd standard"
@@ -109,31 +100,9 @@ EXTRA_FLOPS = {
 
 def write_caches(world: World, url: str) -> None:
     """One cache a profile, by the product's own line, of the fields that some variant reads."""
-    plan, preparer, teacher = world.open_capture()
-    fingerprint = {
-        "weights": "benchmark",
-        "head_width": teacher.vocabulary,
-        "hidden_size": teacher.head.shape[1],
-        **processor_fingerprint(world.processor),
-    }
+    capture = world.open_capture()
     for name in CACHED:
-        store = STORE_OF[name]
-        storage = Storage(f"{url}/{store}")
-        write_plan(storage, plan)
-        fields = {field: create_field(field, PROFILES[store].get(field)) for field in FIELDS_OF[name]}
-        hashes, fields = describe(
-            storage,
-            plan,
-            fields,
-            fingerprint,
-            world.processor,
-            lambda: teacher.head,
-            partial(fit_fields, plan, preparer, teacher),
-        )
-        job = CaptureJob(storage, plan, hashes, fields)
-        for shard, columns in job.missing().items():
-            source = open_source(plan.spec(plan.slices[shard].part))
-            cache_shard(job, shard, columns, source, preparer, teacher)
+        write_cache(world, capture, f"{url}/{STORE_OF[name]}", STORE_OF[name], FIELDS_OF[name])
 
 
 def build_variant(name: str, world: World, url: str, batch: int, workers: int, steps: int) -> Variant:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +13,17 @@ import torch
 from benchmarks import real_shapes
 from pipelines.calibrate import calibrate
 from pipelines.demo.write_world import write_world
+from pipelines.describe import describe
+from pipelines.profiles import PROFILES
 from pipelines.settings import CaptureSettings
-from teacher_cache.fields import CalibratedField
+from teacher_cache.cache_shard import CaptureJob, cache_shard
+from teacher_cache.fields import CalibratedField, create_field
 from teacher_cache.fields.calibration import Calibration
-from teacher_cache.plan import Plan, make_plan
+from teacher_cache.fingerprint import processor_fingerprint
+from teacher_cache.plan import Plan, make_plan, write_plan
 from teacher_cache.prepare import Preparer
-from teacher_cache.sources import DataSpec
+from teacher_cache.shards.storage import Storage
+from teacher_cache.sources import DataSpec, open_source
 from teacher_cache.teachers.transformers import TeacherSpec, TransformersTeacher, load_processor
 
 
@@ -65,6 +71,27 @@ def fit_fields(
     """Calibrations on as many of the world's own rows as a capture takes by default."""
     settings = CaptureSettings()
     return calibrate(fields, plan, preparer, teacher, teacher.head, settings.calibration_rows, settings.batch_tokens)
+
+
+def write_cache(
+    world: World, capture: tuple[Plan, Preparer, TransformersTeacher], url: str, profile: str, names: Sequence[str]
+) -> None:
+    """A complete cache of some fields as a profile stores them, by the product's own line. capture: of ``open_capture``."""
+    plan, preparer, teacher = capture
+    fingerprint = {
+        "weights": "benchmark",
+        "head_width": teacher.vocabulary,
+        "hidden_size": teacher.head.shape[1],
+        **processor_fingerprint(world.processor),
+    }
+    storage = Storage(url)
+    write_plan(storage, plan)
+    fields = {name: create_field(name, PROFILES[profile].get(name)) for name in names}
+    fit = partial(fit_fields, plan, preparer, teacher)
+    hashes, fields = describe(storage, plan, fields, fingerprint, world.processor, lambda: teacher.head, fit)
+    job = CaptureJob(storage, plan, hashes, fields)
+    for shard, columns in job.missing().items():
+        cache_shard(job, shard, columns, open_source(plan.spec(plan.slices[shard].part)), preparer, teacher)
 
 
 def parameter_count(config: Any) -> int:

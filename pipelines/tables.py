@@ -45,7 +45,7 @@ def cache_table(columns: Mapping[str, Mapping[str, Any]], rows: int) -> str:
 
 
 def score_table(results: Mapping[str, Mapping[str, Any]]) -> str:
-    """Exact match in percent: a column a model, a row a family."""
+    """Exact match in percent, then nats a token of the expected answers: a column a model, a row a family."""
     families = sorted({family for one in results.values() for family in one["families"]})
 
     def cell(result: Mapping[str, Any], family: str) -> str:
@@ -55,7 +55,11 @@ def score_table(results: Mapping[str, Mapping[str, Any]]) -> str:
     body = [[family, *(cell(one, family) for one in results.values())] for family in families]
     body.append(["mean of families", *(f"{100 * one['family_mean']:.1f}" for one in results.values())])
     body.append(["all questions", *(f"{100 * one['exact_match']:.1f}" for one in results.values())])
-    return table(["exact match, %", *results], body)
+    for name, key in (("mean of families", "nll_family_mean"), ("all answer tokens", "nll")):
+        values = [one.get(key) for one in results.values()]
+        if any(value is not None for value in values):
+            body.append([f"nll, {name}", *("–" if value is None else f"{value:.3f}" for value in values)])
+    return table(["exact match, %; nll, nats a token", *results], body)
 
 
 def sample_view(decoded: Any) -> str:

@@ -65,7 +65,9 @@ def train(
     cache = Cache(cache_url)
     plans = plan_stages(cache, method, settings, stages, preset, knobs)
     spec = TeacherSpec(train_settings.student)
-    processor, _ = load_processor(spec)
+    processor, config = load_processor(spec)
+    for plan in plans:
+        hook(plan.method, "check_student")(config)
     plans = settle_compressor(plans, train_settings.student)
     notes = check_vocabulary(cache, plans, processor)
     output = Path(train_settings.output_dir)

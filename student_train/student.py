@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -14,6 +14,8 @@ from torch import nn
 from student_train.compression import compressor_of, first_tokens, install, load_compressed, settle, with_grid
 from student_train.compressors import CompressorSpec
 from student_train.losses.terms import StudentRows
+from student_train.pruning import Descending, Pruning
+from student_train.pruning.forward import prune_vision
 from student_train.stream import TrainBatch
 from teacher_cache.batch import Batch, keep_vision
 from teacher_cache.errors import CompatibilityError, KdcliError
@@ -118,15 +120,43 @@ class RowForward(nn.Module):
     def head(self) -> torch.Tensor:
         return self.model.get_output_embeddings().weight
 
-    def forward(self, batch: Batch, kinds: Sequence[str], pruning: Any = None) -> dict[str, torch.Tensor]:
-        """Post-final-norm hidden states ``[R, D]`` by row kind, in the compute dtype. pruning: of vision tokens inside the LLM."""
+    def forward(
+        self,
+        batch: Batch,
+        kinds: Sequence[str],
+        pruning: Pruning | Descending | None = None,
+        images: Sequence[int] | None = None,
+        generator: torch.Generator | None = None,
+    ) -> dict[str, torch.Tensor]:
+        """Post-final-norm hidden states ``[R, D]`` by row kind, in the compute dtype.
+
+        Args:
+            pruning: of vision tokens inside the language model (``student_train.pruning``), None: all stay.
+            images: of each sample, where ``pruning.keep`` counts by image and images may touch.
+            generator: of random choices; None: the global one, which the trainer seeds by step.
+        """
         self._expect(batch)
-        assert pruning is None, "no in-LLM pruning yet"
-        states = self.model.model(**batch.inputs, use_cache=False).last_hidden_state.flatten(0, 1)
+        states, rows = self._states(batch, pruning, images, generator)
         if torch.is_autocast_enabled(states.device.type):
             # The residual stream stays float32 under autocast; the head product, outside of it, must be in the compute dtype too.
             states = states.to(torch.get_autocast_dtype(states.device.type))
-        return {kind: states[batch.rows[kind]] for kind in kinds}
+        assert pruning is None or "vision" not in kinds, "rows of vision tokens that may be removed"
+        return {kind: states[rows(batch.rows[kind])] for kind in kinds}
+
+    def _states(
+        self,
+        batch: Batch,
+        pruning: Pruning | Descending | None,
+        images: Sequence[int] | None,
+        generator: torch.Generator | None,
+    ) -> tuple[torch.Tensor, Callable[[torch.Tensor], torch.Tensor]]:
+        """(hidden states ``[rows, D]``, what turns rows of the batch into rows of them)"""
+        if pruning is None:
+            return self.model.model(**batch.inputs, use_cache=False).last_hidden_state.flatten(0, 1), lambda rows: rows
+        layers = self.model.config.get_text_config().num_hidden_layers
+        with prune_vision(self.model, pruning.at(layers), asking_rows(batch), images, generator) as pruned:
+            states = self.model.model(**batch.inputs, use_cache=False).last_hidden_state
+        return states.flatten(0, 1), pruned.rows
 
     def draw(self, one: TrainBatch, seed: int, step: int) -> TrainBatch:
         """The micro-batch as this step trains it: an elastic compressor keeps as many vision tokens of every image as the step draws."""
@@ -160,6 +190,19 @@ class RowForward(nn.Module):
         if self._gram is None or self._gram[0] != made_from:
             self._gram = (made_from, head.T @ head)
         return self._gram[1]
+
+
+def asking_rows(batch: Batch) -> torch.Tensor:
+    """int64 ``[B]``: the column of each sample's last prompt token, which predicts its first response token.
+
+    It sees the prompt only; responses must not choose the vision tokens that they are then predicted from.
+    """
+    mask = batch.inputs["attention_mask"]
+    columns = mask.cumsum(dim=1).argmax(dim=1)  # the last token, where a sample has no response
+    for sample, rows in enumerate(batch.rows["response"].split(list(batch.counts["response"]))):
+        if len(rows):
+            columns[sample] = rows[0] - sample * mask.shape[1]
+    return columns
 
 
 def save_student(model: nn.Module, processor: Any, folder: Path) -> None:

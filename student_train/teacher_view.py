@@ -12,7 +12,7 @@ from student_train.cache import Cache
 from student_train.needs import Served
 from student_train.stream import TrainBatch
 from teacher_cache.records import Sampled, Sketch, TextTokens, TopK
-from teacher_cache.teachers.head import head_logits
+from teacher_cache.teachers.head import head_logits, log_softmax_in_place, piece_rows
 from teacher_cache.teachers.low_rank import LowRankHead
 
 
@@ -57,6 +57,11 @@ def is_full(teacher: Distribution) -> bool:
     return hasattr(teacher, "log_probs")
 
 
+def _cooled(logits: torch.Tensor, temperature: float) -> torch.Tensor:
+    """Divided in place; no pass at temperature 1."""
+    return logits if temperature == 1.0 else logits.div_(temperature)
+
+
 @dataclass(frozen=True)
 class DenseTeacher:
     """Logits = hidden · headᵀ. hidden ``[R, D]``, head ``[V, D]``."""
@@ -85,7 +90,7 @@ class DenseTeacher:
         return head_logits(self.hidden, self.head[columns])
 
     def log_probs(self, temperature: float = 1.0) -> torch.Tensor:
-        return torch.log_softmax(self.logits().div_(temperature), dim=1)
+        return log_softmax_in_place(_cooled(self.logits(), temperature))
 
 
 @dataclass(frozen=True)
@@ -116,7 +121,7 @@ class SketchTeacher:
         return self.head.at(columns).logits(self.sketch)
 
     def log_probs(self, temperature: float = 1.0) -> torch.Tensor:
-        return torch.log_softmax(self.logits().div_(temperature), dim=1)
+        return log_softmax_in_place(_cooled(self.logits(), temperature))
 
 
 @dataclass(frozen=True)
@@ -150,9 +155,8 @@ class HeadAndSketch:
 
     def logits_at(self, columns: torch.Tensor) -> torch.Tensor:
         values = self.head.at(columns).logits(self.sketch)
-        place = columns.new_full(
-            (self.vocabulary,), len(columns)
-        )  # of a column that is not asked for: one past the last
+        # The place of a column that is not asked for is one past the last.
+        place = columns.new_full((self.vocabulary,), len(columns))
         place[columns] = torch.arange(len(columns), device=columns.device)
         wide = torch.cat([values, values.new_empty(len(values), 1)], dim=1)
         return wide.scatter_(1, place[self.topk.ids], self.topk.log_probs + self.topk.log_z[:, None])[:, :-1]
@@ -161,10 +165,10 @@ class HeadAndSketch:
         tail = self.head.logits(self.sketch)
         # The K columns leave the tail's sum by their values, so that no pass writes over the others.
         tail.scatter_(1, self.topk.ids, -torch.inf)
-        log_mass = tail.logsumexp(dim=1)
+        log_mass = torch.cat([piece.logsumexp(dim=1) for piece in tail.split(piece_rows(tail))])
         shift = torch.where(log_mass > -torch.inf, self.topk.log_tail - log_mass, 0.0)  # K = V: there is no tail
         composed = tail.add_(shift[:, None]).scatter_(1, self.topk.ids, self.topk.log_probs)
-        return composed if temperature == 1.0 else torch.log_softmax(composed.div_(temperature), dim=1)
+        return composed if temperature == 1.0 else log_softmax_in_place(_cooled(composed, temperature))
 
 
 @dataclass(frozen=True)

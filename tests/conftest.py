@@ -28,8 +28,8 @@ PADDING_ROWS = 7  # rows of the head beyond the tokenizer's length, as real chec
 ALL_FIELDS = ("response_topk", "vision_topk", "response_hidden", "vision_hidden", "affinity", "relation")
 
 
-def build_folder(folder: Path, text_width: int, vision_width: int, seed: int) -> Path:
-    """A stock LLaVA folder with random weights, the demo tokenizer and the demo's chat template."""
+def build_folder(folder: Path, text_width: int, vision_width: int, seed: int, patch: int = PATCH) -> Path:
+    """A stock LLaVA folder with random weights, the demo tokenizer and the demo's chat template; (96 / patch)² vision tokens."""
     from transformers import (
         CLIPImageProcessorPil,
         LlavaConfig,
@@ -62,7 +62,7 @@ def build_folder(folder: Path, text_width: int, vision_width: int, seed: int) ->
         num_hidden_layers=2,
         num_attention_heads=2,
         image_size=IMAGE_SIZE,
-        patch_size=PATCH,
+        patch_size=patch,
         vision_use_head=False,
     )
     config = LlavaConfig(
@@ -71,7 +71,7 @@ def build_folder(folder: Path, text_width: int, vision_width: int, seed: int) ->
         image_token_id=tokenizer.convert_tokens_to_ids("<image>"),
         vision_feature_select_strategy="full",
         vision_feature_layer=-1,
-        image_seq_length=VISION_TOKENS,
+        image_seq_length=(IMAGE_SIZE // patch) ** 2,
         tie_word_embeddings=True,
     )
     config.pad_token_id, config.eos_token_id = tokenizer.pad_token_id, tokenizer.eos_token_id
@@ -81,7 +81,7 @@ def build_folder(folder: Path, text_width: int, vision_width: int, seed: int) ->
             size={"shortest_edge": IMAGE_SIZE}, crop_size=side, image_mean=[0.5] * 3, image_std=[0.5] * 3
         ),
         tokenizer=tokenizer,
-        patch_size=PATCH,
+        patch_size=patch,
         vision_feature_select_strategy="full",
         num_additional_image_tokens=0,
         chat_template=CHAT_TEMPLATE,
@@ -100,6 +100,13 @@ def build_folder(folder: Path, text_width: int, vision_width: int, seed: int) ->
 def tiny_teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Teacher folder: 48 wide, head with ``PADDING_ROWS`` rows beyond the tokenizer."""
     return build_folder(tmp_path_factory.mktemp("models") / "teacher", text_width=48, vision_width=32, seed=1)
+
+
+@pytest.fixture(scope="session")
+def coarse_student(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Student folder with a vision encoder of its own: 9 vision tokens an image where the teacher has 36."""
+    folder = tmp_path_factory.mktemp("models") / "coarse"
+    return build_folder(folder, text_width=32, vision_width=24, seed=3, patch=32)
 
 
 @pytest.fixture(scope="session")

@@ -15,6 +15,7 @@ from pipelines.ablate import results
 from pipelines.ablate.cell import write_json
 from pipelines.ablate.cells import FAILED, LOG, Cell, make_cells
 from pipelines.ablate.grid import Grid, load_grid
+from pipelines.ablate.page import write_page
 from pipelines.ablate.runner import alone, make_slots, prune_models, run_cells
 from pipelines.tables import table
 from teacher_cache.errors import KdcliError
@@ -44,6 +45,10 @@ def ablate(request: AblateRequest, console: Any) -> dict[str, Any]:
     slots = make_slots(request.devices, request.workers)
     cells = make_cells(grid, request.out)
     chosen = choose(cells, request)
+    seeds = list(dict.fromkeys(cell.seed for cell in chosen))
+    chosen.sort(
+        key=lambda cell: seeds.index(cell.seed)
+    )  # every row of one seed first: an early table compares all rows
     waiting = [cell for cell in chosen if cell.state() != "done" and (request.retry_failed or cell.state() != "failed")]
     with alone(request.out):
         try:
@@ -112,11 +117,12 @@ def failures(cells: Sequence[Cell]) -> list[dict[str, str]]:
 
 
 def write_results(cells: Sequence[Cell], grid: Grid, request: AblateRequest) -> dict[str, Any]:
-    """``results.md`` and ``results.json`` in the output folder."""
+    """``results.md``, ``results.json`` and ``results.html`` in the output folder."""
     text = results.markdown(cells, grid.baseline, request.losses)
     body = {"grid": str(grid.path), **results.as_json(cells, grid.baseline), "failed": failures(cells)}
     (request.out / "results.md").write_text(f"# {grid.path.stem}\n\n{text}\n")
     write_json(request.out / "results.json", body)
+    write_page(cells, grid.baseline, body["failed"], grid.path.stem, request.out / "results.html")
     return {**body, "markdown": text}
 
 

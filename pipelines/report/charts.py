@@ -119,8 +119,8 @@ def draw(term: str, series: Sequence[tuple[Style, Points]]) -> Chart | None:
         term=term,
         log=log,
         lines=[_line(style, points, x_axis, y_axis) for style, points in finite],
-        x_ticks=[(x_axis(tick), short(tick)) for tick in _ticks(x_axis.low, x_axis.high, whole=True)],
-        y_ticks=[(y_axis(tick), short(tick)) for tick in (_decades(low, high) if log else _ticks(low, high))],
+        x_ticks=[(x_axis(tick), short(tick)) for tick in ticks(x_axis.low, x_axis.high, whole=True)],
+        y_ticks=[(y_axis(tick), short(tick)) for tick in (_decades(low, high) if log else ticks(low, high))],
         gaps=gaps,
     )
 
@@ -154,7 +154,7 @@ def _mean(values: Sequence[float]) -> float:
     return sum(values) / len(values)
 
 
-def _ticks(low: float, high: float, whole: bool = False) -> list[float]:
+def ticks(low: float, high: float, whole: bool = False) -> list[float]:
     """Three to six round numbers between the two."""
     raw = (high - low) / 4
     unit = 10 ** math.floor(math.log10(raw))

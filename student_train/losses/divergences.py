@@ -15,7 +15,6 @@ from functools import partial
 from typing import cast
 
 import torch
-from torch.nn import functional as F
 
 from student_train.losses import written
 from student_train.losses.sampled import forward_kl_sampled
@@ -28,7 +27,7 @@ LOG_NOTHING = -1e5
 
 def cross_entropy(student_logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     """−log p_s(label) ``[R]`` from logits ``[R, V]``."""
-    return F.cross_entropy(student_logits.to(torch.float32), labels, reduction="none")
+    return written.WithGradient.apply(written.cross_entropy, (labels,), student_logits.to(torch.float32))
 
 
 def forward_kl(teacher: Distribution, student_logits: torch.Tensor, temperature: float = 1.0) -> torch.Tensor:
@@ -74,17 +73,15 @@ def skew_reverse_kl(
 def _rows(
     divergence: written.Divergence, teacher: Distribution, student_logits: torch.Tensor, temperature: float
 ) -> torch.Tensor:
-    return written.WithGradient.apply(divergence, *outcomes(teacher, student_logits, temperature))
-
-
-def outcomes(
-    teacher: Distribution, student_logits: torch.Tensor, temperature: float = 1.0
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Teacher log-probs and student logits over the same outcomes: ``[R, V]`` both, or ``[R, K + 1]`` of a head and its tail."""
+    """Over the vocabulary, or over the K + 1 outcomes of a head and its tail."""
+    logits = student_logits.to(torch.float32)
     if is_full(teacher):
         log_probs = cast(FullVocabulary, teacher).log_probs(temperature).to(torch.float32)
-        logits = _shared(student_logits, log_probs.shape[1])
-        return log_probs, logits if temperature == 1.0 else logits / temperature
+        if log_probs.shape[1] > logits.shape[1]:
+            raise CompatibilityError(
+                f"the teacher's vocabulary has {log_probs.shape[1]} tokens, the student's head {logits.shape[1]} rows"
+            )
+        return written.WithGradient.apply(divergence, (log_probs,), logits, log_probs.shape[1], temperature)
     if not isinstance(teacher, HeadAndTail):
         raise TypeError(f"no divergence from {type(teacher).__name__}")
     if temperature != 1.0:
@@ -94,9 +91,5 @@ def outcomes(
     topk = teacher.topk
     log_tail = topk.log_tail.clamp_min(LOG_NOTHING)[:, None]
     log_probs = torch.cat([topk.log_probs, log_tail], dim=1).to(torch.float32)
-    return log_probs, written.MergeTail.apply(topk.ids, _shared(student_logits, teacher.vocabulary))
-
-
-def _shared(logits: torch.Tensor, vocabulary: int) -> torch.Tensor:
-    """float32 columns that both sides have; no slice where that is all of them, since its gradient is one more copy."""
-    return (logits if logits.shape[1] == vocabulary else logits[:, :vocabulary]).to(torch.float32)
+    merged = written.MergeTail.apply(topk.ids, logits, teacher.vocabulary)
+    return written.WithGradient.apply(divergence, (log_probs,), merged)

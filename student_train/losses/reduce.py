@@ -17,6 +17,8 @@ from teacher_cache.teachers.head import chunk_rows, head_logits
 
 CHUNK_BYTES = 8 << 20
 """float32 logits of a chunk on a CPU: with 128 MiB the passes of the losses took twice as long."""
+BLOCKS = 4
+"""A chunk's rows go through the losses in so many blocks: the head product wants many rows, the losses' temporaries few."""
 
 
 def count_rows(counts: Mapping[str, Sequence[int]], terms: Terms) -> dict[str, float]:
@@ -44,12 +46,12 @@ def total_loss(
     """Σ weight · Σ values / denominator over the micro-batch, and each term's (unweighted) share for the log."""
     total = student.head.new_zeros((), dtype=torch.float32)
     shares: dict[str, float] = {}
-    for kind in sorted({term.rows for term in terms.values() if isinstance(term, RowTerm)}):
-        chosen = {n: t for n, t in terms.items() if isinstance(t, RowTerm) and t.rows == kind}
-        if len(student.hidden[kind]):
-            loss, values = _row_terms(chosen, kind, student, teacher, denominators)
-            total = total + loss
-            shares.update(values)
+    kinds = sorted({term.rows for term in terms.values() if isinstance(term, RowTerm)})
+    losses = [_KindLoss(kind, terms, student, teacher, denominators) for kind in kinds if len(student.hidden[kind])]
+    if losses:
+        total = total + _ChunkedHead.apply(student.head, losses, *(student.hidden[one.kind] for one in losses))
+        for one in losses:
+            shares.update({name: float(value) for name, value in one.sums.items()})
     for name, term in terms.items():
         value = None if isinstance(term, RowTerm) else _summed(term, student, teacher)
         if value is not None:
@@ -64,36 +66,49 @@ def _summed(term: HiddenTerm | SampleTerm, student: StudentRows, teacher: Teache
     )
 
 
-def _row_terms(
-    terms: Mapping[str, RowTerm],
-    kind: str,
-    student: StudentRows,
-    teacher: TeacherView,
-    denominators: Mapping[str, float],
-) -> tuple[torch.Tensor, dict[str, float]]:
-    masks = {name: _keep(kind, student, teacher, term.skip_first) for name, term in terms.items()}
-    distribution, own = teacher.distributions.get(kind), teacher.self_teacher.get(kind)
-    sums = {name: torch.zeros((), device=student.head.device) for name in terms}
+class _KindLoss:
+    """The row terms of one kind on some of its rows. ``sums``: what each term has come to so far, unweighted."""
 
-    def chunk_loss(logits: torch.Tensor, rows: slice) -> torch.Tensor:
+    def __init__(
+        self,
+        kind: str,
+        terms: Terms,
+        student: StudentRows,
+        teacher: TeacherView,
+        denominators: Mapping[str, float],
+    ):
+        self.kind = kind
+        # Backwards: methods name the cross-entropy first, which has no teacher's logits to keep beside the others' gradient.
+        self.terms = {n: t for n, t in reversed(list(terms.items())) if isinstance(t, RowTerm) and t.rows == kind}
+        self.masks = {name: _keep(kind, student, teacher, term.skip_first) for name, term in self.terms.items()}
+        self.denominators = {name: max(denominators[name], 1.0) for name in self.terms}
+        self.labels = student.labels if kind == "response" else None
+        self.distribution, self.own = teacher.distributions.get(kind), teacher.self_teacher.get(kind)
+        self.sums = {name: torch.zeros((), device=student.head.device) for name in self.terms}
+
+    def __call__(self, logits: torch.Tensor, rows: slice) -> tuple[torch.Tensor, torch.Tensor]:
+        """Loss (scalar) and its gradient ``[C, V]`` at these rows' logits; one term's temporaries are gone before the next's."""
+        leaf = logits.detach().requires_grad_()
         chunk = Rows(
-            logits,
-            student.labels[rows] if kind == "response" else None,
-            distribution[rows] if distribution is not None else None,
-            own[rows] if own is not None else None,
+            leaf,
+            self.labels[rows] if self.labels is not None else None,
+            self.distribution[rows] if self.distribution is not None else None,
+            self.own[rows] if self.own is not None else None,
         )
-        total = logits.new_zeros((), dtype=torch.float32)
-        for name, term in terms.items():
-            values = term.loss(chunk)
-            mask = masks[name]
-            kept = values if mask is None else torch.where(mask[rows], values, 0.0)
-            scaled = kept.sum() / max(denominators[name], 1.0)
-            sums[name] = sums[name] + scaled.detach()
-            total = total + term.weight * scaled
-        return total
-
-    loss = _ChunkedHead.apply(student.hidden[kind], student.head, chunk_loss)
-    return loss, {name: float(value) for name, value in sums.items()}
+        total, gradient = logits.new_zeros((), dtype=torch.float32), None
+        for name, term in self.terms.items():
+            with torch.enable_grad():
+                values = term.loss(chunk)
+                mask = self.masks[name]
+                kept = values if mask is None else torch.where(mask[rows], values, 0.0)
+                scaled = kept.sum() / self.denominators[name]
+                (own,) = torch.autograd.grad(term.weight * scaled, leaf)
+            self.sums[name] += scaled.detach()
+            total += term.weight * scaled.detach()
+            gradient = own if gradient is None else gradient.add_(own)
+            del own, values, kept, scaled
+        assert gradient is not None, "a kind has at least one term"
+        return total, gradient
 
 
 def _keep(kind: str, student: StudentRows, teacher: TeacherView, skip_first: int) -> torch.Tensor | None:
@@ -130,44 +145,53 @@ def _sample_term(term: SampleTerm, student: StudentRows, teacher: TeacherView) -
 
 
 class _ChunkedHead(torch.autograd.Function):
-    """loss = Σ_chunks f(h_chunk · Wᵀ): gradients of h and W are finished chunk by chunk in the forward pass.
+    """loss = Σ_kinds Σ_chunks f(h_chunk · Wᵀ): gradients of h and W are finished chunk by chunk in the forward pass.
 
-    Products take the hidden states' dtype as input; logits are float32 whatever that is.
+    Products take the hidden states' dtype as input; logits are float32 whatever that is. The losses see a chunk block by block, and
+    each block's gradient takes the place of its logits: of ``[C, V]`` there is one matrix, everything else is of a block. All kinds
+    share one gradient of the head. Backward may run once: it scales these gradients where they lie.
     """
 
     @staticmethod
-    def forward(ctx, hidden: torch.Tensor, head: torch.Tensor, chunk_loss) -> torch.Tensor:  # type: ignore[override]
-        weight = head.detach().to(hidden.dtype)
-        needs_hidden, needs_head, _ = ctx.needs_input_grad
-        grad_hidden = torch.zeros_like(hidden) if needs_hidden else None
+    def forward(ctx, head: torch.Tensor, losses: Sequence[_KindLoss], *hidden: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+        needs_head, _, *needs_hidden = ctx.needs_input_grad
         grad_head = torch.zeros_like(head) if needs_head else None
-        total = hidden.new_zeros((), dtype=torch.float32)
+        grads_hidden = [torch.zeros_like(one) if needed else None for one, needed in zip(hidden, needs_hidden)]
+        total = head.new_zeros((), dtype=torch.float32)
         rows = chunk_rows(head, CHUNK_BYTES)
-        for start in range(0, len(hidden), rows):
-            chunk = slice(start, min(start + rows, len(hidden)))
-            states = hidden.detach()[chunk]
-            logits = head_logits(states, weight)
-            with torch.enable_grad():
-                leaf = logits.requires_grad_()
-                loss = chunk_loss(leaf, chunk)
-                (grad_logits,) = torch.autograd.grad(loss, leaf)
-            total += loss.detach()
-            grad_logits = grad_logits.to(hidden.dtype)
-            if grad_hidden is not None:
-                torch.mm(grad_logits, weight, out=grad_hidden[chunk])
-            if grad_head is not None:
-                _accumulate(grad_head, grad_logits, states)
-        ctx.save_for_backward(grad_hidden, grad_head)
+        for loss, states, grad_hidden in zip(losses, hidden, grads_hidden):
+            weight = head.detach().to(states.dtype)
+            for start in range(0, len(states), rows):
+                chunk = slice(start, min(start + rows, len(states)))
+                value, gradient = _in_blocks(head_logits(states.detach()[chunk], weight), chunk, loss)
+                total += value
+                gradient = gradient.to(states.dtype)
+                if grad_hidden is not None:
+                    torch.mm(gradient, weight, out=grad_hidden[chunk])
+                if grad_head is not None:
+                    _accumulate(grad_head, gradient, states.detach()[chunk])
+                del gradient  # before the next chunk's logits
+        ctx.save_for_backward(grad_head, *grads_hidden)
         return total
 
     @staticmethod
-    def backward(ctx, grad: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None, None]:  # type: ignore[override]
-        grad_hidden, grad_head = ctx.saved_tensors
-        return (
-            grad_hidden * grad if grad_hidden is not None else None,
-            grad_head * grad if grad_head is not None else None,
-            None,
-        )
+    def backward(ctx, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
+        grad_head, *grads_hidden = (one.mul_(grad) if one is not None else None for one in ctx.saved_tensors)
+        return grad_head, None, *grads_hidden
+
+
+def _in_blocks(logits: torch.Tensor, chunk: slice, loss: _KindLoss) -> tuple[torch.Tensor, torch.Tensor]:
+    """Loss and gradient of a chunk; the gradient is written over the logits."""
+    total = logits.new_zeros((), dtype=torch.float32)
+    rows = -(-len(logits) // BLOCKS)
+    for start in range(0, len(logits), rows):
+        block = logits[start : start + rows]
+        first = chunk.start + start
+        value, gradient = loss(block, slice(first, first + len(block)))
+        total += value
+        block.copy_(gradient)
+        del gradient  # before the next block's
+    return total, logits
 
 
 def _accumulate(grad_head: torch.Tensor, grad_logits: torch.Tensor, states: torch.Tensor) -> None:

@@ -7,8 +7,6 @@ not linear in p_t can be had from samples.
 
 from __future__ import annotations
 
-from functools import partial
-
 import torch
 
 from student_train.losses.written import WithGradient
@@ -22,15 +20,12 @@ def forward_kl_sampled(teacher: SampledTeacher, student_logits: torch.Tensor, te
         raise CompatibilityError(
             "a sampled field is valid at temperature 1 only: capture response_hidden and vision_hidden, or --set temperature=1.0"
         )
-    logits = (
-        student_logits if student_logits.shape[1] == teacher.vocabulary else student_logits[:, : teacher.vocabulary]
-    )
-    divergence = partial(_written, ids=teacher.sampled.ids, weights=teacher.sampled.weights)
-    return WithGradient.apply(divergence, teacher.sampled.entropy, logits.to(torch.float32))
+    known = (teacher.sampled.entropy, teacher.sampled.ids, teacher.sampled.weights)
+    return WithGradient.apply(_written, known, student_logits.to(torch.float32), teacher.vocabulary)
 
 
 def _written(
-    entropy: torch.Tensor, student: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor
+    entropy: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, student: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Value ``[R]`` and gradient ``[R, V]`` (``losses.written``): one pass for the softmax, K columns for everything else."""
     log_s = torch.log_softmax(student, dim=1)

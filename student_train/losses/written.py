@@ -1,7 +1,8 @@
 """The divergences with their gradients written down: half the passes over ``[R, V]`` that autograd takes (``losses.plain``).
 
-Each takes the teacher's log-probs b ``[R, V]`` and the student's logits z ``[R, V]`` and returns the value ``[R]`` and its gradient
-∂/∂z ``[R, V]``; a = log softmax(z), p_s = e^a, p_t = e^b. For a divergence whose derivative after p_s is g, ∂/∂z = p_s·(g − Σ p_s g).
+Each takes what is known of the teacher (mostly its log-probs b ``[R, V]``) and the student's logits z ``[R, V]`` and returns the value
+``[R]`` and its gradient ∂/∂z ``[R, V]``; a = log softmax(z), p_s = e^a, p_t = e^b. For a divergence whose derivative after p_s is g,
+∂/∂z = p_s·(g − Σ p_s g).
 
 The mixtures m = c·p_t + (1−c)·p_s are never formed: with v = b − a − log((1−c)/c), c·p_t / m = σ(v) and (1−c)·p_s / m = σ(−v), so
 b − log m = log σ(v) − log c and a − log m = log σ(−v) − log(1−c), without overflow however far apart both sides are.
@@ -15,24 +16,57 @@ from collections.abc import Callable
 import torch
 from torch.nn import functional as F
 
-Divergence = Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
+from teacher_cache.teachers.head import piece_rows
+
+Divergence = Callable[..., tuple[torch.Tensor, torch.Tensor]]
 LOG_ZERO = -1e30
 """Logit of a student's tail that has no tokens; no infinity, since 0·∞ is not 0."""
 
 
 class WithGradient(torch.autograd.Function):
-    """``apply(divergence, teacher log-probs, student logits) -> [R]``."""
+    """``apply(divergence, teacher, student logits [R, V_s], vocabulary, temperature) -> [R]``.
+
+    teacher: tensors of R rows, the divergence's arguments before the logits. The student's columns beyond ``vocabulary`` are padding:
+    no part of its softmax, their gradient is 0. Rows go through in pieces, so that what is kept of ``[R, V]`` is the gradient alone.
+    """
 
     @staticmethod
-    def forward(ctx, divergence: Divergence, teacher: torch.Tensor, student: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
-        value, gradient = divergence(teacher, student)
+    def forward(  # type: ignore[override]
+        ctx,
+        divergence: Divergence,
+        teacher: tuple[torch.Tensor, ...],
+        student: torch.Tensor,
+        vocabulary: int | None = None,
+        temperature: float = 1.0,
+    ) -> torch.Tensor:
+        width = student.shape[1] if vocabulary is None else vocabulary
+        rows = piece_rows(student)
+        if len(student) <= rows and width == student.shape[1] and temperature == 1.0:
+            value, gradient = divergence(*teacher, student)
+            ctx.save_for_backward(gradient)
+            return value
+        values, gradient = [], torch.empty_like(student)
+        gradient[:, width:] = 0.0
+        sides = zip(*(one.split(rows) for one in (*teacher, student, gradient)))
+        for *known, logits, out in sides:
+            logits = logits[:, :width]
+            value, slope = divergence(*known, logits if temperature == 1.0 else logits / temperature)
+            torch.mul(slope, 1.0 / temperature, out=out[:, :width])
+            values.append(value)
         ctx.save_for_backward(gradient)
-        return value
+        return torch.cat(values)
 
     @staticmethod
-    def backward(ctx, grad: torch.Tensor) -> tuple[None, None, torch.Tensor]:  # type: ignore[override]
+    def backward(ctx, grad: torch.Tensor) -> tuple[None, None, torch.Tensor, None, None]:  # type: ignore[override]
         (gradient,) = ctx.saved_tensors
-        return None, None, gradient * grad[:, None]
+        return None, None, gradient * grad[:, None], None, None
+
+
+def cross_entropy(labels: torch.Tensor, student: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """−a at the label, gradient p_s − 1 there."""
+    log_s, at = torch.log_softmax(student, dim=1), labels[:, None]
+    value = -log_s.gather(1, at)[:, 0]
+    return value, log_s.exp_().scatter_add_(1, at, log_s.new_full((1, 1), -1.0).expand_as(at))
 
 
 def forward_kl(teacher: torch.Tensor, student: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -88,22 +122,28 @@ def _log_odds(share: float) -> float:
 
 
 class MergeTail(torch.autograd.Function):
-    """``apply(ids [R, K], logits [R, V]) -> [R, K + 1]``: the head's logits, and the log-sum-exp of all others as one.
+    """``apply(ids [R, K], logits [R, V_s], vocabulary) -> [R, K + 1]``: the head's logits, and the log-sum-exp of all others as one.
+
+    Columns beyond ``vocabulary`` are padding: in neither.
 
     The only passes over ``[R, V]`` that a top-k teacher costs, whatever the divergence: log σ over K + 1 outcomes is the log-prob of
     each id and of the tail, and 1 − Σ_head is taken without cancellation.
     """
 
     @staticmethod
-    def forward(ctx, ids: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
-        outside = logits.scatter(1, ids, -torch.inf)
+    def forward(ctx, ids: torch.Tensor, logits: torch.Tensor, vocabulary: int | None = None) -> torch.Tensor:  # type: ignore[override]
+        ctx.width = logits.shape[1]
+        outside = logits[:, :vocabulary].scatter(1, ids, -torch.inf)
         peak = outside.amax(dim=1, keepdim=True).clamp_min(LOG_ZERO)  # K = V: nothing is outside
         mass = outside.sub_(peak).exp_().sum(dim=1, keepdim=True)
         ctx.save_for_backward(ids, outside, mass)
         return torch.cat([logits.gather(1, ids), (peak + mass.log()).clamp_min(LOG_ZERO)], dim=1)
 
     @staticmethod
-    def backward(ctx, grad: torch.Tensor) -> tuple[None, torch.Tensor]:  # type: ignore[override]
+    def backward(ctx, grad: torch.Tensor) -> tuple[None, torch.Tensor, None]:  # type: ignore[override]
         ids, outside, mass = ctx.saved_tensors
         share = grad[:, -1:] / mass.clamp_min(torch.finfo(mass.dtype).tiny)
-        return None, (outside * share).scatter_(1, ids, grad[:, :-1])
+        gradient = outside.new_empty(len(outside), ctx.width)
+        gradient[:, outside.shape[1] :] = 0.0
+        torch.mul(outside, share, out=gradient[:, : outside.shape[1]])
+        return None, gradient.scatter_(1, ids, grad[:, :-1]), None

@@ -9,6 +9,7 @@ What only some methods have are further functions of the dataclass, looked up by
 - ``maps(student_width, teacher_width) -> {name: module}``: learned maps between hidden states, trained beside the student.
 - ``passes(progress, generator) -> Passes``: vision tokens that the student's pass, and the gradient-free pass of its own weights, do
   without.
+- ``check_student(config)``: an error where a student of this configuration cannot be trained so, before its weights are loaded.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from typing import Any, Protocol
 
 from student_train.losses.terms import Terms
 from student_train.needs import Need
+from student_train.pruning import Descending, Pruning
 from teacher_cache.errors import KdcliError
 
 
@@ -39,13 +41,13 @@ class Method(Protocol):
 
 @dataclass(frozen=True)
 class Passes:
-    """How one micro-batch goes through the student: ``Pruning`` of either pass, None for all vision tokens.
+    """How one micro-batch goes through the student: ``Pruning`` (or ``Descending``) of either pass, None for all vision tokens.
 
     self_teacher: whether there is a gradient-free pass of the same weights, whose distributions are ``TeacherView.self_teacher``.
     """
 
-    student: Any = None
-    teacher: Any = None
+    student: Pruning | Descending | None = None
+    teacher: Pruning | Descending | None = None
     self_teacher: bool = False
 
 

@@ -7,8 +7,9 @@ and ``choose(seen, keep) -> int64 [keep]``; optionally ``STAGES`` and ``DEFAULT_
 from __future__ import annotations
 
 import importlib
+import math
 import pkgutil
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import ModuleType
 from typing import Any
 
@@ -86,6 +87,10 @@ class Pruning:
                 f"{text.num_hidden_layers - 1}"
             )
 
+    def at(self, layers: int) -> Pruning:
+        """What to do in a model of so many layers: this."""
+        return self
+
     def depths(self, layers: int) -> dict[int, float]:
         """Layer → tokens that stay from it on, as a multiple of the final count; none where K is the number of layers."""
         stages = getattr(operator_module(self.operator), "STAGES", ONE_STAGE)
@@ -103,3 +108,16 @@ class Pruning:
         else:
             final = operator_module(self.operator).DEFAULT_KEPT * vision
         return min(vision, max(1, round(final * multiple)))
+
+
+@dataclass(frozen=True)
+class Descending:
+    """A pruning whose layer comes down from the top of a model, whose height only the model knows, to ``pruning.layer``."""
+
+    pruning: Pruning
+    progress: float
+
+    def at(self, layers: int) -> Pruning:
+        """layer = round(L - progress·(L - lowest)); halves are rounded up."""
+        layer = math.floor(layers - self.progress * (layers - self.pruning.layer) + 0.5)
+        return replace(self.pruning, layer=layer)

@@ -124,11 +124,11 @@ class PrunedForward:
     def _before_model(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """A first pass starts anew; a decoding step appends to what the layers keep."""
         ids, mask = kwargs.get("input_ids"), kwargs.get("attention_mask")
-        if ids is None or (mask is not None and mask.ndim != 2):
-            raise CompatibilityError("pruning needs input_ids and a two-dimensional attention_mask, by keyword")
         cache = kwargs.get("past_key_values")
         if getattr(cache, "is_compileable", False):
             raise CompatibilityError(f"pruning needs a cache that grows by layer, not {type(cache).__name__}")
+        if ids is None or not (mask is None or (isinstance(mask, torch.Tensor) and mask.ndim == 2)):
+            raise CompatibilityError("pruning needs input_ids and a two-dimensional attention_mask, by keyword")
         self.decoding = cache is not None and cache.get_seq_length() > 0
         if self.decoding:
             new = ids.new_ones(ids.shape) if mask is None else mask[:, -ids.shape[1] :]

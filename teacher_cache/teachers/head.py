@@ -11,6 +11,8 @@ CHUNK_BYTES = 8 << 20
 LARGE_CHUNK_BYTES = 256 << 20
 """The same on a GPU, or where the vocabulary is so wide that a small chunk would read the head for a handful of rows."""
 WIDE_VOCABULARY = 1 << 15
+PIECE_BYTES = {"cpu": 4 << 20, "cuda": 32 << 20}
+"""What element-wise passes take at a time, so that their temporaries stay small beside a chunk: in a CPU's caches, enough for a GPU."""
 
 
 def chunk_rows(head_VD: torch.Tensor, chunk_bytes: int) -> int:
@@ -53,6 +55,19 @@ def _topk_chunk(hidden: torch.Tensor, head: torch.Tensor, k: int) -> tuple[torch
     # log(rest / (head + rest)) of the difference: no rounding of a nearly full tail, no underflow of a nearly empty one.
     log_tail = torch.nn.functional.logsigmoid(log_rest - log_head)
     return ids, top - log_total[:, None], log_tail, log_total + peak
+
+
+def piece_rows(values_RV: torch.Tensor) -> int:
+    """Rows of one piece of an element-wise pass."""
+    limit = PIECE_BYTES.get(values_RV.device.type, PIECE_BYTES["cpu"])
+    return max(1, limit // (values_RV.element_size() * max(1, values_RV.shape[1])))
+
+
+def log_softmax_in_place(logits_RV: torch.Tensor) -> torch.Tensor:
+    """``logits.log_softmax(1)``, overwriting ``logits``; the only temporary is a piece."""
+    for piece in logits_RV.split(piece_rows(logits_RV)):
+        piece.copy_(torch.log_softmax(piece, dim=1))
+    return logits_RV
 
 
 def _logsumexp_in_place(values: torch.Tensor) -> torch.Tensor:

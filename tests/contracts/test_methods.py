@@ -208,7 +208,19 @@ def test_text_only_rows_alone(open_method: Callable[..., Any], name: str, preset
     loss, terms, _ = loss_and_gradients(trainer, text_only)
     assert math.isfinite(loss) and loss > 0
     for term_name, term in trainer.terms.items():
+        if asks_itself(term):
+            assert abs(terms[term_name]) < 1e-6, "without vision tokens both passes are one"
+            continue
         assert (terms[term_name] == 0) == ("vision" in kinds_of({term_name: term}))
+
+
+def asks_itself(term: Any) -> bool:
+    """Whether a term compares the student with its own weights in another pass."""
+    own = DenseTeacher(torch.zeros(1, 4), torch.eye(4))
+    try:
+        return isinstance(term, RowTerm) and term.loss(Rows(torch.ones(1, 4), None, None, own)) is not None
+    except AssertionError:
+        return False
 
 
 LOGITS = ("response_logits", "vision_logits")
@@ -234,8 +246,8 @@ def test_hidden_states_serve_exactly_and_top_k_from_below(
     loss, bound, gradients = loss_and_gradients(few, few_batches)
     assert math.isfinite(loss) and all(torch.isfinite(one).all() for one in gradients.values())
     for term, value in bound.items():
-        if isinstance(few.terms[term], SampleTerm) or term == "reg":
-            assert value == pytest.approx(exact[term], rel=1e-3)  # Gram matrices are stored in float16
+        if isinstance(few.terms[term], SampleTerm) or term == "reg" or asks_itself(few.terms[term]):
+            assert value == pytest.approx(exact[term], rel=1e-3, abs=1e-6)  # Gram matrices are stored in float16
         else:
             assert 0 < value < exact[term]
 
@@ -249,7 +261,9 @@ def test_what_top_k_loses_is_said(name: str, preset: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "name, preset", [case for case in CASES if hasattr(create_method(*case), "temperature")], ids=lambda value: value
+    "name, preset",
+    [case for case in CASES if hasattr(create_method(*case), "temperature") and logit_needs(*case)],
+    ids=lambda value: value,
 )
 def test_another_temperature_needs_hidden_states(
     open_method: Callable[..., Any], topk_cache: Path, name: str, preset: str

@@ -12,6 +12,8 @@ import pytest
 import torch
 
 from pipelines.evaluate import MAX_NEW_TOKENS, Answer, evaluate, evaluate_folder, normalise, score
+from student_train.pruning import Pruning
+from student_train.pruning.plain import pruned_states
 from teacher_cache.errors import DataError
 from teacher_cache.sources import DataSpec
 
@@ -69,6 +71,20 @@ def own_answers(student: tuple[Any, Any], images: Path) -> list[str]:
     return [greedy(student, f"<|user|>{text}<|end|><|assistant|>", opened[:count]) for _, text, count in QUESTIONS]
 
 
+@torch.inference_mode()
+def answer_tokens(student: tuple[Any, Any], prompt: str, answer: str, pictures: list[PIL.Image.Image]) -> list[float]:
+    """Nats of each token of ``answer`` and its end of turn, from one forward over the whole text: no batch, no label mask."""
+    model, processor = student
+    whole, asked = (
+        processor(text=[t], images=pictures or None, return_tensors="pt") for t in (f"{prompt}{answer}<|end|>", prompt)
+    )
+    ids = whole.pop("input_ids")
+    whole.pop("attention_mask")
+    log_probs = model.eval()(input_ids=ids, **whole).logits[0].double().log_softmax(-1)
+    first = asked["input_ids"].shape[1]
+    return [float(-log_probs[at - 1, ids[0, at]]) for at in range(first, ids.shape[1])]
+
+
 def write(folder: Path, rows: list[dict[str, Any]], images: Path) -> DataSpec:
     (folder / "heldout.json").write_text(json.dumps(rows))
     return DataSpec("heldout", str(folder / "heldout.json"), image_root=str(images))
@@ -92,10 +108,10 @@ def test_greedy_answers_score_exactly(
     result = evaluate(*student, write(tmp_path, rows, images))
     assert [one.given for one in result["answers"]] == own_answers
     assert result["n"] == 5 and result["exact_match"] == 3 / 5
-    assert result["families"] == {
-        "pair": {"n": 1, "exact_match": 0.0},
-        "shape": {"n": 2, "exact_match": 1.0},
-        "text": {"n": 2, "exact_match": 0.5},
+    assert {name: (one["n"], one["exact_match"]) for name, one in result["families"].items()} == {
+        "pair": (1, 0.0),
+        "shape": (2, 1.0),
+        "text": (2, 0.5),
     }
     assert result["family_mean"] == pytest.approx(0.5) and result["skipped"] == {}
 
@@ -123,6 +139,42 @@ def test_earlier_turns_are_context_and_the_last_is_asked(
     (answer,) = result["answers"]
     assert (answer.question, answer.expected) == ("how many", "three")
     assert answer.given == greedy(student, prompt, opened)
+
+
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_nll_is_that_of_the_expected_answers(
+    student: tuple[Any, Any], images: Path, tmp_path: Path, batch_size: int
+) -> None:
+    """Families of unequal token counts: over the tokens of each, then the mean of families; the end of turn is a token of the answer."""
+    answers = ["a red circle on the left side", "blue", "three", "m", "the second of the two"]
+    rows = [row(*question, answer) for question, answer in zip(QUESTIONS, answers)]
+    result = evaluate(*student, write(tmp_path, rows, images), batch_size)
+    opened = [PIL.Image.open(images / f"{number}.png").convert("RGB") for number in range(3)]
+    nats: dict[str, list[float]] = {}
+    for (family, text, count), answer, one in zip(QUESTIONS, answers, result["answers"]):
+        own = answer_tokens(student, f"<|user|>{text}<|end|><|assistant|>", answer, opened[:count])
+        assert one.tokens == len(own) and one.nats == pytest.approx(sum(own), rel=1e-5)
+        nats.setdefault(family, []).extend(own)
+    means = {family: sum(own) / len(own) for family, own in nats.items()}
+    assert {name: one["nll"] for name, one in result["families"].items()} == pytest.approx(means, rel=1e-5)
+    assert result["nll_family_mean"] == pytest.approx(sum(means.values()) / 3, rel=1e-5)
+    every = [value for own in nats.values() for value in own]
+    assert result["nll"] == pytest.approx(sum(every) / len(every), rel=1e-5)
+
+
+def test_nll_is_of_the_last_answer_and_skips_what_training_cannot_render(
+    student: tuple[Any, Any], images: Path, tmp_path: Path
+) -> None:
+    talk = row("talk", "<image>\nwhat is it", 1, "a circle")
+    talk["conversations"] += [{"from": "human", "value": "how many"}, {"from": "gpt", "value": "three"}]
+    reserved = row("odd", "say <|end|>", 0, "three")
+    result = evaluate(*student, write(tmp_path, [reserved, talk], images))
+    prompt = "<|user|><image>\nwhat is it<|end|><|assistant|>a circle<|end|><|user|>how many<|end|><|assistant|>"
+    own = answer_tokens(student, prompt, "three", [PIL.Image.open(images / "0.png").convert("RGB")])
+    odd, last = result["answers"]
+    assert (odd.tokens, last.tokens) == (0, len(own)) and last.nats == pytest.approx(sum(own), rel=1e-5)
+    assert result["families"]["odd"]["nll"] is None
+    assert result["nll_family_mean"] == result["nll"] == pytest.approx(sum(own) / len(own), rel=1e-5)
 
 
 def test_rows_that_cannot_be_scored_are_counted_by_reason(
@@ -166,3 +218,100 @@ def test_families_count_the_same_however_many_rows_they_have() -> None:
     answers = [Answer("many", "q", "a", "a")] * 9 + [Answer("one", "q", "a", "b")]
     result = score(answers)
     assert result["exact_match"] == 0.9 and result["family_mean"] == 0.5
+
+
+@pytest.mark.parametrize("operator", ["dart", "fastv", "pyramiddrop", "random"])
+def test_compressed_answers(
+    student: tuple[Any, Any], tiny_student: Path, own_answers: list[str], images: Path, tmp_path: Path, operator: str
+) -> None:
+    """Any batch size gives the same answers; all tokens kept are the model's own; few kept change some; text rows never change."""
+    spec = write(tmp_path, [row(*question, "x") for question in QUESTIONS], images)
+    whole = evaluate_folder(str(tiny_student), spec, 5, "cpu", compress=operator, keep=36, compress_layer=1)
+    assert [one.given for one in whole["answers"]] == own_answers
+    few = Pruning(operator, layer=1, keep=3)
+    results = [evaluate(*student, spec, size, pruning=few) for size in (1, 2, 5)]
+    given = [[one.given for one in result["answers"]] for result in results]
+    assert given[0] == given[1] == given[2]
+    assert given[0][2:4] == own_answers[2:4] and given[0] != own_answers
+    assert results[0]["compression"] == {"operator": operator, "layer": 1, "removed": None, "keep": 3}
+    assert "compression" not in evaluate(*student, spec, 5)
+
+
+def test_compressed_answers_are_those_of_the_plain_forward(
+    student: tuple[Any, Any], tiny_student: Path, images: Path, tmp_path: Path
+) -> None:
+    """The question with two pictures: 3 tokens each, ranked together, chosen by the prompt, then one token at a time."""
+    from student_train.student import load_student
+
+    model, processor = load_student(str(tiny_student), "eager")
+    _, text, count = QUESTIONS[4]
+    opened = [PIL.Image.open(images / f"{number}.png").convert("RGB") for number in range(count)]
+    inputs = processor(text=[f"<|user|>{text}<|end|><|assistant|>"], images=opened, return_tensors="pt")
+    ids, said, pixels = inputs["input_ids"][0], [], {"pixel_values": inputs["pixel_values"]}
+    pruning, asking = Pruning("dart", layer=1, keep=3), len(ids) - 1
+    with torch.inference_mode():
+        for _ in range(MAX_NEW_TOKENS):
+            states, rows = pruned_states(model, ids, pixels, pruning, asking, count)
+            token = int(model.lm_head(states[-1]).argmax())
+            if token == processor.tokenizer.eos_token_id:
+                break
+            said.append(token)
+            ids = torch.cat([ids, torch.tensor([token])])
+    assert len(ids) - len(rows) >= 72 - 6
+    result = evaluate(*student, write(tmp_path, [row(*QUESTIONS[4], "x")], images), pruning=pruning)
+    assert result["answers"][0].given == processor.tokenizer.decode(said, skip_special_tokens=True)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (
+            ["--compress", "fastvv", "--keep", "4"],
+            "unknown compression operator 'fastvv': choose from dart, fastv, pyramiddrop, random",
+        ),
+        (["--compress", "dart"], "say how many vision tokens an image keeps"),
+        (["--compress", "dart", "--keep", "0"], "at least 1 vision token"),
+        (
+            ["--compress", "dart", "--keep", "4", "--compress-layer", "3"],
+            "layer 3 is outside the model, whose layers are 0 to 1",
+        ),
+        (["--keep", "4"], "--keep and --compress-layer need --compress: choose from dart"),
+    ],
+)
+def test_wrong_compression_is_refused_before_the_weights(
+    tiny_student: Path, tmp_path: Path, flags: list[str], message: str
+) -> None:
+    """The folder has no weights at all."""
+    import shutil
+
+    from click.testing import CliRunner
+
+    from cli import main
+
+    bare = Path(shutil.copytree(tiny_student, tmp_path / "bare", ignore=shutil.ignore_patterns("*.safetensors")))
+    result = CliRunner().invoke(main, ["eval", str(bare), "--data", "absent.json", *flags])
+    assert result.exit_code == 1 and message in " ".join(result.output.split())
+
+
+def test_the_command_says_what_was_compressed(tiny_student: Path, images: Path, tmp_path: Path) -> None:
+    from click.testing import CliRunner
+
+    from cli import main
+
+    spec = write(tmp_path, [row(*QUESTIONS[0], "x")], images)
+    flags = [
+        "--image-root",
+        str(images),
+        "--compress",
+        "fastv",
+        "--keep",
+        "5",
+        "--compress-layer",
+        "1",
+        "--device",
+        "cpu",
+        "--json",
+    ]
+    result = CliRunner().invoke(main, ["eval", str(tiny_student), "--data", spec.path, *flags])
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.stdout)["compression"] == {"operator": "fastv", "layer": 1, "removed": None, "keep": 5}

@@ -122,7 +122,7 @@ def test_gradcheck(name: str) -> None:
     teacher, student = logits_of("ordinary", 1, rows=4)
     formula = partial(getattr(written, name), **KNOBS[name])
     log_probs, student = teacher.double().log_softmax(dim=1), student.double().requires_grad_()
-    assert torch.autograd.gradcheck(lambda logits: written.WithGradient.apply(formula, log_probs, logits), student)
+    assert torch.autograd.gradcheck(lambda logits: written.WithGradient.apply(formula, (log_probs,), logits), student)
 
 
 def test_gradcheck_of_the_merged_tail() -> None:

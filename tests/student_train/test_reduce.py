@@ -101,8 +101,12 @@ def denominators_of(side: Side) -> dict[str, float]:
 
 
 @pytest.mark.parametrize("chunk_rows", [1, 2, 5, 1000])
-def test_values_and_gradients_equal_plain_autograd(monkeypatch: pytest.MonkeyPatch, chunk_rows: int) -> None:
+@pytest.mark.parametrize("blocks", [1, 3])
+def test_values_and_gradients_equal_plain_autograd(
+    monkeypatch: pytest.MonkeyPatch, chunk_rows: int, blocks: int
+) -> None:
     monkeypatch.setattr(reduce, "CHUNK_BYTES", 4 * PADDED * chunk_rows)
+    monkeypatch.setattr(reduce, "BLOCKS", blocks)
     side = Side({"response": RESPONSE, "vision": VISION})
     loss, shares = total_loss(TERMS, side.student(), side.view(), denominators_of(side))
     expected = plain_loss(side, denominators_of(side))
@@ -223,8 +227,10 @@ def test_counting() -> None:
     assert denominators_of(side) == {"reg": 12.0, "res": 3.0, "vis": 10.0, "rel": 2.0}
 
 
-def test_a_chunk_is_never_larger_than_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("blocks, sizes", [(1, [3, 3, 3, 3, 3, 1]), (2, [2, 1] * 5 + [1])], ids=["whole", "in two"])
+def test_a_chunk_is_never_larger_than_asked(monkeypatch: pytest.MonkeyPatch, blocks: int, sizes: list[int]) -> None:
     monkeypatch.setattr(reduce, "CHUNK_BYTES", 4 * PADDED * 3)
+    monkeypatch.setattr(reduce, "BLOCKS", blocks)
     seen: list[int] = []
 
     def spy(inner: Callable[[Rows], torch.Tensor]) -> Callable[[Rows], torch.Tensor]:
@@ -238,4 +244,4 @@ def test_a_chunk_is_never_larger_than_asked(monkeypatch: pytest.MonkeyPatch) -> 
     side = Side({"response": RESPONSE, "vision": VISION})
     term = RowTerm(1.0, "vision", spy(kl))
     total_loss({"vis": term}, side.student(torch.bfloat16), side.view(), {"vis": 16.0})
-    assert seen == [3, 3, 3, 3, 3, 1]
+    assert seen == sizes

@@ -43,12 +43,12 @@ stages = "PT,DFT"
 
 @pytest.fixture
 def write_grid(tmp_path: Path, tiny_cache: Path, tiny_student: Path, world: Any) -> Callable[..., Path]:
-    """``write_grid(varied=…, top=…, name=…)`` → a grid file: ``top`` lines, the base, what varies."""
+    """``write_grid(varied=…, top=…, more=…)`` → a grid file: ``top`` lines, the base, what varies, ``more`` of it."""
 
-    def write(varied: str = VARIED, top: str = "", name: str = "grid.toml") -> Path:
+    def write(varied: str = VARIED, top: str = "", more: str = "") -> Path:
         places = {"cache": tiny_cache, "student": tiny_student, "heldout": world.heldout, "images": world.images}
-        path = tmp_path / name
-        path.write_text(top + BASE.format(**places) + varied)
+        path = tmp_path / "grid.toml"
+        path.write_text(top + BASE.format(**places) + varied + more)
         return path
 
     return write

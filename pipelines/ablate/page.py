@@ -1,0 +1,96 @@
+"""``OUT/results.html``: the tables of an ablation as pictures too; one self-contained page in the house's style."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from pipelines.ablate import plot
+from pipelines.ablate.cells import Cell
+from pipelines.ablate.results import LEGEND, Section, interval, sections, written
+from pipelines.report.charts import run_styles, stage_charts
+from pipelines.report.page import duration, header, settings_table, template
+from pipelines.report.runs import Run, read_runs
+
+
+def write_page(
+    cells: Sequence[Cell], baseline: str | None, failed: Sequence[Mapping[str, str]], title: str, out: Path
+) -> Path:
+    """Write the page; works with whatever cells are there."""
+    shown = first_runs(cells)
+    page = template("ablation.html").render(
+        title=title,
+        header=header(shown, None) if shown else [],
+        legend=LEGEND,
+        baseline=baseline,
+        sections=[section_body(one, baseline) for one in sections(cells)],
+        cells=[cell_row(cell) for cell in cells],
+        failed=failed,
+        styles=run_styles(shown),
+        stages=stage_charts(shown),
+        settings=[(run, settings_table(run)) for run in shown],
+        width=plot.WIDTH,
+        line=plot.LINE,
+    )
+    draft = out.with_name(f".{out.name}.draft")
+    draft.write_text(page, encoding="utf-8")
+    os.replace(draft, out)
+    return out
+
+
+def first_runs(cells: Sequence[Cell]) -> list[Run]:
+    """The first seed of every row that has logged something: more curves would hide each other."""
+    first: dict[str, Cell] = {}
+    for cell in cells:
+        if cell.row not in first and (cell.folder / "run.json").is_file():
+            first[cell.row] = cell
+    runs = read_runs([cell.folder for cell in first.values()]) if first else []
+    return [replace(run, name=row, group=row) for run, row in zip(runs, first)]
+
+
+def section_body(section: Section, baseline: str | None) -> dict[str, Any]:
+    """One evaluation: plots, and tables of text."""
+    body: dict[str, Any] = {
+        "label": section.label,
+        "metrics": section.metrics,
+        "plots": plot.value_plots(section),
+        "rows": [
+            (row, [written(section.spread(row, metric), metric) for metric in section.metrics], _count(section, row))
+            for row in section.rows
+        ],
+        "differences": None,
+    }
+    if baseline:
+        body["difference_plots"] = plot.difference_plots(section, baseline)
+        body["differences"] = [
+            (row, [_difference(section, row, baseline, metric) for metric in section.metrics])
+            for row in section.rows
+            if row != baseline
+        ]
+    return body
+
+
+def _difference(section: Section, row: str, baseline: str, metric: str) -> str:
+    one = section.difference(row, baseline, metric)
+    return written(one, metric, signed=True) + interval(one, metric)
+
+
+def _count(section: Section, row: str) -> int:
+    return max((len(seeds) for seeds in section.values[row].values()), default=0)
+
+
+def cell_row(cell: Cell) -> dict[str, Any]:
+    """One line of the table of students."""
+    card = cell.card()
+    seconds = card.get("seconds", {})
+    return {
+        "name": cell.name,
+        "state": cell.state(),
+        "method": cell.method,
+        "stages": ", ".join(stage.shared for stage in cell.stages),
+        "train": duration(seconds["train"]) if seconds else "–",
+        "ask": duration(seconds["evaluate"]) if seconds else "–",
+    }
