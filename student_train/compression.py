@@ -15,15 +15,15 @@ from torch import nn
 from student_train.compressors import CompressorSpec, Site, compressor_module
 from student_train.config import TrainSettings
 from teacher_cache.errors import CompatibilityError, KdcliError
+from teacher_cache.layout import COMPRESSED
 from teacher_cache.records import ImageLayout
 
-ENTRY = "kdcli_compressor"
 NONE = "none"
 
 
 def compressor_of(config: Any) -> CompressorSpec | None:
     """What a saved student's configuration says; None for a student without compression."""
-    entry = getattr(config, ENTRY, None)
+    entry = getattr(config, COMPRESSED, None)
     return CompressorSpec.from_entry(entry) if entry else None
 
 
@@ -128,7 +128,7 @@ def install(model: Any, spec: CompressorSpec) -> None:
         spec, site_of_config(model.config), model.model.multi_modal_projector
     )
     model.model.multi_modal_projector = projector
-    setattr(model.config, ENTRY, spec.entry())
+    setattr(model.config, COMPRESSED, spec.entry())
     if spec.layers:
         model.config.vision_feature_layer = list(spec.layers)
 
@@ -161,7 +161,7 @@ def load_compressed(model_id: str, spec: CompressorSpec, **arguments: Any) -> nn
     from transformers import AutoConfig
 
     config = AutoConfig.from_pretrained(model_id)
-    setattr(config, ENTRY, spec.entry())
+    setattr(config, COMPRESSED, spec.entry())
     model, found = compressed_class().from_pretrained(  # type: ignore[attr-defined]
         model_id, config=config, output_loading_info=True, **arguments
     )

@@ -8,6 +8,9 @@ from typing import Any
 
 from teacher_cache.records import ImageLayout, View
 
+COMPRESSED = "kdcli_compressor"
+"""Entry in the configuration of a student whose projector leaves fewer vision tokens than patches (student_train/compression.py)."""
+
 
 def image_layout(
     config: Any, processor: Any, sizes: Sequence[tuple[int, int]], inputs: Mapping[str, Any], tokens: int

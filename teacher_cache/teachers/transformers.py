@@ -18,6 +18,7 @@ from safetensors import SafetensorError
 from teacher_cache.batch import Batch, collate
 from teacher_cache.errors import CompatibilityError, KdcliError
 from teacher_cache.fingerprint import processor_fingerprint
+from teacher_cache.layout import COMPRESSED
 from teacher_cache.records import Prepared, TeacherOutput, TopK
 from teacher_cache.teachers.head import head_logits, topk_rows
 from teacher_cache.teachers.sampling import sample_batch
@@ -77,6 +78,7 @@ def resolve_device(spec: TeacherSpec) -> torch.device:
 
 def teacher_fingerprint(spec: TeacherSpec, processor: Any, config: Any) -> dict[str, Any]:
     """What decides the teacher's numbers; computed without loading the weights (their files are hashed)."""
+    refuse_compressed(spec, config)
     text_config = config.get_text_config()
     return {
         "weights": weights_hash(spec, config),
@@ -88,6 +90,14 @@ def teacher_fingerprint(spec: TeacherSpec, processor: Any, config: Any) -> dict[
         "attn_implementation": spec.attn_implementation,
         "backend": "transformers",
     }
+
+
+def refuse_compressed(spec: TeacherSpec, config: Any) -> None:
+    """CompatibilityError: stock classes would read a compressed student's weights and leave its compression out."""
+    if getattr(config, COMPRESSED, None):
+        raise CompatibilityError(
+            f"model {spec.id!r} is a student with compressed vision tokens: it can be trained and evaluated, but not be a teacher"
+        )
 
 
 def weights_hash(spec: TeacherSpec, config: Any) -> str:
@@ -111,6 +121,7 @@ class TransformersTeacher:
     def __init__(self, spec: TeacherSpec, processor: Any, config: Any):
         from transformers import AutoModelForImageTextToText
 
+        refuse_compressed(spec, config)
         self.device = resolve_device(spec)
         try:
             self.model: Any = AutoModelForImageTextToText.from_pretrained(

@@ -7,8 +7,11 @@ from typing import Any
 
 import pytest
 import torch
+from click.testing import CliRunner
 from PIL import Image
 
+from cli import main
+from pipelines.settings import write_template
 from student_train.compression import compressor_of, with_grid
 from student_train.compressors import CompressorSpec, compressor_modules
 from student_train.student import freeze_except, load_student, module_group, open_student, save_student
@@ -29,10 +32,12 @@ def inputs_of(processor: Any) -> Any:
 
 
 @each_compressor
-def test_a_compressor_describes_itself(name: str) -> None:
+def test_a_compressor_describes_itself(name: str, tmp_path: Path) -> None:
     module = compressor_modules()[name]
     assert name == module.NAME and "arXiv" in module.PAPER
     assert isinstance(module.ELASTIC, bool) and isinstance(module.CHOOSES_LAYERS, bool)
+    for told in (CliRunner().invoke(main, ["train-student", "--help"]).output, write_template(tmp_path).read_text()):
+        assert name in told, "named by the help of --compressor and by the kd.toml that `kdcli init` writes"
 
 
 @each_compressor

@@ -139,6 +139,21 @@ def test_refused_before_weights_are_read(without_weights: Callable[..., Path], c
     assert "\n" not in str(caught.value)
 
 
+def test_a_compressed_student_cannot_be_a_teacher(saved: Callable[..., Path]) -> None:
+    from teacher_cache.teachers.transformers import (
+        TeacherSpec,
+        TransformersTeacher,
+        load_processor,
+        teacher_fingerprint,
+    )
+
+    spec = TeacherSpec(str(saved("adaptive_pool", 9)), device="cpu")
+    parts = load_processor(spec)
+    for run in (teacher_fingerprint, TransformersTeacher):
+        with pytest.raises(CompatibilityError, match=r"compressed vision tokens.*not be a teacher"):
+            run(spec, *parts)
+
+
 def test_lost_weights_are_named(saved: Callable[..., Path]) -> None:
     from safetensors.torch import load_file, save_file
 

@@ -241,6 +241,14 @@ def test_other_grids_refuse_the_row_aligned_method_alone(
     assert 0 <= chosen["kl"] <= 0.005 and not chosen["angles"], "without aligned rows the distributions alone decide"
 
 
+def test_a_compressed_student_is_judged_as_it_would_train(ask: Ask, tmp_path: Path) -> None:
+    result = preflight(ask(tmp_path / "out", rows=12, train={"compressor": "adaptive_pool"}))
+    assert [bool(one["reasons"]) for one in result["methods"]] == [True, False]
+    assert any("llava-kd compares" in reason and "--method em-kd" in reason for reason in result["reasons"])
+    (kd,) = (one for one in result["methods"] if one["method"] == "kd")
+    assert kd["step"]["tokens"] > 0
+
+
 def test_rows_that_training_would_stop_at_are_named(ask: Ask, tmp_path: Path) -> None:
     only = {"fields": ("response_topk",), "shards": 4}
     result = preflight(ask(tmp_path / "out", capture=only, methods=("kd",), rows=12, train={"max_length": 60}))
