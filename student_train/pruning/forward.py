@@ -171,7 +171,7 @@ class PrunedForward:
 
     def _keep(self, index: torch.Tensor, inputs: dict[str, Any]) -> None:
         """From here on, layers see rows ``index`` ``[B, T']`` of what they saw before; self.positions is already theirs."""
-        before = inputs if self.newest is None else {**inputs, **self.newest.inputs}
+        before = inputs if self.newest is None else self.newest.inputs
         at = index[:, :, None]
         cos, sin = (
             one.expand(len(index), -1, -1).gather(1, at.expand(-1, -1, one.shape[2]))
@@ -180,7 +180,9 @@ class PrunedForward:
         valid = self.positions >= 0
         new = {"position_embeddings": (cos, sin), "attention_mask": self._mask(valid, valid.shape[1])}
         if before.get("position_ids") is not None:
-            new["position_ids"] = before["position_ids"].expand(len(index), -1).gather(1, index)
+            # Layers turn by position_embeddings; flash kernels read position_ids for packed sequences, which gaps are not.
+            flash = self.implementation.startswith("flash")
+            new["position_ids"] = None if flash else before["position_ids"].expand(len(index), -1).gather(1, index)
         self.newest = Kept(self.positions, valid, new)
 
     @torch.no_grad()
