@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -84,6 +85,21 @@ def test_trained_with_one_operator_asked_under_others(
     for operator in ("dart", "fastv", "random"):
         result = evaluate_folder(trained["model"], spec, device="cpu", compress=operator, keep=9, compress_layer=1)
         assert result["n"] == 7 and result["compression"]["operator"] == operator
+
+
+@pytest.mark.parametrize(("compressor", "tokens"), [("adaptive_pool", 9), ("mqt", 16)])
+def test_behind_a_compressor(
+    tiny_cache: Path, tiny_student: Path, world: Any, tmp_path: Path, compressor: str, tokens: int
+) -> None:
+    """Few vision tokens an image leave the projector, fewer the language model's first layer; answers with 4 of them."""
+    settings = settings_for(tmp_path / "run", tiny_student)
+    train_settings = replace(settings.train, compressor=compressor, vision_tokens=tokens, max_steps=3)
+    trained = train(str(tiny_cache), "epic-tcd", replace(settings, train=train_settings), "DFT", knobs={"layer": 1})
+    lines = [json.loads(one) for one in (tmp_path / "run/01-DFT/metrics.jsonl").read_text().splitlines()]
+    assert len(lines) == 3 and all(one["loss/self"] >= 0 for one in lines) and lines[-1]["loss/self"] > 0
+    spec = DataSpec("heldout", str(world.heldout), image_root=str(world.images))
+    result = evaluate_folder(trained["model"], spec, device="cpu", compress="dart", keep=4, compress_layer=1)
+    assert result["n"] == 7
 
 
 def test_a_grid_knows_wrong_compression_before_training(world: Any) -> None:
