@@ -244,7 +244,7 @@ def pruning_of(compress: str | None, keep: int | None, layer: int | None) -> Pru
     if compress is None:
         if keep is not None or layer is not None:
             choices = ", ".join(sorted(operator_modules()))
-            raise KdcliError(f"--keep and --compress-layer need --compress: choose from {choices}")
+            raise KdcliError(f"keep and compress-layer need compress: choose from {choices}")
         return None
     return Pruning(compress, Pruning.layer if layer is None else layer, keep=keep)
 

@@ -192,6 +192,7 @@ def _files(tables: list[Any], path: Path) -> tuple[EvalFile, ...]:
         one = build(EvalFile, {name: value for name, value in table.items() if name in own}, f"{path} [[eval]]")
         found.append(EvalFile(one.name, one.path, one.image_root, one.format, one.limit, options))
         open_source(one.spec)
+        pruning_of(*(options.get(name) for name in ("compress", "keep", "compress_layer")))
     names = [one.name for one in found]
     if twice := {name for name in names if names.count(name) > 1}:
         raise KdcliError(f"{path} [[eval]]: the name {', '.join(sorted(twice))} stands twice")

@@ -57,7 +57,7 @@ class Pruning:
 
     def __post_init__(self) -> None:
         module = operator_module(self.operator)
-        if self.layer < 1:
+        if not isinstance(self.layer, int) or self.layer < 1:
             raise KdcliError(
                 f"{self.operator}: compression layer must be at least 1 (the layer before it ranks), got {self.layer}"
             )
@@ -65,8 +65,8 @@ class Pruning:
             raise KdcliError(f"{self.operator}: give the fraction removed or the tokens to keep, not both")
         if self.removed is None and self.keep is None and not hasattr(module, "DEFAULT_KEPT"):
             raise KdcliError(f"{self.operator}: say how many vision tokens an image keeps, e.g. --keep 64")
-        if self.keep is not None and self.keep < 1:
-            raise KdcliError(f"{self.operator}: at least 1 vision token an image must be kept, got {self.keep}")
+        if self.keep is not None and (not isinstance(self.keep, int) or self.keep < 1):
+            raise KdcliError(f"{self.operator}: at least 1 vision token an image must be kept, got {self.keep!r}")
         if self.removed is not None and not 0.0 <= self.removed < 1.0:
             raise KdcliError(
                 f"{self.operator}: the fraction removed must be at least 0 and below 1, got {self.removed:g}"

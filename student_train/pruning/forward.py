@@ -16,11 +16,11 @@ from typing import Any
 
 import torch
 
-from student_train.pruning import ATTENTION_IMPLEMENTATIONS, Pruning, operator_module
+from student_train.pruning import ATTENTION_IMPLEMENTATIONS, Pruning
 from student_train.pruning.masks import attention_mask
-from student_train.pruning.seen import Seen
+from student_train.pruning.ranking import LayerBefore, Ranking, Tokens
 from teacher_cache.errors import CompatibilityError
-from teacher_cache.teachers.attention import check_attention, layer_attention, layer_keys
+from teacher_cache.teachers.attention import check_attention
 
 
 @contextmanager
@@ -71,6 +71,8 @@ class PrunedForward:
 
     positions: torch.Tensor
     """int64 ``[B, T']``: the input row of every row of the last hidden states, -1 on padding."""
+    before: LayerBefore
+    """What the layer before the next pruned one was given."""
 
     def __init__(
         self,
@@ -80,7 +82,7 @@ class PrunedForward:
         images: Sequence[int] | None,
         generator: torch.Generator | None,
     ):
-        self.base, self.pruning = model.model, pruning
+        self.base = model.model
         text: Any = getattr(self.base, "language_model", None)
         if not hasattr(text, "layers"):
             raise CompatibilityError(
@@ -89,15 +91,15 @@ class PrunedForward:
         self.layers = text.layers
         for layer in self.layers:
             check_attention(layer)
+            check_recomputation(layer)
         self.implementation = text.config._attn_implementation
         if self.implementation not in ATTENTION_IMPLEMENTATIONS:
             raise CompatibilityError(
                 f"pruning with attention {self.implementation!r}: choose from {', '.join(ATTENTION_IMPLEMENTATIONS)}"
             )
         self.image_token = model.config.image_token_id
-        self.operator = operator_module(pruning.operator)
         self.depths = pruning.depths(len(self.layers))
-        self.query_at, self.images, self.generator = query_at, images, generator
+        self.query_at, self.ranking = query_at, Ranking(pruning, images, generator)
         self._handles: list[Any] = []
 
     def attach(self) -> None:
@@ -158,20 +160,22 @@ class PrunedForward:
             kept = self.kept.get(number)
             return hidden, inputs if kept is None else {**inputs, **kept.inputs}
         if number in self.depths:
-            index = self._choose(number, hidden)
-            if index is not None:
+            tokens = Tokens(self.positions, self.vision, self.asking)
+            keep = self.ranking.staying(self.depths[number], tokens, self.before, hidden)
+            if keep is not None:
+                index = self._gathered(keep)
                 hidden = hidden.gather(1, index[:, :, None].expand(-1, -1, hidden.shape[2]))
                 self._keep(index, inputs)
         if self.newest is not None:
             self.kept[number] = self.newest
             inputs = {**inputs, **self.newest.inputs}
         if number + 1 in self.depths:
-            self._ranking = (self.layers[number], hidden.detach(), inputs["position_embeddings"])
+            self.before = LayerBefore(self.layers[number], hidden.detach(), inputs["position_embeddings"])
         return hidden, inputs
 
     def _keep(self, index: torch.Tensor, inputs: dict[str, Any]) -> None:
         """From here on, layers see rows ``index`` ``[B, T']`` of what they saw before; self.positions is already theirs."""
-        before = inputs if self.newest is None else {**inputs, **self.newest.inputs}
+        before = inputs if self.newest is None else self.newest.inputs
         at = index[:, :, None]
         cos, sin = (
             one.expand(len(index), -1, -1).gather(1, at.expand(-1, -1, one.shape[2]))
@@ -180,24 +184,13 @@ class PrunedForward:
         valid = self.positions >= 0
         new = {"position_embeddings": (cos, sin), "attention_mask": self._mask(valid, valid.shape[1])}
         if before.get("position_ids") is not None:
-            new["position_ids"] = before["position_ids"].expand(len(index), -1).gather(1, index)
+            # Layers turn by position_embeddings; flash kernels read position_ids for packed sequences, which gaps are not.
+            flash = self.implementation.startswith("flash")
+            new["position_ids"] = None if flash else before["position_ids"].expand(len(index), -1).gather(1, index)
         self.newest = Kept(self.positions, valid, new)
 
-    @torch.no_grad()
-    def _choose(self, number: int, hidden: torch.Tensor) -> torch.Tensor | None:
-        """Rows of the current sequence that stay, ``[B, T']``; None where all do. Moves ``self.positions`` along."""
-        valid = self.positions >= 0
-        vision = self.vision.gather(1, self.positions.clamp_min(0)) & valid
-        have = vision.sum(dim=1).tolist()
-        stay = self._counts(have, self.depths[number])
-        if stay == have:
-            return None
-        keep = valid.clone()
-        for sample, seen in self._seen(hidden, vision, valid):
-            if stay[sample] < have[sample]:
-                rows = vision[sample].nonzero()[:, 0]
-                keep[sample, rows] = False
-                keep[sample, rows[self.operator.choose(seen, stay[sample])]] = True
+    def _gathered(self, keep: torch.Tensor) -> torch.Tensor:
+        """Rows of the current sequence in their new places, ``[B, T']``. Moves ``self.positions`` along."""
         length = int(keep.sum(dim=1).max())
         # A stable sort brings the kept rows together without changing their order.
         index = keep.to(torch.uint8).argsort(dim=1, descending=not self.pad_left, stable=True)
@@ -205,35 +198,18 @@ class PrunedForward:
         self.positions = self.positions.gather(1, index).masked_fill(~keep.gather(1, index), -1)
         return index
 
-    def _counts(self, have: Sequence[int], multiple: float) -> list[int]:
-        starts = self.vision & ~torch.nn.functional.pad(self.vision, (1, 0))[:, :-1]
-        images = starts.sum(dim=1).tolist() if self.images is None else self.images
-        totals = self.vision.sum(dim=1).tolist()
-        return [min(now, self.pruning.kept(n, m, multiple)) for now, n, m in zip(have, totals, images, strict=True)]
 
-    def _seen(self, hidden: torch.Tensor, vision: torch.Tensor, valid: torch.Tensor) -> Iterator[tuple[int, Seen]]:
-        """Sample by sample what the operator asks for; the layer before is computed once for the batch."""
-        layer, entered, positions = self._ranking
-        wants = self.operator.WANTS
-        attention = keys = None
-        if "attention" in wants:
-            row = (self.positions == self.asking[:, None]).to(torch.uint8).argmax(dim=1, keepdim=True)
-            attention = layer_attention(layer, entered, positions, row, valid)[:, :, 0].mean(dim=1)
-        if "keys" in wants:
-            keys = layer_keys(layer, entered, positions).transpose(1, 2).flatten(2)
-        for sample in range(len(vision)):
-            there = valid[sample]
-            yield (
-                sample,
-                Seen(
-                    vision[sample, there],
-                    (self.positions[sample] <= self.asking[sample])[there],
-                    None if attention is None else attention[sample, there],
-                    None if keys is None else keys[sample, there],
-                    hidden[sample, there] if "hidden" in wants else None,
-                    self.generator,
-                ),
-            )
+def check_recomputation(layer: torch.nn.Module) -> None:
+    """CompatibilityError where gradient checkpointing would run a layer's hooks again, when they may be gone.
+
+    Older releases of transformers checkpoint a layer's ``__call__``, hooks and all; newer ones its ``forward`` only.
+    """
+    outer = any("__call__" in vars(one) for one in type(layer).__mro__ if one is not torch.nn.Module)
+    if outer and layer.training and getattr(layer, "gradient_checkpointing", False):
+        raise CompatibilityError(
+            "vision tokens cannot be removed under the gradient checkpointing of this version of transformers: "
+            "upgrade it, or set gradient_checkpointing = false"
+        )
 
 
 @dataclass(frozen=True)

@@ -275,7 +275,7 @@ def test_compressed_answers_are_those_of_the_plain_forward(
             ["--compress", "dart", "--keep", "4", "--compress-layer", "3"],
             "layer 3 is outside the model, whose layers are 0 to 1",
         ),
-        (["--keep", "4"], "--keep and --compress-layer need --compress: choose from dart"),
+        (["--keep", "4"], "keep and compress-layer need compress: choose from dart"),
     ],
 )
 def test_wrong_compression_is_refused_before_the_weights(

@@ -251,6 +251,11 @@ BEFORE_MODEL: dict[str, tuple[type[KdcliError], str, dict[str, Any]]] = {
     "knob": (KdcliError, "no knob gama; it has alpha, beta, gamma", {"knobs": {"gama": 1.0}}),
     "knob type": (KdcliError, "gamma must be a float, got 'much'", {"knobs": {"gamma": "much"}}),
     "knob value": (KdcliError, "reduction must be mean or sum, got 'max'", {"knobs": {"reduction": "max"}}),
+    "pruned layer": (
+        KdcliError,
+        "compression layer 9 is outside the model, whose layers are 0 to 1",
+        {"method": "epic-tcd", "knobs": {"layer": 9}},
+    ),
     "stage": (KdcliError, "unknown stage DST: choose from PT, DPT, SFT, DFT", {"stages": "DPT,DST"}),
     "part": (CacheError, "no part talk; it has caption, sft", {"own": {"DFT": StageSettings(parts=("talk",))}}),
 }

@@ -235,6 +235,22 @@ def test_pyramiddrop_goes_down_in_steps(tiny_llava: Any, batch_of: Any) -> None:
         handle.remove()
 
 
+def test_checkpointing_that_runs_hooks_again_is_refused(tiny_llava: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As older releases of transformers do; without checkpointing they are as good as any."""
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    monkeypatch.setattr(GradientCheckpointingLayer, "__call__", torch.nn.Module.__call__, raising=False)
+    model, pruning = tiny_llava().train(), Pruning("random", keep=2)
+    with prune_vision(model, pruning):
+        pass
+    model.activation_checkpointing_enable({"use_reentrant": False})
+    with (
+        pytest.raises(CompatibilityError, match="upgrade it, or set gradient_checkpointing"),
+        prune_vision(model, pruning),
+    ):
+        pass
+
+
 def test_a_second_forward_starts_anew(tiny_llava: Any, batch_of: Any) -> None:
     model, pruning = tiny_llava(), Pruning("fastv", removed=0.5)
     with prune_vision(model, pruning) as pruned:

@@ -27,6 +27,8 @@ OPERATORS = sorted(operator_modules())
         ({"operator": "dart"}, "say how many vision tokens"),
         ({"operator": "dart", "keep": 4, "removed": 0.5}, "not both"),
         ({"operator": "dart", "keep": 0}, "at least 1 vision token"),
+        ({"operator": "dart", "keep": "4"}, "at least 1 vision token an image must be kept, got '4'"),
+        ({"operator": "dart", "keep": 4, "layer": 1.5}, "layer must be at least 1"),
         ({"operator": "dart", "removed": 1.0}, "below 1, got 1"),
         ({"operator": "dart", "removed": -0.1}, "at least 0"),
         ({"operator": "dart", "removed": float("nan")}, "below 1, got nan"),

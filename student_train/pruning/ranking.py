@@ -1,0 +1,101 @@
+"""Which rows of a batch stay: the operator asked sample by sample, what it looks at computed once for the batch (no ``NAME``).
+
+Shapes: B samples, T_0 tokens of the input, T of them (padded) still there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from student_train.pruning import Pruning, operator_module
+from student_train.pruning.seen import Seen
+from teacher_cache.teachers.attention import layer_attention, layer_keys
+
+
+@dataclass(frozen=True)
+class LayerBefore:
+    """The layer that ranks. hidden: its input ``[B, T, D]``. rotary: the cos and sin that it got."""
+
+    layer: Any
+    hidden: torch.Tensor
+    rotary: tuple[torch.Tensor, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """The tokens that are still there.
+
+    Attributes:
+        positions: int64 ``[B, T]``, their rows in the input, -1 on padding. of_vision: bool ``[B, T_0]``, vision tokens of the input.
+        asking: int64 ``[B]``, the input row that ranks.
+    """
+
+    positions: torch.Tensor
+    of_vision: torch.Tensor
+    asking: torch.Tensor
+
+    @property
+    def valid(self) -> torch.Tensor:
+        return self.positions >= 0
+
+    @property
+    def vision(self) -> torch.Tensor:
+        """bool ``[B, T]``"""
+        return self.of_vision.gather(1, self.positions.clamp_min(0)) & self.valid
+
+
+@dataclass(frozen=True)
+class Ranking:
+    """How a pruning chooses in this batch. images: of each sample, None: runs of vision tokens. generator: of random choices."""
+
+    pruning: Pruning
+    images: Sequence[int] | None
+    generator: torch.Generator | None
+
+    @torch.no_grad()
+    def staying(
+        self, multiple: float, tokens: Tokens, before: LayerBefore, hidden: torch.Tensor
+    ) -> torch.Tensor | None:
+        """bool ``[B, T]``: the rows that stay; None where all do.
+
+        Args:
+            multiple: of the final count, as ``Pruning.depths`` says. hidden: ``[B, T, D]``, what enters the pruned layer.
+        """
+        vision = tokens.vision
+        have = vision.sum(dim=1).tolist()
+        stay = self._counts(have, tokens.of_vision, multiple)
+        if stay == have:
+            return None
+        keep = tokens.valid.clone()
+        choose = operator_module(self.pruning.operator).choose
+        for sample, seen in self._seen(tokens, before, hidden):
+            if stay[sample] < have[sample]:
+                rows = vision[sample].nonzero()[:, 0]
+                keep[sample, rows] = False
+                keep[sample, rows[choose(seen, stay[sample])]] = True
+        return keep
+
+    def _counts(self, have: Sequence[int], of_vision: torch.Tensor, multiple: float) -> list[int]:
+        """Vision tokens of each sample that stay."""
+        starts = of_vision & ~torch.nn.functional.pad(of_vision, (1, 0))[:, :-1]
+        images = starts.sum(dim=1).tolist() if self.images is None else self.images
+        totals = of_vision.sum(dim=1).tolist()
+        return [min(now, self.pruning.kept(n, m, multiple)) for now, n, m in zip(have, totals, images, strict=True)]
+
+    def _seen(self, tokens: Tokens, before: LayerBefore, hidden: torch.Tensor) -> Iterator[tuple[int, Seen]]:
+        wants = operator_module(self.pruning.operator).WANTS
+        given: dict[str, torch.Tensor] = {"vision": tokens.vision, "prompt": tokens.positions <= tokens.asking[:, None]}
+        if "attention" in wants:
+            row = (tokens.positions == tokens.asking[:, None]).to(torch.uint8).argmax(dim=1, keepdim=True)
+            probs = layer_attention(before.layer, before.hidden, before.rotary, row, tokens.valid)
+            given["attention"] = probs[:, :, 0].mean(dim=1)
+        if "keys" in wants:
+            given["keys"] = layer_keys(before.layer, before.hidden, before.rotary).transpose(1, 2).flatten(2)
+        if "hidden" in wants:
+            given["hidden"] = hidden
+        for sample, valid in enumerate(tokens.valid):
+            yield sample, Seen(**{name: one[sample, valid] for name, one in given.items()}, generator=self.generator)
