@@ -126,7 +126,8 @@ class _KindLoss:
             self.distribution[rows] if self.distribution is not None else None,
             self.own[rows] if self.own is not None else None,
         )
-        total, gradient = logits.new_zeros((), dtype=torch.float32), None
+        total = logits.new_zeros((), dtype=torch.float32)
+        gradient: torch.Tensor | None = None
         for name, term in self.terms.items():
             with torch.enable_grad():
                 values = term.loss(chunk)
