@@ -68,9 +68,9 @@ def total_loss(
     kinds = sorted({term.rows for term in terms.values() if isinstance(term, RowTerm)})
     if use_liger_kernel and len(student.hidden.get("response", ())) and (name := _only_cross_entropy(terms)):
         kinds.remove("response")
-        value = fused_cross_entropy(student.hidden["response"], student.head, student.labels)
-        shares[name] = float(value.detach()) / max(denominators[name], 1.0)
-        total = total + value * (terms[name].weight / max(denominators[name], 1.0))
+        fused = fused_cross_entropy(student.hidden["response"], student.head, student.labels)
+        shares[name] = float(fused.detach()) / max(denominators[name], 1.0)
+        total = total + fused * (terms[name].weight / max(denominators[name], 1.0))
     losses = [_KindLoss(kind, terms, student, teacher, denominators) for kind in kinds if len(student.hidden[kind])]
     if losses:
         total = total + _ChunkedHead.apply(student.head, losses, *(student.hidden[one.kind] for one in losses))
