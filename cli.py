@@ -646,6 +646,9 @@ def urls(url: str, column: str) -> None:
 @click.option("--vision-tokens", type=int, help="That it leaves of an image; default a quarter.")
 @click.option("--gradient-checkpointing/--no-gradient-checkpointing", default=None)
 @click.option("--dataloader-num-workers", type=int)
+@click.option(
+    "--use-liger-kernel/--no-use-liger-kernel", default=None, help="Fused cross-entropy (CUDA, kdcli[liger])."
+)
 @click.option("--save-steps", type=int)
 @click.option("--report-to", type=click.Choice(["tensorboard", "none"]))
 @config_option

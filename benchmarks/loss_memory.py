@@ -149,7 +149,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     chosen = options.variants or variants()
     found = {name: in_subprocess(name, options) for name in dict.fromkeys([CROSS_ENTROPY, *chosen])}
     for one in found.values():
-        one["of cross-entropy"] = round(one["mib"] / found[CROSS_ENTROPY]["mib"], 3)
+        one["of cross-entropy"] = round(one["mib"] / max(1, found[CROSS_ENTROPY]["mib"]), 3)
     chunked = [one["of cross-entropy"] for name, one in found.items() if name not in (WHOLE, CROSS_ENTROPY)]
     body = {
         "machine": machine(options.device),

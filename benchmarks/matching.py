@@ -43,7 +43,6 @@ from student_train.teacher_view import TeacherView
 from student_train.trainer import Trainer
 
 BATCH = {"demo": 16, "real": 4}
-VISION_TOKENS = {"demo": 36, "real": 196}
 COLUMNS = {"demo": (256, 512, 1024, 2048), "real": (512, 1024, 2048, 4096, 8192)}
 FIELDS = ("response_hidden", "vision_hidden", "affinity")
 EXACT = "exact"
@@ -76,8 +75,8 @@ def open_trainer(options: Any, world: World, url: str) -> tuple[Trainer, list[Tr
     (plan,) = plan_stages(cache, "em-kd", Settings(train=train), "DFT", "paper", None)
     rows = CachedRows(cache, plan.parts, plan.served.names)
     student = world.student()
-    asked = CompressorSpec("adaptive_pool", VISION_TOKENS[options.shapes])
-    spec = settle(asked, student.config, world.processor, "student")
+    spec = settle(CompressorSpec("adaptive_pool"), student.config, world.processor, "student")
+    assert spec is not None
     install(student, spec)
     processor = with_grid(world.processor, spec, training=True)
     processes = Processes(0, 1, torch.device(world.device))
@@ -189,7 +188,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "machine": described,
         "shapes": options.shapes,
         "models": models,
-        "student_vision_tokens": VISION_TOKENS[options.shapes],
+        "student_vision_tokens": max(max(batch.batch.counts["vision"]) for batch in batches),
         "batch": options.batch,
         "steps_a_repeat": options.steps,
         "repeats": options.repeats,

@@ -20,6 +20,7 @@ from student_train import distributed
 from student_train.cache import Cache, CachedRows
 from student_train.compression import compressor_of, with_grid
 from student_train.distributed import Processes
+from student_train.losses.liger import check_liger
 from student_train.methods import hook
 from student_train.needs import Served
 from student_train.stream import MicroBatches, Order, TrainBatch, TrainDataset, step_batches
@@ -69,6 +70,8 @@ def train(
     plans, notes = settle(cache, plans, train_settings.student)
     output = Path(train_settings.output_dir)
     processes = distributed.start()
+    if any(plan.settings.use_liger_kernel for plan in plans):
+        check_liger(processes.device)
     if processes.is_main:
         write_run_card(output, cache, plans)
         for note in dict.fromkeys(notes + [note for plan in plans for note in plan.served.notes]):
@@ -211,6 +214,7 @@ def stage_identity(cache: Cache, plan: StagePlan, total: int, global_batch: int,
                 "seed",
                 "bf16",
                 "max_length",
+                "use_liger_kernel",
             )
         },
         **({"compressor": plan.compressor.entry()} if plan.compressor else {}),

@@ -24,6 +24,7 @@ class TrainSettings:
             for one that chooses them.
         save_steps: steps between checkpoints. save_total_limit: how many are kept.
         report_to: ``tensorboard`` or ``none`` (metrics.jsonl is always written).
+        use_liger_kernel: Liger-Kernel's fused cross-entropy where a stage has no other loss on response tokens (CUDA, extra ``liger``).
     """
 
     student: str | None = None
@@ -51,6 +52,7 @@ class TrainSettings:
     compressor: str | None = None
     vision_tokens: int | None = None
     vision_feature_layers: tuple[int, ...] = ()
+    use_liger_kernel: bool = False
 
     def __post_init__(self) -> None:
         positive = (

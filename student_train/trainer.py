@@ -129,7 +129,7 @@ class Trainer:
         student = self.model.rows(hidden, batch, one.student_text)
         if self.matching:
             view = self.matching.align(view, student, one, generator)
-        return total_loss(self.terms, student, view, denominators)
+        return total_loss(self.terms, student, view, denominators, self.settings.use_liger_kernel)
 
     @torch.no_grad()
     def _own_words(self, batch: Batch, passes: Passes) -> dict[str, DenseTeacher]:

@@ -2,12 +2,58 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch.utils.weak import WeakTensorKeyDictionary
 
 FLOOR = 0.1
 """Importance of a column at least, over the mean: bounds the weight of a column whose importance was judged too low."""
 _spreads: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+_samplers: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+
+
+@dataclass(frozen=True)
+class ColumnSampler:
+    """Draws ``count`` columns, column v with probability π_v ∝ its importance, at most 1 (a column that would exceed it is always there).
+
+    Systematic sampling: the columns lie one after the other as intervals of length π_v, in an order shuffled once, and marks at a
+    distance of 1 with a random start fall into them. So ``count`` is exact, no column comes twice, and a draw costs ``count`` searches.
+
+    Attributes:
+        chances: π float64 ``[V]``. order: int64 ``[V]``. ends: float64 ``[V]``, where the intervals end.
+    """
+
+    count: int
+    chances: torch.Tensor
+    order: torch.Tensor
+    ends: torch.Tensor
+
+    @classmethod
+    def of(cls, importance: torch.Tensor, count: int) -> ColumnSampler:
+        """Args: importance: ``[V]`` on the CPU, at least 0 and finite; columns of importance 0 still come, rarely."""
+        count = min(count, len(importance))
+        chances = inclusion(importance.to(torch.float64), count)
+        order = torch.randperm(len(chances), generator=torch.Generator().manual_seed(0))
+        ends = chances[order].cumsum(0)
+        # The rounding of the sum must not cost or add a column.
+        return cls(count, chances, order, ends * (count / ends[-1]))
+
+    def draw(self, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
+        """(columns int64 ``[m]`` by rising number, weights float32 ``[m]``): E[Σ weights·f(columns)] = Σ_v f(v)."""
+        start = torch.rand((), generator=generator, dtype=torch.float64)
+        marks = torch.arange(self.count, dtype=torch.float64) + start
+        places = torch.searchsorted(self.ends, marks, right=True).clamp_max(len(self.order) - 1)
+        columns = self.order[places].sort().values
+        return columns, self.chances[columns].reciprocal().to(torch.float32)
+
+
+def sampler_of_head(head: torch.Tensor, vocabulary: int, count: int) -> ColumnSampler:
+    """Columns by ``column_spread`` over the first ``vocabulary`` rows of a head ``[V, D]``, made once for the same three."""
+    made = _samplers.setdefault(head, {})
+    if (vocabulary, count) not in made:
+        made[vocabulary, count] = ColumnSampler.of(column_spread(head)[:vocabulary], count)
+    return made[vocabulary, count]
 
 
 def column_spread(head: torch.Tensor) -> torch.Tensor:
@@ -21,27 +67,6 @@ def column_spread(head: torch.Tensor) -> torch.Tensor:
         norms = [(rows.to(torch.float32) - middle).norm(dim=1) for rows in head.detach().split(8192)]
         _spreads[head] = torch.cat(norms).to("cpu", torch.float64)
     return _spreads[head]
-
-
-def draw_columns(importance: torch.Tensor, count: int, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
-    """(columns int64 ``[m]``, weights float32 ``[m]``): E[Σ weights·f(columns)] = Σ_v f(v), m = ``count`` or V where that is less.
-
-    Column v is drawn with probability π_v ∝ importance, at most 1 (a column that would exceed it is always there), and counts 1/π_v:
-    systematic sampling of a random order, so m is exact, no column comes twice, and equal importance is a plain random subset.
-
-    Args:
-        importance: ``[V]`` on the CPU, at least 0 and finite; columns of importance 0 still come, rarely. generator: of the CPU.
-    """
-    if count >= len(importance):
-        return torch.arange(len(importance)), torch.ones(len(importance))
-    chances = inclusion(importance.to(torch.float64), count)
-    order = torch.randperm(len(chances), generator=generator)
-    ends = chances[order].cumsum(0)
-    ends = ends * (count / ends[-1])  # the rounding of the sum must not cost or add a column
-    start = torch.rand((), generator=generator, dtype=torch.float64)
-    marks = torch.arange(count, dtype=torch.float64) + start
-    columns = order[torch.searchsorted(ends, marks, right=True).clamp_max(len(chances) - 1)].sort().values
-    return columns, chances[columns].reciprocal().to(torch.float32)
 
 
 def inclusion(importance: torch.Tensor, count: int) -> torch.Tensor:

@@ -29,7 +29,7 @@ def manhattan(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
 
 def _by_maxima(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
     """Distances float64 ``[A, B]`` over one block of columns."""
-    middle = left.mean(dim=0)
+    middle = right.mean(dim=0)
     left, right = left - middle, right - middle
     rows = max(1, BUFFER // right.numel())
     buffer = right.new_empty(min(rows, len(left)), *right.shape)
@@ -37,5 +37,5 @@ def _by_maxima(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
     for chunk, out in zip(left.split(rows), sums.split(rows)):
         torch.maximum(chunk[:, None], right, out=buffer[: len(chunk)])
         torch.sum(buffer[: len(chunk)], dim=2, out=out)
-    ends = left.sum(dim=1, dtype=torch.float64)[:, None] + right.sum(dim=1, dtype=torch.float64)
+    ends = left.sum(dim=1).to(torch.float64)[:, None] + right.sum(dim=1).to(torch.float64)
     return sums.to(torch.float64).mul_(2.0).sub_(ends).clamp_min_(0.0)

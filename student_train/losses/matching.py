@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from scipy.optimize import linear_sum_assignment
 
-from student_train.losses.column_sampling import column_spread, draw_columns
+from student_train.losses.column_sampling import sampler_of_head
 from student_train.losses.distances import manhattan
 from student_train.losses.divergences import reverse_kl
 from student_train.teacher_view import Distribution, FullVocabulary
@@ -76,8 +76,8 @@ def column_sampled_cost(
     if columns < 1:
         raise KdcliError(f"matching columns must be at least 1, got {columns}")
     vocabulary = min(teacher.vocabulary, len(head))
-    drawn = draw_columns(column_spread(teacher.head_rows)[:vocabulary], columns, generator)
-    chosen, weights = (one.to(head.device) for one in drawn)
+    sampler = sampler_of_head(teacher.head_rows, vocabulary, columns)
+    chosen, weights = (one.to(head.device) for one in sampler.draw(generator))
     theirs = teacher.logits_at(chosen)
     ours = head_logits(hidden, head[chosen].to(hidden.dtype))
     return manhattan(theirs.mul_(weights), ours.mul_(weights))

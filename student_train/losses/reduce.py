@@ -11,7 +11,18 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
-from student_train.losses.terms import HiddenRows, HiddenTerm, Rows, RowTerm, SampleRows, SampleTerm, StudentRows, Terms
+from student_train.losses.liger import fused_cross_entropy
+from student_train.losses.terms import (
+    HiddenRows,
+    HiddenTerm,
+    Rows,
+    RowTerm,
+    SampleRows,
+    SampleTerm,
+    StudentRows,
+    Terms,
+    label_loss,
+)
 from student_train.teacher_view import TeacherView
 from teacher_cache.teachers.head import chunk_rows, head_logits
 
@@ -41,12 +52,25 @@ def _count(counts: Mapping[str, Sequence[int]], term: RowTerm | HiddenTerm | Sam
 
 
 def total_loss(
-    terms: Terms, student: StudentRows, teacher: TeacherView, denominators: Mapping[str, float]
+    terms: Terms,
+    student: StudentRows,
+    teacher: TeacherView,
+    denominators: Mapping[str, float],
+    use_liger_kernel: bool = False,
 ) -> tuple[torch.Tensor, dict[str, float]]:
-    """Σ weight · Σ values / denominator over the micro-batch, and each term's (unweighted) share for the log."""
+    """Σ weight · Σ values / denominator over the micro-batch, and each term's (unweighted) share for the log.
+
+    Args:
+        use_liger_kernel: take its fused cross-entropy where nothing else looks at the response rows' logits.
+    """
     total = student.head.new_zeros((), dtype=torch.float32)
     shares: dict[str, float] = {}
     kinds = sorted({term.rows for term in terms.values() if isinstance(term, RowTerm)})
+    if use_liger_kernel and len(student.hidden.get("response", ())) and (name := _only_cross_entropy(terms)):
+        kinds.remove("response")
+        fused = fused_cross_entropy(student.hidden["response"], student.head, student.labels)
+        shares[name] = float(fused.detach()) / max(denominators[name], 1.0)
+        total = total + fused * (terms[name].weight / max(denominators[name], 1.0))
     losses = [_KindLoss(kind, terms, student, teacher, denominators) for kind in kinds if len(student.hidden[kind])]
     if losses:
         total = total + _ChunkedHead.apply(student.head, losses, *(student.hidden[one.kind] for one in losses))
@@ -64,6 +88,13 @@ def _summed(term: HiddenTerm | SampleTerm, student: StudentRows, teacher: Teache
     return (
         _hidden_term(term, student, teacher) if isinstance(term, HiddenTerm) else _sample_term(term, student, teacher)
     )
+
+
+def _only_cross_entropy(terms: Terms) -> str | None:
+    """The term on response rows' logits, where it is the only one and the cross-entropy of all rows."""
+    found = {n: t for n, t in terms.items() if isinstance(t, RowTerm) and t.rows == "response"}
+    fits = len(found) == 1 and all(term.loss is label_loss and not term.skip_first for term in found.values())
+    return next(iter(found)) if fits else None
 
 
 class _KindLoss:
@@ -95,7 +126,8 @@ class _KindLoss:
             self.distribution[rows] if self.distribution is not None else None,
             self.own[rows] if self.own is not None else None,
         )
-        total, gradient = logits.new_zeros((), dtype=torch.float32), None
+        total = logits.new_zeros((), dtype=torch.float32)
+        gradient: torch.Tensor | None = None
         for name, term in self.terms.items():
             with torch.enable_grad():
                 values = term.loss(chunk)

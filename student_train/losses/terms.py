@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from student_train.losses.divergences import cross_entropy
 from student_train.teacher_view import Distribution, TeacherView
 from teacher_cache.errors import CompatibilityError
 from teacher_cache.records import TextTokens
@@ -42,6 +43,11 @@ class Rows:
     def need_self_teacher(self) -> Distribution:
         assert self.self_teacher is not None, "the method did not declare this need"
         return self.self_teacher
+
+
+def label_loss(rows: Rows) -> torch.Tensor:
+    """−log p_s(label) ``[C]``: the cross-entropy of every method, under one name so that a fused kernel may take its place."""
+    return cross_entropy(rows.logits, rows.need_labels())
 
 
 @dataclass(frozen=True)

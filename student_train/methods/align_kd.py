@@ -17,9 +17,9 @@ from dataclasses import dataclass
 
 import torch
 
-from student_train.losses.divergences import cross_entropy, forward_kl
+from student_train.losses.divergences import forward_kl
 from student_train.losses.first_layer import attention_mse, feature_mse, looked_at
-from student_train.losses.terms import RowTerm, SampleRows, SampleTerm, Term, Terms
+from student_train.losses.terms import RowTerm, SampleRows, SampleTerm, Term, Terms, label_loss
 from student_train.needs import Need
 from teacher_cache.errors import KdcliError
 
@@ -69,7 +69,7 @@ class AlignKD:
             return forward_kl(rows.need_teacher(), rows.logits, self.temperature)
 
         every: dict[str, Term] = {
-            "reg": RowTerm(1.0, "response", lambda rows: cross_entropy(rows.logits, rows.need_labels())),
+            "reg": RowTerm(1.0, "response", label_loss),
             "res": RowTerm(self.alpha * self.temperature**2, "response", kl),
             "vis": SampleTerm(self.beta, self._features, asks=("features",)),
             "focus": SampleTerm(self.focus, self._focused_features, asks=("features",)),

@@ -17,9 +17,9 @@ from torch import nn
 
 from student_train.alignment import MATCHINGS, Matching
 from student_train.losses.affinity import affinity_loss, cosine_affinity
-from student_train.losses.divergences import cross_entropy, reverse_kl
+from student_train.losses.divergences import reverse_kl
 from student_train.losses.matching import SPACES, UNMATCHED
-from student_train.losses.terms import HiddenRows, HiddenTerm, RowTerm, SampleRows, SampleTerm, Term, Terms
+from student_train.losses.terms import HiddenRows, HiddenTerm, RowTerm, SampleRows, SampleTerm, Term, Terms, label_loss
 from student_train.needs import Need
 from teacher_cache.errors import KdcliError
 
@@ -110,7 +110,7 @@ class EMKD:
         on_logits = self.target == "logits"
         map_alone = self._uses_hidden and not (self.beta and self.target == "hidden")
         every: dict[str, Term] = {
-            "sup": RowTerm(self.alpha, "response", lambda rows: cross_entropy(rows.logits, rows.need_labels())),
+            "sup": RowTerm(self.alpha, "response", label_loss),
             "rld": RowTerm(self._rld_weight, "response", kl),
             "vsd": RowTerm(self.beta, "vision", kl) if on_logits else HiddenTerm(self.beta, "vision", mapped_error),
             "vlad": SampleTerm(self.gamma, self.vlad, rows=("vision", "text")),

@@ -15,8 +15,8 @@ from typing import Any
 
 import torch
 
-from student_train.losses.divergences import cross_entropy, forward_kl
-from student_train.losses.terms import RowTerm, Terms
+from student_train.losses.divergences import forward_kl
+from student_train.losses.terms import RowTerm, Terms, label_loss
 from student_train.needs import Need
 from student_train.pruning import Pruning, operator_module
 from teacher_cache.errors import KdcliError
@@ -54,9 +54,7 @@ class Epic:
             return forward_kl(rows.need_self_teacher(), rows.logits, self.temperature)
 
         every = {
-            "reg": RowTerm(
-                1.0 - self.kd_weight, "response", lambda rows: cross_entropy(rows.logits, rows.need_labels())
-            ),
+            "reg": RowTerm(1.0 - self.kd_weight, "response", label_loss),
             "self": RowTerm(self.kd_weight * self.temperature**2, self.kd_rows, kl),
         }
         return {name: term for name, term in every.items() if term.weight}

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from student_train.losses.divergences import cross_entropy, forward_kl
+from student_train.losses.divergences import forward_kl
 from student_train.losses.relation import relation_cosine
-from student_train.losses.terms import RowTerm, SampleTerm, Term, Terms
+from student_train.losses.terms import RowTerm, SampleTerm, Term, Terms, label_loss
 from student_train.needs import Need
 from teacher_cache.errors import KdcliError
 
@@ -57,7 +57,7 @@ class LlavaKD:
             return relation_cosine(sample.teacher_gram(), sample.student_gram())
 
         every: dict[str, Term] = {
-            "reg": RowTerm(1.0, "response", lambda rows: cross_entropy(rows.logits, rows.need_labels())),
+            "reg": RowTerm(1.0, "response", label_loss),
             "res": RowTerm(self.alpha, "response", kl, sum_rows=self.reduction == "sum"),
             "vis": RowTerm(self.beta, "vision", kl, self.drop_vision_rows, self.reduction == "sum"),
             "rel": SampleTerm(self.gamma, relation, skip_first=self.drop_vision_rows),

@@ -15,9 +15,9 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from student_train.losses.divergences import cross_entropy, forward_kl
+from student_train.losses.divergences import forward_kl
 from student_train.losses.embedding import cosine_distance, squared_distance
-from student_train.losses.terms import HiddenRows, HiddenTerm, RowTerm, Term, Terms
+from student_train.losses.terms import HiddenRows, HiddenTerm, RowTerm, Term, Terms, label_loss
 from student_train.needs import Need
 from teacher_cache.errors import KdcliError
 
@@ -74,7 +74,7 @@ class LLaVADI:
             return DISTANCES[self.distance](rows.teacher, rows.maps["hidden"](rows.student))
 
         every: dict[str, Term] = {
-            "reg": RowTerm(1.0, "response", lambda rows: cross_entropy(rows.logits, rows.need_labels())),
+            "reg": RowTerm(1.0, "response", label_loss),
             "res": RowTerm(self.alpha * self.temperature**2, "response", kl),
             "emb": HiddenTerm(self.beta, "response", embedding),
             "emb_vis": HiddenTerm(self.vision, "vision", embedding),

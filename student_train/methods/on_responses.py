@@ -6,8 +6,7 @@ from collections.abc import Callable
 
 import torch
 
-from student_train.losses.divergences import cross_entropy
-from student_train.losses.terms import RowTerm, Terms
+from student_train.losses.terms import RowTerm, Terms, label_loss
 from student_train.teacher_view import Distribution
 from teacher_cache.errors import KdcliError
 
@@ -17,7 +16,7 @@ def response_terms(
 ) -> Terms:
     """reg·cross-entropy + weight·divergence(teacher rows, student logits ``[C, V]``) -> ``[C]``; a weight of 0 leaves its term out."""
     every = {
-        "reg": RowTerm(reg, "response", lambda rows: cross_entropy(rows.logits, rows.need_labels())),
+        "reg": RowTerm(reg, "response", label_loss),
         "res": RowTerm(weight, "response", lambda rows: divergence(rows.need_teacher(), rows.logits)),
     }
     return {name: term for name, term in every.items() if term.weight}

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from student_train.losses.divergences import cross_entropy
-from student_train.losses.terms import RowTerm, Terms
+from student_train.losses.terms import RowTerm, Terms, label_loss
 from student_train.needs import Need
 
 NAME = "sft"
@@ -21,7 +20,7 @@ class SFT:
         return frozenset()
 
     def terms(self) -> Terms:
-        return {"reg": RowTerm(1.0, "response", lambda rows: cross_entropy(rows.logits, rows.need_labels()))}
+        return {"reg": RowTerm(1.0, "response", label_loss)}
 
 
 PRESETS = {"paper": SFT(), "code": SFT()}

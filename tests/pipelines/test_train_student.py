@@ -272,6 +272,15 @@ def test_refused_before_any_model_loads(
     assert not (tmp_path / "run").exists()
 
 
+def test_a_kernel_for_gpus_is_refused_before_any_model_loads(
+    tiny_cache: Path, tiny_student: Path, settings_for: Callable[..., Settings], tmp_path: Path
+) -> None:
+    student = str(no_model(tmp_path / "s", tiny_student))
+    settings = settings_for(tmp_path / "run", None, student=student, use_liger_kernel=True)
+    refused(KdcliError, "needs a CUDA device", lambda: train(str(tiny_cache), "sft", settings))
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_cache_without_a_needed_field_names_it_and_its_command(
     tiny_cache: Path, tiny_student: Path, settings_for: Callable[..., Settings], tmp_path: Path, copy_of: Any
 ) -> None:
