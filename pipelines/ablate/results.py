@@ -156,10 +156,21 @@ def short_metrics(section: Section) -> list[str]:
     return sorted(shown + (families if len(families) <= 8 else []), key=_order)
 
 
+def overview(found: Sequence[Section]) -> list[str]:
+    """Where students were asked in several ways: one table a mean, rows × evaluations."""
+    tables = []
+    for metric in (MEAN, NLL) if len(found) > 1 else ():
+        labels = [one.label for one in found]
+        body = [[row, *(written(one.spread(row, metric), metric) for one in found)] for row in found[0].rows]
+        tables.append(table([metric, *labels], body))
+    return tables
+
+
 def markdown(cells: Sequence[Cell], baseline: str | None, losses: bool) -> str:
     """Every table, with what its numbers mean."""
-    lines = []
-    for section in sections(cells, losses):
+    found = sections(cells, losses)
+    lines = overview(found)
+    for section in found:
         metrics = short_metrics(section)
         lines.append(results_table(section, metrics))
         if baseline and metrics:

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from pipelines.ablate.plot import difference_plots, value_plots
-from pipelines.ablate.results import MEAN, NLL, Section, paired_table, results_table, short_metrics, spread
+from pipelines.ablate.results import MEAN, NLL, Section, overview, paired_table, results_table, short_metrics, spread
 
 VALUES = {
     "sft": {MEAN: {0: 50.0, 1: 52.5, 2: 51.0, 3: 49.0}, NLL: {0: 0.9, 1: 0.8, 2: 0.85, 3: 0.95}},
@@ -49,6 +49,15 @@ def test_the_table_says_how_many_seeds_it_has() -> None:
     assert lines[2] == ["sft", "50.6 ± 1.5", "0.875 ± 0.065", "4"]
     assert lines[4] == ["late", "–", "–", "0"] and lines[5] == ["single", "60.0", "–", "1"]
     assert short_metrics(SECTION) == [MEAN, NLL]
+
+
+def test_several_evaluations_have_a_table_of_their_means() -> None:
+    other = Section("few tokens", SECTION.rows, SECTION.metrics, {**VALUES, "sft": {MEAN: {0: 1.0}}})
+    means, nats = (text.splitlines() for text in overview([SECTION, other]))
+    assert [cell.strip() for cell in means[0].split("|")[1:-1]] == [MEAN, "heldout", "few tokens"]
+    assert [cell.strip() for cell in means[2].split("|")[1:-1]] == ["sft", "50.6 ± 1.5", "1.0"]
+    assert [cell.strip() for cell in nats[2].split("|")[1:-1]] == ["sft", "0.875 ± 0.065", "–"]
+    assert overview([SECTION]) == []
 
 
 @given(st.lists(st.floats(-1e3, 1e3), min_size=2, max_size=8))
