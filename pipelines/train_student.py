@@ -273,9 +273,16 @@ def make_trainer(
 
 
 def learned_maps(cache: Cache, plan: StagePlan, model: Any) -> dict[str, torch.nn.Module]:
-    """The method's maps between hidden states of the student and of the teacher whose fields serve it; none for most methods."""
+    """The method's maps between hidden states of the student and of the teacher whose fields serve it; none for most methods.
+
+    Fresh weights are a function of the seed, whatever was drawn before.
+    """
     widths = [cache.fields[name]["teacher"]["hidden_size"] for name in plan.served.names if name.endswith(STATES)]
-    return hook(plan.method, "maps")(model.config.get_text_config().hidden_size, widths[0]) or {} if widths else {}
+    if not widths:
+        return {}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(plan.settings.seed)
+        return hook(plan.method, "maps")(model.config.get_text_config().hidden_size, widths[0]) or {}
 
 
 def save_maps(file: Path, maps: torch.nn.Module) -> None:

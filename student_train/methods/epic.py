@@ -30,12 +30,14 @@ class Epic:
 
     operator: which vision tokens go (student_train/pruning). kd_rows: rows of the KL, ``response`` (they predict a response token) or
     ``answer`` (the response tokens themselves: the released code masks logits[t] by labels[t] without the shift).
+    progressive: False trains at the end of the schedule from the first step on (the paper's ablation).
     """
 
     kd_weight: float = 0.7
     temperature: float = 1.0
     operator: str = "dart"
     kd_rows: str = "response"
+    progressive: bool = True
 
     def __post_init__(self) -> None:
         if not 0.0 <= self.kd_weight <= 1.0:
@@ -58,6 +60,10 @@ class Epic:
             "self": RowTerm(self.kd_weight * self.temperature**2, self.kd_rows, kl),
         }
         return {name: term for name, term in every.items() if term.weight}
+
+    def reached(self, progress: float) -> float:
+        """Where on the schedule a step stands."""
+        return progress if self.progressive else 1.0
 
     def removed(self, progress: float, generator: torch.Generator) -> tuple[float, float]:
         """(student's, teacher's) fraction of vision tokens removed in one micro-batch."""

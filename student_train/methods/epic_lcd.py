@@ -33,7 +33,8 @@ class EpicLCD(Epic):
         return Pruning(self.operator, self.lowest_layer, removed=removed)
 
     def passes(self, progress: float, generator: torch.Generator) -> Passes:
-        student, teacher = (Descending(self.pruning(one), progress) for one in self.removed(progress, generator))
+        reached = self.reached(progress)
+        student, teacher = (Descending(self.pruning(one), reached) for one in self.removed(reached, generator))
         return Passes(student, teacher, self_teacher=bool(self.kd_weight))
 
 

@@ -32,7 +32,7 @@ class EpicTCD(Epic):
         return Pruning(self.operator, self.layer, removed=removed)
 
     def passes(self, progress: float, generator: torch.Generator) -> Passes:
-        student, teacher = self.removed(progress, generator)
+        student, teacher = self.removed(self.reached(progress), generator)
         return Passes(self.pruning(student), self.pruning(teacher), self_teacher=bool(self.kd_weight))
 
 
