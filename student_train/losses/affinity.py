@@ -6,6 +6,7 @@ import torch
 from torch.nn.functional import normalize, smooth_l1_loss
 
 from student_train.losses.matching import UNMATCHED
+from student_train.losses.precision import wide
 
 
 def cosine_affinity(vision: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
@@ -15,7 +16,7 @@ def cosine_affinity(vision: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
         vision: the student's last hidden states at its vision tokens ``[N_s, D]``. text: at the chosen text tokens themselves
             (not shifted, as the ``affinity`` field has them) ``[N_text, D]``.
     """
-    return normalize(vision.to(torch.float32), dim=1) @ normalize(text.to(torch.float32), dim=1).T
+    return normalize(wide(vision), dim=1) @ normalize(wide(text), dim=1).T
 
 
 def affinity_loss(
@@ -32,7 +33,7 @@ def affinity_loss(
         text: which of the N text tokens the student's columns are: indices ``[N_text]``, or a mask ``[N]`` with N_text set.
     """
     has_teacher = matched != UNMATCHED
-    target = teacher[matched[has_teacher]][:, text].to(torch.float32)
+    target = wide(teacher[matched[has_teacher]][:, text])
     if not target.numel():
         return student.sum() * 0.0
     return smooth_l1_loss(student[has_teacher], target, beta=beta)

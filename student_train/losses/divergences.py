@@ -17,6 +17,7 @@ from typing import cast
 import torch
 
 from student_train.losses import written
+from student_train.losses.precision import wide
 from student_train.losses.sampled import forward_kl_sampled
 from student_train.teacher_view import Distribution, FullVocabulary, HeadAndTail, SampledTeacher, is_full
 from teacher_cache.errors import CompatibilityError
@@ -27,7 +28,7 @@ LOG_NOTHING = -1e5
 
 def cross_entropy(student_logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     """−log p_s(label) ``[R]`` from logits ``[R, V]``."""
-    return written.WithGradient.apply(written.cross_entropy, (labels,), student_logits.to(torch.float32))
+    return written.WithGradient.apply(written.cross_entropy, (labels,), wide(student_logits))
 
 
 def forward_kl(teacher: Distribution, student_logits: torch.Tensor, temperature: float = 1.0) -> torch.Tensor:
@@ -74,9 +75,9 @@ def _rows(
     divergence: written.Divergence, teacher: Distribution, student_logits: torch.Tensor, temperature: float
 ) -> torch.Tensor:
     """Over the vocabulary, or over the K + 1 outcomes of a head and its tail."""
-    logits = student_logits.to(torch.float32)
+    logits = wide(student_logits)
     if is_full(teacher):
-        log_probs = cast(FullVocabulary, teacher).log_probs(temperature).to(torch.float32)
+        log_probs = wide(cast(FullVocabulary, teacher).log_probs(temperature))
         if log_probs.shape[1] > logits.shape[1]:
             raise CompatibilityError(
                 f"the teacher's vocabulary has {log_probs.shape[1]} tokens, the student's head {logits.shape[1]} rows"

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import torch
 
+from student_train.losses.precision import wide
 from teacher_cache.errors import CompatibilityError
 
 
@@ -34,4 +35,4 @@ def looked_at(teacher_HNR: torch.Tensor, k: int) -> torch.Tensor:
 
 def feature_mse(teacher_RD: torch.Tensor, student_RD: torch.Tensor) -> torch.Tensor:
     """Mean squared difference of features of equal width."""
-    return (student_RD.to(torch.float32) - teacher_RD.to(torch.float32)).square().mean()
+    return (wide(student_RD) - wide(teacher_RD)).square().mean()

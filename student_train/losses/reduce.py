@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 import torch
 
 from student_train.losses.liger import fused_cross_entropy
+from student_train.losses.precision import wide
 from student_train.losses.terms import (
     HiddenRows,
     HiddenTerm,
@@ -161,7 +162,7 @@ def _hidden_term(term: HiddenTerm, student: StudentRows, teacher: TeacherView) -
     assert theirs is not None, f"the method did not declare this need ({term.rows}_hidden)"
     if not len(ours):
         return None
-    values = term.loss(HiddenRows(ours.to(torch.float32), theirs, student.maps or {}))
+    values = term.loss(HiddenRows(wide(ours), theirs, student.maps or {}))
     mask = _keep(term.rows, student, teacher, 0)
     return (values if mask is None else torch.where(mask, values, 0.0)).sum()
 

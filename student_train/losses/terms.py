@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from student_train.losses.divergences import cross_entropy
+from student_train.losses.precision import wide
 from student_train.teacher_view import Distribution, TeacherView
 from teacher_cache.errors import CompatibilityError
 from teacher_cache.records import TextTokens
@@ -116,7 +117,7 @@ class SampleRows:
 
     def student_gram(self) -> torch.Tensor:
         """The student's, over the vocabulary that both sides have, without ever making its logits."""
-        rows = self.hidden("vision").to(torch.float32)
+        rows = wide(self.hidden("vision"))
         return (rows @ self.student.head_gram(self.teacher.vocabulary)) @ rows.T
 
     def affinity(self) -> torch.Tensor:

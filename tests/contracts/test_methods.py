@@ -19,6 +19,7 @@ from student_train.needs import Need, serve, served_by
 from student_train.stages import parse_stages
 from student_train.teacher_view import DenseTeacher, TeacherView
 from teacher_cache.errors import CompatibilityError
+from tests.contracts.dense_reference import in_float64, live_view, load64, reference, teacher_batch
 
 CASES = [(name, preset) for name, module in sorted(method_modules().items()) for preset in module.PRESETS]
 each_method = pytest.mark.parametrize("name, preset", CASES, ids=lambda value: value)
@@ -138,6 +139,36 @@ def test_padding_and_grouping_have_no_effect(open_method: Callable[..., Any], na
     scale = max(float(one.abs().max()) for one in gradients.values())
     for parameter, one in gradients.items():
         torch.testing.assert_close(single_gradients[parameter], one, rtol=1e-3, atol=1e-6 * scale, msg=parameter)
+
+
+CODED = {"vision_text_affinity": 5e-3, "text_vision_attention": 3e-2}
+"""Needs that no field serves exactly, and how far the gradient may be off: cosines in 1/127, probabilities within 2.5 %."""
+
+
+@each_method
+@pytest.mark.parametrize("bf16", [False, True], ids=["fp32", "bf16"])
+def test_a_step_equals_the_dense_float64_reference(
+    open_method: Callable[..., Any],
+    tiny_cache: Path,
+    tiny_teacher: Path,
+    teacher_parts: Any,
+    name: str,
+    preset: str,
+    bf16: bool,
+) -> None:
+    """From the cache, chunk by chunk, as from the live teacher in float64, whole: loss, terms and gradients."""
+    trainer, (one,) = open_method(name, preset, bf16=bf16)
+    theirs = teacher_batch(tiny_cache, ("caption", "sft"), one.batch.keys, teacher_parts)
+    view = live_view(load64(tiny_teacher), in_float64(theirs), len(teacher_parts[0].tokenizer), one.text)
+    expected_loss, expected_terms, expected = reference(trainer, one, view)
+    loss, terms, gradients = loss_and_gradients(trainer, [one])
+    coded = max((CODED.get(need.what, 0.0) for need in trainer.method.needs()), default=0.0)
+    tolerance = 0.1 if bf16 else max(coded, 1e-3)
+    assert loss == pytest.approx(expected_loss, rel=0.03 if bf16 else max(coded, 1e-4))
+    assert terms == pytest.approx(expected_terms, rel=0.08 if bf16 else max(coded, 1e-4), abs=1e-5)
+    assert gradients.keys() == expected.keys()
+    flat = torch.cat([(gradients[n].double() - g).flatten() for n, g in expected.items()])
+    assert flat.norm() <= tolerance * torch.cat([g.flatten() for g in expected.values()]).norm()
 
 
 class Watched(Mapping[str, Any]):

@@ -18,6 +18,7 @@ from torch.nn.functional import cosine_similarity
 
 from student_train.methods import create_method
 from teacher_cache.errors import CompatibilityError, KdcliError
+from tests.contracts.dense_reference import teacher_batch
 
 ROWS = 35
 EVERYTHING = {"parts": ("caption", "sft", "talk"), "per_device_train_batch_size": ROWS}
@@ -53,20 +54,6 @@ def say(model: Any, batch: Any, length: int) -> list[Side]:
         Side(v @ head.T, r @ head.T, r @ whole.T, v, t)
         for v, r, t in zip(split["vision"], split["response"], split["text"])
     ]
-
-
-def teacher_batch(cache_url: Path, parts: tuple[str, ...], keys: tuple[str, ...], teacher_parts: Any) -> Any:
-    """The same rows as the teacher reads them."""
-    from student_train.cache import Cache, CachedRows
-    from teacher_cache.batch import collate
-    from teacher_cache.prepare import Preparer
-
-    cache, preparer = Cache(str(cache_url)), Preparer(*teacher_parts)
-    rows = CachedRows(cache, parts, ())
-    samples = [rows.read(shard, row).sample for shard, count in enumerate(rows.counts) for row in range(count)]
-    prepared = [preparer.prepare(one, cache.template(one.part)) for one in samples]
-    by_key = {one.key: one for one in prepared}
-    return collate([by_key[key] for key in keys], 0)
 
 
 def per_image(cost: torch.Tensor) -> list[int]:
