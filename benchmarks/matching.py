@@ -30,7 +30,7 @@ from benchmarks.common import argument_parser, finish, interleave, machine, medi
 from benchmarks.worlds import World, open_world, write_cache
 from pipelines.settings import Settings
 from pipelines.stage_plans import plan_stages
-from pipelines.train_student import make_trainer
+from pipelines.stage_trainer import make_trainer
 from student_train.cache import Cache, CachedRows
 from student_train.compression import install, settle, with_grid
 from student_train.compressors import CompressorSpec

@@ -16,7 +16,7 @@ from benchmarks.live_teacher import LiveTeacher
 from benchmarks.worlds import World, write_cache
 from pipelines.settings import Settings
 from pipelines.stage_plans import plan_stages
-from pipelines.train_student import make_trainer
+from pipelines.stage_trainer import make_trainer
 from student_train.cache import Cache, CachedRows
 from student_train.config import TrainSettings
 from student_train.distributed import Processes

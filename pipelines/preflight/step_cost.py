@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from pipelines.stage_plans import StagePlan
-from pipelines.train_student import make_trainer
+from pipelines.stage_trainer import make_trainer
 from student_train.cache import Cache, CachedRows
 from student_train.distributed import Processes
 from student_train.student import load_student

@@ -44,7 +44,8 @@ def open_method(
 ) -> Callable[..., tuple[Any, Any]]:
     """``open_method(name, preset, **train settings)`` → (trainer, micro-batches of one step over captions and chats)."""
     from pipelines.settings import Settings
-    from pipelines.train_student import make_trainer, plan_stages
+    from pipelines.stage_plans import plan_stages
+    from pipelines.stage_trainer import make_trainer
     from student_train.config import StageSettings, TrainSettings
     from student_train.student import load_student
 
