@@ -38,6 +38,7 @@ from student_train.config import TrainSettings
 from student_train.distributed import Processes
 from student_train.losses.matching import column_sampled_cost, manhattan_cost, match
 from student_train.losses.terms import StudentRows
+from student_train.match_groups import first_rows
 from student_train.stream import TrainBatch
 from student_train.teacher_view import TeacherView
 from student_train.trainer import Trainer
@@ -150,10 +151,12 @@ def judge(sides: list[Sides], columns: Sequence[int]) -> tuple[int, dict[str, An
     equal: dict[int, list[float]] = {count: [] for count in columns}
     for view, student, batch in sides:
         assert view.raw_vision is not None
-        for number, count in enumerate(batch.batch.counts["vision"]):
+        counts = batch.batch.counts["vision"]
+        for number, (count, first) in enumerate(zip(counts, first_rows(batch.layouts))):
             if not count:
                 continue
-            given = view.raw_vision[number], student.of_sample("vision", number), student.head
+            theirs = view.raw_vision[first : first + sum(image.tokens() for image in batch.layouts[number])]
+            given = theirs, student.of_sample("vision", number), student.head
             exact = manhattan_cost(*given)
             best, every = match(exact), torch.arange(count, device=exact.device)
             for m in columns:
