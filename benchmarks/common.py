@@ -64,6 +64,15 @@ def timed(run: Callable[[], Any], device: str) -> float:
     return time.perf_counter() - started
 
 
+def clocked(run: Callable[[], Any], device: str) -> float:
+    """Seconds: of the GPU's wall clock, or of this process's processor time."""
+    if device.startswith("cuda"):
+        return timed(run, device)
+    started = time.process_time()
+    run()
+    return time.process_time() - started
+
+
 def synchronize(device: str) -> None:
     if device.startswith("cuda"):
         torch.cuda.synchronize()

@@ -16,28 +16,22 @@ Targets: exact at most 40 % of the step; sampled at most 10 % of it with a total
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from statistics import median
-from time import process_time
 from typing import Any
 
 import torch
 
-from benchmarks.common import argument_parser, finish, interleave, machine, median_ratio, print_table, spread, timed
+from benchmarks.common import argument_parser, clocked, finish, interleave, machine, median_ratio, print_table, spread
+from benchmarks.stage_trainers import open_stage
 from benchmarks.worlds import World, open_world, write_cache
-from pipelines.settings import Settings
-from pipelines.stage_plans import plan_stages
-from pipelines.stage_trainer import make_trainer
-from student_train.cache import Cache, CachedRows
-from student_train.compression import install, settle, with_grid
-from student_train.compressors import CompressorSpec
-from student_train.config import TrainSettings
-from student_train.distributed import Processes
+from student_train.cache import Cache
 from student_train.losses.matching import column_sampled_cost, manhattan_cost, match
 from student_train.losses.terms import StudentRows
+from student_train.match_groups import first_rows
 from student_train.stream import TrainBatch
 from student_train.teacher_view import TeacherView
 from student_train.trainer import Trainer
@@ -64,26 +58,7 @@ def parse(arguments: Sequence[str] | None) -> Any:
 def open_trainer(options: Any, world: World, url: str) -> tuple[Trainer, list[TrainBatch]]:
     """An em-kd stage on a fresh student with pooled vision tokens, and one micro-batch for every step."""
     write_cache(world, world.open_capture(), url, "exact", FIELDS)
-    cache = Cache(url)
-    train = TrainSettings(
-        student="benchmark",
-        per_device_train_batch_size=options.batch,
-        learning_rate=1e-5,
-        bf16=world.device.startswith("cuda"),
-        report_to="none",
-    )
-    (plan,) = plan_stages(cache, "em-kd", Settings(train=train), "DFT", "paper", None)
-    rows = CachedRows(cache, plan.parts, plan.served.names)
-    student = world.student()
-    spec = settle(CompressorSpec("adaptive_pool"), student.config, world.processor, "student")
-    assert spec is not None
-    install(student, spec)
-    processor = with_grid(world.processor, spec, training=True)
-    processes = Processes(0, 1, torch.device(world.device))
-    total = options.batch * options.steps
-    folder = Path(url) / "run"
-    trainer, batches_from = make_trainer(cache, plan, rows, student, processor, total, options.batch, processes, folder)
-    trainer.model.train()
+    _, trainer, batches_from = open_stage(world, Cache(url), "em-kd", options.batch, options.steps, pooled=True)
     return trainer, [batches[0] for _, batches in zip(range(options.steps), (b for _, b in batches_from(0)))]
 
 
@@ -94,15 +69,6 @@ def both_sides(trainer: Trainer, batch: TrainBatch) -> Sides:
     with trainer._autocast():
         hidden = trainer.network(inputs, trainer.kinds, None)
     return trainer.see_teacher(batch), trainer.model.rows(hidden, inputs, batch.student_text), batch
-
-
-def clocked(run: Callable[[], Any], device: str) -> float:
-    """Seconds: of the GPU's wall clock, or of this process's processor time."""
-    if device.startswith("cuda"):
-        return timed(run, device)
-    started = process_time()
-    run()
-    return process_time() - started
 
 
 def with_columns(trainer: Trainer, variant: str) -> Any:
@@ -150,10 +116,12 @@ def judge(sides: list[Sides], columns: Sequence[int]) -> tuple[int, dict[str, An
     equal: dict[int, list[float]] = {count: [] for count in columns}
     for view, student, batch in sides:
         assert view.raw_vision is not None
-        for number, count in enumerate(batch.batch.counts["vision"]):
+        counts = batch.batch.counts["vision"]
+        for number, (count, first) in enumerate(zip(counts, first_rows(batch.layouts))):
             if not count:
                 continue
-            given = view.raw_vision[number], student.of_sample("vision", number), student.head
+            theirs = view.raw_vision[first : first + sum(image.tokens() for image in batch.layouts[number])]
+            given = theirs, student.of_sample("vision", number), student.head
             exact = manhattan_cost(*given)
             best, every = match(exact), torch.arange(count, device=exact.device)
             for m in columns:

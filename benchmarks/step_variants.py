@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import islice
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,13 +12,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.coding_cost import BatchDecoder
 from benchmarks.live_teacher import LiveTeacher
+from benchmarks.stage_trainers import open_stage
 from benchmarks.worlds import World, write_cache
-from pipelines.settings import Settings
-from pipelines.stage_plans import plan_stages
-from pipelines.stage_trainer import make_trainer
-from student_train.cache import Cache, CachedRows
-from student_train.config import TrainSettings
-from student_train.distributed import Processes
+from student_train.cache import Cache
 from student_train.stream import TrainBatch
 from student_train.teacher_view import Served
 from student_train.trainer import Trainer
@@ -43,18 +38,22 @@ STORE_OF = {SFT: "exact", EXACT: "exact", STANDARD: "standard", LIVE: "exact", C
 
 @dataclass(frozen=True)
 class Variant:
-    """A trainer with its stream; ``steps(n)`` are the first n steps' batches, the same rows in every variant."""
+    """A trainer with its stream; ``steps(n)`` are the first n steps' batches, the same rows in every variant.
+
+    first_step: the number of the first of them in its stage, which schedules and draws follow.
+    """
 
     name: str
     trainer: Trainer
     batches_from: Callable[[int], Iterator[tuple[int, list[TrainBatch]]]]
     decoder: BatchDecoder | None = None
+    first_step: int = 0
 
     def steps(self, count: int) -> list[list[TrainBatch]]:
         return [batches for _, batches in islice(self.batches_from(0), count)]
 
     def run(self, steps: list[list[TrainBatch]]) -> None:
-        for number, batches in enumerate(steps):
+        for number, batches in enumerate(steps, self.first_step):
             self.trainer.step(number, batches)
 
     def run_with_loading(self, count: int) -> None:
@@ -72,7 +71,7 @@ class Variant:
         Counted by dispatch, so recomputation and chunks count as they run; element-wise work does not count.
         """
         with FlopCounterMode(display=False, custom_mapping=EXTRA_FLOPS) as counter:
-            self.trainer.step(0, batches)
+            self.trainer.step(self.first_step, batches)
         return counter.get_total_flops()
 
 
@@ -109,27 +108,12 @@ def build_variant(name: str, world: World, url: str, batch: int, workers: int, s
     """The trainer of one variant on a fresh student."""
     cache = Cache(f"{url}/{STORE_OF[name]}")
     cache.fields = {field: body for field, body in cache.fields.items() if field in FIELDS_OF[name]}
-    settings = TrainSettings(
-        student="benchmark",
-        per_device_train_batch_size=batch,
-        learning_rate=1e-5,
-        dataloader_num_workers=workers,
-        bf16=world.device.startswith("cuda"),
-        report_to="none",
-    )
-    method, stage = ("sft", "SFT") if name == SFT else ("llava-kd", "DFT")
-    (plan,) = plan_stages(cache, method, Settings(train=settings), stage, "paper", None)
+    method = "sft" if name == SFT else "llava-kd"
+    served = Served({}, ()) if name == LIVE else None
+    plan, trainer, batches_from = open_stage(world, cache, method, batch, steps, workers=workers, served=served)
     if name == LIVE:
-        plan = replace(plan, served=Served({}, ()))
-    rows = CachedRows(cache, plan.parts, plan.served.names)
-    device = torch.device(world.device)
-    processes = Processes(0, 1, device)
-    total = batch * steps
-    trainer, batches_from = make_trainer(
-        cache, plan, rows, world.student(), world.processor, total, batch, processes, Path(url) / "run"
-    )
-    if name == LIVE:
-        trainer.see_teacher = LiveTeacher(TransformersTeacher.wrap(world.teacher(), world.processor), device).view
-    trainer.model.train()
+        trainer.see_teacher = LiveTeacher(
+            TransformersTeacher.wrap(world.teacher(), world.processor), torch.device(world.device)
+        ).view
     decoder = BatchDecoder(cache, plan.served.names, plan.parts) if name in CACHED else None
     return Variant(name, trainer, batches_from, decoder)

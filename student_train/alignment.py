@@ -6,21 +6,21 @@ and affinities is what stands beside vision row j of the student, so that losses
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 
-from student_train.losses.matching import UNMATCHED, column_sampled_cost, hidden_cost, manhattan_cost
+from student_train.group_costs import column_sampled_costs, manhattan_costs
+from student_train.losses.matching import UNMATCHED, hidden_cost
 from student_train.losses.pooling import cell_means, cells_filled, pooled_teacher, pooling_cells
 from student_train.losses.terms import StudentRows
-from student_train.match_groups import match_groups, match_rows
+from student_train.match_groups import MatchGroup, first_rows, match_groups, match_rows
 from student_train.stream import TrainBatch
 from student_train.teacher_view import TeacherView
 from teacher_cache.records import ImageLayout
 
 MATCHINGS = ("hungarian-logits", "hungarian-hidden", "pool")
-Cost = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,8 @@ class Matching:
     Attributes:
         by: ``hungarian-logits``, ``hungarian-hidden`` (through the learned map ``map_name``), or ``pool`` (no assignment: the teacher's
             rows of a student row's cell, averaged).
-        cost: ``logits`` or ``probs``. columns: of a sampled cost; 0: the exact one. most: teacher rows of one assignment.
+        cost: ``logits`` or ``probs``. columns: of a sampled cost, one draw for all images of a micro-batch; 0: the exact cost.
+        most: teacher rows of one assignment.
     """
 
     by: str
@@ -68,67 +69,61 @@ class Matching:
     def _assigned(
         self, view: TeacherView, student: StudentRows, batch: TrainBatch, generator: torch.Generator
     ) -> TeacherView:
-        device = student.head.device
-        rows = [self.match(number, view, student, batch, generator).to(device) for number in range(len(batch.layouts))]
-        starts = first_rows(batch.layouts)
-        whole = torch.cat([one.clamp_min(0) + start for one, start in zip(rows, starts)])
+        counts, starts = list(student.counts["vision"]), first_rows(batch.layouts)
+        whole = self.match(view, student, batch, generator).to(student.head.device)
+        found = whole.clamp_min(0)
+        inside = [(one - start).clamp_min(0) for one, start in zip(whole.split(counts), starts)]
         return replace(
             view,
-            distributions={kind: d[whole] if kind == "vision" else d for kind, d in view.distributions.items()},
-            hidden={kind: h[whole] if kind == "vision" else h for kind, h in view.hidden.items()},
-            affinities=view.affinities
-            and [one[matched.clamp_min(0)] for one, matched in zip(view.affinities, rows, strict=True)],
-            matched=[one != UNMATCHED for one in rows],
+            distributions={kind: d[found] if kind == "vision" else d for kind, d in view.distributions.items()},
+            hidden={kind: h[found] if kind == "vision" else h for kind, h in view.hidden.items()},
+            affinities=view.affinities and [one[rows] for one, rows in zip(view.affinities, inside, strict=True)],
+            matched=list((whole != UNMATCHED).split(counts)),
         )
 
     def match(
-        self, number: int, view: TeacherView, student: StudentRows, batch: TrainBatch, generator: torch.Generator
+        self, view: TeacherView, student: StudentRows, batch: TrainBatch, generator: torch.Generator
     ) -> torch.Tensor:
-        """Teacher row of every vision row of one sample, int64 ``[N_s]`` (``UNMATCHED`` for newlines)."""
-        hidden = student.of_sample("vision", number).detach()
-        groups = match_groups(batch.layouts[number], batch.student_layouts[number], batch.batch.keys[number], self.most)
-        cost = self._cost_of_hidden if self.by == "hungarian-hidden" else self._cost_of_logits
-        return match_rows(cost(number, view, student, batch, hidden, generator), groups, len(hidden))
+        """Teacher row of every vision row, both counted over the whole micro-batch, int64 ``[R_s]`` (``UNMATCHED`` for newlines)."""
+        hidden = student.hidden["vision"].detach()
+        groups = self._groups(batch)
+        if self.by == "hungarian-hidden":
+            costs = self._costs_of_hidden(view, student, hidden, groups)
+        else:
+            costs = self._costs_of_logits(view, student, hidden, groups, generator)
+        return match_rows(costs, groups, len(hidden))
 
-    def _cost_of_logits(
+    def _groups(self, batch: TrainBatch) -> list[MatchGroup]:
+        """What is matched with each other, in rows of the whole micro-batch."""
+        sides = zip(batch.layouts, batch.student_layouts, batch.batch.keys)
+        starts = zip(first_rows(batch.layouts), first_rows(batch.student_layouts))
+        return [
+            group.after(*at)
+            for (theirs, ours, key), at in zip(sides, starts)
+            for group in match_groups(theirs, ours, key, self.most)
+        ]
+
+    def _costs_of_logits(
         self,
-        number: int,
         view: TeacherView,
         student: StudentRows,
-        batch: TrainBatch,
         hidden: torch.Tensor,
+        groups: Sequence[MatchGroup],
         generator: torch.Generator,
-    ) -> Cost:
+    ) -> Iterator[torch.Tensor]:
         assert view.raw_vision is not None, "the method did not declare this need (vision_raw_logits)"
-        teacher, head = view.raw_vision[number], student.head.detach()
+        sides = view.raw_vision, hidden, student.head.detach(), groups
+        if self.columns:
+            return column_sampled_costs(*sides, self.columns, generator)
+        return manhattan_costs(*sides, self.cost)
 
-        def cost(theirs: torch.Tensor, ours: torch.Tensor) -> torch.Tensor:
-            device = hidden.device
-            if self.columns:
-                rows = teacher[theirs.to(device)], hidden[ours.to(device)]
-                return column_sampled_cost(*rows, head, self.columns, generator, self.cost)
-            return manhattan_cost(teacher[theirs.to(device)], hidden[ours.to(device)], head, self.cost)
-
-        return cost
-
-    def _cost_of_hidden(
-        self,
-        number: int,
-        view: TeacherView,
-        student: StudentRows,
-        batch: TrainBatch,
-        hidden: torch.Tensor,
-        generator: torch.Generator,
-    ) -> Cost:
+    def _costs_of_hidden(
+        self, view: TeacherView, student: StudentRows, hidden: torch.Tensor, groups: Sequence[MatchGroup]
+    ) -> Iterator[torch.Tensor]:
         assert "vision" in view.hidden, "the method did not declare this need (vision_hidden)"
         assert student.maps, "hidden states of two widths need the method's map"
-        mapped = student.maps[self.map_name](hidden.to(torch.float32))
-        start = first_rows(batch.layouts)[number]
-
-        def cost(theirs: torch.Tensor, ours: torch.Tensor) -> torch.Tensor:
-            return hidden_cost(view.hidden["vision"][start + theirs.to(mapped.device)], mapped[ours.to(mapped.device)])
-
-        return cost
+        mapped, theirs = student.maps[self.map_name](hidden.to(torch.float32)), view.hidden["vision"]
+        return (hidden_cost(theirs[g.teacher.to(mapped.device)], mapped[g.student.to(mapped.device)]) for g in groups)
 
     def _pooled(self, view: TeacherView, student: StudentRows, batch: TrainBatch) -> TeacherView:
         """The means of the teacher's rows in every student row's cell: of raw logits, hidden states and cosines."""
@@ -149,9 +144,3 @@ class Matching:
             and [cell_means(*one) for one in zip(view.affinities, cells, counts, strict=True)],
             matched=[cells_filled(one, count) for one, count in zip(cells, counts)],
         )
-
-
-def first_rows(layouts: Sequence[Sequence[ImageLayout]]) -> list[int]:
-    """The first vision row of every sample among those of all."""
-    counts = [sum(image.tokens() for image in one) for one in layouts]
-    return [sum(counts[:i]) for i in range(len(counts))]

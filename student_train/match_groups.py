@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -27,6 +27,10 @@ class MatchGroup:
 
     teacher: torch.Tensor
     student: torch.Tensor
+
+    def after(self, teacher: int, student: int) -> MatchGroup:
+        """The same rows, counted from so many rows before them."""
+        return MatchGroup(self.teacher + teacher, self.student + student)
 
 
 def match_groups(
@@ -55,25 +59,30 @@ def match_groups(
     return groups
 
 
-def match_rows(
-    cost: Callable[[torch.Tensor, torch.Tensor], torch.Tensor], groups: Sequence[MatchGroup], student_rows: int
-) -> torch.Tensor:
-    """The teacher row of every student row of one sample, int64 ``[student_rows]`` on the CPU; ``UNMATCHED`` outside all groups.
+def match_rows(costs: Iterable[torch.Tensor], groups: Sequence[MatchGroup], student_rows: int) -> torch.Tensor:
+    """The teacher row of every student row, int64 ``[student_rows]`` on the CPU; ``UNMATCHED`` outside all groups.
 
     Args:
-        cost: (teacher rows ``[G_t]``, student rows ``[G_s]``) → ``[G_t, G_s]``, as ``matching`` makes it.
+        costs: ``[G_t, G_s]`` of every group, as ``group_costs`` makes them.
     """
     matched = torch.full((student_rows,), UNMATCHED, dtype=torch.int64)
-    for group in groups:
-        matched[group.student] = group.teacher[match(cost(group.teacher, group.student)).cpu()]
+    for group, cost in zip(groups, costs, strict=True):
+        matched[group.student] = group.teacher[match(cost.cpu())]
     return matched
+
+
+def first_rows(layouts: Sequence[Sequence[ImageLayout]]) -> list[int]:
+    """The first vision row of every sample among those of all."""
+    counts = [sum(image.tokens() for image in one) for one in layouts]
+    return [sum(counts[:i]) for i in range(len(counts))]
 
 
 def _view_rows(layout: ImageLayout, first: int) -> list[torch.Tensor]:
     """Row numbers of every view's patches; the image's rows begin at ``first``."""
     rows = []
     for view in layout.views:
-        rows.append(first + torch.tensor([number for *_, number in view.places()], dtype=torch.int64))
+        numbers = torch.arange(first, first + view.tokens()).view(view.grid[0], -1)
+        rows.append(numbers[:, : view.grid[1]].flatten())
         first += view.tokens()
     return rows
 

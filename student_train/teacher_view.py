@@ -207,7 +207,7 @@ class TeacherView:
         distributions: by row kind (``response``, ``vision``), rows of all samples one after the other.
         relations: float32 Gram matrix ``[N, N]`` of raw vision logits, one a sample (``[0, 0]`` for text-only); None: not asked.
         vocabulary: columns that both sides have; the student's head may hold padding rows beyond them.
-        raw_vision: raw vision logits, one a sample (no rows for text-only); None: not asked.
+        raw_vision: raw vision logits ``[R_vision]`` of all samples; None: not asked.
         affinities: float32 ``[R_vision, N_text]`` cosines of hidden states, one a sample; None: not asked.
         hidden: by row kind, float32 hidden states ``[R, D_t]`` of all samples; only kinds that a need asks for.
         attentions: float32 ``[H, N_text, R_vision]`` of the first layer, one a sample; None: not asked.
@@ -220,7 +220,7 @@ class TeacherView:
     distributions: Mapping[str, Distribution]
     relations: Sequence[torch.Tensor] | None = None
     vocabulary: int | None = None
-    raw_vision: Sequence[FullVocabulary] | None = None
+    raw_vision: FullVocabulary | None = None
     affinities: Sequence[torch.Tensor] | None = None
     hidden: Mapping[str, torch.Tensor] = field(default_factory=dict)
     attentions: Sequence[torch.Tensor] | None = None
@@ -273,7 +273,7 @@ class TeacherSignals:
         kinds = [kind for kind in ("response", "vision") if f"{kind}_logits" in needs]
         distributions = {kind: self._distribution(needs[f"{kind}_logits"], batch.fields) for kind in kinds}
         relations = self._relations(needs["vision_relation"][0], batch.fields) if "vision_relation" in needs else None
-        raw = self._raw_vision(needs["vision_raw_logits"], batch.fields) if "vision_raw_logits" in needs else None
+        raw = self._raw_vision(distributions, batch.fields) if "vision_raw_logits" in needs else None
         hidden = {
             kind: self._join(batch.fields[f"{kind}_hidden"]).to(torch.float32)
             for kind in ("response", "vision")
@@ -317,11 +317,12 @@ class TeacherSignals:
             return torch.cat(rows).to(self.device)
         return type(rows[0]).join(rows).to(self.device)
 
-    def _raw_vision(self, fields: tuple[str, ...], records: Mapping[str, list[Any]]) -> list[FullVocabulary]:
-        whole: Any = self._distribution(fields, records)
-        counts = [len(one) for one in records[fields[-1]]]
-        starts = [sum(counts[:i]) for i in range(len(counts))]
-        return [whole[slice(start, start + count)] for start, count in zip(starts, counts)]
+    def _raw_vision(self, made: Mapping[str, Distribution], records: Mapping[str, list[Any]]) -> FullVocabulary:
+        """The distributions themselves where the same fields serve both."""
+        needs = self.served.fields
+        same = needs["vision_raw_logits"] == needs.get("vision_logits")
+        whole: Any = made["vision"] if same else self._distribution(needs["vision_raw_logits"], records)
+        return whole
 
     def _relations(self, field: str, records: Mapping[str, list[Any]]) -> list[torch.Tensor]:
         rows = [one.to(self.device) for one in records[field]]

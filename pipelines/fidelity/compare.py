@@ -32,7 +32,8 @@ def match_all(student: Student, sources: Mapping[str, Source]) -> tuple[dict[str
     for number, hidden in enumerate(student.matched_rows()):
         dense = torch.zeros(0)
         for name, source in sources.items():
-            (teacher,) = source.view(MATCHING, number).raw_vision or ()
+            teacher = source.view(MATCHING, number).raw_vision
+            assert teacher is not None, "the method of the matching asks for it"
             cost = manhattan_cost(teacher, hidden, student.head)
             dense = cost if name == LIVE else dense
             matched = match(cost)

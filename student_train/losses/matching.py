@@ -20,6 +20,12 @@ UNMATCHED = -1
 SPACES = ("logits", "probs")
 
 
+def check_space(space: str) -> None:
+    """KdcliError where there is no such cost."""
+    if space not in SPACES:
+        raise KdcliError(f"matching cost on {space!r}: choose from {', '.join(SPACES)}")
+
+
 @torch.no_grad()
 def manhattan_cost(
     teacher: FullVocabulary, hidden: torch.Tensor, head: torch.Tensor, space: str = "logits"
@@ -34,8 +40,7 @@ def manhattan_cost(
         hidden: ``[N_s, D]`` of the student, head: ``[V_s, D]``; z_s = hidden · headᵀ.
         space: ``logits`` (raw, as in the paper) or ``probs`` (softmax of both).
     """
-    if space not in SPACES:
-        raise KdcliError(f"matching cost on {space!r}: choose from {', '.join(SPACES)}")
+    check_space(space)
     cost = torch.zeros(len(teacher), len(hidden), dtype=torch.float64, device=hidden.device)
     weight, rows = head.to(hidden.dtype), chunk_rows(head, CHUNK_BYTES)
     for j in range(0, len(hidden), rows):
@@ -102,14 +107,15 @@ def match(cost: torch.Tensor) -> torch.Tensor:
     Args:
         cost: ``[N_t, N_s]``.
     """
+    given, cost = cost.device, cost.cpu()
     if not torch.isfinite(cost).all():
         raise KdcliError(
             "the matching cost is not finite: the student's or the teacher's vision logits hold NaN or infinity"
         )
-    teachers, students = linear_sum_assignment(cost.cpu().numpy())
+    teachers, students = linear_sum_assignment(cost.numpy())
     matched = torch.full((cost.shape[1],), UNMATCHED, dtype=torch.int64)
     matched[torch.from_numpy(students)] = torch.from_numpy(teachers)
-    return matched.to(cost.device)
+    return matched.to(given)
 
 
 def matched_reverse_kl(
