@@ -111,7 +111,7 @@ def main() -> None:
       kdcli cache-teacher --shards 512         the batch job: one WebDataset tar per shard and field
       kdcli cache status / verify / inspect    progress, checksums, one sample as words
       kdcli train-student --method llava-kd    train from the cache, no teacher in memory
-      kdcli eval runs/03-DFT/model --data …    exact match by family
+      kdcli eval runs/03-DFT/model --data …    exact match by family, and nll
       kdcli ablate GRID.toml                   many students over one cache, one table
     """
 
@@ -641,9 +641,11 @@ def urls(url: str, column: str) -> None:
 @click.option("--seed", type=int)
 @click.option("--bf16/--no-bf16", default=None, help="bfloat16 autocast.")
 @click.option(
-    "--compressor", help="Of vision tokens: adaptive_pool, pixel_shuffle, tokenpacker, mqt; none: as the student is."
+    "--compressor",
+    help="adaptive_pool, pixel_shuffle, tokenpacker or mqt: fewer vision tokens; none: as the student is. "
+    "Default: as the student is, or the method's own (em-kd: adaptive_pool).",
 )
-@click.option("--vision-tokens", type=int, help="That it leaves of an image; default a quarter.")
+@click.option("--vision-tokens", type=int, help="Of an image, behind the compressor; default a quarter.")
 @click.option("--gradient-checkpointing/--no-gradient-checkpointing", default=None)
 @click.option("--dataloader-num-workers", type=int)
 @click.option(
@@ -736,7 +738,7 @@ def ablate(grid: str, out: str | None, dry_run: bool, as_json: bool, **asked: An
 @click.option("--limit", type=int, default=None)
 @click.option("--batch-size", default=32, show_default=True)
 @click.option("--compress", help="Remove vision tokens inside the language model: dart, fastv, pyramiddrop or random.")
-@click.option("--keep", type=int, help="Vision tokens that stay of every image.")
+@click.option("--keep", type=int, help="Vision tokens that stay of every image; pyramiddrop has a default.")
 @click.option("--compress-layer", type=int, help="The first layer that sees the kept tokens only; default 2.")
 @click.option(
     "--out", type=click.Path(dir_okay=False), help="Also write the scores here; RUN/scores.json is what reports read."
@@ -756,7 +758,7 @@ def evaluate(
     device: str | None,
     as_json: bool,
 ) -> None:
-    """Score a student or teacher on held-out questions: exact match by family."""
+    """Score a student or teacher on held-out questions: exact match by family, and nll of the expected answers."""
     from pipelines.evaluate import evaluate_folder
     from pipelines.progress import bar
     from pipelines.tables import score_table

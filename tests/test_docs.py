@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import json
 import re
 import shlex
 import shutil
@@ -22,6 +24,17 @@ def commands(page: Path) -> list[list[str]]:
     return [shlex.split(line, comments=True) for block in blocks for line in block.splitlines() if line.strip()]
 
 
+def files_shown(page: Path) -> dict[str, str]:
+    """The page's ```toml blocks whose first line is ``# NAME.toml``, by that name; stages shortened so that they end."""
+    blocks = re.findall(r"```toml\n(# (\w+\.toml)\n.*?)```", page.read_text(), flags=re.DOTALL)
+    return {name: re.sub(r"max_steps = \d+", "max_steps = 1", text) for text, name in blocks}
+
+
+def methods_shown() -> list[str]:
+    """The ```python blocks of the page on methods: each is a whole file."""
+    return re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "add_a_method.md").read_text(), flags=re.DOTALL)
+
+
 @pytest.fixture
 def user_folder(tmp_path: Path, tiny_teacher: Path, tiny_student: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """What a user has: captions.json, train.json, heldout.json, images/, a teacher and a student folder."""
@@ -34,6 +47,9 @@ def user_folder(tmp_path: Path, tiny_teacher: Path, tiny_student: Path, monkeypa
         shutil.move(world.folder / name, tmp_path / name)
     shutil.copytree(tiny_teacher, tmp_path / "teacher")
     shutil.copytree(tiny_student, tmp_path / "student")
+    for page in PAGES:
+        for name, text in files_shown(page).items():
+            (tmp_path / name).write_text(text)
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -73,6 +89,27 @@ def test_every_command_of_the_docs_runs(user_folder: Path) -> None:
     assert len(list((user_folder / "cache" / "samples" / "commits").iterdir())) == 512
 
 
+@pytest.mark.parametrize("number", range(len(methods_shown())))
+def test_methods_of_the_docs_train(
+    number: int, tiny_cache: Path, tiny_student: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Pasted as they are, they are found by name and take a step."""
+    import student_train.methods
+    from pipelines.settings import Settings
+    from pipelines.train_student import train
+    from student_train.config import TrainSettings
+
+    folder = tmp_path / "methods"
+    folder.mkdir()
+    (folder / f"of_the_docs_{number}.py").write_text(methods_shown()[number])
+    monkeypatch.setattr(student_train.methods, "__path__", [*student_train.methods.__path__, str(folder)])
+    module = importlib.import_module(f"student_train.methods.of_the_docs_{number}")
+    settings = TrainSettings(student=str(tiny_student), output_dir=str(tmp_path / "run"), max_steps=1, report_to="none")
+    train(str(tiny_cache), module.NAME, Settings(train=settings), "DFT")
+    (line,) = (tmp_path / "run" / "01-DFT" / "metrics.jsonl").read_text().splitlines()
+    assert {f"loss/{name}" for name in module.PRESETS["paper"].terms()} <= json.loads(line).keys()
+
+
 def test_the_template_is_valid_and_complete(tmp_path: Path) -> None:
     """Every key that the template shows commented out is accepted too."""
     from pipelines.settings import load_settings, write_template
@@ -87,5 +124,6 @@ def test_the_template_is_valid_and_complete(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_links_lead_somewhere(page: Path) -> None:
-    for target in re.findall(r"\]\((?!http)([^)#]+)", page.read_text()):
+    prose = re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL)
+    for target in re.findall(r"\]\((?!http)([^)#]+)", prose):
         assert (page.parent / target).exists(), f"{page.name} links to {target}"
