@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 
 import torch
 
+from student_train.distributions import DenseTeacher, Distribution, HeadAndTail, is_full
 from student_train.losses.divergences import forward_kl, reverse_kl
-from student_train.teacher_view import DenseTeacher, Distribution, HeadAndTail, is_full
 
 CHUNK = 256
 DIRECTIONS = {"forward": forward_kl, "reverse": reverse_kl}

@@ -10,11 +10,11 @@ from torch.nn import functional as F
 from benchmarks.codec_measures import degrees, gradient
 from benchmarks.codec_rows import Rows
 from benchmarks.common import print_table
+from student_train.distributions import DenseTeacher, HeadAndSketch
 from student_train.losses.affinity import affinity_loss, cosine_affinity
 from student_train.losses.divergences import reverse_kl
 from student_train.losses.matching import manhattan_cost, match
 from student_train.losses.relation import relation_cosine
-from student_train.teacher_view import DenseTeacher, HeadAndSketch
 from teacher_cache.codecs import container
 from teacher_cache.fields import create_field
 from teacher_cache.records import Sketch, TeacherOutput, TopK

@@ -26,7 +26,7 @@ from benchmarks.codec_rows import Rows, demo_rows, text_rows
 from benchmarks.codec_vision import vision_terms
 from benchmarks.common import argument_parser, finish, machine, print_table
 from benchmarks.published import BUDGET, RECOMMENDED, sampled_bytes, sampled_probs
-from student_train.teacher_view import DenseTeacher, Distribution, HeadAndSketch, HeadAndTail, SketchTeacher
+from student_train.distributions import DenseTeacher, Distribution, HeadAndSketch, HeadAndTail, SketchTeacher
 from teacher_cache.codecs import container, spectrum
 from teacher_cache.codecs.transform import Transform
 from teacher_cache.fields import create_field

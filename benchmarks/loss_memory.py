@@ -25,17 +25,11 @@ import torch
 
 from benchmarks.common import argument_parser, finish, machine, print_table, timed
 from benchmarks.step import resident
+from student_train.distributions import DenseTeacher, Distribution, HeadAndSketch, HeadAndTail, SketchTeacher
 from student_train.losses import divergences
 from student_train.losses.reduce import total_loss
 from student_train.losses.terms import RowTerm, StudentRows, Terms
-from student_train.teacher_view import (
-    DenseTeacher,
-    Distribution,
-    HeadAndSketch,
-    HeadAndTail,
-    SketchTeacher,
-    TeacherView,
-)
+from student_train.teacher_view import TeacherView
 from teacher_cache.records import Sketch
 from teacher_cache.teachers.head import topk_rows
 from teacher_cache.teachers.low_rank import LowRankHead

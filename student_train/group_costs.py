@@ -10,11 +10,11 @@ from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
+from student_train.distributions import FullVocabulary
 from student_train.losses.column_sampling import sampler_of_head
 from student_train.losses.distances import manhattan
 from student_train.losses.matching import check_space, manhattan_cost
 from student_train.match_groups import MatchGroup
-from student_train.teacher_view import FullVocabulary
 from teacher_cache.teachers.head import CHUNK_BYTES, chunk_rows, head_logits
 
 Logits = Callable[[torch.Tensor], torch.Tensor]

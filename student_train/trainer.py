@@ -18,12 +18,13 @@ from torch.nn.parallel import DistributedDataParallel
 from student_train.checkpoint import checkpoints, load_checkpoint, save_checkpoint
 from student_train.config import TrainSettings
 from student_train.distributed import Processes
+from student_train.distributions import DenseTeacher
 from student_train.losses.reduce import count_rows, total_loss
 from student_train.losses.terms import Terms, kinds_of
 from student_train.methods import Method, Passes, hook
 from student_train.stream import TrainBatch
 from student_train.student import RowForward
-from student_train.teacher_view import DenseTeacher, TeacherView
+from student_train.teacher_view import TeacherView
 from teacher_cache.batch import Batch
 from teacher_cache.errors import KdcliError
 

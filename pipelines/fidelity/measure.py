@@ -12,8 +12,8 @@ from typing import Any, cast
 
 import torch
 
+from student_train.distributions import Distribution, FullVocabulary, HeadAndTail, is_full
 from student_train.losses.divergences import forward_kl, reverse_kl
-from student_train.teacher_view import Distribution, FullVocabulary, HeadAndTail, is_full
 from teacher_cache.teachers.head import CHUNK_BYTES, chunk_rows
 
 NO_GRADIENT = 1e-20

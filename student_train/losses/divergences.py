@@ -16,10 +16,10 @@ from typing import cast
 
 import torch
 
+from student_train.distributions import Distribution, FullVocabulary, HeadAndTail, SampledTeacher, is_full
 from student_train.losses import written
 from student_train.losses.precision import wide
 from student_train.losses.sampled import forward_kl_sampled
-from student_train.teacher_view import Distribution, FullVocabulary, HeadAndTail, SampledTeacher, is_full
 from teacher_cache.errors import CompatibilityError
 
 LOG_NOTHING = -1e5

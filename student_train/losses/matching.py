@@ -9,10 +9,10 @@ from __future__ import annotations
 import torch
 from scipy.optimize import linear_sum_assignment
 
+from student_train.distributions import Distribution, FullVocabulary
 from student_train.losses.column_sampling import sampler_of_head
 from student_train.losses.distances import manhattan
 from student_train.losses.divergences import reverse_kl
-from student_train.teacher_view import Distribution, FullVocabulary
 from teacher_cache.errors import KdcliError
 from teacher_cache.teachers.head import CHUNK_BYTES, chunk_rows, head_logits
 

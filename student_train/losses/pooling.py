@@ -10,8 +10,8 @@ from collections.abc import Sequence
 
 import torch
 
+from student_train.distributions import DenseTeacher, Distribution, FullVocabulary, HeadAndSketch, SketchTeacher
 from student_train.losses.matching import UNMATCHED
-from student_train.teacher_view import DenseTeacher, Distribution, FullVocabulary, HeadAndSketch, SketchTeacher
 from teacher_cache.errors import CompatibilityError
 from teacher_cache.records import ImageLayout, Sketch, View
 

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import torch
 
+from student_train.distributions import SampledTeacher
 from student_train.losses.written import WithGradient
-from student_train.teacher_view import SampledTeacher
 from teacher_cache.errors import CompatibilityError
 
 

@@ -11,9 +11,10 @@ from typing import Any
 
 import torch
 
+from student_train.distributions import Distribution
 from student_train.losses.divergences import cross_entropy
 from student_train.losses.precision import wide
-from student_train.teacher_view import Distribution, TeacherView
+from student_train.teacher_view import TeacherView
 from teacher_cache.errors import CompatibilityError
 from teacher_cache.records import TextTokens
 

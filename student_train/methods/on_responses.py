@@ -6,8 +6,8 @@ from collections.abc import Callable
 
 import torch
 
+from student_train.distributions import Distribution
 from student_train.losses.terms import RowTerm, Terms, label_loss
-from student_train.teacher_view import Distribution
 from teacher_cache.errors import KdcliError
 
 

@@ -13,11 +13,12 @@ import torch
 
 from student_train import distributed
 from student_train.cache import Cache, CachedRows
+from student_train.distributions import DenseTeacher
 from student_train.losses.terms import HiddenTerm, Rows, RowTerm, SampleTerm, kinds_of
 from student_train.methods import create_method, hook, method_modules
 from student_train.needs import Need, serve, served_by
 from student_train.stages import parse_stages
-from student_train.teacher_view import DenseTeacher, TeacherView
+from student_train.teacher_view import TeacherView
 from teacher_cache.errors import CompatibilityError
 from tests.contracts.dense_reference import in_float64, live_view, load64, reference, teacher_batch
 

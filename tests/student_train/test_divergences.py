@@ -8,10 +8,10 @@ from functools import partial
 import pytest
 import torch
 
+from student_train.distributions import DenseTeacher, HeadAndTail
 from student_train.losses import divergences, plain, written
 from student_train.losses.divergences import cross_entropy, forward_kl
 from student_train.losses.relation import relation_cosine
-from student_train.teacher_view import DenseTeacher, HeadAndTail
 from teacher_cache.errors import CompatibilityError
 from teacher_cache.teachers.head import topk_rows
 

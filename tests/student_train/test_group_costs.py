@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from student_train import group_costs
+from student_train.distributions import DenseTeacher, HeadAndSketch
 from student_train.group_costs import column_sampled_costs, manhattan_costs, packs
 from student_train.losses.matching import column_sampled_cost, manhattan_cost
 from student_train.match_groups import MatchGroup
-from student_train.teacher_view import DenseTeacher, HeadAndSketch
 from teacher_cache.errors import KdcliError
 from teacher_cache.records import Sketch
 from teacher_cache.teachers.head import topk_rows

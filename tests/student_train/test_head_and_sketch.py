@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
+from student_train.distributions import DenseTeacher, HeadAndSketch, SketchTeacher
 from student_train.losses.divergences import forward_kl, reverse_kl
-from student_train.teacher_view import DenseTeacher, HeadAndSketch, SketchTeacher
 from teacher_cache.records import Sketch
 from teacher_cache.teachers.head import topk_rows
 from teacher_cache.teachers.low_rank import LowRankHead

@@ -8,6 +8,7 @@ import pytest
 import torch
 from scipy.optimize import linear_sum_assignment
 
+from student_train.distributions import DenseTeacher, HeadAndTail
 from student_train.losses import distances, matching, plain
 from student_train.losses.matching import (
     UNMATCHED,
@@ -17,7 +18,6 @@ from student_train.losses.matching import (
     match,
     matched_reverse_kl,
 )
-from student_train.teacher_view import DenseTeacher, HeadAndTail
 from teacher_cache.errors import KdcliError
 from teacher_cache.teachers.head import topk_rows
 

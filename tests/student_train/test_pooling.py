@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
+from student_train.distributions import DenseTeacher, HeadAndSketch, HeadAndTail, SketchTeacher
 from student_train.losses.pooling import cells_filled, pooled_teacher, pooling_cells
-from student_train.teacher_view import DenseTeacher, HeadAndSketch, HeadAndTail, SketchTeacher
 from teacher_cache.errors import CompatibilityError
 from teacher_cache.records import ImageLayout, Sketch, View
 from teacher_cache.teachers.head import topk_rows

@@ -7,12 +7,13 @@ from collections.abc import Callable, Mapping
 import pytest
 import torch
 
+from student_train.distributions import DenseTeacher
 from student_train.losses import reduce
 from student_train.losses.divergences import cross_entropy, forward_kl
 from student_train.losses.reduce import count_rows, total_loss
 from student_train.losses.relation import relation_cosine
 from student_train.losses.terms import Rows, RowTerm, SampleTerm, StudentRows, Terms
-from student_train.teacher_view import DenseTeacher, TeacherView
+from student_train.teacher_view import TeacherView
 
 VOCABULARY, PADDED, WIDTH, TEACHER_WIDTH = 29, 33, 6, 9
 RESPONSE, VISION = (3, 0, 5, 4), (4, 4, 0, 8)

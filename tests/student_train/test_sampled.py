@@ -12,10 +12,10 @@ import pytest
 import torch
 
 from student_train.cache import Cache, CachedRows
+from student_train.distributions import DenseTeacher, SampledTeacher
 from student_train.losses.divergences import forward_kl, reverse_kl
 from student_train.losses.sampled import forward_kl_plain, forward_kl_sampled
 from student_train.needs import Need, serve
-from student_train.teacher_view import DenseTeacher, SampledTeacher
 from teacher_cache.errors import CompatibilityError
 from teacher_cache.records import Sampled
 from teacher_cache.teachers.sampling import sample_rows, uniforms

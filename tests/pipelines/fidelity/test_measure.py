@@ -20,7 +20,7 @@ from pipelines.fidelity.measure import (
 )
 from pipelines.fidelity.rows import draw
 from pipelines.fidelity.terms import pool
-from student_train.teacher_view import DenseTeacher, HeadAndTail
+from student_train.distributions import DenseTeacher, HeadAndTail
 from teacher_cache.records import ImageLayout, View
 from teacher_cache.teachers.head import topk_rows
 
