@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from student_train.trainer import Trainer
 from teacher_cache.errors import CompatibilityError
 from teacher_cache.prepare import Limits, Preparer
 
-STATES = ("_hidden", "_features")
+STATES = ("vision_hidden", "response_hidden", "vision_features")
 """Fields whose rows are as wide as the teacher."""
 PROBED = 512
 """Rows looked through for an image before the first step."""
@@ -45,7 +46,8 @@ def make_trainer(
     open_signals: OpenSignals = TeacherSignals.open,
 ) -> tuple[Trainer, Callable[[int], Iterator[tuple[int, list[TrainBatch]]]]]:
     """The trainer of a stage and its stream of batches from any step on."""
-    freeze_except(model, plan.stage.trains)
+    tower = plan.settings.vision_tower_learning_rate and "language_model" in plan.stage.trains
+    freeze_except(model, (*plan.stage.trains, "vision_tower") if tower else plan.stage.trains)
     if plan.settings.gradient_checkpointing:
         enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
         enable({"use_reentrant": False})
@@ -78,16 +80,30 @@ def learned_maps(cache: Cache, plan: StagePlan, model: Any) -> dict[str, torch.n
     """The method's maps between hidden states of the student and of the teacher whose fields serve it; none for most methods.
 
     Fresh weights are a function of the seed, whatever was drawn before.
+
+    Raises:
+        CompatibilityError: the states that the method maps are of teachers of several widths.
     """
-    widths = [cache.fields[name]["teacher"]["hidden_size"] for name in plan.served.names if name.endswith(STATES)]
+    fields = sorted({name for need in STATES for name in plan.served.fields.get(need, ())})
+    widths = {name: cache.fields[name]["teacher"]["hidden_size"] for name in fields}
     if not widths:
         return {}
+    if len(set(widths.values())) > 1:
+        told = ", ".join(f"{name} {width}" for name, width in widths.items())
+        raise CompatibilityError(
+            f"{cache.storage}: {plan.method_name} maps hidden states of one width; its fields have several ({told}): "
+            "add them by one teacher"
+        )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(plan.settings.seed)
-        return hook(plan.method, "maps")(model.config.get_text_config().hidden_size, widths[0]) or {}
+        width = next(iter(widths.values()))
+        return hook(plan.method, "maps")(model.config.get_text_config().hidden_size, width) or {}
 
 
-def save_maps(file: Path, maps: torch.nn.Module) -> None:
+def save_maps(file: Path, maps: torch.nn.Module, before: Path) -> None:
+    """A stage without maps of its own hands those of the stage before (``before``) on: SFT between DPT and DFT forgets nothing."""
+    if not len(list(maps.parameters())) and before.is_file() and before != file:
+        shutil.copyfile(before, file)
     if tensors := {name: one.detach().cpu().contiguous() for name, one in maps.state_dict().items()}:
         save_file(tensors, file)
 
@@ -102,16 +118,26 @@ def load_maps(file: Path, maps: torch.nn.Module) -> None:
 
 
 def check_rows(dataset: TrainDataset, plan: StagePlan) -> None:
-    """The first row with an image, read before the first step: what cannot be aligned or trained is refused here, not hours later.
+    """A row with an image of every part, read before the first step: what cannot be aligned or trained is refused here.
 
     Raises:
         CompatibilityError: the row's own; or the stage needs images and none of the first ``PROBED`` rows has one.
     """
-    sees_images = plan.stage.trains == ("projector",) or any(n.what.startswith("vision") for n in plan.method.needs())
+    sees_images = plan.stage.trains == ("projector",) or any("vision" in n.what for n in plan.method.needs())
+    sees_images = sees_images or hasattr(plan.method, "passes")
+    without = set(plan.parts)
     for position in range(min(PROBED, dataset.order.rows)):
-        if len(dataset[position].prepared.vision_positions):
-            return
-    if sees_images:
+        row = dataset[position]
+        if getattr(plan.method, "text", "") == "all" and not torch.equal(row.text.ids, row.prepared.text.ids):
+            raise CompatibilityError(
+                f"row {row.prepared.key}: teacher and student read other prompts, and text=all compares them token by token: "
+                "--set text=response, or the teacher's chat template for the student"
+            )
+        if len(row.prepared.vision_positions):
+            without.discard(row.prepared.part)
+            if not without:
+                return
+    if sees_images and without == set(plan.parts):
         raise CompatibilityError(
             f"stage {plan.stage.name}: none of the first {PROBED} rows of part {', '.join(plan.parts)} has an image, "
             f"and {plan.method_name} learns from vision tokens there: leave the stage out of --stages, or choose other parts"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import platform
@@ -24,7 +25,7 @@ from student_train.methods import hook
 from student_train.student import load_student, save_student
 from student_train.teacher_view import TeacherSignals
 from student_train.trainer import StepResult
-from teacher_cache.errors import KdcliError
+from teacher_cache.errors import CompatibilityError, KdcliError
 from teacher_cache.plan import content_hash, difference
 from teacher_cache.teachers.transformers import TeacherSpec, load_processor, weights_hash
 
@@ -77,9 +78,22 @@ def settle(cache: Cache, plans: list[StagePlan], student: str) -> tuple[list[Sta
     """The plans as this student can have them, and notes for the user; refuses a student that cannot, before its weights are read."""
     processor, config = load_processor(TeacherSpec(student))
     for plan in plans:
-        hook(plan.method, "check_student")(config)
+        fields = {name: cache.fields[name] for name in plan.served.names}
+        hook(plan.method, "check_student")(config, fields)
+        check_head(config, fields, student)
     plans = settle_compressor(plans, student)
     return plans, check_vocabulary(cache, plans, processor)
+
+
+def check_head(config: Any, fields: Mapping[str, Any], student: str) -> None:
+    """CompatibilityError where the student's head has fewer rows than the vocabulary that the teachers of these fields speak."""
+    width = config.get_text_config().vocab_size
+    for name, body in fields.items():
+        spoken = min(body["teacher"]["head_width"], body["teacher"]["tokenizer"]["length"])
+        if width < spoken:
+            raise CompatibilityError(
+                f"{student}: its head has {width} rows, the teacher of field {name} speaks {spoken} tokens: resize the student's embeddings"
+            )
 
 
 def write_run_card(output: Path, cache: Cache, plans: list[StagePlan]) -> None:
@@ -133,7 +147,7 @@ def run_stage(
     folder = plan.folder(output)
     rows = CachedRows(cache, plan.parts, plan.served.names)
     total, global_batch = budget(plan, sum(rows.counts), processes.world)
-    identity = stage_identity(cache, plan, total, global_batch, model_id)
+    identity = stage_identity(cache, plan, total, global_batch, model_id, processes.world)
     done = folder / "done.json"
     if done.is_file():
         finished = json.loads(done.read_text())
@@ -147,11 +161,12 @@ def run_stage(
         cache, plan, rows, model, processor, total, global_batch, processes, folder, open_signals
     )
     trainer.identity = identity
-    load_maps(Path(model_id).parent / MAPS, trainer.model.maps)
+    maps_before = Path(model_id).parent / MAPS
+    load_maps(maps_before, trainer.model.maps)
     trainer.train(batches_from, lambda step, result: on_step(folder.name, step, trainer.total_steps, result))
     result = {"stage": plan.stage.name, "model": str(folder / "model"), "steps": trainer.total_steps, "samples": total}
     if processes.is_main:
-        save_maps(folder / MAPS, trainer.model.maps)
+        save_maps(folder / MAPS, trainer.model.maps, maps_before)
         finish(folder, model, processor, {"identity": identity, "result": result})
     processes.barrier()
     return result
@@ -180,8 +195,13 @@ def budget(plan: StagePlan, rows: int, world: int) -> tuple[int, int]:
     return total, global_batch
 
 
-def stage_identity(cache: Cache, plan: StagePlan, total: int, global_batch: int, model_id: str) -> dict[str, Any]:
-    """What must be equal for a checkpoint of this stage to be continued."""
+def stage_identity(
+    cache: Cache, plan: StagePlan, total: int, global_batch: int, model_id: str, world: int = 1
+) -> dict[str, Any]:
+    """What must be equal for a checkpoint of this stage to be continued.
+
+    A method that draws (ratios of EPIC, columns of em-kd) draws for every micro-batch of every process: how a step is cut counts too.
+    """
     return {
         "plan_hash": cache.plan_hash,
         "fields": {name: cache.fields[name]["sha256"] for name in plan.served.names},
@@ -205,14 +225,23 @@ def stage_identity(cache: Cache, plan: StagePlan, total: int, global_batch: int,
                 "use_liger_kernel",
             )
         },
+        **({"vision_tower_learning_rate": tower} if (tower := plan.settings.vision_tower_learning_rate) else {}),
         **({"compressor": plan.compressor.entry()} if plan.compressor else {}),
+        **({"micro_batches": [plan.settings.per_device_train_batch_size, world]} if draws(plan.method) else {}),
         "start": start_hash(model_id),
     }
 
 
+def draws(method: Any) -> bool:
+    """Whether a method draws something for every micro-batch."""
+    return hasattr(method, "passes") or bool(getattr(hook(method, "alignment")(), "columns", 0))
+
+
 def start_hash(model_id: str) -> str:
-    """Hash of the configuration and the weights that a stage starts from: checkpoints hold the trained weights only."""
+    """Hash of what a stage starts from, configuration, weights and learned maps: checkpoints hold the trained weights only."""
     folder = Path(model_id)
     if not folder.is_dir():
         return model_id
-    return content_hash([(folder / "config.json").read_text(), weights_hash(TeacherSpec(model_id), None)])
+    parts = [(folder / "config.json").read_text(), weights_hash(TeacherSpec(model_id), None)]
+    maps = folder.parent / MAPS
+    return content_hash([*parts, hashlib.sha256(maps.read_bytes()).hexdigest()] if maps.is_file() else parts)

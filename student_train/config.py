@@ -22,6 +22,7 @@ class TrainSettings:
         compressor: of vision tokens (student_train/compressors), ``none``: as the student is; None: the method's own choice, if it has one.
         vision_tokens: that it leaves of an image; None: a quarter. vision_feature_layers: layers of the vision tower that it reads,
             for one that chooses them.
+        vision_tower_learning_rate: of the vision tower in the stages that train the language model; 0: it stays frozen.
         save_steps: steps between checkpoints. save_total_limit: how many are kept.
         report_to: ``tensorboard`` or ``none`` (metrics.jsonl is always written).
         use_liger_kernel: Liger-Kernel's fused cross-entropy where a stage has no other loss on response tokens (CUDA, extra ``liger``).
@@ -34,6 +35,7 @@ class TrainSettings:
     num_train_epochs: float = 1.0
     max_steps: int = 0
     learning_rate: float = 0.0
+    vision_tower_learning_rate: float = 0.0
     weight_decay: float = 0.0
     warmup_ratio: float = 0.03
     max_grad_norm: float = 1.0
@@ -85,6 +87,7 @@ class StageSettings:
     num_train_epochs: float | None = None
     max_steps: int | None = None
     learning_rate: float | None = None
+    vision_tower_learning_rate: float | None = None
     weight_decay: float | None = None
     warmup_ratio: float | None = None
 

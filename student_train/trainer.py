@@ -23,7 +23,7 @@ from student_train.losses.reduce import count_rows, total_loss
 from student_train.losses.terms import Terms, kinds_of
 from student_train.methods import Method, Passes, hook
 from student_train.stream import TrainBatch
-from student_train.student import RowForward
+from student_train.student import RowForward, module_group
 from student_train.teacher_view import TeacherView
 from teacher_cache.batch import Batch
 from teacher_cache.errors import KdcliError
@@ -67,14 +67,31 @@ class Trainer:
         self.matching = hook(self.method, "alignment")()
         self.kinds = sorted(kinds_of(self.terms) | ({"vision"} if self.matching else set()))
         s = self.settings
-        parameters = [p for p in self.model.parameters() if p.requires_grad]
+        self.parameters = [p for p in self.model.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(
-            parameters, lr=s.learning_rate, betas=(s.adam_beta1, s.adam_beta2), weight_decay=s.weight_decay
+            self._parameter_groups(),
+            lr=s.learning_rate,
+            betas=(s.adam_beta1, s.adam_beta2),
+            weight_decay=s.weight_decay,
         )
-        self.parameters = parameters
         self.network: torch.nn.Module = self.model
         if self.processes.world > 1:
             self.network = DistributedDataParallel(self.model)
+
+    def _parameter_groups(self) -> list[dict[str, Any]]:
+        """``share``: of the stage's learning rate. The vision tower has one of its own where it trains."""
+        tower: list[torch.nn.Parameter] = []
+        rest: list[torch.nn.Parameter] = []
+        for name, parameter in self.model.named_parameters():
+            if parameter.requires_grad:
+                ours = name.startswith("model.") and module_group(name) == "vision_tower"
+                (tower if ours else rest).append(parameter)
+        groups: list[dict[str, Any]] = [{"params": rest, "share": 1.0}]
+        if tower:
+            groups.append(
+                {"params": tower, "share": self.settings.vision_tower_learning_rate / self.settings.learning_rate}
+            )
+        return groups
 
     def learning_rate(self, step: int) -> float:
         """Linear warm-up over ``warmup_ratio`` of the steps, then a cosine to zero."""
@@ -107,7 +124,7 @@ class Trainer:
             )
         rate = self.learning_rate(step)
         for group in self.optimizer.param_groups:
-            group["lr"] = rate
+            group["lr"] = rate * group["share"]
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         tokens = sum(int(one.batch.inputs["attention_mask"].sum()) for one in batches)

@@ -28,7 +28,9 @@ PADDING_ROWS = 7  # rows of the head beyond the tokenizer's length, as real chec
 ALL_FIELDS = ("response_topk", "vision_topk", "response_hidden", "vision_hidden", "affinity", "relation")
 
 
-def build_folder(folder: Path, text_width: int, vision_width: int, seed: int, patch: int = PATCH) -> Path:
+def build_folder(
+    folder: Path, text_width: int, vision_width: int, seed: int, patch: int = PATCH, layers: int = 2
+) -> Path:
     """A stock LLaVA folder with random weights, the demo tokenizer and the demo's chat template; (96 / patch)² vision tokens."""
     from transformers import (
         CLIPImageProcessorPil,
@@ -46,7 +48,7 @@ def build_folder(folder: Path, text_width: int, vision_width: int, seed: int, pa
         vocab_size=len(tokenizer) + PADDING_ROWS,
         hidden_size=text_width,
         intermediate_size=2 * text_width,
-        num_hidden_layers=2,
+        num_hidden_layers=layers,
         num_attention_heads=2,
         num_key_value_heads=2,
         max_position_embeddings=2048,
@@ -111,8 +113,9 @@ def coarse_student(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_student(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Student folder: 32 wide, the teacher's tokenizer and vision grid."""
-    return build_folder(tmp_path_factory.mktemp("models") / "student", text_width=32, vision_width=24, seed=2)
+    """Student folder: 32 wide, three layers (vision tokens can go before the last), the teacher's tokenizer and vision grid."""
+    folder = tmp_path_factory.mktemp("models") / "student"
+    return build_folder(folder, text_width=32, vision_width=24, seed=2, layers=3)
 
 
 @pytest.fixture(scope="session")

@@ -9,7 +9,8 @@ What only some methods have are further functions of the dataclass, looked up by
 - ``maps(student_width, teacher_width) -> {name: module}``: learned maps between hidden states, trained beside the student.
 - ``passes(progress, generator) -> Passes``: vision tokens that the student's pass, and the gradient-free pass of its own weights, do
   without.
-- ``check_student(config)``: an error where a student of this configuration cannot be trained so, before its weights are loaded.
+- ``check_student(config, fields)``: an error where a student of this configuration cannot be trained so from the fields that serve the
+  method (name → ``field.json``), before its weights are loaded.
 """
 
 from __future__ import annotations

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -21,7 +22,8 @@ from student_train.losses.divergences import forward_kl
 from student_train.losses.first_layer import attention_mse, feature_mse, looked_at
 from student_train.losses.terms import RowTerm, SampleRows, SampleTerm, Term, Terms, label_loss
 from student_train.needs import Need
-from teacher_cache.errors import KdcliError
+from teacher_cache.errors import CompatibilityError, KdcliError
+from teacher_cache.teachers.text_vision import check_layers
 
 NAME = "align-kd"
 PAPER = "Align-KD, arXiv 2412.01282"
@@ -63,6 +65,16 @@ class AlignKD:
 
     def maps(self, student_width: int, teacher_width: int) -> Mapping[str, torch.nn.Module]:
         return {"features": torch.nn.Linear(teacher_width, student_width)} if self.beta + self.focus else {}
+
+    def check_student(self, config: Any, fields: Mapping[str, Any]) -> None:
+        """CompatibilityError where the student's first layer is of an unknown kind, or its heads have no counterpart in the cache."""
+        if not self.focus + self.gamma:
+            return
+        check_layers(frozenset({"attention.0:each"}), config)
+        if self.gamma and self.heads == "each" and fields["attention"]["params"].get("heads") == "mean":
+            raise CompatibilityError(
+                "align-kd: heads=each, but field attention holds the mean over heads: --set heads=mean, or another cache"
+            )
 
     def terms(self) -> Terms:
         def kl(rows):

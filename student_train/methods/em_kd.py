@@ -80,6 +80,10 @@ class EMKD:
         return bool(self.beta and self.target == "hidden") or (self._matches and self.matching == "hungarian-hidden")
 
     @property
+    def _pools_logits(self) -> bool:
+        return bool(self.beta and self.target == "logits" and self.matching == "pool")
+
+    @property
     def _matches(self) -> bool:
         return bool(self.beta or self.gamma)
 
@@ -87,7 +91,7 @@ class EMKD:
         wanted = {
             Need("response_logits", "reverse", self.temperature): self._rld_weight > 0,
             Need("vision_logits", "reverse", self.temperature): bool(self.beta) and self.target == "logits",
-            Need("vision_raw_logits"): self._matches and self.matching == "hungarian-logits",
+            Need("vision_raw_logits"): (self._matches and self.matching == "hungarian-logits") or self._pools_logits,
             Need("vision_hidden"): self._uses_hidden,
             Need("vision_text_affinity"): bool(self.gamma),
         }

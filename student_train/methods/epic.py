@@ -10,6 +10,7 @@ Text rows are never removed, so teacher and student rows of a response stand bes
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -71,7 +72,7 @@ class Epic:
         student = least + (most - least) * float(torch.rand((), generator=generator))
         return student, max(student - min(0.1 + 0.5 * progress, 0.3), 0.0)
 
-    def check_student(self, config: Any) -> None:
+    def check_student(self, config: Any, fields: Mapping[str, Any]) -> None:
         """CompatibilityError or KdcliError where a student of this configuration cannot lose tokens so."""
         self.pruning(0.0).check(config)
 

@@ -81,10 +81,10 @@ class Pruning:
             )
         if getattr(config, "image_token_id", None) is None:
             raise CompatibilityError(f"{config.model_type} has no image_token_id: there are no vision tokens to remove")
-        if self.layer > text.num_hidden_layers:
+        if self.layer >= text.num_hidden_layers:
             raise KdcliError(
                 f"{self.operator}: compression layer {self.layer} is outside the model, whose layers are 0 to "
-                f"{text.num_hidden_layers - 1}"
+                f"{text.num_hidden_layers - 1}: nothing would be removed"
             )
 
     def at(self, layers: int) -> Pruning:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -43,7 +43,9 @@ def prune_vision(
     Yields:
         What was kept, of the newest forward.
     """
-    pruning.check(model.config)
+    layers = model.config.get_text_config().num_hidden_layers
+    # A layer that comes down from the top begins at the number of layers, where nothing is removed yet.
+    (pruning if pruning.layer != layers else replace(pruning, layer=layers - 1)).check(model.config)
     forward = PrunedForward(model, pruning, query_at, images, generator)
     try:
         forward.attach()

@@ -88,7 +88,7 @@ def live_view(model: Any, batch: Batch, vocabulary: int, text: Any) -> TeacherVi
         distributions={kind: Dense64(rows[kind] @ head.T) for kind in ("response", "vision")},
         relations=[one @ one.T for one in raw],
         vocabulary=vocabulary,
-        raw_vision=[Dense64(one) for one in raw],
+        raw_vision=Dense64(rows["vision"] @ head.T),
         affinities=[normalize(v, dim=1) @ normalize(t, dim=1).T for v, t in zip(split["vision"], split["text"])],
         hidden={kind: rows[kind] for kind in ("response", "vision")},
         attentions=maps,

@@ -165,7 +165,8 @@ def test_a_step_equals_the_dense_float64_reference(
     expected_loss, expected_terms, expected = reference(trainer, one, view)
     loss, terms, gradients = loss_and_gradients(trainer, [one])
     coded = max((CODED.get(need.what, 0.0) for need in trainer.method.needs()), default=0.0)
-    tolerance = 0.1 if bf16 else max(coded, 1e-3)
+    # In bf16 a matching takes others of nearly equal pairs.
+    tolerance = (0.2 if trainer.matching else 0.1) if bf16 else max(coded, 1e-3)
     assert loss == pytest.approx(expected_loss, rel=0.03 if bf16 else max(coded, 1e-4))
     assert terms == pytest.approx(expected_terms, rel=0.08 if bf16 else max(coded, 1e-4), abs=1e-5)
     assert gradients.keys() == expected.keys()

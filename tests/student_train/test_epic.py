@@ -83,10 +83,10 @@ def test_a_student_that_cannot_lose_tokens_is_refused_by_its_configuration() -> 
     import transformers
 
     with pytest.raises(CompatibilityError, match="cannot be removed inside"):
-        create_method("epic-tcd").check_student(transformers.Qwen3VLConfig())
+        create_method("epic-tcd").check_student(transformers.Qwen3VLConfig(), {})
     small = transformers.LlavaConfig(text_config=transformers.LlamaConfig(num_hidden_layers=2), image_token_id=3)
     with pytest.raises(KdcliError, match="layer 5 is outside the model"):
-        create_method("epic-lcd", knobs={"lowest_layer": 5}).check_student(small)
+        create_method("epic-lcd", knobs={"lowest_layer": 5}).check_student(small, {})
 
 
 @pytest.fixture
