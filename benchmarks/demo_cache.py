@@ -1,8 +1,9 @@
 """The demo world and one cache of it from which every method trains: what the grids in ``benchmarks/grids`` read.
 
-    python -m benchmarks.demo_cache --out runs/grids --captions 960 --train 1600 --heldout 560
+    python -m benchmarks.demo_cache --out runs/grids --captions 960 --train 1600 --heldout 420
 
-Top-8 of response and vision rows, their hidden states as bf16, affinities as they are: exact wherever a codec can be. Run again, it
+Top-8 of response and vision rows, their hidden states as bf16, affinities, first-layer
+attention and vision features: exact wherever a codec can be. Run again, it
 continues. Held-out questions are others than the trained ones, as in the demo.
 """
 
@@ -25,6 +26,8 @@ FIELDS: dict[str, dict[str, Any]] = {
     "response_hidden": {"codec": "bf16"},
     "vision_hidden": {"codec": "bf16"},
     "affinity": {"layout": "dense"},
+    "attention": {},
+    "vision_features": {"codec": "bf16"},
 }
 
 
