@@ -148,3 +148,18 @@ def test_fields_of_two_teachers_are_read_with_their_own_heads(
     assert result.terms["res"] == first.terms["res"] and result.terms["reg"] == first.terms["reg"]
     # the second teacher is the student itself
     assert result.terms["vis"] == pytest.approx(0.0, abs=1e-5) and result.terms["rel"] == pytest.approx(0.0, abs=1e-5)
+
+
+def test_the_vision_tower_trains_at_a_rate_of_its_own(open_stage: Callable[..., Any], tiny_cache: Path) -> None:
+    trainer, batches_from = open_stage(
+        tiny_cache, method="sft", stage="SFT", parts=("sft",), learning_rate=1e-2, vision_tower_learning_rate=1e-3
+    )
+    tower = {n: p.clone() for n, p in trainer.model.named_parameters() if "vision_tower" in n and p.requires_grad}
+    assert tower
+    step, batches = next(iter(batches_from(0)))
+    trainer.step(step, batches)
+    rest, slow = trainer.optimizer.param_groups
+    assert slow["lr"] == pytest.approx(rest["lr"] / 10) and len(slow["params"]) == len(tower)
+    assert any(not torch.equal(p, tower[n]) for n, p in trainer.model.named_parameters() if n in tower)
+    frozen, _ = open_stage(tiny_cache, method="sft", stage="SFT", parts=("sft",))
+    assert len(frozen.optimizer.param_groups) == 1
