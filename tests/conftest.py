@@ -113,8 +113,14 @@ def coarse_student(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_student(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Student folder: 32 wide, three layers (vision tokens can go before the last), the teacher's tokenizer and vision grid."""
-    folder = tmp_path_factory.mktemp("models") / "student"
+    """Student folder: 32 wide, the teacher's tokenizer and vision grid."""
+    return build_folder(tmp_path_factory.mktemp("models") / "student", text_width=32, vision_width=24, seed=2)
+
+
+@pytest.fixture(scope="session")
+def deep_student(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """``tiny_student`` with three layers: vision tokens can go before the last, as operators do by default."""
+    folder = tmp_path_factory.mktemp("models") / "deep"
     return build_folder(folder, text_width=32, vision_width=24, seed=2, layers=3)
 
 

@@ -36,7 +36,7 @@ def methods_shown() -> list[str]:
 
 
 @pytest.fixture
-def user_folder(tmp_path: Path, tiny_teacher: Path, tiny_student: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def user_folder(tmp_path: Path, tiny_teacher: Path, deep_student: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """What a user has: captions.json, train.json, heldout.json, images/, a teacher and a student folder."""
     from pipelines.demo.write_world import write_world
 
@@ -46,7 +46,7 @@ def user_folder(tmp_path: Path, tiny_teacher: Path, tiny_student: Path, monkeypa
     for name in ("captions.json", "train.json", "heldout.json", "images"):
         shutil.move(world.folder / name, tmp_path / name)
     shutil.copytree(tiny_teacher, tmp_path / "teacher")
-    shutil.copytree(tiny_student, tmp_path / "student")
+    shutil.copytree(deep_student, tmp_path / "student")
     for page in PAGES:
         for name, text in files_shown(page).items():
             (tmp_path / name).write_text(text)
@@ -91,7 +91,7 @@ def test_every_command_of_the_docs_runs(user_folder: Path) -> None:
 
 @pytest.mark.parametrize("number", range(len(methods_shown())))
 def test_methods_of_the_docs_train(
-    number: int, tiny_cache: Path, tiny_student: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    number: int, tiny_cache: Path, deep_student: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Pasted as they are, they are found by name and take a step."""
     import student_train.methods
@@ -104,7 +104,7 @@ def test_methods_of_the_docs_train(
     (folder / f"of_the_docs_{number}.py").write_text(methods_shown()[number])
     monkeypatch.setattr(student_train.methods, "__path__", [*student_train.methods.__path__, str(folder)])
     module = importlib.import_module(f"student_train.methods.of_the_docs_{number}")
-    settings = TrainSettings(student=str(tiny_student), output_dir=str(tmp_path / "run"), max_steps=1, report_to="none")
+    settings = TrainSettings(student=str(deep_student), output_dir=str(tmp_path / "run"), max_steps=1, report_to="none")
     train(str(tiny_cache), module.NAME, Settings(train=settings), "DFT")
     (line,) = (tmp_path / "run" / "01-DFT" / "metrics.jsonl").read_text().splitlines()
     assert {f"loss/{name}" for name in module.PRESETS["paper"].terms()} <= json.loads(line).keys()

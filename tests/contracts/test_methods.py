@@ -41,7 +41,7 @@ def full_cache(tmp_path_factory: pytest.TempPathFactory, make_request: Callable[
 
 @pytest.fixture(scope="module")
 def open_method(
-    full_cache: Path, tiny_student: Path, tmp_path_factory: pytest.TempPathFactory
+    full_cache: Path, deep_student: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Callable[..., tuple[Any, Any]]:
     """``open_method(name, preset, **train settings)`` → (trainer, micro-batches of one step over captions and chats)."""
     from pipelines.settings import Settings
@@ -54,12 +54,12 @@ def open_method(
         name: str, preset: str, cache_url: Path = full_cache, knobs: dict[str, Any] | None = None, **changes: Any
     ) -> tuple[Any, Any]:
         given = {"per_device_train_batch_size": MIXED, "max_steps": 1, "report_to": "none", "seed": 1, **changes}
-        train = TrainSettings(student=str(tiny_student), **given)
+        train = TrainSettings(student=str(deep_student), **given)
         cache, stage = Cache(str(cache_url)), parse_stages(method_modules()[name].STAGES)[-1]
         own = {stage.name: StageSettings(parts=("caption", "sft"))}
         (plan,) = plan_stages(cache, name, Settings(train=train, stages=own), stage.name, preset, knobs)
         rows = CachedRows(cache, plan.parts, plan.served.names)
-        model, processor = load_student(str(tiny_student), "sdpa")
+        model, processor = load_student(str(deep_student), "sdpa")
         processes = distributed.Processes(0, 1, torch.device("cpu"))
         folder = tmp_path_factory.mktemp("method")
         trainer, batches_from = make_trainer(cache, plan, rows, model, processor, MIXED, MIXED, processes, folder)

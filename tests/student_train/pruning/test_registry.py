@@ -44,9 +44,11 @@ def test_models_are_checked_by_their_configuration() -> None:
     import transformers
 
     llava = transformers.LlavaConfig(text_config=transformers.Qwen2Config(num_hidden_layers=4), image_token_id=3)
-    Pruning("dart", layer=4, keep=4).check(llava)
-    with pytest.raises(KdcliError, match="layer 5 is outside the model, whose layers are 0 to 3"):
-        Pruning("dart", layer=5, keep=4).check(llava)
+    Pruning("dart", layer=3, keep=4).check(llava)
+    with pytest.raises(
+        KdcliError, match="layer 4 is outside the model, whose layers are 0 to 3: nothing would be removed"
+    ):
+        Pruning("dart", layer=4, keep=4).check(llava)
     with pytest.raises(CompatibilityError, match="qwen3_vl_text language model: known are llama"):
         Pruning("dart", keep=4).check(transformers.Qwen3VLConfig())
     with pytest.raises(CompatibilityError, match="llama has no image_token_id"):
