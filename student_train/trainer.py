@@ -124,7 +124,7 @@ class Trainer:
             )
         rate = self.learning_rate(step)
         for group in self.optimizer.param_groups:
-            group["lr"] = rate * group["share"]
+            group["lr"] = rate * group.get("share", 1.0)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         tokens = sum(int(one.batch.inputs["attention_mask"].sum()) for one in batches)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import zlib
 from collections import OrderedDict
 from typing import BinaryIO
@@ -29,6 +30,7 @@ class ColumnReader:
         self._commits: dict[int, Commit] = {}
         self._entries: dict[int, list[Entry]] = {}
         self._open: OrderedDict[int, BinaryIO] = OrderedDict()
+        self._process = os.getpid()
 
     def __getstate__(self) -> dict:
         return self.__dict__ | {"_open": OrderedDict()}  # file handles do not travel to loader processes
@@ -83,6 +85,9 @@ class ColumnReader:
         return members
 
     def _tar(self, shard: int) -> BinaryIO:
+        if self._process != os.getpid():
+            # A forked loader process has our handles, but not positions of its own: two that seek would read each other's bytes.
+            self._open, self._process = OrderedDict(), os.getpid()
         if shard in self._open:
             self._open.move_to_end(shard)
             return self._open[shard]
