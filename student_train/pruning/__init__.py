@@ -72,8 +72,12 @@ class Pruning:
                 f"{self.operator}: the fraction removed must be at least 0 and below 1, got {self.removed:g}"
             )
 
-    def check(self, config: Any) -> None:
-        """CompatibilityError or KdcliError where a model of this configuration cannot be pruned so. Needs no weights."""
+    def check(self, config: Any, from_the_top: bool = False) -> None:
+        """CompatibilityError or KdcliError where a model of this configuration cannot be pruned so. Needs no weights.
+
+        Args:
+            from_the_top: the layer may be the number of layers, where one that comes down begins and nothing is removed yet.
+        """
         text = config.get_text_config()
         if text.model_type not in TEXT_MODELS:
             raise CompatibilityError(
@@ -81,7 +85,7 @@ class Pruning:
             )
         if getattr(config, "image_token_id", None) is None:
             raise CompatibilityError(f"{config.model_type} has no image_token_id: there are no vision tokens to remove")
-        if self.layer >= text.num_hidden_layers:
+        if self.layer >= text.num_hidden_layers + from_the_top:
             raise KdcliError(
                 f"{self.operator}: compression layer {self.layer} is outside the model, whose layers are 0 to "
                 f"{text.num_hidden_layers - 1}: nothing would be removed"

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -43,9 +43,7 @@ def prune_vision(
     Yields:
         What was kept, of the newest forward.
     """
-    layers = model.config.get_text_config().num_hidden_layers
-    # A layer that comes down from the top begins at the number of layers, where nothing is removed yet.
-    (pruning if pruning.layer != layers else replace(pruning, layer=layers - 1)).check(model.config)
+    pruning.check(model.config, from_the_top=True)
     forward = PrunedForward(model, pruning, query_at, images, generator)
     try:
         forward.attach()
