@@ -13,14 +13,12 @@ Shape letters: P patches of an image (side²), M vision tokens after compression
 
 from __future__ import annotations
 
-import importlib
-import pkgutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from types import ModuleType
 from typing import Any
 
-from teacher_cache.errors import KdcliError
+from student_train.registry import choose, named_modules
 
 
 @dataclass(frozen=True)
@@ -75,13 +73,9 @@ class Site:
 
 def compressor_modules() -> dict[str, ModuleType]:
     """Every compressor by name."""
-    modules = [importlib.import_module(f"{__name__}.{info.name}") for info in pkgutil.iter_modules(__path__)]
-    return {module.NAME: module for module in modules if hasattr(module, "NAME")}
+    return named_modules(__name__, __path__)
 
 
 def compressor_module(name: str) -> ModuleType:
     """A compressor's module; KdcliError listing the choices."""
-    modules = compressor_modules()
-    if name not in modules:
-        raise KdcliError(f"unknown compressor {name!r}: choose from {', '.join(sorted(modules))}, or none")
-    return modules[name]
+    return choose(compressor_modules(), name, "compressor", ", or none")

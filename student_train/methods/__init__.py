@@ -15,8 +15,6 @@ What only some methods have are further functions of the dataclass, looked up by
 
 from __future__ import annotations
 
-import importlib
-import pkgutil
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from types import ModuleType
@@ -25,6 +23,7 @@ from typing import Any, Protocol
 from student_train.losses.terms import Terms
 from student_train.needs import Need
 from student_train.pruning import Descending, Pruning
+from student_train.registry import choose, named_modules
 from teacher_cache.errors import KdcliError
 
 
@@ -59,16 +58,12 @@ def hook(method: Method, name: str) -> Any:
 
 def method_modules() -> dict[str, ModuleType]:
     """Every method by name."""
-    modules = [importlib.import_module(f"{__name__}.{info.name}") for info in pkgutil.iter_modules(__path__)]
-    return {module.NAME: module for module in modules if hasattr(module, "NAME")}
+    return named_modules(__name__, __path__)
 
 
 def method_module(name: str) -> ModuleType:
     """A method's module; KdcliError listing the choices."""
-    modules = method_modules()
-    if name not in modules:
-        raise KdcliError(f"unknown method {name!r}: choose from {', '.join(sorted(modules))}")
-    return modules[name]
+    return choose(method_modules(), name, "method")
 
 
 def create_method(name: str, preset: str = "paper", knobs: Mapping[str, Any] | None = None) -> Method:

@@ -6,13 +6,12 @@ and ``choose(seen, keep) -> int64 [keep]``; optionally ``STAGES`` and ``DEFAULT_
 
 from __future__ import annotations
 
-import importlib
 import math
-import pkgutil
 from dataclasses import dataclass, replace
 from types import ModuleType
 from typing import Any
 
+from student_train.registry import choose, named_modules
 from teacher_cache.errors import CompatibilityError, KdcliError
 
 TEXT_MODELS = ("llama", "mistral", "qwen2", "qwen3")
@@ -24,16 +23,12 @@ ONE_STAGE = ((0.0, 1.0),)
 
 def operator_modules() -> dict[str, ModuleType]:
     """Every operator by name."""
-    modules = [importlib.import_module(f"{__name__}.{info.name}") for info in pkgutil.iter_modules(__path__)]
-    return {module.NAME: module for module in modules if hasattr(module, "NAME")}
+    return named_modules(__name__, __path__)
 
 
 def operator_module(name: str) -> ModuleType:
     """An operator's module; KdcliError listing the choices."""
-    modules = operator_modules()
-    if name not in modules:
-        raise KdcliError(f"unknown compression operator {name!r}: choose from {', '.join(sorted(modules))}")
-    return modules[name]
+    return choose(operator_modules(), name, "compression operator")
 
 
 @dataclass(frozen=True)
