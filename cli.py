@@ -740,6 +740,7 @@ def ablate(grid: str, out: str | None, dry_run: bool, as_json: bool, **asked: An
 @click.option("--compress", help="Remove vision tokens inside the language model: dart, fastv, pyramiddrop or random.")
 @click.option("--keep", type=int, help="Vision tokens that stay of every image; pyramiddrop has a default.")
 @click.option("--compress-layer", type=int, help="The first layer that sees the kept tokens only; default 2.")
+@click.option("--vision-tokens", type=int, help="Of an image, for a student with compressor mqt; default: as trained.")
 @click.option(
     "--out", type=click.Path(dir_okay=False), help="Also write the scores here; RUN/scores.json is what reports read."
 )
@@ -754,6 +755,7 @@ def evaluate(
     compress: str | None,
     keep: int | None,
     compress_layer: int | None,
+    vision_tokens: int | None,
     out: str | None,
     device: str | None,
     as_json: bool,
@@ -775,6 +777,7 @@ def evaluate(
             compress,
             keep,
             compress_layer,
+            vision_tokens,
             advance=lambda rows: progress.advance(task, rows),
         )
     answers = [vars(one) for one in result.pop("answers")]

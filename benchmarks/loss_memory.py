@@ -13,18 +13,15 @@ from __future__ import annotations
 
 import gc
 import json
-import subprocess
-import sys
 from collections.abc import Callable, Sequence
 from functools import partial
-from pathlib import Path
 from statistics import median
 from typing import Any
 
 import torch
 
-from benchmarks.common import argument_parser, finish, machine, print_table, timed
-from benchmarks.step import resident
+from benchmarks import memory
+from benchmarks.common import argument_parser, finish, machine, print_table
 from student_train.distributions import DenseTeacher, Distribution, HeadAndSketch, HeadAndTail, SketchTeacher
 from student_train.losses import divergences
 from student_train.losses.reduce import total_loss
@@ -112,27 +109,13 @@ def peak_memory(options: Any) -> dict[str, Any]:
     make_step(options.memory_of, 2, options)()  # the first call of everything loads libraries and starts threads
     step = make_step(options.memory_of, options.rows, options)
     gc.collect()
-    if options.device.startswith("cuda"):
-        torch.cuda.empty_cache()
-        before = torch.cuda.memory_allocated() / 2**20
-        torch.cuda.reset_peak_memory_stats()
-        seconds = timed(step, options.device)
-        peak = torch.cuda.max_memory_allocated() / 2**20
-    else:
-        before = resident("VmRSS")
-        Path("/proc/self/clear_refs").write_text("5")  # the peak starts again here
-        seconds = timed(step, options.device)
-        peak = resident("VmHWM")
+    before, peak, seconds = memory.peak_memory(step, options.device)
     return {"mib": round(peak - before), "seconds": round(seconds, 3)}
 
 
-def in_subprocess(variant: str, options: Any) -> dict[str, Any]:
-    command = [sys.executable, "-m", "benchmarks.loss_memory", "--memory-of", variant, "--device", options.device]
-    for name in ("rows", "vocabulary", "width"):
-        command += [f"--{name}", str(getattr(options, name))]
-    root = Path(__file__).parent.parent
-    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=root)
-    return json.loads(done.stdout.splitlines()[-1])
+def of_variant(variant: str, options: Any) -> dict[str, Any]:
+    sizes = [word for name in ("rows", "vocabulary", "width") for word in (f"--{name}", str(getattr(options, name)))]
+    return memory.in_subprocess("benchmarks.loss_memory", ["--memory-of", variant, "--device", options.device, *sizes])
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -141,7 +124,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(json.dumps(peak_memory(options)))
         return
     chosen = options.variants or variants()
-    found = {name: in_subprocess(name, options) for name in dict.fromkeys([CROSS_ENTROPY, *chosen])}
+    found = {name: of_variant(name, options) for name in dict.fromkeys([CROSS_ENTROPY, *chosen])}
     for one in found.values():
         one["of cross-entropy"] = round(one["mib"] / max(1, found[CROSS_ENTROPY]["mib"]), 3)
     chunked = [one["of cross-entropy"] for name, one in found.items() if name not in (WHOLE, CROSS_ENTROPY)]

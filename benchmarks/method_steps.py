@@ -1,5 +1,7 @@
 """What does one optimizer step of every distillation method cost beside SFT of the same student, from a cache of exact fields?
 
+``em-kd`` also from a cache of the default profile, ``standard``.
+
 The demo student in stage DFT (projector and language model train, tower frozen), one micro-batch a step. Methods that look at vision
 tokens through matching (``em-kd``: exact, and with 512 sampled columns) train a student whose patch grid is average-pooled, and stand
 beside SFT of that student; all others stand beside SFT of the student as it is. EPIC's two methods are timed in the middle of
@@ -30,7 +32,12 @@ from benchmarks.worlds import World, open_world, write_cache
 from student_train.cache import Cache
 
 BATCH = {"demo": 16, "real": 4}
-FIELDS = ("response_hidden", "vision_hidden", "affinity", "attention", "vision_features")
+EXACT, STANDARD = "exact", "standard"
+FIELDS_OF = {
+    EXACT: ("response_hidden", "vision_hidden", "affinity", "attention", "vision_features"),
+    STANDARD: ("response_topk", "vision_topk", "response_hidden", "vision_hidden", "affinity"),
+}
+"""Profile → the fields of its cache here."""
 SCHEDULE = 1000
 """Steps of a stage, of which those around the middle are timed."""
 SFT, POOLED_SFT = "sft", "sft, pooled"
@@ -38,12 +45,16 @@ SFT, POOLED_SFT = "sft", "sft, pooled"
 
 @dataclass(frozen=True)
 class Case:
-    """A method as it is timed. pooled: its student's vision tokens. target: seconds over those of SFT at most; None: no target."""
+    """A method as it is timed.
+
+    pooled: its student's vision tokens. target: seconds over those of SFT at most; None: no target. profile: of the cache.
+    """
 
     method: str
     knobs: Mapping[str, Any] = field(default_factory=dict)
     pooled: bool = False
     target: float | None = None
+    profile: str = EXACT
 
     @property
     def base(self) -> str:
@@ -55,6 +66,8 @@ CASES = {
     POOLED_SFT: Case("sft", pooled=True),
     "em-kd exact": Case("em-kd", pooled=True, target=1.5),
     "em-kd 512 columns": Case("em-kd", {"columns": 512}, pooled=True, target=1.5),
+    "em-kd exact, standard": Case("em-kd", pooled=True, target=1.5, profile=STANDARD),
+    "em-kd 512 columns, standard": Case("em-kd", {"columns": 512}, pooled=True, target=1.5, profile=STANDARD),
     "epic-tcd": Case("epic-tcd", {"layer": 1}, target=1.7),
     "epic-lcd": Case("epic-lcd", {"lowest_layer": 1}, target=1.7),
     "kd": Case("kd"),
@@ -83,6 +96,14 @@ def chosen(methods: Sequence[str]) -> dict[str, Case]:
     wanted = {name for name, case in CASES.items() if case.method in methods}
     wanted |= {CASES[name].base for name in wanted}
     return {name: case for name, case in CASES.items() if name in wanted}
+
+
+def write_caches(world: World, folder: Path, profiles: set[str]) -> dict[str, Cache]:
+    """Profile → a complete cache of its fields."""
+    capture = world.open_capture()
+    for profile in sorted(profiles):
+        write_cache(world, capture, str(folder / profile), profile, FIELDS_OF[profile])
+    return {profile: Cache(str(folder / profile)) for profile in profiles}
 
 
 def build(case: Case, name: str, options: Any, world: World, cache: Cache) -> Variant:
@@ -130,9 +151,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     with tempfile.TemporaryDirectory() as folder:
         # A quarter of the demo's rows are captions, which no step here reads.
         world = open_world(options, Path(folder), options.batch * options.steps * 4 // 3 + 4)
-        write_cache(world, world.open_capture(), str(Path(folder) / "cache"), "exact", FIELDS)
-        cache = Cache(str(Path(folder) / "cache"))
-        variants = {name: build(case, name, options, world, cache) for name, case in cases.items()}
+        caches = write_caches(world, Path(folder), {case.profile for case in cases.values()})
+        variants = {name: build(case, name, options, world, caches[case.profile]) for name, case in cases.items()}
         body = measure(options, cases, variants)
         models = world.describe()
     report(cases, body)

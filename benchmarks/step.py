@@ -17,8 +17,6 @@ Targets: exact / sft at most 1.15 × the ratio of operations; live at least 2 ×
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 import tempfile
 from collections.abc import Sequence
 from functools import partial
@@ -29,6 +27,7 @@ from typing import Any
 
 import torch
 
+from benchmarks import memory
 from benchmarks.common import argument_parser, finish, interleave, machine, median_ratio, print_table, spread, timed
 from benchmarks.step_variants import (
     CACHED,
@@ -66,35 +65,19 @@ def make_variant(name: str, options: Any, world: World, url: str) -> Variant:
 
 
 def peak_memory(options: Any) -> dict[str, float]:
-    """MiB: before the first step, and at the peak over two steps; of the GPU's allocator, or of this process."""
+    """MiB: before the first step, and at the peak over two steps."""
     with tempfile.TemporaryDirectory() as folder:
         variant = make_variant(options.memory_of, options, open_world(options, Path(folder), 8), options.cache)
         steps = variant.steps(2)
-        if options.device.startswith("cuda"):
-            before = torch.cuda.memory_allocated() / 2**20
-            torch.cuda.reset_peak_memory_stats()
-            variant.run(steps)
-            return {"before": round(before), "peak": round(torch.cuda.max_memory_allocated() / 2**20)}
-        before = resident("VmRSS")
-        Path("/proc/self/clear_refs").write_text("5")  # the peak starts again here: loading a model is not a step
-        variant.run(steps)
-        return {"before": round(before), "peak": round(resident("VmHWM"))}
-
-
-def resident(entry: str) -> float:
-    """MiB of this process as Linux counts them (``ru_maxrss`` would begin with the parent's own peak)."""
-    (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(entry))
-    return int(line.split()[1]) / 1024
+        before, peak, _ = memory.peak_memory(lambda: variant.run(steps), options.device)
+        return {"before": round(before), "peak": round(peak)}
 
 
 def memory_in_subprocess(name: str, options: Any, url: str) -> dict[str, float]:
-    command = [sys.executable, "-m", "benchmarks.step", "--memory-of", name, "--cache", url]
-    command += ["--device", options.device, "--shapes", options.shapes, "--batch", str(options.batch)]
-    command += ["--models", options.models]
-    command += ["--layers", str(options.layers)] if options.layers else []
-    root = Path(__file__).parent.parent
-    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=root)
-    return json.loads(done.stdout.splitlines()[-1])
+    arguments = ["--memory-of", name, "--cache", url, "--device", options.device, "--shapes", options.shapes]
+    arguments += ["--batch", str(options.batch), "--models", options.models]
+    arguments += ["--layers", str(options.layers)] if options.layers else []
+    return memory.in_subprocess("benchmarks.step", arguments)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -109,10 +92,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         world = open_world(options, Path(folder), rows * 4 // 3 + 4)
         url = str(Path(folder) / "cache")
         write_caches(world, url)
-        memory = {name: memory_in_subprocess(name, options, url) for name in VARIANTS}
+        peaks = {name: memory_in_subprocess(name, options, url) for name in VARIANTS}
         variants = {name: make_variant(name, options, world, url) for name in VARIANTS}
         body = measure(options, world, variants)
-    body = {"machine": described, "shapes": options.shapes, "models": world.describe(), **body, "memory_mib": memory}
+    body = {"machine": described, "shapes": options.shapes, "models": world.describe(), **body, "memory_mib": peaks}
     report(body)
     finish("step", body, options.save)
 

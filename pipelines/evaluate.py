@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from student_train.compressors import CompressorSpec
 from student_train.losses.divergences import cross_entropy
 from student_train.pruning import Pruning, operator_modules
 from student_train.student import RowForward, load_student, open_student
@@ -257,6 +258,7 @@ def evaluate_folder(
     compress: str | None = None,
     keep: int | None = None,
     compress_layer: int | None = None,
+    vision_tokens: int | None = None,
     **kwargs: Any,
 ) -> dict[str, Any]:
     """``evaluate`` on a model folder.
@@ -264,10 +266,13 @@ def evaluate_folder(
     Args:
         compress: operator that removes vision tokens inside the language model, from layer ``compress_layer`` (2) on, down to
             ``keep`` tokens an image.
+        vision_tokens: of an image, for a compressor that serves several counts; None: as the folder says.
     """
     pruning = pruning_of(compress, keep, compress_layer)
+    compressor = None if vision_tokens is None else CompressorSpec("", vision_tokens)
+    config = open_student(model_id, compressor=compressor)[1]
     if pruning:
-        pruning.check(open_student(model_id)[1])
-    model, processor = load_student(model_id, "sdpa")
+        pruning.check(config)
+    model, processor = load_student(model_id, "sdpa", compressor=compressor)
     model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     return evaluate(model, processor, spec, batch_size, pruning=pruning, **kwargs)

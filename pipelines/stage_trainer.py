@@ -118,7 +118,8 @@ def load_maps(file: Path, maps: torch.nn.Module) -> None:
 
 
 def check_rows(dataset: TrainDataset, plan: StagePlan) -> None:
-    """A row with an image of every part, read before the first step: what cannot be aligned or trained is refused here.
+    """A row of every part, with an image where the stage looks at one, read before the first step: what cannot be aligned or trained
+    is refused here.
 
     Raises:
         CompatibilityError: the row's own; or the stage needs images and none of the first ``PROBED`` rows has one.
@@ -133,7 +134,7 @@ def check_rows(dataset: TrainDataset, plan: StagePlan) -> None:
                 f"row {row.prepared.key}: teacher and student read other prompts, and text=all compares them token by token: "
                 "--set text=response, or the teacher's chat template for the student"
             )
-        if len(row.prepared.vision_positions):
+        if len(row.prepared.vision_positions) or not sees_images:
             without.discard(row.prepared.part)
             if not without:
                 return

@@ -57,7 +57,8 @@ def _settle_fresh(asked: CompressorSpec, config: Any, processor: Any, student: s
     """For a student that has none yet."""
     if not asked.name:
         raise KdcliError(
-            f"vision_tokens {asked.vision_tokens} without a compressor: name one, e.g. --compressor adaptive_pool"
+            f"{student} has no compressor, which vision_tokens {asked.vision_tokens} needs: train it with one, e.g. "
+            "--compressor adaptive_pool"
         )
     module = compressor_module(asked.name)
     if asked.layers and not module.CHOOSES_LAYERS:

@@ -53,13 +53,23 @@ def is_full(teacher: Distribution) -> bool:
     return hasattr(teacher, "log_probs")
 
 
+class _Softmax:
+    """``log_probs`` of what has whole logits."""
+
+    def logits(self) -> torch.Tensor:
+        raise NotImplementedError
+
+    def log_probs(self, temperature: float = 1.0) -> torch.Tensor:
+        return log_softmax_in_place(_cooled(self.logits(), temperature))
+
+
 def _cooled(logits: torch.Tensor, temperature: float) -> torch.Tensor:
     """Divided in place; no pass at temperature 1."""
     return logits if temperature == 1.0 else logits.div_(temperature)
 
 
 @dataclass(frozen=True)
-class DenseTeacher:
+class DenseTeacher(_Softmax):
     """Logits = hidden · headᵀ. hidden ``[R, D]``, head ``[V, D]``."""
 
     hidden: torch.Tensor
@@ -85,12 +95,9 @@ class DenseTeacher:
     def logits_at(self, columns: torch.Tensor) -> torch.Tensor:
         return head_logits(self.hidden, self.head[columns])
 
-    def log_probs(self, temperature: float = 1.0) -> torch.Tensor:
-        return log_softmax_in_place(_cooled(self.logits(), temperature))
-
 
 @dataclass(frozen=True)
-class SketchTeacher:
+class SketchTeacher(_Softmax):
     """Logits from a sketch alone: y·W′ᵀ + b + m (codecs/transform.py)."""
 
     sketch: Sketch
@@ -115,9 +122,6 @@ class SketchTeacher:
 
     def logits_at(self, columns: torch.Tensor) -> torch.Tensor:
         return self.head.at(columns).logits(self.sketch)
-
-    def log_probs(self, temperature: float = 1.0) -> torch.Tensor:
-        return log_softmax_in_place(_cooled(self.logits(), temperature))
 
 
 @dataclass(frozen=True)

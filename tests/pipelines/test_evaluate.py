@@ -14,7 +14,7 @@ import torch
 from pipelines.evaluate import MAX_NEW_TOKENS, Answer, evaluate, evaluate_folder, normalise, score
 from student_train.pruning import Pruning
 from student_train.pruning.plain import pruned_states
-from teacher_cache.errors import DataError
+from teacher_cache.errors import CompatibilityError, DataError
 from teacher_cache.sources import DataSpec
 
 QUESTIONS = [
@@ -276,6 +276,7 @@ def test_compressed_answers_are_those_of_the_plain_forward(
             "layer 3 is outside the model, whose layers are 0 to 1",
         ),
         (["--keep", "4"], "keep and compress-layer need compress: choose from dart"),
+        (["--vision-tokens", "4"], "has no compressor, which vision_tokens 4 needs"),
     ],
 )
 def test_wrong_compression_is_refused_before_the_weights(
@@ -291,6 +292,27 @@ def test_wrong_compression_is_refused_before_the_weights(
     bare = Path(shutil.copytree(tiny_student, tmp_path / "bare", ignore=shutil.ignore_patterns("*.safetensors")))
     result = CliRunner().invoke(main, ["eval", str(bare), "--data", "absent.json", *flags])
     assert result.exit_code == 1 and message in " ".join(result.output.split())
+
+
+def test_an_elastic_student_answers_with_as_many_tokens_as_asked(
+    tiny_student: Path, images: Path, tmp_path: Path
+) -> None:
+    from student_train.compressors import CompressorSpec
+    from student_train.student import load_student, save_student
+
+    torch.manual_seed(0)
+    model, processor = load_student(str(tiny_student), "sdpa", compressor=CompressorSpec("mqt", 9))
+    with torch.no_grad():  # fresh queries say nearly nothing: let the answers depend on them
+        model.model.multi_modal_projector.out.weight.mul_(100)
+    save_student(model, processor, tmp_path / "nine")
+    spec = write(tmp_path, [row(*question, "x") for question in QUESTIONS], images)
+    few, _ = load_student(str(tmp_path / "nine"), "sdpa", compressor=CompressorSpec("", 4))
+    assert few.model.multi_modal_projector.keep == 4
+    trained = evaluate_folder(str(tmp_path / "nine"), spec, device="cpu")
+    asked = [evaluate_folder(str(tmp_path / "nine"), spec, device="cpu", vision_tokens=count) for count in (9, 4)]
+    assert asked[0]["nll"] == trained["nll"] != asked[1]["nll"]
+    with pytest.raises(CompatibilityError, match="vision tokens of a 6×6 grid: choose --vision-tokens from 1 to 35"):
+        evaluate_folder(str(tmp_path / "nine"), spec, device="cpu", vision_tokens=99)
 
 
 def test_the_command_says_what_was_compressed(tiny_student: Path, images: Path, tmp_path: Path) -> None:

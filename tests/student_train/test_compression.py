@@ -116,7 +116,7 @@ REFUSED: dict[str, tuple[CompressorSpec, dict[str, Any], str]] = {
     ),
     "all": (CompressorSpec("pixel_shuffle", 36), {}, "36 vision tokens.*choose --vision-tokens from 9, 4, 1"),
     "none left": (CompressorSpec("mqt", 0), {}, "0 vision tokens.*from 1 to 35"),
-    "no name": (CompressorSpec("", 9), {}, "without a compressor: name one"),
+    "no name": (CompressorSpec("", 9), {}, "has no compressor, which vision_tokens 9 needs"),
     "layers": (CompressorSpec("mqt", 9, layers=(1,)), {}, "leave vision_feature_layers out"),
     "class token": (
         CompressorSpec("adaptive_pool"),
