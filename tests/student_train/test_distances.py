@@ -31,6 +31,17 @@ def test_any_blocks(monkeypatch: pytest.MonkeyPatch, buffer: int, columns: int) 
     torch.testing.assert_close(manhattan(a, b), plain.manhattan(a, b), rtol=1e-6, atol=1e-5)
 
 
+@settings(deadline=None, max_examples=40)
+@given(st.integers(1, 80), st.floats(0, 6), st.integers(0, 1000))
+def test_columns_in_which_the_sides_lie_apart(left: int, spread: float, seed: int) -> None:
+    """Some columns above, some below, some equal in all rows, some mixed; as logits of two models are."""
+    offset = spread * rows(1, 300, seed + 2)
+    a, b = rows(left, 300, seed) + offset, rows(5, 300, seed + 1)
+    a[:, :20] = b[:, :20] = 1.5
+    a[:, 20:40] = b[0, 20:40]
+    torch.testing.assert_close(manhattan(a, b), plain.manhattan(a, b), rtol=1e-6, atol=1e-4)
+
+
 def test_columns_far_from_zero_cancel_nothing() -> None:
     """Logits of one column lie close together wherever the column lies: it is centred before its maxima are summed."""
     offset = 1e3 * rows(1, 500, 2)
@@ -54,3 +65,4 @@ def test_values_without_meaning_stay_visible() -> None:
     a, b = rows(3, 20, 0), rows(2, 20, 1)
     a[1, 3] = torch.nan
     assert not torch.isfinite(manhattan(a, b)[1]).any()
+    assert not torch.isfinite(manhattan(a + 9, b)[1]).any()  # all other columns lie apart
