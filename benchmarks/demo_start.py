@@ -13,8 +13,7 @@ from __future__ import annotations
 import argparse
 from dataclasses import replace
 from pathlib import Path
-
-import torch
+from typing import Any
 
 from pipelines.cache_teacher import CaptureRequest, capture
 from pipelines.demo.run import STUDENT_START, TEACHER, Recipe, make_world
@@ -22,6 +21,7 @@ from pipelines.settings import CaptureSettings, Settings
 from pipelines.train_student import train
 from student_train.config import StageSettings, TrainSettings
 from student_train.student import load_student, save_student
+from student_train.trainer import StepResult
 from teacher_cache.teachers.transformers import TeacherSpec
 
 PARTS = ("caption", "sft")
@@ -52,9 +52,9 @@ def make(out: Path, recipe: Recipe, steps: int) -> Path:
         stages={"PT": StageSettings(max_steps=PROJECTOR_STEPS), "SFT": StageSettings(max_steps=steps)},
     )
 
-    def on_step(stage: str, step: int, total: int, result: object) -> None:
+    def on_step(stage: str, step: int, total: int, result: StepResult) -> None:
         if step % 50 == 0:
-            print(f"{stage} {step}/{total} loss {result.loss:.3f}", flush=True)  # type: ignore[attr-defined]
+            print(f"{stage} {step}/{total} loss {result.loss:.3f}", flush=True)
 
     trained = train(str(work / "cache"), "sft", settings, "PT,SFT", on_step=on_step)["model"]
     return with_fresh_projector(trained, out / "start")
@@ -62,10 +62,10 @@ def make(out: Path, recipe: Recipe, steps: int) -> Path:
 
 def with_fresh_projector(trained: str, folder: Path) -> Path:
     """The trained student's tower and language model beside the projector of the demo's start, which is untrained."""
-    model, processor = load_student(trained, "sdpa")
-    fresh, _ = load_student(str(STUDENT_START), "sdpa")
-    with torch.no_grad():
-        model.model.multi_modal_projector.load_state_dict(fresh.model.multi_modal_projector.state_dict())
+    loaded: tuple[Any, Any] = load_student(trained, "sdpa")
+    model, processor = loaded
+    fresh: Any = load_student(str(STUDENT_START), "sdpa")[0]
+    model.model.multi_modal_projector.load_state_dict(fresh.model.multi_modal_projector.state_dict())
     save_student(model, processor, folder)
     return folder
 
