@@ -1,9 +1,9 @@
 """Manhattan distances between the rows of two matrices without ever holding ``[A, B, V]`` (slow twin: ``plain.manhattan``).
 
-In a column where every a of a few rows is at least every b (or none is above any), Σ|a − b| is ±(Σa − Σb): no pair is looked at. Teacher
-and student disagree about most tokens as a whole, so most columns of a vocabulary are such, the more the fewer rows are taken at a
-time. In the others Σ|a − b| = 2·Σ max(a, b) − Σa − Σb: two passes over a small buffer, where the difference, its absolute value and
-their sum are three. Both sides are centred by column first, which moves no difference and leaves the sums small, so little cancels.
+In a column where every a is at least every b (or none is above any), Σ|a − b| is ±(Σa − Σb): no pair is looked at. Two models'
+logits are so in most columns, the more the fewer rows are taken at a time: what is left is halved by rows and looked at again. In the
+last of them Σ|a − b| = 2·Σ max(a, b) − Σa − Σb: two passes over a small buffer, where the difference, its absolute value and their
+sum are three. Both sides are centred by column first, which moves no difference and leaves the sums small, so little cancels.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ BUFFER = 1 << 19
 COLUMNS = 2048
 """Columns, about, summed in float32 before they go to float64: wider blocks lose digits, narrower ones take longer."""
 
-ROWS = 36
-"""Rows of the left side taken at a time: neighbouring patches say alike things, and a run of them leaves few columns to look at."""
-WORTH = 0.25
-"""Share of columns without pairs from which leaving them out is worth copying the others."""
+PAIRS = 1 << 21
+"""Pairs of numbers that cost about as much as looking for the columns in which there are none to look at."""
+ROWS = 16
+"""Rows of the left side that are not halved any more."""
 
 
 def manhattan(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
@@ -38,22 +38,24 @@ def manhattan(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
 def _of_columns(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
     """Distances float64 ``[A, B]`` over one block of columns, on a CPU."""
     middle = right.mean(dim=0)
-    left, right = left - middle, right - middle
-    least, most = right.amin(dim=0), right.amax(dim=0)  # aminmax is ten times slower on a CPU
-    return torch.cat([_of_rows(run, right, least, most) for run in left.split(ROWS)])
+    return _by_order(left - middle, right - middle)
 
 
-def _of_rows(left: torch.Tensor, right: torch.Tensor, least: torch.Tensor, most: torch.Tensor) -> torch.Tensor:
-    """The same for a few rows; least, most: of the right side's columns ``[V]``. NaN is in no order, so its column is looked at."""
-    low, high = left.amin(dim=0), left.amax(dim=0)
-    above, below = low >= most, high <= least
-    apart = above | below
-    if apart.to(torch.float32).mean() < WORTH:
+def _by_order(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    """The same: by sums where the sides lie apart, by maxima elsewhere. NaN is in no order, so its column is looked at."""
+    if len(left) * right.numel() < PAIRS:
         return _by_maxima(left, right)
+    # Not aminmax, which is ten times slower over rows.
+    above, below = left.amin(dim=0) >= right.amax(dim=0), left.amax(dim=0) <= right.amin(dim=0)
     sign = above.to(left.dtype) - below.to(left.dtype)
-    total = (left @ sign).to(torch.float64)[:, None] - (right @ sign).to(torch.float64)
-    crossing = torch.nonzero(~apart).flatten()
-    return total + _by_maxima(left[:, crossing], right[:, crossing]) if len(crossing) else total
+    apart = (left @ sign).to(torch.float64)[:, None] - (right @ sign).to(torch.float64)
+    crossing = torch.nonzero(~(above | below)).flatten()
+    if not len(crossing):
+        return apart
+    left, right = left[:, crossing], right[:, crossing]
+    if len(left) <= ROWS:
+        return apart.add_(_by_maxima(left, right))
+    return apart.add_(torch.cat([_by_order(half, right) for half in left.chunk(2)]))
 
 
 def _by_maxima(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
