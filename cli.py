@@ -324,7 +324,14 @@ def preflight(
 @click.option("--parts-without-fields", help="Parts of which only the samples are stored, comma-separated.")
 @click.option("--max-length", type=int, help="Longest row in tokens.")
 @click.option("--over-length", type=click.Choice(["skip", "cut"]), help="What to do with longer rows.")
-@click.option("--workers", type=int, help="Worker processes; default one a GPU.")
+@click.option("--executor", help="local, ray or slurm: who schedules the shards (docs/scaling.md).")
+@click.option("--workers", type=int, help="Worker processes or Ray actors; default one a GPU.")
+@click.option("--ray-address", help="A running Ray cluster, e.g. auto; default: RAY_ADDRESS, else this machine.")
+@click.option("--slurm-tasks", type=int, help="Tasks of the Slurm array.")
+@click.option("--slurm-options", help="Options of sbatch, e.g. '--partition=gpu --gres=gpu:1'.")
+@click.option("--dry-run", is_flag=True, help="With --executor slurm: print the scripts, submit nothing.")
+@click.option("--part-of-shards", metavar="I/N", help="Only shards whose number leaves I when divided by N.")
+@click.option("--prepare-only", is_flag=True, help="Plan, calibrate and describe; leave every shard to others.")
 @click.option("--batch-tokens", type=int, help="Padded tokens of one teacher batch.")
 @click.option("--calibration-rows", type=int, help="Rows the teacher reads before the job, to fit codecs.")
 @click.option("--calibration", help="Cache of `kdcli preflight` whose calibration is taken; '' fits afresh.")
@@ -341,6 +348,10 @@ def cache_teacher(
     k: int | None,
     codec: str | None,
     parts_without_fields: str | None,
+    slurm_options: str | None,
+    dry_run: bool,
+    part_of_shards: str | None,
+    prepare_only: bool,
     dtype: str | None,
     device: str | None,
     config: str | None,
@@ -348,6 +359,7 @@ def cache_teacher(
     **flags: Any,
 ) -> None:
     """Run the teacher over every row once and write the cache. Run it again to continue."""
+    import shlex
     from dataclasses import replace
 
     from pipelines import cache_teacher as pipeline
@@ -366,10 +378,24 @@ def cache_teacher(
         settings.capture,
         fields=split(fields),
         parts_without_fields=split(parts_without_fields),
+        slurm_options=tuple(shlex.split(slurm_options)) if slurm_options is not None else None,
         **flags,
     )
+    if capture.executor == "slurm":
+        submit_to_slurm(capture, dry_run)
+        return
+    if dry_run:
+        raise click.UsageError("--dry-run prints Slurm's scripts: give --executor slurm with it")
     params = field_params(settings, capture, k, codec)
-    request = pipeline.CaptureRequest(replace(spec), specs, target, capture, params)
+    request = pipeline.CaptureRequest(
+        replace(spec),
+        specs,
+        target,
+        capture,
+        params,
+        part_of_shards=part_of(part_of_shards),
+        prepare_only=prepare_only,
+    )
     with capture_progress(console()) as progress:
         summary = pipeline.capture(request, progress)
     if as_json:
@@ -383,6 +409,52 @@ def cache_teacher(
         )
         for note in summary.get("notes", []):
             click.echo(f"note: {note}")
+
+
+def part_of(text: str | None) -> tuple[int, int] | None:
+    """``3/64`` → (3, 64)."""
+    from teacher_cache.errors import KdcliError
+
+    if text is None:
+        return None
+    number, _, count = text.partition("/")
+    if not (number.isdecimal() and count.isdecimal()):
+        raise KdcliError(f"--part-of-shards is I/N, e.g. 3/64, got {text!r}")
+    return int(number), int(count)
+
+
+SCHEDULING = {"executor", "slurm_tasks", "slurm_options", "dry_run", "ray_address", "part_of_shards", "prepare_only"}
+
+
+def submit_to_slurm(capture: Any, dry_run: bool) -> None:
+    """The command as it was given, without what says how it is scheduled, as the task of an array."""
+    from pipelines.executors.slurm import SlurmJob
+
+    program = [sys.argv[0]] if Path(sys.argv[0]).name == "kdcli" else [sys.executable, "-m", "cli"]
+    command = [*program, "cache-teacher", *given_again(click.get_current_context(), SCHEDULING)]
+    folder = Path("slurm")
+    job = SlurmJob(command, capture.slurm_tasks, capture.slurm_options, folder, Path.cwd())
+    if dry_run:
+        click.echo(job.plan())
+        return
+    first, array = job.submit()
+    click.echo(
+        f"submitted: {first} prepares, then array {array} with {job.tasks} tasks; scripts and logs in {folder}/\n"
+        "`kdcli cache status` shows how far it is"
+    )
+
+
+def given_again(context: click.Context, leave_out: set[str]) -> list[str]:
+    """The flags of a command as they were given, in the order of its options."""
+    words = []
+    for option in context.command.params:
+        name = str(option.name)
+        if name in leave_out or context.get_parameter_source(name) is not click.core.ParameterSource.COMMANDLINE:
+            continue
+        value = context.params[name]
+        for one in value if isinstance(value, tuple) else (value,):
+            words += [option.opts[-1]] if one is True else [option.opts[-1], str(one)]
+    return words
 
 
 def field_params(settings: Any, capture: Any, k: int | None, codec: str | None) -> dict[str, dict[str, Any]]:
@@ -437,12 +509,17 @@ def inspect(url: str | None, row: int, key: str | None, config: str | None) -> N
 @config_option
 @json_option
 def status(url: str | None, config: str | None, as_json: bool) -> None:
-    """Shards done, rows, skips by reason, bytes by field."""
+    """Shards done, rows, skips by reason, bytes by field; while a capture runs, also its workers, their rate and the time left."""
     from pipelines import inspect_cache
-    from pipelines.tables import cache_table
+    from pipelines.tables import cache_table, work_lines
 
     body = inspect_cache.status(open_cache(url, config))
-    click.echo(json.dumps(body) if as_json else cache_table(body["columns"], body["rows"]))
+    if as_json:
+        click.echo(json.dumps(body))
+        return
+    click.echo(cache_table(body["columns"], body["rows"]))
+    if body["work"]:
+        click.echo(work_lines(body["work"]))
 
 
 @cache_group.command()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -11,7 +12,8 @@ import torch
 
 from pipelines.calibrate import calibrate, mixture_reader
 from pipelines.describe import describe, new_calibrated
-from pipelines.executors import local
+from pipelines.executors import local, ray
+from pipelines.heartbeat import Heartbeat, forget, new_run
 from pipelines.inspect_cache import status
 from pipelines.preflight import canaries
 from pipelines.preflight.adopt import calibrations
@@ -45,6 +47,8 @@ class CaptureRequest:
 
     Attributes:
         from_samples: the rows come from the cache's own ``samples``, not from ``data``.
+        part_of_shards: (i, n): only shards that leave the remainder i when divided by n, for a job that n others do beside it.
+        prepare_only: plan, calibrate and describe, and leave all shards to others.
     """
 
     teacher: TeacherSpec
@@ -53,6 +57,18 @@ class CaptureRequest:
     settings: CaptureSettings
     field_params: Mapping[str, Mapping[str, Any]]
     from_samples: bool = False
+    part_of_shards: tuple[int, int] | None = None
+    prepare_only: bool = False
+
+    def __post_init__(self) -> None:
+        number, count = self.part_of_shards or (0, 1)
+        if not 0 <= number < count:
+            raise KdcliError(f"--part-of-shards {number}/{count}: the number must be from 0 to {count - 1}")
+
+    def mine(self, left: Mapping[int, list[str]]) -> dict[int, list[str]]:
+        """Of the shards that are missing, those that this capture is to make."""
+        number, count = self.part_of_shards or (0, 1)
+        return {shard: columns for shard, columns in left.items() if shard % count == number and not self.prepare_only}
 
 
 def capture(request: CaptureRequest, progress: Callable[[str, int, int], None] = lambda *_: None) -> dict[str, Any]:
@@ -116,14 +132,17 @@ def capture_fields(
         parts_without_fields=frozenset(request.settings.parts_without_fields),
         batch_tokens=request.settings.batch_tokens,
     )
-    left = job.missing()
+    missing = job.missing()
+    left = request.mine(missing)
     total = sum(one.rows for one in plan.slices)
-    done = total - sum(plan.slices[shard].rows for shard in left)
+    done = total - sum(plan.slices[shard].rows for shard in missing)
     progress("start", done, total)
     notes = ask_canaries(request, preflight, storage, fingerprint) if left and fields and preflight else []
     if left:
         run_shards(request, job, left, done, total, progress)
-    progress("end", total, total)
+    if not (missing := job.missing()):
+        forget(storage)  # of killed runs too: nobody works here any more
+    progress("end", total - sum(plan.slices[shard].rows for shard in missing), total)
     return status(Cache(request.out)) | ({"notes": notes} if notes else {})
 
 
@@ -206,6 +225,7 @@ class ShardTask:
     job: CaptureJob
     left: Mapping[int, list[str]]
     advance: Callable[[int], None] | None = None
+    run: str = ""
 
     def __call__(self, worker: int) -> Callable[[int], int]:
         spec = self.request.teacher
@@ -217,9 +237,17 @@ class ShardTask:
         needs_teacher = any(column != "samples" for columns in self.left.values() for column in columns)
         teacher: Teacher | None = TransformersTeacher(spec, processor, config) if needs_teacher else None
 
+        heartbeat = Heartbeat(self.job.storage, self.run) if self.run else None
+
+        def advance(rows: int) -> None:
+            if heartbeat:
+                heartbeat.advance(rows)
+            if self.advance:
+                self.advance(rows)
+
         def task(shard: int) -> int:
-            advance = self.advance or (lambda rows: None)
-            cache_shard(self.job, shard, self.left[shard], row_reader(shard), preparer, teacher, advance)
+            with heartbeat.on(shard) if heartbeat else nullcontext():
+                cache_shard(self.job, shard, self.left[shard], row_reader(shard), preparer, teacher, advance)
             return shard
 
         return task
@@ -233,7 +261,6 @@ def run_shards(
     total: int,
     progress: Callable[[str, int, int], None],
 ) -> None:
-    workers = min(local.worker_count(request.settings.workers), len(left))
     count = done
 
     def advance(rows: int) -> None:
@@ -241,9 +268,17 @@ def run_shards(
         count += rows
         progress("rows", count, total)
 
-    inline = workers == 1
-    task = ShardTask(request, job, left, advance if inline else None)
-    for shard in local.run(task, sorted(left), workers):
+    settings, run = request.settings, new_run()
+    workers = min(local.worker_count(settings.workers), len(left))
+    inline = workers == 1 and settings.executor != "ray"
+    task = ShardTask(request, job, left, advance if inline else None, run)
+    if settings.executor == "ray":
+        cluster = ray.Cluster(settings.ray_address, settings.gpus_per_worker, settings.cpus_per_worker)
+        finished = ray.run(task, sorted(left), settings.workers, cluster)
+    else:
+        finished = local.run(task, sorted(left), workers)
+    for shard in finished:
         if not inline:
             advance(job.plan.slices[shard].rows)
         progress("shard", count, total)
+    forget(job.storage, run)

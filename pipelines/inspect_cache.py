@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from pipelines import heartbeat
 from pipelines.preflight import canaries
 from student_train.cache import Cache, CachedRow, CachedRows, read_tensors
 from teacher_cache.errors import CacheError
@@ -129,7 +130,7 @@ def stored_bytes(cache: Cache, shard: int, key: str) -> dict[str, int]:
 
 
 def status(cache: Cache) -> dict[str, Any]:
-    """Shards done of every column, rows, bytes, skips by reason."""
+    """Shards done of every column, rows, bytes, skips by reason; ``work``: ``heartbeat.summary``, None where no worker says anything."""
     columns = {}
     for column in hashes(cache):
         commits = [read_commit(cache.storage, column, shard) for shard in committed_shards(cache.storage, column)]
@@ -144,12 +145,15 @@ def status(cache: Cache) -> dict[str, Any]:
             "counts": dict(counts),
         }
     rows = sum(one.rows for one in cache.plan.slices)
+    left = set().union(*(missing_shards(cache, column) for column in columns))
+    said = heartbeat.words(cache.storage)
     return {
         "cache": str(cache.storage),
         "plan_hash": cache.plan_hash,
         "shards": len(cache.plan.slices),
         "rows": rows,
         "columns": columns,
+        "work": heartbeat.summary(said, sum(cache.plan.slices[shard].rows for shard in left)) if said else None,
     }
 
 

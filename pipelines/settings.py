@@ -17,6 +17,7 @@ from teacher_cache.sources import DataSpec
 from teacher_cache.teachers.transformers import TeacherSpec
 
 FILE = "kd.toml"
+EXECUTORS = ("local", "ray", "slurm")
 T = TypeVar("T")
 
 
@@ -28,7 +29,9 @@ class CaptureSettings:
         shards: number of slices, fixed for the life of the cache.
         store: profile of what is stored of the teacher; fields: single fields instead.
         parts_without_fields: parts of which only the samples are stored.
-        workers: processes; 0: one a GPU, else one.
+        executor: who schedules the shards, local, ray or slurm. workers: processes or Ray actors; 0: one a GPU, else one.
+        ray_address: of a running cluster; None: RAY_ADDRESS, else this machine alone. gpus_per_worker, cpus_per_worker: of a Ray actor.
+        slurm_tasks: of the array; slurm_options: of sbatch. (Both are read where the jobs are submitted.)
         batch_tokens: padded tokens of one teacher batch.
         calibration_rows: rows that the teacher reads before the job, to fit the fields that need it.
         calibration: cache of `kdcli preflight` whose calibrations are taken instead; empty: fit afresh.
@@ -41,7 +44,13 @@ class CaptureSettings:
     max_length: int = 2048
     over_length: str = "skip"
     seed: int = 0
+    executor: str = "local"
     workers: int = 0
+    ray_address: str | None = None
+    gpus_per_worker: float | None = None
+    cpus_per_worker: float = 1.0
+    slurm_tasks: int = 8
+    slurm_options: tuple[str, ...] = ()
     batch_tokens: int = 8192
     calibration_rows: int = 256
     calibration: str | None = None
@@ -50,6 +59,8 @@ class CaptureSettings:
         for name in ("shards", "max_length", "batch_tokens", "calibration_rows"):
             if getattr(self, name) < 1:
                 raise KdcliError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(self, name)}")
+        if self.executor not in EXECUTORS:
+            raise KdcliError(f"--executor must be one of {', '.join(EXECUTORS)}, got {self.executor!r}")
 
 
 @dataclass(frozen=True)

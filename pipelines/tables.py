@@ -44,6 +44,30 @@ def cache_table(columns: Mapping[str, Mapping[str, Any]], rows: int) -> str:
     return f"{text}\n{rows} rows in the plan: {written} written, {total} skipped" + (f" ({listed})" if listed else "")
 
 
+def work_lines(work: Mapping[str, Any]) -> str:
+    """What the workers of a capture say (``heartbeat.summary``): how fast, how long still, and who fell silent or failed."""
+    running = len(work["running"])
+    head = f"{running} worker{'s' * (running != 1)} running, {work['rows_per_second']:.1f} rows/s"
+    if work["seconds_left"] is not None:
+        head += f", {human_time(work['seconds_left'])} left"
+    lines = [head]
+    for word in work["running"]:
+        if word["shard"] is not None:
+            lines.append(f"  {word['host']}: shard {word['shard']:06d}, {word['shard_rows']} rows of it")
+    lines += [f"  lost, without a word for a minute or more: {w['host']}{_with_shard(w)}" for w in work["lost"]]
+    lines += [f"  failed: {w['host']}{_with_shard(w)}: {w['error']}" for w in work["failed"]]
+    return "\n".join(lines)
+
+
+def _with_shard(word: Mapping[str, Any]) -> str:
+    return "" if word["shard"] is None else f", shard {word['shard']:06d}"
+
+
+def human_time(seconds: float) -> str:
+    minutes, hours = round(seconds / 60), seconds / 3600
+    return f"{seconds:.0f} s" if seconds < 120 else f"{minutes} min" if minutes < 120 else f"{hours:.1f} h"
+
+
 def score_table(results: Mapping[str, Mapping[str, Any]]) -> str:
     """Exact match in percent, then nats a token of the expected answers: a column a model, a row a family."""
     families = sorted({family for one in results.values() for family in one["families"]})

@@ -1,0 +1,164 @@
+"""Run shards on a Ray cluster: actors that each hold a teacher take one shard after the other; what a lost one had goes elsewhere.
+
+A shard is committed put-if-absent and named by content, so one that was done twice (an actor that only seemed lost) is one shard.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import Counter, deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from teacher_cache.errors import KdcliError
+
+MakeTask = Callable[[int], Callable[[int], Any]]
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """Where actors run.
+
+    Attributes:
+        address: of a running cluster (``auto``, ``ray://…``); None: ``RAY_ADDRESS``, else one on this machine for the run.
+        gpus: of one actor; None: one where the cluster has any. cpus: of one actor.
+        retries: how often a shard goes elsewhere after its actor was lost.
+    """
+
+    address: str | None = None
+    gpus: float | None = None
+    cpus: float = 1.0
+    retries: int = 3
+
+
+class Worker:
+    """The actor: builds its task once, which loads the teacher."""
+
+    def __init__(self, make_task: MakeTask, number: int, threads: int):
+        if not torch.cuda.is_available():
+            torch.set_num_threads(threads)
+        self._task = make_task(number)
+
+    def run(self, shard: int) -> Any:
+        return self._task(shard)
+
+
+@dataclass
+class Pool:
+    """Actors of one run, at most ``size`` at a time."""
+
+    ray: Any
+    actor: Any
+    make_task: Any
+    size: int
+    threads: int
+    idle: list[Any] = field(default_factory=list)
+    made: int = 0
+
+    def take(self) -> Any:
+        if self.idle:
+            return self.idle.pop()
+        self.made += 1
+        return self.actor.remote(self.make_task, self.made - 1, self.threads)
+
+    def drop(self, worker: Any) -> None:
+        """It is lost, or seems so: it must not go on beside the one that takes its place."""
+        with suppress(Exception):
+            self.ray.kill(worker)
+
+
+def import_ray() -> Any:
+    try:
+        import ray
+    except ImportError:
+        raise KdcliError("--executor ray needs Ray: pip install 'kdcli[ray]'") from None
+    return ray
+
+
+def run(make_task: MakeTask, shards: Sequence[int], workers: int, cluster: Cluster) -> Iterator[Any]:
+    """Results of ``task(shard)`` as they end. An error of a task's own stops the job; a lost actor's shard is tried elsewhere.
+
+    Args:
+        make_task: pickled to every actor. workers: actors; 0: as many as the cluster has GPUs, else CPUs for.
+    """
+    ray = import_ray()
+    started = not ray.is_initialized()
+    if started:
+        connect(ray, cluster)
+    try:
+        gpus = cluster.gpus if cluster.gpus is not None else float(ray.cluster_resources().get("GPU", 0) > 0)
+        size = min(workers or places(ray, cluster, gpus), len(shards))
+        actor = ray.remote(num_gpus=gpus, num_cpus=cluster.cpus, max_restarts=0)(Worker)
+        threads = max(1, int(cluster.cpus))
+        pool = Pool(ray, actor, ray.put(make_task), size, threads)
+        yield from shards_of(pool, shards, cluster.retries)
+    finally:
+        if started:
+            ray.shutdown()
+
+
+def connect(ray: Any, cluster: Cluster) -> None:
+    address = cluster.address or os.environ.get("RAY_ADDRESS")
+    try:
+        ray.init(address=address, log_to_driver=False, include_dashboard=False if address is None else None)
+    except (ConnectionError, ValueError, RuntimeError) as error:
+        raise KdcliError(f"no Ray cluster at {address or 'this machine'}: {str(error).splitlines()[0]}") from None
+
+
+def places(ray: Any, cluster: Cluster, gpus: float) -> int:
+    """How many actors the cluster has room for now."""
+    has = ray.cluster_resources()
+    room = [has.get("CPU", 1) // cluster.cpus, *([has.get("GPU", 0) // gpus] if gpus else [])]
+    if min(room) < 1:
+        raise KdcliError(
+            f"the Ray cluster has {has.get('GPU', 0):g} GPUs and {has.get('CPU', 0):g} CPUs, too few for one worker of "
+            f"{gpus:g} and {cluster.cpus:g}"
+        )
+    return int(min(room))
+
+
+def shards_of(pool: Pool, shards: Sequence[int], retries: int) -> Iterator[Any]:
+    """One shard an actor at a time, in the order given; those of lost actors first."""
+    from ray.exceptions import RayActorError, RayTaskError  # died, unavailable and never started are kinds of the first
+
+    waiting, losses = deque(shards), Counter[int]()
+    running: dict[Any, tuple[Any, int]] = {}
+    try:
+        while waiting or running:
+            while waiting and len(running) < pool.size:
+                worker, shard = pool.take(), waiting.popleft()
+                running[worker.run.remote(shard)] = (worker, shard)
+            done, _ = pool.ray.wait(list(running), num_returns=1)
+            worker, shard = running.pop(done[0])
+            try:
+                result = pool.ray.get(done[0])
+            except RayTaskError as error:
+                raise own_error(error, shard) from None
+            except RayActorError as error:
+                pool.drop(worker)
+                losses[shard] += 1
+                if losses[shard] > retries:
+                    raise KdcliError(
+                        f"shard {shard:06d} was lost with its worker {losses[shard]} times ({str(error).splitlines()[0]}): what is "
+                        "committed stays; run the command again, with smaller --batch-tokens if memory was short"
+                    ) from None
+                waiting.appendleft(shard)
+            else:
+                pool.idle.append(worker)
+                yield result
+    finally:
+        for worker in [*pool.idle, *(worker for worker, _ in running.values())]:
+            pool.drop(worker)
+
+
+def own_error(error: Any, shard: int) -> Exception:
+    """What the task raised, as it was raised there where that is one of ours."""
+    cause = error.cause
+    if isinstance(cause, KdcliError):
+        return cause
+    last = (str(error).strip().splitlines() or ["no message"])[-1]
+    return KdcliError(f"shard {shard:06d} failed on its worker: {last}")

@@ -1,0 +1,142 @@
+"""What the workers of a capture say of themselves while they run, in the cache's own storage: ``progress/RUN-WORKER.json``.
+
+``kdcli cache status`` reads it from anywhere. A worker that was killed leaves its last word, which grows old; what a run has said is
+removed when the run ends well, and everything when the cache is complete. Nothing here decides what is done: commits do.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import threading
+import time
+import uuid
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any
+
+from teacher_cache.shards.storage import Storage
+
+FOLDER = "progress"
+INTERVAL = 10.0
+"""Seconds between two words of a worker."""
+LOST_AFTER = 6 * INTERVAL
+"""Seconds of silence after which a worker counts as lost: clocks of two machines differ, and object stores take their time."""
+
+
+@dataclass(frozen=True)
+class Word:
+    """A worker's last word.
+
+    Attributes:
+        shard: in hand, None between two. rows: captured since ``started``, those of the shard in hand (``shard_rows``) included.
+        started, updated: seconds since 1970 by the worker's clock. error: one line, after a failure.
+    """
+
+    worker: str
+    host: str
+    started: float
+    updated: float
+    shard: int | None = None
+    shard_rows: int = 0
+    rows: int = 0
+    error: str | None = None
+
+
+class Heartbeat:
+    """One worker's words: when it takes a shard, while it works on it (by a thread of their own), when it is done with it.
+
+    Args:
+        run: names the run, so that its end can remove what its workers said.
+    """
+
+    def __init__(self, storage: Storage, run: str, interval: float = INTERVAL):
+        now = time.time()
+        self._storage, self._interval = storage, interval
+        self._word = Word(f"{run}-{uuid.uuid4().hex[:6]}", f"{socket.gethostname()}:{os.getpid()}", now, now)
+        self._lock = threading.Lock()
+
+    @contextmanager
+    def on(self, shard: int) -> Iterator[None]:
+        """Around the work on a shard."""
+        self._change(shard=shard, shard_rows=0, error=None)
+        self._say()
+        done = threading.Event()
+        beating = threading.Thread(target=self._beat, args=(done,), name="heartbeat", daemon=True)
+        beating.start()
+        try:
+            yield
+            self._change(shard=None, shard_rows=0)
+        except Exception as error:
+            self._change(error=" ".join(str(error).split())[:500] or type(error).__name__)
+            raise
+        finally:
+            done.set()
+            beating.join()  # nothing is said any more once the run's words are removed
+            self._say()
+
+    def advance(self, rows: int) -> None:
+        with self._lock:
+            self._word = replace(self._word, rows=self._word.rows + rows, shard_rows=self._word.shard_rows + rows)
+
+    def _say(self) -> None:
+        """Write the word; a store that does not take it now is asked again at the next beat."""
+        self._change(updated=time.time())
+        with suppress(OSError):
+            self._storage.put_bytes(json.dumps(asdict(self._word)).encode(), f"{FOLDER}/{self._word.worker}.json")
+
+    def _change(self, **values: Any) -> None:
+        with self._lock:
+            self._word = replace(self._word, **values)
+
+    def _beat(self, done: threading.Event) -> None:
+        while not done.wait(self._interval):
+            self._say()
+
+
+def new_run() -> str:
+    """A name for one run."""
+    return f"{time.strftime('%Y%m%d-%H%M%S')}-{uuid.uuid4().hex[:6]}"
+
+
+def words(storage: Storage) -> list[Word]:
+    """The last word of every worker; what cannot be read (half gone, or nobody's) is left out."""
+    known = {one.name for one in fields(Word)}
+    found = []
+    for name in storage.names(FOLDER):
+        with suppress(OSError, ValueError, TypeError, AttributeError):
+            body = json.loads(storage.read(f"{FOLDER}/{name}"))
+            found.append(Word(**{key: value for key, value in body.items() if key in known}))
+    return sorted(found, key=lambda word: word.worker)
+
+
+def forget(storage: Storage, run: str = "") -> None:
+    """Remove what the workers of a run have said; of every run where none is named."""
+    for name in storage.names(FOLDER):
+        if name.startswith(run):
+            with suppress(OSError):  # somebody else was first
+                storage.remove(f"{FOLDER}/{name}")
+    storage.remove_empty_folders(FOLDER)
+
+
+def summary(said: Sequence[Word], rows_left: int, now: float | None = None) -> dict[str, Any]:
+    """What ``cache status`` shows: workers running, lost and failed, rows a second of those that run, seconds left.
+
+    Args:
+        rows_left: rows of the shards that are not committed.
+    """
+    now = time.time() if now is None else now
+    failed = [word for word in said if word.error]
+    alive = [word for word in said if not word.error and now - word.updated <= LOST_AFTER]
+    lost = [word for word in said if not word.error and now - word.updated > LOST_AFTER]
+    rate = sum(word.rows / max(1.0, word.updated - word.started) for word in alive)
+    left = max(0, rows_left - sum(word.shard_rows for word in alive))
+    return {
+        "running": [asdict(word) for word in alive],
+        "lost": [asdict(word) for word in lost],
+        "failed": [asdict(word) for word in failed],
+        "rows_per_second": round(rate, 2),
+        "seconds_left": round(left / rate) if rate and rows_left else None,
+    }

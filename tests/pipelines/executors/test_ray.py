@@ -1,0 +1,118 @@
+"""Ray on this machine: the cache of one process, lost actors and nodes made up for, errors as they were raised."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+
+import pytest
+
+from pipelines.cache_teacher import CaptureRequest, capture
+from pipelines.executors import ray as executor
+from pipelines.executors.ray import Cluster, run
+from teacher_cache.errors import DataError, KdcliError
+
+ray = pytest.importorskip("ray")
+
+
+@pytest.fixture(scope="module")
+def two_cpus() -> Iterator[None]:
+    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
+    yield
+    ray.shutdown()
+
+
+def doubling(worker: int) -> Callable[[int], int]:
+    return lambda shard: 2 * shard
+
+
+def dying(folder: str, often: int, worker: int) -> Callable[[int], int]:
+    """The process of the first ``often`` workers that take shard 3 dies."""
+
+    def task(shard: int) -> int:
+        if shard == 3:
+            times = len(list(Path(folder).iterdir()))
+            if times < often:
+                (Path(folder) / str(times)).touch()
+                os.kill(os.getpid(), signal.SIGKILL)
+        return shard
+
+    return task
+
+
+def failing(error: Exception, worker: int) -> Callable[[int], int]:
+    def task(shard: int) -> int:
+        raise error
+
+    return task
+
+
+@pytest.mark.usefixtures("two_cpus")
+class TestOneCluster:
+    def test_every_shard_once(self) -> None:
+        assert sorted(run(doubling, range(7), 2, Cluster())) == list(range(0, 14, 2))
+
+    def test_as_many_workers_as_there_is_room_for(self) -> None:
+        assert executor.places(ray, Cluster(), 0.0) == 2
+        with pytest.raises(KdcliError, match="has 0 GPUs and 2 CPUs, too few for one worker of 1 and 1"):
+            executor.places(ray, Cluster(gpus=1), 1.0)
+
+    def test_a_lost_shard_is_done_elsewhere(self, tmp_path: Path) -> None:
+        assert sorted(run(partial(dying, str(tmp_path), 2), range(6), 2, Cluster())) == list(range(6))
+        assert len(list(tmp_path.iterdir())) == 2
+
+    def test_not_for_ever(self, tmp_path: Path) -> None:
+        with pytest.raises(KdcliError, match="shard 000003 was lost with its worker 2 times"):
+            list(run(partial(dying, str(tmp_path), 9), range(6), 2, Cluster(retries=1)))
+
+    def test_an_error_of_ours_arrives_as_it_was(self) -> None:
+        with pytest.raises(DataError, match=r"^row 7 of f\.json: no image$"):
+            list(run(partial(failing, DataError("row 7 of f.json: no image")), range(3), 2, Cluster()))
+
+    def test_any_other_names_its_shard(self) -> None:
+        with pytest.raises(KdcliError, match=r"shard 000000 failed on its worker: .*ZeroDivisionError: by nought"):
+            list(run(partial(failing, ZeroDivisionError("by nought")), [0], 1, Cluster()))
+
+    def test_a_whole_capture(
+        self, alone: Path, cache_files, make_request: Callable[..., CaptureRequest], tmp_path: Path
+    ) -> None:
+        shown: list[int] = []
+        request = make_request(tmp_path / "cache", executor="ray", workers=2)
+        capture(request, lambda event, done, total: shown.append(done))
+        assert cache_files(tmp_path / "cache") == cache_files(alone) and shown == sorted(shown)
+
+
+def slow(worker: int) -> Callable[[int], int]:
+    def task(shard: int) -> int:
+        time.sleep(1.0)
+        return shard
+
+    return task
+
+
+def test_a_node_that_goes_away() -> None:
+    """Two nodes of one CPU each; one is removed while its actor works. Its shard, and all that are left, are done by the other."""
+    from ray.cluster_utils import Cluster as Nodes
+
+    nodes = Nodes(initialize_head=True, head_node_args={"num_cpus": 1})
+    other = nodes.add_node(num_cpus=1)
+    try:
+        ray.init(address=nodes.address, log_to_driver=False)
+        found = []
+        for shard in run(slow, range(8), 2, Cluster()):
+            found.append(shard)
+            if len(found) == 2:
+                nodes.remove_node(other)
+        assert sorted(found) == list(range(8))
+    finally:
+        ray.shutdown()
+        nodes.shutdown()
+
+
+def test_no_cluster_there() -> None:
+    with pytest.raises(KdcliError, match=r"no Ray cluster at 127\.0\.0\.1:1"):
+        list(run(doubling, [0], 1, Cluster(address="127.0.0.1:1")))

@@ -1,0 +1,88 @@
+"""What workers say while they capture: read from anywhere, gone when the work is done, and never what decides."""
+
+from __future__ import annotations
+
+import json
+import threading
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from cli import main
+from pipelines import heartbeat
+from pipelines.cache_teacher import capture
+from pipelines.heartbeat import LOST_AFTER, Heartbeat, Word, forget, summary, words
+from pipelines.tables import work_lines
+from teacher_cache.errors import KdcliError
+from teacher_cache.shards.storage import Storage
+
+
+def test_a_worker_says_what_it_does(tmp_path: Path) -> None:
+    storage = Storage(tmp_path)
+    beating = Heartbeat(storage, "run", interval=0.02)
+    with beating.on(7):
+        beating.advance(256)
+        beating.advance(44)
+        (first,) = words(storage)
+        while not words(storage)[0].rows:  # said by the thread
+            threading.Event().wait(0.01)
+        (said,) = words(storage)
+        assert (said.shard, said.shard_rows, said.rows, said.error) == (7, 300, 300, None)
+        assert said.worker == first.worker and said.updated >= first.updated >= said.started
+    (said,) = words(storage)
+    assert (said.shard, said.shard_rows, said.rows) == (None, 0, 300)
+    forget(storage, "another run")
+    assert words(storage)
+    forget(storage, "run")
+    assert not words(storage) and not (tmp_path / heartbeat.FOLDER).exists()
+
+
+def test_a_failure_stays_said(tmp_path: Path) -> None:
+    storage = Storage(tmp_path)
+    with pytest.raises(KdcliError), Heartbeat(storage, "run").on(3):
+        raise KdcliError("no memory\nleft")
+    (said,) = words(storage)
+    assert said.shard == 3 and said.error == "no memory left"
+    assert summary([said], 10)["failed"][0]["shard"] == 3 and not summary([said], 10)["running"]
+
+
+def test_nonsense_in_the_folder_is_nobody(tmp_path: Path) -> None:
+    storage = Storage(tmp_path)
+    for name, data in {"a.json": b"{", "b.json": b"[1]", "c.json": b'{"worker": "x"}', "d.json": b"\xff"}.items():
+        storage.put_bytes(data, f"{heartbeat.FOLDER}/{name}")
+    assert words(storage) == []
+
+
+def test_rate_time_left_and_who_is_lost() -> None:
+    now = 10_000.0
+    said = [
+        Word("a", "one:1", started=now - 100, updated=now - 5, shard=4, shard_rows=50, rows=950),
+        Word("b", "two:2", started=now - 100, updated=now, shard=None, rows=1000),
+        Word("c", "three:3", started=now - 900, updated=now - LOST_AFTER - 1, shard=6, shard_rows=9, rows=99),
+    ]
+    found = summary(said, rows_left=850, now=now)
+    assert [len(found[name]) for name in ("running", "lost", "failed")] == [2, 1, 0]
+    assert found["rows_per_second"] == 20.0 and found["seconds_left"] == 40
+    text = work_lines(found)
+    assert "2 workers running, 20.0 rows/s, 40 s left" in text
+    assert "one:1: shard 000004, 50 rows" in text and "three:3, shard 000006" in text
+    assert summary(said[2:], 850, now)["seconds_left"] is None
+
+
+def test_a_finished_capture_leaves_no_words(make_request, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Words are there while shards are captured, those of killed runs too; the complete cache has none."""
+    seen: list[str] = []
+    out = tmp_path / "cache"
+    Storage(out).put_bytes(json.dumps({"worker": "old"}).encode(), f"{heartbeat.FOLDER}/killed-1.json")
+
+    def progress(event: str, done: int, total: int) -> None:
+        if event == "rows":
+            result = CliRunner().invoke(main, ["cache", "status", str(out)])
+            assert result.exit_code == 0, result.output
+            seen.append(result.output)
+
+    capture(make_request(out), progress)
+    assert seen and all("1 worker running" in text and "rows of it" in text for text in seen)
+    assert not (out / heartbeat.FOLDER).exists()
+    assert "running" not in CliRunner().invoke(main, ["cache", "status", str(out)]).output
