@@ -6,6 +6,7 @@ A shard is committed put-if-absent and named by content, so one that was done tw
 from __future__ import annotations
 
 import os
+import socket
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
@@ -17,6 +18,8 @@ import torch
 from teacher_cache.errors import KdcliError
 
 MakeTask = Callable[[int], Callable[[int], Any]]
+START = -1
+"""In a shard's place: the actor is building its task."""
 
 
 @dataclass(frozen=True)
@@ -36,9 +39,10 @@ class Cluster:
 
 
 class Worker:
-    """The actor: builds its task once, which loads the teacher."""
+    """The actor."""
 
-    def __init__(self, make_task: MakeTask, number: int, threads: int):
+    def start(self, make_task: MakeTask, number: int, threads: int) -> None:
+        """Build the task, which loads the teacher. No part of ``__init__``, whose errors Ray tells as the death of the actor."""
         if not torch.cuda.is_available():
             torch.set_num_threads(threads)
         self._task = make_task(number)
@@ -49,26 +53,42 @@ class Worker:
 
 @dataclass
 class Pool:
-    """Actors of one run, at most ``size`` at a time."""
+    """Actors of one run, ``size`` of them. One that the cluster has no room for (a node is gone, or to come) keeps no shard waiting."""
 
     ray: Any
     actor: Any
     make_task: Any
     size: int
     threads: int
+    starting: dict[Any, Any] = field(default_factory=dict)
     idle: list[Any] = field(default_factory=list)
+    running: dict[Any, tuple[Any, int]] = field(default_factory=dict)
     made: int = 0
 
-    def take(self) -> Any:
-        if self.idle:
-            return self.idle.pop()
-        self.made += 1
-        return self.actor.remote(self.make_task, self.made - 1, self.threads)
+    def fill(self) -> None:
+        """Ask for actors in place of those that are lost."""
+        while len(self.starting) + len(self.idle) + len(self.running) < self.size:
+            worker = self.actor.remote()
+            self.starting[worker.start.remote(self.make_task, self.made, self.threads)] = worker
+            self.made += 1
+
+    def give(self, shard: int) -> None:
+        worker = self.idle.pop()
+        self.running[worker.run.remote(shard)] = (worker, shard)
+
+    def wait(self) -> Any:
+        """The next of ``starting`` or ``running`` that is done."""
+        done, _ = self.ray.wait([*self.running, *self.starting], num_returns=1)
+        return done[0]
 
     def drop(self, worker: Any) -> None:
         """It is lost, or seems so: it must not go on beside the one that takes its place."""
         with suppress(Exception):
             self.ray.kill(worker)
+
+    def close(self) -> None:
+        for worker in [*self.idle, *self.starting.values(), *(worker for worker, _ in self.running.values())]:
+            self.drop(worker)
 
 
 def import_ray() -> Any:
@@ -104,8 +124,11 @@ def run(make_task: MakeTask, shards: Sequence[int], workers: int, cluster: Clust
 def connect(ray: Any, cluster: Cluster) -> None:
     address = cluster.address or os.environ.get("RAY_ADDRESS")
     try:
-        ray.init(address=address, log_to_driver=False, include_dashboard=False if address is None else None)
-    except (ConnectionError, ValueError, RuntimeError) as error:
+        if address and (place := address.removeprefix("ray://").rpartition(":"))[2].isdecimal():
+            socket.create_connection((place[0], int(place[2])), timeout=10).close()  # Ray itself would wait for minutes
+        # Without an address Ray would join whatever cluster ran here last.
+        ray.init(address=address or "local", log_to_driver=False, include_dashboard=None if address else False)
+    except (OSError, ValueError, RuntimeError) as error:
         raise KdcliError(f"no Ray cluster at {address or 'this machine'}: {str(error).splitlines()[0]}") from None
 
 
@@ -126,33 +149,41 @@ def shards_of(pool: Pool, shards: Sequence[int], retries: int) -> Iterator[Any]:
     from ray.exceptions import RayActorError, RayTaskError  # died, unavailable and never started are kinds of the first
 
     waiting, losses = deque(shards), Counter[int]()
-    running: dict[Any, tuple[Any, int]] = {}
     try:
-        while waiting or running:
-            while waiting and len(running) < pool.size:
-                worker, shard = pool.take(), waiting.popleft()
-                running[worker.run.remote(shard)] = (worker, shard)
-            done, _ = pool.ray.wait(list(running), num_returns=1)
-            worker, shard = running.pop(done[0])
+        while waiting or pool.running:
+            pool.size = min(pool.size, len(waiting) + len(pool.running))
+            pool.fill()
+            while waiting and pool.idle:
+                pool.give(waiting.popleft())
+            ref = pool.wait()
+            worker, shard = pool.running.pop(ref) if ref in pool.running else (pool.starting.pop(ref), START)
             try:
-                result = pool.ray.get(done[0])
+                result = pool.ray.get(ref)
             except RayTaskError as error:
                 raise own_error(error, shard) from None
             except RayActorError as error:
                 pool.drop(worker)
                 losses[shard] += 1
                 if losses[shard] > retries:
-                    raise KdcliError(
-                        f"shard {shard:06d} was lost with its worker {losses[shard]} times ({str(error).splitlines()[0]}): what is "
-                        "committed stays; run the command again, with smaller --batch-tokens if memory was short"
-                    ) from None
-                waiting.appendleft(shard)
+                    raise lost(shard, losses[shard], error) from None
+                if shard != START:
+                    waiting.appendleft(shard)
             else:
                 pool.idle.append(worker)
-                yield result
+                if shard != START:
+                    yield result
     finally:
-        for worker in [*pool.idle, *(worker for worker, _ in running.values())]:
-            pool.drop(worker)
+        pool.close()
+
+
+def lost(shard: int, times: int, error: Exception) -> KdcliError:
+    what = (
+        "a worker died while it loaded the teacher" if shard == START else f"shard {shard:06d} was lost with its worker"
+    )
+    return KdcliError(
+        f"{what} {times} times ({str(error).splitlines()[0]}): what is committed stays; run the command again, with smaller "
+        "--batch-tokens or fewer --workers if memory was short"
+    )
 
 
 def own_error(error: Any, shard: int) -> Exception:
@@ -161,4 +192,5 @@ def own_error(error: Any, shard: int) -> Exception:
     if isinstance(cause, KdcliError):
         return cause
     last = (str(error).strip().splitlines() or ["no message"])[-1]
-    return KdcliError(f"shard {shard:06d} failed on its worker: {last}")
+    what = "a worker could not load the teacher" if shard == START else f"shard {shard:06d} failed on its worker"
+    return KdcliError(f"{what}: {last}")

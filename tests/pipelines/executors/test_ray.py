@@ -19,9 +19,9 @@ from teacher_cache.errors import DataError, KdcliError
 ray = pytest.importorskip("ray")
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="class")
 def two_cpus() -> Iterator[None]:
-    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
+    ray.init("local", num_cpus=2, include_dashboard=False, log_to_driver=False)
     yield
     ray.shutdown()
 
@@ -51,6 +51,10 @@ def failing(error: Exception, worker: int) -> Callable[[int], int]:
     return task
 
 
+def unloadable(error: Exception, worker: int) -> Callable[[int], int]:
+    raise error
+
+
 @pytest.mark.usefixtures("two_cpus")
 class TestOneCluster:
     def test_every_shard_once(self) -> None:
@@ -72,6 +76,11 @@ class TestOneCluster:
     def test_an_error_of_ours_arrives_as_it_was(self) -> None:
         with pytest.raises(DataError, match=r"^row 7 of f\.json: no image$"):
             list(run(partial(failing, DataError("row 7 of f.json: no image")), range(3), 2, Cluster()))
+
+    @pytest.mark.parametrize("error", [DataError("no such model"), ValueError("no such thing")])
+    def test_a_teacher_that_cannot_be_loaded(self, error: Exception) -> None:
+        with pytest.raises(KdcliError, match=f"{error}$"):
+            list(run(partial(unloadable, error), range(3), 2, Cluster()))
 
     def test_any_other_names_its_shard(self) -> None:
         with pytest.raises(KdcliError, match=r"shard 000000 failed on its worker: .*ZeroDivisionError: by nought"):
