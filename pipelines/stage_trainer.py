@@ -21,6 +21,7 @@ from student_train.student import RowForward, freeze_except
 from student_train.teacher_view import TeacherSignals
 from student_train.trainer import Trainer
 from teacher_cache.errors import CompatibilityError
+from teacher_cache.known_text import same_text_side
 from teacher_cache.prepare import Limits, Preparer
 
 STATES = ("vision_hidden", "response_hidden", "vision_features")
@@ -61,7 +62,8 @@ def make_trainer(
     same_grid = row_aligned(plan)
     order = Order(rows.counts, plan.settings.seed)
     check_layouts = matching.check_layouts if matching else None
-    dataset = TrainDataset(rows, order, preparer, templates, cache.image_limits(), same_grid, check_layouts)
+    known_text = same_text_side(preparer.fingerprint(), cache.plan.preparation)
+    dataset = TrainDataset(rows, order, preparer, templates, cache.image_limits(), same_grid, check_layouts, known_text)
     check_rows(dataset, plan)
     micro = plan.settings.per_device_train_batch_size
 

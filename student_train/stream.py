@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader, Dataset
 from student_train.cache import CachedRows
 from teacher_cache.batch import Batch, collate
 from teacher_cache.errors import CompatibilityError, KdcliError, SkipRow
+from teacher_cache.known_text import KnownText
 from teacher_cache.prepare import Preparer
 from teacher_cache.records import ImageLayout, Prepared, TextTokens
 
@@ -97,6 +98,7 @@ class TrainDataset(Dataset):
         templates: part → template. image_limits: part → most pixels of an image. Both as the capture had them.
         same_grid: the vision layout must be the teacher's, token by token. The response token ids must be, where any field is read.
         check_layouts: further demand on (row key, teacher's layout, student's layout), a method's own.
+        known_text: the student reads the stored tokens themselves, because its tokenizer and chat template are the teacher's.
     """
 
     def __init__(
@@ -108,15 +110,20 @@ class TrainDataset(Dataset):
         image_limits: dict[str, int],
         same_grid: bool,
         check_layouts: CheckLayouts | None = None,
+        known_text: bool = False,
     ):
         self.rows, self.order, self.preparer, self.templates = rows, order, preparer, templates
         self.image_limits, self.same_grid, self.check_layouts = image_limits, same_grid, check_layouts
+        self.known = KnownText(preparer) if known_text else None
 
     def __getitem__(self, position: int) -> TrainRow:
         row = self.rows.read(*self.order.at(position))
         try:
-            part = row.sample.part
-            prepared = self.preparer.prepare(row.sample, self.templates[part], self.image_limits[part])
+            asked = self.templates[row.sample.part], self.image_limits[row.sample.part]
+            if self.known:
+                prepared = self.known.prepare(row.sample, row.text, row.key, *asked)
+            else:
+                prepared = self.preparer.prepare(row.sample, *asked)
         except SkipRow as skip:
             raise CompatibilityError(
                 f"row {row.key} ({row.sample.place}) was captured, but the student cannot read it ({skip}): "

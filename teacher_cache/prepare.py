@@ -100,7 +100,7 @@ class Preparer:
             return self._shorten(sample, template, images, key, len(input_ids))
         text_positions = torch.nonzero(~is_vision).flatten()
         labels_at = text_positions[text.response]
-        layout = self._layout(images, inputs, int(is_vision.sum()), sample.place)
+        layout = self.layout(images, inputs, int(is_vision.sum()), sample.place)
         return Prepared(
             key=key,
             part=sample.part,
@@ -152,7 +152,7 @@ class Preparer:
         inputs.pop("attention_mask", None)
         return inputs
 
-    def _layout(self, images: list[Any], inputs: Mapping[str, Any], tokens: int, place: str) -> tuple[ImageLayout, ...]:
+    def layout(self, images: list[Any], inputs: Mapping[str, Any], tokens: int, place: str) -> tuple[ImageLayout, ...]:
         if not images:
             return ()
         layout = image_layout(self.config, self.processor, [image.size for image in images], inputs, tokens)
