@@ -12,6 +12,12 @@ import fsspec
 
 from teacher_cache.errors import CacheError
 
+OPTIONS: dict[str, dict[str, Any]] = {
+    # A job of a million requests meets every hiccup there is; the library backs off and tries again.
+    "s3": {"config_kwargs": {"retries": {"mode": "standard", "max_attempts": 10}}},
+}
+"""URL scheme → what its file system is opened with."""
+
 
 class Storage:
     """Reads and writes below ``url`` (a local path, ``s3://…``, ``gs://…``). Paths given to it are relative, with ``/``."""
@@ -19,7 +25,7 @@ class Storage:
     def __init__(self, url: str | Path):
         self.url = str(url).rstrip("/") or "/"
         try:
-            self.fs, self.root = fsspec.core.url_to_fs(self.url)
+            self.fs, self.root = fsspec.core.url_to_fs(self.url, **OPTIONS.get(self.url.split("://")[0], {}))
         except (ImportError, ValueError) as error:
             raise CacheError(f"{self.url}: cannot be opened ({error})") from None
         self.local = "file" in (self.fs.protocol if isinstance(self.fs.protocol, tuple) else (self.fs.protocol,))
