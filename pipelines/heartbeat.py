@@ -82,9 +82,9 @@ class Heartbeat:
             self._word = replace(self._word, rows=self._word.rows + rows, shard_rows=self._word.shard_rows + rows)
 
     def _say(self) -> None:
-        """Write the word; a store that does not take it now is asked again at the next beat."""
+        """Write the word. A store that does not take it, for whatever reason of its own, is asked again at the next beat."""
         self._change(updated=time.time())
-        with suppress(OSError):
+        with suppress(Exception):  # a word is never worth a shard
             self._storage.put_bytes(json.dumps(asdict(self._word)).encode(), f"{FOLDER}/{self._word.worker}.json")
 
     def _change(self, **values: Any) -> None:
