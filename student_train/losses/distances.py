@@ -22,7 +22,7 @@ ROWS = 16
 
 
 def manhattan(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
-    """float64 ``[A, B]`` of float32 rows ``[A, V]`` and ``[B, V]``; no gradient.
+    """float64 ``[A, B]`` of float32 (or float64) rows ``[A, V]`` and ``[B, V]``; no gradient.
 
     On a GPU the sums of ``torch.cdist`` over blocks of columns: its kernel writes one number a pair and no maxima.
     """
@@ -38,7 +38,8 @@ def manhattan(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
 def _of_columns(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
     """Distances float64 ``[A, B]`` over one block of columns, on a CPU."""
     middle = right.mean(dim=0)
-    return _by_order(left - middle, right - middle)
+    kind = torch.promote_types(left.dtype, right.dtype)
+    return _by_order((left - middle).to(kind), (right - middle).to(kind))
 
 
 def _by_order(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:

@@ -177,6 +177,7 @@ def test_a_killed_removal_ends_as_no_field_or_as_a_field_again(tiny_cache: Path,
     mortal.budget = 3
     with pytest.raises(mortal.Killed):
         drop_field(str(folder), "vision_topk", remove=True)
+    mortal.budget = -1  # whoever comes next lives
     add(folder, vision_topk=TOPK)  # two minds: the half-removed field is captured again
     assert check(Cache(str(folder))) == []
     assert len(read_all(folder, ["vision_topk"])) == 31

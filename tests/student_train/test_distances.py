@@ -63,6 +63,12 @@ def test_a_wide_vocabulary_keeps_its_digits() -> None:
     torch.testing.assert_close(manhattan(a, b), plain.manhattan(a, b), rtol=1e-6, atol=0)
 
 
+def test_sides_of_two_precisions(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(distances, "PAIRS", 1)
+    a, b = rows(20, 50, 0).double() + 3, rows(4, 50, 1)
+    torch.testing.assert_close(manhattan(a, b), torch.cdist(a, b.double(), p=1.0), rtol=1e-6, atol=1e-6)
+
+
 def test_values_without_meaning_stay_visible(monkeypatch: pytest.MonkeyPatch) -> None:
     a, b = rows(3, 20, 0), rows(2, 20, 1)
     a[1, 3] = torch.nan
