@@ -140,7 +140,8 @@ def capture_fields(
     notes = ask_canaries(request, preflight, storage, fingerprint) if left and fields and preflight else []
     if left:
         run_shards(request, job, left, done, total, progress)
-    if not (missing := job.missing()):
+        missing = job.missing()
+    if not missing:
         forget(storage)  # of killed runs too: nobody works here any more
     progress("end", total - sum(plan.slices[shard].rows for shard in missing), total)
     return status(Cache(request.out)) | ({"notes": notes} if notes else {})

@@ -65,22 +65,7 @@ class KnownText:
             pieces += [ids[before:at], torch.full((count,), self.preparer.image_token_id)]
             before = at
         input_ids = torch.cat([*pieces, ids[before:]])
-        is_vision = input_ids == self.preparer.image_token_id
-        text_positions = torch.nonzero(~is_vision).flatten()
-        labels_at = text_positions[text.response]
-        return Prepared(
-            key=key,
-            part=sample.part,
-            input_ids=input_ids,
-            vision_positions=torch.nonzero(is_vision).flatten(),
-            text_positions=text_positions,
-            response_rows=labels_at - 1,
-            labels=input_ids[labels_at],
-            text=text,
-            layout=self.preparer.layout(images, pixels, sum(counts), sample.place),
-            pixels=pixels,
-            turns=len(sample.turns),
-        )
+        return self.preparer.assemble(sample, key, input_ids, text, images, pixels)
 
     def _pixels(self, images: list[Any]) -> tuple[dict[str, torch.Tensor], list[int]]:
         """(what the model reads of the images, image tokens of each); ValueError where an image is more than image tokens."""

@@ -98,9 +98,21 @@ class Preparer:
             )
         if len(input_ids) > self.limits.max_length:
             return self._shorten(sample, template, images, key, len(input_ids))
+        return self.assemble(sample, key, input_ids, text, images, inputs)
+
+    def assemble(
+        self,
+        sample: Sample,
+        key: str,
+        input_ids: torch.Tensor,
+        text: TextTokens,
+        images: list[Any],
+        pixels: dict[str, torch.Tensor],
+    ) -> Prepared:
+        """The row of these tokens: where its vision, text and response rows stand."""
+        is_vision = input_ids == self.image_token_id
         text_positions = torch.nonzero(~is_vision).flatten()
         labels_at = text_positions[text.response]
-        layout = self.layout(images, inputs, int(is_vision.sum()), sample.place)
         return Prepared(
             key=key,
             part=sample.part,
@@ -110,8 +122,8 @@ class Preparer:
             response_rows=labels_at - 1,
             labels=input_ids[labels_at],
             text=text,
-            layout=layout,
-            pixels=inputs,
+            layout=self._layout(images, pixels, int(is_vision.sum()), sample.place),
+            pixels=pixels,
             turns=len(sample.turns),
         )
 
@@ -152,7 +164,7 @@ class Preparer:
         inputs.pop("attention_mask", None)
         return inputs
 
-    def layout(self, images: list[Any], inputs: Mapping[str, Any], tokens: int, place: str) -> tuple[ImageLayout, ...]:
+    def _layout(self, images: list[Any], inputs: Mapping[str, Any], tokens: int, place: str) -> tuple[ImageLayout, ...]:
         if not images:
             return ()
         layout = image_layout(self.config, self.processor, [image.size for image in images], inputs, tokens)
