@@ -716,7 +716,8 @@ def urls(url: str, column: str) -> None:
 @click.option("--max-steps", type=int, help="Optimizer steps a stage.")
 @click.option("--warmup-ratio", type=float)
 @click.option("--seed", type=int)
-@click.option("--bf16/--no-bf16", default=None, help="bfloat16 autocast.")
+@click.option("--bf16/--no-bf16", default=None, help="bfloat16 mixed precision.")
+@click.option("--fsdp/--no-fsdp", default=None, help="Under torchrun: shard the student over the processes (FSDP2).")
 @click.option(
     "--compressor",
     help="adaptive_pool, pixel_shuffle, tokenpacker or mqt: fewer vision tokens; none: as the student is. "

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -45,14 +45,23 @@ def make_trainer(
     processes: Processes,
     folder: Path,
     open_signals: OpenSignals = TeacherSignals.open,
+    maps_before: Path | None = None,
 ) -> tuple[Trainer, Callable[[int], Iterator[tuple[int, list[TrainBatch]]]]]:
-    """The trainer of a stage and its stream of batches from any step on."""
+    """The trainer of a stage and its stream of batches from any step on.
+
+    Args:
+        maps_before: learned maps that the stage goes on with, where they are its own ones.
+    """
     tower = plan.settings.vision_tower_learning_rate and "language_model" in plan.stage.trains
     freeze_except(model, (*plan.stage.trains, "vision_tower") if tower else plan.stage.trains)
     if plan.settings.gradient_checkpointing:
         enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
         enable({"use_reentrant": False})
-    student = RowForward(model, learned_maps(cache, plan, model)).to(processes.device)
+    student = RowForward(model, learned_maps(cache, plan, model))
+    if maps_before:
+        load_maps(maps_before, student.maps)
+    if not plan.settings.fsdp:  # which brings the shards alone to the device
+        student = student.to(processes.device)
     signals = open_signals(cache, plan.served, processes.device)
     # A row that the capture cut at a turn border must be cut at the same border here.
     limits = Limits(plan.settings.max_length, cache.plan.preparation["over_length"])
@@ -102,11 +111,11 @@ def learned_maps(cache: Cache, plan: StagePlan, model: Any) -> dict[str, torch.n
         return hook(plan.method, "maps")(model.config.get_text_config().hidden_size, width) or {}
 
 
-def save_maps(file: Path, maps: torch.nn.Module, before: Path) -> None:
+def save_maps(file: Path, maps: Mapping[str, torch.Tensor], before: Path) -> None:
     """A stage without maps of its own hands those of the stage before (``before``) on: SFT between DPT and DFT forgets nothing."""
-    if not len(list(maps.parameters())) and before.is_file() and before != file:
+    if not maps and before.is_file() and before != file:
         shutil.copyfile(before, file)
-    if tensors := {name: one.detach().cpu().contiguous() for name, one in maps.state_dict().items()}:
+    if tensors := {name: one.detach().cpu().contiguous() for name, one in maps.items()}:
         save_file(tensors, file)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import platform
@@ -15,19 +14,20 @@ from typing import Any
 import torch
 
 from pipelines.settings import Settings
+from pipelines.stage_identity import begun, settled_budget, stage_identity
 from pipelines.stage_plans import StagePlan, check_vocabulary, plan_stages, settle_compressor
-from pipelines.stage_trainer import MAPS, OpenSignals, load_maps, make_trainer, save_maps
+from pipelines.stage_trainer import MAPS, OpenSignals, make_trainer, save_maps
 from student_train import distributed
 from student_train.cache import Cache, CachedRows
-from student_train.distributed import Processes
+from student_train.distributed import Processes, gathered
 from student_train.losses.liger import check_liger
 from student_train.methods import hook
 from student_train.student import load_student, save_student
 from student_train.teacher_view import TeacherSignals
-from student_train.trainer import StepResult
+from student_train.trainer import StepResult, Trainer
 from teacher_cache.errors import CompatibilityError, KdcliError
-from teacher_cache.plan import content_hash, difference
-from teacher_cache.teachers.transformers import TeacherSpec, load_processor, weights_hash
+from teacher_cache.plan import difference
+from teacher_cache.teachers.transformers import TeacherSpec, load_processor
 
 OnStep = Callable[[str, int, int, StepResult], None]
 
@@ -68,7 +68,7 @@ def train(
     processes.barrier()
     model_id, results = train_settings.student, []
     for plan in plans:
-        results.append(run_stage(cache, plan, model_id, output, processes, on_step, open_signals))
+        results.append(run_stage(cache, plan, model_id, output, processes, on_step, open_signals, say))
         model_id = results[-1]["model"]
     distributed.stop()
     return {"output": str(output), "model": model_id, "stages": results}
@@ -142,12 +142,14 @@ def run_stage(
     processes: Processes,
     on_step: OnStep,
     open_signals: OpenSignals = TeacherSignals.open,
+    say: Callable[[str], None] = lambda text: None,
 ) -> dict[str, Any]:
     """Train one stage, or find it done. Its folder holds metrics, checkpoints, and the model as a Hugging Face folder."""
     folder = plan.folder(output)
     rows = CachedRows(cache, plan.parts, plan.served.names)
-    total, global_batch = budget(plan, sum(rows.counts), processes.world)
-    identity = stage_identity(cache, plan, total, global_batch, model_id, processes.world)
+    there = begun(folder)
+    started, total, global_batch = settled_budget(plan, sum(rows.counts), processes.world, there)
+    identity = stage_identity(cache, plan, total, global_batch, model_id, started)
     done = folder / "done.json"
     if done.is_file():
         finished = json.loads(done.read_text())
@@ -155,93 +157,35 @@ def run_stage(
             lines = "; ".join(difference(finished["identity"], identity)).replace("cache ", "there ")
             raise KdcliError(f"{folder} holds another finished stage: {lines}: choose another --output-dir")
         return {**finished["result"], "model": str(folder / "model")}  # the folder may have been moved since
+    if there and started != processes.world and processes.is_main:
+        say(
+            f"note: stage {plan.stage.name} was begun with {started} processes and continues with {processes.world}: "
+            f"{global_batch} samples a step as before"
+        )
     torch.manual_seed(plan.settings.seed)
     model, processor = load_student(model_id, plan.settings.attn_implementation, compressor=plan.compressor)
+    maps_before = Path(model_id).parent / MAPS
     trainer, batches_from = make_trainer(
-        cache, plan, rows, model, processor, total, global_batch, processes, folder, open_signals
+        cache, plan, rows, model, processor, total, global_batch, processes, folder, open_signals, maps_before
     )
     trainer.identity = identity
-    maps_before = Path(model_id).parent / MAPS
-    load_maps(maps_before, trainer.model.maps)
     trainer.train(batches_from, lambda step, result: on_step(folder.name, step, trainer.total_steps, result))
     result = {"stage": plan.stage.name, "model": str(folder / "model"), "steps": trainer.total_steps, "samples": total}
-    if processes.is_main:
-        save_maps(folder / MAPS, trainer.model.maps, maps_before)
-        finish(folder, model, processor, {"identity": identity, "result": result})
-    processes.barrier()
+    finish(folder, trainer, processor, maps_before, {"identity": identity, "result": result})
     return result
 
 
-def finish(folder: Path, model: Any, processor: Any, card: dict[str, Any]) -> None:
-    """The model folder, then ``done.json``: a stage is finished when that file is there."""
-    save_student(model, processor, folder / "model")
-    draft = folder / ".done.json"
-    draft.write_text(json.dumps(card, indent=1) + "\n")
-    os.replace(draft, folder / "done.json")
-
-
-def budget(plan: StagePlan, rows: int, world: int) -> tuple[int, int]:
-    """(samples the stage sees, samples of one optimizer step)."""
-    s = plan.settings
-    global_batch = s.per_device_train_batch_size * s.gradient_accumulation_steps * world
-    if rows == 0:
-        raise KdcliError(f"stage {plan.stage.name}: the cache holds no rows of part {', '.join(plan.parts)}")
-    total = s.max_steps * global_batch if s.max_steps else round(s.num_train_epochs * rows)
-    if total < world:
-        raise KdcliError(
-            f"stage {plan.stage.name}: {rows} rows × {s.num_train_epochs:g} epochs give no step for {world} processes: "
-            "raise --num-train-epochs or --max-steps, or leave the stage out of --stages"
-        )
-    return total, global_batch
-
-
-def stage_identity(
-    cache: Cache, plan: StagePlan, total: int, global_batch: int, model_id: str, world: int = 1
-) -> dict[str, Any]:
-    """What must be equal for a checkpoint of this stage to be continued.
-
-    A method that draws (ratios of EPIC, columns of em-kd) draws for every micro-batch of every process: how a step is cut counts too.
-    """
-    return {
-        "plan_hash": cache.plan_hash,
-        "fields": {name: cache.fields[name]["sha256"] for name in plan.served.names},
-        "method": plan.method_name,
-        "knobs": asdict(plan.method),  # type: ignore[call-overload]
-        "parts": list(plan.parts),
-        "samples": total,
-        "global_batch": global_batch,
-        "settings": {
-            name: getattr(plan.settings, name)
-            for name in (
-                "learning_rate",
-                "weight_decay",
-                "warmup_ratio",
-                "max_grad_norm",
-                "adam_beta1",
-                "adam_beta2",
-                "seed",
-                "bf16",
-                "max_length",
-                "use_liger_kernel",
-            )
-        },
-        **({"vision_tower_learning_rate": tower} if (tower := plan.settings.vision_tower_learning_rate) else {}),
-        **({"compressor": plan.compressor.entry()} if plan.compressor else {}),
-        **({"micro_batches": [plan.settings.per_device_train_batch_size, world]} if draws(plan.method) else {}),
-        "start": start_hash(model_id),
-    }
-
-
-def draws(method: Any) -> bool:
-    """Whether a method draws something for every micro-batch."""
-    return hasattr(method, "passes") or bool(getattr(hook(method, "alignment")(), "columns", 0))
-
-
-def start_hash(model_id: str) -> str:
-    """Hash of what a stage starts from, configuration, weights and learned maps: checkpoints hold the trained weights only."""
-    folder = Path(model_id)
-    if not folder.is_dir():
-        return model_id
-    parts = [(folder / "config.json").read_text(), weights_hash(TeacherSpec(model_id), None)]
-    maps = folder.parent / MAPS
-    return content_hash([*parts, hashlib.sha256(maps.read_bytes()).hexdigest()] if maps.is_file() else parts)
+def finish(folder: Path, trainer: Trainer, processor: Any, maps_before: Path, card: dict[str, Any]) -> None:
+    """Maps, the model folder, then ``done.json``: a stage is finished when that file is there."""
+    student = trainer.model
+    whole = gathered(student)  # None: every process has the whole student
+    if trainer.processes.is_main:
+        weights = {name: one for name, one in (whole or student.state_dict()).items()}
+        maps = {name.removeprefix("maps."): one for name, one in weights.items() if name.startswith("maps.")}
+        save_maps(folder / MAPS, maps, maps_before)
+        own = {name.removeprefix("model."): one for name, one in weights.items() if name.startswith("model.")}
+        save_student(student.model, processor, folder / "model", own if whole else None)
+        draft = folder / ".done.json"
+        draft.write_text(json.dumps(card, indent=1) + "\n")
+        os.replace(draft, folder / "done.json")
+    trainer.processes.barrier()

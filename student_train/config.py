@@ -23,6 +23,8 @@ class TrainSettings:
         vision_tokens: that it leaves of an image; None: a quarter. vision_feature_layers: layers of the vision tower that it reads,
             for one that chooses them.
         vision_tower_learning_rate: of the vision tower in the stages that train the language model; 0: it stays frozen.
+        bf16: mixed precision; weights and optimizer state stay float32.
+        fsdp: under torchrun, shard weights, gradients and optimizer state over the processes (FSDP2); else each has all (DDP).
         save_steps: steps between checkpoints. save_total_limit: how many are kept.
         report_to: ``tensorboard`` or ``none`` (metrics.jsonl is always written).
         use_liger_kernel: Liger-Kernel's fused cross-entropy where a stage has no other loss on response tokens (CUDA, extra ``liger``).
@@ -44,6 +46,7 @@ class TrainSettings:
     max_length: int = 2048
     seed: int = 0
     bf16: bool = False
+    fsdp: bool = False
     gradient_checkpointing: bool = False
     dataloader_num_workers: int = 0
     logging_steps: int = 1

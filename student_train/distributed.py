@@ -1,21 +1,37 @@
-"""One process, or torchrun with DDP: rank, device, and the few collectives that training needs."""
+"""One process, or several that torchrun started: rank and device, the few collectives that training needs, DDP and FSDP2.
+
+Losses are divided by counts over all processes before they are differentiated, so gradients of processes are summed, never averaged.
+"""
 
 from __future__ import annotations
 
 import os
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import distributed as dist
+from torch import nn
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+
+from teacher_cache.errors import CompatibilityError
 
 
 @dataclass(frozen=True)
 class Processes:
-    """Where this process stands. device: its own GPU, or the CPU."""
+    """Where this process stands.
+
+    Attributes:
+        device: its own GPU, or the CPU.
+        files: the group in which checkpoints are written: a thread writes them while the others' collectives go on.
+    """
 
     rank: int
     world: int
     device: torch.device
+    files: dist.ProcessGroup | None = None
 
     @property
     def is_main(self) -> bool:
@@ -29,6 +45,10 @@ class Processes:
         dist.all_reduce(total)
         return total.tolist()
 
+    def of_main(self, value: int) -> int:
+        """What the main process says, so that all act on one look at a folder."""
+        return round(self.sum([float(value if self.is_main else 0)])[0])
+
     def barrier(self) -> None:
         if self.world > 1:
             dist.barrier()
@@ -41,11 +61,86 @@ def start() -> Processes:
     device = torch.device(f"cuda:{local_rank}" if torch.cuda.is_available() else "cpu")
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    if world > 1 and not dist.is_initialized():
+    if world == 1:
+        return Processes(0, 1, device)
+    if not dist.is_initialized():
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    return Processes(int(os.environ.get("RANK", "0")), world, device)
+    return Processes(int(os.environ["RANK"]), world, device, dist.new_group(backend="gloo"))
 
 
 def stop() -> None:
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+# ---- what a process trains: the model itself, DDP's copy of it, or its shards (FSDP2)
+
+
+def spread(model: Any, processes: Processes, fsdp: bool, bf16: bool, layers_stay: bool) -> nn.Module:
+    """The network to call in training steps, whose backward sums gradients over processes; ``model`` itself where it is alone.
+
+    Args:
+        fsdp: shard weights, gradients and optimizer state over the processes (in place); else every process has all of them.
+        bf16: sharded weights are gathered in bfloat16; gradients are summed in float32, and the shards are float32.
+        layers_stay: gathered decoder layers stay until the backward pass, for what reads their weights outside of their forward.
+    """
+    if processes.world == 1:
+        return model
+    if fsdp:
+        shard(model, processes, bf16, layers_stay)
+        return model
+    return DistributedDataParallel(model)
+
+
+def shard(model: Any, processes: Processes, bf16: bool, layers_stay: bool) -> None:
+    """FSDP2: a unit for every decoder layer, one for the rest.
+
+    The vision tower belongs to the rest: a batch without images does not run it, and a unit that only some processes run would
+    have the others wait for ever. So does the head, which the losses read after the forward, when only the outermost unit is whole.
+    """
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+
+    layers = getattr(getattr(model.model.model, "language_model", None), "layers", None)
+    if layers is None:
+        raise CompatibilityError(
+            f"{type(model.model.model).__name__} has no language_model with layers: it cannot be sharded, train it without --fsdp"
+        )
+    mesh = init_device_mesh(processes.device.type, (processes.world,))
+    half = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    policy = half if bf16 else MixedPrecisionPolicy()
+    for layer in layers:
+        fully_shard(layer, mesh=mesh, mp_policy=policy, reshard_after_forward=not layers_stay)
+    fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
+    for unit in model.modules():
+        if isinstance(unit, FSDPModule):
+            unit.set_gradient_divide_factor(1.0)
+            unit.set_force_sum_reduction_for_comms(True)  # gloo knows no scaled sum
+
+
+def summed_loss(loss: torch.Tensor, network: nn.Module, processes: Processes) -> torch.Tensor:
+    """The loss whose backward sums gradients over processes: each parameter in its graph, as collectives want them on every process."""
+    if processes.world == 1:
+        return loss
+    if isinstance(network, DistributedDataParallel):
+        loss = loss * processes.world  # DDP averages
+    # Of sharded units only the outermost is whole here; the decoder layers run in every forward anyway.
+    whole = [p for p in network.parameters() if p.requires_grad and not isinstance(p, DTensor)]
+    return loss + 0.0 * sum(p.reshape(-1)[0] for p in whole)
+
+
+def summing(network: nn.Module, last: bool) -> AbstractContextManager[Any]:
+    """Around one of a step's micro-batches. DDP sums behind the last; shards are summed behind each, which keeps gradients sharded."""
+    if last or not isinstance(network, DistributedDataParallel):
+        return nullcontext()
+    return network.no_sync()
+
+
+def gathered(model: nn.Module) -> dict[str, torch.Tensor] | None:
+    """Whole tensors of a sharded model by name, on the CPU of the main process (empty elsewhere); None where it is not sharded.
+    All processes call this."""
+    if not any(isinstance(parameter, DTensor) for parameter in model.parameters()):
+        return None
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+
+    return dict(get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True)))  # type: ignore[arg-type]

@@ -7,7 +7,7 @@ batch still mixes many shards. Position p counts samples over all epochs; any nu
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
@@ -81,6 +81,7 @@ class TrainBatch:
 
     Attributes:
         text, layouts: of each sample as the teacher read it. student_text, student_layouts: as the student reads it.
+        filler: it counts for nothing: this process has fewer samples in the step than another one, which it must keep pace with.
     """
 
     batch: Batch
@@ -89,6 +90,7 @@ class TrainBatch:
     layouts: tuple[tuple[ImageLayout, ...], ...] = ()
     student_text: tuple[TextTokens, ...] = ()
     student_layouts: tuple[tuple[ImageLayout, ...], ...] = ()
+    filler: bool = False
 
 
 class TrainDataset(Dataset):
@@ -166,7 +168,9 @@ def check_same_grid(key: str, teacher: tuple[ImageLayout, ...], student: tuple[I
 class MicroBatches:
     """Positions of every micro-batch of one process, step after step, from ``first_step`` on.
 
-    Sample ``step·global_batch + i`` goes to process ``i mod world``; the last step of a run may be smaller.
+    Sample ``step·global_batch + i`` goes to process ``i mod world``; the last step of a run may be smaller. So a step has the same
+    samples with any number of processes. All processes make the same number of micro-batches; where one has no sample left for its
+    last, the step's first sample stands there as a filler.
     """
 
     def __init__(self, total: int, global_batch: int, micro_batch: int, rank: int, world: int, first_step: int):
@@ -174,19 +178,29 @@ class MicroBatches:
         self.rank, self.world, self.first_step = rank, world, first_step
 
     def steps(self) -> int:
-        """Optimizer steps of the whole run; a last step with fewer samples than processes is left out."""
-        full, rest = divmod(self.total, self.global_batch)
-        return full + (rest >= self.world)
+        """Optimizer steps of the whole run."""
+        return -(-self.total // self.global_batch)
 
     def of_step(self, step: int) -> list[list[int]]:
-        start = step * self.global_batch
-        stop = min(start + self.global_batch, self.total)
+        """This process's micro-batches, without fillers."""
+        start, stop = self._span(step)
         mine = list(range(start + self.rank, stop, self.world))
         return [mine[i : i + self.micro_batch] for i in range(0, len(mine), self.micro_batch)]
+
+    def fillers(self, step: int) -> int:
+        """How many micro-batches this process makes besides, to have as many as the process that has most samples."""
+        start, stop = self._span(step)
+        most = -(-(stop - start) // self.world)
+        return -(-most // self.micro_batch) - len(self.of_step(step))
+
+    def _span(self, step: int) -> tuple[int, int]:
+        start = step * self.global_batch
+        return start, min(start + self.global_batch, self.total)
 
     def __iter__(self) -> Iterator[list[int]]:
         for step in range(self.first_step, self.steps()):
             yield from self.of_step(step)
+            yield from [[self._span(step)[0]]] * self.fillers(step)
 
 
 def join(rows: Sequence[TrainRow], pad_id: int) -> TrainBatch:
@@ -221,7 +235,8 @@ def step_batches(
         DataLoader(dataset, batch_sampler=batches, collate_fn=collate_rows, num_workers=workers)  # type: ignore[arg-type]
     )
     for step in range(batches.first_step, batches.steps()):
-        yield step, [_next(loader) for _ in batches.of_step(step)]
+        own = [_next(loader) for _ in batches.of_step(step)]
+        yield step, own + [replace(_next(loader), filler=True) for _ in range(batches.fillers(step))]
 
 
 def _next(loader: Iterator[TrainBatch]) -> TrainBatch:

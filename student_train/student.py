@@ -212,7 +212,13 @@ def asking_rows(batch: Batch) -> torch.Tensor:
     return columns
 
 
-def save_student(model: nn.Module, processor: Any, folder: Path) -> None:
-    """A plain Hugging Face folder: safetensors, config, processor, tokenizer and chat template."""
-    model.save_pretrained(folder)  # type: ignore[operator]
+def save_student(
+    model: nn.Module, processor: Any, folder: Path, weights: Mapping[str, torch.Tensor] | None = None
+) -> None:
+    """A plain Hugging Face folder: safetensors, config, processor, tokenizer and chat template.
+
+    Args:
+        weights: of a model that has only shards of them itself.
+    """
+    model.save_pretrained(folder, state_dict=weights)  # type: ignore[operator]
     processor.save_pretrained(folder)

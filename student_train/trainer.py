@@ -7,20 +7,20 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch.nn.parallel import DistributedDataParallel
+from torch.distributed.tensor import DTensor
 
-from student_train.checkpoint import checkpoints, load_checkpoint, save_checkpoint
+from student_train.checkpoint import Checkpoints
 from student_train.config import TrainSettings
-from student_train.distributed import Processes
+from student_train.distributed import Processes, spread, summed_loss, summing
 from student_train.distributions import DenseTeacher
 from student_train.losses.reduce import count_rows, total_loss
-from student_train.losses.terms import Terms, kinds_of
+from student_train.losses.terms import FIRST_LAYER, Terms, kinds_of
 from student_train.methods import Method, Passes, hook
 from student_train.stream import TrainBatch
 from student_train.student import RowForward, module_group
@@ -67,6 +67,9 @@ class Trainer:
         self.matching = hook(self.method, "alignment")()
         self.kinds = sorted(kinds_of(self.terms) | ({"vision"} if self.matching else set()))
         s = self.settings
+        # Maps of the first layer and rankings of pruned passes read weights of layers whose forward is over.
+        reads_layers = bool(FIRST_LAYER & set(self.kinds)) or hasattr(self.method, "passes")
+        self.network: torch.nn.Module = spread(self.model, self.processes, s.fsdp, s.bf16, reads_layers)
         self.parameters = [p for p in self.model.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(
             self._parameter_groups(),
@@ -74,9 +77,6 @@ class Trainer:
             betas=(s.adam_beta1, s.adam_beta2),
             weight_decay=s.weight_decay,
         )
-        self.network: torch.nn.Module = self.model
-        if self.processes.world > 1:
-            self.network = DistributedDataParallel(self.model)
 
     def _parameter_groups(self) -> list[dict[str, Any]]:
         """``share``: of the stage's learning rate. The vision tower has one of its own where it trains."""
@@ -111,9 +111,11 @@ class Trainer:
         loss_sum = 0.0
         for number, one in enumerate(batches):
             generator = self._generator(step, number)
-            with self._sync(last=number == len(batches) - 1):
+            with summing(self.network, last=number == len(batches) - 1):
                 loss, values = self._loss(step, one, generator, denominators)
-                self._backward(loss)
+                self._backward(loss * 0.0 if one.filler else loss)
+            if one.filler:
+                continue
             loss_sum += float(loss.detach())
             shares = {name: shares[name] + values[name] for name in shares}
         grad_norm = self._clip()
@@ -127,7 +129,7 @@ class Trainer:
             group["lr"] = rate * group.get("share", 1.0)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        tokens = sum(int(one.batch.inputs["attention_mask"].sum()) for one in batches)
+        tokens = sum(int(one.batch.inputs["attention_mask"].sum()) for one in batches if not one.filler)
         loss_all, tokens_all, *shares_all = self.processes.sum([loss_sum, float(tokens), *shares.values()])
         result = StepResult(loss_all, dict(zip(shares, shares_all)), grad_norm, rate, int(tokens_all))
         result.seconds = time.perf_counter() - started
@@ -168,18 +170,17 @@ class Trainer:
     def _clip(self) -> float:
         """Gradient norm before clipping; ``max_grad_norm`` 0 means no clipping, as in transformers."""
         limit = self.settings.max_grad_norm or math.inf
-        return float(torch.nn.utils.clip_grad_norm_(self.parameters, limit))
+        norm = torch.nn.utils.clip_grad_norm_(self.parameters, limit)
+        return float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
 
     def _backward(self, loss: torch.Tensor) -> None:
         """Gradients of one micro-batch; one without images has none for a projector that is all that trains."""
-        if self.processes.world > 1:
-            # DDP averages over processes, but the denominators are global already; and it wants every parameter in the graph.
-            loss = loss * self.processes.world + 0.0 * sum(p.reshape(-1)[0] for p in self.parameters)
+        loss = summed_loss(loss, self.network, self.processes)
         if loss.requires_grad:
             loss.backward()
 
     def _denominators(self, batches: list[TrainBatch]) -> dict[str, float]:
-        counted = [count_rows(self._counts(one), self.terms) for one in batches]
+        counted = [count_rows(self._counts(one), self.terms) for one in batches if not one.filler]
         mine = [sum(one[name] for one in counted) for name in self.terms]
         return dict(zip(self.terms, self.processes.sum(mine)))
 
@@ -187,11 +188,6 @@ class Trainer:
         """Rows of each sample that can count: vision rows that a matching leaves out do not."""
         counts: dict[str, Sequence[int]] = dict(one.batch.counts)
         return counts | {"vision": self.matching.counts(one)} if self.matching else counts
-
-    def _sync(self, last: bool) -> AbstractContextManager[None]:
-        if last or not isinstance(self.network, DistributedDataParallel):
-            return nullcontext()
-        return self.network.no_sync()
 
     def _autocast(self) -> AbstractContextManager[Any]:
         if not self.settings.bf16:
@@ -202,7 +198,9 @@ class Trainer:
         self, batches_from: StepBatches, on_step: Callable[[int, StepResult], None] = lambda step, result: None
     ) -> None:
         """Run the stage from its newest checkpoint (or the start) to its end."""
-        first = self.resume()
+        keep, folder = self.settings.save_total_limit, self.folder / "checkpoints"
+        saved = Checkpoints(folder, self.model, self.optimizer, self.identity, keep, self.processes)
+        first = saved.load()
         self.model.train()
         log = MetricsLog(self.folder, first, self.settings, self.processes)
         try:
@@ -217,21 +215,12 @@ class Trainer:
                 log.write(step, result)
                 on_step(step, result)
                 if (step + 1) % self.settings.save_steps == 0 and step + 1 < self.total_steps:
-                    self.save(step + 1)
+                    saved.save(step + 1)
+            saved.wait()
         finally:
+            with suppress(KdcliError):  # what stopped the run says more
+                saved.wait()
             log.close()
-
-    def resume(self) -> int:
-        """Load the newest checkpoint; the first step that is still to do."""
-        found = checkpoints(self.folder / "checkpoints")
-        return load_checkpoint(found[-1], self.model, self.optimizer, self.identity) if found else 0
-
-    def save(self, step: int) -> None:
-        """Write a checkpoint (main process)."""
-        if self.processes.is_main:
-            keep = self.settings.save_total_limit
-            save_checkpoint(self.folder / "checkpoints", step, self.model, self.optimizer, self.identity, keep)
-        self.processes.barrier()
 
 
 class MetricsLog:

@@ -10,7 +10,7 @@ from typing import Any
 
 from pipelines.profiles import chosen_fields
 from pipelines.settings import Settings
-from pipelines.train_student import start_hash
+from pipelines.stage_identity import start_hash
 from student_train.compression import asked_for
 from student_train.methods import method_module
 from teacher_cache.errors import CacheError, KdcliError

@@ -188,7 +188,8 @@ class _ChunkedHead(torch.autograd.Function):
     @staticmethod
     def forward(ctx, head: torch.Tensor, losses: Sequence[_KindLoss], *hidden: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
         needs_head, _, *needs_hidden = ctx.needs_input_grad
-        grad_head = torch.zeros_like(head) if needs_head else None
+        # A half-precision head (gathered for a step) is summed in float32 too; autograd rounds the sum to the head's type, once.
+        grad_head = torch.zeros_like(head, dtype=torch.promote_types(head.dtype, torch.float32)) if needs_head else None
         grads_hidden = [torch.zeros_like(one) if needed else None for one, needed in zip(hidden, needs_hidden)]
         total = head.new_zeros((), dtype=torch.float32)
         rows = chunk_rows(head, CHUNK_BYTES)

@@ -53,9 +53,9 @@ def open_stage(tmp_path: Path, tiny_student: Path) -> Callable[..., tuple[Any, A
     Unknown keywords are ``TrainSettings``; ``seed`` 0, no TensorBoard.
     """
     from pipelines.settings import Settings
+    from pipelines.stage_identity import budget
     from pipelines.stage_plans import plan_stages
     from pipelines.stage_trainer import make_trainer
-    from pipelines.train_student import budget
     from student_train import distributed
     from student_train.cache import Cache, CachedRows
     from student_train.config import StageSettings, TrainSettings

@@ -59,22 +59,20 @@ SPLITS = st.tuples(st.integers(1, 200), st.integers(1, 5), st.integers(1, 4), st
 @settings(deadline=None, max_examples=100)
 @given(SPLITS)
 def test_processes_share_every_step_exactly(split: tuple[int, int, int, int]) -> None:
-    """(total, micro batch, accumulation, world): each sample once, in order of steps; no process is without work."""
+    """(total, micro batch, accumulation, world): each sample once, in order of steps; all processes make as many micro-batches."""
     total, micro, accumulate, world = split
     global_batch = micro * accumulate * world
     ranks = [MicroBatches(total, global_batch, micro, rank, world, 0) for rank in range(world)]
-    steps = ranks[0].steps()
     seen: list[int] = []
-    for step in range(steps):
+    for step in range(ranks[0].steps()):
         mine = [one.of_step(step) for one in ranks]
-        assert all(batches and all(batches) for batches in mine)
-        assert all(len(batch) <= micro for batches in mine for batch in batches)
+        assert all(0 < len(batch) <= micro for batches in mine for batch in batches)
+        assert len({len(batches) + one.fillers(step) for batches, one in zip(mine, ranks)}) == 1
         assert all(len(batches) <= accumulate for batches in mine)
         of_step = sorted(p for batches in mine for batch in batches for p in batch)
         assert of_step == list(range(step * global_batch, step * global_batch + len(of_step)))
         seen += of_step
-    left_out = total - len(seen)
-    assert seen == list(range(len(seen))) and 0 <= left_out < world
+    assert seen == list(range(total))
 
 
 @settings(deadline=None, max_examples=50)
@@ -84,18 +82,26 @@ def test_resuming_continues_where_it_was(split: tuple[int, int, int, int], data:
     make = lambda first: MicroBatches(total, micro * accumulate * world, micro, world - 1, world, first)  # noqa: E731
     whole = make(0)
     first = data.draw(st.integers(0, whole.steps()))
-    done = sum(len(whole.of_step(step)) for step in range(first))
+    done = sum(len(whole.of_step(step)) + whole.fillers(step) for step in range(first))
     assert list(make(first)) == list(whole)[done:]
 
 
-@settings(deadline=None, max_examples=50)
-@given(st.integers(1, 100), st.sampled_from([(8, 1, 1), (4, 2, 1), (2, 2, 2), (1, 2, 4), (1, 1, 8)]))
-def test_a_step_holds_the_same_rows_for_any_world(total: int, split: tuple[int, int, int]) -> None:
-    micro, _, world = split
-    ranks = [MicroBatches(total, 8, micro, rank, world, 0) for rank in range(world)]
-    for step in range(min(one.steps() for one in ranks)):
-        rows = sorted(p for one in ranks for batch in one.of_step(step) for p in batch)
-        assert rows == list(range(step * 8, min(step * 8 + 8, total)))
+@settings(deadline=None, max_examples=100)
+@given(st.integers(1, 200), st.integers(1, 12), st.integers(1, 4), st.lists(st.integers(1, 5), min_size=1, max_size=4))
+def test_other_numbers_of_processes_see_each_remaining_sample_once(
+    total: int, global_batch: int, micro: int, worlds: list[int]
+) -> None:
+    """A run that is stopped and resumed with another number of processes, again and again, at any step."""
+    seen: list[int] = []
+    steps = -(-total // global_batch)
+    for number, world in enumerate(worlds):
+        first, stop = (steps * number // len(worlds), steps * (number + 1) // len(worlds))
+        ranks = [MicroBatches(total, global_batch, micro, rank, world, first) for rank in range(world)]
+        for step in range(first, stop):
+            own = [one.of_step(step) for one in ranks]
+            assert len({len(batches) + one.fillers(step) for batches, one in zip(own, ranks)}) == 1
+            seen += sorted(p for batches in own for batch in batches for p in batch)
+    assert seen == list(range(total))
 
 
 def keys_of(batches: Any) -> list[tuple[int, list[tuple[str, ...]]]]:
