@@ -24,6 +24,9 @@ from teacher_cache.errors import KdcliError
 from teacher_cache.plan import difference
 from teacher_cache.shards.storage import sync_folder
 
+# What one process is told of every checkpoint, and by a thread: there is nothing to do about it.
+warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
+
 WEIGHTS, OPTIMIZER = "weights.", "optimizer."
 
 
@@ -70,14 +73,12 @@ class Checkpoints:
         draft = self.folder / f".draft-{step:07d}"
         draft.mkdir(parents=True, exist_ok=True)
         writer = dcp.HuggingFaceStorageWriter(str(draft), save_distributed=True)
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
-            saving = dcp.async_save(
-                dict(self._tensors()),
-                storage_writer=writer,
-                process_group=self.processes.files,
-                no_dist=self.processes.world == 1,
-            )
+        saving = dcp.async_save(
+            dict(self._tensors()),
+            storage_writer=writer,
+            process_group=self.processes.files,
+            no_dist=self.processes.world == 1,
+        )
         assert isinstance(saving, Future), "a stager of one's own alone returns something else"
         self._written = self._thread.submit(self._publish, saving, draft, step)
 

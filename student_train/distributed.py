@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -116,6 +117,15 @@ def shard(model: Any, processes: Processes, bf16: bool, layers_stay: bool) -> No
         if isinstance(unit, FSDPModule):
             unit.set_gradient_divide_factor(1.0)
             unit.set_force_sum_reduction_for_comms(True)  # gloo knows no scaled sum
+    model.model.get_input_embeddings().register_forward_hook(partial(_with_gradient, model))
+
+
+def _with_gradient(model: nn.Module, embedding: nn.Module, given: Any, states: torch.Tensor) -> torch.Tensor:
+    """Token embeddings that a gradient goes back to on every process: where only the projector trains, a batch without images would
+    have no backward pass through the decoder layers, and the other processes would wait for this one's shards of them."""
+    if not torch.is_grad_enabled() or states.requires_grad:
+        return states
+    return states + nothing_of(model).to(states.dtype)
 
 
 def summed_loss(loss: torch.Tensor, network: nn.Module, processes: Processes) -> torch.Tensor:
@@ -124,9 +134,14 @@ def summed_loss(loss: torch.Tensor, network: nn.Module, processes: Processes) ->
         return loss
     if isinstance(network, DistributedDataParallel):
         loss = loss * processes.world  # DDP averages
-    # Of sharded units only the outermost is whole here; the decoder layers run in every forward anyway.
+    return loss + nothing_of(network)
+
+
+def nothing_of(network: nn.Module) -> torch.Tensor:
+    """0 with a gradient (0) to every parameter that is whole here: of sharded units the outermost is, in and behind its forward; the
+    decoder layers run in every one anyway."""
     whole = [p for p in network.parameters() if p.requires_grad and not isinstance(p, DTensor)]
-    return loss + 0.0 * sum(p.reshape(-1)[0] for p in whole)
+    return 0.0 * torch.stack([p.reshape(-1)[0].float() for p in whole]).sum()
 
 
 def summing(network: nn.Module, last: bool) -> AbstractContextManager[Any]:
@@ -138,9 +153,13 @@ def summing(network: nn.Module, last: bool) -> AbstractContextManager[Any]:
 
 def gathered(model: nn.Module) -> dict[str, torch.Tensor] | None:
     """Whole tensors of a sharded model by name, on the CPU of the main process (empty elsewhere); None where it is not sharded.
-    All processes call this."""
+
+    All processes call this. A tied tensor has one name, as in ``named_parameters``.
+    """
     if not any(isinstance(parameter, DTensor) for parameter in model.parameters()):
         return None
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
-    return dict(get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True)))  # type: ignore[arg-type]
+    found = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    named = {name for name, _ in (*model.named_parameters(), *model.named_buffers())}
+    return {name: one for name, one in found.items() if name in named}  # type: ignore[misc]
