@@ -17,6 +17,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
+from teacher_cache.errors import one_line
 from teacher_cache.shards.storage import Storage
 
 FOLDER = "progress"
@@ -70,7 +71,7 @@ class Heartbeat:
             yield
             self._change(shard=None, shard_rows=0)
         except Exception as error:
-            self._change(error=" ".join(str(error).split())[:500] or type(error).__name__)
+            self._change(error=one_line(error)[:500] or type(error).__name__)
             raise
         finally:
             done.set()

@@ -82,7 +82,7 @@ def complete_fields(cache: Cache, parts: tuple[str, ...]) -> list[str]:
 
 def settle_compressor(plans: list[StagePlan], student: str) -> list[StagePlan]:
     """The plans with their one compressor settled; CompatibilityError where the student cannot have it, before its weights are read."""
-    _, _, spec = open_student(student, compressor=plans[0].compressor)
+    _, _, spec = open_student(student, plans[0].settings.trust_remote_code, plans[0].compressor)
     for plan in plans:
         if spec and row_aligned(plan):
             raise CompatibilityError(

@@ -76,7 +76,8 @@ def train(
 
 def settle(cache: Cache, plans: list[StagePlan], student: str) -> tuple[list[StagePlan], list[str]]:
     """The plans as this student can have them, and notes for the user; refuses a student that cannot, before its weights are read."""
-    processor, config = load_processor(TeacherSpec(student))
+    trusted = plans[0].settings.trust_remote_code
+    processor, config = load_processor(TeacherSpec(student, trust_remote_code=trusted))
     for plan in plans:
         fields = {name: cache.fields[name] for name in plan.served.names}
         hook(plan.method, "check_student")(config, fields)
@@ -156,7 +157,9 @@ def run_stage(
             raise KdcliError(f"{folder} holds another finished stage: {lines}: choose another --output-dir")
         return {**finished["result"], "model": str(folder / "model")}  # the folder may have been moved since
     torch.manual_seed(plan.settings.seed)
-    model, processor = load_student(model_id, plan.settings.attn_implementation, compressor=plan.compressor)
+    model, processor = load_student(
+        model_id, plan.settings.attn_implementation, plan.settings.trust_remote_code, plan.compressor
+    )
     trainer, batches_from = make_trainer(
         cache, plan, rows, model, processor, total, global_batch, processes, folder, open_signals
     )

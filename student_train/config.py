@@ -25,6 +25,7 @@ class TrainSettings:
         vision_tower_learning_rate: of the vision tower in the stages that train the language model; 0: it stays frozen.
         save_steps: steps between checkpoints. save_total_limit: how many are kept.
         report_to: ``tensorboard`` or ``none`` (metrics.jsonl is always written).
+        trust_remote_code: run the program code that the student's folder or repository brings; read it first.
         use_liger_kernel: Liger-Kernel's fused cross-entropy where a stage has no other loss on response tokens (CUDA, extra ``liger``).
     """
 
@@ -55,6 +56,7 @@ class TrainSettings:
     vision_tokens: int | None = None
     vision_feature_layers: tuple[int, ...] = ()
     use_liger_kernel: bool = False
+    trust_remote_code: bool = False
 
     def __post_init__(self) -> None:
         positive = (
