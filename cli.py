@@ -812,6 +812,8 @@ def parse_knobs(knobs: tuple[str, ...]) -> dict[str, Any]:
             parsed[name] = json.loads(value)
         except json.JSONDecodeError:
             parsed[name] = value
+        except (ValueError, RecursionError) as error:
+            raise KdcliError(f"--set {name}=…: {error}") from None
     return parsed
 
 

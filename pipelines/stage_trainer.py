@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 from pipelines.stage_plans import StagePlan, row_aligned
 from student_train.cache import Cache, CachedRows
+from student_train.checkpoint import read_tensors
 from student_train.compression import compressor_of, with_grid
 from student_train.distributed import Processes
 from student_train.methods import hook
@@ -114,7 +115,7 @@ def load_maps(file: Path, maps: torch.nn.Module) -> None:
     """The maps of the stage before, where it had the same ones; else they begin afresh."""
     if not file.is_file():
         return
-    tensors, own = load_file(file), maps.state_dict()
+    tensors, own = read_tensors(file), maps.state_dict()
     if {name: one.shape for name, one in tensors.items()} == {name: one.shape for name, one in own.items()}:
         maps.load_state_dict(tensors)
 

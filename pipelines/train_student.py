@@ -19,6 +19,7 @@ from pipelines.stage_plans import StagePlan, check_vocabulary, plan_stages, sett
 from pipelines.stage_trainer import MAPS, OpenSignals, load_maps, make_trainer, save_maps
 from student_train import distributed
 from student_train.cache import Cache, CachedRows
+from student_train.checkpoint import read_card
 from student_train.distributed import Processes
 from student_train.losses.liger import check_liger
 from student_train.methods import hook
@@ -151,7 +152,7 @@ def run_stage(
     identity = stage_identity(cache, plan, total, global_batch, model_id, processes.world)
     done = folder / "done.json"
     if done.is_file():
-        finished = json.loads(done.read_text())
+        finished = read_card(done, {"identity": dict, "result": dict})
         if finished["identity"] != identity:
             lines = "; ".join(difference(finished["identity"], identity)).replace("cache ", "there ")
             raise KdcliError(f"{folder} holds another finished stage: {lines}: choose another --output-dir")

@@ -8,10 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 from teacher_cache.errors import KdcliError
+from teacher_cache.shards.schema import COUNT, misfit
 
 
 def save_checkpoint(
@@ -39,21 +41,43 @@ def checkpoints(folder: Path) -> list[Path]:
 
 def load_checkpoint(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, identity: dict[str, Any]) -> int:
     """Restore everything and return the step to continue with; KdcliError where it is of another run."""
-    state = json.loads((path / "state.json").read_text())
+    state = read_card(path / "state.json", {"step": COUNT, "identity": dict})
     if state["identity"] != identity:
         from teacher_cache.plan import difference
 
         lines = "; ".join(difference(state["identity"], identity)).replace("cache ", "checkpoint ")
         raise KdcliError(f"{path} was made by another run: {lines}: choose another --output-dir, or remove the folder")
-    weights = load_file(path / "weights.safetensors")
+    weights = read_tensors(path / "weights.safetensors")
     own = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    if set(own) != set(weights):
+    if {name: p.shape for name, p in own.items()} != {name: one.shape for name, one in weights.items()}:
         raise KdcliError(f"{path}: its trainable weights are not those of this student")
     with torch.no_grad():
         for name, parameter in own.items():
             parameter.copy_(weights[name])
-    _unflatten(optimizer, load_file(path / "optimizer.safetensors"))
+    try:
+        _unflatten(optimizer, read_tensors(path / "optimizer.safetensors"))
+    except (ValueError, KeyError, TypeError) as error:
+        raise KdcliError(f"{path}: its optimizer state is not of this student ({error}): remove the folder") from None
     return int(state["step"])
+
+
+def read_card(path: Path, shape: dict[str, Any]) -> dict[str, Any]:
+    """A JSON document that a run left beside its files; KdcliError naming it where it is damaged or of another shape."""
+    try:
+        body = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise KdcliError(f"{path}: damaged ({error}): remove its folder to do that part again") from None
+    if wrong := misfit(body, shape):
+        raise KdcliError(f"{path}: {wrong}: it was not written by kdcli; remove its folder to do that part again")
+    return body
+
+
+def read_tensors(path: Path) -> dict[str, torch.Tensor]:
+    """KdcliError naming the file where it is no safetensors file; nothing else is ever read as tensors."""
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
+        raise KdcliError(f"{path}: cannot be read ({error}): remove its folder to do that part again") from None
 
 
 def _flatten(optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:

@@ -41,7 +41,7 @@ def documents(tiny_cache: Path) -> dict[str, bytes]:
 PARSERS: dict[str, Any] = {
     "plan": parse_plan,
     "commit": parse_commit,
-    "index": parse_index,
+    "index": lambda data, place: parse_index(data, place, 1 << 30, 4),
     "record": container.unpack,
 }
 
