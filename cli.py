@@ -68,12 +68,19 @@ trust_option = click.option(
     default=None,
     help="Run the program code that the models' folders bring (docs/security.md); off by default.",
 )
+links_option = click.option(
+    "--follow-links",
+    is_flag=True,
+    default=None,
+    help="Links below an image root may lead out of it: they are yours (docs/security.md).",
+)
 data_options = [
     click.option("--data", multiple=True, help="Mixture part: file, glob or brace URL. Repeat for more parts."),
     click.option(
         "--part", multiple=True, help="Name of each --data part, in order (default: the stem of its file name)."
     ),
     click.option("--image-root", multiple=True, help="Folder of relative image paths, once for all or once a --data."),
+    links_option,
     click.option("--template", multiple=True, help="chat or plain, once for all or once a --data (default chat)."),
     click.option("--limit", multiple=True, type=int, help="Use only the first N rows, once for all or once a --data."),
 ]
@@ -112,15 +119,15 @@ def need(given: dict[str, Any]) -> None:
             raise KdcliError(f"no {name}: give the flag, or run `kdcli init` and edit kd.toml")
 
 
-def data_specs(data: tuple[str, ...], **each: tuple[Any, ...]) -> tuple[Any, ...]:
-    """Flags → one DataSpec a part; an option is given once for all parts or once for each."""
+def data_specs(data: tuple[str, ...], follow_links: bool | None = None, **each: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Flags → one DataSpec a part; an option is given once for all parts or once for each, ``follow_links`` for all."""
     from pipelines.settings import build
     from teacher_cache.errors import KdcliError
     from teacher_cache.sources import DataSpec
 
     specs = []
     for i, path in enumerate(data):
-        values: dict[str, Any] = {"path": path}
+        values: dict[str, Any] = {"path": path, "follow_links": bool(follow_links)}
         for name, given in each.items():
             if given and len(given) not in (1, len(data)):
                 raise KdcliError(
@@ -272,7 +279,7 @@ def plan_capture(
     from pipelines.settings import override
 
     settings = load(config)
-    each = {name: flags.pop(name) for name in ("part", "image_root", "template", "limit")}
+    each = {name: flags.pop(name) for name in ("part", "image_root", "follow_links", "template", "limit")}
     specs = data_specs(data, **each) or settings.data
     spec = teacher_spec(teacher, settings.teacher, trust_remote_code)
     need({"--teacher": spec, "--data": specs})
@@ -336,7 +343,7 @@ def preflight(
     from pipelines.settings import FILE, override
 
     settings = load(config)
-    each = {name: asked.pop(name) for name in ("part", "image_root", "template", "limit")}
+    each = {name: asked.pop(name) for name in ("part", "image_root", "follow_links", "template", "limit")}
     specs = data_specs(data, **each) or settings.data
     spec = teacher_spec(teacher, settings.teacher, trust_remote_code, dtype=dtype, device=device)
     need({"--teacher": spec, "--data": specs})
@@ -410,7 +417,7 @@ def cache_teacher(
     from pipelines.settings import override
 
     settings = load(config)
-    each = {name: flags.pop(name) for name in ("part", "image_root", "template", "limit")}
+    each = {name: flags.pop(name) for name in ("part", "image_root", "follow_links", "template", "limit")}
     specs = data_specs(data, **each) or settings.data
     spec = teacher_spec(teacher, settings.teacher, trust_remote_code, dtype=dtype, device=device)
     target = out or settings.cache
@@ -853,6 +860,7 @@ def ablate(grid: str, out: str | None, dry_run: bool, as_json: bool, **asked: An
 @click.argument("model")
 @click.option("--data", required=True, help="Held-out file of single questions.")
 @click.option("--image-root", default=None)
+@links_option
 @click.option("--limit", type=int, default=None)
 @click.option("--batch-size", default=32, show_default=True)
 @click.option("--compress", help="Remove vision tokens inside the language model: dart, fastv, pyramiddrop or random.")
@@ -869,6 +877,7 @@ def evaluate(
     model: str,
     data: str,
     image_root: str | None,
+    follow_links: bool | None,
     limit: int | None,
     batch_size: int,
     compress: str | None,
@@ -888,7 +897,7 @@ def evaluate(
 
     with bar(console(), "questions") as progress:
         task = progress.add_task("asking", total=None)
-        spec = DataSpec("heldout", data, image_root=image_root, limit=limit)
+        spec = DataSpec("heldout", data, image_root=image_root, limit=limit, follow_links=bool(follow_links))
         result = evaluate_folder(
             model,
             spec,

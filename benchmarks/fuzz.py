@@ -23,7 +23,7 @@ from hypothesis import strategies as st
 from benchmarks.common import argument_parser, finish, machine, print_table
 from benchmarks.fuzz_targets import Target, targets
 
-BATCH = 1000
+BATCH = 500
 MOST_GROWTH = 2 << 30
 """Bytes that a target may add to the peak of the process."""
 
@@ -67,9 +67,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="kdcli-fuzz-") as scratch:
         chosen = [one for one in targets(Path(scratch)) if arguments.only in one.name]
         share = -(-arguments.inputs // len(chosen))
-        for target in chosen:
-            total = done.setdefault(target.name, {"inputs": 0, "taken": 0, "seconds": 0.0, "grown": 0, "failure": ""})
-            while total["inputs"] < share and not total["failure"]:
+        while left := [one for one in chosen if to_do(done, one.name, share)]:
+            for target in left:  # in turn, so that a run that is broken off has tried everything
+                total = done[target.name]
                 batch = fuzz(target, min(BATCH, share - total["inputs"]), total["inputs"])
                 for key in ("inputs", "taken", "seconds"):
                     total[key] += batch[key]
@@ -77,6 +77,11 @@ def main() -> None:
                 if state:
                     state.write_text(json.dumps(done))
     report([(name, one) for name, one in done.items() if arguments.only in name], arguments)
+
+
+def to_do(done: dict[str, dict[str, Any]], name: str, share: int) -> bool:
+    total = done.setdefault(name, {"inputs": 0, "taken": 0, "seconds": 0.0, "grown": 0, "failure": ""})
+    return total["inputs"] < share and not total["failure"]
 
 
 def report(rows: list[tuple[str, dict[str, Any]]], arguments: Any) -> None:

@@ -28,6 +28,7 @@ _SPEC = {
     **dict.fromkeys(("image_root?", "format?"), (str, None)),
     "limit?": (COUNT, None),
     "max_image_pixels?": COUNT,
+    "follow_links?": bool,
 }
 _GROUP = {**dict.fromkeys(("start", "rows", "characters", "images"), COUNT), "locator": dict}
 _SHAPE = {

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -40,11 +40,19 @@ class EvalFile:
     image_root: str | None = None
     format: str | None = None
     limit: int | None = None
+    follow_links: bool = False
     options: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def spec(self) -> DataSpec:
-        return DataSpec(self.name, self.path, image_root=self.image_root, format=self.format, limit=self.limit)
+        return DataSpec(
+            self.name,
+            self.path,
+            image_root=self.image_root,
+            format=self.format,
+            limit=self.limit,
+            follow_links=self.follow_links,
+        )
 
 
 @dataclass(frozen=True)
@@ -190,7 +198,7 @@ def _files(tables: list[Any], path: Path) -> tuple[EvalFile, ...]:
         options = {name: value for name, value in table.items() if name not in own}
         check_options(options, f"{path} [[eval]]")
         one = build(EvalFile, {name: value for name, value in table.items() if name in own}, f"{path} [[eval]]")
-        found.append(EvalFile(one.name, one.path, one.image_root, one.format, one.limit, options))
+        found.append(replace(one, options=options))
         open_source(one.spec)
         pruning_of(*(options.get(name) for name in ("compress", "keep", "compress_layer")))
     names = [one.name for one in found]
