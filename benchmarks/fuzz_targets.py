@@ -296,7 +296,14 @@ class Folder:
             self.write(name, small_cache()[name])
 
     def read_shard(self, column: str, data: bytes) -> None:
-        """data: length of the tar (4 bytes), the tar, the index."""
+        """``write_shard``, then what ``verify`` and training do."""
+        self.write_shard(column, data)
+        storage = Storage(str(self.path))
+        list(verify.shard_problems(storage, parse_plan(small_cache()["manifest.json"], ""), column, "", 0))
+        self.read_all()
+
+    def write_shard(self, column: str, data: bytes) -> None:
+        """A shard of these files. data: length of the tar (4 bytes), the tar, the index."""
         size = int.from_bytes(data[:4], "big")
         tar, index = data[4 : 4 + size], data[4 + size :]
         name = f"{column}/commits/000000.json"
@@ -305,9 +312,6 @@ class Folder:
         self.write(f"{column}/data/{commit.tar}", tar)
         self.write(f"{column}/index/{commit.index}", index)
         self.write(name, replace(commit, tar_bytes=len(tar), **sums).to_bytes())
-        storage = Storage(str(self.path))
-        list(verify.shard_problems(storage, parse_plan(small_cache()["manifest.json"], ""), column, "", 0))
-        self.read_all()
 
 
 def shard_of(column: str) -> tuple[Commit, bytes, bytes]:

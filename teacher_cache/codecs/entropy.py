@@ -49,7 +49,7 @@ class Table:
     probabilities: torch.Tensor
 
     def __post_init__(self) -> None:
-        """CacheError for one that no calibration makes; the library would end the process at some of them."""
+        """CacheError for one that no calibration makes; the library takes even negative probabilities."""
         each = self.probabilities
         fits = each.dtype == torch.float32 and each.ndim == 1 and 2 <= len(each) <= MOST_TABLE
         if not fits or not bool(((each > 0) & (each <= 1)).all()) or not -(1 << 31) <= self.low < (1 << 31) - len(each):

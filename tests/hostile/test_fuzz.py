@@ -78,8 +78,8 @@ def test_deep_nesting() -> None:
         only_cache_errors(kind, b'{"a":' * 100_000)
 
 
-def test_a_calibration_that_the_coder_would_die_of() -> None:
-    """The library behind it ends the process at such tables, which no ``except`` would catch."""
+def test_a_calibration_whose_tables_are_none() -> None:
+    """The library behind them takes even negative probabilities, and decodes something."""
     from teacher_cache.fields.calibration import tables_of
 
     for each in ([0.0, 1.0], [float("nan")] * 3, [-1.0, 2.0], [1.0], [float("inf"), 1.0]):

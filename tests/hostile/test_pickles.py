@@ -3,22 +3,27 @@
 from __future__ import annotations
 
 import ast
+import hashlib
 import io
 import pickle
 import shutil
 import tarfile
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from student_train.cache import Cache, CachedRows
+from benchmarks.fuzz_targets import Folder, joined, shard_of, small_cache
+from pipelines.inspect_cache import check
+from student_train.cache import Cache
 from student_train.checkpoint import load_checkpoint, save_checkpoint
 from student_train.student import load_student
-from teacher_cache.errors import KdcliError
-from teacher_cache.fields import open_field
+from teacher_cache.errors import CacheError, KdcliError
+from teacher_cache.fields import decode_record
+from teacher_cache.shards.sealed import seal, unseal
 from teacher_cache.teachers.transformers import TeacherSpec, TransformersTeacher, load_processor, weights_hash
 
 ROOT = Path(__file__).parents[2]
@@ -48,11 +53,11 @@ def mark(tmp_path: Path) -> Path:
     return path
 
 
-def sources() -> Iterator[tuple[str, ast.AST]]:
-    for house in HOUSES:
-        place = ROOT / house
-        for path in [place] if place.is_file() else sorted(place.rglob("*.py")):
-            yield str(path.relative_to(ROOT)), ast.parse(path.read_text(), str(path))
+@cache
+def sources() -> list[tuple[str, ast.AST]]:
+    places = [ROOT / house for house in HOUSES]
+    files = [file for place in places for file in ([place] if place.is_file() else sorted(place.rglob("*.py")))]
+    return [(str(file.relative_to(ROOT)), ast.parse(file.read_text(), str(file))) for file in files]
 
 
 def suspects(tree: ast.AST) -> Iterator[tuple[str, ast.AST]]:
@@ -71,9 +76,8 @@ def suspects(tree: ast.AST) -> Iterator[tuple[str, ast.AST]]:
 
 
 def test_the_code_has_no_way_to_unpickle() -> None:
-    found = list(sources())
-    assert len(found) > 100
-    for path, tree in found:
+    assert len(sources()) > 100
+    for path, tree in sources():
         for what, node in suspects(tree):
             assert (path, what) == DEMO_CHECKPOINT, f"{path}:{node.lineno}: {what}"  # type: ignore[attr-defined]
             keywords = {one.arg: ast.unparse(one.value) for one in node.keywords}  # type: ignore[attr-defined]
@@ -94,39 +98,39 @@ def test_weights_are_asked_for_as_safetensors_everywhere() -> None:
     assert calls >= 4
 
 
-def test_a_pickle_in_a_shard_is_no_member(tiny_cache: Path, copy_of, mark: Path) -> None:
-    """Beside the members that the index lists it is damage to ``verify``, and the reader passes it by."""
-    from pipelines.inspect_cache import check
-
-    folder = copy_of(tiny_cache)
-    tar = sorted((folder / "samples" / "data").iterdir())[0]
-    rows_before = CachedRows(Cache(str(folder)), Cache(str(folder)).parts(), []).read(0, 0)
+def test_a_pickle_in_a_shard_is_no_member(mark: Path) -> None:
+    """Beside the members that the index lists it is damage to ``verify``, and the reader passes it by; in place of one it is no record."""
+    folder = Folder()
+    _, tar, index = shard_of("samples")
     data = pickle.dumps(Planted(mark))
-    with tarfile.open(tar, "a") as opened:
+    stream = io.BytesIO(tar)
+    with tarfile.open(fileobj=stream, mode="a") as opened:
         for name in ("000000000-00000000.pyd", "000000000-00000000.pkl", "000000000-00000000.pth"):
             info = tarfile.TarInfo(name)
             info.size = len(data)
             opened.addfile(info, io.BytesIO(data))
-    problems = "\n".join(map(str, check(Cache(str(folder)))))
-    assert tar.name in problems
-    cache = Cache(str(folder))
-    try:
-        assert CachedRows(cache, cache.parts(), []).read(0, 0).sample == rows_before.sample
-    except KdcliError as error:
-        assert tar.name in str(error)  # the tar is longer than its commit says
+    folder.write_shard("samples", joined(stream.getvalue(), index))
+    assert "does not hold the members that its index lists" in "\n".join(map(str, check(Cache(str(folder.path)))))
+    folder.read_all()
+    for name in ("vision_topk", "vision_hidden", "affinity"):
+        one = Cache(str(folder.path)).open_field(name)
+        with pytest.raises(CacheError, match="here"):
+            decode_record(one, data, "here")
     assert not mark.exists()
 
 
-@pytest.mark.parametrize("name", ["vision_topk", "vision_hidden", "response_topk"])
-def test_a_pickle_in_place_of_a_calibration(
-    tiny_cache_standard: Path, copy_of, mark: Path, name: str, reseal_field
-) -> None:
+@pytest.mark.parametrize("name", ["vision_hidden", "affinity"])
+def test_a_pickle_in_place_of_a_calibration(mark: Path, name: str) -> None:
     """Even where ``field.json`` vouches for it."""
-    folder = copy_of(tiny_cache_standard)
-    reseal_field(folder, name, calibration=pickle.dumps(Planted(mark)))
-    with pytest.raises(KdcliError, match="calibration"):
-        Cache(str(folder)).open_field(name)
-    assert not mark.exists() and open_field
+    folder = Folder()
+    data, path = pickle.dumps(Planted(mark)), f"fields/{name}/field.json"
+    body = unseal(small_cache()[path], "")
+    folder.write(body["calibration"]["path"], data)
+    body["calibration"]["sha256"] = hashlib.sha256(data).hexdigest()
+    folder.write(path, seal(body))
+    with pytest.raises(CacheError, match=r"calibration/.* is not readable"):
+        Cache(str(folder.path)).open_field(name)
+    assert not mark.exists()
 
 
 def test_a_pickle_in_place_of_a_checkpoint(tmp_path: Path, mark: Path) -> None:
