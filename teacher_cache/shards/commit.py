@@ -15,13 +15,13 @@ from teacher_cache.shards.sealed import seal, unseal
 from teacher_cache.shards.storage import Storage
 
 FORMAT_VERSION = 1
-_FILE_NAME = re.compile(r"[0-9A-Za-z][0-9A-Za-z._-]*")
+_FILE_NAME = re.compile(r"[0-9A-Za-z][0-9A-Za-z._-]{0,199}")
 _SKIP = {**dict.fromkeys(("part", "source_id", "place", "reason", "detail"), str), "ordinal": COUNT}
 _SHAPE = {
     **dict.fromkeys(("plan_hash", "column_hash", "tar", "tar_sha256", "index", "index_sha256"), str),
     **dict.fromkeys(("shard", "tar_bytes", "rows", "written"), COUNT),
     "skipped": [_SKIP],
-    "counts": {f"{name}?": COUNT for name in ("vision_rows", "response_rows", "text_tokens")},
+    "counts": {...: COUNT},
 }
 
 
@@ -97,6 +97,6 @@ def committed_shards(storage: Storage, column: str) -> list[int]:
 def _check(commit: Commit) -> None:
     for name in (commit.tar, commit.index):
         if not _FILE_NAME.fullmatch(name):
-            raise ValueError(f"{name!r} is no name of a tar or index")
+            raise ValueError(f"{name[:60]!r} is no name of a tar or index")
     if commit.rows != commit.written + len(commit.skipped):
         raise ValueError(f"{commit.rows} rows are not {commit.written} written + {len(commit.skipped)} skipped")

@@ -1,7 +1,7 @@
 """What a JSON document must look like before anybody works with it: a checksum says that it is whole, not that it makes sense.
 
 A kind is a type; ``COUNT``; a tuple (one of these kinds); a list of one kind (a list of such values); a dictionary (an object with
-these keys, others besides; ``name?``: the key may be absent). Numbers are finite, and true is no number.
+these keys, others besides; ``name?``: the key may be absent; ``...``: every key). Numbers are finite, and true is no number.
 """
 
 from __future__ import annotations
@@ -55,9 +55,12 @@ def misfit(value: Any, kind: Any, name: str = "it") -> str:
     return "" if type(value) is kind else f"{name} must be {_WORDS[kind]}"
 
 
-def _misfit_of_object(value: Any, kind: dict[str, Any], name: str) -> str:
+def _misfit_of_object(value: Any, kind: dict[Any, Any], name: str) -> str:
     if type(value) is not dict:
         return f"{name} must be an object"
+    if ... in kind:
+        every = (misfit(one, kind[...], f"{name}.{str(key)[:40]}") for key, one in value.items())
+        return next(filter(None, every), "")
     for key, inner in kind.items():
         plain = key.removesuffix("?")
         inside = plain if name == "it" else f"{name}.{plain}"
