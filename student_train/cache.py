@@ -147,7 +147,11 @@ class Cache:
 def read_field(storage: Storage, name: str, body: Mapping[str, Any]) -> Field:
     """The field that ``field.json`` describes, with its calibration where it has one; CacheError where that cannot be read."""
     file = body.get("calibration")
-    field = open_field(name, body, read_tensors(storage, file, name) if file else None)
+    calibration = read_tensors(storage, file, name) if file else None
+    try:
+        field = open_field(name, body, calibration)
+    except CacheError as error:
+        raise CacheError(f"{storage}/fields/{name}/field.json: {error}") from None
     if field.calibrated and not file:
         raise CacheError(f"{storage}/fields/{name}/field.json names no calibration, field {name} cannot be read")
     return field

@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from teacher_cache.errors import CacheError, KdcliError
+from teacher_cache.errors import CacheError, KdcliError, printable
 from teacher_cache.records import RowGroup
 from teacher_cache.shards.schema import COUNT, require
 from teacher_cache.shards.sealed import seal, unseal
@@ -141,6 +141,10 @@ def make_plan(
     if shards < 1:
         raise KdcliError(f"--shards must be at least 1, got {shards}")
     names = [spec.part for spec in specs]
+    if nameless := [name for name in names if not name.strip() or printable(name) != name or "\n" in name]:
+        raise KdcliError(
+            f"a part is called {nameless[0]!r}: its name must be text on one line: use --part or `part = …`"
+        )
     if len(set(names)) != len(names):
         raise KdcliError(
             f"mixture parts must have different names, got {', '.join(names)}: use --part or `part = …` in kd.toml"

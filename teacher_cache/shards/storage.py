@@ -32,9 +32,10 @@ class Storage:
 
     def path(self, relative: str) -> str:
         """Where a relative path lies; CacheError where it leaves the cache: documents name files, and anybody can write one."""
-        if relative.startswith("/") or ".." in relative.split("/") or "\\" in relative or "\0" in relative:
+        parts = relative.split("/")
+        if relative.startswith("/") or ".." in parts or max(map(len, parts)) > 250 or set(relative) & {"\\", "\0"}:
             raise CacheError(
-                f"{self}: {relative!r} is no file of a cache: the document that names it is damaged or hostile"
+                f"{self}: {relative[:80]!r} is no file of a cache: the document that names it is damaged or hostile"
             )
         return f"{self.root}/{relative}" if relative else self.root
 
