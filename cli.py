@@ -19,16 +19,30 @@ class Group(click.Group):
         return list(self.commands)
 
     def invoke(self, ctx: click.Context) -> Any:
-        from teacher_cache.errors import KdcliError
+        from teacher_cache.errors import KdcliError, one_line
 
         try:
             return super().invoke(ctx)
         except KdcliError as error:
-            raise click.ClickException(" ".join(str(error).split())) from None
+            raise click.ClickException(one_line(error)) from None
         except OSError as error:
             if error.filename is None or not error.strerror:
                 raise
-            raise click.ClickException(f"{error.filename}: {error.strerror}") from None
+            raise click.ClickException(one_line(f"{error.filename}: {error.strerror}")) from None
+
+
+def say(text: str, err: bool = False) -> None:
+    """Print a result; what data brought into it (captions, ids, names) cannot drive the terminal."""
+    from teacher_cache.errors import printable
+
+    click.echo(printable(text), err=err)
+
+
+def note(text: str) -> None:
+    """A note beside the progress bars."""
+    from teacher_cache.errors import printable
+
+    console().print(printable(text), markup=False, highlight=False)
 
 
 def console() -> Any:
@@ -48,12 +62,25 @@ config_option = click.option(
 )
 json_option = click.option("--json", "as_json", is_flag=True, help="Print the result as one JSON object.")
 device_option = click.option("--device", default=None, help="cpu, cuda, cuda:1; default: the GPU where there is one.")
+trust_option = click.option(
+    "--trust-remote-code",
+    is_flag=True,
+    default=None,
+    help="Run the program code that the models' folders bring (docs/security.md); off by default.",
+)
+links_option = click.option(
+    "--follow-links",
+    is_flag=True,
+    default=None,
+    help="Links below an image root may lead out of it: they are yours (docs/security.md).",
+)
 data_options = [
     click.option("--data", multiple=True, help="Mixture part: file, glob or brace URL. Repeat for more parts."),
     click.option(
         "--part", multiple=True, help="Name of each --data part, in order (default: the stem of its file name)."
     ),
     click.option("--image-root", multiple=True, help="Folder of relative image paths, once for all or once a --data."),
+    links_option,
     click.option("--template", multiple=True, help="chat or plain, once for all or once a --data (default chat)."),
     click.option("--limit", multiple=True, type=int, help="Use only the first N rows, once for all or once a --data."),
 ]
@@ -65,6 +92,24 @@ def with_data_options(command: Any) -> Any:
     return command
 
 
+def teacher_spec(teacher: str | None, known: Any, trust_remote_code: bool | None, **flags: Any) -> Any:
+    """The teacher of a command: ``--teacher``, else that of kd.toml, whose trust does not go over to another model; None: neither."""
+    from pipelines.settings import override
+    from teacher_cache.teachers.transformers import TeacherSpec
+
+    spec = TeacherSpec(teacher) if teacher else known
+    return override(spec, trust_remote_code=trust_remote_code, **flags) if spec else None
+
+
+def train_settings(known: Any, student: str | None, trust_remote_code: bool | None, **flags: Any) -> Any:
+    """``[train]`` with what the flags say; trust in the student of kd.toml does not go over to another one."""
+    from pipelines.settings import override
+
+    if student and student != known.student:
+        trust_remote_code = bool(trust_remote_code)
+    return override(known, student=student, trust_remote_code=trust_remote_code, **flags)
+
+
 def need(given: dict[str, Any]) -> None:
     """KdcliError naming the first flag that neither the command line nor kd.toml gave."""
     from teacher_cache.errors import KdcliError
@@ -74,15 +119,15 @@ def need(given: dict[str, Any]) -> None:
             raise KdcliError(f"no {name}: give the flag, or run `kdcli init` and edit kd.toml")
 
 
-def data_specs(data: tuple[str, ...], **each: tuple[Any, ...]) -> tuple[Any, ...]:
-    """Flags → one DataSpec a part; an option is given once for all parts or once for each."""
+def data_specs(data: tuple[str, ...], follow_links: bool | None = None, **each: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Flags → one DataSpec a part; an option is given once for all parts or once for each, ``follow_links`` for all."""
     from pipelines.settings import build
     from teacher_cache.errors import KdcliError
     from teacher_cache.sources import DataSpec
 
     specs = []
     for i, path in enumerate(data):
-        values: dict[str, Any] = {"path": path}
+        values: dict[str, Any] = {"path": path, "follow_links": bool(follow_links)}
         for name, given in each.items():
             if given and len(given) not in (1, len(data)):
                 raise KdcliError(
@@ -132,7 +177,7 @@ def init() -> None:
     from pipelines.settings import write_template
 
     target = write_template(Path("."))
-    click.echo(
+    say(
         f"wrote {target}: edit teacher, student and data, then run `kdcli doctor` and `kdcli cache-teacher --shards 512`"
     )
 
@@ -142,6 +187,7 @@ def init() -> None:
 @with_data_options
 @click.option("--teacher", help="Model folder or hub id: also find rows over --max-length in its tokens.")
 @click.option("--max-length", type=int, help="Longest row in tokens (default: as in [capture]).")
+@trust_option
 @config_option
 @json_option
 def doctor(
@@ -149,6 +195,7 @@ def doctor(
     data: tuple[str, ...],
     teacher: str | None,
     max_length: int | None,
+    trust_remote_code: bool | None,
     config: str | None,
     as_json: bool,
     **each: Any,
@@ -159,7 +206,7 @@ def doctor(
     from pipelines.settings import override
     from teacher_cache.errors import KdcliError
     from teacher_cache.prepare import token_counter
-    from teacher_cache.teachers.transformers import TeacherSpec, load_processor
+    from teacher_cache.teachers.transformers import load_processor
 
     settings = load(config)
     given = data_specs(paths + data, **each)
@@ -168,13 +215,13 @@ def doctor(
         raise KdcliError(
             "no data: name files (`kdcli doctor rows.json --image-root images`), or run `kdcli init` for a kd.toml"
         )
-    spec = TeacherSpec(teacher) if teacher else settings.teacher if not given else None
+    spec = teacher_spec(teacher, None if given else settings.teacher, trust_remote_code)
     limit = override(settings.capture, max_length=max_length).max_length
     count = token_counter(*load_processor(spec), {one.part: one.template for one in specs}) if spec else None
     with doctor_progress(console()) as progress:
         report = examine(list(specs), progress, token_counter=count, max_length=limit)
     if as_json:
-        click.echo(json.dumps(report.to_json(), ensure_ascii=False))
+        say(json.dumps(report.to_json(), ensure_ascii=False))
     else:
         from rich.console import Console
 
@@ -201,6 +248,7 @@ def doctor(
 @click.option("--peak-tflops", default=989.0, show_default=True, help="Of one GPU, where no speed is given.")
 @click.option("--utilisation", default=0.4, show_default=True, help="Share of the peak that is reached.")
 @click.option("--gpus", default=8, show_default=True, help="GPUs of the job.")
+@trust_option
 @config_option
 @json_option
 def plan_capture(
@@ -217,6 +265,7 @@ def plan_capture(
     peak_tflops: float,
     utilisation: float,
     gpus: int,
+    trust_remote_code: bool | None,
     config: str | None,
     as_json: bool,
     **flags: Any,
@@ -228,12 +277,11 @@ def plan_capture(
     from pipelines.estimate.teacher_cost import Speed
     from pipelines.progress import bar
     from pipelines.settings import override
-    from teacher_cache.teachers.transformers import TeacherSpec
 
     settings = load(config)
-    each = {name: flags.pop(name) for name in ("part", "image_root", "template", "limit")}
+    each = {name: flags.pop(name) for name in ("part", "image_root", "follow_links", "template", "limit")}
     specs = data_specs(data, **each) or settings.data
-    spec = TeacherSpec(teacher) if teacher else settings.teacher
+    spec = teacher_spec(teacher, settings.teacher, trust_remote_code)
     need({"--teacher": spec, "--data": specs})
     capture = override(
         settings.capture, fields=split(fields), parts_without_fields=split(parts_without_fields), **flags
@@ -245,7 +293,7 @@ def plan_capture(
     with bar(console(), "rows") as progress:
         task = progress.add_task("looking at rows", total=None)
         result = estimate(request, lambda done, total: progress.update(task, completed=done, total=total))
-    click.echo(json.dumps(result.to_json(), ensure_ascii=False) if as_json else estimate_tables(result))
+    say(json.dumps(result.to_json(), ensure_ascii=False) if as_json else estimate_tables(result))
 
 
 @main.command()
@@ -265,6 +313,7 @@ def plan_capture(
 @click.option("--write/--no-write", default=True, show_default=True, help="Write what was chosen into kd.toml.")
 @click.option("--gpus", default=8, show_default=True, help="GPUs of the real job.")
 @click.option("--dtype", help="auto, float32, bfloat16, float16.")
+@trust_option
 @device_option
 @config_option
 @json_option
@@ -279,6 +328,7 @@ def preflight(
     max_length: int | None,
     write: bool,
     dtype: str | None,
+    trust_remote_code: bool | None,
     device: str | None,
     config: str | None,
     as_json: bool,
@@ -291,23 +341,21 @@ def preflight(
     from pipelines.preflight.request import PreflightRequest
     from pipelines.preflight.run import preflight as run
     from pipelines.settings import FILE, override
-    from teacher_cache.teachers.transformers import TeacherSpec
 
     settings = load(config)
-    each = {name: asked.pop(name) for name in ("part", "image_root", "template", "limit")}
+    each = {name: asked.pop(name) for name in ("part", "image_root", "follow_links", "template", "limit")}
     specs = data_specs(data, **each) or settings.data
-    spec = TeacherSpec(teacher) if teacher else settings.teacher
+    spec = teacher_spec(teacher, settings.teacher, trust_remote_code, dtype=dtype, device=device)
     need({"--teacher": spec, "--data": specs})
     capture = override(
         settings.capture, store=store, fields=split(fields), shards=shards, max_length=max_length, workers=1
     )
-    settings = replace(settings, capture=capture, train=override(settings.train, student=student))
+    settings = replace(settings, capture=capture, train=train_settings(settings.train, student, trust_remote_code))
     kd_file = Path(config or FILE) if write else None
-    spec = override(spec, dtype=dtype, device=device)
     request = PreflightRequest(spec, specs, settings, split(methods) or (), kd_file=kd_file, **asked)
     with report.preflight_progress(console()) as progress:
         result = run(request, progress)
-    click.echo(json.dumps(report.as_json(result), ensure_ascii=False) if as_json else report.report(result))
+    say(json.dumps(report.as_json(result), ensure_ascii=False) if as_json else report.report(result))
     if not result["go"]:
         sys.exit(1)
 
@@ -337,6 +385,7 @@ def preflight(
 @click.option("--calibration", help="Cache of `kdcli preflight` whose calibration is taken; '' fits afresh.")
 @click.option("--seed", type=int, help="Seed of the row order.")
 @click.option("--dtype", help="auto, float32, bfloat16, float16.")
+@trust_option
 @device_option
 @config_option
 @json_option
@@ -353,6 +402,7 @@ def cache_teacher(
     part_of_shards: str | None,
     prepare_only: bool,
     dtype: str | None,
+    trust_remote_code: bool | None,
     device: str | None,
     config: str | None,
     as_json: bool,
@@ -365,15 +415,13 @@ def cache_teacher(
     from pipelines import cache_teacher as pipeline
     from pipelines.progress import capture_progress
     from pipelines.settings import override
-    from teacher_cache.teachers.transformers import TeacherSpec
 
     settings = load(config)
-    each = {name: flags.pop(name) for name in ("part", "image_root", "template", "limit")}
+    each = {name: flags.pop(name) for name in ("part", "image_root", "follow_links", "template", "limit")}
     specs = data_specs(data, **each) or settings.data
-    spec = TeacherSpec(teacher) if teacher else settings.teacher
+    spec = teacher_spec(teacher, settings.teacher, trust_remote_code, dtype=dtype, device=device)
     target = out or settings.cache
     need({"--teacher": spec, "--data": specs, "--out": target})
-    spec = override(spec, dtype=dtype, device=device)
     capture = override(
         settings.capture,
         fields=split(fields),
@@ -399,16 +447,14 @@ def cache_teacher(
     with capture_progress(console()) as progress:
         summary = pipeline.capture(request, progress)
     if as_json:
-        click.echo(json.dumps(summary))
+        say(json.dumps(summary))
     else:
         from pipelines.tables import cache_table
 
-        click.echo(cache_table(summary["columns"], summary["rows"]))
-        click.echo(
-            f"{summary['rows']} rows in {summary['shards']} shards at {target}; plan {summary['plan_hash'][:12]}"
-        )
+        say(cache_table(summary["columns"], summary["rows"]))
+        say(f"{summary['rows']} rows in {summary['shards']} shards at {target}; plan {summary['plan_hash'][:12]}")
         for note in summary.get("notes", []):
-            click.echo(f"note: {note}")
+            say(f"note: {note}")
 
 
 def part_of(text: str | None) -> tuple[int, int] | None:
@@ -435,10 +481,10 @@ def submit_to_slurm(capture: Any, dry_run: bool) -> None:
     folder = Path("slurm")
     job = SlurmJob(command, capture.slurm_tasks, capture.slurm_options, folder, Path.cwd())
     if dry_run:
-        click.echo(job.plan())
+        say(job.plan())
         return
     first, array = job.submit()
-    click.echo(
+    say(
         f"submitted: {first} prepares, then array {array} with {job.tasks} tasks; scripts and logs in {folder}/\n"
         "`kdcli cache status` shows how far it is"
     )
@@ -501,7 +547,7 @@ def inspect(url: str | None, row: int, key: str | None, config: str | None) -> N
     from pipelines.tables import sample_view
 
     cache = open_cache(url, config)
-    click.echo(sample_view(inspect_cache.inspect(cache, row, key)))
+    say(sample_view(inspect_cache.inspect(cache, row, key)))
 
 
 @cache_group.command()
@@ -515,11 +561,11 @@ def status(url: str | None, config: str | None, as_json: bool) -> None:
 
     body = inspect_cache.status(open_cache(url, config))
     if as_json:
-        click.echo(json.dumps(body))
+        say(json.dumps(body))
         return
-    click.echo(cache_table(body["columns"], body["rows"]))
+    say(cache_table(body["columns"], body["rows"]))
     if body["work"]:
-        click.echo(work_lines(body["work"]))
+        say(work_lines(body["work"]))
 
 
 @cache_group.command()
@@ -532,11 +578,11 @@ def verify(url: str | None, config: str | None, as_json: bool) -> None:
 
     problems = inspect_cache.check(open_cache(url, config))
     if as_json:
-        click.echo(json.dumps([vars(problem) for problem in problems]))
+        say(json.dumps([vars(problem) for problem in problems]))
     else:
         for problem in problems:
-            click.echo(str(problem))
-        click.echo(f"{len(problems)} problem{'s' * (len(problems) != 1)}" if problems else "every checksum holds")
+            say(str(problem))
+        say(f"{len(problems)} problem{'s' * (len(problems) != 1)}" if problems else "every checksum holds")
     if problems:
         sys.exit(1)
 
@@ -551,8 +597,8 @@ def gc(url: str | None, yes: bool, config: str | None) -> None:
 
     found = inspect_cache.collect_garbage(open_cache(url, config), remove=yes)
     for name in found:
-        click.echo(name)
-    click.echo(f"{len(found)} files {'removed' if yes else 'would be removed (--yes)'}")
+        say(name)
+    say(f"{len(found)} files {'removed' if yes else 'would be removed (--yes)'}")
 
 
 @cache_group.command("add-field")
@@ -573,6 +619,7 @@ def gc(url: str | None, yes: bool, config: str | None) -> None:
     "--calibration", help="A cache (of `kdcli preflight`, or another one) whose calibration to take; '' fits afresh."
 )
 @click.option("--dtype", help="float32, bfloat16, float16; default: as the other fields.")
+@trust_option
 @device_option
 @config_option
 @json_option
@@ -584,6 +631,7 @@ def add_field(
     other_teacher: bool,
     parts_without_fields: str | None,
     dtype: str | None,
+    trust_remote_code: bool | None,
     device: str | None,
     config: str | None,
     as_json: bool,
@@ -593,16 +641,14 @@ def add_field(
     from pipelines import edit_cache as pipeline
     from pipelines.progress import capture_progress
     from pipelines.settings import override
-    from teacher_cache.teachers.transformers import TeacherSpec
 
     settings = load(config)
     cache = open_cache(url, config)
-    spec = TeacherSpec(teacher) if teacher else settings.teacher
+    spec = teacher_spec(teacher, settings.teacher, trust_remote_code, dtype=dtype, device=device)
     need({"--teacher": spec})
     given = pipeline.parse_field_sets(names, parse_knobs(knobs))
     params = {name: {**settings.fields.get(name, {}), **given[name]} for name in names}
     capture = override(settings.capture, parts_without_fields=split(parts_without_fields), **flags)
-    spec = override(spec, dtype=dtype, device=device)
     with capture_progress(console()) as progress:
         summary = pipeline.add_fields(str(cache.storage), spec, params, capture, other_teacher, progress)
     print_summary(summary, as_json)
@@ -612,10 +658,10 @@ def print_summary(summary: dict[str, Any], as_json: bool) -> None:
     """A cache that was made or changed: as ``cache status`` says it."""
     from pipelines.tables import cache_table
 
-    click.echo(json.dumps(summary) if as_json else cache_table(summary["columns"], summary["rows"]))
+    say(json.dumps(summary) if as_json else cache_table(summary["columns"], summary["rows"]))
     if not as_json:
         for note in summary.get("notes", []):
-            click.echo(f"note: {note}")
+            say(f"note: {note}")
 
 
 @cache_group.command("drop-field")
@@ -630,12 +676,12 @@ def drop_field(url: str, name: str, yes: bool, as_json: bool) -> None:
 
     found = drop(url, name, remove=yes)
     if as_json:
-        click.echo(json.dumps({**vars(found), "removed": yes}))
+        say(json.dumps({**vars(found), "removed": yes}))
         return
     what = f"field {name}: {found.shards} shards, {found.files} files, {human_bytes(found.bytes)}"
-    click.echo(f"{what} {'removed' if yes else 'would be removed (--yes)'}")
+    say(f"{what} {'removed' if yes else 'would be removed (--yes)'}")
     if yes:
-        click.echo("what it alone read under teacher/ goes with `kdcli cache gc --yes`")
+        say("what it alone read under teacher/ goes with `kdcli cache gc --yes`")
 
 
 @cache_group.command()
@@ -698,7 +744,7 @@ def urls(url: str, column: str) -> None:
     cache = open_cache(url, None)
     reader = cache.column(column)
     for shard in committed_shards(cache.storage, reader.column):
-        click.echo(f"{cache.storage}/{reader.column}/data/{read_commit(cache.storage, reader.column, shard).tar}")
+        say(f"{cache.storage}/{reader.column}/data/{read_commit(cache.storage, reader.column, shard).tar}")
 
 
 @main.command("train-student")
@@ -731,6 +777,7 @@ def urls(url: str, column: str) -> None:
 )
 @click.option("--save-steps", type=int)
 @click.option("--report-to", type=click.Choice(["tensorboard", "none"]))
+@trust_option
 @config_option
 @json_option
 def train_student(
@@ -748,17 +795,16 @@ def train_student(
 
     from pipelines import train_student as pipeline
     from pipelines.progress import train_progress
-    from pipelines.settings import override
     from teacher_cache.errors import KdcliError
 
     settings = load(config)
     url = cache_url or settings.cache
     if not url:
         raise KdcliError("no cache: give --cache, or run `kdcli init` and edit kd.toml")
-    settings = replace(settings, train=override(settings.train, **flags))
+    settings = replace(settings, train=train_settings(settings.train, **flags))
     with train_progress(console()) as on_step:
-        result = pipeline.train(url, method, settings, stages, preset, parse_knobs(knobs), on_step, console().print)
-    click.echo(json.dumps(result) if as_json else f"student: {result['model']}")
+        result = pipeline.train(url, method, settings, stages, preset, parse_knobs(knobs), on_step, note)
+    say(json.dumps(result) if as_json else f"student: {result['model']}")
 
 
 def parse_knobs(knobs: tuple[str, ...]) -> dict[str, Any]:
@@ -774,6 +820,8 @@ def parse_knobs(knobs: tuple[str, ...]) -> dict[str, Any]:
             parsed[name] = json.loads(value)
         except json.JSONDecodeError:
             parsed[name] = value
+        except (ValueError, RecursionError) as error:
+            raise KdcliError(f"--set {name}=…: {error}") from None
     return parsed
 
 
@@ -795,16 +843,16 @@ def ablate(grid: str, out: str | None, dry_run: bool, as_json: bool, **asked: An
     request = pipeline.AblateRequest(Path(grid), Path(out or Path("ablations") / Path(grid).stem), **asked)
     if dry_run:
         listed, text = pipeline.dry_run(request)
-        click.echo(json.dumps(listed) if as_json else text)
+        say(json.dumps(listed) if as_json else text)
         return
     try:
         result = pipeline.ablate(request, console())
     except KeyboardInterrupt:
         raise click.ClickException("interrupted: run the same command again to continue") from None
     text = result.pop("markdown")
-    click.echo(json.dumps(result) if as_json else text)
+    say(json.dumps(result) if as_json else text)
     for one in result["failed"]:
-        click.echo(f"failed: {one['name']}: {one['error']} (log: {one['log']})", err=True)
+        say(f"failed: {one['name']}: {one['error']} (log: {one['log']})", err=True)
     if result["failed"]:
         sys.exit(1)
 
@@ -813,6 +861,7 @@ def ablate(grid: str, out: str | None, dry_run: bool, as_json: bool, **asked: An
 @click.argument("model")
 @click.option("--data", required=True, help="Held-out file of single questions.")
 @click.option("--image-root", default=None)
+@links_option
 @click.option("--limit", type=int, default=None)
 @click.option("--batch-size", default=32, show_default=True)
 @click.option("--compress", help="Remove vision tokens inside the language model: dart, fastv, pyramiddrop or random.")
@@ -822,12 +871,14 @@ def ablate(grid: str, out: str | None, dry_run: bool, as_json: bool, **asked: An
 @click.option(
     "--out", type=click.Path(dir_okay=False), help="Also write the scores here; RUN/scores.json is what reports read."
 )
+@trust_option
 @device_option
 @json_option
 def evaluate(
     model: str,
     data: str,
     image_root: str | None,
+    follow_links: bool | None,
     limit: int | None,
     batch_size: int,
     compress: str | None,
@@ -835,6 +886,7 @@ def evaluate(
     compress_layer: int | None,
     vision_tokens: int | None,
     out: str | None,
+    trust_remote_code: bool | None,
     device: str | None,
     as_json: bool,
 ) -> None:
@@ -846,7 +898,7 @@ def evaluate(
 
     with bar(console(), "questions") as progress:
         task = progress.add_task("asking", total=None)
-        spec = DataSpec("heldout", data, image_root=image_root, limit=limit)
+        spec = DataSpec("heldout", data, image_root=image_root, limit=limit, follow_links=bool(follow_links))
         result = evaluate_folder(
             model,
             spec,
@@ -856,12 +908,13 @@ def evaluate(
             keep,
             compress_layer,
             vision_tokens,
+            bool(trust_remote_code),
             advance=lambda rows: progress.advance(task, rows),
         )
     answers = [vars(one) for one in result.pop("answers")]
     if out:
         Path(out).write_text(json.dumps({model: result}, indent=1) + "\n")
-    click.echo(json.dumps({**result, "answers": answers}) if as_json else score_table({model: result}))
+    say(json.dumps({**result, "answers": answers}) if as_json else score_table({model: result}))
 
 
 @main.command()
@@ -876,6 +929,7 @@ def evaluate(
 @click.option("--sweep", is_flag=True, help="Also fit many other fields on other rows, and measure the frontier.")
 @click.option("--plot", type=click.Path(dir_okay=False), help="Write bytes against gradient angle as a PNG.")
 @click.option("--out", type=click.Path(dir_okay=False), help="Also write the tables here, as Markdown.")
+@trust_option
 @device_option
 @config_option
 @json_option
@@ -886,6 +940,7 @@ def fidelity(
     parts: str | None,
     plot: str | None,
     out: str | None,
+    trust_remote_code: bool | None,
     device: str | None,
     config: str | None,
     as_json: bool,
@@ -894,22 +949,21 @@ def fidelity(
     """Cached losses and gradients against the live teacher, per method, with the live-vs-live noise floor beside them."""
     from pipelines import fidelity as pipeline
     from pipelines.fidelity import show
-    from pipelines.settings import override
     from teacher_cache.errors import KdcliError
-    from teacher_cache.teachers.transformers import TeacherSpec
 
     settings = load(config)
-    url, spec = cache_url or settings.cache, TeacherSpec(teacher) if teacher else settings.teacher
+    url, spec = cache_url or settings.cache, teacher_spec(teacher, settings.teacher, trust_remote_code, device=device)
     if not url or not spec:
         raise KdcliError("name both sides: --cache and --teacher, or run `kdcli init` and edit kd.toml")
     names = tuple(one.strip() for one in parts.split(",")) if parts else None
+    trained = train_settings(settings.train, student, trust_remote_code)
     request = pipeline.FidelityRequest(
-        url, override(spec, device=device), student or settings.train.student, parts=names, **asked
+        url, spec, trained.student, parts=names, trust_remote_code=trained.trust_remote_code, **asked
     )
     with show.fidelity_progress(console()) as progress:
         result = pipeline.fidelity(request, progress)
     pipeline.write_files(result, plot, out)
-    click.echo(json.dumps(show.as_json(result)) if as_json else show.report(result))
+    say(json.dumps(show.as_json(result)) if as_json else show.report(result))
 
 
 @main.command()
@@ -918,7 +972,7 @@ def methods(as_json: bool) -> None:
     """List the methods: what they need, which fields serve it, the paper; and what is not offered, with the reason."""
     from pipelines import method_table
 
-    click.echo(json.dumps(method_table.as_json()) if as_json else method_table.text())
+    say(json.dumps(method_table.as_json()) if as_json else method_table.text())
 
 
 @main.command()
@@ -929,7 +983,7 @@ def report(runs: tuple[str, ...], cache_url: str | None, out: str) -> None:
     """One self-contained HTML page: results, loss curves, cache sizes, images with decoded words."""
     from pipelines.report.page import write_report
 
-    click.echo(f"wrote {write_report([Path(run) for run in runs], cache_url, Path(out))}")
+    say(f"wrote {write_report([Path(run) for run in runs], cache_url, Path(out))}")
 
 
 if __name__ == "__main__":

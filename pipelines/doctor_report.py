@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from teacher_cache.errors import SKIP_REASONS
+from teacher_cache.errors import SKIP_REASONS, printable
 
 # What is worth knowing but costs no row: the image decodes and is used.
 NOTES = {
@@ -99,7 +99,7 @@ def print_report(report: DoctorReport, console: Console) -> None:
 
 
 def _print_part(part: PartReport, console: Console) -> None:
-    console.print(f"part {part.part!r}: {part.path}", style="bold", markup=False, highlight=False)
+    console.print(printable(f"part {part.part!r}: {part.path}"), style="bold", markup=False, highlight=False)
     console.print(
         f"  {part.rows:,} rows, {part.usable:,} usable: {part.with_images:,} with images "
         f"({part.multi_image:,} with several), {part.text_only:,} text only; {part.multi_turn:,} multi-turn",
@@ -117,6 +117,5 @@ def _print_part(part: PartReport, console: Console) -> None:
 
 
 def _example_line(example: Example) -> str:
-    # repr: ids come from the data and could hold control characters that a terminal obeys.
     words = [example.place, f"id {example.source_id[:60]!r}" if example.source_id else "", example.detail]
-    return "  ".join(word for word in words if word)
+    return printable("  ".join(word for word in words if word))

@@ -90,7 +90,7 @@ def check_parts(cache: Cache, without: tuple[str, ...]) -> None:
 def as_described(cache: Cache, spec: TeacherSpec, other_teacher: bool) -> TeacherSpec:
     """``spec`` whose dtype, where none was asked for, is that of the fields that are there: of the same teacher, another machine's
     default would be another teacher."""
-    dtypes = {body["teacher"]["dtype"] for body in cache.fields.values()}
+    dtypes = {body["teacher"].get("dtype", "auto") for body in cache.fields.values()}
     return (
         replace(spec, dtype=dtypes.pop()) if spec.dtype == "auto" and len(dtypes) == 1 and not other_teacher else spec
     )

@@ -259,6 +259,7 @@ def evaluate_folder(
     keep: int | None = None,
     compress_layer: int | None = None,
     vision_tokens: int | None = None,
+    trust_remote_code: bool = False,
     **kwargs: Any,
 ) -> dict[str, Any]:
     """``evaluate`` on a model folder.
@@ -266,13 +267,14 @@ def evaluate_folder(
     Args:
         compress: operator that removes vision tokens inside the language model, from layer ``compress_layer`` (2) on, down to
             ``keep`` tokens an image.
+        trust_remote_code: run the code that the folder brings.
         vision_tokens: of an image, for a compressor that serves several counts; None: as the folder says.
     """
     pruning = pruning_of(compress, keep, compress_layer)
     compressor = None if vision_tokens is None else CompressorSpec("", vision_tokens)
-    config = open_student(model_id, compressor=compressor)[1]
+    config = open_student(model_id, trust_remote_code, compressor)[1]
     if pruning:
         pruning.check(config)
-    model, processor = load_student(model_id, "sdpa", compressor=compressor)
+    model, processor = load_student(model_id, "sdpa", trust_remote_code, compressor)
     model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     return evaluate(model, processor, spec, batch_size, pruning=pruning, **kwargs)

@@ -17,6 +17,8 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
+from teacher_cache.errors import one_line
+from teacher_cache.shards.schema import COUNT, misfit
 from teacher_cache.shards.storage import Storage
 
 FOLDER = "progress"
@@ -24,6 +26,15 @@ INTERVAL = 10.0
 """Seconds between two words of a worker."""
 LOST_AFTER = 6 * INTERVAL
 """Seconds of silence after which a worker counts as lost: clocks of two machines differ, and object stores take their time."""
+
+
+_WORD = {
+    **dict.fromkeys(("worker", "host"), str),
+    **dict.fromkeys(("started", "updated"), float),
+    **dict.fromkeys(("shard_rows?", "rows?"), COUNT),
+    "shard?": (COUNT, None),
+    "error?": (str, None),
+}
 
 
 @dataclass(frozen=True)
@@ -70,7 +81,7 @@ class Heartbeat:
             yield
             self._change(shard=None, shard_rows=0)
         except Exception as error:
-            self._change(error=" ".join(str(error).split())[:500] or type(error).__name__)
+            self._change(error=one_line(error)[:500] or type(error).__name__)
             raise
         finally:
             done.set()
@@ -103,13 +114,21 @@ def new_run() -> str:
 
 def words(storage: Storage) -> list[Word]:
     """The last word of every worker; what cannot be read (half gone, or nobody's) is left out."""
-    known = {one.name for one in fields(Word)}
     found = []
     for name in storage.names(FOLDER):
-        with suppress(OSError, ValueError, TypeError, AttributeError):
-            body = json.loads(storage.read(f"{FOLDER}/{name}"))
-            found.append(Word(**{key: value for key, value in body.items() if key in known}))
-    return sorted(found, key=lambda word: word.worker)
+        with suppress(OSError):
+            found.append(parse_word(storage.read(f"{FOLDER}/{name}")))
+    return sorted((word for word in found if word), key=lambda word: word.worker)
+
+
+def parse_word(data: bytes) -> Word | None:
+    """None for what is no word of a worker."""
+    try:
+        body = json.loads(data)
+    except (ValueError, RecursionError):
+        return None
+    known = {one.name for one in fields(Word)}
+    return None if misfit(body, _WORD) else Word(**{key: value for key, value in body.items() if key in known})
 
 
 def forget(storage: Storage, run: str = "") -> None:

@@ -19,6 +19,8 @@ from rich.progress import (
 )
 from rich.text import Text
 
+from teacher_cache.errors import printable
+
 
 class Rate(ProgressColumn):
     """Items a second."""
@@ -38,7 +40,7 @@ def bar(console: Console, unit: str) -> Progress:
     logging.disable_progress_bar()
     columns = (
         SpinnerColumn(),
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),  # part names are the user's own, brackets and all
         BarColumn(),
         MofNCompleteColumn(),
         Rate(unit),
@@ -84,7 +86,7 @@ def doctor_progress(console: Console) -> Iterator[Callable[[str, int, int], None
 
         def show(part: str, done: int, total: int) -> None:
             if part not in tasks:
-                tasks[part] = progress.add_task(part, total=total)
+                tasks[part] = progress.add_task(printable(part), total=total)
             progress.update(tasks[part], completed=done)
 
         yield show

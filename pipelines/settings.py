@@ -17,6 +17,8 @@ from teacher_cache.sources import DataSpec
 from teacher_cache.teachers.transformers import TeacherSpec
 
 FILE = "kd.toml"
+MOST = 1 << 62
+"""No setting is a number so large, none infinite or NaN."""
 EXECUTORS = ("local", "ray", "slurm")
 T = TypeVar("T")
 
@@ -92,7 +94,10 @@ def read_toml(path: Path, advice: str) -> dict[str, Any]:
         return tomllib.loads(path.read_text())
     except FileNotFoundError:
         raise KdcliError(f"{path}: no such file; {advice}") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (
+        ValueError,
+        RecursionError,
+    ) as error:  # besides bad syntax and bytes: numbers of 5,000 digits, endless nesting
         raise KdcliError(f"{path}: not valid TOML ({error})") from None
 
 
@@ -169,6 +174,8 @@ def _fits(value: Any, wanted: Any) -> bool:
         return isinstance(value, tuple) and all(_fits(one, get_args(wanted)[0]) for one in value)
     if isinstance(value, bool):
         return wanted is bool
+    if isinstance(value, int | float) and not abs(value) < MOST:  # NaN is not below either
+        return False
     return isinstance(value, (int, float) if wanted is float else wanted)
 
 

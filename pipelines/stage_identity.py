@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -12,18 +11,21 @@ from typing import Any
 from pipelines.stage_plans import StagePlan
 from pipelines.stage_trainer import MAPS
 from student_train.cache import Cache
-from student_train.checkpoint import checkpoints, read_state
+from student_train.checkpoint import checkpoints, read_card, read_state
 from student_train.methods import hook
 from teacher_cache.errors import KdcliError
 from teacher_cache.plan import content_hash
 from teacher_cache.teachers.transformers import TeacherSpec, weights_hash
+
+DONE = {"identity": dict, "result": dict}
+"""What ``done.json`` of a finished stage holds."""
 
 
 def begun(folder: Path) -> dict[str, Any] | None:
     """Identity of what a stage's folder holds, finished or to be continued; None where nothing is."""
     done, saved = folder / "done.json", checkpoints(folder / "checkpoints")
     if done.is_file():
-        return dict(json.loads(done.read_text())["identity"])
+        return read_card(done, DONE)["identity"]
     return read_state(saved[-1])["identity"] if saved else None
 
 

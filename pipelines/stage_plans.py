@@ -77,12 +77,15 @@ def complete_fields(cache: Cache, parts: tuple[str, ...]) -> list[str]:
             f"{cache.storage}: {len(missing)} of {len(shards)} shards of part {', '.join(parts)} are not captured yet: "
             "run `kdcli cache-teacher` again to finish them"
         )
-    return [name for name in cache.fields if shards <= set(committed_shards(cache.storage, f"fields/{name}"))]
+    found = [name for name in cache.fields if shards <= set(committed_shards(cache.storage, f"fields/{name}"))]
+    if nameless := [name for name in found if not cache.fields[name]["teacher"]]:
+        raise CacheError(f"{cache.storage}: field.json of {', '.join(nameless)} does not say which teacher made it")
+    return found
 
 
 def settle_compressor(plans: list[StagePlan], student: str) -> list[StagePlan]:
     """The plans with their one compressor settled; CompatibilityError where the student cannot have it, before its weights are read."""
-    _, _, spec = open_student(student, compressor=plans[0].compressor)
+    _, _, spec = open_student(student, plans[0].settings.trust_remote_code, plans[0].compressor)
     for plan in plans:
         if spec and row_aligned(plan):
             raise CompatibilityError(

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from pipelines.stage_plans import StagePlan, row_aligned
@@ -20,7 +21,7 @@ from student_train.stream import MicroBatches, Order, TrainBatch, TrainDataset, 
 from student_train.student import RowForward, freeze_except
 from student_train.teacher_view import TeacherSignals
 from student_train.trainer import Trainer
-from teacher_cache.errors import CompatibilityError
+from teacher_cache.errors import CompatibilityError, KdcliError
 from teacher_cache.known_text import same_text_side
 from teacher_cache.prepare import Limits, Preparer
 
@@ -119,11 +120,19 @@ def save_maps(file: Path, maps: Mapping[str, torch.Tensor], before: Path) -> Non
         save_file(tensors, file)
 
 
+def read_tensors(path: Path) -> dict[str, torch.Tensor]:
+    """KdcliError naming the file where it is no safetensors file; nothing else is ever read as tensors."""
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
+        raise KdcliError(f"{path}: cannot be read ({error}): remove its folder to do that part again") from None
+
+
 def load_maps(file: Path, maps: torch.nn.Module) -> None:
     """The maps of the stage before, where it had the same ones; else they begin afresh."""
     if not file.is_file():
         return
-    tensors, own = load_file(file), maps.state_dict()
+    tensors, own = read_tensors(file), maps.state_dict()
     if {name: one.shape for name, one in tensors.items()} == {name: one.shape for name, one in own.items()}:
         maps.load_state_dict(tensors)
 

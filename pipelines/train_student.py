@@ -14,11 +14,12 @@ from typing import Any
 import torch
 
 from pipelines.settings import Settings
-from pipelines.stage_identity import begun, settled_budget, stage_identity
+from pipelines.stage_identity import DONE, begun, settled_budget, stage_identity
 from pipelines.stage_plans import StagePlan, check_vocabulary, plan_stages, settle_compressor
 from pipelines.stage_trainer import MAPS, OpenSignals, make_trainer, save_maps
 from student_train import distributed
 from student_train.cache import Cache, CachedRows
+from student_train.checkpoint import read_card
 from student_train.distributed import Processes, gathered
 from student_train.losses.liger import check_liger
 from student_train.methods import hook
@@ -76,7 +77,8 @@ def train(
 
 def settle(cache: Cache, plans: list[StagePlan], student: str) -> tuple[list[StagePlan], list[str]]:
     """The plans as this student can have them, and notes for the user; refuses a student that cannot, before its weights are read."""
-    processor, config = load_processor(TeacherSpec(student))
+    trusted = plans[0].settings.trust_remote_code
+    processor, config = load_processor(TeacherSpec(student, trust_remote_code=trusted))
     for plan in plans:
         fields = {name: cache.fields[name] for name in plan.served.names}
         hook(plan.method, "check_student")(config, fields)
@@ -152,7 +154,7 @@ def run_stage(
     identity = stage_identity(cache, plan, total, global_batch, model_id, started)
     done = folder / "done.json"
     if done.is_file():
-        finished = json.loads(done.read_text())
+        finished = read_card(done, DONE)
         if finished["identity"] != identity:
             lines = "; ".join(difference(finished["identity"], identity)).replace("cache ", "there ")
             raise KdcliError(f"{folder} holds another finished stage: {lines}: choose another --output-dir")
@@ -163,7 +165,9 @@ def run_stage(
             f"{global_batch} samples a step as before"
         )
     torch.manual_seed(plan.settings.seed)
-    model, processor = load_student(model_id, plan.settings.attn_implementation, compressor=plan.compressor)
+    model, processor = load_student(
+        model_id, plan.settings.attn_implementation, plan.settings.trust_remote_code, plan.compressor
+    )
     maps_before = Path(model_id).parent / MAPS
     trainer, batches_from = make_trainer(
         cache, plan, rows, model, processor, total, global_batch, processes, folder, open_signals, maps_before

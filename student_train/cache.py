@@ -14,15 +14,36 @@ import torch
 
 from teacher_cache.codecs import container
 from teacher_cache.errors import CacheError
-from teacher_cache.fields import Field, open_field
+from teacher_cache.fields import Field, decode_record, open_field
 from teacher_cache.plan import read_plan
 from teacher_cache.records import ImageLayout, Sample, TextTokens
 from teacher_cache.samples import decode_sample
 from teacher_cache.shards.commit import Commit, committed_shards
 from teacher_cache.shards.reader import ColumnReader
+from teacher_cache.shards.schema import COUNT, require
 from teacher_cache.shards.sealed import unseal
 from teacher_cache.shards.storage import Storage
 from teacher_cache.teachers.low_rank import LowRankHead
+
+_FILE = {"path": str, "sha256": str}
+_PREPARATION = {"max_length": COUNT, "over_length": str}
+_TEACHER = {
+    **dict.fromkeys(("head_width", "hidden_size"), COUNT),
+    **dict.fromkeys(("dtype", "attn_implementation"), str),
+    "tokenizer": {"length": COUNT},
+}
+_FIELD = {
+    "version": int,
+    "params": dict,
+    "temperatures?": ([float], None),
+    "plan_hash": str,
+    "teacher": dict,
+    "teacher_folder": str,
+    "head_sha256": (str, None),
+    "calibration?": (_FILE, None),
+    "low_rank_head?": (_FILE, None),
+}
+"""What ``field.json`` holds."""
 
 
 @dataclass(frozen=True)
@@ -42,6 +63,7 @@ class Cache:
     def __init__(self, url: str):
         self.storage = Storage(url)
         self.plan = read_plan(self.storage)
+        require(self.plan.preparation, _PREPARATION, f"{self.storage}/manifest.json: preparation")
         self.plan_hash = self.plan.plan_hash
         names = [name for name in self.storage.names("fields") if not name.startswith(".")]
         self.fields = {name: self._describe(name) for name in names if self._is_field(name)}
@@ -55,7 +77,10 @@ class Cache:
     def _describe(self, name: str) -> dict[str, Any]:
         try:
             data = self.storage.read(f"fields/{name}/field.json")
-            body = unseal(data, f"{self.storage}/fields/{name}/field.json")
+            place = f"{self.storage}/fields/{name}/field.json"
+            body = require(unseal(data, place), _FIELD, place)
+            if body["teacher"]:  # a cache that no teacher made says so, and no student can be held against it
+                require(body["teacher"], _TEACHER, f"{place}: teacher")
             if body["plan_hash"] != self.plan_hash:
                 raise CacheError(f"{self.storage}: field {name} belongs to another plan")
         except (FileNotFoundError, ValueError, KeyError, TypeError) as error:
@@ -105,18 +130,28 @@ class Cache:
         """The head W ``[V, D]`` of the teacher that made ``field``, checked against the field's own description."""
         body = self.fields[field]
         file = {"path": f"{body['teacher_folder']}/head.safetensors", "sha256": body["head_sha256"]}
-        return read_tensors(self.storage, file, field)["weight"]
+        weight = read_tensors(self.storage, file, field).get("weight")
+        if weight is None or weight.ndim != 2:
+            raise CacheError(f"{self.storage}: {file['path']} is no head: run `kdcli cache verify`")
+        return weight
 
     def low_rank_head(self, field: str) -> LowRankHead:
         """W′ and b of a sketched field: all that training needs of its teacher."""
         tensors = read_tensors(self.storage, self.fields[field].get("low_rank_head"), field)
-        return LowRankHead(tensors["weight"], tensors["bias"])
+        weight, bias = tensors.get("weight"), tensors.get("bias")
+        if weight is None or bias is None or weight.ndim != 2 or bias.shape != weight.shape[:1]:
+            raise CacheError(f"{self.storage}: the low-rank head of field {field} is none: run `kdcli cache verify`")
+        return LowRankHead(weight, bias)
 
 
 def read_field(storage: Storage, name: str, body: Mapping[str, Any]) -> Field:
     """The field that ``field.json`` describes, with its calibration where it has one; CacheError where that cannot be read."""
     file = body.get("calibration")
-    field = open_field(name, body, read_tensors(storage, file, name) if file else None)
+    calibration = read_tensors(storage, file, name) if file else None
+    try:
+        field = open_field(name, body, calibration)
+    except CacheError as error:
+        raise CacheError(f"{storage}/fields/{name}/field.json: {error}") from None
     if field.calibrated and not file:
         raise CacheError(f"{storage}/fields/{name}/field.json names no calibration, field {name} cannot be read")
     return field
@@ -134,6 +169,20 @@ def read_tensors(storage: Storage, file: Mapping[str, Any] | None, field: str) -
     if hashlib.sha256(data).hexdigest() != file["sha256"]:
         raise CacheError(f"{storage}: {path} does not have the checksum that field {field} names")
     return container.unpack(data, path)
+
+
+def check_shape(name: str, decoded: Any, text: TextTokens, layout: Sequence[ImageLayout], place: str) -> None:
+    """CacheError where a field has not as many rows as the sample has tokens to which they belong."""
+    vision, response = sum(one.tokens() for one in layout), int(text.response.sum())
+    pairs = {"affinity": (vision, len(text.ids)), "attention": (len(text.ids), vision), "relation": (vision, vision)}
+    found: tuple[int, ...]
+    wanted: tuple[int, ...]
+    if name in pairs:
+        found, wanted = tuple(decoded.shape[-2:]), pairs[name]
+    else:
+        found, wanted = (len(decoded),), (response if name.startswith("response") else vision,)
+    if found != wanted:
+        raise CacheError(f"{place}: rows {found} where the sample has {wanted}: run `kdcli cache verify`")
 
 
 class CachedRows:
@@ -186,6 +235,10 @@ class CachedRows:
         )
         decoded = {}
         for name, field in self._fields.items():
-            data = self._columns[name].read(shard, places[name])[container.EXTENSION]
-            decoded[name] = field.decode(container.unpack(data, f"{self._place} shard {shard:06d} {name} {key}"))
+            place = f"{self._place} shard {shard:06d} {name} {key}"
+            data = self._columns[name].read(shard, places[name]).get(container.EXTENSION)
+            if data is None:
+                raise CacheError(f"{place}: the sample has no member {container.EXTENSION}: run `kdcli cache verify`")
+            decoded[name] = decode_record(field, data, place)
+            check_shape(name, decoded[name], text, layout, place)
         return CachedRow(key, sample, text, layout, decoded)

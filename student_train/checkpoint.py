@@ -22,6 +22,7 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from student_train.distributed import Processes
 from teacher_cache.errors import KdcliError
 from teacher_cache.plan import difference
+from teacher_cache.shards.schema import COUNT, misfit
 from teacher_cache.shards.storage import sync_folder
 
 # What one process is told of every checkpoint, and by a thread: there is nothing to do about it.
@@ -37,18 +38,22 @@ def checkpoints(folder: Path) -> list[Path]:
 
 def read_state(path: Path) -> dict[str, Any]:
     """``step`` and ``identity`` of a checkpoint; KdcliError where its ``state.json`` is damaged."""
+    return read_card(path / "state.json", {"step": COUNT, "identity": dict})
+
+
+def read_card(path: Path, shape: dict[str, Any]) -> dict[str, Any]:
+    """A JSON document that a run left beside its files; KdcliError naming it where it is damaged or of another shape."""
     try:
-        state = json.loads((path / "state.json").read_text())
-        return {"step": int(state["step"]), "identity": dict(state["identity"])}
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise KdcliError(
-            f"{path}/state.json: damaged ({error}): remove {path}, the run goes on from the one before"
-        ) from None
+        body = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise KdcliError(f"{path}: damaged ({error}): remove its folder to do that part again") from None
+    if wrong := misfit(body, shape):
+        raise KdcliError(f"{path}: {wrong}: it was not written by kdcli; remove its folder to do that part again")
+    return body
 
 
 class Checkpoints:
     """Reads and writes ``folder/step-N`` of one run; every process has one, and calls its methods in the same order.
-
     Args:
         identity: what a checkpoint must agree with to be continued. keep: how many stay.
     """

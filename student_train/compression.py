@@ -161,7 +161,7 @@ def load_compressed(model_id: str, spec: CompressorSpec, **arguments: Any) -> nn
     """A saved compressed student; KdcliError where weights are missing."""
     from transformers import AutoConfig
 
-    config = AutoConfig.from_pretrained(model_id)
+    config = AutoConfig.from_pretrained(model_id, trust_remote_code=False)
     setattr(config, COMPRESSED, spec.entry())
     model, found = compressed_class().from_pretrained(  # type: ignore[attr-defined]
         model_id, config=config, output_loading_info=True, **arguments

@@ -27,6 +27,7 @@ class TrainSettings:
         fsdp: under torchrun, shard weights, gradients and optimizer state over the processes (FSDP2); else each has all (DDP).
         save_steps: steps between checkpoints. save_total_limit: how many are kept.
         report_to: ``tensorboard`` or ``none`` (metrics.jsonl is always written).
+        trust_remote_code: run the program code that the student's folder or repository brings; read it first.
         use_liger_kernel: Liger-Kernel's fused cross-entropy where a stage has no other loss on response tokens (CUDA, extra ``liger``).
     """
 
@@ -58,6 +59,7 @@ class TrainSettings:
     vision_tokens: int | None = None
     vision_feature_layers: tuple[int, ...] = ()
     use_liger_kernel: bool = False
+    trust_remote_code: bool = False
 
     def __post_init__(self) -> None:
         positive = (

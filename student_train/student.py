@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 
 from student_train.compression import compressor_of, first_tokens, install, load_compressed, settle, with_grid
@@ -18,7 +19,7 @@ from student_train.pruning import Descending, Pruning
 from student_train.pruning.forward import prune_vision
 from student_train.stream import TrainBatch
 from teacher_cache.batch import Batch, keep_vision
-from teacher_cache.errors import CompatibilityError, KdcliError
+from teacher_cache.errors import CompatibilityError, not_loaded
 from teacher_cache.records import TextTokens
 from teacher_cache.teachers.text_vision import layer_inputs, text_vision_attention
 
@@ -45,13 +46,14 @@ def load_student(
     from transformers import AutoModelForImageTextToText
 
     processor, config, spec = open_student(model_id, trust_remote_code, compressor)
-    arguments = {"dtype": torch.float32, "attn_implementation": attn_implementation}
+    # Other checkpoints than safetensors are pickles.
+    arguments = {"dtype": torch.float32, "attn_implementation": attn_implementation, "use_safetensors": True}
     try:
         if compressor_of(config) and spec:
             return load_compressed(model_id, spec, **arguments), processor
         model = AutoModelForImageTextToText.from_pretrained(model_id, trust_remote_code=trust_remote_code, **arguments)
-    except (OSError, ValueError) as error:
-        raise _not_to_be_had(model_id, error) from None
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise not_loaded(f"student {model_id!r}", error) from None
     if spec:
         install(model, spec)
     return model, processor
@@ -67,15 +69,9 @@ def open_student(
         processor = AutoProcessor.from_pretrained(model_id, trust_remote_code=trust_remote_code)
         config = AutoConfig.from_pretrained(model_id, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
-        raise _not_to_be_had(model_id, error) from None
+        raise not_loaded(f"student {model_id!r}", error) from None
     spec = settle(compressor, config, processor, model_id)
     return with_grid(processor, spec), config, spec
-
-
-def _not_to_be_had(model_id: str, error: Exception) -> KdcliError:
-    return KdcliError(
-        f"student {model_id!r} cannot be loaded ({str(error).splitlines()[0]}): give a model folder or hub id"
-    )
 
 
 def module_group(parameter: str) -> str:

@@ -223,6 +223,14 @@ class Trainer:
             log.close()
 
 
+def _step_of(line: str, other: int) -> int:
+    """The step of a line of metrics; ``other`` where it is none (half written, or damaged): it is dropped."""
+    try:
+        return int(json.loads(line)["step"])
+    except (ValueError, TypeError, KeyError, OverflowError, RecursionError):
+        return other
+
+
 class MetricsLog:
     """``metrics.jsonl`` (one line a logged step) and TensorBoard, from the main process; a resumed run drops the lines it redoes."""
 
@@ -234,7 +242,7 @@ class MetricsLog:
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / "metrics.jsonl"
         kept = path.read_text().splitlines() if path.is_file() else []
-        lines = [line for line in kept if line.endswith("}") and json.loads(line)["step"] < first_step]
+        lines = [line for line in kept if _step_of(line, first_step) < first_step]
         draft = folder / ".metrics.jsonl"
         draft.write_text("".join(f"{line}\n" for line in lines))
         os.replace(draft, path)

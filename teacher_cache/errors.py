@@ -2,6 +2,24 @@
 
 from __future__ import annotations
 
+import re
+
+_UNPRINTABLE = re.compile(
+    "[\x00-\x08\x0b-\x1f\x7f-\x9f"  # control characters that a terminal obeys, but tab and line feed
+    "\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069"  # marks that turn the direction of the text around them
+    "\u2028\u2029\ud800-\udfff]"  # line breaks that no tool counts; halves of surrogate pairs, which no stream takes
+)
+
+
+def printable(text: str) -> str:
+    """What came out of data, safe to show: characters that a terminal obeys become ``\\u001b`` (also valid inside JSON text)."""
+    return _UNPRINTABLE.sub(lambda found: f"\\u{ord(found.group()):04x}", text)
+
+
+def one_line(error: object) -> str:
+    """An error as the one line that a terminal or a log gets."""
+    return printable(" ".join(str(error).split()))
+
 
 class KdcliError(Exception):
     """Anything the user can mend. The command line prints it as one line and exits with status 1."""
@@ -17,6 +35,17 @@ class CacheError(KdcliError):
 
 class CompatibilityError(KdcliError):
     """Two sides that must agree (teacher, student, tokenizer, template, cache) do not."""
+
+
+def not_loaded(what: str, error: Exception) -> KdcliError:
+    """The one line for a model that transformers does not load; names the flag where its folder wants to run code of its own."""
+    if "trust_remote_code" in str(error):
+        return KdcliError(
+            f"{what} brings program code of its own, which is not run: read that code, then give --trust-remote-code "
+            "(or trust_remote_code = true in kd.toml), or use a model that transformers knows"
+        )
+    reason = (str(error).splitlines() or [type(error).__name__])[0]
+    return KdcliError(f"{what} cannot be loaded ({reason}): give a model folder or a hub id")
 
 
 class SkipRow(Exception):

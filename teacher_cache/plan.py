@@ -14,14 +14,31 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from teacher_cache.errors import CacheError, KdcliError
+from teacher_cache.errors import CacheError, KdcliError, printable
 from teacher_cache.records import RowGroup
+from teacher_cache.shards.schema import COUNT, require
 from teacher_cache.shards.sealed import seal, unseal
 from teacher_cache.shards.storage import Storage
 from teacher_cache.sources import DataSpec, open_source
 
 FORMAT_VERSION = 1
 GROUP_ROWS = 500
+_SPEC = {
+    **dict.fromkeys(("part", "path", "template"), str),
+    **dict.fromkeys(("image_root?", "format?"), (str, None)),
+    "limit?": (COUNT, None),
+    "max_image_pixels?": COUNT,
+    "follow_links?": bool,
+}
+_GROUP = {**dict.fromkeys(("start", "rows", "characters", "images"), COUNT), "locator": dict}
+_SHAPE = {
+    "plan_hash": str,
+    "parts": [{"spec": _SPEC, "fingerprint": {"files?": [dict]}, "rows": COUNT}],
+    "slices": [{"part": str, "groups": [_GROUP]}],
+    "preparation": dict,
+    "seed": int,
+    "derived?": ({"by": str}, None),
+}
 CHARACTERS_PER_TOKEN = 4
 
 
@@ -124,6 +141,10 @@ def make_plan(
     if shards < 1:
         raise KdcliError(f"--shards must be at least 1, got {shards}")
     names = [spec.part for spec in specs]
+    if nameless := [name for name in names if not name.strip() or printable(name) != name or "\n" in name]:
+        raise KdcliError(
+            f"a part is called {nameless[0]!r}: its name must be text on one line: use --part or `part = …`"
+        )
     if len(set(names)) != len(names):
         raise KdcliError(
             f"mixture parts must have different names, got {', '.join(names)}: use --part or `part = …` in kd.toml"
@@ -195,9 +216,12 @@ def parse_plan(data: bytes, place: str) -> Plan:
             raise CacheError(
                 f"{place}: format version {str(body['format_version'])!r}; this kdcli reads {FORMAT_VERSION}"
             )
+        require(body, _SHAPE, place)
         parts = tuple(Part(DataSpec(**p["spec"]), p["fingerprint"], p["rows"]) for p in body["parts"])
         slices = tuple(Slice(s["part"], tuple(RowGroup(**group) for group in s["groups"])) for s in body["slices"])
         plan = Plan(parts, slices, body["preparation"], body["seed"], body.get("derived"))
+        if strange := {one.part for one in slices} - {part.spec.part for part in parts}:
+            raise CacheError(f"{place}: a slice of part {sorted(strange)[0]!r}, which is none of its parts")
         if plan.plan_hash != body["plan_hash"]:
             raise CacheError(f"{place}: its content does not have its plan hash: it was edited or damaged; restore it")
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:

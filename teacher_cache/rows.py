@@ -27,6 +27,10 @@ PLACEHOLDER = "<image>"
 # Only these are tried: some of Pillow's other openers start programs (EPS) or were never meant for untrusted bytes.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
 
+TILE_WIDTH, TILE_LENGTH = 322, 323
+SMALL_TILE = 1 << 22
+"""Pixels of a TIFF's tile that may be more than those of its image."""
+
 # ``decode_image`` has its own limit, and what matters of a damaged file becomes a skip record: Pillow's warnings (size,
 # "Corrupt EXIF data", a line for nearly every such file) would only drown a terminal.
 warnings.filterwarnings("ignore", category=PIL.Image.DecompressionBombWarning)
@@ -93,11 +97,10 @@ def decode_image(image: Image, max_pixels: int) -> PIL.Image.Image:
     if not image.data:
         raise SkipRow("image_missing", f"{image.name!r} has no bytes")
     try:
+        _check_pixels(image.name, _webp_canvas(image.data), max_pixels)
         with PIL.Image.open(io.BytesIO(image.data), formats=FORMATS) as opened:
-            width, height = opened.size
-            if width * height > max_pixels:
-                pixels = f"{width}x{height} = {width * height:,} pixels"
-                raise SkipRow("image_too_large", f"{image.name!r} has {pixels}, more than {max_pixels:,}")
+            _check_pixels(image.name, opened.size, max_pixels)
+            _check_pixels(image.name, _tile(opened), max(max_pixels, SMALL_TILE))
             opened.load()
             return to_rgb(opened)
     except (SkipRow, MemoryError):
@@ -109,6 +112,26 @@ def decode_image(image: Image, max_pixels: int) -> PIL.Image.Image:
         raise SkipRow("image_corrupt", f"{image.name!r} is no image of a known kind, begins with {start!r}") from error
     except Exception as error:  # damaged bytes make Pillow's decoders raise nearly anything (struct, index, value, …)
         raise SkipRow("image_corrupt", f"{image.name!r}: {type(error).__name__}: {str(error)[:120]}") from error
+
+
+def _check_pixels(name: str, size: tuple[int, int], most: int) -> None:
+    width, height = size
+    if width * height > most:
+        pixels = f"{width}x{height} = {width * height:,} pixels"
+        raise SkipRow("image_too_large", f"{name!r} has {pixels}, more than {most:,}")
+
+
+def _webp_canvas(data: bytes) -> tuple[int, int]:
+    """Of an extended WebP, (0, 0) of all others: the library asks for the memory of its canvas as soon as it is opened."""
+    if data[:4] != b"RIFF" or data[8:16] != b"WEBPVP8X" or len(data) < 30:
+        return 0, 0
+    return 1 + int.from_bytes(data[24:27], "little"), 1 + int.from_bytes(data[27:30], "little")
+
+
+def _tile(opened: PIL.Image.Image) -> tuple[int, int]:
+    """Of a tiled TIFF, (0, 0) of all others: the decoder makes room for a whole tile, however small the image is."""
+    tags = getattr(opened, "tag_v2", {})
+    return int(tags.get(TILE_WIDTH, 0)), int(tags.get(TILE_LENGTH, 0))
 
 
 def to_rgb(image: PIL.Image.Image) -> PIL.Image.Image:

@@ -15,8 +15,22 @@ import torch
 
 from teacher_cache.codecs import container
 from teacher_cache.errors import CacheError
-from teacher_cache.records import Image, ImageLayout, Prepared, Sample, TextTokens, Turn, View
+from teacher_cache.records import ROLES, Image, ImageLayout, Prepared, Sample, TextTokens, Turn, View
 from teacher_cache.rows import image_extension
+from teacher_cache.shards.schema import COUNT, require
+
+MOST_VISION_TOKENS = 1 << 20
+"""Of one row: what a layout may ask a reader to count through."""
+_VIEW = {"crop": [int], "grid": [COUNT], "newline": bool}
+_SHAPE = {
+    **dict.fromkeys(("part", "source_id", "place"), str),
+    "ordinal": COUNT,
+    "turns": [[str]],
+    "images": [str],
+    "extra": dict,
+    "layout": [{"size": [COUNT], "views": [_VIEW]}],
+    "image_at": [COUNT],
+}
 
 
 def encode_sample(sample: Sample, prepared: Prepared) -> dict[str, bytes]:
@@ -50,21 +64,44 @@ def decode_sample(members: dict[str, bytes], place: str) -> tuple[Sample, TextTo
     """The row as the mixture held it, its tokens as the teacher read them, and its layout; CacheError naming ``place``."""
     try:
         body: dict[str, Any] = json.loads(members["json"])
+        require(body, _SHAPE, f"{place}: not a sample record")
         stored = container.unpack(members[f"tokens.{container.EXTENSION}"], place)
-        pictures = {int(ext.split(".")[0]): data for ext, data in members.items() if ext[0].isdigit()}
+        pictures = {int(ext.split(".")[0]): data for ext, data in members.items() if ext[:1].isdecimal()}
         images = tuple(Image(name, pictures[number]) for number, name in enumerate(body["images"]))
         turns = tuple(Turn(role, text) for role, text in body["turns"])
         sample = Sample(body["part"], body["ordinal"], body["source_id"], body["place"], turns, images, body["extra"])
         text = TextTokens(stored["ids"], stored["role"], stored["turn"], stored["response"], tuple(body["image_at"]))
         layout = tuple(_layout(one) for one in body["layout"])
+        _check(text, layout)
+    except CacheError:
+        raise
     except (KeyError, ValueError, TypeError, RecursionError) as error:
         raise CacheError(f"{place}: not a sample record ({type(error).__name__}: {error})") from None
     return sample, text, layout
 
 
+def _check(text: TextTokens, layout: tuple[ImageLayout, ...]) -> None:
+    """ValueError where the parts do not fit together: what reads a sample counts on it."""
+    kinds = (torch.uint32, torch.uint8, torch.uint16, torch.bool)
+    columns = (text.ids, text.role, text.turn, text.response)
+    if any(one.dtype != kind or one.shape != (len(text.ids),) for one, kind in zip(columns, kinds)):
+        raise ValueError("its token columns are not of one length, or of another type")
+    if len(text.ids) and int(text.role.max()) >= len(ROLES):
+        raise ValueError(f"a role {int(text.role.max())}")
+    if list(text.image_at) != sorted(text.image_at) or any(at > len(text.ids) for at in text.image_at):
+        raise ValueError("an image stands outside of the text")
+    if sum(one.tokens() for one in layout) > MOST_VISION_TOKENS:
+        raise ValueError(f"a layout of more than {MOST_VISION_TOKENS:,} vision tokens")
+
+
 def _layout(body: dict[str, Any]) -> ImageLayout:
-    views = tuple(View(tuple(v["crop"]), tuple(v["grid"]), v["newline"]) for v in body["views"])
-    return ImageLayout(tuple(body["size"]), views)
+    views = []
+    for view in body["views"]:
+        left, top, right, bottom = view["crop"]
+        rows, columns = view["grid"]
+        views.append(View((left, top, right, bottom), (rows, columns), view["newline"]))
+    width, height = body["size"]
+    return ImageLayout((width, height), tuple(views))
 
 
 def response_spans(text: TextTokens) -> list[torch.Tensor]:

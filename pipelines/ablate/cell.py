@@ -27,7 +27,7 @@ from pipelines.report.runs import read_runs
 from pipelines.settings import Settings, build
 from pipelines.train_student import train
 from student_train.config import StageSettings, TrainSettings
-from teacher_cache.errors import KdcliError
+from teacher_cache.errors import KdcliError, one_line
 
 LAST_STEPS = 10
 """A stage's final loss is the mean over so many of its last logged steps."""
@@ -50,7 +50,8 @@ def run_cell(folder: Path, request: Mapping[str, Any]) -> dict[str, Any]:
     for label, one in wanted.items():
         if label not in results:
             print(f"evaluating: {label}", flush=True)
-            results[label] = {"key": one["key"], "scores": ask(model, one)}
+            trusted = request["settings"]["train"]["trust_remote_code"]
+            results[label] = {"key": one["key"], "scores": ask(model, one, trusted)}
     card = {
         **{name: request[name] for name in ("row", "seed", "cache", "method", "preset", "stages", "knobs")},
         "stage_folders": request["stage_folders"],
@@ -114,9 +115,10 @@ def train_cell(folder: Path, request: Mapping[str, Any]) -> None:
         shutil.rmtree(shared_folder(folder, one["shared"]) / "checkpoints", ignore_errors=True)
 
 
-def ask(model: Path, evaluation: Mapping[str, Any]) -> dict[str, Any]:
+def ask(model: Path, evaluation: Mapping[str, Any], trust_remote_code: bool) -> dict[str, Any]:
     """Scores of the trained model on one held-out file, without the single answers."""
-    result = evaluate_folder(str(model), EvalFile(**evaluation["file"]).spec, **evaluation["options"])
+    spec = EvalFile(**evaluation["file"]).spec
+    result = evaluate_folder(str(model), spec, **evaluation["options"], trust_remote_code=trust_remote_code)
     result.pop("answers")
     return result
 
@@ -157,7 +159,7 @@ def main(arguments: Sequence[str]) -> int:
     try:
         run_cell(path.parent, json.loads(path.read_text()))
     except KdcliError as error:
-        print(f"Error: {' '.join(str(error).split())}", flush=True)
+        print(f"Error: {one_line(error)}", flush=True)
         return 1
     return 0
 

@@ -146,7 +146,7 @@ class _Planner:
         self.grid, self.out = grid, out
         self.open = remember(Cache)
         self.start = remember(start_hash)
-        self.config = remember(lambda student: open_student(student)[1])
+        self.config = remember(lambda student: open_student(student, grid.base.train.trust_remote_code)[1])
         self.rows = remember(lambda url, parts, fields: sum(CachedRows(self.open(url), parts, fields).counts))
         self.contents = {file.name: _content(file) for file in grid.files}
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -40,11 +40,19 @@ class EvalFile:
     image_root: str | None = None
     format: str | None = None
     limit: int | None = None
+    follow_links: bool = False
     options: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def spec(self) -> DataSpec:
-        return DataSpec(self.name, self.path, image_root=self.image_root, format=self.format, limit=self.limit)
+        return DataSpec(
+            self.name,
+            self.path,
+            image_root=self.image_root,
+            format=self.format,
+            limit=self.limit,
+            follow_links=self.follow_links,
+        )
 
 
 @dataclass(frozen=True)
@@ -167,7 +175,7 @@ def _under(prefix: str, table: Any, place: str) -> dict[str, Any]:
 
 def evaluation_options() -> set[str]:
     """What an evaluation can be told besides its file: the keywords of ``evaluate_folder``."""
-    fixed = {"model_id", "spec", "device", "advance"}
+    fixed = {"model_id", "spec", "device", "advance", "trust_remote_code"}  # the last stands under [train]
     parameters = inspect.signature(evaluate_folder).parameters.values()
     return {one.name for one in parameters if one.kind is not one.VAR_KEYWORD} - fixed
 
@@ -190,7 +198,7 @@ def _files(tables: list[Any], path: Path) -> tuple[EvalFile, ...]:
         options = {name: value for name, value in table.items() if name not in own}
         check_options(options, f"{path} [[eval]]")
         one = build(EvalFile, {name: value for name, value in table.items() if name in own}, f"{path} [[eval]]")
-        found.append(EvalFile(one.name, one.path, one.image_root, one.format, one.limit, options))
+        found.append(replace(one, options=options))
         open_source(one.spec)
         pruning_of(*(options.get(name) for name in ("compress", "keep", "compress_layer")))
     names = [one.name for one in found]

@@ -28,7 +28,7 @@ COLUMNS = {
 
 def write_scores(folder: Path, per_family: int) -> dict:
     """Scores what was shipped (not what was trained), writes and returns ``scores.json``."""
-    model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).eval()
+    model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32, use_safetensors=True).eval()
     started = time.monotonic()
     table = score_table(model, per_family)
     average = {column: sum(table[f][column] for f in IMAGE_FAMILIES) / len(IMAGE_FAMILIES) for column in COLUMNS}

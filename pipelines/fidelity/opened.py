@@ -29,7 +29,7 @@ class FidelityRequest:
     Attributes:
         samples: how many are compared. parts: of the mixture; None: those with a field. stage: whose modules have gradients.
         dtype: of the live teacher; None: as in the capture. sweep: also fit other fields on other samples and measure them.
-        batch_tokens: padded tokens of one teacher batch.
+        batch_tokens: padded tokens of one teacher batch. trust_remote_code: run code that the student's folder brings.
     """
 
     cache: str
@@ -42,6 +42,7 @@ class FidelityRequest:
     seed: int = 0
     sweep: bool = False
     batch_tokens: int = 8192
+    trust_remote_code: bool = False
 
     def __post_init__(self) -> None:
         if self.samples < 1:
@@ -94,7 +95,7 @@ def open_student(
 ) -> Student:
     """The student over the compared rows; CompatibilityError where its tokenizer is not the teacher's."""
     assert request.student is not None
-    processor, config, _ = load_student_processor(request.student)
+    processor, config, _ = load_student_processor(request.student, request.trust_remote_code)
     ours = processor_fingerprint(processor)["tokenizer"]
     for name in opened.fields:
         theirs = opened.cache.fields[name]["teacher"]["tokenizer"]
@@ -102,7 +103,7 @@ def open_student(
             lines = "; ".join(difference(theirs, ours, "tokenizer"))
             raise CompatibilityError(f"{request.student}: field {name} was made with another tokenizer: {lines}")
     prepared = reader.student_rows(rows, Preparer(processor, config, limits_of(opened.cache)))
-    model, _ = load_student(request.student, "sdpa")
+    model, _ = load_student(request.student, "sdpa", request.trust_remote_code)
     device = resolve_device(opened.spec)
     return Student(model.to(device), rows, prepared, trains, processor.tokenizer.pad_token_id or 0)
 

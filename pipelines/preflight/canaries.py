@@ -18,6 +18,7 @@ from teacher_cache.codecs import container
 from teacher_cache.errors import CacheError, CompatibilityError
 from teacher_cache.prepare import Limits, Preparer
 from teacher_cache.records import Prepared
+from teacher_cache.shards.schema import require
 from teacher_cache.shards.sealed import seal, unseal
 from teacher_cache.shards.storage import Storage
 from teacher_cache.teachers.head import head_logits
@@ -30,6 +31,12 @@ TOLERANCE = {"float32": 1e-4, "bfloat16": 3e-2, "float16": 6e-3}
 """Relative RMS of hidden states that another machine may differ by, however quiet the floor was: other kernels sum in another order."""
 FLOOR_TIMES = 10
 States = dict[str, torch.Tensor]
+_RECEIPT = {
+    "keys": [[str]],
+    "input_ids": [str],
+    **dict.fromkeys(("sha256_of_states", "dtype"), str),
+    **dict.fromkeys(("floor", "floor_logit"), float),
+}
 
 
 def pick(rows: Sequence[Prepared]) -> list[Prepared]:
@@ -95,7 +102,9 @@ def write(
 def receipt(storage: Storage, folder: str) -> dict[str, Any] | None:
     """What was noted of the canaries; None where there are none."""
     path = f"{folder}/{RECEIPT}"
-    return unseal(storage.read(path), f"{storage}/{path}") if storage.exists(path) else None
+    if not storage.exists(path):
+        return None
+    return require(unseal(storage.read(path), f"{storage}/{path}"), _RECEIPT, f"{storage}/{path}")
 
 
 def ids_hash(row: Prepared) -> str:
@@ -114,6 +123,8 @@ def check(cache: Cache, folder: str, processor: Any, config: Any, load: Callable
     stored = container.unpack(checked(cache.storage, folder, there), f"{cache.storage}/{folder}/{FILE}")
     made = cache.plan.preparation
     preparer = Preparer(processor, config, Limits(made["max_length"], made["over_length"]))  # not the job's own limits
+    if any(len(one) != 2 for one in there["keys"]) or there["dtype"] not in TOLERANCE:
+        raise CacheError(f"{cache.storage}/{folder}/{RECEIPT} is no list of canaries: run `kdcli preflight` again")
     rows = [find(cache, part, key, preparer) for part, key in there["keys"]]
     other = [row.key for row, digest in zip(rows, there["input_ids"]) if ids_hash(row) != digest]
     if other:

@@ -126,7 +126,8 @@ def judge_method(
     try:
         plans = plan_stages(cache, method, request.settings, None, "paper", None)
         plans = settle_compressor(plans, request.student)
-        processor, _ = load_processor(TeacherSpec(request.student))
+        trusted = request.settings.train.trust_remote_code
+        processor, _ = load_processor(TeacherSpec(request.student, trust_remote_code=trusted))
         body["notes"] += check_vocabulary(cache, plans, processor)
     except KdcliError as error:
         body["reasons"] += unserved(cache, method, needs, plans) or [str(error)]

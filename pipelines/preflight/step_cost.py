@@ -39,7 +39,7 @@ def step_cost(cache: Cache, plan: StagePlan, student: str, device: torch.device)
         dataloader_num_workers=0,
         report_to="none",
     )
-    model, processor = load_student(student, settings.attn_implementation, compressor=plan.compressor)
+    model, processor = load_student(student, settings.attn_implementation, settings.trust_remote_code, plan.compressor)
     on_gpu = device.type == "cuda"
     if on_gpu:
         torch.cuda.reset_peak_memory_stats(device)

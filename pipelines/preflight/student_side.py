@@ -43,7 +43,7 @@ def read_as_student(
     student: str, rows: Sequence[Row], plan: Plan, teacher: Mapping[str, Any], settings: TrainSettings
 ) -> StudentRead:
     """teacher: its fingerprint. settings: ``[train]``, whose ``max_length`` (tokens) and compressor count."""
-    processor, config, _ = open_student(student, compressor=asked_for(settings))
+    processor, config, _ = open_student(student, settings.trust_remote_code, asked_for(settings))
     train_length = settings.max_length
     ours = processor_fingerprint(processor)
     if teacher["tokenizer"] != ours["tokenizer"]:
@@ -103,7 +103,7 @@ def load_side(
     """The student with the modules of its last stage to train, over the rows with these ids; and these rows in its order."""
     assert settings.student is not None
     torch.manual_seed(settings.seed)  # of a compressor's fresh weights, as in training
-    model, processor = load_student(settings.student, "sdpa", compressor=asked_for(settings))
+    model, processor = load_student(settings.student, "sdpa", settings.trust_remote_code, asked_for(settings))
     pairs = [(row, one) for row, one in zip(read.rows, read.prepared) if row_id(row) in ids]
     rows, prepared = [row for row, _ in pairs], [one for _, one in pairs]
     pad = processor.tokenizer.pad_token_id or 0

@@ -112,7 +112,7 @@ def _read_run(folder: Path, name: str) -> Run:
 def _json(path: Path) -> dict[str, Any]:
     try:
         body = json.loads(path.read_text())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise KdcliError(f"{path}: not JSON ({error})") from None
     if not isinstance(body, dict):
         raise KdcliError(f"{path}: a JSON object is expected, this is a {type(body).__name__}")
@@ -145,7 +145,7 @@ def _read_points(log: Path) -> list[dict[str, float]]:
         try:
             body = json.loads(line)
             points[int(body["step"])] = {k: float(v) for k, v in body.items() if isinstance(v, int | float)}
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
             if number < len(lines) - 1:
                 raise KdcliError(f"{log}: line {number + 1} is damaged") from None
     return [points[step] for step in sorted(points)]

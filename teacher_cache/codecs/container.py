@@ -24,5 +24,5 @@ def unpack(data: bytes, place: str = "a cache member") -> dict[str, torch.Tensor
     """The tensors of ``pack``; CacheError naming ``place`` where the bytes are not of that layout."""
     try:
         return load(data)
-    except (SafetensorError, ValueError, KeyError, RuntimeError) as error:
+    except (SafetensorError, ValueError, TypeError, KeyError, OverflowError, MemoryError, RuntimeError) as error:
         raise CacheError(f"{place} is not readable ({error}): run `kdcli cache verify`") from None

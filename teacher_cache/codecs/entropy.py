@@ -27,8 +27,10 @@ MOST_ENTRIES = 1 << 14
 """Of a fitted table for measures; what lies outside is escaped."""
 _HEADER = struct.Struct("<III")
 MOST_ROWS = 1 << 18
-MOST_SYMBOLS = 1 << 28
+MOST_SYMBOLS = 1 << 26
 """Rows and symbols of one record: what a damaged header may ask for before it is refused."""
+MOST_TABLE = 1 << 22
+"""Entries of a table; those of ids have one for every token of the vocabulary."""
 GROUND = np.array([0x9E3779B9], dtype=np.uint32)
 """What the coder stands on. On nothing, reading too much would end as it should: an empty coder hands out first symbols for ever."""
 FARTHEST = 1 << 30
@@ -45,6 +47,13 @@ class Table:
 
     low: int
     probabilities: torch.Tensor
+
+    def __post_init__(self) -> None:
+        """CacheError for one that no calibration makes; the library takes even negative probabilities."""
+        each = self.probabilities
+        fits = each.dtype == torch.float32 and each.ndim == 1 and 2 <= len(each) <= MOST_TABLE
+        if not fits or not bool(((each > 0) & (each <= 1)).all()) or not -(1 << 31) <= self.low < (1 << 31) - len(each):
+            raise CacheError("a calibration holds a table that is none: it is damaged, or of another kind of field")
 
     @cached_property
     def model(self) -> Any:

@@ -65,7 +65,26 @@ class Transform:
         names = ("mean", "encode", "classes", "tables", "sizes", "shrink")
         if missing := sorted({*names, "step"} - set(tensors)):
             raise CacheError(f"a calibration lacks {', '.join(missing)}: it is of another kind of field")
-        return cls(step=float(tensors["step"]), **{name: tensors[name] for name in names})
+        made = cls(step=float(tensors["step"]), **{name: tensors[name] for name in names})
+        if wrong := made._misfit():
+            raise CacheError(f"a calibration cannot be used ({wrong}): it is damaged, or of another kind of field")
+        return made
+
+    def _misfit(self) -> str:
+        """What does not fit together, in words."""
+        kinds = dict.fromkeys(("mean", "encode", "tables", "shrink"), torch.float32)
+        kinds |= {"classes": torch.uint8, "sizes": torch.int32}
+        if wrong := [name for name, kind in kinds.items() if getattr(self, name).dtype != kind]:
+            return f"the type of {', '.join(wrong)}"
+        shapes = [tuple(one.shape) for one in (self.mean, self.encode, self.classes, self.sizes, self.shrink)]
+        width, count, rank = len(self.mean.reshape(-1)), len(self.sizes.reshape(-1)), self.encode.shape[-1:].numel()
+        if shapes != [(width,), (width, rank), (spectrum.BANDS, rank), (count,), (count,)] or self.tables.ndim != 1:
+            return f"shapes {shapes}"
+        if not 0 < self.step < float("inf") or not bool(torch.isfinite(self.shrink).all()):
+            return f"step {self.step}"
+        if bool((self.sizes < 2).any()) or int(self.sizes.sum()) != len(self.tables):
+            return f"{int(self.sizes.sum())} table entries of {len(self.tables)}"
+        return "" if not self.classes.numel() or int(self.classes.max()) < count else "a class without a table"
 
     @cached_property
     def _tables(self) -> list[Table]:

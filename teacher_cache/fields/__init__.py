@@ -14,9 +14,13 @@ from typing import Any, Protocol
 
 import torch
 
+from teacher_cache.codecs import container
 from teacher_cache.errors import CacheError, KdcliError
 from teacher_cache.fields.calibration import Calibration
 from teacher_cache.records import Prepared, TeacherOutput
+
+DAMAGE = (ArithmeticError, AttributeError, LookupError, MemoryError, RuntimeError, TypeError, ValueError)
+"""What torch and numpy raise of tensors that are not what a reader takes them for."""
 
 
 class Field(Protocol):
@@ -93,4 +97,28 @@ def open_field(
     ours = create_field(name).version  # asked first: another version may have parameters that this one does not know
     if ours != description["version"]:
         raise CacheError(f"field {name} version {description['version']} is not readable: this kdcli reads {ours}")
-    return create_field(name, description["params"], calibration)
+    try:
+        return create_field(name, description["params"], calibration)
+    except CacheError:
+        raise
+    except KdcliError as error:
+        raise CacheError(f"{error}: its field.json was not written by this kdcli") from None
+    except DAMAGE as error:
+        raise CacheError(f"field {name}: its parameters or calibration cannot be used ({_said(error)})") from None
+
+
+def decode_record(field: Field, data: bytes, place: str) -> Any:
+    """What a reader works with, from the bytes of a tar member; CacheError naming ``place`` where they are no record of the field."""
+    try:
+        return field.decode(container.unpack(data, place))
+    except KdcliError as error:
+        said = str(error)
+        raise CacheError(said if said.startswith(place) else f"{place}: {said}") from None
+    except DAMAGE as error:
+        raise CacheError(
+            f"{place}: no record of field {field.name} ({_said(error)}): run `kdcli cache verify`"
+        ) from None
+
+
+def _said(error: BaseException) -> str:
+    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}"

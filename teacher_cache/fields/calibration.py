@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import torch
 
 from teacher_cache.codecs.entropy import Table
+from teacher_cache.errors import CacheError
 
 
 @dataclass(frozen=True)
@@ -32,5 +33,9 @@ def tensors_of(tables: Mapping[str, Table]) -> dict[str, torch.Tensor]:
 
 
 def tables_of(tensors: Mapping[str, torch.Tensor]) -> dict[str, Table]:
+    """The tables of a calibration file; CacheError where one is none."""
     names = [name.removeprefix("table.") for name in tensors if name.startswith("table.")]
-    return {name: Table(int(tensors[f"low.{name}"]), tensors[f"table.{name}"]) for name in names}
+    lows = {name: tensors.get(f"low.{name}") for name in names}
+    if any(low is None or low.numel() != 1 or low.dtype != torch.int64 for low in lows.values()):
+        raise CacheError("a calibration holds a table that does not say where it begins: it is damaged")
+    return {name: Table(int(low), tensors[f"table.{name}"]) for name, low in lows.items() if low is not None}

@@ -5,14 +5,24 @@ A shard is done when its commit is there, readable and bound to the same plan an
 
 from __future__ import annotations
 
+import re
 from dataclasses import asdict, dataclass
 
 from teacher_cache.errors import CacheError
 from teacher_cache.records import SkipRecord
+from teacher_cache.shards.schema import COUNT, require
 from teacher_cache.shards.sealed import seal, unseal
 from teacher_cache.shards.storage import Storage
 
 FORMAT_VERSION = 1
+_FILE_NAME = re.compile(r"[0-9A-Za-z][0-9A-Za-z._-]{0,199}")
+_SKIP = {**dict.fromkeys(("part", "source_id", "place", "reason", "detail"), str), "ordinal": COUNT}
+_SHAPE = {
+    **dict.fromkeys(("plan_hash", "column_hash", "tar", "tar_sha256", "index", "index_sha256"), str),
+    **dict.fromkeys(("shard", "tar_bytes", "rows", "written"), COUNT),
+    "skipped": [_SKIP],
+    "counts": {...: COUNT},
+}
 
 
 @dataclass(frozen=True)
@@ -51,9 +61,10 @@ def parse_commit(data: bytes, place: str) -> Commit:
         version = body.pop("format_version")
         if version != FORMAT_VERSION:
             raise CacheError(f"{place}: format version {str(version)!r}; this kdcli reads {FORMAT_VERSION}")
+        require(body, _SHAPE, place)
         body["skipped"] = tuple(SkipRecord(**skip) for skip in body["skipped"])
         commit = Commit(**body)
-        _check_types(commit)
+        _check(commit)
     except CacheError:
         raise
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
@@ -83,12 +94,9 @@ def committed_shards(storage: Storage, column: str) -> list[int]:
     return sorted(int(name[:-5]) for name in names if name.endswith(".json") and name[:-5].isdecimal())
 
 
-def _check_types(commit: Commit) -> None:
-    texts = (commit.plan_hash, commit.column_hash, commit.tar, commit.tar_sha256, commit.index, commit.index_sha256)
-    numbers = (commit.shard, commit.tar_bytes, commit.rows, commit.written, *(s.ordinal for s in commit.skipped))
-    if not all(isinstance(text, str) for text in texts) or not all(type(n) is int and n >= 0 for n in numbers):
-        raise ValueError("a value has the wrong type")
-    if "/" in commit.tar or "/" in commit.index or not isinstance(commit.counts, dict):
-        raise ValueError("a file name holds a slash")
+def _check(commit: Commit) -> None:
+    for name in (commit.tar, commit.index):
+        if not _FILE_NAME.fullmatch(name):
+            raise ValueError(f"{name[:60]!r} is no name of a tar or index")
     if commit.rows != commit.written + len(commit.skipped):
         raise ValueError(f"{commit.rows} rows are not {commit.written} written + {len(commit.skipped)} skipped")

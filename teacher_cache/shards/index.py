@@ -7,9 +7,13 @@ and notices a flipped bit before the bytes reach a tensor.
 from __future__ import annotations
 
 import io
+import re
+from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from teacher_cache.errors import CacheError
@@ -25,6 +29,15 @@ SCHEMA = pa.schema(
         ("members", pa.list_(MEMBER)),
     ]
 )
+_TEXT = pa.dictionary(pa.int32(), pa.string())
+_READ_SCHEMA = pa.schema(
+    [("key", _TEXT), *list(SCHEMA)[1:-1], ("members", pa.list_(pa.struct([("ext", _TEXT), *list(MEMBER)[1:]])))]
+)
+
+
+MOST_BYTES, BATCH_ROWS, MOST_BATCH_BYTES, MOST_CHARACTERS = 1 << 30, 256, 1 << 24, 200
+"""Of an index, unpacked; rows looked at together, and the bytes of these (a sample takes about 200); of a key or an extension."""
+_KEY, _EXT = re.compile(r"[0-9A-Za-z_-]+"), re.compile(r"[0-9A-Za-z_][0-9A-Za-z_.-]*")
 
 
 @dataclass(frozen=True)
@@ -58,14 +71,48 @@ def dump_index(entries: list[Entry]) -> bytes:
     return buffer.getvalue()
 
 
-def parse_index(data: bytes, place: str) -> list[Entry]:
-    """The entries of an index; CacheError naming ``place`` where it is damaged."""
+def parse_index(data: bytes, place: str, tar_bytes: int, rows: int) -> list[Entry]:
+    """The entries of an index; CacheError naming ``place`` where it is damaged, or not of a tar of so many bytes and rows."""
     try:
-        table = pq.read_table(io.BytesIO(data))
-        if not table.schema.equals(SCHEMA):
-            raise ValueError(f"columns {table.schema.names}")
-        rows = table.to_pylist()
-        return [Entry(**{**row, "members": tuple(Member(**member) for member in row["members"])}) for row in rows]
+        entries = [_entry(row, tar_bytes) for row in _read_rows(data, rows)]
+        if len({entry.key for entry in entries}) != len(entries):
+            raise ValueError("a key stands in it twice")
+        return entries
     except (pa.ArrowException, ValueError, TypeError, KeyError, OSError, MemoryError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise CacheError(f"{place}: damaged index ({reason}): run `kdcli cache verify`") from None
+
+
+def _read_rows(data: bytes, rows: int) -> Iterator[dict[str, Any]]:
+    """A few rows at a time: columns and number of rows are known from the end of the file, before anything is unpacked."""
+    # Texts stay the numbers of a dictionary: one long text must not be written out once a row.
+    parquet = pq.ParquetFile(io.BytesIO(data), read_dictionary=["key", "members.list.element.ext"], pre_buffer=False)
+    if not parquet.schema_arrow.equals(_READ_SCHEMA):
+        raise ValueError(f"columns {parquet.schema_arrow.names}")
+    if parquet.metadata.num_rows != rows:
+        raise ValueError(f"{parquet.metadata.num_rows} samples, not {rows}")
+    if sum(parquet.metadata.row_group(i).total_byte_size for i in range(parquet.num_row_groups)) > MOST_BYTES:
+        raise ValueError(f"more than {MOST_BYTES:,} bytes")
+    for batch in parquet.iter_batches(BATCH_ROWS):
+        texts = [batch.column("key").dictionary, batch.column("members").flatten().field("ext").dictionary]
+        longest = max(pc.max(pc.binary_length(one)).as_py() or 0 for one in texts)
+        if batch.nbytes > MOST_BATCH_BYTES or longest > MOST_CHARACTERS:
+            raise ValueError(f"{batch.nbytes:,} bytes in {batch.num_rows} samples, a text of {longest:,}")
+        yield from batch.to_pylist()
+
+
+def _entry(row: dict[str, Any], tar_bytes: int) -> Entry:
+    """ValueError where a value cannot be of a sample, so that none becomes a path or a place outside of the tar."""
+    members = tuple(Member(**member) for member in row["members"])
+    entry = Entry(**{**row, "members": members})
+    numbers = (entry.ordinal, entry.vision_rows, entry.response_rows, entry.text_tokens)
+    if any(number is None or number < 0 for number in numbers) or not _KEY.fullmatch(entry.key):
+        raise ValueError(f"a sample {str(entry.key)[:60]!r}")
+    for one in members:
+        if not _EXT.fullmatch(one.ext) or one.crc32 is None or min(one.offset, one.size) < 0:
+            raise ValueError(f"a member {str(one.ext)[:60]!r} of {entry.key}")
+        if one.offset + one.size > tar_bytes:
+            raise ValueError(f"member {one.ext} of {entry.key} reaches beyond the tar")
+    if len({one.ext for one in members}) != len(members):
+        raise ValueError(f"a member of {entry.key} stands in it twice")
+    return entry

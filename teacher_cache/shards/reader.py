@@ -60,10 +60,8 @@ class ColumnReader:
                 raise self._damaged(commit, f"{index_path} does not have its committed checksum")
             if size != commit.tar_bytes:
                 raise self._damaged(commit, f"{tar_path} has {size} bytes, its commit says {commit.tar_bytes}")
-            entries = parse_index(data, f"{self.storage}/{index_path}")
-            if len(entries) != commit.written:
-                raise self._damaged(commit, f"{index_path} lists {len(entries)} samples, not {commit.written}")
-            self._entries[shard] = entries
+            place = f"{self.storage}/{index_path}"
+            self._entries[shard] = parse_index(data, place, commit.tar_bytes, commit.written)
         return self._entries[shard]
 
     def read(self, shard: int, row: int) -> dict[str, bytes]:
@@ -71,7 +69,7 @@ class ColumnReader:
         entry = self.entries(shard)[row]
         if not entry.members:
             return {}
-        start = entry.members[0].offset
+        start = min(member.offset for member in entry.members)
         stop = max(member.offset + member.size for member in entry.members)
         handle = self._tar(shard)
         handle.seek(start)

@@ -31,6 +31,12 @@ class Storage:
         self.local = "file" in (self.fs.protocol if isinstance(self.fs.protocol, tuple) else (self.fs.protocol,))
 
     def path(self, relative: str) -> str:
+        """Where a relative path lies; CacheError where it leaves the cache: documents name files, and anybody can write one."""
+        parts = relative.split("/")
+        if relative.startswith("/") or ".." in parts or max(map(len, parts)) > 250 or set(relative) & {"\\", "\0"}:
+            raise CacheError(
+                f"{self}: {relative[:80]!r} is no file of a cache: the document that names it is damaged or hostile"
+            )
         return f"{self.root}/{relative}" if relative else self.root
 
     def __str__(self) -> str:
@@ -70,7 +76,11 @@ class Storage:
         return sorted(path[len(self.root) :].lstrip("/") for path in found)
 
     def remove(self, relative: str) -> None:
-        self.fs.rm_file(self.path(relative))
+        """Remove a file, or a link itself; CacheError where it lies outside of the cache, in a folder that is linked into it."""
+        path = self.path(relative)
+        if self.local and not _is_inside(os.path.dirname(path), self.root):
+            raise CacheError(f"{path} lies outside of the cache, behind a link: remove it there by hand, or the link")
+        self.fs.rm_file(path)
 
     def remove_empty_folders(self, folder: str) -> None:
         """``folder`` and those below it, where nothing is in them; only local disks have such folders."""
@@ -134,6 +144,11 @@ class Storage:
             folder = Path(tempfile.gettempdir()) / "kdcli-staging"
         folder.mkdir(parents=True, exist_ok=True)
         return folder
+
+
+def _is_inside(folder: str, root: str) -> bool:
+    real, inside = os.path.realpath(folder), os.path.realpath(root)
+    return os.path.commonpath([real, inside]) == inside
 
 
 def sync_folder(folder: Path) -> None:

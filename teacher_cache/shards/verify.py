@@ -6,6 +6,7 @@ import hashlib
 import tarfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import BinaryIO
 
 from teacher_cache.errors import CacheError
 from teacher_cache.plan import Plan, read_plan
@@ -62,7 +63,8 @@ def shard_problems(storage: Storage, plan: Plan, column: str, column_hash: str, 
         if hashlib.sha256(index).hexdigest() != commit.index_sha256:
             yield f"index/{commit.index} does not have its checksum"
             return
-        yield from _tar_problems(storage, column, commit, parse_index(index, commit.index))
+        entries = parse_index(index, commit.index, commit.tar_bytes, commit.written)
+        yield from _tar_problems(storage, column, commit, entries)
     except FileNotFoundError as error:
         yield f"a file is missing ({error.filename or error})"
     except CacheError as error:
@@ -84,10 +86,21 @@ def _tar_problems(storage: Storage, column: str, commit: Commit, entries: list[E
     promised = [
         (f"{entry.key}.{member.ext}", member.offset, member.size) for entry in entries for member in entry.members
     ]
-    with storage.open(f"{column}/data/{commit.tar}") as opened, tarfile.open(fileobj=opened, mode="r:") as tar_file:
-        found = [(info.name, info.offset_data, info.size) for info in tar_file]
+    with storage.open(f"{column}/data/{commit.tar}") as opened:
+        found = _members(opened)
     if found != promised:
         yield f"data/{commit.tar} does not hold the members that its index lists"
+
+
+def _members(opened: BinaryIO) -> list[tuple[str, int, int]] | None:
+    """(name, offset, size) of every member, read by the tar's own headers; None where it is no tar of plain files."""
+    try:
+        with tarfile.open(fileobj=opened, mode="r:") as tar_file:
+            every = list(tar_file)
+    except (tarfile.TarError, ValueError, OverflowError, EOFError):
+        return None
+    plain = all(info.type == tarfile.REGTYPE and not info.pax_headers for info in every)
+    return [(info.name, info.offset_data, info.size) for info in every] if plain else None
 
 
 def orphans(storage: Storage, columns: dict[str, str]) -> list[str]:

@@ -28,6 +28,7 @@ class DataSpec:
         template: how rows become text: ``chat`` or ``plain``.
         limit: use only the first so many rows.
         max_image_pixels: larger images are skipped (decompression bombs).
+        follow_links: links below ``image_root`` may lead out of it (docs/security.md).
     """
 
     part: str
@@ -37,6 +38,7 @@ class DataSpec:
     template: str = "chat"
     limit: int | None = None
     max_image_pixels: int = 89_478_485
+    follow_links: bool = False
 
 
 class Source(Protocol):

@@ -21,9 +21,14 @@ _ABSENT = {errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP, errno.E
 
 @dataclass(frozen=True)
 class ImageFolder:
-    """Reads images by the path a row names, relative to ``root`` (a local folder or an fsspec URL)."""
+    """Reads images by the path a row names, relative to ``root`` (a local folder or an fsspec URL).
+
+    The root itself may be a link. follow_links: links inside it may lead out of it; False: they are refused like ``..``, since whoever
+    packed the images could have made them.
+    """
 
     root: str
+    follow_links: bool = False
 
     def check(self) -> None:
         """Raises:
@@ -47,13 +52,19 @@ class ImageFolder:
 
     def _read_local(self, name: str) -> bytes:
         root = os.path.realpath(self.root)
+        written = os.path.normpath(os.path.join(root, name))
+        if not _is_below(written, root) and not _is_below(written, os.path.abspath(self.root)):
+            raise SkipRow("image_path_unsafe", f"{name!r} leads out of the image root (to {written!r})")
         try:
             path = os.path.realpath(os.path.join(root, name))
         except ValueError as error:
             raise SkipRow("image_path_unsafe", f"{name!r} is not a path: {error}") from error
         # A link that stays inside the root is fine; one that leads out would let a data set read any file here.
-        if os.path.commonpath([root, path]) != root:
-            raise SkipRow("image_path_unsafe", f"{name!r} leads out of the image root (to {path!r})")
+        if not _is_below(path, root) and not self.follow_links:
+            raise SkipRow(
+                "image_path_unsafe",
+                f"{name!r} leads out of the image root by a link (to {path!r}); is the link yours? follow_links = true, --follow-links",
+            )
         try:
             status = os.stat(path)
             if not stat.S_ISREG(status.st_mode):  # opening a pipe would wait for ever
@@ -74,6 +85,10 @@ class ImageFolder:
             return bytes(filesystem.cat_file(path))
         except OSError as error:
             raise _absent_or_broken(name, error) from error
+
+
+def _is_below(path: str, root: str) -> bool:
+    return os.path.commonpath([root, path]) == root
 
 
 def _check_size(name: str, size: int) -> None:

@@ -36,7 +36,7 @@ def _looks_like_list(path: str) -> bool:
 
 def open(spec: DataSpec, paths: list[str]) -> LlavaJson:
     root = spec.image_root if spec.image_root is not None else os.path.dirname(paths[0]) or "."
-    return LlavaJson(spec, tuple(paths), ImageFolder(root))
+    return LlavaJson(spec, tuple(paths), ImageFolder(root, spec.follow_links))
 
 
 @dataclass(frozen=True)

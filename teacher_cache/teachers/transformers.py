@@ -16,7 +16,7 @@ import torch
 from safetensors import SafetensorError
 
 from teacher_cache.batch import Batch, collate
-from teacher_cache.errors import CompatibilityError, KdcliError
+from teacher_cache.errors import CompatibilityError, KdcliError, not_loaded
 from teacher_cache.fingerprint import processor_fingerprint
 from teacher_cache.layout import COMPRESSED
 from teacher_cache.records import Prepared, TeacherOutput, TopK
@@ -48,8 +48,7 @@ def load_processor(spec: TeacherSpec) -> tuple[Any, Any]:
     try:
         return AutoProcessor.from_pretrained(spec.id, **arguments), AutoConfig.from_pretrained(spec.id, **arguments)
     except (OSError, ValueError) as error:
-        reason = str(error).splitlines()[0]
-        raise KdcliError(f"model {spec.id!r} cannot be loaded ({reason}): give a model folder or a hub id") from None
+        raise not_loaded(f"model {spec.id!r}", error) from None
 
 
 def resolve_dtype(spec: TeacherSpec, config: Any) -> torch.dtype:
@@ -89,7 +88,21 @@ def teacher_fingerprint(spec: TeacherSpec, processor: Any, config: Any) -> dict[
         "dtype": str(resolve_dtype(spec, config)).removeprefix("torch."),
         "attn_implementation": spec.attn_implementation,
         "backend": "transformers",
+        **({"remote_code": code_hash(spec)} if runs_own_code(spec, processor, config) else {}),
     }
+
+
+def runs_own_code(spec: TeacherSpec, processor: Any, config: Any) -> bool:
+    """Whether code of the model's folder takes part: it was allowed, and configuration or processor point to some."""
+    own = [one for one in (processor, config) if type(one).__module__.startswith("transformers_modules.")]
+    return spec.trust_remote_code and bool(own or getattr(config, "auto_map", None))
+
+
+def code_hash(spec: TeacherSpec) -> str:
+    """sha256 over names and contents of a folder's Python files; the revision for a model that lies on a hub."""
+    files = sorted(Path(spec.id).rglob("*.py"))
+    digests = [(str(file.relative_to(spec.id)), hashlib.sha256(file.read_bytes()).hexdigest()) for file in files]
+    return hashlib.sha256(repr(digests).encode()).hexdigest() if files else f"revision:{spec.revision or 'unknown'}"
 
 
 def refuse_compressed(spec: TeacherSpec, config: Any) -> None:
@@ -130,6 +143,7 @@ class TransformersTeacher:
                 attn_implementation=spec.attn_implementation,
                 revision=spec.revision,
                 trust_remote_code=spec.trust_remote_code,
+                use_safetensors=True,  # other checkpoints are pickles
             )
         except (OSError, ValueError, RuntimeError, SafetensorError) as error:
             reason = (str(error).splitlines() or [type(error).__name__])[0]

@@ -62,7 +62,7 @@ def test_tarfile_reads_it_and_owner_and_time_are_fixed(small_cache: Storage) -> 
 def test_index_offsets_are_exact(small_cache: Storage) -> None:
     commit = read_commit(small_cache, "samples", 1)
     tar = Path(small_cache.path(f"samples/data/{commit.tar}")).read_bytes()
-    entries = parse_index(small_cache.read(f"samples/index/{commit.index}"), "index")
+    entries = parse_index(small_cache.read(f"samples/index/{commit.index}"), "index", commit.tar_bytes, commit.written)
     for ordinal, entry in enumerate(entries, start=7):
         assert entry.ordinal == ordinal
         for member in entry.members:
@@ -97,7 +97,7 @@ def test_the_same_content_is_the_same_bytes(small_cache: Storage, tmp_path: Path
 
 def test_counts_and_rows_of_a_commit(small_cache: Storage) -> None:
     commit = read_commit(small_cache, "samples", 0)
-    entries = parse_index(small_cache.read(f"samples/index/{commit.index}"), "index")
+    entries = parse_index(small_cache.read(f"samples/index/{commit.index}"), "index", commit.tar_bytes, commit.written)
     assert (commit.rows, commit.written, [s.ordinal for s in commit.skipped]) == (7, 6, [6])
     for name in ("vision_rows", "response_rows", "text_tokens"):
         assert commit.counts[name] == sum(getattr(entry, name) for entry in entries)
