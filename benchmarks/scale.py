@@ -28,6 +28,8 @@ from benchmarks.scale_tables import print_tables
 PARTS_OF_THE_WHOLE = (16, 4, 1)
 SETTINGS = '[fields.response_topk]\nk = 1\ncoding = "plain"\nvalue_dtype = "float16"\n'
 """The least that a field can store: tens of bytes a row."""
+IMPORTS = "import pipelines.cache_teacher, rich.progress; from transformers import AutoConfig, AutoProcessor"
+"""What every command of a capture imports before it does anything."""
 TARGETS = {"open_seconds": 2.0, "capture again": 5.0}
 
 
@@ -93,6 +95,7 @@ class Bench:
         """All stages of a capture of so many tiny rows."""
         size, cache = str(rows), self.work / f"cache-{rows}"
         words = self.capture_words(self.mixture(rows, "tiny", tiny_rows), cache)
+        self.once(size, "imports alone", lambda: self._measure([sys.executable, "-c", IMPORTS])[0])
         self.once(size, "plan and describe", lambda: self.command(*words, "--prepare-only"))
         self.once(size, "capture", lambda: self._fresh_capture(words, cache))
         self.once(size, "capture again", lambda: self.command(*words))
@@ -145,9 +148,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--planned-rows", type=int, default=None, help="rows of the json that is planned only")
     parser.add_argument("--work", default="runs/scale", help="folder of mixtures, caches and finished stages")
     parser.add_argument("--table", action="store_true", help="measure nothing, print tables of what was saved")
+    parser.add_argument(
+        "--tokens-per-second", type=float, default=25_000, help="with --table: of one GPU's teacher, assumed"
+    )
+    parser.add_argument(
+        "--samples-per-second", type=float, default=30, help="with --table: that one GPU trains, assumed"
+    )
     options = parser.parse_args(arguments)
     if options.table:
-        print_tables()
+        print_tables(options.tokens_per_second, options.samples_per_second)
         return
     work = Path(options.work).absolute()
     work.mkdir(parents=True, exist_ok=True)
