@@ -109,7 +109,7 @@ def one_capture(cost: Costs, tokens_per_second: float, shards: int, rows: int, g
     tar_bytes = total_bytes / shards / COLUMNS
     requests = shards * COLUMNS * (FILES_PER_SHARD + int(tar_bytes // UPLOAD_PART))
     return {
-        "teacher, hours": f"{seconds / 3600:.2f}",
+        "teacher, minutes": f"{seconds / 60:.1f}",
         "cores a GPU, preparing": f"{row_rate * cost.prepare_ms / 1e3:.2f}",
         "cores a GPU, encoding and writing": f"{row_rate * cost.write_ms / 1e3:.2f}",
         "TB in all": f"{total_bytes / 1e12:.2f}",

@@ -95,7 +95,7 @@ def test_tables_follow_the_formulas(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert (cost.prepare_ms, cost.write_ms, cost.row_bytes) == (4.0, 6.0, 200_000)
     rate = 10 * scale_tables.TOKENS_PER_ROW  # ten rows a second and GPU
     said = scale_tables.one_capture(cost, rate, 512, rows=512 * 1000, gpus=8)
-    assert said["teacher, hours"] == f"{64 * 100 / 3600:.2f}" and said["shards a GPU"] == "64"
+    assert said["teacher, minutes"] == f"{64 * 100 / 60:.1f}" and said["shards a GPU"] == "64"
     assert (said["cores a GPU, preparing"], said["cores a GPU, encoding and writing"]) == ("0.04", "0.06")
     assert said["MB/s written, all GPUs"] == "16" and said["TB in all"] == "0.10"
     assert said["commits a second, mean"] == f"{512 * 6 / 6400:.3f}"
