@@ -206,7 +206,7 @@ def doctor(
     from pipelines.settings import override
     from teacher_cache.errors import KdcliError
     from teacher_cache.prepare import token_counter
-    from teacher_cache.teachers.transformers import load_processor
+    from teacher_cache.teachers.backends import load_processor
 
     settings = load(config)
     given = data_specs(paths + data, **each)
@@ -361,7 +361,7 @@ def preflight(
 
 
 @main.command("cache-teacher")
-@click.option("--teacher", help="Model folder or hub id.")
+@click.option("--teacher", help="Model folder or hub id; null:FOLDER makes signals up (docs/scaling.md).")
 @with_data_options
 @click.option("--out", help="Where the cache goes: a folder or an fsspec URL.")
 @click.option("--shards", type=int, help="Number of shards, fixed for the life of the cache.")

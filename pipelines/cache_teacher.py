@@ -24,21 +24,16 @@ from teacher_cache.cache_shard import CaptureJob, RowReader, Teacher, cache_shar
 from teacher_cache.errors import KdcliError
 from teacher_cache.fields import CalibratedField, Field, create_field
 from teacher_cache.fields.calibration import Calibration
-from teacher_cache.plan import Plan, content_hash, make_plan, write_plan
+from teacher_cache.plan import Plan, content_hash, known_plan, make_plan, write_plan
 from teacher_cache.prepare import Limits, Preparer
 from teacher_cache.shards.reader import ColumnReader
 from teacher_cache.shards.storage import Storage
 from teacher_cache.sources import DataSpec
 from teacher_cache.stored_rows import StoredPreparer, StoredRows
+from teacher_cache.teachers import null
+from teacher_cache.teachers.backends import load_processor, open_teacher, teacher_fingerprint
 from teacher_cache.teachers.text_vision import check_layers
-from teacher_cache.teachers.transformers import (
-    TeacherSpec,
-    TransformersTeacher,
-    load_processor,
-    resolve_device,
-    resolve_dtype,
-    teacher_fingerprint,
-)
+from teacher_cache.teachers.transformers import TeacherSpec, resolve_device, resolve_dtype
 
 
 @dataclass(frozen=True)
@@ -138,6 +133,8 @@ def capture_fields(
     done = total - sum(plan.slices[shard].rows for shard in missing)
     progress("start", done, total)
     notes = ask_canaries(request, preflight, storage, fingerprint) if left and fields and preflight else []
+    if fields and fingerprint["backend"] == null.BACKEND:
+        notes.append(null.NOTE)
     if left:
         run_shards(request, job, left, done, total, progress)
         missing = job.missing()
@@ -163,18 +160,17 @@ def make_preparer(request: CaptureRequest, processor: Any, config: Any) -> Prepa
 
 
 def plan_for(request: CaptureRequest, storage: Storage, preparer: Preparer, config: Any) -> Plan:
-    """The plan that these flags mean, made afresh: a changed mixture, template or tokenizer must not pass for the old one."""
+    """The plan that these flags mean: a changed mixture, template or tokenizer does not pass for that of the cache that is there."""
     vision = config.vision_config
     side = getattr(vision, "image_size", 336) // max(1, getattr(vision, "patch_size", 14)) if vision else 24
-    return make_plan(
-        request.data, request.settings.shards, preparer.fingerprint(), request.settings.seed, image_tokens=side * side
-    )
+    settings, known = request.settings, known_plan(storage)
+    return make_plan(request.data, settings.shards, preparer.fingerprint(), settings.seed, side * side, known)
 
 
 def load_head(spec: TeacherSpec, processor: Any, config: Any) -> torch.Tensor:
     """W ``[V, D]`` of the teacher in the dtype that it runs in, loaded on the CPU so that no GPU is held while workers start."""
     dtype = str(resolve_dtype(spec, config)).removeprefix("torch.")  # "auto" on the CPU would be twice the bytes
-    return TransformersTeacher(replace(spec, device="cpu", dtype=dtype), processor, config).head
+    return open_teacher(replace(spec, device="cpu", dtype=dtype), processor, config).head
 
 
 def fit_fields(
@@ -186,7 +182,7 @@ def fit_fields(
 ) -> dict[str, Calibration]:
     """Calibrations of new fields by the teacher itself, which leaves the device again before workers start."""
     settings = request.settings
-    teacher = TransformersTeacher(request.teacher, *loaded)
+    teacher = open_teacher(request.teacher, *loaded)
     return calibrate(
         fields,
         plan,
@@ -204,7 +200,7 @@ def ask_canaries(request: CaptureRequest, preflight: Cache, storage: Storage, fi
     """Notes; CompatibilityError where this machine's teacher is not the preflight's. It leaves the device before workers start."""
     folder = f"teacher/{content_hash(fingerprint)[:12]}"
     processor, config = load_processor(request.teacher)
-    load = partial(TransformersTeacher, request.teacher, processor, config)
+    load = partial(open_teacher, request.teacher, processor, config)
     note = canaries.check(preflight, folder, processor, config, load)
     canaries.copy(preflight.storage, storage, folder)
     return [note]
@@ -236,7 +232,7 @@ class ShardTask:
         preparer = make_preparer(self.request, processor, config)
         row_reader = row_readers(self.request, self.job.storage, self.job.plan)
         needs_teacher = any(column != "samples" for columns in self.left.values() for column in columns)
-        teacher: Teacher | None = TransformersTeacher(spec, processor, config) if needs_teacher else None
+        teacher: Teacher | None = open_teacher(spec, processor, config) if needs_teacher else None
 
         heartbeat = Heartbeat(self.job.storage, self.run) if self.run else None
 

@@ -15,7 +15,8 @@ from teacher_cache.fields import Field, create_field
 from teacher_cache.plan import difference, read_plan
 from teacher_cache.shards.commit import committed_shards
 from teacher_cache.shards.storage import Storage
-from teacher_cache.teachers.transformers import TeacherSpec, load_processor, resolve_device, teacher_fingerprint
+from teacher_cache.teachers.backends import load_processor, teacher_fingerprint
+from teacher_cache.teachers.transformers import TeacherSpec, resolve_device
 
 
 def add_fields(

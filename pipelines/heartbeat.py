@@ -96,7 +96,8 @@ class Heartbeat:
         """Write the word. A store that does not take it, for whatever reason of its own, is asked again at the next beat."""
         self._change(updated=time.time())
         with suppress(Exception):  # a word is never worth a shard
-            self._storage.put_bytes(json.dumps(asdict(self._word)).encode(), f"{FOLDER}/{self._word.worker}.json")
+            said = json.dumps(asdict(self._word)).encode()
+            self._storage.put_bytes(said, f"{FOLDER}/{self._word.worker}.json", durable=False)
 
     def _change(self, **values: Any) -> None:
         with self._lock:

@@ -28,6 +28,7 @@ from student_train.teacher_view import TeacherSignals
 from student_train.trainer import StepResult, Trainer
 from teacher_cache.errors import CompatibilityError, KdcliError
 from teacher_cache.plan import difference
+from teacher_cache.teachers import null
 from teacher_cache.teachers.transformers import TeacherSpec, load_processor
 
 OnStep = Callable[[str, int, int, StepResult], None]
@@ -79,12 +80,17 @@ def settle(cache: Cache, plans: list[StagePlan], student: str) -> tuple[list[Sta
     """The plans as this student can have them, and notes for the user; refuses a student that cannot, before its weights are read."""
     trusted = plans[0].settings.trust_remote_code
     processor, config = load_processor(TeacherSpec(student, trust_remote_code=trusted))
+    made_up: set[str] = set()
     for plan in plans:
         fields = {name: cache.fields[name] for name in plan.served.names}
+        made_up |= {name for name, body in fields.items() if body["teacher"].get("backend") == null.BACKEND}
         hook(plan.method, "check_student")(config, fields)
         check_head(config, fields, student)
     plans = settle_compressor(plans, student)
-    return plans, check_vocabulary(cache, plans, processor)
+    notes = check_vocabulary(cache, plans, processor)
+    if made_up:
+        notes = [*notes, f"{', '.join(sorted(made_up))}: {null.NOTE}"]
+    return plans, notes
 
 
 def check_head(config: Any, fields: Mapping[str, Any], student: str) -> None:

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 
 from teacher_cache.codecs import container
@@ -19,7 +20,7 @@ from teacher_cache.plan import read_plan
 from teacher_cache.records import ImageLayout, Sample, TextTokens
 from teacher_cache.samples import decode_sample
 from teacher_cache.shards.commit import Commit, committed_shards
-from teacher_cache.shards.reader import ColumnReader
+from teacher_cache.shards.reader import ColumnReader, Recent
 from teacher_cache.shards.schema import COUNT, require
 from teacher_cache.shards.sealed import unseal
 from teacher_cache.shards.storage import Storage
@@ -192,7 +193,7 @@ class CachedRows:
         self.shards = cache.shards(parts)
         self._columns = {name: cache.column(name) for name in ("samples", *fields)}
         self._fields = {name: cache.open_field(name) for name in fields}
-        self._rows: dict[int, list[tuple[int, ...]]] = {}
+        self._rows: Recent[np.ndarray] = Recent()
         self.counts = [self._count(shard) for shard in self.shards]
         self._place = str(cache.storage)
 
@@ -206,13 +207,18 @@ class CachedRows:
         extra = set().union(*(skipped(other) for other in others)) - skipped(samples)
         return samples.written - len(extra)
 
-    def _join(self, shard: int) -> list[tuple[int, ...]]:
-        """Tar rows of every column for each usable row; by key, since a field may lack rows that ``samples`` has."""
-        if shard not in self._rows:
-            by_key = [{e.key: i for i, e in enumerate(column.entries(shard))} for column in self._columns.values()]
-            rows = [tuple(keys[key] for keys in by_key) for key in by_key[0] if all(key in keys for keys in by_key)]
-            self._rows[shard] = rows
-        return self._rows[shard]
+    def _join(self, shard: int) -> np.ndarray:
+        """Tar rows ``[usable rows, columns]``; by key, since a field may lack rows that ``samples`` has."""
+        if (rows := self._rows.take(shard)) is None:
+            keys = [column.entries(shard).keys() for column in self._columns.values()]
+            if all(one == keys[0] for one in keys):
+                rows = np.repeat(np.arange(len(keys[0]))[:, None], len(keys), axis=1)
+            else:
+                by_key = [{key: row for row, key in enumerate(one)} for one in keys]
+                common = [key for key in keys[0] if all(key in one for one in by_key)]
+                rows = np.array([[one[key] for one in by_key] for key in common], dtype=np.int64).reshape(-1, len(keys))
+            self._rows.keep(shard, rows)
+        return rows
 
     def key(self, position: int, row: int) -> str:
         """Key of a row, without reading it."""
@@ -227,7 +233,7 @@ class CachedRows:
             raise CacheError(
                 f"{self._place}: shard {shard:06d}: columns disagree on their rows; run `kdcli cache verify`"
             )
-        places = dict(zip(self._columns, rows[row]))
+        places = dict(zip(self._columns, rows[row].tolist()))
         samples = self._columns["samples"]
         key = samples.entries(shard)[places["samples"]].key
         sample, text, layout = decode_sample(

@@ -11,7 +11,8 @@ import heapq
 import json
 import random
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from typing import Any
 
 from teacher_cache.errors import CacheError, KdcliError, printable
@@ -99,7 +100,7 @@ class Plan:
             **({"derived": dict(self.derived)} if self.derived else {}),
         }
 
-    @property
+    @cached_property
     def plan_hash(self) -> str:
         return content_hash(self.identity())
 
@@ -131,12 +132,18 @@ def _without_places(fingerprint: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def make_plan(
-    specs: Sequence[DataSpec], shards: int, preparation: Mapping[str, Any], seed: int, image_tokens: int
+    specs: Sequence[DataSpec],
+    shards: int,
+    preparation: Mapping[str, Any],
+    seed: int,
+    image_tokens: int,
+    known: Plan | None = None,
 ) -> Plan:
     """Scan the mixtures and cut them into ``shards`` slices.
 
     Args:
         image_tokens: vision tokens of a typical image, only for balancing.
+        known: a plan that is taken again where it was made of the same files and settings: files are then hashed, not scanned.
     """
     if shards < 1:
         raise KdcliError(f"--shards must be at least 1, got {shards}")
@@ -149,6 +156,8 @@ def make_plan(
         raise KdcliError(
             f"mixture parts must have different names, got {', '.join(names)}: use --part or `part = …` in kd.toml"
         )
+    if known and (again := _again(known, specs, shards, preparation, seed)):
+        return again
     scanned = [_scan(spec, shards) for spec in specs]
     total = sum(part.rows for part, _ in scanned)
     if total == 0:
@@ -175,6 +184,24 @@ def make_plan(
         random.Random(f"{seed}:{part.spec.part}").shuffle(groups)
         slices += [Slice(part.spec.part, tuple(chosen)) for chosen in _balance(groups, count, cost)]
     return Plan(tuple(part for part, _ in scanned), tuple(slices), preparation, seed)
+
+
+def _again(
+    known: Plan, specs: Sequence[DataSpec], shards: int, preparation: Mapping[str, Any], seed: int
+) -> Plan | None:
+    """``known`` with the places where its files lie now, or None where anything that a plan is made of differs."""
+    settings = len(known.slices), known.seed, known.preparation, known.derived
+    if settings != (shards, seed, preparation, None) or len(known.parts) != len(specs):
+        return None
+    parts = []
+    for part, spec in zip(known.parts, specs):
+        if replace(part.spec, path=spec.path, image_root=spec.image_root) != spec:
+            return None
+        fingerprint = open_source(spec).fingerprint()
+        if _without_places(fingerprint) != _without_places(part.fingerprint):
+            return None
+        parts.append(Part(spec, fingerprint, part.rows))
+    return replace(known, parts=tuple(parts))
 
 
 def _scan(spec: DataSpec, shards: int) -> tuple[Part, list[RowGroup]]:
@@ -237,6 +264,14 @@ def write_plan(storage: Storage, plan: Plan) -> None:
     if there.plan_hash != plan.plan_hash:
         lines = difference(there.identity(), plan.identity())
         raise CacheError(f"{storage} holds another plan; choose another --out, or undo: " + "; ".join(lines))
+
+
+def known_plan(storage: Storage) -> Plan | None:
+    """The plan of a cache that may be there; one that cannot be read is left to ``write_plan`` to refuse."""
+    try:
+        return read_plan(storage)
+    except CacheError:
+        return None
 
 
 def read_plan(storage: Storage) -> Plan:

@@ -25,7 +25,8 @@ from teacher_cache.errors import KdcliError
 from teacher_cache.fields import Field, create_field
 from teacher_cache.prepare import Limits, Preparer
 from teacher_cache.sources import DataSpec
-from teacher_cache.teachers.transformers import TeacherSpec, load_processor
+from teacher_cache.teachers.backends import load_processor
+from teacher_cache.teachers.transformers import TeacherSpec
 
 
 @dataclass(frozen=True)

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, overload
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
@@ -71,21 +72,84 @@ def dump_index(entries: list[Entry]) -> bytes:
     return buffer.getvalue()
 
 
-def parse_index(data: bytes, place: str, tar_bytes: int, rows: int) -> list[Entry]:
+class Entries(Sequence[Entry]):
+    """The samples of one tar in its order, held as columns: some 100 bytes a sample, where Python objects would take ten times that
+    in every loader process. An ``Entry`` is made when it is asked for.
+
+    Args:
+        table: of ``SCHEMA``, no value missing.
+
+    Raises:
+        ValueError: a value cannot be of a sample in a tar of ``tar_bytes``, so that none becomes a path or a place outside of it.
+    """
+
+    def __init__(self, table: pa.Table, tar_bytes: int):
+        members = table.column("members").combine_chunks()
+        flat = members.flatten()
+        self._keys = table.column("key").combine_chunks()
+        self._numbers = np.stack(
+            [table.column(name).to_numpy().astype(np.int64) for name in SCHEMA.names[1:-1]], axis=1
+        )
+        self._first = members.offsets.to_numpy() - members.offsets[0].as_py() if len(members) else np.zeros(1, np.int64)
+        kinds = flat.field("ext").dictionary_encode()
+        self._kinds, self._kind = kinds.dictionary.to_pylist(), kinds.indices.to_numpy()
+        self._places = [flat.field(name).to_numpy() for name in ("offset", "size", "crc32")]
+        self._check(tar_bytes)
+
+    def _check(self, tar_bytes: int) -> None:
+        keys = self.keys()
+        if not all(map(_KEY.fullmatch, keys)):
+            raise ValueError(f"a sample {next(key for key in keys if not _KEY.fullmatch(key))[:60]!r}")
+        if (self._numbers < 0).any():
+            raise ValueError("a negative number of a sample")
+        if not all(map(_EXT.fullmatch, self._kinds)):
+            raise ValueError(f"a member {next(ext for ext in self._kinds if not _EXT.fullmatch(ext))[:60]!r}")
+        offsets, sizes, _ = self._places
+        if (
+            (offsets < 0).any()
+            or (sizes < 0).any()
+            or (offsets > tar_bytes).any()
+            or (sizes > tar_bytes - offsets).any()
+        ):
+            raise ValueError("a member reaches beyond the tar")
+        of = np.repeat(np.arange(len(keys)), np.diff(self._first))
+        if len(set(keys)) != len(keys) or len(np.unique(np.stack([of, self._kind]), axis=1).T) != len(of):
+            raise ValueError("a key, or a member of a sample, stands in it twice")
+
+    def __len__(self) -> int:
+        return len(self._keys)
+
+    def keys(self) -> list[str]:
+        return self._keys.to_pylist()
+
+    @overload
+    def __getitem__(self, row: int) -> Entry: ...
+    @overload
+    def __getitem__(self, row: slice) -> list[Entry]: ...
+    def __getitem__(self, row: Any) -> Any:
+        if isinstance(row, slice):
+            return [self[one] for one in range(*row.indices(len(self)))]
+        row = range(len(self))[row]  # negative numbers, and IndexError
+        at = slice(self._first[row], self._first[row + 1])
+        offsets, sizes, sums = (column[at].tolist() for column in self._places)
+        kinds = [self._kinds[kind] for kind in self._kind[at].tolist()]
+        stored = tuple(map(Member, kinds, offsets, sizes, sums))
+        ordinal, vision_rows, response_rows, text_tokens = self._numbers[row].tolist()
+        return Entry(self._keys[row].as_py(), ordinal, vision_rows, response_rows, text_tokens, stored)
+
+
+def parse_index(data: bytes, place: str, tar_bytes: int, rows: int) -> Entries:
     """The entries of an index; CacheError naming ``place`` where it is damaged, or not of a tar of so many bytes and rows."""
     try:
-        entries = [_entry(row, tar_bytes) for row in _read_rows(data, rows)]
-        if len({entry.key for entry in entries}) != len(entries):
-            raise ValueError("a key stands in it twice")
-        return entries
+        return Entries(pa.Table.from_batches(list(_read_batches(data, rows)), SCHEMA), tar_bytes)
     except (pa.ArrowException, ValueError, TypeError, KeyError, OSError, MemoryError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise CacheError(f"{place}: damaged index ({reason}): run `kdcli cache verify`") from None
 
 
-def _read_rows(data: bytes, rows: int) -> Iterator[dict[str, Any]]:
+def _read_batches(data: bytes, rows: int) -> Iterator[pa.RecordBatch]:
     """A few rows at a time: columns and number of rows are known from the end of the file, before anything is unpacked."""
-    # Texts stay the numbers of a dictionary: one long text must not be written out once a row.
+    # Texts stay the numbers of a dictionary until their lengths are known: one long text must not be written out once a row.
     parquet = pq.ParquetFile(io.BytesIO(data), read_dictionary=["key", "members.list.element.ext"], pre_buffer=False)
     if not parquet.schema_arrow.equals(_READ_SCHEMA):
         raise ValueError(f"columns {parquet.schema_arrow.names}")
@@ -94,25 +158,17 @@ def _read_rows(data: bytes, rows: int) -> Iterator[dict[str, Any]]:
     if sum(parquet.metadata.row_group(i).total_byte_size for i in range(parquet.num_row_groups)) > MOST_BYTES:
         raise ValueError(f"more than {MOST_BYTES:,} bytes")
     for batch in parquet.iter_batches(BATCH_ROWS):
-        texts = [batch.column("key").dictionary, batch.column("members").flatten().field("ext").dictionary]
-        longest = max(pc.max(pc.binary_length(one)).as_py() or 0 for one in texts)
+        lists = batch.column("members")
+        flat = lists.flatten()
+        if any(column.null_count for column in (*batch.columns, flat, *flat.flatten())):
+            raise ValueError("a value is missing")
+        key, ext = batch.column("key"), flat.field("ext")
+        longest = max(pc.max(pc.binary_length(one.dictionary)).as_py() or 0 for one in (key, ext))
         if batch.nbytes > MOST_BATCH_BYTES or longest > MOST_CHARACTERS:
             raise ValueError(f"{batch.nbytes:,} bytes in {batch.num_rows} samples, a text of {longest:,}")
-        yield from batch.to_pylist()
-
-
-def _entry(row: dict[str, Any], tar_bytes: int) -> Entry:
-    """ValueError where a value cannot be of a sample, so that none becomes a path or a place outside of the tar."""
-    members = tuple(Member(**member) for member in row["members"])
-    entry = Entry(**{**row, "members": members})
-    numbers = (entry.ordinal, entry.vision_rows, entry.response_rows, entry.text_tokens)
-    if any(number is None or number < 0 for number in numbers) or not _KEY.fullmatch(entry.key):
-        raise ValueError(f"a sample {str(entry.key)[:60]!r}")
-    for one in members:
-        if not _EXT.fullmatch(one.ext) or one.crc32 is None or min(one.offset, one.size) < 0:
-            raise ValueError(f"a member {str(one.ext)[:60]!r} of {entry.key}")
-        if one.offset + one.size > tar_bytes:
-            raise ValueError(f"member {one.ext} of {entry.key} reaches beyond the tar")
-    if len({one.ext for one in members}) != len(members):
-        raise ValueError(f"a member of {entry.key} stands in it twice")
-    return entry
+        plain = pa.StructArray.from_arrays(
+            [ext.dictionary_decode(), *(flat.field(one.name) for one in list(MEMBER)[1:])], fields=list(MEMBER)
+        )
+        offsets = pc.subtract(lists.offsets, lists.offsets[0])
+        members = pa.ListArray.from_arrays(offsets, plain)
+        yield pa.RecordBatch.from_arrays([key.dictionary_decode(), *batch.columns[1:-1], members], schema=SCHEMA)

@@ -6,14 +6,31 @@ import hashlib
 import os
 import zlib
 from collections import OrderedDict
-from typing import BinaryIO
+from typing import BinaryIO, Generic, TypeVar
 
 from teacher_cache.errors import CacheError
 from teacher_cache.shards.commit import Commit, read_commit
-from teacher_cache.shards.index import Entry, parse_index
+from teacher_cache.shards.index import Entries, parse_index
 from teacher_cache.shards.storage import Storage
 
-OPEN_TARS = 64
+OPEN_SHARDS = 64
+"""Whose tars stay open and whose indices stay in memory; training goes through blocks of 16, so that memory does not grow with the rows."""
+T = TypeVar("T")
+
+
+class Recent(OrderedDict[int, T], Generic[T]):
+    """Shard → what was made of it, of the shards that were used last."""
+
+    def take(self, shard: int) -> T | None:
+        if shard not in self:
+            return None
+        self.move_to_end(shard)
+        return self[shard]
+
+    def keep(self, shard: int, value: T) -> list[T]:
+        """Returns what had to go."""
+        self[shard] = value
+        return [self.popitem(last=False)[1] for _ in range(len(self) - OPEN_SHARDS)]
 
 
 class ColumnReader:
@@ -28,12 +45,15 @@ class ColumnReader:
         self.storage, self.column = storage, column
         self._hashes = (plan_hash, column_hash)
         self._commits: dict[int, Commit] = {}
-        self._entries: dict[int, list[Entry]] = {}
-        self._open: OrderedDict[int, BinaryIO] = OrderedDict()
+        self._entries: Recent[Entries] = Recent()
+        self._open: Recent[BinaryIO] = Recent()
         self._process = os.getpid()
 
     def __getstate__(self) -> dict:
-        return self.__dict__ | {"_open": OrderedDict()}  # file handles do not travel to loader processes
+        return self.__dict__ | {
+            "_open": Recent(),
+            "_entries": Recent(),
+        }  # file handles do not travel to loader processes
 
     def commit(self, shard: int) -> Commit:
         if shard not in self._commits:
@@ -46,23 +66,26 @@ class ColumnReader:
             self._commits[shard] = commit
         return self._commits[shard]
 
-    def entries(self, shard: int) -> list[Entry]:
+    def entries(self, shard: int) -> Entries:
         """The samples of a shard in tar order; also checks that the tar has its full size."""
-        if shard not in self._entries:
-            commit = self.commit(shard)
-            index_path, tar_path = f"{self.column}/index/{commit.index}", f"{self.column}/data/{commit.tar}"
-            try:
-                data = self.storage.read(index_path)
-                size = self.storage.size(tar_path)
-            except FileNotFoundError as error:
-                raise self._damaged(commit, f"{error.filename or error} is missing") from None
-            if hashlib.sha256(data).hexdigest() != commit.index_sha256:
-                raise self._damaged(commit, f"{index_path} does not have its committed checksum")
-            if size != commit.tar_bytes:
-                raise self._damaged(commit, f"{tar_path} has {size} bytes, its commit says {commit.tar_bytes}")
-            place = f"{self.storage}/{index_path}"
-            self._entries[shard] = parse_index(data, place, commit.tar_bytes, commit.written)
-        return self._entries[shard]
+        if (entries := self._entries.take(shard)) is None:
+            entries = self._read_index(shard)
+            self._entries.keep(shard, entries)
+        return entries
+
+    def _read_index(self, shard: int) -> Entries:
+        commit = self.commit(shard)
+        index_path, tar_path = f"{self.column}/index/{commit.index}", f"{self.column}/data/{commit.tar}"
+        try:
+            data = self.storage.read(index_path)
+            size = self.storage.size(tar_path)
+        except FileNotFoundError as error:
+            raise self._damaged(commit, f"{error.filename or error} is missing") from None
+        if hashlib.sha256(data).hexdigest() != commit.index_sha256:
+            raise self._damaged(commit, f"{index_path} does not have its committed checksum")
+        if size != commit.tar_bytes:
+            raise self._damaged(commit, f"{tar_path} has {size} bytes, its commit says {commit.tar_bytes}")
+        return parse_index(data, f"{self.storage}/{index_path}", commit.tar_bytes, commit.written)
 
     def read(self, shard: int, row: int) -> dict[str, bytes]:
         """Members of one sample by extension; CacheError naming shard and key where a byte is wrong."""
@@ -85,18 +108,16 @@ class ColumnReader:
     def _tar(self, shard: int) -> BinaryIO:
         if self._process != os.getpid():
             # A forked loader process has our handles, but not positions of its own: two that seek would read each other's bytes.
-            self._open, self._process = OrderedDict(), os.getpid()
-        if shard in self._open:
-            self._open.move_to_end(shard)
-            return self._open[shard]
-        commit = self.commit(shard)
-        try:
-            self._open[shard] = self.storage.open(f"{self.column}/data/{commit.tar}")
-        except FileNotFoundError:
-            raise self._damaged(commit, f"data/{commit.tar} is missing") from None
-        if len(self._open) > OPEN_TARS:
-            self._open.popitem(last=False)[1].close()
-        return self._open[shard]
+            self._open, self._process = Recent(), os.getpid()
+        if (handle := self._open.take(shard)) is None:
+            commit = self.commit(shard)
+            try:
+                handle = self.storage.open(f"{self.column}/data/{commit.tar}")
+            except FileNotFoundError:
+                raise self._damaged(commit, f"data/{commit.tar} is missing") from None
+            for old in self._open.keep(shard, handle):
+                old.close()
+        return handle
 
     def _damaged(self, commit: Commit, what: str) -> CacheError:
         return CacheError(

@@ -90,24 +90,30 @@ class Storage:
             with suppress(OSError):  # somebody writes there
                 os.rmdir(path)
 
-    def put_file(self, source: Path, relative: str) -> None:
-        """Move a finished local file to its place; readers see all of it or nothing."""
+    def put_file(self, source: Path, relative: str, durable: bool = True) -> None:
+        """Move a finished local file to its place; readers see all of it or nothing.
+
+        Args:
+            durable: it survives a power cut, which a disk takes its time for.
+        """
         if self.local:
             target = Path(self.path(relative))
             target.parent.mkdir(parents=True, exist_ok=True)
-            with source.open("rb") as written:
-                os.fsync(written.fileno())
+            if durable:
+                with source.open("rb") as written:
+                    os.fsync(written.fileno())
             os.replace(source, target)
-            sync_folder(target.parent)
+            if durable:
+                sync_folder(target.parent)
         else:
             self.fs.put_file(str(source), self.path(relative))
             source.unlink()
 
-    def put_bytes(self, data: bytes, relative: str) -> None:
+    def put_bytes(self, data: bytes, relative: str, durable: bool = True) -> None:
         """A whole file, atomically; its draft has a name of its own, so that two captures may start at the same time."""
         draft = self.staging() / f"{uuid.uuid4().hex}-{Path(relative).name}"
         draft.write_bytes(data)
-        self.put_file(draft, relative)
+        self.put_file(draft, relative, durable)
 
     def put_new(self, relative: str, data: bytes) -> bool:
         """Write ``data`` only where nothing stands yet, in one atomic step; False where another writer was first."""

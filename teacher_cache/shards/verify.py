@@ -11,7 +11,7 @@ from typing import BinaryIO
 from teacher_cache.errors import CacheError
 from teacher_cache.plan import Plan, read_plan
 from teacher_cache.shards.commit import Commit, committed_shards, read_commit
-from teacher_cache.shards.index import Entry, parse_index
+from teacher_cache.shards.index import Entries, parse_index
 from teacher_cache.shards.storage import Storage
 
 BLOCK = 8 << 20
@@ -71,7 +71,7 @@ def shard_problems(storage: Storage, plan: Plan, column: str, column_hash: str, 
         yield str(error)
 
 
-def _tar_problems(storage: Storage, column: str, commit: Commit, entries: list[Entry]) -> Iterator[str]:
+def _tar_problems(storage: Storage, column: str, commit: Commit, entries: Entries) -> Iterator[str]:
     digest, size = hashlib.sha256(), 0
     with storage.open(f"{column}/data/{commit.tar}") as tar:
         while block := tar.read(BLOCK):

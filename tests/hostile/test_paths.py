@@ -107,7 +107,7 @@ def test_an_index_holds_plain_keys_inside_its_tar(kind: str) -> None:
     with pytest.raises(CacheError, match="here: damaged index"):
         parse_index(dump_index([OTHER_ENTRIES[kind](entries[0])]), "here", commit.tar_bytes, 1)
     with pytest.raises(CacheError, match="twice"):
-        parse_index(dump_index(entries * 2), "here", commit.tar_bytes, 2)
+        parse_index(dump_index([*entries, *entries]), "here", commit.tar_bytes, 2)
 
 
 def other_member(info: tarfile.TarInfo, **values: Any) -> tarfile.TarInfo:

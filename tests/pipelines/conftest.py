@@ -54,11 +54,11 @@ class Mortal:
             monkeypatch.setattr(Storage, name, self._dying(getattr(Storage, name)))
 
     def _dying(self, real: Callable[..., Any]) -> Callable[..., Any]:
-        def call(storage: Storage, *arguments: Any) -> Any:
+        def call(storage: Storage, *arguments: Any, **named: Any) -> Any:
             if self.budget == 0:
                 raise self.Killed
             self.budget -= 1
-            return real(storage, *arguments)
+            return real(storage, *arguments, **named)
 
         return call
 

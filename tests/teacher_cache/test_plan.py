@@ -219,3 +219,36 @@ def test_difference_is_short() -> None:
     assert lines[-1] == "and 16 more differences"
     assert difference({"a": {"b": 1}}, {"a": {}}) == ["a.b: cache 1, here absent"]
     assert difference({"a": [1, {"b": 2}]}, {"a": [1, {"b": 3}]}) == ["a.1.b: cache 2, here 3"]
+
+
+def test_a_known_plan_is_taken_again_without_a_scan(specs: list[DataSpec], monkeypatch: pytest.MonkeyPatch) -> None:
+    made = plan(specs)
+    stored = parse_plan(made.to_bytes(), "manifest.json")
+    with monkeypatch.context() as patched:
+        patched.setattr("teacher_cache.plan._scan", None)
+        assert make_plan(specs, 7, PREPARATION, 0, 10, known=stored) == stored
+        assert stored.plan_hash == made.plan_hash
+
+
+def test_a_known_plan_of_anything_else_is_not_taken(specs: list[DataSpec], tmp_path: Path) -> None:
+    known = plan(specs)
+    moved = [DataSpec("a", str(write_rows(tmp_path, "a.json", 90))), specs[1]]
+    longer = [DataSpec("a", str(write_rows(tmp_path, "longer.json", 91))), specs[1]]
+    again = make_plan(moved, 7, PREPARATION, 0, 10, known=known)
+    assert again.plan_hash == known.plan_hash and again.parts[0].spec == moved[0]
+    others = [
+        make_plan(longer, 7, PREPARATION, 0, 10, known=known),
+        make_plan(specs, 8, PREPARATION, 0, 10, known=known),
+        make_plan(specs, 7, PREPARATION, 1, 10, known=known),
+        make_plan(specs, 7, PREPARATION | {"max_length": 9}, 0, 10, known=known),
+        make_plan([specs[0], replace(specs[1], limit=800)], 7, PREPARATION, 0, 10, known=known),
+        make_plan(specs[::-1], 7, PREPARATION, 0, 10, known=known),
+    ]
+    fresh = [
+        plan(longer),
+        plan(specs, shards=8),
+        plan(specs, seed=1),
+        plan(specs, 7, 0, PREPARATION | {"max_length": 9}),
+    ]
+    assert [one.plan_hash for one in others[:4]] == [one.plan_hash for one in fresh]
+    assert known.plan_hash not in {one.plan_hash for one in others}

@@ -17,7 +17,7 @@ import webdataset
 from teacher_cache.errors import CacheError
 from teacher_cache.shards import writer as writer_module
 from teacher_cache.shards.commit import committed_shards, read_commit
-from teacher_cache.shards.index import dump_index, parse_index
+from teacher_cache.shards.index import Entry, dump_index, parse_index
 from teacher_cache.shards.reader import ColumnReader
 from teacher_cache.shards.storage import Storage
 from teacher_cache.shards.verify import orphans, verify
@@ -77,7 +77,7 @@ def test_reader_returns_what_was_written(small_cache: Storage, small_plan) -> No
 
 
 def test_many_open_tars_are_closed_again(small_cache: Storage, small_plan, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("teacher_cache.shards.reader.OPEN_TARS", 1)
+    monkeypatch.setattr("teacher_cache.shards.reader.OPEN_SHARDS", 1)
     reader = ColumnReader(small_cache, "samples", small_plan.plan_hash, "")
     for shard in (0, 1, 0, 1):
         assert reader.read(shard, 2)["0.jpg"] == payload(7 * shard + 2, "0.jpg")
@@ -112,7 +112,7 @@ def test_a_shard_of_skips_alone(tmp_path: Path) -> None:
     writer.skip(SkipRecord("sft", 0, "", "row 0", "no_answer", ""))
     commit = writer.commit()
     assert (commit.rows, commit.written) == (1, 0)
-    assert ColumnReader(storage, "samples", "p", "").entries(0) == []
+    assert list(ColumnReader(storage, "samples", "p", "").entries(0)) == []
 
 
 def test_racing_writers_leave_one_consistent_shard(
@@ -237,3 +237,23 @@ def test_missing_files_are_named(small_cache: Storage, small_plan, folder: str) 
     (problem,) = verify(small_cache, COLUMNS)
     assert (problem.column, problem.shard) == ("fields/x", 0)
     assert "missing" in problem.what
+
+
+def test_indices_of_many_shards_are_not_all_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a loader process holds does not grow with the rows of the cache."""
+    monkeypatch.setattr("teacher_cache.shards.reader.OPEN_SHARDS", 2)
+    storage = Storage(tmp_path / "c")
+    for shard in range(4):
+        writer = ShardWriter(storage, "samples", shard, "p", "")
+        writer.copy(Entry(f"{shard:09d}-aa", shard, 1, 2, 3), {"json": b"{}", "0.png": bytes([shard])})
+        writer.commit()
+    reader = ColumnReader(storage, "samples", "p", "")
+    for shard in (0, 1, 2, 3, 0):
+        (entry,) = reader.entries(shard)
+        assert (entry.key, entry.ordinal, [m.ext for m in entry.members]) == (
+            f"{shard:09d}-aa",
+            shard,
+            ["json", "0.png"],
+        )
+        assert reader.read(shard, 0)["0.png"] == bytes([shard]) and reader.entries(shard)[-1] == entry
+        assert len(reader._entries) <= 2
