@@ -13,9 +13,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from student_train.cache import CachedRows
+from student_train.packed import Packed, pack, unpack
 from teacher_cache.batch import Batch, collate
 from teacher_cache.errors import CompatibilityError, KdcliError, SkipRow
 from teacher_cache.known_text import KnownText
@@ -204,19 +205,20 @@ def join(rows: Sequence[TrainRow], pad_id: int) -> TrainBatch:
 
 @dataclass(frozen=True)
 class Join:
-    """``join`` with its padding id, as a collate function that loader processes can receive."""
+    """``join`` with its padding id, as a collate function that loader processes can receive; what they send back is packed."""
 
     pad_id: int
 
-    def __call__(self, rows: Sequence[TrainRow]) -> TrainBatch:
-        return join(rows, self.pad_id)
+    def __call__(self, rows: Sequence[TrainRow]) -> TrainBatch | Packed:
+        batch = join(rows, self.pad_id)
+        return pack(batch) if get_worker_info() else batch
 
 
 def step_batches(
     dataset: TrainDataset, batches: MicroBatches, pad_id: int, workers: int
 ) -> Iterator[tuple[int, list[TrainBatch]]]:
     """(step, its micro-batches) until the run ends."""
-    collate_rows: Callable[[Sequence[TrainRow]], TrainBatch] = Join(pad_id)
+    collate_rows: Callable[[Sequence[TrainRow]], TrainBatch | Packed] = Join(pad_id)
     loader = iter(
         DataLoader(dataset, batch_sampler=batches, collate_fn=collate_rows, num_workers=workers)  # type: ignore[arg-type]
     )
@@ -224,10 +226,11 @@ def step_batches(
         yield step, [_next(loader) for _ in batches.of_step(step)]
 
 
-def _next(loader: Iterator[TrainBatch]) -> TrainBatch:
+def _next(loader: Iterator[TrainBatch | Packed]) -> TrainBatch:
     """The next micro-batch; an error that a loader process met is again the one line it was, without that process's traceback."""
     try:
-        return next(loader)
+        batch = next(loader)
+        return unpack(batch) if isinstance(batch, Packed) else batch
     except KdcliError as error:
         last = str(error).strip().splitlines()[-1]
         raise type(error)(last.removeprefix(f"{type(error).__module__}.{type(error).__name__}: ")) from None
