@@ -335,6 +335,7 @@ def preflight(
 @click.option("--batch-tokens", type=int, help="Padded tokens of one teacher batch.")
 @click.option("--calibration-rows", type=int, help="Rows the teacher reads before the job, to fit codecs.")
 @click.option("--calibration", help="Cache of `kdcli preflight` whose calibration is taken; '' fits afresh.")
+@click.option("--staging-gb", type=float, help="Most local temporary disk (TMPDIR) of a worker; for object stores.")
 @click.option("--seed", type=int, help="Seed of the row order.")
 @click.option("--dtype", help="auto, float32, bfloat16, float16.")
 @device_option
