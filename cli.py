@@ -729,6 +729,8 @@ def urls(url: str, column: str) -> None:
 @click.option(
     "--use-liger-kernel/--no-use-liger-kernel", default=None, help="Fused cross-entropy (CUDA, kdcli[liger])."
 )
+@click.option("--local-cache", help="Folder on a local disk that keeps what is read of a cache in an object store.")
+@click.option("--local-cache-gb", type=float, help="Most GB that it takes (default 100).")
 @click.option("--save-steps", type=int)
 @click.option("--report-to", type=click.Choice(["tensorboard", "none"]))
 @config_option

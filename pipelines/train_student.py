@@ -19,14 +19,17 @@ from pipelines.stage_plans import StagePlan, check_vocabulary, plan_stages, sett
 from pipelines.stage_trainer import MAPS, OpenSignals, load_maps, make_trainer, save_maps
 from student_train import distributed
 from student_train.cache import Cache, CachedRows
+from student_train.config import TrainSettings
 from student_train.distributed import Processes
 from student_train.losses.liger import check_liger
 from student_train.methods import hook
+from student_train.stream import BLOCK_SHARDS
 from student_train.student import load_student, save_student
 from student_train.teacher_view import TeacherSignals
 from student_train.trainer import StepResult
 from teacher_cache.errors import CompatibilityError, KdcliError
 from teacher_cache.plan import content_hash, difference
+from teacher_cache.shards.disk_cache import DiskCache
 from teacher_cache.teachers.transformers import TeacherSpec, load_processor, weights_hash
 
 OnStep = Callable[[str, int, int, StepResult], None]
@@ -145,7 +148,8 @@ def run_stage(
 ) -> dict[str, Any]:
     """Train one stage, or find it done. Its folder holds metrics, checkpoints, and the model as a Hugging Face folder."""
     folder = plan.folder(output)
-    rows = CachedRows(cache, plan.parts, plan.served.names)
+    rows = CachedRows(cache, plan.parts, plan.served.names, local_cache(plan.settings))
+    check_local_cache(rows, plan.settings)
     total, global_batch = budget(plan, sum(rows.counts), processes.world)
     identity = stage_identity(cache, plan, total, global_batch, model_id, processes.world)
     done = folder / "done.json"
@@ -170,6 +174,20 @@ def run_stage(
         finish(folder, model, processor, {"identity": identity, "result": result})
     processes.barrier()
     return result
+
+
+def local_cache(settings: TrainSettings) -> DiskCache | None:
+    return DiskCache(settings.local_cache, int(settings.local_cache_gb * 1e9)) if settings.local_cache else None
+
+
+def check_local_cache(rows: CachedRows, settings: TrainSettings) -> None:
+    """KdcliError where the tars that are read at a time do not fit into the local cache."""
+    least = rows.largest_block(BLOCK_SHARDS) / 1e9
+    if rows.remote and settings.local_cache and settings.local_cache_gb < least:
+        raise KdcliError(
+            f"--local-cache-gb {settings.local_cache_gb:g}: {BLOCK_SHARDS} shards are read at a time, and take up to {least:.3g} GB: "
+            "allow that at least, twice that to fetch the next ones meanwhile, or leave --local-cache out"
+        )
 
 
 def finish(folder: Path, model: Any, processor: Any, card: dict[str, Any]) -> None:

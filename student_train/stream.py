@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
-from student_train.cache import CachedRows
+from student_train.cache import CachedRow, CachedRows
 from student_train.packed import Packed, pack, unpack
 from teacher_cache.batch import Batch, collate
 from teacher_cache.errors import CompatibilityError, KdcliError, SkipRow
@@ -58,11 +58,22 @@ class Order:
         )
         return pairs[np.random.default_rng([self.seed, epoch, 1, block]).permutation(len(pairs))]
 
-    def at(self, position: int) -> tuple[int, int]:
+    def block_of(self, position: int) -> tuple[int, int]:
+        """(epoch, number of the block in it) that a position lies in."""
         epoch, offset = divmod(position, self.rows)
-        starts = self._epoch(epoch)[1]
-        block = int(np.searchsorted(starts, offset, side="right")) - 1
-        shard, row = self._block(epoch, block)[offset - starts[block]]
+        return epoch, int(np.searchsorted(self._epoch(epoch)[1], offset, side="right")) - 1
+
+    def shards_of(self, epoch: int, block: int) -> list[int]:
+        """Shard indices of a block; of the next epoch's first one where ``block`` is one too many."""
+        shards, starts = self._epoch(epoch)
+        if block == len(starts) - 1:
+            return self.shards_of(epoch + 1, 0)
+        return shards[block * BLOCK_SHARDS : (block + 1) * BLOCK_SHARDS].tolist()
+
+    def at(self, position: int) -> tuple[int, int]:
+        epoch, block = self.block_of(position)
+        start = epoch * self.rows + self._epoch(epoch)[1][block]
+        shard, row = self._block(epoch, block)[position - start]
         return int(shard), int(row)
 
 
@@ -116,9 +127,19 @@ class TrainDataset(Dataset):
         self.rows, self.order, self.preparer, self.templates = rows, order, preparer, templates
         self.image_limits, self.same_grid, self.check_layouts = image_limits, same_grid, check_layouts
         self.known = KnownText(preparer) if known_text else None
+        self._block: tuple[int, int] | None = None
 
     def __getitem__(self, position: int) -> TrainRow:
-        row = self.rows.read(*self.order.at(position))
+        return self.__getitems__([position])[0]
+
+    def __getitems__(self, positions: Sequence[int]) -> list[TrainRow]:
+        """A micro-batch at once: what a store is asked for its rows it is asked together."""
+        if self.rows.remote and (block := self.order.block_of(positions[-1])) != self._block:
+            epoch, number = self._block = block
+            self.rows.expect(self.order.shards_of(epoch, number), self.order.shards_of(epoch, number + 1))
+        return [self._prepare(row) for row in self.rows.read_many([self.order.at(one) for one in positions])]
+
+    def _prepare(self, row: CachedRow) -> TrainRow:
         try:
             asked = self.templates[row.sample.part], self.image_limits[row.sample.part]
             if self.known:

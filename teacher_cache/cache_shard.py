@@ -92,9 +92,7 @@ def cache_shard(
 ) -> None:
     """Write and commit the given columns of one shard. ``teacher`` may be None where only ``samples`` is missing."""
     hashes = {column: job.fields.get(column.removeprefix("fields/"), "") for column in columns}
-    writers = {
-        c: ShardWriter(job.storage, c, shard, job.plan.plan_hash, hashes[c], job.staging_bytes) for c in columns
-    }
+    writers = {c: ShardWriter(job.storage, c, shard, job.plan.plan_hash, hashes[c], job.staging_bytes) for c in columns}
     fields = {c: job.field_objects[c.removeprefix("fields/")] for c in columns if c != "samples"}
     wants = frozenset().union(*(one.wants for one in fields.values()))
     try:

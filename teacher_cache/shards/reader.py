@@ -1,4 +1,8 @@
-"""Read a column: any sample by (shard, row), every byte checked before it is handed out."""
+"""Read a column: any sample by (shard, row), every byte checked before it is handed out.
+
+A local cache is read in place. Of an object store, tars are read from a local disk cache where there is one, else row by row in exact
+ranges; rows that follow one another come many in one request.
+"""
 
 from __future__ import annotations
 
@@ -6,14 +10,19 @@ import hashlib
 import os
 import zlib
 from collections import OrderedDict
+from collections.abc import Sequence
 from typing import BinaryIO
 
 from teacher_cache.errors import CacheError
-from teacher_cache.shards.commit import Commit, read_commit
+from teacher_cache.shards.commit import Commit, read_commits
+from teacher_cache.shards.disk_cache import DiskCache
 from teacher_cache.shards.index import Entry, parse_index
 from teacher_cache.shards.storage import Storage
 
-OPEN_TARS = 64
+OPEN_TARS, OPEN_CACHED_TARS = 64, 16
+"""Files kept open; those of a disk cache cannot be evicted meanwhile, so as few as are read at a time."""
+READ_AHEAD = 8 << 20
+"""Bytes of one request where rows are read one after the other."""
 
 
 class ColumnReader:
@@ -22,60 +31,104 @@ class ColumnReader:
     Args:
         storage: the cache. column: ``samples`` or ``fields/NAME``.
         plan_hash, column_hash: what every commit must be bound to.
+        disk: where tars of an object store are kept; None: nowhere.
     """
 
-    def __init__(self, storage: Storage, column: str, plan_hash: str, column_hash: str):
+    def __init__(self, storage: Storage, column: str, plan_hash: str, column_hash: str, disk: DiskCache | None = None):
         self.storage, self.column = storage, column
+        self.disk = None if storage.local else disk
         self._hashes = (plan_hash, column_hash)
         self._commits: dict[int, Commit] = {}
         self._entries: dict[int, list[Entry]] = {}
         self._open: OrderedDict[int, BinaryIO] = OrderedDict()
+        self._ahead: tuple[int, int, int, bytes] = (
+            -1,
+            -1,
+            0,
+            b"",
+        )  # shard, row read last, where the bytes begin, bytes
         self._process = os.getpid()
 
     def __getstate__(self) -> dict:
         return self.__dict__ | {"_open": OrderedDict()}  # file handles do not travel to loader processes
 
     def commit(self, shard: int) -> Commit:
-        if shard not in self._commits:
-            commit = read_commit(self.storage, self.column, shard)
+        self.load_commits([shard])
+        return self._commits[shard]
+
+    def load_commits(self, shards: Sequence[int]) -> None:
+        """Read and check the commits of shards, all at once."""
+        new = [shard for shard in shards if shard not in self._commits]
+        for shard, commit in zip(new, read_commits(self.storage, self.column, new) if new else ()):
             if (commit.plan_hash, commit.column_hash) != self._hashes:
                 raise CacheError(
                     f"{self.storage}: shard {shard:06d} of {self.column} was made by another plan or field setting: "
                     "run `kdcli cache verify`"
                 )
             self._commits[shard] = commit
-        return self._commits[shard]
 
     def entries(self, shard: int) -> list[Entry]:
-        """The samples of a shard in tar order; also checks that the tar has its full size."""
+        """The samples of a shard in tar order; also checks that a local tar has its full size."""
         if shard not in self._entries:
-            commit = self.commit(shard)
-            index_path, tar_path = f"{self.column}/index/{commit.index}", f"{self.column}/data/{commit.tar}"
+            self.load_entries([shard])
+        return self._entries[shard]
+
+    def load_entries(self, shards: Sequence[int]) -> None:
+        """Read and check the indices of shards, all at once."""
+        new = [shard for shard in shards if shard not in self._entries]
+        self.load_commits(new)
+        try:
+            every = self.storage.read_all([f"{self.column}/index/{self._commits[shard].index}" for shard in new])
+        except FileNotFoundError as error:
+            if len(new) > 1:
+                for shard in new:
+                    self.load_entries([shard])
+                return
+            raise self._damaged(self._commits[new[0]], f"{error.filename or error} is missing") from None
+        for shard, data in zip(new, every):
+            self._entries[shard] = self._parse_entries(self._commits[shard], data)
+
+    def _parse_entries(self, commit: Commit, data: bytes) -> list[Entry]:
+        index_path, tar_path = f"{self.column}/index/{commit.index}", self._tar_path(commit)
+        if hashlib.sha256(data).hexdigest() != commit.index_sha256:
+            raise self._damaged(commit, f"{index_path} does not have its committed checksum")
+        if self.storage.local:  # a store's answer would cost a request, and is checked when bytes are asked for
             try:
-                data = self.storage.read(index_path)
                 size = self.storage.size(tar_path)
             except FileNotFoundError as error:
                 raise self._damaged(commit, f"{error.filename or error} is missing") from None
-            if hashlib.sha256(data).hexdigest() != commit.index_sha256:
-                raise self._damaged(commit, f"{index_path} does not have its committed checksum")
             if size != commit.tar_bytes:
                 raise self._damaged(commit, f"{tar_path} has {size} bytes, its commit says {commit.tar_bytes}")
-            entries = parse_index(data, f"{self.storage}/{index_path}")
-            if len(entries) != commit.written:
-                raise self._damaged(commit, f"{index_path} lists {len(entries)} samples, not {commit.written}")
-            self._entries[shard] = entries
-        return self._entries[shard]
+        entries = parse_index(data, f"{self.storage}/{index_path}")
+        if len(entries) != commit.written:
+            raise self._damaged(commit, f"{index_path} lists {len(entries)} samples, not {commit.written}")
+        return entries
 
-    def read(self, shard: int, row: int) -> dict[str, bytes]:
-        """Members of one sample by extension; CacheError naming shard and key where a byte is wrong."""
+    def place(self, shard: int, row: int) -> tuple[str, int, int]:
+        """(file, first byte, last byte + 1) of a sample; 0, 0 for one without members."""
+        members = self.entries(shard)[row].members
+        start = members[0].offset if members else 0
+        stop = max((member.offset + member.size for member in members), default=0)
+        return self._tar_path(self.commit(shard)), start, stop
+
+    def read(self, shard: int, row: int, data: bytes | None = None) -> dict[str, bytes]:
+        """Members of one sample by extension; CacheError naming shard and key where a byte is wrong.
+
+        Args:
+            data: the bytes of ``place(shard, row)``, if they were read already.
+        """
         entry = self.entries(shard)[row]
-        if not entry.members:
+        _, start, stop = self.place(shard, row)
+        if stop == 0:
             return {}
-        start = entry.members[0].offset
-        stop = max(member.offset + member.size for member in entry.members)
-        handle = self._tar(shard)
-        handle.seek(start)
-        data = handle.read(stop - start)
+        try:
+            return self._members(shard, entry, start, self._bytes(shard, row, start, stop) if data is None else data)
+        except CacheError:
+            if not self._forget_cached(shard):
+                raise
+            return self._members(shard, entry, start, self._bytes(shard, row, start, stop))
+
+    def _members(self, shard: int, entry: Entry, start: int, data: bytes) -> dict[str, bytes]:
         members = {}
         for member in entry.members:
             content = data[member.offset - start : member.offset - start + member.size]
@@ -84,7 +137,30 @@ class ColumnReader:
             members[member.ext] = content
         return members
 
-    def _tar(self, shard: int) -> BinaryIO:
+    def _bytes(self, shard: int, row: int, start: int, stop: int) -> bytes:
+        if handle := self._tar(shard):
+            handle.seek(start)
+            return handle.read(stop - start)
+        last_shard, last_row, begin, ahead = self._ahead
+        if (shard, row) == (last_shard, last_row + 1):
+            if stop > begin + len(ahead):
+                members = self.entries(shard)[-1].members
+                end = max((member.offset + member.size for member in members), default=stop)
+                begin, ahead = start, self._range(shard, start, max(stop, min(start + READ_AHEAD, end)))
+            self._ahead = shard, row, begin, ahead
+            return ahead[start - begin : stop - begin]
+        self._ahead = shard, row, 0, b""
+        return self._range(shard, start, stop)
+
+    def _range(self, shard: int, start: int, stop: int) -> bytes:
+        commit = self.commit(shard)
+        try:
+            return self.storage.read_ranges([(self._tar_path(commit), start, stop)])[0]
+        except FileNotFoundError:
+            raise self._damaged(commit, f"data/{commit.tar} is missing") from None
+
+    def _tar(self, shard: int) -> BinaryIO | None:
+        """The tar as an open local file; None where the store must be asked."""
         if self._process != os.getpid():
             # A forked loader process has our handles, but not positions of its own: two that seek would read each other's bytes.
             self._open, self._process = OrderedDict(), os.getpid()
@@ -92,13 +168,29 @@ class ColumnReader:
             self._open.move_to_end(shard)
             return self._open[shard]
         commit = self.commit(shard)
-        try:
-            self._open[shard] = self.storage.open(f"{self.column}/data/{commit.tar}")
-        except FileNotFoundError:
-            raise self._damaged(commit, f"data/{commit.tar} is missing") from None
-        if len(self._open) > OPEN_TARS:
-            self._open.popitem(last=False)[1].close()
-        return self._open[shard]
+        if not self.storage.local:
+            opened = self.disk.open(self.storage, self.column, commit) if self.disk else None
+        else:
+            try:
+                opened = self.storage.open(self._tar_path(commit))
+            except FileNotFoundError:
+                raise self._damaged(commit, f"data/{commit.tar} is missing") from None
+        if opened:
+            self._open[shard] = opened
+            if len(self._open) > (OPEN_TARS if self.storage.local else OPEN_CACHED_TARS):
+                self._open.popitem(last=False)[1].close()
+        return opened
+
+    def _forget_cached(self, shard: int) -> bool:
+        """Drop a tar from the disk cache, whose bytes are wrong; False where it is not from there."""
+        if not self.disk or shard not in self._open:
+            return False
+        self._open.pop(shard).close()
+        self.disk.discard(self.commit(shard))
+        return True
+
+    def _tar_path(self, commit: Commit) -> str:
+        return f"{self.column}/data/{commit.tar}"
 
     def _damaged(self, commit: Commit, what: str) -> CacheError:
         return CacheError(

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 import uuid
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
@@ -68,8 +68,8 @@ class Storage:
         return int(self._ask(relative, lambda fs: fs.size(self.path(relative))))
 
     def open(self, relative: str) -> BinaryIO:
-        """A file to seek in. Of an object store only for one sequential pass: it reads ahead."""
-        return self._ask(relative, lambda fs: fs.open(self.path(relative), "rb"))
+        """A file of a local cache to seek in."""
+        return self.fs.open(self.path(relative), "rb")
 
     def read(self, relative: str) -> bytes:
         """Whole content; FileNotFoundError where it is absent."""
@@ -99,6 +99,20 @@ class Storage:
     def download(self, relative: str, target: Path) -> None:
         """The whole file as a local one, as the store sends it; its reader checks it."""
         self._ask(relative, lambda fs: fs.get_file(self.path(relative), str(target)))
+
+    @contextmanager
+    def local_copy(self, relative: str) -> Iterator[Path]:
+        """The file on a local disk: itself, or a copy that is removed afterwards."""
+        if self.local:
+            yield Path(self.path(relative))
+            return
+        copy = self.staging() / f"{uuid.uuid4().hex}-{Path(relative).name}"
+        try:
+            with staging.told_when_full(copy.parent):
+                self.download(relative, copy)
+            yield copy
+        finally:
+            copy.unlink(missing_ok=True)
 
     def names(self, folder: str) -> list[str]:
         """Base names of what lies directly in ``folder``, sorted; empty where it does not exist."""

@@ -6,6 +6,7 @@ import hashlib
 import tarfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 from teacher_cache.errors import CacheError
 from teacher_cache.plan import Plan, read_plan
@@ -13,7 +14,6 @@ from teacher_cache.shards.commit import Commit, committed_shards, read_commit
 from teacher_cache.shards.index import Entry, parse_index
 from teacher_cache.shards.storage import Storage
 
-BLOCK = 8 << 20
 CALIBRATION_ROLES = ("calibration", "low_rank_head")
 """What ``field.json`` may name besides its own folder."""
 
@@ -70,11 +70,13 @@ def shard_problems(storage: Storage, plan: Plan, column: str, column_hash: str, 
 
 
 def _tar_problems(storage: Storage, column: str, commit: Commit, entries: list[Entry]) -> Iterator[str]:
-    digest, size = hashlib.sha256(), 0
-    with storage.open(f"{column}/data/{commit.tar}") as tar:
-        while block := tar.read(BLOCK):
-            digest.update(block)
-            size += len(block)
+    with storage.local_copy(f"{column}/data/{commit.tar}") as path:
+        yield from _file_problems(path, commit, entries)
+
+
+def _file_problems(path: Path, commit: Commit, entries: list[Entry]) -> Iterator[str]:
+    with path.open("rb") as tar:
+        digest, size = hashlib.file_digest(tar, "sha256"), tar.tell()
     if size != commit.tar_bytes:
         yield f"data/{commit.tar} has {size} bytes, not {commit.tar_bytes}"
         return
@@ -84,7 +86,7 @@ def _tar_problems(storage: Storage, column: str, commit: Commit, entries: list[E
     promised = [
         (f"{entry.key}.{member.ext}", member.offset, member.size) for entry in entries for member in entry.members
     ]
-    with storage.open(f"{column}/data/{commit.tar}") as opened, tarfile.open(fileobj=opened, mode="r:") as tar_file:
+    with tarfile.open(path, mode="r:") as tar_file:
         found = [(info.name, info.offset_data, info.size) for info in tar_file]
     if found != promised:
         yield f"data/{commit.tar} does not hold the members that its index lists"
