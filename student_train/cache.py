@@ -21,6 +21,7 @@ from teacher_cache.samples import decode_sample
 from teacher_cache.shards.commit import Commit, committed_shards
 from teacher_cache.shards.disk_cache import DiskCache
 from teacher_cache.shards.reader import ColumnReader
+from teacher_cache.shards.remote import READ_ONLY
 from teacher_cache.shards.sealed import unseal
 from teacher_cache.shards.storage import Storage
 from teacher_cache.teachers.low_rank import LowRankHead
@@ -44,9 +45,24 @@ class Cache:
         self.storage = Storage(url)
         self.plan = read_plan(self.storage)
         self.plan_hash = self.plan.plan_hash
-        names = [name for name in self.storage.names("fields") if not name.startswith(".")]
+        names = [name for name in self._folders() if not name.startswith(".")]
         self.fields = {name: self._describe(name) for name in names if self._is_field(name)}
         self._opened: dict[str, Field] = {}
+
+    def _folders(self) -> list[str]:
+        """Names below ``fields``; CacheError where a web server keeps them to itself."""
+        if self.storage.scheme not in READ_ONLY:
+            return self.storage.names("fields")
+        advice = (
+            "its web server does not list its folders: turn that on, or copy the cache to a disk or an object store"
+        )
+        try:
+            names = self.storage.names("fields")
+        except CacheError as error:
+            raise CacheError(f"{self.storage}: {advice} ({error})") from None
+        if not names and not self.storage.names("samples/commits"):
+            raise CacheError(f"{self.storage}: {advice}")
+        return names
 
     def _is_field(self, name: str) -> bool:
         """A folder without description and commits is none: its capture died at the first write, or its removal at the last."""
