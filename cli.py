@@ -383,6 +383,7 @@ def preflight(
 @click.option("--batch-tokens", type=int, help="Padded tokens of one teacher batch.")
 @click.option("--calibration-rows", type=int, help="Rows the teacher reads before the job, to fit codecs.")
 @click.option("--calibration", help="Cache of `kdcli preflight` whose calibration is taken; '' fits afresh.")
+@click.option("--staging-gb", type=float, help="Most local temporary disk (TMPDIR) of a worker; for object stores.")
 @click.option("--seed", type=int, help="Seed of the row order.")
 @click.option("--dtype", help="auto, float32, bfloat16, float16.")
 @trust_option
@@ -775,6 +776,8 @@ def urls(url: str, column: str) -> None:
 @click.option(
     "--use-liger-kernel/--no-use-liger-kernel", default=None, help="Fused cross-entropy (CUDA, kdcli[liger])."
 )
+@click.option("--local-cache", help="Folder on a local disk that keeps what is read of a cache in an object store.")
+@click.option("--local-cache-gb", type=float, help="Most GB that it takes (default 100).")
 @click.option("--save-steps", type=int)
 @click.option("--report-to", type=click.Choice(["tensorboard", "none"]))
 @trust_option

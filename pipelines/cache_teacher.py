@@ -126,6 +126,7 @@ def capture_fields(
         field_objects=bound,
         parts_without_fields=frozenset(request.settings.parts_without_fields),
         batch_tokens=request.settings.batch_tokens,
+        staging_bytes=int(request.settings.staging_gb * 1e9),
     )
     missing = job.missing()
     left = request.mine(missing)

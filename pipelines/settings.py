@@ -36,6 +36,8 @@ class CaptureSettings:
         slurm_tasks: of the array; slurm_options: of sbatch. (Both are read where the jobs are submitted.)
         batch_tokens: padded tokens of one teacher batch.
         calibration_rows: rows that the teacher reads before the job, to fit the fields that need it.
+        staging_gb: most GB (1e9 bytes) of local temporary disk that a worker's unfinished tars take, where the cache is in an object
+            store; 0: as much as there is.
         calibration: cache of `kdcli preflight` whose calibrations are taken instead; empty: fit afresh.
     """
 
@@ -56,11 +58,14 @@ class CaptureSettings:
     batch_tokens: int = 8192
     calibration_rows: int = 256
     calibration: str | None = None
+    staging_gb: float = 0.0
 
     def __post_init__(self) -> None:
         for name in ("shards", "max_length", "batch_tokens", "calibration_rows"):
             if getattr(self, name) < 1:
                 raise KdcliError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(self, name)}")
+        if not self.staging_gb >= 0:
+            raise KdcliError(f"--staging-gb must not be negative, got {self.staging_gb}")
         if self.executor not in EXECUTORS:
             raise KdcliError(f"--executor must be one of {', '.join(EXECUTORS)}, got {self.executor!r}")
 

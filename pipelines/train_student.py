@@ -20,14 +20,17 @@ from pipelines.stage_trainer import MAPS, OpenSignals, make_trainer, save_maps
 from student_train import distributed
 from student_train.cache import Cache, CachedRows
 from student_train.checkpoint import read_card
+from student_train.config import TrainSettings
 from student_train.distributed import Processes, gathered
 from student_train.losses.liger import check_liger
 from student_train.methods import hook
+from student_train.stream import BLOCK_SHARDS
 from student_train.student import load_student, save_student
 from student_train.teacher_view import TeacherSignals
 from student_train.trainer import StepResult, Trainer
 from teacher_cache.errors import CompatibilityError, KdcliError
 from teacher_cache.plan import difference
+from teacher_cache.shards.disk_cache import DiskCache
 from teacher_cache.teachers import null
 from teacher_cache.teachers.transformers import TeacherSpec, load_processor
 
@@ -154,7 +157,8 @@ def run_stage(
 ) -> dict[str, Any]:
     """Train one stage, or find it done. Its folder holds metrics, checkpoints, and the model as a Hugging Face folder."""
     folder = plan.folder(output)
-    rows = CachedRows(cache, plan.parts, plan.served.names)
+    rows = CachedRows(cache, plan.parts, plan.served.names, local_cache(plan.settings))
+    check_local_cache(rows, plan.settings)
     there = begun(folder)
     started, total, global_batch = settled_budget(plan, sum(rows.counts), processes.world, there)
     identity = stage_identity(cache, plan, total, global_batch, model_id, started)
@@ -199,3 +203,17 @@ def finish(folder: Path, trainer: Trainer, processor: Any, maps_before: Path, ca
         draft.write_text(json.dumps(card, indent=1) + "\n")
         os.replace(draft, folder / "done.json")
     trainer.processes.barrier()
+
+
+def local_cache(settings: TrainSettings) -> DiskCache | None:
+    return DiskCache(settings.local_cache, int(settings.local_cache_gb * 1e9)) if settings.local_cache else None
+
+
+def check_local_cache(rows: CachedRows, settings: TrainSettings) -> None:
+    """KdcliError where the tars that are read at a time do not fit into the local cache."""
+    least = rows.largest_block(BLOCK_SHARDS) / 1e9
+    if rows.remote and settings.local_cache and settings.local_cache_gb < least:
+        raise KdcliError(
+            f"--local-cache-gb {settings.local_cache_gb:g}: {BLOCK_SHARDS} shards are read at a time, and take up to {least:.3g} GB: "
+            "allow that at least, twice that to fetch the next ones meanwhile, or leave --local-cache out"
+        )

@@ -20,7 +20,9 @@ from teacher_cache.plan import read_plan
 from teacher_cache.records import ImageLayout, Sample, TextTokens
 from teacher_cache.samples import decode_sample
 from teacher_cache.shards.commit import Commit, committed_shards
+from teacher_cache.shards.disk_cache import DiskCache
 from teacher_cache.shards.reader import ColumnReader, Recent
+from teacher_cache.shards.remote import READ_ONLY
 from teacher_cache.shards.schema import COUNT, require
 from teacher_cache.shards.sealed import unseal
 from teacher_cache.shards.storage import Storage
@@ -66,9 +68,24 @@ class Cache:
         self.plan = read_plan(self.storage)
         require(self.plan.preparation, _PREPARATION, f"{self.storage}/manifest.json: preparation")
         self.plan_hash = self.plan.plan_hash
-        names = [name for name in self.storage.names("fields") if not name.startswith(".")]
+        names = [name for name in self._folders() if not name.startswith(".")]
         self.fields = {name: self._describe(name) for name in names if self._is_field(name)}
         self._opened: dict[str, Field] = {}
+
+    def _folders(self) -> list[str]:
+        """Names below ``fields``; CacheError where a web server keeps them to itself."""
+        if self.storage.scheme not in READ_ONLY:
+            return self.storage.names("fields")
+        advice = (
+            "its web server does not list its folders: turn that on, or copy the cache to a disk or an object store"
+        )
+        try:
+            names = self.storage.names("fields")
+        except CacheError as error:
+            raise CacheError(f"{self.storage}: {advice} ({error})") from None
+        if not names and not self.storage.names("samples/commits"):
+            raise CacheError(f"{self.storage}: {advice}")
+        return names
 
     def _is_field(self, name: str) -> bool:
         """A folder without description and commits is none: its capture died at the first write, or its removal at the last."""
@@ -88,13 +105,13 @@ class Cache:
             raise CacheError(f"{self.storage}/fields/{name}/field.json: damaged or missing ({error})") from None
         return body | {"sha256": hashlib.sha256(data).hexdigest()}
 
-    def column(self, name: str) -> ColumnReader:
-        """``samples``, or a field by its name."""
+    def column(self, name: str, disk: DiskCache | None = None) -> ColumnReader:
+        """``samples``, or a field by its name. disk: where tars of an object store are kept."""
         if name == "samples":
-            return ColumnReader(self.storage, "samples", self.plan_hash, "")
+            return ColumnReader(self.storage, "samples", self.plan_hash, "", disk)
         if name not in self.fields:
             raise CacheError(f"{self.storage}: no field {name}; it has {', '.join(sorted(self.fields)) or 'none'}")
-        return ColumnReader(self.storage, f"fields/{name}", self.plan_hash, self.fields[name]["sha256"])
+        return ColumnReader(self.storage, f"fields/{name}", self.plan_hash, self.fields[name]["sha256"], disk)
 
     def open_field(self, name: str) -> Field:
         """The field as it was written, with its calibration; read once."""
@@ -187,15 +204,53 @@ def check_shape(name: str, decoded: Any, text: TextTokens, layout: Sequence[Imag
 
 
 class CachedRows:
-    """The rows of some parts that ``samples`` and all the asked fields hold, by (shard number in ``shards``, row)."""
+    """The rows of some parts that ``samples`` and all the asked fields hold, by (shard number in ``shards``, row).
 
-    def __init__(self, cache: Cache, parts: Sequence[str], fields: Sequence[str]):
+    Args:
+        disk: where tars of an object store are kept; None: every row is read from the store.
+    """
+
+    def __init__(self, cache: Cache, parts: Sequence[str], fields: Sequence[str], disk: DiskCache | None = None):
         self.shards = cache.shards(parts)
-        self._columns = {name: cache.column(name) for name in ("samples", *fields)}
+        self._storage, self._disk = cache.storage, disk
+        self._columns = {name: cache.column(name, disk) for name in ("samples", *fields)}
         self._fields = {name: cache.open_field(name) for name in fields}
         self._rows: Recent[np.ndarray] = Recent()
+        for column in self._columns.values():
+            column.load_commits(self.shards)
         self.counts = [self._count(shard) for shard in self.shards]
         self._place = str(cache.storage)
+
+    @property
+    def remote(self) -> bool:
+        """Whether requests are to be saved."""
+        return not self._storage.local
+
+    def largest_block(self, shards: int) -> int:
+        """Bytes of all tars of the ``shards`` largest shards."""
+        sizes = (sum(column.commit(shard).tar_bytes for column in self._columns.values()) for shard in self.shards)
+        return sum(sorted(sizes, reverse=True)[:shards])
+
+    def expect(self, positions: Sequence[int], later: Sequence[int]) -> None:
+        """Rows of the shards at ``positions`` are read next, then those of ``later``: indices are read, tars fetched in the background."""
+        for column in self._columns.values():
+            column.load_entries([self.shards[position] for position in positions])
+        if self._disk and self.remote:
+            shards = [self.shards[position] for position in (*positions, *later)]
+            wanted = [(column.column, column.commit(shard)) for shard in shards for column in self._columns.values()]
+            self._disk.prefetch(self._storage, wanted)
+
+    def read_many(self, places: Sequence[tuple[int, int]]) -> list[CachedRow]:
+        """``read`` of several rows; what a store is asked for them it is asked all at once."""
+        if not self.remote or self._disk:
+            return [self.read(*place) for place in places]
+        wanted = {
+            (name, shard, row): self._columns[name].place(shard, row)
+            for shard, rows in ((self.shards[position], self._joined(position)[row]) for position, row in places)
+            for name, row in zip(self._columns, rows.tolist())
+        }
+        fetched = dict(zip(wanted, self._storage.read_ranges(list(wanted.values()))))
+        return [self.read(*place, fetched) for place in places]
 
     def _count(self, shard: int) -> int:
         """Rows of a shard from its commits alone: what ``samples`` wrote, less what a field had to skip besides."""
@@ -225,24 +280,36 @@ class CachedRows:
         shard = self.shards[position]
         return self._columns["samples"].entries(shard)[self._join(shard)[row][0]].key
 
-    def read(self, position: int, row: int) -> CachedRow:
-        """Row ``row`` of the shard at ``position`` in ``shards``; CacheError naming shard and key where it is damaged."""
+    def _joined(self, position: int) -> np.ndarray:
+        """``_join`` of the shard at ``position``; CacheError where its columns do not have the rows that their commits say."""
         shard = self.shards[position]
         rows = self._join(shard)
         if len(rows) != self.counts[position]:
             raise CacheError(
                 f"{self._place}: shard {shard:06d}: columns disagree on their rows; run `kdcli cache verify`"
             )
+        return rows
+
+    def read(self, position: int, row: int, fetched: Mapping[tuple[str, int, int], bytes] | None = None) -> CachedRow:
+        """Row ``row`` of the shard at ``position`` in ``shards``; CacheError naming shard and key where it is damaged.
+
+        Args:
+            fetched: bytes that were read already, by (column, shard, row of its tar).
+        """
+        shard, fetched = self.shards[position], fetched or {}
+        rows = self._joined(position)
         places = dict(zip(self._columns, rows[row].tolist()))
         samples = self._columns["samples"]
         key = samples.entries(shard)[places["samples"]].key
         sample, text, layout = decode_sample(
-            samples.read(shard, places["samples"]), f"{self._place} shard {shard:06d} {key}"
+            samples.read(shard, places["samples"], fetched.get(("samples", shard, places["samples"]))),
+            f"{self._place} shard {shard:06d} {key}",
         )
         decoded = {}
         for name, field in self._fields.items():
             place = f"{self._place} shard {shard:06d} {name} {key}"
-            data = self._columns[name].read(shard, places[name]).get(container.EXTENSION)
+            members = self._columns[name].read(shard, places[name], fetched.get((name, shard, places[name])))
+            data = members.get(container.EXTENSION)
             if data is None:
                 raise CacheError(f"{place}: the sample has no member {container.EXTENSION}: run `kdcli cache verify`")
             decoded[name] = decode_record(field, data, place)

@@ -28,6 +28,8 @@ class TrainSettings:
         save_steps: steps between checkpoints. save_total_limit: how many are kept.
         report_to: ``tensorboard`` or ``none`` (metrics.jsonl is always written).
         trust_remote_code: run the program code that the student's folder or repository brings; read it first.
+        local_cache: folder on a local disk where tars of an object store are kept, shared by all processes of a machine.
+        local_cache_gb: most GB (1e9 bytes) that it takes.
         use_liger_kernel: Liger-Kernel's fused cross-entropy where a stage has no other loss on response tokens (CUDA, extra ``liger``).
     """
 
@@ -60,6 +62,8 @@ class TrainSettings:
     vision_feature_layers: tuple[int, ...] = ()
     use_liger_kernel: bool = False
     trust_remote_code: bool = False
+    local_cache: str | None = None
+    local_cache_gb: float = 100.0
 
     def __post_init__(self) -> None:
         positive = (
@@ -72,6 +76,8 @@ class TrainSettings:
         for name in positive:
             if getattr(self, name) < 1:
                 raise KdcliError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if not self.local_cache_gb > 0:
+            raise KdcliError(f"local_cache_gb must be above 0, got {self.local_cache_gb}")
         if self.report_to not in ("tensorboard", "none"):
             raise KdcliError(f"report_to must be tensorboard or none, got {self.report_to!r}")
 

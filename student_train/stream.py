@@ -13,9 +13,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, get_worker_info
 
-from student_train.cache import CachedRows
+from student_train.cache import CachedRow, CachedRows
+from student_train.packed import Packed, pack, unpack
 from teacher_cache.batch import Batch, collate
 from teacher_cache.errors import CompatibilityError, KdcliError, SkipRow
 from teacher_cache.known_text import KnownText
@@ -57,11 +58,22 @@ class Order:
         )
         return pairs[np.random.default_rng([self.seed, epoch, 1, block]).permutation(len(pairs))]
 
-    def at(self, position: int) -> tuple[int, int]:
+    def block_of(self, position: int) -> tuple[int, int]:
+        """(epoch, number of the block in it) that a position lies in."""
         epoch, offset = divmod(position, self.rows)
-        starts = self._epoch(epoch)[1]
-        block = int(np.searchsorted(starts, offset, side="right")) - 1
-        shard, row = self._block(epoch, block)[offset - starts[block]]
+        return epoch, int(np.searchsorted(self._epoch(epoch)[1], offset, side="right")) - 1
+
+    def shards_of(self, epoch: int, block: int) -> list[int]:
+        """Shard indices of a block; of the next epoch's first one where ``block`` is one too many."""
+        shards, starts = self._epoch(epoch)
+        if block == len(starts) - 1:
+            return self.shards_of(epoch + 1, 0)
+        return shards[block * BLOCK_SHARDS : (block + 1) * BLOCK_SHARDS].tolist()
+
+    def at(self, position: int) -> tuple[int, int]:
+        epoch, block = self.block_of(position)
+        start = epoch * self.rows + self._epoch(epoch)[1][block]
+        shard, row = self._block(epoch, block)[position - start]
         return int(shard), int(row)
 
 
@@ -117,9 +129,19 @@ class TrainDataset(Dataset):
         self.rows, self.order, self.preparer, self.templates = rows, order, preparer, templates
         self.image_limits, self.same_grid, self.check_layouts = image_limits, same_grid, check_layouts
         self.known = KnownText(preparer) if known_text else None
+        self._block: tuple[int, int] | None = None
 
     def __getitem__(self, position: int) -> TrainRow:
-        row = self.rows.read(*self.order.at(position))
+        return self.__getitems__([position])[0]
+
+    def __getitems__(self, positions: Sequence[int]) -> list[TrainRow]:
+        """A micro-batch at once: what a store is asked for its rows it is asked together."""
+        if self.rows.remote and (block := self.order.block_of(positions[-1])) != self._block:
+            epoch, number = self._block = block
+            self.rows.expect(self.order.shards_of(epoch, number), self.order.shards_of(epoch, number + 1))
+        return [self._prepare(row) for row in self.rows.read_many([self.order.at(one) for one in positions])]
+
+    def _prepare(self, row: CachedRow) -> TrainRow:
         try:
             asked = self.templates[row.sample.part], self.image_limits[row.sample.part]
             if self.known:
@@ -218,19 +240,20 @@ def join(rows: Sequence[TrainRow], pad_id: int) -> TrainBatch:
 
 @dataclass(frozen=True)
 class Join:
-    """``join`` with its padding id, as a collate function that loader processes can receive."""
+    """``join`` with its padding id, as a collate function that loader processes can receive; what they send back is packed."""
 
     pad_id: int
 
-    def __call__(self, rows: Sequence[TrainRow]) -> TrainBatch:
-        return join(rows, self.pad_id)
+    def __call__(self, rows: Sequence[TrainRow]) -> TrainBatch | Packed:
+        batch = join(rows, self.pad_id)
+        return pack(batch) if get_worker_info() else batch
 
 
 def step_batches(
     dataset: TrainDataset, batches: MicroBatches, pad_id: int, workers: int
 ) -> Iterator[tuple[int, list[TrainBatch]]]:
     """(step, its micro-batches) until the run ends."""
-    collate_rows: Callable[[Sequence[TrainRow]], TrainBatch] = Join(pad_id)
+    collate_rows: Callable[[Sequence[TrainRow]], TrainBatch | Packed] = Join(pad_id)
     loader = iter(
         DataLoader(dataset, batch_sampler=batches, collate_fn=collate_rows, num_workers=workers)  # type: ignore[arg-type]
     )
@@ -239,10 +262,11 @@ def step_batches(
         yield step, own + [replace(_next(loader), filler=True) for _ in range(batches.fillers(step))]
 
 
-def _next(loader: Iterator[TrainBatch]) -> TrainBatch:
+def _next(loader: Iterator[TrainBatch | Packed]) -> TrainBatch:
     """The next micro-batch; an error that a loader process met is again the one line it was, without that process's traceback."""
     try:
-        return next(loader)
+        batch = next(loader)
+        return unpack(batch) if isinstance(batch, Packed) else batch
     except KdcliError as error:
         last = str(error).strip().splitlines()[-1]
         raise type(error)(last.removeprefix(f"{type(error).__module__}.{type(error).__name__}: ")) from None

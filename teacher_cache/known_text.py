@@ -7,11 +7,13 @@ it to the same tokens again, in every epoch of every run; only its images are it
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import torch
 
 from teacher_cache.errors import KdcliError
+from teacher_cache.pixels import PlainPixels, is_plain
 from teacher_cache.prepare import Preparer
 from teacher_cache.records import Prepared, Sample, TextTokens
 from teacher_cache.rows import decode_image
@@ -36,6 +38,8 @@ class KnownText:
         self.preparer = preparer
         self._image_token: str = preparer.tokenizer.convert_ids_to_tokens(preparer.image_token_id)
         self._left, self._trusted = proofs, True
+        images = preparer.processor.image_processor
+        self._image_inputs = PlainPixels(images) if is_plain(images) else partial(images, return_tensors="pt")
 
     def prepare(self, sample: Sample, text: TextTokens, key: str, template: str, max_image_pixels: int) -> Prepared:
         """As ``Preparer.prepare``; text, key: of the row as it is stored."""
@@ -72,7 +76,7 @@ class KnownText:
         if not images:
             return {}, []
         processor = self.preparer.processor
-        inputs = dict(processor.image_processor(images, return_tensors="pt"))
+        inputs = dict(self._image_inputs(images))
         said = [processor.replace_image_token(inputs, image_idx=number) for number in range(len(images))]
         counts = [one.count(self._image_token) for one in said]
         if any(one != self._image_token * count for one, count in zip(said, counts)):

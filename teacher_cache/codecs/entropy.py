@@ -141,7 +141,7 @@ def encode(streams: Sequence[Stream], rows: int) -> torch.Tensor:
         if len(flat) and (flat.min() < -(1 << 31) or flat.max() >= 1 << 31):
             raise KdcliError("a value is too large to be coded: use another codec")
         flat = flat.astype(np.int32)
-    low, escape = _of_each([table for _, table in used], [len(one) for one, _ in used])
+    low, escape = of_each_symbol([table for _, table in used], [len(one) for one, _ in used])
     # Modulo 2³² what lies below a table is far above it, so that one comparison finds both.
     places = np.minimum((flat - low).view(np.uint32), escape.view(np.uint32)).view(np.int32)
     beyond = places == escape
@@ -156,10 +156,24 @@ def encode(streams: Sequence[Stream], rows: int) -> torch.Tensor:
     return torch.frombuffer(bytearray(data), dtype=torch.uint8)
 
 
-def _of_each(tables: Sequence[Table], counts: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+OfEach = tuple[np.ndarray, np.ndarray]
+
+
+def of_each_symbol(tables: Sequence[Table], counts: Sequence[int]) -> OfEach:
     """int32 ``low`` and ``escape`` of every symbol of streams with so many symbols."""
     numbers = np.array([(table.low, table.escape) for table in tables], dtype=np.int32).reshape(-1, 2)
     return np.repeat(numbers[:, 0], counts), np.repeat(numbers[:, 1], counts)
+
+
+def runs(tables: Sequence[Table], counts: Sequence[int]) -> list[tuple[Table, int]]:
+    """Streams of one table that follow one another as one: a call of the coder costs as much as many symbols."""
+    joined: list[tuple[Table, int]] = []
+    for table, count in zip(tables, counts):
+        if joined and joined[-1][0] is table:
+            joined[-1] = table, joined[-1][1] + count
+        elif count:
+            joined.append((table, count))
+    return joined
 
 
 class Decoder:
@@ -190,15 +204,15 @@ class Decoder:
         """The next ``count`` symbols, int32."""
         return self.take_all([count], [table])
 
-    def take_all(self, counts: Sequence[int], tables: Sequence[Table]) -> np.ndarray:
-        """The symbols of the next streams, int32, one stream after the other."""
+    def take_all(self, counts: Sequence[int], tables: Sequence[Table], of_each: OfEach | None = None) -> np.ndarray:
+        """The symbols of the next streams, int32, one stream after the other. of_each: what ``of_each(tables, counts)`` gives, if known."""
         total = sum(counts)
         self.promise(total)
         self._left -= total
         if not total:
             return np.zeros(0, dtype=np.int32)
-        places = np.concatenate([self._coder.decode(one.model, n) for one, n in zip(tables, counts) if n])
-        low, escape = _of_each(tables, counts)
+        places = np.concatenate([self._coder.decode(one.model, n) for one, n in runs(tables, counts)])
+        low, escape = of_each or of_each_symbol(tables, counts)
         outside = places == escape
         places += low
         number = np.count_nonzero(outside)

@@ -8,12 +8,15 @@ of 1e-6 nor a head of 1e-6 is lost. ``Uniform`` is for raw-logit measures, whose
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 
 from teacher_cache.errors import KdcliError
 
 BEND = 4.0
+KNOWN = 1 << 12
+"""Symbols whose values are kept."""
 INFINITE = (1 << 31) - 1
 """Symbol of x = ∞ (an empty tail): outside of every table, so it is escaped."""
 
@@ -48,6 +51,8 @@ class LogScale:
 
     def restore(self, symbols: torch.Tensor) -> torch.Tensor:
         """float32; negative symbols (damage) give NaN, which no loss lets pass."""
+        if _all_known(symbols):
+            return known_levels(self.step)[symbols]
         return _straighten(torch.where(symbols < 0, torch.nan, symbols.double()), self.step)
 
 
@@ -63,7 +68,10 @@ class LogOdds:
 
     def restore(self, symbols: torch.Tensor) -> torch.Tensor:
         """float32."""
-        return torch.where(symbols < 0, -1.0, 1.0) * _straighten(symbols.abs().double(), self.step)
+        size = symbols.abs()
+        known = _all_known(size)
+        straight = known_levels(self.step)[size] if known else _straighten(size.double(), self.step)
+        return torch.where(symbols < 0, -1.0, 1.0) * straight
 
 
 def _bend(values: torch.Tensor, step: float) -> torch.Tensor:
@@ -78,3 +86,16 @@ def _straighten(symbols: torch.Tensor, step: float) -> torch.Tensor:
     """float32 x ≥ 0 of float64 symbols."""
     straight = BEND * torch.expm1(symbols * (step / BEND))
     return torch.where(symbols == INFINITE, torch.inf, straight).to(torch.float32)
+
+
+@lru_cache(maxsize=16)
+def known_levels(step: float) -> torch.Tensor:
+    """float32 ``[KNOWN]``: what the first symbols stand for, looked up instead of worked out again for every record."""
+    return _straighten(torch.arange(KNOWN, dtype=torch.float64), step)
+
+
+def _all_known(symbols: torch.Tensor) -> bool:
+    if not symbols.numel() or symbols.dtype != torch.int64:
+        return False
+    low, high = symbols.aminmax()
+    return int(low) >= 0 and int(high) < KNOWN

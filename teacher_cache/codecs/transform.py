@@ -10,12 +10,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import NamedTuple
 
 import numpy as np
 import torch
 
 from teacher_cache.codecs import spectrum
-from teacher_cache.codecs.entropy import MOST_ROWS, Decoder, Stream, Table, fit_table
+from teacher_cache.codecs.entropy import MOST_ROWS, Decoder, OfEach, Stream, Table, fit_table, of_each_symbol
 from teacher_cache.codecs.spectrum import Grid
 from teacher_cache.errors import CacheError, KdcliError
 
@@ -28,8 +29,18 @@ LEAST_USED = 1e-3
 coefficients have heavy tails, and leaving out what has little variance tripled the KL of a sketch without its head."""
 NUMBERS = Table(0, torch.full((MOST_ROWS + 1,), 1.0 / (MOST_ROWS + 1)))
 """Counts and places of grids: 18 bits each."""
-MOST_KEPT = 1 << 20
+MOST_KEPT = 1 << 18
 """Symbols of a layout whose order is kept for the next record of that layout."""
+
+
+class SymbolOrder(NamedTuple):
+    """How a layout's symbols are written: places of all symbols by class, symbols of each class; of each symbol in that order its table's
+    ``low`` and ``escape``, and its shrink."""
+
+    places: np.ndarray
+    counts: list[int]
+    of_each: OfEach
+    shrink: np.ndarray
 
 
 @dataclass(frozen=True)
@@ -91,15 +102,21 @@ class Transform:
         return [Table(-(len(one) - 2) // 2, one) for one in self.tables.split(self.sizes.tolist())]
 
     @cached_property
-    def _orders(self) -> dict[tuple[int, tuple[Grid, ...]], tuple[np.ndarray, np.ndarray]]:
+    def _orders(self) -> dict[tuple[int, tuple[Grid, ...]], SymbolOrder]:
         return {}
 
-    def _order(self, rows: int, grids: tuple[Grid, ...]) -> tuple[np.ndarray, np.ndarray]:
-        """(places of all symbols by class, symbols of each class): a function of the layout, which records share."""
+    def _order(self, rows: int, grids: tuple[Grid, ...]) -> SymbolOrder:
+        """A function of the layout, which records share."""
         if (rows, grids) in self._orders:
             return self._orders[rows, grids]
         classes = self.classes.numpy()[spectrum.bands(rows, grids)].reshape(-1)
-        made = np.argsort(classes, kind="stable").astype(np.int32), np.bincount(classes, minlength=len(self._tables))
+        counts = np.bincount(classes, minlength=len(self._tables)).tolist()
+        made = SymbolOrder(
+            np.argsort(classes, kind="stable").astype(np.int32),
+            counts,
+            of_each_symbol(self._tables, counts),
+            np.repeat(self.shrink.numpy(), counts),
+        )
         if classes.size <= MOST_KEPT:
             if len(self._orders) >= 16:
                 self._orders.clear()
@@ -116,8 +133,8 @@ class Transform:
 
     def streams(self, symbols: np.ndarray, grids: Sequence[Grid] = ()) -> list[Stream]:
         """The layout, then one stream a table: what ``entropy.encode`` wants."""
-        order, counts = self._order(len(symbols), tuple(grids))
-        ordered, stops = symbols.reshape(-1)[order], counts.cumsum().tolist()
+        order = self._order(len(symbols), tuple(grids))
+        ordered, stops = symbols.reshape(-1)[order.places], np.cumsum(order.counts).tolist()
         parts = [ordered[start:stop] for start, stop in zip([0, *stops], stops)]
         layout = [(np.array([len(grids)], dtype=np.int32), NUMBERS), (spectrum.to_symbols(grids), NUMBERS)]
         return [*layout, *zip(parts, self._tables)]
@@ -129,11 +146,11 @@ class Transform:
             raise CacheError(f"a coded record claims {count} grids: run `kdcli cache verify`")
         grids = spectrum.from_symbols(decoder.take(4 * count, NUMBERS), decoder.rows)
         decoder.promise(decoder.rows * self.rank)
-        order, counts = self._order(decoder.rows, grids)
-        symbols = decoder.take_all(counts.tolist(), self._tables).astype(np.float32)
-        symbols -= np.sign(symbols) * np.repeat(self.shrink.numpy(), counts)
+        order = self._order(decoder.rows, grids)
+        symbols = decoder.take_all(order.counts, self._tables, order.of_each).astype(np.float32)
+        symbols -= np.sign(symbols) * order.shrink
         values = np.empty_like(symbols)
-        values[order] = symbols * np.float32(self.step)
+        values[order.places] = symbols * np.float32(self.step)
         return spectrum.inverse(torch.from_numpy(values).reshape(decoder.rows, self.rank), grids)
 
 

@@ -7,6 +7,7 @@ as its log odds (``codecs.scales``).
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -47,6 +48,14 @@ class CodedTopK:
     def _repeats(self) -> bool:
         """Whether the calibration found it cheaper to point at the row before."""
         return "near.0" in self._tables
+
+    @cached_property
+    def _column_tables(self) -> list[Table]:
+        """Of every stream but ``ids``, in the order they are written."""
+        k = min(self.k, self._tables["ids"].escape)
+        kinds = ("value", "near") if self._repeats else ("value",)
+        names = ["tail_odds", "log_z", *(f"{kind}.{place}" for kind in kinds for place in range(k))]
+        return [self._tables[table_name(name)] for name in names]
 
     def encode(self, topk: TopK) -> dict[str, torch.Tensor]:
         symbols = self._symbols(topk, self._repeats)
@@ -97,11 +106,8 @@ class CodedTopK:
 
     def _read(self, decoder: Decoder) -> tuple[torch.Tensor, ...]:
         rows, vocabulary = decoder.rows, self._tables["ids"].escape
-        k = min(self.k, vocabulary)
-        kinds = ("value", "near") if self._repeats else ("value",)
-        names = ["tail_odds", "log_z", *(f"{kind}.{place}" for kind in kinds for place in range(k))]
-        tables = [self._tables[table_name(name)] for name in names]
-        columns = decoder.take_all([rows] * len(names), tables).astype(np.int64).reshape(len(names), rows)
+        k, tables = min(self.k, vocabulary), self._column_tables
+        columns = decoder.take_all([rows] * len(tables), tables).astype(np.int64).reshape(len(tables), rows)
         odds, log_z = self._odds.restore(torch.from_numpy(columns[0])), LOG_Z.restore(torch.from_numpy(columns[1]))
         steps = torch.from_numpy(columns[2 : 2 + k].T)
         if self._repeats:

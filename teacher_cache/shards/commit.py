@@ -6,6 +6,7 @@ A shard is done when its commit is there, readable and bound to the same plan an
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
 from teacher_cache.errors import CacheError
@@ -76,13 +77,32 @@ def parse_commit(data: bytes, place: str) -> Commit:
 
 def read_commit(storage: Storage, column: str, shard: int) -> Commit:
     """The commit of a shard; CacheError where there is none or it is damaged."""
-    relative = f"{column}/commits/{shard:06d}.json"
+    relative = commit_path(column, shard)
     try:
-        commit = parse_commit(storage.read(relative), f"{storage}/{relative}")
+        data = storage.read(relative)
     except FileNotFoundError:
         raise CacheError(
             f"{storage}: shard {shard:06d} of {column} is not committed: run `kdcli cache-teacher`"
         ) from None
+    return _parse_of_shard(storage, column, shard, data)
+
+
+def read_commits(storage: Storage, column: str, shards: Sequence[int]) -> list[Commit]:
+    """``read_commit`` of several shards, asked for all at once."""
+    try:
+        every = storage.read_all([commit_path(column, shard) for shard in shards])
+    except FileNotFoundError:
+        return [read_commit(storage, column, shard) for shard in shards]  # one of them says which is missing
+    return [_parse_of_shard(storage, column, shard, data) for shard, data in zip(shards, every)]
+
+
+def commit_path(column: str, shard: int) -> str:
+    return f"{column}/commits/{shard:06d}.json"
+
+
+def _parse_of_shard(storage: Storage, column: str, shard: int, data: bytes) -> Commit:
+    relative = commit_path(column, shard)
+    commit = parse_commit(data, f"{storage}/{relative}")
     if commit.shard != shard:
         raise CacheError(f"{storage}/{relative}: says it is shard {commit.shard}: run `kdcli cache verify`")
     return commit

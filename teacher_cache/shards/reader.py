@@ -1,4 +1,8 @@
-"""Read a column: any sample by (shard, row), every byte checked before it is handed out."""
+"""Read a column: any sample by (shard, row), every byte checked before it is handed out.
+
+A local cache is read in place. Of an object store, tars are read from a local disk cache where there is one, else row by row in exact
+ranges; rows that follow one another come many in one request.
+"""
 
 from __future__ import annotations
 
@@ -6,15 +10,20 @@ import hashlib
 import os
 import zlib
 from collections import OrderedDict
+from collections.abc import Sequence
 from typing import BinaryIO, Generic, TypeVar
 
 from teacher_cache.errors import CacheError
-from teacher_cache.shards.commit import Commit, read_commit
-from teacher_cache.shards.index import Entries, parse_index
+from teacher_cache.shards.commit import Commit, read_commits
+from teacher_cache.shards.disk_cache import DiskCache
+from teacher_cache.shards.index import Entries, Entry, parse_index
 from teacher_cache.shards.storage import Storage
 
-OPEN_SHARDS = 64
-"""Whose tars stay open and whose indices stay in memory; training goes through blocks of 16, so that memory does not grow with the rows."""
+OPEN_SHARDS, OPEN_CACHED_TARS = 64, 16
+"""Whose tars stay open and whose indices stay in memory: training goes through blocks of 16, and memory does not grow with the rows.
+Open files of a disk cache cannot be evicted meanwhile, so they are as few as are read at a time."""
+READ_AHEAD = 8 << 20
+"""Bytes of one request where rows are read one after the other."""
 T = TypeVar("T")
 
 
@@ -27,10 +36,10 @@ class Recent(OrderedDict[int, T], Generic[T]):
         self.move_to_end(shard)
         return self[shard]
 
-    def keep(self, shard: int, value: T) -> list[T]:
+    def keep(self, shard: int, value: T, most: int = OPEN_SHARDS) -> list[T]:
         """Returns what had to go."""
         self[shard] = value
-        return [self.popitem(last=False)[1] for _ in range(len(self) - OPEN_SHARDS)]
+        return [self.popitem(last=False)[1] for _ in range(len(self) - most)]
 
 
 class ColumnReader:
@@ -39,14 +48,18 @@ class ColumnReader:
     Args:
         storage: the cache. column: ``samples`` or ``fields/NAME``.
         plan_hash, column_hash: what every commit must be bound to.
+        disk: where tars of an object store are kept; None: nowhere.
     """
 
-    def __init__(self, storage: Storage, column: str, plan_hash: str, column_hash: str):
+    def __init__(self, storage: Storage, column: str, plan_hash: str, column_hash: str, disk: DiskCache | None = None):
         self.storage, self.column = storage, column
+        self.disk = None if storage.local else disk
         self._hashes = (plan_hash, column_hash)
         self._commits: dict[int, Commit] = {}
         self._entries: Recent[Entries] = Recent()
         self._open: Recent[BinaryIO] = Recent()
+        # shard, row read last, where the bytes begin, bytes
+        self._ahead: tuple[int, int, int, bytes] = (-1, -1, 0, b"")
         self._process = os.getpid()
 
     def __getstate__(self) -> dict:
@@ -56,47 +69,77 @@ class ColumnReader:
         }  # file handles do not travel to loader processes
 
     def commit(self, shard: int) -> Commit:
-        if shard not in self._commits:
-            commit = read_commit(self.storage, self.column, shard)
+        self.load_commits([shard])
+        return self._commits[shard]
+
+    def load_commits(self, shards: Sequence[int]) -> None:
+        """Read and check the commits of shards, all at once."""
+        new = [shard for shard in shards if shard not in self._commits]
+        for shard, commit in zip(new, read_commits(self.storage, self.column, new) if new else ()):
             if (commit.plan_hash, commit.column_hash) != self._hashes:
                 raise CacheError(
                     f"{self.storage}: shard {shard:06d} of {self.column} was made by another plan or field setting: "
                     "run `kdcli cache verify`"
                 )
             self._commits[shard] = commit
-        return self._commits[shard]
 
     def entries(self, shard: int) -> Entries:
-        """The samples of a shard in tar order; also checks that the tar has its full size."""
+        """The samples of a shard in tar order; also checks that a local tar has its full size."""
         if (entries := self._entries.take(shard)) is None:
-            entries = self._read_index(shard)
-            self._entries.keep(shard, entries)
+            self.load_entries([shard])
+            entries = self._entries[shard]
         return entries
 
-    def _read_index(self, shard: int) -> Entries:
-        commit = self.commit(shard)
-        index_path, tar_path = f"{self.column}/index/{commit.index}", f"{self.column}/data/{commit.tar}"
+    def load_entries(self, shards: Sequence[int]) -> None:
+        """Read and check the indices of shards, all at once."""
+        new = [shard for shard in shards if shard not in self._entries]
+        self.load_commits(new)
         try:
-            data = self.storage.read(index_path)
-            size = self.storage.size(tar_path)
+            every = self.storage.read_all([f"{self.column}/index/{self._commits[shard].index}" for shard in new])
         except FileNotFoundError as error:
-            raise self._damaged(commit, f"{error.filename or error} is missing") from None
+            if len(new) > 1:
+                for shard in new:
+                    self.load_entries([shard])
+                return
+            raise self._damaged(self._commits[new[0]], f"{error.filename or error} is missing") from None
+        for shard, data in zip(new, every):
+            self._entries.keep(shard, self._parse_entries(self._commits[shard], data))
+
+    def _parse_entries(self, commit: Commit, data: bytes) -> Entries:
+        index_path, tar_path = f"{self.column}/index/{commit.index}", self._tar_path(commit)
         if hashlib.sha256(data).hexdigest() != commit.index_sha256:
             raise self._damaged(commit, f"{index_path} does not have its committed checksum")
-        if size != commit.tar_bytes:
-            raise self._damaged(commit, f"{tar_path} has {size} bytes, its commit says {commit.tar_bytes}")
+        if self.storage.local:  # a store's answer would cost a request, and is checked when bytes are asked for
+            try:
+                size = self.storage.size(tar_path)
+            except FileNotFoundError as error:
+                raise self._damaged(commit, f"{error.filename or error} is missing") from None
+            if size != commit.tar_bytes:
+                raise self._damaged(commit, f"{tar_path} has {size} bytes, its commit says {commit.tar_bytes}")
         return parse_index(data, f"{self.storage}/{index_path}", commit.tar_bytes, commit.written)
 
-    def read(self, shard: int, row: int) -> dict[str, bytes]:
-        """Members of one sample by extension; CacheError naming shard and key where a byte is wrong."""
+    def place(self, shard: int, row: int) -> tuple[str, int, int]:
+        """(file, first byte, last byte + 1) of a sample; 0, 0 for one without members."""
+        return self._tar_path(self.commit(shard)), *_span(self.entries(shard)[row])
+
+    def read(self, shard: int, row: int, data: bytes | None = None) -> dict[str, bytes]:
+        """Members of one sample by extension; CacheError naming shard and key where a byte is wrong.
+
+        Args:
+            data: the bytes of ``place(shard, row)``, if they were read already.
+        """
         entry = self.entries(shard)[row]
-        if not entry.members:
+        start, stop = _span(entry)
+        if stop == 0:
             return {}
-        start = min(member.offset for member in entry.members)
-        stop = max(member.offset + member.size for member in entry.members)
-        handle = self._tar(shard)
-        handle.seek(start)
-        data = handle.read(stop - start)
+        try:
+            return self._members(shard, entry, start, self._bytes(shard, row, start, stop) if data is None else data)
+        except CacheError:
+            if not self._forget_cached(shard):
+                raise
+            return self._members(shard, entry, start, self._bytes(shard, row, start, stop))
+
+    def _members(self, shard: int, entry: Entry, start: int, data: bytes) -> dict[str, bytes]:
         members = {}
         for member in entry.members:
             content = data[member.offset - start : member.offset - start + member.size]
@@ -105,21 +148,67 @@ class ColumnReader:
             members[member.ext] = content
         return members
 
-    def _tar(self, shard: int) -> BinaryIO:
+    def _bytes(self, shard: int, row: int, start: int, stop: int) -> bytes:
+        if handle := self._tar(shard):
+            handle.seek(start)
+            return handle.read(stop - start)
+        last_shard, last_row, begin, ahead = self._ahead
+        if (shard, row) == (last_shard, last_row + 1):
+            if stop > begin + len(ahead):
+                members = self.entries(shard)[-1].members
+                end = max((member.offset + member.size for member in members), default=stop)
+                begin, ahead = start, self._range(shard, start, max(stop, min(start + READ_AHEAD, end)))
+            self._ahead = shard, row, begin, ahead
+            return ahead[start - begin : stop - begin]
+        self._ahead = shard, row, 0, b""
+        return self._range(shard, start, stop)
+
+    def _range(self, shard: int, start: int, stop: int) -> bytes:
+        commit = self.commit(shard)
+        try:
+            return self.storage.read_ranges([(self._tar_path(commit), start, stop)])[0]
+        except FileNotFoundError:
+            raise self._damaged(commit, f"data/{commit.tar} is missing") from None
+
+    def _tar(self, shard: int) -> BinaryIO | None:
+        """The tar as an open local file; None where the store must be asked."""
         if self._process != os.getpid():
             # A forked loader process has our handles, but not positions of its own: two that seek would read each other's bytes.
             self._open, self._process = Recent(), os.getpid()
-        if (handle := self._open.take(shard)) is None:
-            commit = self.commit(shard)
+        if handle := self._open.take(shard):
+            return handle
+        commit = self.commit(shard)
+        if not self.storage.local:
+            opened = self.disk.open(self.storage, self.column, commit) if self.disk else None
+        else:
             try:
-                handle = self.storage.open(f"{self.column}/data/{commit.tar}")
+                opened = self.storage.open(self._tar_path(commit))
             except FileNotFoundError:
                 raise self._damaged(commit, f"data/{commit.tar} is missing") from None
-            for old in self._open.keep(shard, handle):
+        if opened:
+            most = OPEN_SHARDS if self.storage.local else OPEN_CACHED_TARS
+            for old in self._open.keep(shard, opened, most):
                 old.close()
-        return handle
+        return opened
+
+    def _forget_cached(self, shard: int) -> bool:
+        """Drop a tar from the disk cache, whose bytes are wrong; False where it is not from there."""
+        if not self.disk or shard not in self._open:
+            return False
+        self._open.pop(shard).close()
+        self.disk.discard(self.commit(shard))
+        return True
+
+    def _tar_path(self, commit: Commit) -> str:
+        return f"{self.column}/data/{commit.tar}"
 
     def _damaged(self, commit: Commit, what: str) -> CacheError:
         return CacheError(
             f"{self.storage}: shard {commit.shard:06d} of {self.column} is damaged: {what}; `kdcli cache verify` lists all damage"
         )
+
+
+def _span(entry: Entry) -> tuple[int, int]:
+    """First byte and last byte + 1 of a sample's members in its tar; 0, 0 for one without members."""
+    start = min((member.offset for member in entry.members), default=0)
+    return start, max((member.offset + member.size for member in entry.members), default=0)

@@ -6,6 +6,7 @@ import hashlib
 import tarfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import BinaryIO
 
 from teacher_cache.errors import CacheError
@@ -14,7 +15,6 @@ from teacher_cache.shards.commit import Commit, committed_shards, read_commit
 from teacher_cache.shards.index import Entries, parse_index
 from teacher_cache.shards.storage import Storage
 
-BLOCK = 8 << 20
 CALIBRATION_ROLES = ("calibration", "low_rank_head")
 """What ``field.json`` may name besides its own folder."""
 
@@ -72,11 +72,13 @@ def shard_problems(storage: Storage, plan: Plan, column: str, column_hash: str, 
 
 
 def _tar_problems(storage: Storage, column: str, commit: Commit, entries: Entries) -> Iterator[str]:
-    digest, size = hashlib.sha256(), 0
-    with storage.open(f"{column}/data/{commit.tar}") as tar:
-        while block := tar.read(BLOCK):
-            digest.update(block)
-            size += len(block)
+    with storage.local_copy(f"{column}/data/{commit.tar}") as path:
+        yield from _file_problems(path, commit, entries)
+
+
+def _file_problems(path: Path, commit: Commit, entries: Entries) -> Iterator[str]:
+    with path.open("rb") as tar:
+        digest, size = hashlib.file_digest(tar, "sha256"), tar.tell()
     if size != commit.tar_bytes:
         yield f"data/{commit.tar} has {size} bytes, not {commit.tar_bytes}"
         return
@@ -86,7 +88,7 @@ def _tar_problems(storage: Storage, column: str, commit: Commit, entries: Entrie
     promised = [
         (f"{entry.key}.{member.ext}", member.offset, member.size) for entry in entries for member in entry.members
     ]
-    with storage.open(f"{column}/data/{commit.tar}") as opened:
+    with path.open("rb") as opened:
         found = _members(opened)
     if found != promised:
         yield f"data/{commit.tar} does not hold the members that its index lists"

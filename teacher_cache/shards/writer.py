@@ -12,9 +12,11 @@ import tarfile
 import uuid
 import zlib
 from collections import Counter
+from contextlib import suppress
 from dataclasses import replace
 
 from teacher_cache.records import Prepared, SkipRecord
+from teacher_cache.shards import staging
 from teacher_cache.shards.commit import Commit, read_commit
 from teacher_cache.shards.index import Entry, Member, dump_index
 from teacher_cache.shards.storage import Storage
@@ -26,12 +28,18 @@ class ShardWriter:
     Args:
         storage: the cache. column: ``samples`` or ``fields/NAME``. shard: slice number.
         plan_hash, column_hash: bound into the commit.
+        staging_bytes: most bytes that a process's unfinished tars take on the local disk, where the cache is in an object store; 0: any.
     """
 
-    def __init__(self, storage: Storage, column: str, shard: int, plan_hash: str, column_hash: str):
+    def __init__(
+        self, storage: Storage, column: str, shard: int, plan_hash: str, column_hash: str, staging_bytes: int = 0
+    ):
         self.storage, self.column, self.shard = storage, column, shard
         self._hashes = (plan_hash, column_hash)
-        self._draft = storage.staging() / f"{column.replace('/', '-')}-{shard:06d}-{uuid.uuid4().hex}.tar"
+        self._folder = storage.staging()
+        self._bound = 0 if storage.local else staging_bytes
+        staging.check_room(self._folder, self._bound)
+        self._draft = self._folder / f"{column.replace('/', '-')}-{shard:06d}-{uuid.uuid4().hex}.tar"
         # One extra handle on the same file gives exact member offsets without trusting tarfile's buffering.
         self._file = self._draft.open("wb")
         self._tar = tarfile.open(fileobj=self._file, mode="w", format=tarfile.USTAR_FORMAT)
@@ -50,9 +58,14 @@ class ShardWriter:
         self._add(entry, members)
 
     def _add(self, entry: Entry, members: dict[str, bytes]) -> None:
-        stored = tuple(self._append(entry.key, ext, content) for ext, content in members.items())
+        with staging.told_when_full(self._folder):
+            stored = tuple(self._append(entry.key, ext, content) for ext, content in members.items())
         self._counts.update({name: getattr(entry, name) for name in ("vision_rows", "response_rows", "text_tokens")})
         self._entries.append(replace(entry, members=stored))
+
+    def check_staging(self) -> None:
+        """CacheError where the tars under construction take more local disk than they may."""
+        staging.check_bound(self._folder, self._bound)
 
     def skip(self, record: SkipRecord) -> None:
         self._skipped.append(record)
@@ -67,8 +80,13 @@ class ShardWriter:
 
     def commit(self) -> Commit:
         """Close the tar and make the shard visible. Returns the commit that stands, ours or an earlier equal-plan one."""
+        with staging.told_when_full(self._folder):
+            return self._commit()
+
+    def _commit(self) -> Commit:
         self._tar.close()
         self._file.close()
+        staging.check_bound(self._folder, self._bound)
         with self._draft.open("rb") as written:
             digest = hashlib.file_digest(written, "sha256").hexdigest()
         stem = f"{self.shard:06d}-{digest[:8]}"
@@ -97,6 +115,8 @@ class ShardWriter:
 
     def abandon(self) -> None:
         """Drop the draft, after an error."""
-        self._tar.close()
-        self._file.close()
+        with suppress(OSError):  # closing writes what is buffered, and the disk may be full
+            self._tar.close()
+        with suppress(OSError):
+            self._file.close()
         self._draft.unlink(missing_ok=True)

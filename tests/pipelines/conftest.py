@@ -1,8 +1,16 @@
-"""Caches of the standard profile, what tests of whole captures share, and a storage whose writer dies after a number of writes."""
+"""Caches of the standard profile, what tests of whole captures share, a storage whose writer dies after a number of writes, and an S3
+service on loopback that fails as asked."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import logging
+import random
+import socket
+import struct
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -81,3 +89,127 @@ class Mortal:
 def make_mortal(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Mortal]:
     """``make_mortal("put_file", "put_new")`` → Mortal."""
     return lambda *names: Mortal(monkeypatch, *names)
+
+
+class Faulty:
+    """The store's application; ``rate`` of its requests are answered with 503 SlowDown or 500, and counted.
+
+    refuse: (request, after it was served) → status in place of the real one, or None.
+    """
+
+    def __init__(self, application: Callable[..., Iterable[bytes]]):
+        self.application, self.rate, self.failed, self.served = application, 0.0, 0, 0
+        self.asked: list[tuple[str, str, str]] = []  # method, path, range
+        self.refuse: Callable[[dict[str, Any], bool], str | None] = lambda environ, served: None
+        self._random = random.Random(1)
+
+    def __call__(self, environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
+        self.asked.append((environ["REQUEST_METHOD"], environ["PATH_INFO"], environ.get("HTTP_RANGE", "")))
+        if status := self.refuse(environ, False):
+            return self._fail(environ, start_response, status)
+        if self._random.random() < self.rate:
+            status = self._random.choice(["503 Slow Down", "500 Internal Server Error", "429 Too Many Requests"])
+            return self._fail(environ, start_response, status)
+        self.served += 1
+        status = self.refuse(environ, True)
+        if status is None:
+            return self.application(environ, start_response)
+        list(self.application(environ, lambda *_: None))  # done, and the answer is lost
+        return self._fail({}, start_response, status)
+
+    def _fail(self, environ: dict[str, Any], start_response: Callable[..., Any], status: str) -> Iterable[bytes]:
+        self.failed += 1
+        if environ:
+            environ["wsgi.input"].read(int(environ.get("CONTENT_LENGTH") or 0))
+        code = (
+            "AccessDenied" if status.startswith("403") else "SlowDown" if status.startswith("503") else "InternalError"
+        )
+        body = f"<?xml version='1.0'?><Error><Code>{code}</Code><Message>as asked</Message></Error>".encode()
+        start_response(status, [("Content-Type", "application/xml"), ("Content-Length", str(len(body)))])
+        return [body]
+
+
+class Proxy:
+    """Stands before a server; of its answers, the share ``rate`` ends in the middle: connection reset, cut, or silent."""
+
+    def __init__(self, target: tuple[str, int], silence_s: float):
+        self.target, self.silence_s, self.rate, self.broken = (
+            target,
+            silence_s,
+            0.0,
+            {"reset": 0, "cut": 0, "silent": 0},
+        )
+        self._random, self._listener = random.Random(2), socket.create_server(("127.0.0.1", 0))
+        self.port = self._listener.getsockname()[1]
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def _accept(self) -> None:
+        with suppress(OSError):  # closed
+            while True:
+                client, _ = self._listener.accept()
+                server = socket.create_connection(self.target)
+                asked = threading.Event()
+                threading.Thread(target=self._pump, args=(client, server, asked, False), daemon=True).start()
+                threading.Thread(target=self._pump, args=(server, client, asked, True), daemon=True).start()
+
+    def _pump(self, source: socket.socket, sink: socket.socket, asked: threading.Event, answers: bool) -> None:
+        with suppress(OSError), source, sink:
+            while piece := source.recv(1 << 14):
+                begins = answers and asked.is_set()  # the first piece of an answer
+                (asked.clear if answers else asked.set)()
+                if begins and self._random.random() < self.rate:
+                    kind = self._random.choice(sorted(self.broken))
+                    self.broken[kind] += 1
+                    sink.sendall(piece[: len(piece) // 2])
+                    if kind == "silent":
+                        time.sleep(self.silence_s)
+                    if kind == "reset":
+                        sink.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+                    return
+                sink.sendall(piece)
+
+    def close(self) -> None:
+        self._listener.close()
+
+
+@pytest.fixture(scope="module")
+def store() -> Iterator[Faulty]:
+    pytest.importorskip("s3fs")
+    moto = pytest.importorskip("moto.server")
+    import fsspec
+    from werkzeug.serving import make_server
+
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)
+    faulty = Faulty(moto.DomainDispatcherApplication(moto.create_backend_app))
+    server = make_server("127.0.0.1", 0, faulty, threaded=True)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    names = {"AWS_ACCESS_KEY_ID": "x", "AWS_SECRET_ACCESS_KEY": "x", "AWS_DEFAULT_REGION": "us-east-1"}
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in {**names, "AWS_ENDPOINT_URL": f"http://127.0.0.1:{server.server_port}"}.items():
+            patch.setenv(name, value)
+        fsspec.filesystem("s3").mkdir("bucket")
+        faulty.port = server.server_port  # type: ignore[attr-defined]
+        yield faulty
+        fsspec.filesystem("s3").clear_instance_cache()
+    server.shutdown()
+
+
+@pytest.fixture
+def healthy(store: Faulty) -> Faulty:
+    store.rate, store.refuse = 0.0, lambda environ, served: None
+    store.asked.clear()
+    return store
+
+
+@pytest.fixture
+def shaky(healthy: Faulty, monkeypatch: pytest.MonkeyPatch) -> Iterator[Proxy]:
+    """A proxy before the store, through which every request goes; connections may be silent for half a second."""
+    import fsspec
+
+    proxy = Proxy(("127.0.0.1", healthy.port), silence_s=0.8)  # type: ignore[attr-defined]
+    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{proxy.port}")
+    monkeypatch.setenv("KDCLI_STORE_TIMEOUT", "0.5")
+    fsspec.filesystem("s3").clear_instance_cache()
+    yield proxy
+    proxy.close()
+    fsspec.filesystem("s3").clear_instance_cache()

@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import logging
-import random
-import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import fsspec
 import pytest
 from click.testing import CliRunner
 
@@ -18,54 +14,6 @@ from pipelines.cache_teacher import CaptureRequest, capture
 from pipelines.inspect_cache import check
 from student_train.cache import Cache
 from teacher_cache.shards.storage import Storage
-
-pytest.importorskip("s3fs")
-moto = pytest.importorskip("moto.server")
-
-SLOW_DOWN = (
-    b"<?xml version='1.0'?><Error><Code>SlowDown</Code><Message>Please reduce your request rate.</Message></Error>"
-)
-
-
-class Faulty:
-    """The store's application; ``rate`` of its requests are answered with 503 SlowDown or 500, and counted."""
-
-    def __init__(self, application: Callable[..., Iterable[bytes]]):
-        self.application, self.rate, self.failed, self.served = application, 0.0, 0, 0
-        self._random = random.Random(1)
-
-    def __call__(self, environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
-        if self._random.random() >= self.rate:
-            self.served += 1
-            return self.application(environ, start_response)
-        self.failed += 1
-        environ["wsgi.input"].read(int(environ.get("CONTENT_LENGTH") or 0))
-        status = self._random.choice(["503 Slow Down", "500 Internal Server Error"])
-        start_response(status, [("Content-Type", "application/xml"), ("Content-Length", str(len(SLOW_DOWN)))])
-        return [SLOW_DOWN]
-
-
-@pytest.fixture(scope="module")
-def store() -> Iterator[Faulty]:
-    from werkzeug.serving import make_server
-
-    logging.getLogger("werkzeug").setLevel(logging.ERROR)
-    faulty = Faulty(moto.DomainDispatcherApplication(moto.create_backend_app))
-    server = make_server("127.0.0.1", 0, faulty, threaded=True)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    names = {"AWS_ACCESS_KEY_ID": "x", "AWS_SECRET_ACCESS_KEY": "x", "AWS_DEFAULT_REGION": "us-east-1"}
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in {**names, "AWS_ENDPOINT_URL": f"http://127.0.0.1:{server.server_port}"}.items():
-            patch.setenv(name, value)
-        fsspec.filesystem("s3").mkdir("bucket")
-        yield faulty
-    server.shutdown()
-
-
-@pytest.fixture
-def healthy(store: Faulty) -> Faulty:
-    store.rate = 0.0
-    return store
 
 
 def cache_in(url: str) -> dict[str, bytes]:
@@ -94,9 +42,7 @@ def test_a_whole_job_in_a_bucket(
 
 
 @pytest.mark.usefixtures("one_thread")
-def test_every_fifth_request_fails(
-    make_request: Callable[..., CaptureRequest], tmp_path: Path, healthy: Faulty
-) -> None:
+def test_every_fifth_request_fails(make_request: Callable[..., CaptureRequest], tmp_path: Path, healthy: Any) -> None:
     few = {"shards": 2, "fields": ("response_hidden",)}
     capture(make_request(tmp_path / "local", **few))
     healthy.rate = 0.2

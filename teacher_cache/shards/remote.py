@@ -1,0 +1,106 @@
+"""Requests to an object store: options of its file system, what is tried again and how often, and what a user is told in the end.
+
+The library below tries a request a few times within seconds; ``persistently`` tries the whole operation again for about a minute, which is
+how long throttled buckets and restarted gateways take. Nothing here decides what is true: whatever is read is checked by its reader.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import time
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+from teacher_cache.errors import CacheError, KdcliError
+
+T = TypeVar("T")
+READ_ONLY = ("http", "https")
+LONGEST_WAIT_S = 20.0
+TRIES, TIMEOUT = "KDCLI_STORE_TRIES", "KDCLI_STORE_TIMEOUT"
+"""Environment: how often an operation is tried (6), and seconds that a connection may be silent (30)."""
+
+
+class ShortRead(Exception):
+    """The store sent fewer bytes than it was asked for, or others."""
+
+
+def options(scheme: str) -> dict[str, Any]:
+    """What the file system of a URL scheme is opened with."""
+    silence = _number(TIMEOUT, 30.0)
+    if scheme in ("s3", "s3a"):
+        retries = {"mode": "standard", "max_attempts": 4}
+        return {"config_kwargs": {"retries": retries, "connect_timeout": min(10.0, silence), "read_timeout": silence}}
+    if scheme in READ_ONLY:
+        import aiohttp
+
+        timeout = aiohttp.ClientTimeout(total=None, sock_connect=min(10.0, silence), sock_read=silence)
+        return {"client_kwargs": {"timeout": timeout}}
+    return {}
+
+
+def persistently(place: str, call: Callable[[], T]) -> T:
+    """``call()``, tried again while what it raises may pass. FileNotFoundError and FileExistsError are answers and are handed on.
+
+    Raises:
+        CacheError: naming ``place`` and the fix, for everything else.
+    """
+    tries = max(1, int(_number(TRIES, 6)))
+    for number in range(tries):
+        try:
+            return call()
+        except (KdcliError, FileExistsError):
+            raise
+        except FileNotFoundError as error:
+            if _code(error) == "NoSuchBucket":
+                raise CacheError(f"{place}: there is no such bucket: create it, or mend the URL") from None
+            raise
+        except Exception as error:  # libraries of all kinds lie behind a URL, each with errors of its own
+            if fix := _for_good(error):
+                raise CacheError(f"{place}: {_words(error)}: {fix}") from None
+            if number + 1 == tries:
+                raise CacheError(
+                    f"{place}: the store did not answer as it should, {tries} times ({_words(error)}): look at network, endpoint "
+                    "and the store's own state, then run the command again: it goes on from here"
+                ) from None
+        time.sleep(min(LONGEST_WAIT_S, 2.0**number) * random.uniform(0.25, 1.0))  # apart: workers fail together
+    raise AssertionError("unreachable")
+
+
+def exactly(data: bytes, count: int) -> bytes:
+    """``data`` where it has ``count`` bytes; ShortRead else."""
+    if len(data) != count:
+        raise ShortRead(f"{len(data)} bytes came instead of {count}")
+    return data
+
+
+def _for_good(error: Exception) -> str:
+    """The fix of an error that would be the same next time; empty where it may pass."""
+    kind = type(error).__name__
+    if kind in ("NoCredentialsError", "PartialCredentialsError", "ProfileNotFound", "DefaultCredentialsError"):
+        return "give credentials as the store's own tools take them, e.g. AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE"
+    if isinstance(error, PermissionError) or getattr(error, "status", None) in (401, 403):
+        return "these credentials may not do that there: ask for the permission, or use others"
+    if isinstance(error, NotImplementedError):
+        return "this kind of URL cannot be written to: use another one"
+    if getattr(error, "status", None) is not None and 400 <= error.status < 500 and error.status not in (408, 429):  # type: ignore[attr-defined]
+        return "mend the URL"
+    return ""
+
+
+def _code(error: BaseException) -> str:
+    """The store's own error code, where a library kept it."""
+    response = getattr(error.__cause__, "response", None) or {}
+    return str(response.get("Error", {}).get("Code", ""))
+
+
+def _words(error: Exception) -> str:
+    words = " ".join(str(error).split())
+    return f"{type(error).__name__}: {words}" if words else type(error).__name__
+
+
+def _number(name: str, default: float) -> float:
+    try:
+        return float(os.environ.get(name, default))
+    except ValueError:
+        raise KdcliError(f"{name} must be a number, got {os.environ[name]!r}") from None

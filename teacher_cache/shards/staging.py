@@ -1,0 +1,87 @@
+"""The local folder in which tars grow before they are uploaded: one a process, bounded, and removed once its process is surely dead.
+
+It lies in the machine's temporary folder (``TMPDIR`` chooses another). A process holds a lock on its folder for as long as it lives; the
+next process of the machine takes away what nobody holds.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import shutil
+import tempfile
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import BinaryIO
+
+from teacher_cache.errors import CacheError
+
+LOCK = "lock"
+_own: tuple[int, Path, BinaryIO] | None = None
+"""(process, folder, held lock)."""
+
+
+def base() -> Path:
+    """Where the folders of all processes of this user lie."""
+    return Path(tempfile.gettempdir()) / f"kdcli-staging-{os.getuid()}"
+
+
+def own_folder() -> Path:
+    """This process's folder, made and locked at its first use; folders of dead processes go then."""
+    global _own
+    if _own is None or _own[0] != os.getpid() or not _own[1].is_dir():
+        base().mkdir(parents=True, exist_ok=True, mode=0o700)
+        _remove_dead(base())
+        folder = base() / f"{os.getpid()}-{uuid.uuid4().hex[:8]}"
+        draft = base() / f".{folder.name}"  # locked before it has a name that others look at
+        draft.mkdir()
+        lock = (draft / LOCK).open("wb")
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        draft.rename(folder)
+        _own = os.getpid(), folder, lock
+    return _own[1]
+
+
+def _remove_dead(folder: Path) -> None:
+    for left in folder.iterdir():
+        if left.name.startswith("."):
+            continue
+        with suppress(OSError), (left / LOCK).open("rb") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # BlockingIOError: alive
+            shutil.rmtree(left, ignore_errors=True)
+
+
+def check_room(folder: Path, most_bytes: int) -> None:
+    """Before a shard: CacheError where the disk has less free than the bound promises. 0: no bound."""
+    free = shutil.disk_usage(folder).free
+    if most_bytes and free < most_bytes:
+        raise CacheError(
+            f"{folder}: {free / 1e9:.1f} GB are free, staging may take {most_bytes / 1e9:.1f} GB: make room, set TMPDIR to another disk, "
+            "or lower --staging-gb"
+        )
+
+
+def check_bound(folder: Path, most_bytes: int) -> None:
+    """While a shard grows: CacheError where this process's tars take more than the bound. 0: no bound."""
+    if most_bytes and (used := sum(one.stat().st_size for one in folder.glob("*.tar"))) > most_bytes:
+        raise CacheError(
+            f"{folder}: the tars of one shard take {used / 1e9:.3f} GB and more, staging may take {most_bytes / 1e9:.3f} GB: "
+            "raise --staging-gb, or make the cache with more --shards"
+        )
+
+
+@contextmanager
+def told_when_full(folder: Path | str) -> Iterator[None]:
+    """A full disk as one line that names the folder; what is committed stays."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise CacheError(
+            f"{folder}: {error.strerror}: make room there (or set TMPDIR to another disk, where the cache goes to an object store), "
+            "then run the command again: it goes on from the last committed shard"
+        ) from None

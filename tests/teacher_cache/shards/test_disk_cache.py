@@ -1,0 +1,134 @@
+"""Tars on a local disk: fetched once by whoever comes first, never other bytes than committed, within the bound, shared, kill-safe."""
+
+from __future__ import annotations
+
+import hashlib
+import multiprocessing
+import time
+from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path
+
+import fsspec
+import pytest
+
+from teacher_cache.errors import CacheError
+from teacher_cache.shards.commit import Commit
+from teacher_cache.shards.disk_cache import DiskCache
+from teacher_cache.shards.storage import Storage
+
+SIZE = 1000
+
+
+@pytest.fixture
+def storage(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> Iterator[Storage]:
+    """In memory, with ``fetched``: every tar that was asked for."""
+    storage = Storage(f"memory://{request.node.name}")
+    storage.fetched = []  # type: ignore[attr-defined]
+    download = Storage.download
+
+    def counted(self: Storage, relative: str, target: Path) -> None:
+        storage.fetched.append(relative)  # type: ignore[attr-defined]
+        download(self, relative, target)
+
+    monkeypatch.setattr(Storage, "download", counted)
+    yield storage
+    fsspec.filesystem("memory").store.clear()
+
+
+def put(storage: Storage, shard: int, content: bytes | None = None) -> Commit:
+    """A tar of ``SIZE`` bytes that are its shard's number, or other content, and the commit that names it."""
+    promised = bytes([shard]) * SIZE
+    commit = Commit(shard, "", "", f"{shard}.tar", SIZE, hashlib.sha256(promised).hexdigest(), "", "", 0, 0, (), {})
+    storage.fs.pipe_file(storage.path(f"samples/data/{commit.tar}"), promised if content is None else content)
+    return commit
+
+
+def read(cache: DiskCache, storage: Storage, commit: Commit) -> bytes:
+    opened = cache.open(storage, "samples", commit)
+    assert opened is not None
+    with closing(opened):
+        return opened.read()
+
+
+def taken(folder: Path) -> int:
+    return sum(one.stat().st_size for one in folder.iterdir())
+
+
+def test_the_longest_unused_goes_and_the_bound_holds(storage: Storage, tmp_path: Path) -> None:
+    cache, commits = DiskCache(tmp_path, 3 * SIZE), [put(storage, shard) for shard in range(5)]
+    for shard in (0, 1, 2, 0, 3, 0, 4, 0):
+        assert read(cache, storage, commits[shard]) == bytes([shard]) * SIZE
+        assert taken(tmp_path) <= 3 * SIZE
+        time.sleep(0.002)  # use is told apart by the file's time
+    assert storage.fetched == [f"samples/data/{shard}.tar" for shard in (0, 1, 2, 3, 4)]  # type: ignore[attr-defined]
+    read(cache, storage, commits[1])
+    assert len(storage.fetched) == 6  # type: ignore[attr-defined]
+
+
+def test_what_is_open_is_not_evicted(storage: Storage, tmp_path: Path) -> None:
+    cache, commits = DiskCache(tmp_path, 2 * SIZE), [put(storage, shard) for shard in range(3)]
+    first, second = (cache.open(storage, "samples", commit) for commit in commits[:2])
+    assert first and second
+    assert cache.open(storage, "samples", commits[2]) is None  # the caller asks the store
+    first.close()
+    assert read(cache, storage, commits[2]) == bytes([2]) * SIZE
+    assert second.read() == bytes([1]) * SIZE and taken(tmp_path) == 2 * SIZE
+
+
+def test_wrong_bytes_are_fetched_once_more_and_never_handed_out(storage: Storage, tmp_path: Path) -> None:
+    cache, commit = DiskCache(tmp_path, 9 * SIZE), put(storage, 7, b"x" * SIZE)
+    with pytest.raises(CacheError, match="fetched twice, and its bytes do not have the checksum"):
+        cache.open(storage, "samples", commit)
+    assert len(storage.fetched) == 2 and taken(tmp_path) == 0  # type: ignore[attr-defined]
+    storage.remove("samples/data/7.tar")
+    with pytest.raises(CacheError, match="is missing"):
+        cache.open(storage, "samples", commit)
+    put(storage, 7)
+    read(cache, storage, commit)
+    next(tmp_path.glob("*.tar")).write_bytes(b"short")
+    assert read(cache, storage, commit) == bytes([7]) * SIZE
+
+
+def test_what_a_killed_process_left_is_nobodys(storage: Storage, tmp_path: Path) -> None:
+    cache, commits = DiskCache(tmp_path, SIZE), [put(storage, shard) for shard in range(2)]
+    left = [tmp_path / f"{commit.tar_sha256}.{SIZE}.part" for commit in commits]
+    for part in left:
+        part.write_bytes(b"half")
+    assert read(cache, storage, commits[0]) == bytes([0]) * SIZE
+    assert not any(part.exists() for part in left)
+
+
+def _read_all(
+    folder: Path, storage: Storage, commits: list[Commit], order: list[int], found: multiprocessing.Queue
+) -> None:
+    cache = DiskCache(folder, 3 * SIZE)
+    found.put(all(read(cache, storage, commits[shard]) == bytes([shard]) * SIZE for shard in order))
+
+
+def test_processes_share_it(storage: Storage, tmp_path: Path) -> None:
+    commits = [put(storage, shard) for shard in range(6)]
+    context = multiprocessing.get_context("fork")  # they inherit the store in memory
+    found = context.Queue()
+    orders = [[(step * stride + start) % 6 for step in range(60)] for stride, start in ((1, 0), (1, 3), (5, 1))]
+    arguments = [(tmp_path, storage, commits, order, found) for order in orders]
+    readers = [context.Process(target=_read_all, args=one) for one in arguments]
+    for reader in readers:
+        reader.start()
+    assert [found.get(timeout=60) for _ in readers] == [True] * 3
+    for reader in readers:
+        reader.join()
+    assert taken(tmp_path) <= 3 * SIZE and not list(tmp_path.glob("*.part"))
+
+
+def test_fetching_ahead_takes_only_free_room(storage: Storage, tmp_path: Path) -> None:
+    cache, commits = DiskCache(tmp_path, 3 * SIZE), [put(storage, shard) for shard in range(5)]
+    read(cache, storage, commits[4])
+    cache.prefetch(storage, [("samples", commit) for commit in commits[:4]])
+    deadline = time.monotonic() + 20
+    while len(list(tmp_path.glob("*.tar"))) < 3 or len(cache._wanted):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    time.sleep(0.05)
+    assert {one.name for one in tmp_path.glob("*.tar")} <= {f"{commit.tar_sha256}.tar" for commit in commits[:4]}
+    assert taken(tmp_path) == 3 * SIZE
