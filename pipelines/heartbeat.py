@@ -17,7 +17,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
-from teacher_cache.errors import one_line
+from teacher_cache.errors import CacheError, one_line
 from teacher_cache.shards.schema import COUNT, misfit
 from teacher_cache.shards.storage import Storage
 
@@ -136,7 +136,7 @@ def forget(storage: Storage, run: str = "") -> None:
     """Remove what the workers of a run have said; of every run where none is named."""
     for name in storage.names(FOLDER):
         if name.startswith(run):
-            with suppress(OSError):  # somebody else was first
+            with suppress(OSError, CacheError):  # somebody else was first
                 storage.remove(f"{FOLDER}/{name}")
     storage.remove_empty_folders(FOLDER)
 

@@ -240,6 +240,11 @@ class CachedRows:
             wanted = [(column.column, column.commit(shard)) for shard in shards for column in self._columns.values()]
             self._disk.prefetch(self._storage, wanted)
 
+    def pause(self) -> None:
+        """Before this process forks: nothing is being fetched in the background."""
+        if self._disk:
+            self._disk.pause()
+
     def read_many(self, places: Sequence[tuple[int, int]]) -> list[CachedRow]:
         """``read`` of several rows; what a store is asked for them it is asked all at once."""
         if not self.remote or self._disk:

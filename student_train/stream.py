@@ -254,6 +254,8 @@ def step_batches(
 ) -> Iterator[tuple[int, list[TrainBatch]]]:
     """(step, its micro-batches) until the run ends."""
     collate_rows: Callable[[Sequence[TrainRow]], TrainBatch | Packed] = Join(pad_id)
+    if workers:
+        dataset.rows.pause()
     loader = iter(
         DataLoader(dataset, batch_sampler=batches, collate_fn=collate_rows, num_workers=workers)  # type: ignore[arg-type]
     )

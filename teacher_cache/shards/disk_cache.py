@@ -37,6 +37,10 @@ class DiskCache:
         with told_when_full(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
         self._wanted: deque[tuple[str, Commit]] = deque()
+        self._fetchers: list[threading.Thread] = []
+
+    def __getstate__(self) -> dict:
+        return self.__dict__ | {"_wanted": deque(), "_fetchers": []}
 
     def open(self, storage: Storage, column: str, commit: Commit) -> BinaryIO | None:
         """The tar of a commit, open and locked against eviction until it is closed; fetched where it is not there.
@@ -71,9 +75,19 @@ class DiskCache:
                         if not self._path(commit).exists():
                             self._fetch(storage, column, commit, keep, wait=False)
 
-        for _ in range(min(FETCHERS, len(wanted))):
-            # Daemons: a process that ends does not wait for them; what they leave half-fetched is nobody's.
-            threading.Thread(target=fetch, args=(self._wanted,), name="fetch", daemon=True).start()
+        # Daemons: a process that ends does not wait for them; what they leave half-fetched is nobody's.
+        count = min(FETCHERS, len(wanted))
+        begun = [threading.Thread(target=fetch, args=(self._wanted,), name="fetch", daemon=True) for _ in range(count)]
+        self._fetchers = [one for one in self._fetchers if one.is_alive()] + begun
+        for one in begun:
+            one.start()
+
+    def pause(self) -> None:
+        """Begin nothing more and wait for what is being fetched: a process that forks now hands on no locks and no half-done request."""
+        self._wanted.clear()
+        for one in self._fetchers:
+            one.join()
+        self._fetchers = []
 
     def _path(self, commit: Commit) -> Path:
         return self.folder / f"{commit.tar_sha256}.tar"
@@ -82,29 +96,27 @@ class DiskCache:
         self, storage: Storage, column: str, commit: Commit, keep: Collection[Path] = (), wait: bool = True
     ) -> bool:
         """Whether the tar is there now. wait: for another process that is fetching it; without, it is left to that one."""
-        path = self._path(commit)
-        part = self.folder / f"{commit.tar_sha256}.{commit.tar_bytes}.part"
-        with _locked(part, wait) as lock:
+        path, part = self._path(commit), self.folder / f"{commit.tar_sha256}.{commit.tar_bytes}.part"
+        with _locked(part.with_suffix(".lock"), wait) as lock:
             if lock is None:
                 return False
-            if path.exists() and path.stat().st_size == commit.tar_bytes:
-                part.unlink(missing_ok=True)
-                return True
-            if not self._make_room(commit.tar_bytes, {*keep, part}):
-                part.unlink(missing_ok=True)
-                return False
             try:
+                if path.exists() and path.stat().st_size == commit.tar_bytes:
+                    return True
+                if not self._make_room(part, commit.tar_bytes, keep):
+                    return False
                 with told_when_full(self.folder):
                     _download_checked(storage, f"{column}/data/{commit.tar}", part, commit)
                 os.replace(part, path)
-            except BaseException:
+                return True
+            finally:
                 part.unlink(missing_ok=True)
-                raise
-        return True
+                part.with_suffix(".lock").unlink(missing_ok=True)
 
-    def _make_room(self, count: int, keep: Collection[Path]) -> bool:
-        """Evict until ``count`` more bytes fit, the longest unused first; False where what is in use leaves no room."""
-        with _locked(self.folder / "evicting.lock"):
+    def _make_room(self, part: Path, count: int, keep: Collection[Path]) -> bool:
+        """Evict until ``count`` more bytes fit, the longest unused first, and begin ``part``, which counts as whole from now on; False
+        where what is in use leaves no room."""
+        with _locked(self.folder / "evicting"):
             used, idle = 0, []
             for one in self.folder.iterdir():
                 with suppress(FileNotFoundError):
@@ -112,14 +124,18 @@ class DiskCache:
                         status = one.stat()
                         used += status.st_size
                         idle.append((status.st_mtime_ns, one, status.st_size))
-                    elif one.suffix == ".part" and one not in keep and not _remove_if_dead(one):
-                        used += int(one.suffixes[0][1:])  # its whole size, however far it is
+                    elif one.suffix == ".lock" and _remove_if_dead(one):
+                        one.with_suffix(".part").unlink(missing_ok=True)
+            used += sum(int(one.suffixes[0][1:]) for one in self.folder.glob("*.part"))
             for _, one, size in sorted(idle):
                 if used + count <= self.most_bytes:
                     break
                 if one not in keep and _remove_if_dead(one):
                     used -= size
-            return used + count <= self.most_bytes
+            if used + count > self.most_bytes:
+                return False
+            part.touch()
+            return True
 
 
 def _open_locked(path: Path, size: int) -> BinaryIO | None:

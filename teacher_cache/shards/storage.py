@@ -16,6 +16,8 @@ from teacher_cache.shards import staging
 from teacher_cache.shards.remote import READ_ONLY, exactly, options, persistently
 
 T = TypeVar("T")
+EXTRA = ("s3", "s3a", *READ_ONLY)
+"""URL schemes whose libraries come with the extra ``s3``."""
 
 
 class Storage:
@@ -30,7 +32,8 @@ class Storage:
         try:
             self.fs, self.root = fsspec.core.url_to_fs(self.url, **options(self.scheme))
         except (ImportError, ValueError) as error:
-            raise CacheError(f"{self.url}: cannot be opened ({error})") from None
+            advice = ": pip install 'kdcli[s3]'" if isinstance(error, ImportError) and self.scheme in EXTRA else ""
+            raise CacheError(f"{self.url}: cannot be opened ({error}){advice}") from None
         self.root = str(self.root).rstrip("/") or "/"
         self.local = "file" in (self.fs.protocol if isinstance(self.fs.protocol, tuple) else (self.fs.protocol,))
         self._process = os.getpid()
@@ -83,11 +86,13 @@ class Storage:
 
     def read_all(self, relatives: Sequence[str]) -> list[bytes]:
         """Whole content of several small files, at once where the store takes it; FileNotFoundError where one is absent."""
-        if self.local or len(relatives) < 2:
+        if self.local or not relatives:
             return [self.read(relative) for relative in relatives]
+        # s3fs asks for the size first where it may read a file in several pieces.
+        whole = {"max_concurrency": 1} if self.scheme in ("s3", "s3a") else {}
 
         def call(fs: Any) -> list[bytes]:
-            found = fs.cat([self.path(relative) for relative in relatives], on_error="return")
+            found = fs.cat([self.path(relative) for relative in relatives], on_error="return", **whole)
             return _none_failed([found[fs._strip_protocol(self.path(relative))] for relative in relatives])
 
         return self._ask(relatives[0], call)

@@ -25,4 +25,5 @@ def test_loader_student_webdataset_and_store(
     columns, shards = 5, 1
     opened = requests["full local cache"]  # commits and indices alone
     assert requests["empty local cache"] - opened == pytest.approx(columns * shards, abs=0.1)
-    assert requests["no local cache"] - opened == pytest.approx(columns * body["rows"], abs=0.1)
+    # The first run also lists what s3fs then remembers.
+    assert columns * body["rows"] - 0.1 < requests["no local cache"] - opened < columns * body["rows"] + 10
