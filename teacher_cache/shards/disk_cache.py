@@ -100,6 +100,7 @@ class DiskCache:
         with _locked(part.with_suffix(".lock"), wait) as lock:
             if lock is None:
                 return False
+            part.unlink(missing_ok=True)  # of a killed process: its lock is ours now
             try:
                 if path.exists() and path.stat().st_size == commit.tar_bytes:
                     return True
@@ -126,6 +127,8 @@ class DiskCache:
                         idle.append((status.st_mtime_ns, one, status.st_size))
                     elif one.suffix == ".lock" and _remove_if_dead(one):
                         one.with_suffix(".part").unlink(missing_ok=True)
+                    elif one.suffix == ".part" and not one.with_suffix(".lock").exists():
+                        one.unlink()
             used += sum(int(one.suffixes[0][1:]) for one in self.folder.glob("*.part"))
             for _, one, size in sorted(idle):
                 if used + count <= self.most_bytes:
