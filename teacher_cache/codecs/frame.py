@@ -8,7 +8,8 @@ from teacher_cache.errors import CacheError
 
 LEVEL = 1
 """Byte-split numbers gain nothing from higher levels."""
-MOST_BYTES = 1 << 30
+MOST_BYTES = 1 << 29
+"""An attention map of 28 heads, 2,048 text and 7,290 vision tokens is 418 million."""
 
 
 def compress(data: bytes, level: int = LEVEL) -> bytes:
@@ -28,7 +29,7 @@ def decompress(data: bytes, place: str, most: int = MOST_BYTES) -> bytes:
         length = zstandard.frame_content_size(data)
         if length < 0:
             raise CacheError(f"{place}: a compressed frame that does not say its length: it was not written by kdcli")
-        if length > most:
+        if length > (most := min(most, MOST_BYTES)):
             raise CacheError(f"{place}: a compressed frame of {length} bytes, at most {most} are read")
         plain = zstandard.ZstdDecompressor().decompress(data, max_output_size=most, allow_extra_data=False)
     except (zstandard.ZstdError, MemoryError) as error:
