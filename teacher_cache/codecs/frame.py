@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import zstandard
 
-from teacher_cache.errors import CacheError
+from teacher_cache.errors import CacheError, KdcliError
 
 LEVEL = 1
 """Byte-split numbers gain nothing from higher levels."""
@@ -13,7 +13,9 @@ MOST_BYTES = 1 << 29
 
 
 def compress(data: bytes, level: int = LEVEL) -> bytes:
-    """One frame; the same bytes for the same version of zstd."""
+    """One frame; the same bytes for the same version of zstd. KdcliError where it is more than a reader takes."""
+    if len(data) > MOST_BYTES:
+        raise KdcliError(f"a record of {len(data)} bytes, at most {MOST_BYTES} are read: store less of a row")
     compressor = zstandard.ZstdCompressor(level=level, write_checksum=True, write_content_size=True)
     return compressor.compress(data)
 
