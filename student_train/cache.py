@@ -193,12 +193,8 @@ def check_shape(name: str, decoded: Any, text: TextTokens, layout: Sequence[Imag
     """CacheError where a field has not as many rows as the sample has tokens to which they belong."""
     vision, response = sum(one.tokens() for one in layout), int(text.response.sum())
     pairs = {"affinity": (vision, len(text.ids)), "attention": (len(text.ids), vision), "relation": (vision, vision)}
-    found: tuple[int, ...]
-    wanted: tuple[int, ...]
-    if name in pairs:
-        found, wanted = tuple(decoded.shape[-2:]), pairs[name]
-    else:
-        found, wanted = (len(decoded),), (response if name.startswith("response") else vision,)
+    found: tuple[int, ...] = tuple(decoded.shape[-2:]) if name in pairs else (len(decoded),)
+    wanted = pairs.get(name, (response if name.startswith("response") else vision,))
     if found != wanted:
         raise CacheError(f"{place}: rows {found} where the sample has {wanted}: run `kdcli cache verify`")
 

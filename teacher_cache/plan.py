@@ -111,13 +111,20 @@ class Plan:
         body = {
             "format_version": FORMAT_VERSION,
             "plan_hash": self.plan_hash,
-            "parts": [asdict(part) for part in self.parts],
+            "parts": [_without_default_links(asdict(part)) for part in self.parts],
             "slices": [asdict(one) for one in self.slices],
             "preparation": self.preparation,
             "seed": self.seed,
             **({"derived": self.derived} if self.derived else {}),
         }
         return seal(body)
+
+
+def _without_default_links(part: dict[str, Any]) -> dict[str, Any]:
+    """Manifests look as before the setting was there, unless it was set."""
+    if not part["spec"]["follow_links"]:
+        del part["spec"]["follow_links"]
+    return part
 
 
 def content_hash(value: Any) -> str:

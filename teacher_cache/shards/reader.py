@@ -36,10 +36,10 @@ class Recent(OrderedDict[int, T], Generic[T]):
         self.move_to_end(shard)
         return self[shard]
 
-    def keep(self, shard: int, value: T, most: int = OPEN_SHARDS) -> list[T]:
+    def keep(self, shard: int, value: T, most: int | None = None) -> list[T]:
         """Returns what had to go."""
         self[shard] = value
-        return [self.popitem(last=False)[1] for _ in range(len(self) - most)]
+        return [self.popitem(last=False)[1] for _ in range(len(self) - (OPEN_SHARDS if most is None else most))]
 
 
 class ColumnReader:
