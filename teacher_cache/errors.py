@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import errno
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 
 class KdcliError(Exception):
     """Anything the user can mend. The command line prints it as one line and exits with status 1."""
@@ -17,6 +22,26 @@ class CacheError(KdcliError):
 
 class CompatibilityError(KdcliError):
     """Two sides that must agree (teacher, student, tokenizer, template, cache) do not."""
+
+
+@contextmanager
+def naming_full_disk(place: object) -> Iterator[None]:
+    """Around what writes below ``place``: a full disk becomes one line that says where. Writers of files tell it in several ways."""
+    try:
+        yield
+    except Exception as error:
+        words = f"{error} {error.__cause__ or ''}"
+        if getattr(error, "errno", None) in FULL or (not isinstance(error, KdcliError) and "No space left" in words):
+            reason = (
+                os.strerror(error.errno) if isinstance(error, OSError) and error.errno else "No space left on device"
+            )
+            raise KdcliError(
+                f"{place}: {reason}: what is complete stays; make room and run the same command again"
+            ) from None
+        raise
+
+
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class SkipRow(Exception):
