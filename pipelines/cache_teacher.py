@@ -21,7 +21,7 @@ from pipelines.profiles import chosen_fields
 from pipelines.settings import CaptureSettings
 from student_train.cache import Cache
 from teacher_cache.cache_shard import CaptureJob, RowReader, Teacher, cache_shard
-from teacher_cache.errors import KdcliError
+from teacher_cache.errors import KdcliError, naming_full_disk
 from teacher_cache.fields import CalibratedField, Field, create_field
 from teacher_cache.fields.calibration import Calibration
 from teacher_cache.plan import Plan, content_hash, known_plan, make_plan, write_plan
@@ -89,7 +89,8 @@ def capture(request: CaptureRequest, progress: Callable[[str, int, int], None] =
     fingerprint = teacher_fingerprint(request.teacher, processor, config)
     plan = plan_for(request, storage, preparer, config)
     preflight, taken = adopted(request, storage, fields, fingerprint)
-    write_plan(storage, plan)  # the first write: what can be refused is refused above
+    with naming_full_disk(storage):
+        write_plan(storage, plan)  # the first write: what can be refused is refused above
     return capture_fields(request, plan, fields, fingerprint, (processor, config), (preflight, taken), progress)
 
 
@@ -110,39 +111,40 @@ def capture_fields(
     wants = frozenset().union(*(one.wants for one in fields.values()))
     check_layers(wants, loaded[1], request.teacher.trust_remote_code)
     storage, (preflight, taken) = Storage(request.out), adoption
-    hashes, bound = describe(
-        storage,
-        plan,
-        fields,
-        fingerprint,
-        loaded[0],
-        load_head=lambda: load_head(request.teacher, *loaded),
-        calibrate=lambda new: taken or fit_fields(request, storage, plan, loaded, new),
-    )
-    job = CaptureJob(
-        storage=storage,
-        plan=plan,
-        fields=hashes,
-        field_objects=bound,
-        parts_without_fields=frozenset(request.settings.parts_without_fields),
-        batch_tokens=request.settings.batch_tokens,
-        staging_bytes=int(request.settings.staging_gb * 1e9),
-    )
-    missing = job.missing()
-    left = request.mine(missing)
-    total = sum(one.rows for one in plan.slices)
-    done = total - sum(plan.slices[shard].rows for shard in missing)
-    progress("start", done, total)
-    notes = ask_canaries(request, preflight, storage, fingerprint) if left and fields and preflight else []
-    if fields and fingerprint["backend"] == null.BACKEND:
-        notes.append(null.NOTE)
-    if left:
-        run_shards(request, job, left, done, total, progress)
+    with naming_full_disk(storage):
+        hashes, bound = describe(
+            storage,
+            plan,
+            fields,
+            fingerprint,
+            loaded[0],
+            load_head=lambda: load_head(request.teacher, *loaded),
+            calibrate=lambda new: taken or fit_fields(request, storage, plan, loaded, new),
+        )
+        job = CaptureJob(
+            storage=storage,
+            plan=plan,
+            fields=hashes,
+            field_objects=bound,
+            parts_without_fields=frozenset(request.settings.parts_without_fields),
+            batch_tokens=request.settings.batch_tokens,
+            staging_bytes=int(request.settings.staging_gb * 1e9),
+        )
         missing = job.missing()
-    if not missing:
-        forget(storage)  # of killed runs too: nobody works here any more
-    progress("end", total - sum(plan.slices[shard].rows for shard in missing), total)
-    return status(Cache(request.out)) | ({"notes": notes} if notes else {})
+        left = request.mine(missing)
+        total = sum(one.rows for one in plan.slices)
+        done = total - sum(plan.slices[shard].rows for shard in missing)
+        progress("start", done, total)
+        notes = ask_canaries(request, preflight, storage, fingerprint) if left and fields and preflight else []
+        if fields and fingerprint["backend"] == null.BACKEND:
+            notes.append(null.NOTE)
+        if left:
+            run_shards(request, job, left, done, total, progress)
+            missing = job.missing()
+        if not missing:
+            forget(storage)  # of killed runs too: nobody works here any more
+        progress("end", total - sum(plan.slices[shard].rows for shard in missing), total)
+        return status(Cache(request.out)) | ({"notes": notes} if notes else {})
 
 
 def adopted(
