@@ -110,7 +110,6 @@ def settings_of(body: Mapping[str, Any], path: Path) -> Settings:
     """The settings that the tables of ``path`` say; unknown sections and keys are refused."""
     known = {one.name for one in fields(Settings)}
     refuse_unknown(body, known, str(path), "section")
-    from student_train.methods import method_modules
     from student_train.stages import STAGES
 
     data = body.get("data", [])
@@ -127,8 +126,16 @@ def settings_of(body: Mapping[str, Any], path: Path) -> Settings:
         fields=_tables(body, "fields", set(field_kinds()), path),
         train=build(TrainSettings, body.get("train", {}), f"{path} [train]"),
         stages={name: build(StageSettings, one, f"{path} [stages.{name}]") for name, one in stages.items()},
-        methods=_tables(body, "methods", set(method_modules()), path),
+        methods=_method_tables(body, path),
     )
+
+
+def _method_tables(body: Mapping[str, Any], path: Path) -> dict[str, dict[str, Any]]:
+    if "methods" not in body:
+        return {}  # most commands train nothing: no method, and no library of one, is imported for them
+    from student_train.methods import method_modules
+
+    return _tables(body, "methods", set(method_modules()), path)
 
 
 def _tables(body: Mapping[str, Any], section: str, names: set[str], path: Path) -> dict[str, dict[str, Any]]:

@@ -265,7 +265,7 @@ def parse_plan(data: bytes, place: str) -> Plan:
 
 def write_plan(storage: Storage, plan: Plan) -> None:
     """Write ``manifest.json`` first, or check that the one there is the same plan; CacheError with a diff where it is not."""
-    if storage.put_new("manifest.json", plan.to_bytes()):
+    if not storage.exists("manifest.json") and storage.put_new("manifest.json", plan.to_bytes()):
         return
     there = read_plan(storage)
     if there.plan_hash != plan.plan_hash:
