@@ -110,13 +110,21 @@ class Plan:
         body = {
             "format_version": FORMAT_VERSION,
             "plan_hash": self.plan_hash,
-            "parts": [asdict(part) for part in self.parts],
+            "parts": [_part_body(part) for part in self.parts],
             "slices": [asdict(one) for one in self.slices],
             "preparation": self.preparation,
             "seed": self.seed,
             **({"derived": self.derived} if self.derived else {}),
         }
         return seal(body)
+
+
+def _part_body(part: Part) -> dict[str, Any]:
+    """``follow_links`` only where it is on: manifests of all others stay, byte by byte, what they were before there was such an option."""
+    body = asdict(part)
+    if not part.spec.follow_links:
+        del body["spec"]["follow_links"]
+    return body
 
 
 def content_hash(value: Any) -> str:
