@@ -111,7 +111,7 @@ class Plan:
         body = {
             "format_version": FORMAT_VERSION,
             "plan_hash": self.plan_hash,
-            "parts": [_without_default_links(asdict(part)) for part in self.parts],
+            "parts": [_part_body(part) for part in self.parts],
             "slices": [asdict(one) for one in self.slices],
             "preparation": self.preparation,
             "seed": self.seed,
@@ -120,11 +120,12 @@ class Plan:
         return seal(body)
 
 
-def _without_default_links(part: dict[str, Any]) -> dict[str, Any]:
-    """Manifests look as before the setting was there, unless it was set."""
-    if not part["spec"]["follow_links"]:
-        del part["spec"]["follow_links"]
-    return part
+def _part_body(part: Part) -> dict[str, Any]:
+    """``follow_links`` only where it is on: manifests of all others stay, byte by byte, what they were before there was such an option."""
+    body = asdict(part)
+    if not part.spec.follow_links:
+        del body["spec"]["follow_links"]
+    return body
 
 
 def content_hash(value: Any) -> str:
