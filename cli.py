@@ -526,14 +526,19 @@ def cache_group() -> None:
     """Look at a cache and change it: its fields, its rows, its garbage."""
 
 
-def open_cache(url: str | None, config: str | None) -> Any:
-    from student_train.cache import Cache
+def named_cache(url: str | None, config: str | None) -> str:
     from teacher_cache.errors import KdcliError
 
     url = url or load(config).cache
     if not url:
         raise KdcliError("no cache: name it (`kdcli cache status CACHE`), or run `kdcli init` for a kd.toml")
-    return Cache(url)
+    return url
+
+
+def open_cache(url: str | None, config: str | None) -> Any:
+    from student_train.cache import Cache
+
+    return Cache(named_cache(url, config))
 
 
 @cache_group.command()
@@ -576,14 +581,85 @@ def verify(url: str | None, config: str | None, as_json: bool) -> None:
     """Check every checksum. Exit status 1 where anything is damaged or missing."""
     from pipelines import inspect_cache
 
-    problems = inspect_cache.check(open_cache(url, config))
+    _, problems = inspect_cache.survey(named_cache(url, config))
     if as_json:
         say(json.dumps([vars(problem) for problem in problems]))
     else:
         for problem in problems:
             say(str(problem))
-        say(f"{len(problems)} problem{'s' * (len(problems) != 1)}" if problems else "every checksum holds")
+        say(f"{count_problems(problems)}: `kdcli cache repair` mends damage" if problems else "every checksum holds")
     if problems:
+        sys.exit(1)
+
+
+def count_problems(problems: Any) -> str:
+    return f"{len(problems)} problem{'s' * (len(problems) != 1)}"
+
+
+@cache_group.command()
+@click.argument("url", metavar="CACHE", required=False)
+@click.option("--teacher", help="Model folder or hub id that made the cache.")
+@with_data_options
+@click.option("--dry-run", is_flag=True, help="List what is damaged and from what it would be made again.")
+@click.option("--replace", is_flag=True, help="Take shards that come out with other bytes than those that stood there.")
+@click.option("--shards", type=int, help="As in the capture; for a lost manifest.")
+@click.option("--seed", type=int, help="As in the capture; for a lost manifest.")
+@click.option("--max-length", type=int, help="As in the capture; for a lost manifest.")
+@click.option("--over-length", type=click.Choice(["skip", "cut"]), help="As in the capture; for a lost manifest.")
+@click.option("--store", help="As in the capture; for a lost field.json.")
+@click.option("--fields", help="As in the capture; for a lost field.json.")
+@click.option("--k", "k", type=int, help="As in the capture; for a lost field.json.")
+@click.option("--codec", help="As in the capture; for a lost field.json.")
+@click.option("--set", "knobs", multiple=True, metavar="FIELD.NAME=VALUE", help="A parameter of a lost field.json.")
+@click.option("--calibration-rows", type=int, help="As in the capture; for lost calibrations.")
+@click.option("--calibration", help="Cache whose calibrations are the lost ones: of the preflight, or a copy.")
+@click.option("--workers", type=int, help="Worker processes; default one a GPU.")
+@click.option("--batch-tokens", type=int, help="Padded tokens of one teacher batch, as in the capture.")
+@click.option("--dtype", help="float32, bfloat16, float16; default: as the fields that can be read.")
+@device_option
+@config_option
+@json_option
+def repair(
+    url: str | None,
+    teacher: str | None,
+    data: tuple[str, ...],
+    dry_run: bool,
+    replace: bool,
+    fields: str | None,
+    k: int | None,
+    codec: str | None,
+    knobs: tuple[str, ...],
+    dtype: str | None,
+    device: str | None,
+    config: str | None,
+    as_json: bool,
+    **flags: Any,
+) -> None:
+    """Make damaged shards and files again, those alone, with the flags of the capture. Never while a capture runs.
+
+    Exit status 1 where something stays damaged, with the reason.
+    """
+    from pipelines import repair as pipeline
+    from pipelines.progress import capture_progress
+    from pipelines.settings import override
+    from pipelines.tables import repair_lines
+    from teacher_cache.teachers.transformers import TeacherSpec
+
+    settings = load(config)
+    each = {name: flags.pop(name) for name in ("part", "image_root", "template", "limit")}
+    specs = data_specs(data, **each) or settings.data
+    spec = TeacherSpec(teacher) if teacher else settings.teacher
+    spec = override(spec, dtype=dtype, device=device) if spec else None
+    capture = override(settings.capture, fields=split(fields), **flags)
+    params = {**settings.fields, **field_params(settings, capture, k, codec)}
+    for name, value in parse_knobs(knobs).items():
+        field, _, parameter = name.rpartition(".")
+        params[field] = {**params.get(field, {}), parameter: value}
+    request = pipeline.RepairRequest(named_cache(url, config), spec, specs, capture, params, replace)
+    with capture_progress(console()) as progress:
+        result = pipeline.repair(request, dry_run, progress)
+    say(json.dumps(result) if as_json else repair_lines(result, dry_run))
+    if result["left"] and not dry_run:
         sys.exit(1)
 
 

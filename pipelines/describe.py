@@ -91,15 +91,22 @@ def reads_with_head(one: Field) -> bool:
 def write_calibration(storage: Storage, folder: str, name: str, fitted: Calibration) -> dict[str, Any]:
     """The calibration's files, named by their content. Returns what ``field.json`` says of them."""
     described: dict[str, Any] = {}
-    files = {"calibration": fitted.tensors, "low_rank_head": fitted.low_rank_head}
-    for role, tensors in files.items():
+    for role, (file, data) in calibration_files(folder, name, fitted).items():
+        storage.put_bytes(data, file["path"])
+        described[role] = file
+    return described
+
+
+def calibration_files(folder: str, name: str, fitted: Calibration) -> dict[str, tuple[dict[str, Any], bytes]]:
+    """Role → (what ``field.json`` says of its file, the file's content)."""
+    files = {}
+    for role, tensors in (("calibration", fitted.tensors), ("low_rank_head", fitted.low_rank_head)):
         if tensors:
             data = container.pack(tensors)
             digest = hashlib.sha256(data).hexdigest()
             path = f"{folder}/calibration/{name}-{role}-{digest[:12]}.safetensors"
-            storage.put_bytes(data, path)
-            described[role] = {"path": path, "sha256": digest, "rows": fitted.rows}
-    return described
+            files[role] = ({"path": path, "sha256": digest, "rows": fitted.rows}, data)
+    return files
 
 
 def bound(storage: Storage, name: str, one: Field) -> Field:
@@ -139,9 +146,18 @@ def write_processor(storage: Storage, folder: str, processor: Any) -> None:
     receipt = f"{folder}/processor.json"
     if storage.exists(receipt):
         return
-    with tempfile.TemporaryDirectory() as saved:
-        processor.save_pretrained(saved)
-        files = {file.name: file.read_bytes() for file in sorted(Path(saved).iterdir())}
+    files = processor_files(processor)
     for name, data in files.items():
         storage.put_bytes(data, f"{folder}/processor/{name}")
-    storage.put_new(receipt, seal({name: hashlib.sha256(data).hexdigest() for name, data in files.items()}))
+    storage.put_new(receipt, processor_receipt(files))
+
+
+def processor_files(processor: Any) -> dict[str, bytes]:
+    """What the library saves of it, by name."""
+    with tempfile.TemporaryDirectory() as saved:
+        processor.save_pretrained(saved)
+        return {file.name: file.read_bytes() for file in sorted(Path(saved).iterdir())}
+
+
+def processor_receipt(files: Mapping[str, bytes]) -> bytes:
+    return seal({name: hashlib.sha256(data).hexdigest() for name, data in files.items()})

@@ -6,6 +6,7 @@ import hashlib
 import tempfile
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from teacher_cache.errors import CacheError
 from teacher_cache.records import Sketch, TopK
 from teacher_cache.shards.commit import committed_shards, read_commit
 from teacher_cache.shards.sealed import unseal
+from teacher_cache.shards.storage import Storage
 from teacher_cache.shards.verify import CALIBRATION_ROLES, Problem, orphans, verify
 from teacher_cache.teachers.head import topk_rows
 
@@ -157,21 +159,49 @@ def status(cache: Cache) -> dict[str, Any]:
     }
 
 
+def survey(url: str) -> tuple[Cache | None, list[Problem]]:
+    """A cache that may be damaged anywhere, opened as far as it can be (None: its manifest cannot be read), and all its problems."""
+    storage = Storage(url)
+    try:
+        cache = Cache(url, tolerant=True)
+    except CacheError as error:
+        if not any(storage.names(folder) for folder in ("samples", "fields")):
+            raise  # no cache at all
+        return None, [Problem("manifest.json", None, str(error))]
+    return cache, check(cache)
+
+
 def check(cache: Cache) -> list[Problem]:
     """Every problem of the cache: damage, and shards that are not there."""
     columns = hashes(cache)
+    columns |= {f"fields/{name}": promised_hash(cache.storage, f"fields/{name}") for name in cache.unreadable}
     problems = verify(cache.storage, columns)
     for column in columns:
         problems += [
             Problem(column, shard, f"not captured yet: run `{cache.made_by()}` again")
             for shard in missing_shards(cache, column)
         ]
+    return problems + check_descriptions(cache)
+
+
+def check_descriptions(cache: Cache) -> list[Problem]:
+    """What is wrong with ``field.json`` of every field, and with the files that it names."""
+    problems = [Problem(f"fields/{name}", None, what) for name, what in cache.unreadable.items()]
     for folder in sorted({body["teacher_folder"] for body in cache.fields.values()}):
         found = [*teacher_problems(cache, folder), *canaries.problems(cache.storage, folder)]
         problems += [Problem(folder, None, what) for what in found]
     for name in cache.fields:
         problems += [Problem(f"fields/{name}", None, what) for what in reading_problems(cache, name)]
     return problems
+
+
+def promised_hash(storage: Storage, column: str) -> str:
+    """The hash of its ``field.json`` that most readable commits of a column are bound to, "" where there is none."""
+    said: Counter[str] = Counter()
+    for shard in committed_shards(storage, column):
+        with suppress(CacheError):
+            said[read_commit(storage, column, shard).column_hash] += 1
+    return said.most_common(1)[0][0] if said else ""
 
 
 def reading_problems(cache: Cache, name: str) -> Iterator[str]:

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from teacher_cache.records import View
+from teacher_cache.shards.verify import Problem
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -61,6 +62,30 @@ def work_lines(work: Mapping[str, Any]) -> str:
 
 def _with_shard(word: Mapping[str, Any]) -> str:
     return "" if word["shard"] is None else f", shard {word['shard']:06d}"
+
+
+def repair_lines(result: Mapping[str, Any], dry_run: bool) -> str:
+    """What ``kdcli cache repair`` found and did; its first words say how it ended."""
+    found, left = result["problems"], result["left"]
+    if not found:
+        return "every checksum holds: nothing to repair"
+    if dry_run:
+        lines = [f"{_problem(one)}\n  {one['how']}" for one in left]
+        return "\n".join([*lines, f"{len(found)} problems; nothing was changed"])
+    still = [_place(one) for one in left]
+    done = [f"{_problem(one)}: mended" for one in found if _place(one) not in still]
+    lines = [*done, *(f"{_problem(one)}: left as it was: {one['why']}" for one in left)]
+    lines += [f"note: {note}" for note in result["notes"]]
+    lines.append(f"{len(done)} mended, {len(left)} left" if left else "repaired: every checksum holds again")
+    return "\n".join(lines)
+
+
+def _place(problem: Mapping[str, Any]) -> tuple[str, int | None]:
+    return problem["column"], problem["shard"]
+
+
+def _problem(problem: Mapping[str, Any]) -> str:
+    return str(Problem(problem["column"], problem["shard"], problem["what"]))
 
 
 def human_time(seconds: float) -> str:

@@ -59,15 +59,28 @@ class CachedRow:
 
 
 class Cache:
-    """A cache's description: plan, fields, and the teacher that made each field."""
+    """A cache's description: plan, fields, and the teacher that made each field.
 
-    def __init__(self, url: str):
+    Args:
+        tolerant: fields whose description cannot be read go to ``unreadable``, with the reason, and the others are opened.
+    """
+
+    def __init__(self, url: str, tolerant: bool = False):
         self.storage = Storage(url)
         self.plan = read_plan(self.storage)
         require(self.plan.preparation, _PREPARATION, f"{self.storage}/manifest.json: preparation")
         self.plan_hash = self.plan.plan_hash
-        names = [name for name in self.storage.names("fields") if not name.startswith(".")]
-        self.fields = {name: self._describe(name) for name in names if self._is_field(name)}
+        self.fields: dict[str, dict[str, Any]] = {}
+        self.unreadable: dict[str, str] = {}
+        for name in self.storage.names("fields"):
+            if name.startswith(".") or not self._is_field(name):
+                continue
+            try:
+                self.fields[name] = self._describe(name)
+            except CacheError as error:
+                if not tolerant:
+                    raise
+                self.unreadable[name] = str(error)
         self._opened: dict[str, Field] = {}
 
     def _is_field(self, name: str) -> bool:

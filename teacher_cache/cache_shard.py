@@ -42,6 +42,7 @@ class CaptureJob:
         fields: field → hash of its ``field.json``; the order is the writing order.
         parts_without_fields: parts of which only ``samples`` is stored (a projector phase without distillation).
         batch_tokens: padded tokens in one teacher batch.
+        writer: of a shard that is new; or of one that is there, damaged (``shards/mender.py``).
     """
 
     storage: Storage
@@ -50,6 +51,7 @@ class CaptureJob:
     field_objects: Mapping[str, Field]
     parts_without_fields: frozenset[str] = frozenset()
     batch_tokens: int = 8192
+    writer: type[ShardWriter] = ShardWriter
 
     def columns(self, shard: int) -> list[str]:
         """Columns of this shard, ``samples`` first."""
@@ -90,7 +92,7 @@ def cache_shard(
 ) -> None:
     """Write and commit the given columns of one shard. ``teacher`` may be None where only ``samples`` is missing."""
     hashes = {column: job.fields.get(column.removeprefix("fields/"), "") for column in columns}
-    writers = {c: ShardWriter(job.storage, c, shard, job.plan.plan_hash, hashes[c]) for c in columns}
+    writers = {c: job.writer(job.storage, c, shard, job.plan.plan_hash, hashes[c]) for c in columns}
     fields = {c: job.field_objects[c.removeprefix("fields/")] for c in columns if c != "samples"}
     wants = frozenset().union(*(one.wants for one in fields.values()))
     try:

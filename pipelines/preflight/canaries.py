@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -171,6 +172,19 @@ def copy(source: Storage, target: Storage, folder: str) -> None:
         return
     target.put_bytes(checked(source, folder, there), f"{folder}/{FILE}")
     target.put_new(f"{folder}/{RECEIPT}", seal(there))
+
+
+def restore(source: Storage, target: Storage, folder: str) -> None:
+    """The canaries of ``target``, where they are damaged, from the preflight that they came from; CacheError where that has others."""
+    there = receipt(source, folder)
+    if there is None:
+        raise CacheError(f"{source} holds no canaries of this teacher")
+    data = checked(source, folder, there)
+    with suppress(CacheError):  # a damaged receipt says nothing
+        if receipt(target, folder) not in (None, there):
+            raise CompatibilityError(f"{source} holds other canaries than {target} had")
+    target.put_bytes(data, f"{folder}/{FILE}")
+    target.put_bytes(seal(there), f"{folder}/{RECEIPT}")
 
 
 def problems(storage: Storage, folder: str) -> list[str]:

@@ -67,6 +67,18 @@ class ShardWriter:
 
     def commit(self) -> Commit:
         """Close the tar and make the shard visible. Returns the commit that stands, ours or an earlier equal-plan one."""
+        commit, index = self._close()
+        self._put(commit, index)
+        if not self.storage.put_new(self._commit_path, commit.to_bytes()):
+            return read_commit(self.storage, self.column, self.shard)
+        return commit
+
+    @property
+    def _commit_path(self) -> str:
+        return f"{self.column}/commits/{self.shard:06d}.json"
+
+    def _close(self) -> tuple[Commit, bytes]:
+        """The commit that says what was written, and the index's bytes; the tar is still a draft."""
         self._tar.close()
         self._file.close()
         with self._draft.open("rb") as written:
@@ -89,11 +101,11 @@ class ShardWriter:
             skipped=tuple(sorted(self._skipped, key=lambda skip: skip.ordinal)),
             counts=dict(self._counts),
         )
+        return commit, index
+
+    def _put(self, commit: Commit, index: bytes) -> None:
         self.storage.put_file(self._draft, f"{self.column}/data/{commit.tar}")
         self.storage.put_bytes(index, f"{self.column}/index/{commit.index}")
-        if not self.storage.put_new(f"{self.column}/commits/{self.shard:06d}.json", commit.to_bytes()):
-            return read_commit(self.storage, self.column, self.shard)
-        return commit
 
     def abandon(self) -> None:
         """Drop the draft, after an error."""
