@@ -21,7 +21,7 @@ from pipelines.profiles import chosen_fields
 from pipelines.settings import CaptureSettings
 from student_train.cache import Cache
 from teacher_cache.cache_shard import CaptureJob, RowReader, Teacher, cache_shard
-from teacher_cache.errors import KdcliError
+from teacher_cache.errors import KdcliError, naming_full_disk
 from teacher_cache.fields import CalibratedField, Field, create_field
 from teacher_cache.fields.calibration import Calibration
 from teacher_cache.plan import Plan, content_hash, known_plan, make_plan, write_plan
@@ -89,8 +89,9 @@ def capture(request: CaptureRequest, progress: Callable[[str, int, int], None] =
     fingerprint = teacher_fingerprint(request.teacher, processor, config)
     plan = plan_for(request, storage, preparer, config)
     preflight, taken = adopted(request, storage, fields, fingerprint)
-    write_plan(storage, plan)  # the first write: what can be refused is refused above
-    return capture_fields(request, plan, fields, fingerprint, (processor, config), (preflight, taken), progress)
+    with naming_full_disk(storage):
+        write_plan(storage, plan)  # the first write: what can be refused is refused above
+        return capture_fields(request, plan, fields, fingerprint, (processor, config), (preflight, taken), progress)
 
 
 def capture_fields(

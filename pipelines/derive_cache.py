@@ -11,7 +11,7 @@ from pipelines.executors import local
 from pipelines.inspect_cache import status
 from student_train.cache import Cache
 from teacher_cache.derived import Choice, derived_plan
-from teacher_cache.errors import CacheError, CompatibilityError, KdcliError
+from teacher_cache.errors import CacheError, CompatibilityError, KdcliError, naming_full_disk
 from teacher_cache.plan import Plan, difference, write_plan
 from teacher_cache.shards.commit import committed_shards
 from teacher_cache.shards.storage import Storage
@@ -99,9 +99,10 @@ def derive(
     names = common_fields(caches, fields, choices)
     plan = derived_plan([cache.plan for cache in caches], choices, by, chosen_by)
     storage = Storage(out)
-    write_plan(storage, plan)  # the first write: what can be refused is refused above
-    hashes = copy_descriptions(caches[0], storage, plan.plan_hash, list(names))
-    copy_missing(Copying(caches, storage, plan.plan_hash, choices, hashes, names), workers, progress)
+    with naming_full_disk(storage):
+        write_plan(storage, plan)  # the first write: what can be refused is refused above
+        hashes = copy_descriptions(caches[0], storage, plan.plan_hash, list(names))
+        copy_missing(Copying(caches, storage, plan.plan_hash, choices, hashes, names), workers, progress)
     return status(Cache(out))
 
 

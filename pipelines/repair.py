@@ -21,7 +21,7 @@ from pipelines.restore import Descriptions, LoadedTeacher, restore_manifest
 from pipelines.settings import CaptureSettings
 from student_train.cache import Cache
 from teacher_cache.cache_shard import CaptureJob
-from teacher_cache.errors import CacheError, CompatibilityError, KdcliError
+from teacher_cache.errors import CacheError, CompatibilityError, KdcliError, naming_full_disk
 from teacher_cache.plan import Plan, difference
 from teacher_cache.shards.mender import ShardMender, ShardReplacer
 from teacher_cache.shards.storage import Storage
@@ -77,7 +77,8 @@ def repair(request: RepairRequest, dry_run: bool = False, progress: Progress = l
         result["problems"] += map(as_json, found)
     if found:
         repairing = Repairing(request, cache, progress)
-        repairing.run(found)
+        with naming_full_disk(cache.storage):
+            repairing.run(found)
         result["left"] = [as_json(one) | {"why": why} for one, why in repairing.left(found)]
         result["notes"] = repairing.notes
     if not result["left"]:

@@ -26,7 +26,7 @@ from student_train.methods import hook
 from student_train.student import load_student, save_student
 from student_train.teacher_view import TeacherSignals
 from student_train.trainer import StepResult, Trainer
-from teacher_cache.errors import CompatibilityError, KdcliError
+from teacher_cache.errors import CompatibilityError, KdcliError, naming_full_disk
 from teacher_cache.plan import difference
 from teacher_cache.teachers import null
 from teacher_cache.teachers.transformers import TeacherSpec, load_processor
@@ -64,13 +64,15 @@ def train(
     if any(plan.settings.use_liger_kernel for plan in plans):
         check_liger(processes.device)
     if processes.is_main:
-        write_run_card(output, cache, plans)
+        with naming_full_disk(output):
+            write_run_card(output, cache, plans)
         for note in dict.fromkeys(notes + [note for plan in plans for note in plan.served.notes]):
             say(f"note: {note}")
     processes.barrier()
     model_id, results = train_settings.student, []
     for plan in plans:
-        results.append(run_stage(cache, plan, model_id, output, processes, on_step, open_signals, say))
+        with naming_full_disk(output):
+            results.append(run_stage(cache, plan, model_id, output, processes, on_step, open_signals, say))
         model_id = results[-1]["model"]
     distributed.stop()
     return {"output": str(output), "model": model_id, "stages": results}

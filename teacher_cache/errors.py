@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 _UNPRINTABLE = re.compile(
     "[\x00-\x08\x0b-\x1f\x7f-\x9f"  # control characters that a terminal obeys, but tab and line feed
@@ -46,6 +50,26 @@ def not_loaded(what: str, error: Exception) -> KdcliError:
         )
     reason = (str(error).splitlines() or [type(error).__name__])[0]
     return KdcliError(f"{what} cannot be loaded ({reason}): give a model folder or a hub id")
+
+
+@contextmanager
+def naming_full_disk(place: object) -> Iterator[None]:
+    """Around what writes below ``place``: a full disk becomes one line that says where. Writers of files tell it in several ways."""
+    try:
+        yield
+    except Exception as error:
+        words = f"{error} {error.__cause__ or ''}"
+        if getattr(error, "errno", None) in FULL or (not isinstance(error, KdcliError) and "No space left" in words):
+            reason = (
+                os.strerror(error.errno) if isinstance(error, OSError) and error.errno else "No space left on device"
+            )
+            raise KdcliError(
+                f"{place}: {reason}: what is complete stays; make room and run the same command again"
+            ) from None
+        raise
+
+
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class SkipRow(Exception):

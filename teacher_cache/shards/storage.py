@@ -112,8 +112,11 @@ class Storage:
     def put_bytes(self, data: bytes, relative: str, durable: bool = True) -> None:
         """A whole file, atomically; its draft has a name of its own, so that two captures may start at the same time."""
         draft = self.staging() / f"{uuid.uuid4().hex}-{Path(relative).name}"
-        draft.write_bytes(data)
-        self.put_file(draft, relative, durable)
+        try:
+            draft.write_bytes(data)
+            self.put_file(draft, relative, durable)
+        finally:
+            draft.unlink(missing_ok=True)  # of a disk that is full
 
     def put_new(self, relative: str, data: bytes) -> bool:
         """Write ``data`` only where nothing stands yet, in one atomic step; False where another writer was first."""

@@ -12,6 +12,7 @@ import tarfile
 import uuid
 import zlib
 from collections import Counter
+from contextlib import suppress
 from dataclasses import replace
 
 from teacher_cache.records import Prepared, SkipRecord
@@ -109,6 +110,7 @@ class ShardWriter:
 
     def abandon(self) -> None:
         """Drop the draft, after an error."""
-        self._tar.close()
-        self._file.close()
+        for one in (self._tar, self._file):
+            with suppress(OSError):  # the disk may be full, and closing writes
+                one.close()
         self._draft.unlink(missing_ok=True)
