@@ -200,6 +200,8 @@ class Repairing:
         )
         left: dict[int, list[str]] = {}
         objects = {}
+        every = {shard for shards in columns.values() for shard in shards}
+        without = {n for n in every if any(shard_problems(self.storage, self.cache.plan, "samples", "", n))}
         for column, shards in columns.items():
             name = column.removeprefix("fields/")
             try:
@@ -208,13 +210,14 @@ class Repairing:
                 self.reasons.update({(column, shard): str(error) for shard in shards})
                 continue
             for shard in shards:
-                if any(shard_problems(self.storage, self.cache.plan, "samples", "", shard)):
+                if shard in without:
                     self.reasons[column, shard] = "it is made from samples, whose shard is damaged too"
                 else:
                     left.setdefault(shard, []).append(column)
         if not left:
             return
         if self.request.replace:
+            self.notes.append("what shards of other bytes replaced goes with `kdcli cache gc --yes`")
             preflight, _ = adopted(capture, self.storage, {}, dict(self.teacher.fingerprint))
             if preflight:
                 self.notes += ask_canaries(capture, preflight, self.storage, dict(self.teacher.fingerprint))
@@ -256,7 +259,9 @@ class Repairing:
     def _reason(self, problem: Problem) -> str:
         if (problem.column, problem.shard) in self.reasons:
             return self.reasons[problem.column, problem.shard]
-        if problem.column.startswith("teacher/") and problem.column != self.teacher.folder:
+        field = self.cache.fields.get(problem.column.removeprefix("fields/"))
+        folder = field["teacher_folder"] if field else problem.column
+        if folder.startswith("teacher/") and folder != self.teacher.folder:
             return f"it is of another teacher than {self.spec.id!r}: repair it with that one"
         return NO_WAY if problem.shard is None else OTHER_BYTES
 

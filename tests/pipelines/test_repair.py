@@ -17,11 +17,13 @@ from cli import main
 from pipelines.cache_teacher import CaptureRequest, capture
 from pipelines.derive_cache import subset
 from pipelines.inspect_cache import check, collect_garbage, survey
+from pipelines.preflight import canaries
 from pipelines.repair import RepairRequest, repair
-from student_train.cache import Cache
+from student_train.cache import Cache, CachedRows
 from teacher_cache.errors import KdcliError
 from teacher_cache.shards.sealed import seal, unseal
-from teacher_cache.teachers.transformers import TeacherSpec
+from teacher_cache.shards.storage import Storage
+from teacher_cache.teachers.transformers import TeacherSpec, TransformersTeacher
 
 PARAMS: dict[str, dict[str, Any]] = {
     "response_topk": {"k": 4, "coding": "plain"},
@@ -199,7 +201,9 @@ def test_other_bytes_are_not_taken_unless_asked(whole: Path, copy_of, mend, requ
     assert "--replace takes the new ones" in why["fields/response_hidden", 3]
     assert "--replace takes the new ones" in why["fields/vision_topk", 1]
     assert "calibrated here it is another one" in why["fields/vision_hidden", None]
-    left = mend(folder, replace=True)["left"]
+    result = mend(folder, replace=True)
+    left = result["left"]
+    assert "kdcli cache gc --yes" in result["notes"][0]
     assert [one["column"] for one in left] == ["fields/vision_hidden"], (
         "calibrations bind all shards and are not replaced"
     )
@@ -223,6 +227,22 @@ def test_a_calibration_from_a_copy(whole: Path, copy_of, mend, request_of, monke
     settings = replace(request_of(folder).settings, calibration=str(whole))
     assert mend(folder, settings=settings)["left"] == []
     assert tree(folder) == tree(whole)
+
+
+def test_canaries_come_back_from_their_preflight(whole, copy_of, mend, request_of, teacher_model, preparer) -> None:
+    preflight, folder = copy_of(whole), copy_of(whole)
+    cache, (teacher_folder,) = Cache(str(preflight)), [f"teacher/{one.name}" for one in whole.glob("teacher/*")]
+    teacher = TransformersTeacher.wrap(teacher_model, preparer.processor)
+    rows = [preparer.prepare(CachedRows(cache, ["sft"], []).read(0, 0).sample)]
+    canaries.write(cache.storage, teacher_folder, rows, teacher, teacher.head, "float32")
+    canaries.copy(cache.storage, Storage(str(folder)), teacher_folder)
+    once = tree(folder)
+    for file in folder.glob("teacher/*/canaries.*"):
+        flip(file)
+    (left,) = mend(folder)["left"]
+    assert left["column"] == teacher_folder and "name its cache with --calibration" in left["why"]
+    settings = replace(request_of(folder).settings, calibration=str(preflight))
+    assert mend(folder, settings=settings)["left"] == [] and tree(folder) == once != tree(whole)
 
 
 def refusals(folder: Path, request: RepairRequest) -> str:
