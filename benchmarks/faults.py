@@ -28,7 +28,7 @@ import torch
 from benchmarks.common import finish, machine, print_table
 from benchmarks.fault_damage import damages
 from benchmarks.fault_jobs import Events, capture_job, capture_request, mixture
-from benchmarks.fault_kills import capture_kills, training_kills, undisturbed
+from benchmarks.fault_kills import capture_kills, teacher_name, training_kills, undisturbed
 from benchmarks.fault_storage import disk_full, tested, two_jobs
 from pipelines.demo.run import STUDENT_START, TEACHER
 
@@ -80,8 +80,7 @@ def run_sections(given: argparse.Namespace) -> dict[str, dict[str, Any]]:
     found = {}
     for name in chosen:
         found[name] = run[name]()
-        label = f"{name} {Path(teacher).name}" if name == "capture-kills" else name
-        print_table([label, ""], [[key, shown(value)] for key, value in found[name].items()])
+        print_table([name, ""], [[key, shown(value)] for key, value in found[name].items()])
         print(flush=True)
     return found
 
@@ -95,7 +94,7 @@ def main(arguments: list[str] | None = None) -> None:
     torch.set_num_threads(1)
     found = run_sections(given)
     print(json.dumps(found["bit-flips"]["of kind"]) if "bit-flips" in found else "")
-    shapes = Path(given.teacher).name + ("" if given.only == ",".join(SECTIONS) else f" {given.only}")
+    shapes = teacher_name(given.teacher) + ("" if given.only == ",".join(SECTIONS) else f" {given.only}")
     finish("faults", {"machine": machine("cpu"), "shapes": shapes, "sections": found}, given.save)
 
 

@@ -27,7 +27,8 @@ from teacher_cache.shards.mender import ShardMender, ShardReplacer
 from teacher_cache.shards.storage import Storage
 from teacher_cache.shards.verify import Problem, shard_problems
 from teacher_cache.sources import DataSpec
-from teacher_cache.teachers.transformers import TeacherSpec, load_processor, teacher_fingerprint
+from teacher_cache.teachers.backends import load_processor, teacher_fingerprint
+from teacher_cache.teachers.transformers import TeacherSpec
 
 Progress = Callable[[str, int, int], None]
 Place = tuple[str, int | None]
