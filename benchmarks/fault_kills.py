@@ -117,8 +117,9 @@ def capture_kills(events: Events, work: Path, teacher: str, count: int, seed: in
         events.add(section, event="end", touched=touched, **ended(job, goal, status))
         fresh(job.out)
         before = {}
-    status = wait(forked(job.run))
-    events.add(section, event="end", touched=0, **ended(job, goal, status))
+    if events.of(section)[-1]["event"] == "kill":
+        status = wait(forked(job.run))
+        events.add(section, event="end", touched=0, **ended(job, goal, status))
     return {"seconds undisturbed": round(seconds, 2), **kills_summary(events.of(section))}
 
 
@@ -161,8 +162,9 @@ def training_kills(
             continue
         events.add(section, event="end", same=trained(job.out) == goal)
         fresh(job.out)
-    wait(forked(job.run, work / "train-killed.log"))
-    events.add(section, event="end", same=trained(job.out) == goal)
+    if events.of(section)[-1]["event"] == "kill":
+        wait(forked(job.run, work / "train-killed.log"))
+        events.add(section, event="end", same=trained(job.out) == goal)
     found = events.of(section)
     ends = [one for one in found if one["event"] == "end"]
     return {
