@@ -1,7 +1,7 @@
 """Faults, counted: kills, flipped bits, cut files, full disks, two jobs at once; and what of the work survives them.
 
     python -m benchmarks.faults --work runs/faults --save
-    python -m benchmarks.faults --work runs/faults --only bit-flips --flips 1000 --truncations 200
+    python -m benchmarks.faults --work runs/faults --only capture-kills --capture-kills 150 --teacher null:pipelines/demo/assets/teacher
 
 Every event is a line in WORK/events.jsonl, so a long count may be stopped; the same command goes on. Needs no quiet machine: these are
 counts, not times.
@@ -14,7 +14,6 @@ import os
 os.environ.update(OMP_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false", HF_HUB_OFFLINE="1", CUDA_VISIBLE_DEVICES="")
 
 import argparse
-import json
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -93,7 +92,6 @@ def main(arguments: list[str] | None = None) -> None:
     given = parser().parse_args(arguments)
     torch.set_num_threads(1)
     found = run_sections(given)
-    print(json.dumps(found["bit-flips"]["of kind"]) if "bit-flips" in found else "")
     shapes = teacher_name(given.teacher) + ("" if given.only == ",".join(SECTIONS) else f" {given.only}")
     finish("faults", {"machine": machine("cpu"), "shapes": shapes, "sections": found}, given.save)
 
