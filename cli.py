@@ -659,7 +659,7 @@ def repair(
     request = pipeline.RepairRequest(named_cache(url, config), spec, specs, capture, params, replace)
     with capture_progress(console()) as progress:
         result = pipeline.repair(request, dry_run, progress)
-    click.echo(json.dumps(result) if as_json else repair_lines(result, dry_run))
+    say(json.dumps(result) if as_json else repair_lines(result, dry_run))
     if result["left"] and not dry_run:
         sys.exit(1)
 

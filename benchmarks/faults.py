@@ -1,7 +1,7 @@
 """Faults, counted: kills, flipped bits, cut files, full disks, two jobs at once; and what of the work survives them.
 
     python -m benchmarks.faults --work runs/faults --save
-    python -m benchmarks.faults --work runs/faults --only bit-flips --flips 1000 --truncations 200
+    python -m benchmarks.faults --work runs/faults --only capture-kills --capture-kills 150 --teacher null:pipelines/demo/assets/teacher
 
 Every event is a line in WORK/events.jsonl, so a long count may be stopped; the same command goes on. Needs no quiet machine: these are
 counts, not times.
@@ -14,7 +14,6 @@ import os
 os.environ.update(OMP_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false", HF_HUB_OFFLINE="1", CUDA_VISIBLE_DEVICES="")
 
 import argparse
-import json
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -28,7 +27,7 @@ import torch
 from benchmarks.common import finish, machine, print_table
 from benchmarks.fault_damage import damages
 from benchmarks.fault_jobs import Events, capture_job, capture_request, mixture
-from benchmarks.fault_kills import capture_kills, training_kills, undisturbed
+from benchmarks.fault_kills import capture_kills, teacher_name, training_kills, undisturbed
 from benchmarks.fault_storage import disk_full, tested, two_jobs
 from pipelines.demo.run import STUDENT_START, TEACHER
 
@@ -80,8 +79,7 @@ def run_sections(given: argparse.Namespace) -> dict[str, dict[str, Any]]:
     found = {}
     for name in chosen:
         found[name] = run[name]()
-        label = f"{name} {Path(teacher).name}" if name == "capture-kills" else name
-        print_table([label, ""], [[key, shown(value)] for key, value in found[name].items()])
+        print_table([name, ""], [[key, shown(value)] for key, value in found[name].items()])
         print(flush=True)
     return found
 
@@ -94,8 +92,7 @@ def main(arguments: list[str] | None = None) -> None:
     given = parser().parse_args(arguments)
     torch.set_num_threads(1)
     found = run_sections(given)
-    print(json.dumps(found["bit-flips"]["of kind"]) if "bit-flips" in found else "")
-    shapes = Path(given.teacher).name + ("" if given.only == ",".join(SECTIONS) else f" {given.only}")
+    shapes = teacher_name(given.teacher) + ("" if given.only == ",".join(SECTIONS) else f" {given.only}")
     finish("faults", {"machine": machine("cpu"), "shapes": shapes, "sections": found}, given.save)
 
 

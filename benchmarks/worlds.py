@@ -82,6 +82,8 @@ def write_cache(
         "weights": "benchmark",
         "head_width": teacher.vocabulary,
         "hidden_size": teacher.head.shape[1],
+        "dtype": str(teacher.head.dtype).removeprefix("torch."),
+        "attn_implementation": "sdpa",
         **processor_fingerprint(world.processor),
     }
     storage = Storage(url)

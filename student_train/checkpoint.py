@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.distributed import checkpoint as dcp
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from student_train.distributed import Processes
@@ -93,7 +94,7 @@ class Checkpoints:
         if written is not None:
             try:
                 written.result()
-            except Exception as error:
+            except (Exception, CheckpointException) as error:  # torch's own is no Exception
                 reason = str(error).strip().splitlines() or [type(error).__name__]
                 raise KdcliError(
                     f"{self.folder}: a checkpoint could not be written ({reason[-1]}): make room, or move --output-dir, and run the "

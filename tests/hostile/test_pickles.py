@@ -32,6 +32,8 @@ HOUSES = ("cli.py", "pipelines", "student_train", "teacher_cache")
 LOADERS = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
 DEMO_CHECKPOINT = ("pipelines/demo/loop.py", "torch.load")
 """Of its own making, and only with ``weights_only=True``."""
+OWN_PROCESSES = ("student_train/packed.py", "pickle")
+"""Between a run and its loader processes, never from a file."""
 
 
 class Planted:
@@ -80,6 +82,8 @@ def test_the_code_has_no_way_to_unpickle() -> None:
     assert len(sources()) > 100
     for path, tree in sources():
         for what, node in suspects(tree):
+            if (path, what) == OWN_PROCESSES:
+                continue
             assert (path, what) == DEMO_CHECKPOINT, f"{path}:{node.lineno}: {what}"  # type: ignore[attr-defined]
             keywords = {one.arg: ast.unparse(one.value) for one in node.keywords}  # type: ignore[attr-defined]
             assert keywords.get("weights_only") == "True"

@@ -62,7 +62,7 @@ def test_unknown_modules_and_empty_stages_are_refused() -> None:
 
 
 def test_a_missing_student_is_one_line(tmp_path: Path) -> None:
-    with pytest.raises(KdcliError, match=r"cannot be loaded.*give a model folder or hub id") as caught:
+    with pytest.raises(KdcliError, match=r"cannot be loaded.*give a model folder or a hub id") as caught:
         load_student(str(tmp_path / "absent"), "sdpa")
     assert "\n" not in str(caught.value)
 

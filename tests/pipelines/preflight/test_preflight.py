@@ -107,7 +107,7 @@ def test_a_teacher_that_answers_otherwise_is_refused(
             for parameter in self.model.model.language_model.layers.parameters():
                 parameter.mul_(1 + 0.01 * torch.randn_like(parameter))
 
-    monkeypatch.setattr(cache_teacher, "TransformersTeacher", Perturbed)
+    monkeypatch.setattr(cache_teacher, "open_teacher", Perturbed)
     with pytest.raises(CompatibilityError, match="answers otherwise than at preflight: relative difference"):
         capture(real_job(flown, ask, tmp_path / "cache"))
     assert not list((tmp_path / "cache").glob("samples/commits/*"))
