@@ -91,7 +91,7 @@ def capture(request: CaptureRequest, progress: Callable[[str, int, int], None] =
     preflight, taken = adopted(request, storage, fields, fingerprint)
     with naming_full_disk(storage):
         write_plan(storage, plan)  # the first write: what can be refused is refused above
-        return capture_fields(request, plan, fields, fingerprint, (processor, config), (preflight, taken), progress)
+    return capture_fields(request, plan, fields, fingerprint, (processor, config), (preflight, taken), progress)
 
 
 def capture_fields(

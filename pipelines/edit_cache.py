@@ -10,7 +10,7 @@ from pipelines.cache_teacher import CaptureRequest, adopted, capture_fields, mak
 from pipelines.executors import local
 from pipelines.settings import CaptureSettings
 from student_train.cache import Cache
-from teacher_cache.errors import CacheError, CompatibilityError, KdcliError, naming_full_disk
+from teacher_cache.errors import CacheError, CompatibilityError, KdcliError
 from teacher_cache.fields import Field, create_field
 from teacher_cache.plan import difference, read_plan
 from teacher_cache.shards.commit import committed_shards
@@ -54,8 +54,7 @@ def add_fields(
     fingerprint = teacher_fingerprint(spec, processor, config)
     check_teacher(cache, spec, fingerprint, other_teacher, tuple(fields))
     adoption = adopted(request, cache.storage, fields, fingerprint)
-    with naming_full_disk(cache.storage):
-        return capture_fields(request, cache.plan, fields, fingerprint, (processor, config), adoption, progress)
+    return capture_fields(request, cache.plan, fields, fingerprint, (processor, config), adoption, progress)
 
 
 def refuse_other_params(cache: Cache, fields: Mapping[str, Field]) -> None:
