@@ -196,7 +196,7 @@ def finish(folder: Path, trainer: Trainer, processor: Any, maps_before: Path, ca
     student = trainer.model
     whole = gathered(student)  # None: every process has the whole student
     if trainer.processes.is_main:
-        weights = {name: one for name, one in (whole or student.state_dict()).items()}
+        weights = whole or student.state_dict()
         maps = {name.removeprefix("maps."): one for name, one in weights.items() if name.startswith("maps.")}
         save_maps(folder / MAPS, maps, maps_before)
         own = {name.removeprefix("model."): one for name, one in weights.items() if name.startswith("model.")}

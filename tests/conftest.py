@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import os
 import shutil
+import tempfile
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may ask the hub
+os.environ["KDCLI_MEMORY"] = tempfile.mkdtemp(prefix="kdcli-memory-")  # finished captures, by whichever test
 
 import pytest
 

@@ -66,6 +66,11 @@ def null_settings(teacher: str) -> NullSettings:
     return NullSettings(folder, **values)
 
 
+def folder_of(teacher: str) -> str:
+    """Where a teacher's files lie: the model's folder or hub id, also of ``null:FOLDER``."""
+    return null_settings(teacher).folder if teacher.startswith(PREFIX) else teacher
+
+
 def load_processor(spec: TeacherSpec) -> tuple[Any, Any]:
     return transformers.load_processor(replace(spec, id=null_settings(spec.id).folder))
 

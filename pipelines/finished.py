@@ -1,0 +1,121 @@
+"""What a finished capture was made of, remembered on this machine, so that the same command again loads no processor and hashes no file.
+
+As with ``make``: files count as unchanged while size and modification time are. What is finished is asked of the cache itself, anew each
+time. Without a memory, or where anything differs, a capture goes the whole way.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import torch
+
+from pipelines.settings import CaptureSettings
+from teacher_cache.cache_shard import CaptureJob
+from teacher_cache.errors import KdcliError
+from teacher_cache.fields import Field
+from teacher_cache.plan import FORMAT_VERSION, Plan, content_hash, read_plan
+from teacher_cache.shards.schema import misfit
+from teacher_cache.shards.storage import Storage
+from teacher_cache.sources import DataSpec
+from teacher_cache.sources.files import expand_paths, is_remote
+from teacher_cache.teachers import null
+from teacher_cache.teachers.transformers import TeacherSpec
+
+FOLDER = "KDCLI_MEMORY"
+"""Environment variable: where to remember; default ``~/.cache/kdcli``."""
+MOST = 200
+BY_WHOM = ("executor", "ray_address", "gpus_per_worker", "cpus_per_worker", "slurm_tasks", "slurm_options", "workers")
+_SHAPE = {"files": {}, "plan_hash": str, "fields": {}}
+
+
+@dataclass(frozen=True)
+class Job:
+    """A capture, as far as it decides what is made.
+
+    Attributes:
+        settings: ``[capture]`` of it.
+    """
+
+    url: str
+    teacher: TeacherSpec
+    data: tuple[DataSpec, ...]
+    settings: CaptureSettings
+    fields: Mapping[str, Field]
+
+    def is_finished(self) -> bool:
+        """Whether it was captured to its end before, of files that are as they were, and nothing of it is missing."""
+        storage = Storage(self.url)
+        try:
+            known = json.loads(self._memory(storage).read_bytes())
+            if misfit(known, _SHAPE) or known["files"] != self._files():
+                return False
+            plan = read_plan(storage)
+            described = self._described(storage)
+        except (OSError, ValueError, RecursionError, KdcliError):
+            return False
+        if (plan.plan_hash, described) != (known["plan_hash"], known["fields"]):
+            return False
+        return not self._missing(storage, plan)
+
+    def remember(self) -> None:
+        """Behind a capture, if nothing is missing now. Nothing is remembered of a teacher or a mixture that is not on a disk."""
+        storage = Storage(self.url)
+        plan = read_plan(storage)
+        if self._missing(storage, plan) or not (files := self._files()):
+            return
+        body = {"files": files, "plan_hash": plan.plan_hash, "fields": self._described(storage)}
+        path = self._memory(storage)
+        with suppress(OSError):  # a home that cannot be written to: the long way is always there
+            path.parent.mkdir(parents=True, exist_ok=True)
+            draft = path.with_name(f".{path.name}.{os.getpid()}")
+            draft.write_text(json.dumps(body))
+            os.replace(draft, path)
+            for old in sorted(path.parent.glob("*.json"), key=os.path.getmtime)[:-MOST]:
+                old.unlink(missing_ok=True)
+
+    def _missing(self, storage: Storage, plan: Plan) -> bool:
+        without = frozenset(self.settings.parts_without_fields)
+        return bool(CaptureJob(storage, plan, dict.fromkeys(self.fields, ""), self.fields, without).missing())
+
+    def _files(self) -> dict[str, list[int]]:
+        """Absolute path → size in bytes and modification time in ns, of all that the teacher and the mixture are read from; empty where
+        something of it is not on a disk. OSError, DataError: something is gone."""
+        folder = Path(null.folder_of(self.teacher.id))
+        mixture = [path for spec in self.data for path in expand_paths(spec.path)]
+        if not folder.is_dir() or any(map(is_remote, mixture)):
+            return {}
+        paths = [*(one for one in folder.rglob("*") if one.is_file()), *map(Path, mixture)]
+        return {str(one.absolute()): [one.stat().st_size, one.stat().st_mtime_ns] for one in paths}
+
+    def _described(self, storage: Storage) -> dict[str, str]:
+        return {n: hashlib.sha256(storage.read(f"fields/{n}/field.json")).hexdigest() for n in self.fields}
+
+    def _memory(self, storage: Storage) -> Path:
+        """The file that remembers this job: its name is a hash of everything that was asked for, not by whom it was to be made."""
+        asked = {
+            "place": os.path.abspath(storage.root) if storage.local else storage.url,
+            "folder": os.getcwd(),  # paths may be relative
+            "teacher": asdict(self.teacher),
+            "data": [asdict(spec) for spec in self.data],
+            "settings": {name: one for name, one in asdict(self.settings).items() if name not in BY_WHOM},
+            "fields": {name: [one.version, dict(one.params)] for name, one in self.fields.items()},
+            "cuda": torch.cuda.is_available(),
+            "versions": [FORMAT_VERSION, *map(_version, ("kdcli", "torch", "transformers", "tokenizers"))],
+        }
+        folder = Path(os.environ.get(FOLDER) or Path.home() / ".cache" / "kdcli")
+        return folder / f"{content_hash(json.loads(json.dumps(asked, default=str)))}.json"
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return ""

@@ -1,0 +1,102 @@
+"""A finished capture run again: neither processor nor files are read, unless something differs."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipelines import cache_teacher, finished
+from pipelines.cache_teacher import CaptureRequest, capture
+from teacher_cache.sources import DataSpec
+
+
+class LongWay(Exception):
+    pass
+
+
+@pytest.fixture
+def request_for(
+    make_request: Callable[..., CaptureRequest],
+    tiny_teacher: Path,
+    world: Any,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> CaptureRequest:
+    """A capture of a teacher and a mixture of its own, with a memory of its own."""
+    monkeypatch.setenv(finished.FOLDER, str(tmp_path / "memory"))
+    teacher = shutil.copytree(tiny_teacher, tmp_path / "teacher")
+    data = shutil.copytree(Path(world.captions).parent, tmp_path / "data")
+    captions = str(data / Path(world.captions).name)
+    parts = (
+        DataSpec("caption", captions, image_root=str(data / "images"), template="plain"),
+        DataSpec("sft", str(data / "train" / "*.parquet"), template="chat"),
+    )
+    return make_request(tmp_path / "cache", teacher=teacher, fields=("response_topk",), data=parts)
+
+
+def takes_the_long_way(asked: CaptureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
+    def refuse(*_: Any) -> Any:
+        raise LongWay
+
+    with monkeypatch.context() as patch:
+        patch.setattr(cache_teacher, "load_processor", refuse)
+        try:
+            capture(asked)
+        except LongWay:
+            return True
+    return False
+
+
+def touched(path: Path) -> None:
+    os.utime(path, ns=(path.stat().st_atime_ns, path.stat().st_mtime_ns + 1))
+
+
+def test_a_finished_capture_reads_nothing_again(request_for: CaptureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert takes_the_long_way(request_for, monkeypatch)
+    first = capture(request_for)
+    assert not takes_the_long_way(request_for, monkeypatch)
+    assert capture(request_for) == first
+    more_hands = replace(request_for, settings=replace(request_for.settings, workers=2))
+    assert not takes_the_long_way(more_hands, monkeypatch), "who makes it decides nothing"
+
+
+CHANGES: dict[str, Callable[[CaptureRequest, Path], CaptureRequest]] = {
+    "another seed": lambda asked, at: replace(asked, settings=replace(asked.settings, seed=3)),
+    "another dtype": lambda asked, at: replace(asked, teacher=replace(asked.teacher, dtype="bfloat16")),
+    "another folder": lambda asked, at: replace(asked, out=str(at / "elsewhere")),
+    "a parameter": lambda asked, at: replace(asked, field_params={"response_topk": {"k": 3}}),
+    "the mixture": lambda asked, at: touched(Path(asked.data[0].path)) or asked,
+    "the teacher": lambda asked, at: touched(next((at / "teacher").glob("*.safetensors"))) or asked,
+    "a file of the teacher more": lambda asked, at: (at / "teacher" / "new.json").write_text("{}") and asked,
+    "a file of the mixture more": lambda asked, at: (
+        shutil.copy(next((at / "data" / "train").iterdir()), at / "data" / "train" / "x.parquet") and asked
+    ),
+    "a lost commit": lambda asked, at: next((at / "cache" / "samples" / "commits").iterdir()).unlink() or asked,
+    "another description": lambda asked, at: (
+        (at / "cache" / "fields" / "response_topk" / "field.json").open("a").write(" ") and asked
+    ),
+    "a broken memory": lambda asked, at: [one.write_text("[") for one in (at / "memory").iterdir()] and asked,
+    "no memory": lambda asked, at: shutil.rmtree(at / "memory") or asked,
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_whatever_differs_is_looked_at(
+    request_for: CaptureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: str
+) -> None:
+    capture(request_for)
+    assert takes_the_long_way(CHANGES[change](request_for, tmp_path), monkeypatch)
+
+
+def test_a_part_of_the_shards_is_no_finished_capture(
+    request_for: CaptureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    capture(replace(request_for, part_of_shards=(0, 2)))
+    assert not (tmp_path / "memory").exists()
+    assert takes_the_long_way(request_for, monkeypatch)
