@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import tomllib
 from collections.abc import Mapping
 from dataclasses import MISSING, asdict, dataclass, field, fields, replace
@@ -18,7 +19,7 @@ from teacher_cache.teachers.transformers import TeacherSpec
 
 FILE = "kd.toml"
 MOST = 1 << 62
-"""No setting is a number so large, none infinite or NaN."""
+"""No setting is a whole number so large."""
 EXECUTORS = ("local", "ray", "slurm")
 T = TypeVar("T")
 
@@ -174,7 +175,7 @@ def _fits(value: Any, wanted: Any) -> bool:
         return isinstance(value, tuple) and all(_fits(one, get_args(wanted)[0]) for one in value)
     if isinstance(value, bool):
         return wanted is bool
-    if isinstance(value, int | float) and not abs(value) < MOST:  # NaN is not below either
+    if (isinstance(value, float) and not math.isfinite(value)) or (isinstance(value, int) and abs(value) >= MOST):
         return False
     return isinstance(value, (int, float) if wanted is float else wanted)
 
