@@ -474,9 +474,10 @@ def receipt() -> bytes:
 
 def read_receipt(folder: Path, data: bytes) -> None:
     storage = Storage(str(folder))
-    (folder / canaries.RECEIPT).write_bytes(data)
-    canaries.problems(storage, "teacher/0")
-    canaries.receipt(storage, "")
+    (folder / "teacher").mkdir(exist_ok=True)
+    (folder / "teacher" / canaries.RECEIPT).write_bytes(data)
+    canaries.problems(storage, "teacher")
+    canaries.receipt(storage, "teacher")
 
 
 # All of them

@@ -187,7 +187,7 @@ def _fits(value: Any, wanted: Any) -> bool:
         return isinstance(value, tuple) and all(_fits(one, get_args(wanted)[0]) for one in value)
     if isinstance(value, bool):
         return wanted is bool
-    if not (abs(value) < MOST if isinstance(value, int) else not isinstance(value, float) or math.isfinite(value)):
+    if (isinstance(value, float) and not math.isfinite(value)) or (isinstance(value, int) and abs(value) >= MOST):
         return False
     return isinstance(value, (int, float) if wanted is float else wanted)
 
