@@ -78,6 +78,7 @@ def capture(request: CaptureRequest, progress: Callable[[str, int, int], None] =
     fields = {name: create_field(name, params) for name, params in wanted.items()}
     job = finished.Job(request.out, request.teacher, request.data, request.settings, fields)
     if job.is_finished():
+        forget(storage)  # a run that was killed behind its last commit
         summary = status(Cache(request.out))
         progress("end", summary["rows"], summary["rows"])
         notes = made_up(request, fields)

@@ -66,6 +66,14 @@ def test_a_finished_capture_reads_nothing_again(request_for: CaptureRequest, mon
     assert not takes_the_long_way(more_hands, monkeypatch), "who makes it decides nothing"
 
 
+def test_words_of_a_run_that_was_killed_behind_its_last_commit_go(request_for: CaptureRequest, tmp_path: Path) -> None:
+    first = capture(request_for)
+    word = tmp_path / "cache" / "progress" / "run-0.json"
+    word.parent.mkdir()
+    word.write_text("{}")
+    assert capture(request_for) == first and not word.exists()
+
+
 CHANGES: dict[str, Callable[[CaptureRequest, Path], CaptureRequest]] = {
     "another seed": lambda asked, at: replace(asked, settings=replace(asked.settings, seed=3)),
     "another dtype": lambda asked, at: replace(asked, teacher=replace(asked.teacher, dtype="bfloat16")),
