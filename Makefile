@@ -16,7 +16,7 @@ demo: install  ## the main job on the demo world: data, cache, students, table, 
 	$(BIN)/kdcli demo --out demo-run
 
 test: install
-	$(BIN)/python -m pytest -q -n 2 --dist loadfile
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
 
 check: install  ## linter and type checker
 	$(BIN)/ruff check .

@@ -30,6 +30,21 @@ PADDING_ROWS = 7  # rows of the head beyond the tokenizer's length, as real chec
 ALL_FIELDS = ("response_topk", "vision_topk", "response_hidden", "vision_hidden", "affinity", "relation")
 
 
+LONG = (
+    "test_docs.py",
+    "test_processes.py",
+    "test_cache_teacher.py",
+    "test_preflight.py",
+    "test_ablate.py",
+    "test_estimate.py",
+)
+"""Files that take minutes: begun first, they do not keep one process busy when the other has nothing left."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: LONG.index(item.path.name) if item.path.name in LONG else len(LONG))
+
+
 def build_folder(
     folder: Path, text_width: int, vision_width: int, seed: int, patch: int = PATCH, layers: int = 2
 ) -> Path:
