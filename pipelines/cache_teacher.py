@@ -77,7 +77,8 @@ def capture(request: CaptureRequest, progress: Callable[[str, int, int], None] =
     wanted = chosen_fields(request.settings.store, request.settings.fields, request.field_params)
     fields = {name: create_field(name, params) for name, params in wanted.items()}
     job = finished.Job(request.out, request.teacher, request.data, request.settings, fields)
-    if job.is_finished():
+    files = job.files()
+    if job.is_finished(files):
         forget(storage)  # a run that was killed behind its last commit
         summary = status(Cache(request.out))
         progress("end", summary["rows"], summary["rows"])
@@ -100,7 +101,7 @@ def capture(request: CaptureRequest, progress: Callable[[str, int, int], None] =
     with naming_full_disk(storage):
         write_plan(storage, plan)  # the first write: what can be refused is refused above
     summary = capture_fields(request, plan, fields, fingerprint, (processor, config), (preflight, taken), progress)
-    job.remember()
+    job.remember(files)
     return summary
 
 

@@ -50,12 +50,12 @@ class Job:
     settings: CaptureSettings
     fields: Mapping[str, Field]
 
-    def is_finished(self) -> bool:
-        """Whether it was captured to its end before, of files that are as they were, and nothing of it is missing."""
+    def is_finished(self, files: Mapping[str, list[int]]) -> bool:
+        """Whether it was captured to its end before, of these ``files()``, and nothing of it is missing."""
         storage = Storage(self.url)
         try:
             known = json.loads(self._memory(storage).read_bytes())
-            if misfit(known, _SHAPE) or known["files"] != self._files():
+            if misfit(known, _SHAPE) or known["files"] != files:
                 return False
             plan = read_plan(storage)
             described = self._described(storage)
@@ -65,11 +65,15 @@ class Job:
             return False
         return not self._missing(storage, plan)
 
-    def remember(self) -> None:
-        """Behind a capture, if nothing is missing now. Nothing is remembered of a teacher or a mixture that is not on a disk."""
+    def remember(self, files: Mapping[str, list[int]]) -> None:
+        """Behind a capture, if nothing is missing now. Nothing is remembered of a teacher or a mixture that is not on a disk.
+
+        Args:
+            files: ``files()`` before the capture read them: one that changed meanwhile must not count as captured.
+        """
         storage = Storage(self.url)
         plan = read_plan(storage)
-        if self._missing(storage, plan) or not (files := self._files()):
+        if self._missing(storage, plan) or not files or files != self.files():
             return
         body = {"files": files, "plan_hash": plan.plan_hash, "fields": self._described(storage)}
         path = self._memory(storage)
@@ -85,15 +89,18 @@ class Job:
         without = frozenset(self.settings.parts_without_fields)
         return bool(CaptureJob(storage, plan, dict.fromkeys(self.fields, ""), self.fields, without).missing())
 
-    def _files(self) -> dict[str, list[int]]:
+    def files(self) -> dict[str, list[int]]:
         """Absolute path → size in bytes and modification time in ns, of all that the teacher and the mixture are read from; empty where
-        something of it is not on a disk. OSError, DataError: something is gone."""
-        folder = Path(null.folder_of(self.teacher.id))
-        mixture = [path for spec in self.data for path in expand_paths(spec.path)]
-        if not folder.is_dir() or any(map(is_remote, mixture)):
+        something of it is not on a disk, or gone: the capture itself says what is wrong."""
+        try:
+            folder = Path(null.folder_of(self.teacher.id))
+            mixture = [path for spec in self.data for path in expand_paths(spec.path)]
+            if not folder.is_dir() or any(map(is_remote, mixture)):
+                return {}
+            paths = [*(one for one in folder.rglob("*") if one.is_file()), *map(Path, mixture)]
+            return {str(one.absolute()): [one.stat().st_size, one.stat().st_mtime_ns] for one in paths}
+        except (OSError, KdcliError):
             return {}
-        paths = [*(one for one in folder.rglob("*") if one.is_file()), *map(Path, mixture)]
-        return {str(one.absolute()): [one.stat().st_size, one.stat().st_mtime_ns] for one in paths}
 
     def _described(self, storage: Storage) -> dict[str, str]:
         return {n: hashlib.sha256(storage.read(f"fields/{n}/field.json")).hexdigest() for n in self.fields}

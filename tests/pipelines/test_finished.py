@@ -74,6 +74,14 @@ def test_words_of_a_run_that_was_killed_behind_its_last_commit_go(request_for: C
     assert capture(request_for) == first and not word.exists()
 
 
+def test_a_mixture_that_changes_while_it_is_captured_is_not_remembered(
+    request_for: CaptureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    capture(request_for, lambda event, *_: touched(Path(request_for.data[0].path)) if event == "end" else None)
+    assert not (tmp_path / "memory").exists()
+    assert takes_the_long_way(request_for, monkeypatch)
+
+
 CHANGES: dict[str, Callable[[CaptureRequest, Path], CaptureRequest]] = {
     "another seed": lambda asked, at: replace(asked, settings=replace(asked.settings, seed=3)),
     "another dtype": lambda asked, at: replace(asked, teacher=replace(asked.teacher, dtype="bfloat16")),
