@@ -199,6 +199,8 @@ def s3_service(folder: Path) -> Iterator[None]:
     """moto's S3 in a process of its own, named to this one's libraries by the environment."""
     import socket
 
+    from s3fs import S3FileSystem
+
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     before = dict(os.environ)
@@ -220,6 +222,7 @@ def s3_service(folder: Path) -> Iterator[None]:
         log.close()
         os.environ.clear()
         os.environ.update(before)
+        S3FileSystem.clear_instance_cache()  # the next service has another address
 
 
 @contextmanager

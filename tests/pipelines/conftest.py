@@ -187,6 +187,7 @@ def store() -> Iterator[Faulty]:
     with pytest.MonkeyPatch.context() as patch:
         for name, value in {**names, "AWS_ENDPOINT_URL": f"http://127.0.0.1:{server.server_port}"}.items():
             patch.setenv(name, value)
+        fsspec.filesystem("s3").clear_instance_cache()  # made under another service's address
         with suppress(FileExistsError):  # moto's state outlives a server
             fsspec.filesystem("s3").mkdir("bucket")
         faulty.port = server.server_port  # type: ignore[attr-defined]
