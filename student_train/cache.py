@@ -6,8 +6,9 @@ Opening reads the manifest, the field descriptions and the commits only; a shard
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,7 @@ import torch
 
 from teacher_cache.codecs import container
 from teacher_cache.errors import CacheError
-from teacher_cache.fields import Field, decode_record, open_field
+from teacher_cache.fields import Field, decode_records, open_field
 from teacher_cache.plan import read_plan
 from teacher_cache.records import ImageLayout, Sample, TextTokens
 from teacher_cache.samples import decode_sample
@@ -202,14 +203,18 @@ def read_tensors(storage: Storage, file: Mapping[str, Any] | None, field: str) -
     return container.unpack(data, path)
 
 
-def check_shape(name: str, decoded: Any, text: TextTokens, layout: Sequence[ImageLayout], place: str) -> None:
-    """CacheError where a field has not as many rows as the sample has tokens to which they belong."""
-    vision, response = sum(one.tokens() for one in layout), int(text.response.sum())
-    pairs = {"affinity": (vision, len(text.ids)), "attention": (len(text.ids), vision), "relation": (vision, vision)}
-    found: tuple[int, ...] = tuple(decoded.shape[-2:]) if name in pairs else (len(decoded),)
-    wanted = pairs.get(name, (response if name.startswith("response") else vision,))
-    if found != wanted:
-        raise CacheError(f"{place}: rows {found} where the sample has {wanted}: run `kdcli cache verify`")
+def check_shapes(
+    fields: Mapping[str, Any], text: TextTokens, layout: Sequence[ImageLayout], place: Callable[[str], str]
+) -> None:
+    """CacheError where a field has not as many rows as the sample has tokens to which they belong. place: of a field's record."""
+    vision, response = sum(one.tokens() for one in layout), int(torch.count_nonzero(text.response))
+    tokens = len(text.ids)
+    pairs = {"affinity": (vision, tokens), "attention": (tokens, vision), "relation": (vision, vision)}
+    for name, decoded in fields.items():
+        found: tuple[int, ...] = tuple(decoded.shape[-2:]) if name in pairs else (len(decoded),)
+        wanted = pairs.get(name, (response if name.startswith("response") else vision,))
+        if found != wanted:
+            raise CacheError(f"{place(name)}: rows {found} where the sample has {wanted}: run `kdcli cache verify`")
 
 
 class CachedRows:
@@ -255,16 +260,59 @@ class CachedRows:
             self._disk.pause()
 
     def read_many(self, places: Sequence[tuple[int, int]]) -> list[CachedRow]:
-        """``read`` of several rows; what a store is asked for them it is asked all at once."""
-        if not self.remote or self._disk:
-            return [self.read(*place) for place in places]
-        wanted = {
-            (name, shard, row): self._columns[name].place(shard, row)
-            for shard, rows in ((self.shards[position], self._joined(position)[row]) for position, row in places)
-            for name, row in zip(self._columns, rows.tolist())
-        }
-        fetched = dict(zip(wanted, self._storage.read_ranges(list(wanted.values()))))
-        return [self.read(*place, fetched) for place in places]
+        """Rows by (position of the shard in ``shards``, row of it); CacheError naming shard and key where one is damaged.
+
+        What a store is asked for them it is asked all at once, and so is what a field decodes.
+        """
+        found = self._read_members(places)
+        samples = [
+            decode_sample(members["samples"], f"{self._place} shard {shard:06d} {key}") for shard, key, members in found
+        ]
+        fields: list[dict[str, Any]] = [{} for _ in found]
+        for name, field in self._fields.items():
+            records = [
+                self._record(members[name], self._record_place(shard, name, key)) for shard, key, members in found
+            ]
+            for one, decoded in zip(fields, decode_records(field, records), strict=True):
+                one[name] = decoded
+        for (shard, key, _), (_, text, layout), decoded in zip(found, samples, fields):
+            check_shapes(decoded, text, layout, partial(self._record_place, shard, key=key))
+        return [CachedRow(key, *sample, decoded) for (_, key, _), sample, decoded in zip(found, samples, fields)]
+
+    def read(self, position: int, row: int) -> CachedRow:
+        """``read_many`` of one row."""
+        return self.read_many([(position, row)])[0]
+
+    def _record_place(self, shard: int, name: str, key: str) -> str:
+        return f"{self._place} shard {shard:06d} {name} {key}"
+
+    @staticmethod
+    def _record(members: Mapping[str, bytes], place: str) -> tuple[bytes, str]:
+        data = members.get(container.EXTENSION)
+        if data is None:
+            raise CacheError(f"{place}: the sample has no member {container.EXTENSION}: run `kdcli cache verify`")
+        return data, place
+
+    def _read_members(self, places: Sequence[tuple[int, int]]) -> list[tuple[int, str, dict[str, dict[str, bytes]]]]:
+        """(shard, key, members by column) of every row."""
+        shards = [self.shards[position] for position, _ in places]
+        rows = [dict(zip(self._columns, self._joined(position)[row].tolist())) for position, row in places]
+        fetched: dict[tuple[str, int, int], bytes] = {}
+        if self.remote and not self._disk:
+            wanted = [(name, shard, row) for shard, one in zip(shards, rows) for name, row in one.items()]
+            ranges = [self._columns[name].place(shard, row) for name, shard, row in wanted]
+            fetched = dict(zip(wanted, self._storage.read_ranges(ranges)))
+        return [
+            (
+                shard,
+                self._columns["samples"].entries(shard).key(one["samples"]),
+                {
+                    name: self._columns[name].read(shard, row, fetched.get((name, shard, row)))
+                    for name, row in one.items()
+                },
+            )
+            for shard, one in zip(shards, rows)
+        ]
 
     def _count(self, shard: int) -> int:
         """Rows of a shard from its commits alone: what ``samples`` wrote, less what a field had to skip besides."""
@@ -292,7 +340,7 @@ class CachedRows:
     def key(self, position: int, row: int) -> str:
         """Key of a row, without reading it."""
         shard = self.shards[position]
-        return self._columns["samples"].entries(shard)[self._join(shard)[row][0]].key
+        return self._columns["samples"].entries(shard).key(int(self._join(shard)[row][0]))
 
     def _joined(self, position: int) -> np.ndarray:
         """``_join`` of the shard at ``position``; CacheError where its columns do not have the rows that their commits say."""
@@ -303,29 +351,3 @@ class CachedRows:
                 f"{self._place}: shard {shard:06d}: columns disagree on their rows; run `kdcli cache verify`"
             )
         return rows
-
-    def read(self, position: int, row: int, fetched: Mapping[tuple[str, int, int], bytes] | None = None) -> CachedRow:
-        """Row ``row`` of the shard at ``position`` in ``shards``; CacheError naming shard and key where it is damaged.
-
-        Args:
-            fetched: bytes that were read already, by (column, shard, row of its tar).
-        """
-        shard, fetched = self.shards[position], fetched or {}
-        rows = self._joined(position)
-        places = dict(zip(self._columns, rows[row].tolist()))
-        samples = self._columns["samples"]
-        key = samples.entries(shard)[places["samples"]].key
-        sample, text, layout = decode_sample(
-            samples.read(shard, places["samples"], fetched.get(("samples", shard, places["samples"]))),
-            f"{self._place} shard {shard:06d} {key}",
-        )
-        decoded = {}
-        for name, field in self._fields.items():
-            place = f"{self._place} shard {shard:06d} {name} {key}"
-            members = self._columns[name].read(shard, places[name], fetched.get((name, shard, places[name])))
-            data = members.get(container.EXTENSION)
-            if data is None:
-                raise CacheError(f"{place}: the sample has no member {container.EXTENSION}: run `kdcli cache verify`")
-            decoded[name] = decode_record(field, data, place)
-            check_shape(name, decoded[name], text, layout, place)
-        return CachedRow(key, sample, text, layout, decoded)

@@ -8,11 +8,12 @@ no place for are escaped and written whole: a table that fits badly costs bytes,
 
 from __future__ import annotations
 
+import math
 import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import constriction
 import numpy as np
@@ -156,10 +157,45 @@ def encode(streams: Sequence[Stream], rows: int) -> torch.Tensor:
     return torch.frombuffer(bytearray(data), dtype=torch.uint8)
 
 
-OfEach = tuple[np.ndarray, np.ndarray]
+class Layout(NamedTuple):
+    """How streams that follow one another are read in one go.
+
+    Attributes:
+        runs: model and number of symbols of each call of the coder.
+        low, escape: int32, of every symbol's table; of the result's shape, or spread over it.
+        shape: of the result.
+    """
+
+    runs: Sequence[tuple[Any, int]]
+    low: np.ndarray
+    escape: np.ndarray
+    shape: tuple[int, ...]
+
+    @property
+    def symbols(self) -> int:
+        return math.prod(self.shape)
 
 
-def of_each_symbol(tables: Sequence[Table], counts: Sequence[int]) -> OfEach:
+def layout_of(tables: Sequence[Table], counts: Sequence[int]) -> Layout:
+    """Streams of so many symbols each, read as one row of numbers."""
+    low, escape = of_each_symbol(tables, counts)
+    return Layout([(table.model, count) for table, count in runs(tables, counts)], low, escape, (sum(counts),))
+
+
+class Columns:
+    """Streams of as many symbols each as a record has rows, read as ``[streams, rows]``."""
+
+    def __init__(self, tables: Sequence[Table]):
+        self._runs = [(table.model, streams) for table, streams in runs(tables, [1] * len(tables))]
+        low, escape = of_each_symbol(tables, [1] * len(tables))
+        self._low, self._escape = low[:, None], escape[:, None]
+
+    def layout(self, rows: int) -> Layout:
+        each = [(model, streams * rows) for model, streams in self._runs] if rows else []
+        return Layout(each, self._low, self._escape, (len(self._low), rows))
+
+
+def of_each_symbol(tables: Sequence[Table], counts: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
     """int32 ``low`` and ``escape`` of every symbol of streams with so many symbols."""
     numbers = np.array([(table.low, table.escape) for table in tables], dtype=np.int32).reshape(-1, 2)
     return np.repeat(numbers[:, 0], counts), np.repeat(numbers[:, 1], counts)
@@ -202,29 +238,32 @@ class Decoder:
 
     def take(self, count: int, table: Table) -> np.ndarray:
         """The next ``count`` symbols, int32."""
-        return self.take_all([count], [table])
+        one = np.array([table.low], dtype=np.int32), np.array([table.escape], dtype=np.int32)
+        return self.take_all(Layout([(table.model, count)] if count else [], *one, (count,)))
 
-    def take_all(self, counts: Sequence[int], tables: Sequence[Table], of_each: OfEach | None = None) -> np.ndarray:
-        """The symbols of the next streams, int32, one stream after the other. of_each: what ``of_each(tables, counts)`` gives, if known."""
-        total = sum(counts)
+    def take_all(self, layout: Layout) -> np.ndarray:
+        """The symbols of the next streams, int32, in the layout's shape."""
+        total = layout.symbols
         self.promise(total)
         self._left -= total
         if not total:
-            return np.zeros(0, dtype=np.int32)
-        places = np.concatenate([self._coder.decode(one.model, n) for one, n in runs(tables, counts)])
-        low, escape = of_each or of_each_symbol(tables, counts)
-        outside = places == escape
-        places += low
-        number = np.count_nonzero(outside)
-        if number > len(self._escapes):
-            raise CacheError("a coded record lacks escaped symbols: run `kdcli cache verify`")
-        if number:
+            return np.zeros(layout.shape, dtype=np.int32)
+        decode = self._coder.decode
+        if len(layout.runs) == 1:
+            places = decode(*layout.runs[0]).reshape(layout.shape)
+        else:
+            places = np.concatenate([decode(model, count) for model, count in layout.runs]).reshape(layout.shape)
+        outside = places == layout.escape
+        places += layout.low
+        if number := np.count_nonzero(outside):
+            if number > len(self._escapes):
+                raise CacheError("a coded record lacks escaped symbols: run `kdcli cache verify`")
             places[outside], self._escapes = self._escapes[:number], self._escapes[number:]
         return places
 
     def finish(self) -> None:
         """Everything must have been read: a record decoded with other tables than it was coded with does not end so."""
-        if len(self._escapes) or not np.array_equal(self._coder.get_compressed(), GROUND):
+        if len(self._escapes) or self._coder.get_compressed().tolist() != GROUND.tolist():
             raise CacheError(
                 "a coded record does not end where it should: the calibration is not the one it was made with"
             )

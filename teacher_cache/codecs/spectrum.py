@@ -36,7 +36,7 @@ class Grid(NamedTuple):
 
 
 def forward(values: torch.Tensor, grids: Sequence[Grid]) -> torch.Tensor:
-    """``[R, r]`` with every grid's rows replaced by its frequencies: (u, v) stands at the place of row (u, v)."""
+    """``[…, R, r]`` with every grid's rows replaced by its frequencies: (u, v) stands at the place of row (u, v)."""
     return _transform(values, grids, inverse=False)
 
 
@@ -54,9 +54,9 @@ def _transform(values: torch.Tensor, grids: Sequence[Grid], inverse: bool) -> to
         if inverse:
             down, across = down.T, across.T
         places = grid.places()
-        block = values[places]  # [height, width, r]
-        block = torch.matmul(across, block)  # over the columns of every row
-        result[places] = torch.tensordot(down, block, dims=1)
+        block = torch.matmul(across, values[..., places, :])  # over the columns of every row
+        block = torch.matmul(down, block.flatten(-2))  # [height, width·r]
+        result[..., places, :] = block.unflatten(-1, (grid.width, -1))
     return result
 
 

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from teacher_cache.codecs import spectrum
-from teacher_cache.codecs.entropy import MOST_ROWS, Decoder, OfEach, Stream, Table, fit_table, of_each_symbol
+from teacher_cache.codecs.entropy import MOST_ROWS, Decoder, Layout, Stream, Table, fit_table, layout_of
 from teacher_cache.codecs.spectrum import Grid
 from teacher_cache.errors import CacheError, KdcliError
 
@@ -29,18 +29,26 @@ LEAST_USED = 1e-3
 coefficients have heavy tails, and leaving out what has little variance tripled the KL of a sketch without its head."""
 NUMBERS = Table(0, torch.full((MOST_ROWS + 1,), 1.0 / (MOST_ROWS + 1)))
 """Counts and places of grids: 18 bits each."""
-MOST_KEPT = 1 << 18
-"""Symbols of a layout whose order is kept for the next record of that layout."""
+MOST_KEPT = 1 << 20
+"""Symbols of all layouts whose order is kept for further records of them, about 16 bytes each."""
 
 
 class SymbolOrder(NamedTuple):
-    """How a layout's symbols are written: places of all symbols by class, symbols of each class; of each symbol in that order its table's
-    ``low`` and ``escape``, and its shrink."""
+    """How a layout's symbols are written: places of all symbols by class, symbols of each class, how they are read, and each one's shrink
+    in that order."""
 
     places: np.ndarray
     counts: list[int]
-    of_each: OfEach
+    layout: Layout
     shrink: np.ndarray
+
+
+class Quantised(NamedTuple):
+    """A record's symbols, int32 in the order of its layout, and that layout."""
+
+    symbols: np.ndarray
+    rows: int
+    grids: tuple[Grid, ...]
 
 
 @dataclass(frozen=True)
@@ -114,12 +122,12 @@ class Transform:
         made = SymbolOrder(
             np.argsort(classes, kind="stable").astype(np.int32),
             counts,
-            of_each_symbol(self._tables, counts),
+            layout_of(self._tables, counts),
             np.repeat(self.shrink.numpy(), counts),
         )
         if classes.size <= MOST_KEPT:
-            if len(self._orders) >= 16:
-                self._orders.clear()
+            while self._orders and classes.size + sum(one.places.size for one in self._orders.values()) > MOST_KEPT:
+                self._orders.pop(next(iter(self._orders)))
             self._orders[rows, grids] = made
         return made
 
@@ -141,17 +149,33 @@ class Transform:
 
     def read(self, decoder: Decoder) -> torch.Tensor:
         """float32 ``[R, r]``: y as the reader sees it, bins at their mean value."""
+        return self.restore([self.read_symbols(decoder)])[0]
+
+    def read_symbols(self, decoder: Decoder) -> Quantised:
+        """The next record as it was written, for ``restore``."""
         count = int(decoder.take(1, NUMBERS)[0])
         if not 0 <= count <= spectrum.MOST_GRIDS:
             raise CacheError(f"a coded record claims {count} grids: run `kdcli cache verify`")
-        grids = spectrum.from_symbols(decoder.take(4 * count, NUMBERS), decoder.rows)
+        grids = spectrum.from_symbols(decoder.take(4 * count, NUMBERS), decoder.rows) if count else ()
         decoder.promise(decoder.rows * self.rank)
-        order = self._order(decoder.rows, grids)
-        symbols = decoder.take_all(order.counts, self._tables, order.of_each).astype(np.float32)
-        symbols -= np.sign(symbols) * order.shrink
-        values = np.empty_like(symbols)
-        values[order.places] = symbols * np.float32(self.step)
-        return spectrum.inverse(torch.from_numpy(values).reshape(decoder.rows, self.rank), grids)
+        return Quantised(decoder.take_all(self._order(decoder.rows, grids).layout), decoder.rows, grids)
+
+    def restore(self, records: Sequence[Quantised]) -> list[torch.Tensor]:
+        """float32 ``[R, r]`` of each; those of one layout all at once."""
+        alike: dict[tuple[int, tuple[Grid, ...]], list[int]] = {}
+        for number, one in enumerate(records):
+            alike.setdefault((one.rows, one.grids), []).append(number)
+        found: dict[int, torch.Tensor] = {}
+        for (rows, grids), numbers in alike.items():
+            order = self._order(rows, grids)
+            symbols = np.stack([records[number].symbols for number in numbers]).astype(np.float32)
+            symbols -= np.sign(symbols) * order.shrink
+            symbols *= np.float32(self.step)
+            values = np.empty_like(symbols)
+            values[:, order.places] = symbols
+            shaped = torch.from_numpy(values).reshape(len(numbers), rows, self.rank)
+            found.update(zip(numbers, spectrum.inverse(shaped, grids).unbind()))
+        return [found[number] for number in range(len(records))]
 
 
 def fit(

@@ -49,7 +49,10 @@ class Field(Protocol):
         ...
 
     def decode(self, stored: dict[str, torch.Tensor]) -> Any:
-        """What a reader works with (the field module states its type)."""
+        """What a reader works with (the field module states its type).
+
+        A field may have ``decode_many`` besides, of a sequence of ``stored``, where several at once are cheaper.
+        """
         ...
 
 
@@ -118,6 +121,16 @@ def decode_record(field: Field, data: bytes, place: str) -> Any:
         raise CacheError(
             f"{place}: no record of field {field.name} ({_said(error)}): run `kdcli cache verify`"
         ) from None
+
+
+def decode_records(field: Field, records: Sequence[tuple[bytes, str]]) -> list[Any]:
+    """``decode_record`` of several (bytes, place); all at once by a field that has ``decode_many``."""
+    if many := getattr(field, "decode_many", None):
+        try:
+            return list(many([container.unpack(*one) for one in records]))
+        except (KdcliError, *DAMAGE):
+            pass  # one of them is damaged: which one is found below
+    return [decode_record(field, *one) for one in records]
 
 
 def _said(error: BaseException) -> str:

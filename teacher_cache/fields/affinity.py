@@ -20,7 +20,7 @@ from torch.nn.functional import normalize
 
 from teacher_cache.codecs import entropy, transform
 from teacher_cache.codecs.entropy import open_record
-from teacher_cache.codecs.transform import Transform
+from teacher_cache.codecs.transform import Quantised, Transform
 from teacher_cache.errors import CacheError, KdcliError
 from teacher_cache.fields.calibration import Calibration
 from teacher_cache.fields.grids import grids_of, grids_of_all
@@ -96,15 +96,29 @@ class FactoredAffinity:
 
     def decode(self, stored: dict[str, torch.Tensor]) -> torch.Tensor:
         """float32 ``[R_vision, N]``; a text-only row gives ``[0, N]``."""
-        decoder = open_record(stored, "field affinity")
-        if not decoder.rows:
-            return torch.zeros(0, self._text_tokens(stored))
-        vision = int(decoder.take(1, VISION_ROWS)[0])
-        if not 0 < vision <= decoder.rows or vision * (decoder.rows - vision) > entropy.MOST_SYMBOLS:
-            raise CacheError(f"field affinity: {vision} vision rows of {decoder.rows}: run `kdcli cache verify`")
-        states = self._coder.read(decoder)
-        decoder.finish()
-        return states[:vision] @ states[vision:].T
+        return self.decode_many([stored])[0]
+
+    def decode_many(self, stored: Sequence[dict[str, torch.Tensor]]) -> list[torch.Tensor]:
+        """Of several records: what is not reading symbols is done for all of them at once."""
+        vision: list[int] = []
+        quantised: list[Quantised] = []
+        found: list[torch.Tensor] = []
+        for one in stored:
+            decoder = open_record(one, "field affinity")
+            if not decoder.rows:
+                found.append(torch.zeros(0, self._text_tokens(one)))
+                continue
+            rows = int(decoder.take(1, VISION_ROWS)[0])
+            if not 0 < rows <= decoder.rows or rows * (decoder.rows - rows) > entropy.MOST_SYMBOLS:
+                raise CacheError(f"field affinity: {rows} vision rows of {decoder.rows}: run `kdcli cache verify`")
+            found.append(torch.empty(0))  # its place
+            vision.append(rows)
+            quantised.append(self._coder.read_symbols(decoder))
+            decoder.finish()
+        pictured = (i for i, one in enumerate(found) if one.ndim == 1)
+        for place, rows, states in zip(pictured, vision, self._coder.restore(quantised)):
+            found[place] = states[:rows] @ states[rows:].T
+        return found
 
     @staticmethod
     def _text_tokens(stored: Mapping[str, torch.Tensor]) -> int:

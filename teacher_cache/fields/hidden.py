@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+import numpy as np
 import torch
 
 from teacher_cache.codecs import entropy, row_codec, row_codecs, transform
@@ -114,12 +115,19 @@ class SketchField:
 
     def decode(self, stored: dict[str, torch.Tensor]) -> Sketch:
         """``Sketch``: float32 coefficients ``[R, r]`` and mean logits ``[R]``."""
+        return self.decode_many([stored])[0]
+
+    def decode_many(self, stored: Sequence[dict[str, torch.Tensor]]) -> list[Sketch]:
+        """Of several records: what is not reading symbols is done for all of them at once."""
         coder, table, _ = self._fitted
-        decoder = open_record(stored, f"field {self.name}")
-        means = MEAN_LOGIT.restore(torch.from_numpy(decoder.take(decoder.rows, table)))
-        coefficients = coder.read(decoder)
-        decoder.finish()
-        return Sketch(coefficients, means)
+        means, quantised = [], []
+        for one in stored:
+            decoder = open_record(one, f"field {self.name}")
+            means.append(decoder.take(decoder.rows, table))
+            quantised.append(coder.read_symbols(decoder))
+            decoder.finish()
+        every = MEAN_LOGIT.restore(torch.from_numpy(np.concatenate(means)))
+        return list(map(Sketch, coder.restore(quantised), every.split([len(one) for one in means])))
 
     def fit(self, outputs: Sequence[TeacherOutput], head: torch.Tensor) -> Calibration:
         """Basis, entropy tables and low-rank head from the rows of a few hundred samples; head W ``[V, D]``.

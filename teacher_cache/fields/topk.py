@@ -100,7 +100,18 @@ class TopKField:
 
     def decode(self, stored: dict[str, torch.Tensor]) -> TopK:
         """``TopK`` whose head is renormalised to exactly 1 − e^log_tail, so that rounded log-probs still sum to one."""
-        head = Head(*self._coding.decode(stored))
+        return self._normalised(Head(*self._coding.decode(stored)))
+
+    def decode_many(self, stored: Sequence[dict[str, torch.Tensor]]) -> list[TopK]:
+        """Of several records; those of a coding that reads them together are renormalised together."""
+        if not isinstance(self._coding, CodedTopK):
+            return [self.decode(one) for one in stored]
+        columns, rows = self._coding.decode_many(stored)
+        joined = self._normalised(Head(*columns))
+        return list(map(TopK, *(column.split(rows) for column in vars(joined).values())))
+
+    @staticmethod
+    def _normalised(head: Head) -> TopK:
         log_probs = head.log_probs.to(torch.float32)
         log_probs = log_probs - log_probs.logsumexp(dim=1, keepdim=True) + head.log_head[:, None]
         return TopK(head.ids.to(torch.int64), log_probs, head.log_tail, head.log_z)

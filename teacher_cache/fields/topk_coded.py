@@ -14,7 +14,7 @@ import torch
 from torch.nn.functional import logsigmoid
 
 from teacher_cache.codecs import entropy, repeats
-from teacher_cache.codecs.entropy import Decoder, Table, fit_smooth_table, fit_table, open_record
+from teacher_cache.codecs.entropy import Columns, Decoder, Table, fit_smooth_table, fit_table, open_record
 from teacher_cache.codecs.scales import LogOdds, LogScale, Uniform
 from teacher_cache.errors import CacheError, KdcliError
 from teacher_cache.fields.calibration import Calibration, tables_of, tensors_of
@@ -50,12 +50,12 @@ class CodedTopK:
         return "near.0" in self._tables
 
     @cached_property
-    def _column_tables(self) -> list[Table]:
+    def _columns(self) -> Columns:
         """Of every stream but ``ids``, in the order they are written."""
         k = min(self.k, self._tables["ids"].escape)
         kinds = ("value", "near") if self._repeats else ("value",)
         names = ["tail_odds", "log_z", *(f"{kind}.{place}" for kind in kinds for place in range(k))]
-        return [self._tables[table_name(name)] for name in names]
+        return Columns([self._tables[table_name(name)] for name in names])
 
     def encode(self, topk: TopK) -> dict[str, torch.Tensor]:
         symbols = self._symbols(topk, self._repeats)
@@ -101,25 +101,37 @@ class CodedTopK:
         return sum(tables[name].bits(one) for name, one in seen.items()), tables
 
     def decode(self, stored: Mapping[str, torch.Tensor]) -> Sequence[torch.Tensor]:
-        ids, log_probs, odds, log_z = self._read(open_record(stored, f"field {self.name}"))
-        return ids, log_probs, logsigmoid(odds), logsigmoid(-odds), log_z
+        return self.decode_many([stored])[0]
 
-    def _read(self, decoder: Decoder) -> tuple[torch.Tensor, ...]:
-        rows, vocabulary = decoder.rows, self._tables["ids"].escape
-        k, tables = min(self.k, vocabulary), self._column_tables
-        columns = decoder.take_all([rows] * len(tables), tables).astype(np.int64).reshape(len(tables), rows)
-        odds, log_z = self._odds.restore(torch.from_numpy(columns[0])), LOG_Z.restore(torch.from_numpy(columns[1]))
-        steps = torch.from_numpy(columns[2 : 2 + k].T)
-        if self._repeats:
-            near = columns[2 + k :].T
-            fresh = decoder.take(int((near == k).sum()), self._tables["ids"]).astype(np.int64)
-            ids = torch.from_numpy(repeats.resolve(near, fresh))
-        else:
-            ids = torch.from_numpy(decoder.take(rows * k, self._tables["ids"]).astype(np.int64).reshape(rows, k))
-        decoder.finish()
-        if rows and not 0 <= int(ids.min()) <= int(ids.max()) < vocabulary:
+    def decode_many(self, stored: Sequence[Mapping[str, torch.Tensor]]) -> tuple[Sequence[torch.Tensor], list[int]]:
+        """Of several records, one after the other, and the rows of each: what is not reading symbols is done once for all."""
+        columns, ids = zip(*(self._read(open_record(one, f"field {self.name}")) for one in stored))
+        joined = np.concatenate(columns, axis=1).astype(np.int64)
+        vocabulary = self._tables["ids"].escape
+        k = min(self.k, vocabulary)
+        odds, log_z = self._odds.restore(torch.from_numpy(joined[0])), LOG_Z.restore(torch.from_numpy(joined[1]))
+        log_probs = -self._scale.restore(torch.from_numpy(joined[2 : 2 + k].cumsum(axis=0).T))
+        fresh = np.concatenate(ids).astype(np.int64)
+        # A record's first row has no repeats, so that records resolve one after the other as one.
+        each = repeats.resolve(joined[2 + k :].T, fresh) if self._repeats else fresh.reshape(-1, k)
+        if each.size and not 0 <= int(each.min()) <= int(each.max()) < vocabulary:
             raise CacheError(f"field {self.name}: a record holds an id beyond the vocabulary: run `kdcli cache verify`")
-        return ids, -self._scale.restore(steps.cumsum(dim=1)), odds, log_z
+        head = torch.from_numpy(each), log_probs, logsigmoid(odds), logsigmoid(-odds), log_z
+        return head, [one.shape[1] for one in columns]
+
+    def _read(self, decoder: Decoder) -> tuple[np.ndarray, np.ndarray]:
+        """int32 columns ``[streams, R]``, and the ids that are no repeats."""
+        rows, k = decoder.rows, min(self.k, self._tables["ids"].escape)
+        columns = decoder.take_all(self._columns.layout(rows))
+        count = rows * k
+        if self._repeats:
+            new = columns[2 + k :] == k
+            if rows and not new[:, 0].all():
+                raise CacheError("a coded record's repeated ids do not fit together: run `kdcli cache verify`")
+            count = int(np.count_nonzero(new))
+        ids = decoder.take(count, self._tables["ids"])
+        decoder.finish()
+        return columns, ids
 
 
 def table_name(stream: str) -> str:

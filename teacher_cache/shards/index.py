@@ -93,7 +93,8 @@ class Entries(Sequence[Entry]):
         self._first = members.offsets.to_numpy() - members.offsets[0].as_py() if len(members) else np.zeros(1, np.int64)
         kinds = flat.field("ext").dictionary_encode()
         self._kinds, self._kind = kinds.dictionary.to_pylist(), kinds.indices.to_numpy()
-        self._places = [flat.field(name).to_numpy() for name in ("offset", "size", "crc32")]
+        places = [flat.field(name).to_numpy().astype(np.int64) for name in ("offset", "size", "crc32")]
+        self._places = np.stack(places, axis=1)
         self._check(tar_bytes)
 
     def _check(self, tar_bytes: int) -> None:
@@ -104,7 +105,7 @@ class Entries(Sequence[Entry]):
             raise ValueError("a negative number of a sample")
         if not all(map(_EXT.fullmatch, self._kinds)):
             raise ValueError(f"a member {next(ext for ext in self._kinds if not _EXT.fullmatch(ext))[:60]!r}")
-        offsets, sizes, _ = self._places
+        offsets, sizes, _ = self._places.T
         if (
             (offsets < 0).any()
             or (sizes < 0).any()
@@ -130,12 +131,17 @@ class Entries(Sequence[Entry]):
         if isinstance(row, slice):
             return [self[one] for one in range(*row.indices(len(self)))]
         row = range(len(self))[row]  # negative numbers, and IndexError
-        at = slice(self._first[row], self._first[row + 1])
-        offsets, sizes, sums = (column[at].tolist() for column in self._places)
-        kinds = [self._kinds[kind] for kind in self._kind[at].tolist()]
-        stored = tuple(map(Member, kinds, offsets, sizes, sums))
         ordinal, vision_rows, response_rows, text_tokens = self._numbers[row].tolist()
-        return Entry(self._keys[row].as_py(), ordinal, vision_rows, response_rows, text_tokens, stored)
+        return Entry(self.key(row), ordinal, vision_rows, response_rows, text_tokens, self.members(row))
+
+    def key(self, row: int) -> str:
+        return self._keys[row].as_py()
+
+    def members(self, row: int) -> tuple[Member, ...]:
+        """Of the sample in a row (0 or more), without the rest of its ``Entry``."""
+        first, stop = self._first[row : row + 2].tolist()
+        kinds = self._kind[first:stop].tolist()
+        return tuple(Member(self._kinds[kind], *place) for kind, place in zip(kinds, self._places[first:stop].tolist()))
 
 
 def parse_index(data: bytes, place: str, tar_bytes: int, rows: int) -> Entries:

@@ -16,7 +16,7 @@ from typing import BinaryIO, Generic, TypeVar
 from teacher_cache.errors import CacheError
 from teacher_cache.shards.commit import Commit, read_commits
 from teacher_cache.shards.disk_cache import DiskCache
-from teacher_cache.shards.index import Entries, Entry, parse_index
+from teacher_cache.shards.index import Entries, Member, parse_index
 from teacher_cache.shards.storage import Storage
 
 OPEN_SHARDS, OPEN_CACHED_TARS = 64, 16
@@ -120,7 +120,7 @@ class ColumnReader:
 
     def place(self, shard: int, row: int) -> tuple[str, int, int]:
         """(file, first byte, last byte + 1) of a sample; 0, 0 for one without members."""
-        return self._tar_path(self.commit(shard)), *_span(self.entries(shard)[row])
+        return self._tar_path(self.commit(shard)), *_span(self.entries(shard).members(row))
 
     def read(self, shard: int, row: int, data: bytes | None = None) -> dict[str, bytes]:
         """Members of one sample by extension; CacheError naming shard and key where a byte is wrong.
@@ -128,25 +128,28 @@ class ColumnReader:
         Args:
             data: the bytes of ``place(shard, row)``, if they were read already.
         """
-        entry = self.entries(shard)[row]
-        start, stop = _span(entry)
+        members = self.entries(shard).members(row)
+        start, stop = _span(members)
         if stop == 0:
             return {}
         try:
-            return self._members(shard, entry, start, self._bytes(shard, row, start, stop) if data is None else data)
+            given = self._bytes(shard, row, start, stop) if data is None else data
+            return self._checked(shard, row, members, start, given)
         except CacheError:
             if not self._forget_cached(shard):
                 raise
-            return self._members(shard, entry, start, self._bytes(shard, row, start, stop))
+            return self._checked(shard, row, members, start, self._bytes(shard, row, start, stop))
 
-    def _members(self, shard: int, entry: Entry, start: int, data: bytes) -> dict[str, bytes]:
-        members = {}
-        for member in entry.members:
+    def _checked(self, shard: int, row: int, members: Sequence[Member], start: int, data: bytes) -> dict[str, bytes]:
+        """Contents by extension, each with its checksum."""
+        contents = {}
+        for member in members:
             content = data[member.offset - start : member.offset - start + member.size]
             if len(content) != member.size or zlib.crc32(content) != member.crc32:
-                raise self._damaged(self.commit(shard), f"member {entry.key}.{member.ext} fails its checksum")
-            members[member.ext] = content
-        return members
+                key = self.entries(shard).key(row)
+                raise self._damaged(self.commit(shard), f"member {key}.{member.ext} fails its checksum")
+            contents[member.ext] = content
+        return contents
 
     def _bytes(self, shard: int, row: int, start: int, stop: int) -> bytes:
         if handle := self._tar(shard):
@@ -155,7 +158,8 @@ class ColumnReader:
         last_shard, last_row, begin, ahead = self._ahead
         if (shard, row) == (last_shard, last_row + 1):
             if stop > begin + len(ahead):
-                members = self.entries(shard)[-1].members
+                entries = self.entries(shard)
+                members = entries.members(len(entries) - 1)
                 end = max((member.offset + member.size for member in members), default=stop)
                 begin, ahead = start, self._range(shard, start, max(stop, min(start + READ_AHEAD, end)))
             self._ahead = shard, row, begin, ahead
@@ -208,7 +212,7 @@ class ColumnReader:
         )
 
 
-def _span(entry: Entry) -> tuple[int, int]:
+def _span(members: Sequence[Member]) -> tuple[int, int]:
     """First byte and last byte + 1 of a sample's members in its tar; 0, 0 for one without members."""
-    start = min((member.offset for member in entry.members), default=0)
-    return start, max((member.offset + member.size for member in entry.members), default=0)
+    start = min((member.offset for member in members), default=0)
+    return start, max((member.offset + member.size for member in members), default=0)

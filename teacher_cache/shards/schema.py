@@ -33,25 +33,26 @@ def require(value: Any, kind: Any, place: str) -> Any:
 
 def misfit(value: Any, kind: Any, name: str = "it") -> str:
     """Where ``value`` is not of a kind, in words; "" where it is."""
+    if kind is str:
+        return "" if type(value) is str and _is_utf8(value) else f"{name} must be text"
+    if kind is COUNT or kind is int:
+        good = type(value) is int and (0 if kind is COUNT else -MOST) <= value < MOST
+        return "" if good else f"{name} must be {COUNT if kind is COUNT else _WORDS[int]}"
     if isinstance(kind, tuple):
         found = [misfit(value, one, name) for one in kind]
         return "" if "" in found else found[0]
     if isinstance(kind, list):
         if type(value) is not list:
             return f"{name} must be a list"
-        return next((wrong for i, one in enumerate(value) if (wrong := misfit(one, kind[0], f"{name}[{i}]"))), "")
+        # Names are put together for what does not fit only: every row of a cache comes through here.
+        return next((misfit(one, kind[0], f"{name}[{i}]") for i, one in enumerate(value) if misfit(one, kind[0])), "")
     if isinstance(kind, dict):
         return _misfit_of_object(value, kind, name)
     if kind is None:
         return "" if value is None else f"{name} must be null"
-    if kind is COUNT or kind is int:
-        good = type(value) is int and (0 if kind is COUNT else -MOST) <= value < MOST
-        return "" if good else f"{name} must be {COUNT if kind is COUNT else _WORDS[int]}"
     if kind is float:
         good = (type(value) is int and abs(value) < MOST) or (type(value) is float and math.isfinite(value))
         return "" if good else f"{name} must be a finite number"
-    if kind is str:
-        return "" if type(value) is str and _is_utf8(value) else f"{name} must be text"
     return "" if type(value) is kind else f"{name} must be {_WORDS[kind]}"
 
 
@@ -63,12 +64,9 @@ def _misfit_of_object(value: Any, kind: dict[Any, Any], name: str) -> str:
         return next(filter(None, every), "")
     for key, inner in kind.items():
         plain = key.removesuffix("?")
-        inside = plain if name == "it" else f"{name}.{plain}"
-        if plain not in value:
-            if plain == key:
-                return f"{inside} is missing"
-        elif wrong := misfit(value[plain], inner, inside):
-            return wrong
+        if misfit(value[plain], inner) if plain in value else plain == key:
+            inside = plain if name == "it" else f"{name}.{plain}"
+            return misfit(value[plain], inner, inside) if plain in value else f"{inside} is missing"
     return ""
 
 
