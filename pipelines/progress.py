@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -35,9 +36,12 @@ class Rate(ProgressColumn):
 
 def bar(console: Console, unit: str) -> Progress:
     """A bar that owns the terminal: the library's own loading bars would tear it."""
-    from transformers.utils import logging
+    if "huggingface_hub" in sys.modules:
+        from transformers.utils import logging
 
-    logging.disable_progress_bar()
+        logging.disable_progress_bar()
+    else:  # it is seconds to import, and not every command comes to need it
+        os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
     columns = (
         SpinnerColumn(),
         TextColumn("{task.description}", markup=False),  # part names are the user's own, brackets and all
