@@ -17,6 +17,8 @@ from teacher_cache.records import ImageLayout, View
 COMPRESSED = "kdcli_compressor"
 """Entry in the configuration of a student whose projector leaves fewer vision tokens than patches (student_train/compression.py)."""
 Size = tuple[int, int]
+TYPICAL = (480, 640)
+"""(height, width) of a photograph, as mixtures are full of them."""
 
 
 def image_layout(
@@ -37,6 +39,16 @@ def image_layout(
     else:
         views = _single(config, processor, sizes, inputs, tokens)
     return tuple(ImageLayout(size, tuple(of_image)) for size, of_image in zip(sizes, views))
+
+
+def typical_tokens(config: Any, processor: Any) -> int:
+    """Vision tokens of a photograph, for estimates: what the processor says, else one a patch."""
+    try:
+        return int(processor._get_num_multimodal_tokens([TYPICAL]).num_image_tokens[0])
+    except (AttributeError, TypeError, ValueError, KeyError, NotImplementedError):
+        vision = config.vision_config
+        image, patch = (getattr(vision, name, None) for name in ("image_size", "patch_size"))
+        return (image // patch) ** 2 if isinstance(image, int) and isinstance(patch, int) and patch else 576
 
 
 def _merged(processor: Any, size: Size, thw: Sequence[int]) -> list[View]:
