@@ -78,7 +78,9 @@ def tokens_by_id(description: Mapping[str, Any]) -> dict[int, str]:
     """Every token's string, special and added ones included."""
     vocabulary = description["model"]["vocab"]
     # A unigram model lists (string, score) in the order of ids.
-    listed = vocabulary.items() if isinstance(vocabulary, Mapping) else ((one[0], i) for i, one in enumerate(vocabulary))
+    listed = (
+        vocabulary.items() if isinstance(vocabulary, Mapping) else ((one[0], i) for i, one in enumerate(vocabulary))
+    )
     tokens = {int(number): str(token) for token, number in listed}
     return tokens | {int(one["id"]): str(one["content"]) for one in description["added_tokens"]}
 

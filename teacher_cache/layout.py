@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from importlib import import_module
 from typing import Any
 
+from teacher_cache.errors import CompatibilityError
 from teacher_cache.records import ImageLayout, View
 
 COMPRESSED = "kdcli_compressor"
@@ -29,6 +30,9 @@ def image_layout(
     Args:
         processor: one whose model has fewer tokens than patches says their (rows, columns) a view as ``vision_grid``.
         sizes: original (width, height) of each image. inputs: the processor's tensors. tokens: vision tokens of the whole row.
+
+    Raises:
+        CompatibilityError: tiles of a family that is not known here.
     """
     if "image_grid_thw" in inputs:
         views = [_merged(processor, size, thw) for size, thw in zip(sizes, inputs["image_grid_thw"].tolist())]
@@ -36,6 +40,10 @@ def image_layout(
         views = _anyres(config, processor, sizes, inputs)
     elif hasattr(processor, "image_seq_length") and hasattr(processor.image_processor, "crop_to_patches"):
         views = _tiled(processor, sizes, inputs)
+    elif getattr(inputs.get("pixel_values"), "ndim", 0) == 5:
+        raise CompatibilityError(
+            f"family {config.model_type} cuts images into tiles in a way that is not known here (Idefics, SmolVLM): not supported"
+        )
     else:
         views = _single(config, processor, sizes, inputs, tokens)
     return tuple(ImageLayout(size, tuple(of_image)) for size, of_image in zip(sizes, views))

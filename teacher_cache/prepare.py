@@ -100,7 +100,9 @@ class Preparer:
     def _prepare(self, sample: Sample, template: str, images: list[Any], key: str) -> Prepared:
         if self._special and (found := next(filter(None, (self._special.search(t.text) for t in sample.turns)), None)):
             raise SkipRow("reserved_token", f"the text holds {found.group()!r}, which the tokenizer reserves")
-        rendered = render(self._chat_owner(), self.tokenizer, sample.turns, template, self._image_text if template == "plain" else "")
+        rendered = render(
+            self._chat_owner(), self.tokenizer, sample.turns, template, self._image_text if template == "plain" else ""
+        )
         text = self._tokenize(rendered, template)
         input_ids, inputs = text.ids.to(torch.int64), {}
         if images or template not in self._text_alone:
@@ -265,9 +267,7 @@ def expanded(rendered: Rendered, replaced: Sequence[Mapping[str, Any]]) -> Rende
     return Rendered("".join([*text, rendered.text[at:]]), spans[0], rendered.roles, spans[1], images)
 
 
-def render(
-    owner: Any, tokenizer: Any, turns: Sequence[Turn], template: str, image_text: str = PLACEHOLDER
-) -> Rendered:
+def render(owner: Any, tokenizer: Any, turns: Sequence[Turn], template: str, image_text: str = PLACEHOLDER) -> Rendered:
     """The row as text with the spans of its turns and answers.
 
     ``plain`` (LLaVA's caption phase): user text dropped, ``image_text`` an image + caption + newline. ``chat``: the model's own template;

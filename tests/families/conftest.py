@@ -17,10 +17,13 @@ import torch
 FOUND = importlib.util.find_spec("torchvision") is not None
 
 if FOUND:
-    _library = torch.library.Library("torchvision", "DEF")
-    for _operator in ("nms", "qnms"):
-        _library.define(f"{_operator}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-    import torchvision  # noqa: F401
+    try:
+        import torchvision  # noqa: F401
+    except RuntimeError:  # operator torchvision::nms does not exist
+        _library = torch.library.Library("torchvision", "DEF")
+        for _operator in ("nms", "qnms"):
+            _library.define(f"{_operator}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+        import torchvision  # noqa: F401
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -191,13 +191,19 @@ def qwen(kind: str, width: int, extra_rows: int, seed: int) -> tuple[Any, Any]:
     vision = {"depth": 2, "hidden_size": 16, "intermediate_size": 24, "num_heads": 2, "patch_size": 4}
     text = text_sizes(width, tokenizer, extra_rows)
     head = width // text["num_attention_heads"]
-    rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [head // 2 - 2 * (head // 8), head // 8, head // 8]}
+    rope = {
+        "rope_type": "default",
+        "rope_theta": 10000.0,
+        "mrope_section": [head // 2 - 2 * (head // 8), head // 8, head // 8],
+    }
     if not is_25:
         text |= {"head_dim": head}
         rope |= {"mrope_interleaved": True}
     ids = {
         name: tokenizer.convert_tokens_to_ids(token)
-        for name, token in zip(("vision_start_token_id", "vision_end_token_id", "image_token_id", "video_token_id"), QWEN_TOKENS)
+        for name, token in zip(
+            ("vision_start_token_id", "vision_end_token_id", "image_token_id", "video_token_id"), QWEN_TOKENS
+        )
     }
     config = getattr(transformers, f"{kind}Config")(
         text_config={**text, "rope_parameters": rope},
@@ -205,9 +211,7 @@ def qwen(kind: str, width: int, extra_rows: int, seed: int) -> tuple[Any, Any]:
         tie_word_embeddings=False,
         **ids,
     )
-    images = Qwen2VLImageProcessor(
-        patch_size=4, merge_size=2, size={"shortest_edge": 2 * 64, "longest_edge": 40 * 64}
-    )
+    images = Qwen2VLImageProcessor(patch_size=4, merge_size=2, size={"shortest_edge": 2 * 64, "longest_edge": 40 * 64})
     video = transformers.Qwen2VLVideoProcessor if is_25 else transformers.Qwen3VLVideoProcessor
     return config, getattr(transformers, f"{kind}Processor")(
         image_processor=images,
@@ -276,9 +280,7 @@ def one_view(grids: Mapping[str, tuple[int, int]]) -> dict[str, Views]:
 
 def anyres(side: int, grids: Mapping[str, tuple[int, int]]) -> dict[str, Views]:
     """An overview of ``side`` × ``side`` and one grid of all tiles, newlines in it."""
-    return {
-        name: [(WHOLE[name], (side, side), False, 0), (WHOLE[name], grid, True, 0)] for name, grid in grids.items()
-    }
+    return {name: [(WHOLE[name], (side, side), False, 0), (WHOLE[name], grid, True, 0)] for name, grid in grids.items()}
 
 
 def tiles(boxes: list[tuple[int, int, int, int]], whole: tuple[int, int, int, int]) -> Views:

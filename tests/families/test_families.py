@@ -16,6 +16,7 @@ from pipelines.train_student import train
 from student_train.config import TrainSettings
 from student_train.student import freeze_except, module_group
 from teacher_cache.batch import collate
+from teacher_cache.errors import CompatibilityError
 from teacher_cache.prepare import Preparer, content
 from teacher_cache.records import Image, ImageLayout, Sample, Turn, View
 from teacher_cache.rows import decode_image
@@ -68,7 +69,9 @@ def test_rows_become_tokens_and_layouts(family: Family, folder_of: Any, rows_fol
 
 def check_text(family: Family, processor: Any, sample: Sample, row: Any) -> None:
     """The text is the template's, with what the processor writes around an image; that is the user's, and no label."""
-    written = processor.apply_chat_template(messages_of(sample), tokenize=False).replace(family.image_token, "".join(family.marks))
+    written = processor.apply_chat_template(messages_of(sample), tokenize=False).replace(
+        family.image_token, "".join(family.marks)
+    )
     assert processor.tokenizer.decode(row.text.ids.tolist()) == written
     for at in row.text.image_at:
         place = int(row.text_positions[at - 1])
@@ -87,7 +90,9 @@ def ids_of(tokenizer: Any, tokens: tuple[str, ...]) -> list[int]:
 
 
 @each_family
-def test_captions_begin_with_what_the_template_writes_for_an_image(family: Family, folder_of: Any, rows_folder: Path) -> None:
+def test_captions_begin_with_what_the_template_writes_for_an_image(
+    family: Family, folder_of: Any, rows_folder: Path
+) -> None:
     processor, config = load_processor(TeacherSpec(str(folder_of(family.name))))
     preparer = Preparer(processor, config)
     for sample in read_rows(rows_folder)[:4]:
@@ -108,7 +113,9 @@ def test_a_batch_says_what_the_model_says_of_each_row(family: Family, opened: An
     preparer = Preparer(processor, config)
     samples = read_rows(rows_folder)
     prepared = [preparer.prepare(one) for one in samples]
-    states = teacher.hidden(collate(prepared, teacher.pad_id)).view(len(samples), -1, config.get_text_config().hidden_size)
+    states = teacher.hidden(collate(prepared, teacher.pad_id)).view(
+        len(samples), -1, config.get_text_config().hidden_size
+    )
     head = teacher.model.get_output_embeddings().weight
     for number, (sample, row) in enumerate(zip(samples, prepared)):
         text = processor.apply_chat_template(messages_of(sample), tokenize=False)
@@ -227,3 +234,35 @@ def test_modules_are_told_apart(family: Family, folder_of: Any) -> None:
     assert set(groups.values()) == {"vision_tower", "projector", "language_model"}
     for group in set(groups.values()):
         assert {name for name, _ in freeze_except(model, [group])} == {n for n, g in groups.items() if g == group}
+
+
+@each_family
+def test_answers_of_a_batch_are_those_of_single_rows(family: Family, folder_of: Any, rows_folder: Path) -> None:
+    """As `kdcli eval` asks: padded on the left, rows with two images and none among them."""
+    from pipelines.evaluate import answer
+    from student_train.student import load_student
+
+    model, processor = load_student(str(folder_of(family.name)), "sdpa")
+    rows = read_rows(rows_folder)
+    together = answer(model.eval(), processor, rows, max_new_tokens=4)
+    assert together == [answer(model, processor, [row], max_new_tokens=4)[0] for row in rows]
+
+
+def test_idefics_is_refused_in_one_line(tmp_path: Path, rows_folder: Path) -> None:
+    """SmolVLM's older sister, whose processor needs no further package: tiles stand between marks and numbers of rows in the text."""
+    from transformers import Idefics3Config, Idefics3ImageProcessor, Idefics3Processor
+
+    from tests.families.models import template, tokenizer_with
+
+    tokenizer = tokenizer_with(("<fake_token_around_image>", "<global-img>", "<end_of_utterance>"))
+    processor = Idefics3Processor(
+        Idefics3ImageProcessor(size={"longest_edge": 32}, max_image_size={"longest_edge": 16}),
+        tokenizer,
+        image_seq_len=4,
+        chat_template=template("<image>"),
+    )
+    config = Idefics3Config(image_token_id=tokenizer.convert_tokens_to_ids("<image>"))
+    preparer = Preparer(processor, config)
+    with pytest.raises(CompatibilityError, match=r"family idefics3 cuts images into tiles .* not supported") as caught:
+        preparer.prepare(read_rows(rows_folder)[1])
+    assert "\n" not in str(caught.value)

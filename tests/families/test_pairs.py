@@ -106,7 +106,7 @@ def assert_matched_as_by_hand(cache: Path, teacher: Path, trainer: Any, one: Any
                 of_teacher = [(5, 5, 0)]
             (t, end_t), (s, end_s) = patches(of_teacher, starts[0]), patches(of_student, starts[1])
             if len(t) != len(s):
-                t, s, end_t = [sum(t, [])], [sum(s, [])], end_t + 1
+                t, s, end_t = [t[0]], [[*s[0], *s[1]]], end_t + 1
             for group_t, group_s in zip(t, s):
                 cost = (left[group_t][:, None] - right[group_s][None]).abs().sum(2)
                 at, column = linear_sum_assignment(cost.numpy())
@@ -145,7 +145,11 @@ def test_two_families_of_one_tokenizer(
     "teacher, student, reason",
     [
         ("internvl3", "qwen2.5-vl", r"id 4160 is '<img>' for the teacher and '<\|vision_start\|>' for the student"),
-        ("qwen3-vl", "llava-onevision", r"id 4160 is '<\|vision_start\|>' for the teacher and '<video>' for the student"),
+        (
+            "qwen3-vl",
+            "llava-onevision",
+            r"id 4160 is '<\|vision_start\|>' for the teacher and '<video>' for the student",
+        ),
     ],
 )
 def test_another_tokenizer_is_refused_with_its_reason(
@@ -170,7 +174,7 @@ def test_other_compressors_of_tiles(name: str, folder_of: Any, rows_folder: Path
     torch.manual_seed(4)
     model, processor = load_student(str(folder_of("llava-next")), "sdpa", compressor=CompressorSpec(name))
     save_student(model, processor, tmp_path / "student")
-    again, own = load_student(str(tmp_path / "student"), "sdpa")
+    again, _ = load_student(str(tmp_path / "student"), "sdpa")
     for sample, (kinds, _) in zip(read_rows(rows_folder), CHAT):
         row = Preparer(processor, model.config).prepare(sample)
         assert [[(*v.grid, int(v.newline)) for v in one.views] for one in row.layout] == [
