@@ -51,7 +51,8 @@ def not_loaded(what: str, error: Exception) -> KdcliError:
     reason = next(filter(None, str(error).splitlines()), type(error).__name__)
     if isinstance(error, ImportError):
         return KdcliError(
-            f"{what} cannot be loaded ({reason.split('. ')[0]}): install what is missing (`pip install 'kdcli[families]'` brings torchvision)"
+            f"{what} cannot be loaded ({reason.split('. ')[0]}): install what is missing "
+            "(`pip install 'kdcli[families]'` brings torchvision)"
         )
     return KdcliError(f"{what} cannot be loaded ({reason}): give a model folder or a hub id")
 

@@ -6,6 +6,7 @@ imported; nothing here calls them.
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 from collections.abc import Callable
 from pathlib import Path
@@ -18,12 +19,12 @@ FOUND = importlib.util.find_spec("torchvision") is not None
 
 if FOUND:
     try:
-        import torchvision  # noqa: F401
+        importlib.import_module("torchvision")
     except RuntimeError:  # operator torchvision::nms does not exist
         _library = torch.library.Library("torchvision", "DEF")
         for _operator in ("nms", "qnms"):
             _library.define(f"{_operator}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-        import torchvision  # noqa: F401
+        importlib.import_module("torchvision")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
