@@ -16,6 +16,9 @@ from torch.nn.functional import pad
 ROLES = ("system", "user", "assistant")
 """Role codes of text tokens: the index in this tuple is what is stored. The template's own tokens count to their turn."""
 
+KINDS_OF_TOKENS = "mm_token_type_ids"
+"""int64 ``[1, T]`` among a row's ``pixels``: 1 at image tokens, 0 at text. Models with M-RoPE (Qwen-VL) count their positions by it."""
+
 
 @dataclass(frozen=True)
 class Turn:
