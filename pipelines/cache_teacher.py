@@ -25,6 +25,7 @@ from teacher_cache.cache_shard import CaptureJob, RowReader, Teacher, cache_shar
 from teacher_cache.errors import KdcliError, naming_full_disk
 from teacher_cache.fields import CalibratedField, Field, create_field
 from teacher_cache.fields.calibration import Calibration
+from teacher_cache.layout import typical_tokens
 from teacher_cache.plan import Plan, content_hash, known_plan, make_plan, write_plan
 from teacher_cache.prepare import Limits, Preparer
 from teacher_cache.shards.reader import ColumnReader
@@ -179,10 +180,9 @@ def make_preparer(request: CaptureRequest, processor: Any, config: Any) -> Prepa
 
 def plan_for(request: CaptureRequest, storage: Storage, preparer: Preparer, config: Any) -> Plan:
     """The plan that these flags mean: a changed mixture, template or tokenizer does not pass for that of the cache that is there."""
-    vision = config.vision_config
-    side = getattr(vision, "image_size", 336) // max(1, getattr(vision, "patch_size", 14)) if vision else 24
     settings, known = request.settings, known_plan(storage)
-    return make_plan(request.data, settings.shards, preparer.fingerprint(), settings.seed, side * side, known)
+    tokens = typical_tokens(config, preparer.processor)
+    return make_plan(request.data, settings.shards, preparer.fingerprint(), settings.seed, tokens, known)
 
 
 def load_head(spec: TeacherSpec, processor: Any, config: Any) -> torch.Tensor:

@@ -105,7 +105,8 @@ def answer(
         owner = processor if processor.chat_template else tokenizer
         texts.append(owner.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
         kept = sum(turn.text.count(PLACEHOLDER) for turn in asked)
-        images += [decode_image(image, max_image_pixels) for image in row.images[:kept]]
+        if kept:  # a list a row: some processors see several images of a row otherwise than one
+            images.append([decode_image(image, max_image_pixels) for image in row.images[:kept]])
         counts.append(kept)
     arguments = {"images": images} if images else {}
     inputs = processor(

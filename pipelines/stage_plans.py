@@ -17,8 +17,6 @@ from student_train.needs import ROW_ALIGNED, Served, serve
 from student_train.stages import Stage, parse_stages
 from student_train.student import open_student
 from teacher_cache.errors import CacheError, CompatibilityError, KdcliError
-from teacher_cache.fingerprint import processor_fingerprint
-from teacher_cache.plan import difference
 from teacher_cache.shards.commit import committed_shards
 
 
@@ -99,23 +97,3 @@ def settle_compressor(plans: list[StagePlan], student: str) -> list[StagePlan]:
 def row_aligned(plan: StagePlan) -> bool:
     """Whether row i of the student is compared with row i of the teacher."""
     return bool(ROW_ALIGNED & plan.served.fields.keys()) and not hook(plan.method, "alignment")()
-
-
-def check_vocabulary(cache: Cache, plans: list[StagePlan], processor: Any) -> list[str]:
-    """Token ids mean the same on both sides only if the tokenizers are one; rows are compared again as they stream.
-
-    Returns:
-        Notes for the user: a chat template of its own gives the student other prompts around the same answers.
-    """
-    ours = processor_fingerprint(processor)
-    notes = []
-    for name in sorted({name for plan in plans for name in plan.served.names}):
-        teacher = cache.fields[name]["teacher"]
-        if teacher["tokenizer"] != ours["tokenizer"]:
-            lines = "; ".join(difference(teacher["tokenizer"], ours["tokenizer"], "tokenizer"))
-            raise CompatibilityError(
-                f"{cache.storage}: field {name} was made by a teacher with another tokenizer: {lines}"
-            )
-        if teacher["chat_template"] != ours["chat_template"]:
-            notes.append(f"{name}: the teacher read its prompts through another chat template than the student's")
-    return notes

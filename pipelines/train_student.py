@@ -15,8 +15,9 @@ import torch
 
 from pipelines.settings import Settings
 from pipelines.stage_identity import DONE, begun, settled_budget, stage_identity
-from pipelines.stage_plans import StagePlan, check_vocabulary, plan_stages, settle_compressor
+from pipelines.stage_plans import StagePlan, plan_stages, settle_compressor
 from pipelines.stage_trainer import MAPS, OpenSignals, make_trainer, save_maps
+from pipelines.token_ids import check_vocabulary
 from student_train import distributed
 from student_train.cache import Cache, CachedRows
 from student_train.checkpoint import read_card
@@ -92,7 +93,7 @@ def settle(cache: Cache, plans: list[StagePlan], student: str) -> tuple[list[Sta
         hook(plan.method, "check_student")(config, fields)
         check_head(config, fields, student)
     plans = settle_compressor(plans, student)
-    notes = check_vocabulary(cache, plans, processor)
+    notes = check_vocabulary(cache, {name for plan in plans for name in plan.served.names}, processor)
     if made_up:
         notes = [*notes, f"{', '.join(sorted(made_up))}: {null.NOTE}"]
     return plans, notes

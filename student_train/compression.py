@@ -1,4 +1,4 @@
-"""A compressor in a LLaVA-type student: settled before any weights are read, installed, written into its configuration, read back.
+"""A compressor in a LLaVA-1.5 or LLaVA-NeXT student: settled before any weights are read, installed, saved and read back.
 
 The configuration's entry ``kdcli_compressor`` says what the folder holds. The processor is the stock one but for the number of
 placeholders of an image, which is why a saved folder has a stock processor beside that entry.
@@ -6,12 +6,15 @@ placeholders of an image, which is why a saved folder has a stock processor besi
 
 from __future__ import annotations
 
+import copy
 from dataclasses import replace
-from functools import lru_cache
+from functools import lru_cache, partial
+from types import SimpleNamespace
 from typing import Any
 
 from torch import nn
 
+from student_train.compressed_processor import compress_processor
 from student_train.compressors import CompressorSpec, Site, compressor_module
 from student_train.config import TrainSettings
 from teacher_cache.errors import CompatibilityError, KdcliError
@@ -19,6 +22,10 @@ from teacher_cache.layout import COMPRESSED
 from teacher_cache.records import ImageLayout
 
 NONE = "none"
+FAMILIES = {"llava": "LlavaForConditionalGeneration", "llava_next": "LlavaNextForConditionalGeneration"}
+"""``model_type`` → class, of families whose projector a compressor can stand for."""
+ANYRES = "llava_next"
+"""An image is several views, each of which is compressed before they are packed."""
 
 
 def compressor_of(config: Any) -> CompressorSpec | None:
@@ -65,7 +72,13 @@ def _settle_fresh(asked: CompressorSpec, config: Any, processor: Any, student: s
         raise KdcliError(
             f"compressor {asked.name} reads the student's own feature layer: leave vision_feature_layers out"
         )
-    return replace(module.settle(asked, site_of(config, processor, student)), optional=False)
+    site = site_of(config, processor, student)
+    if module.ELASTIC and config.model_type == ANYRES:
+        raise CompatibilityError(
+            f"compressor {asked.name} keeps the first tokens of an image, and the tiles of {student} are packed by rows and columns: "
+            "use --compressor adaptive_pool"
+        )
+    return replace(module.settle(asked, site), optional=False)
 
 
 def asked_for(settings: TrainSettings, default: str | None = None) -> CompressorSpec | None:
@@ -89,11 +102,11 @@ def asked_for(settings: TrainSettings, default: str | None = None) -> Compressor
 
 
 def site_of(config: Any, processor: Any, student: str) -> Site:
-    """CompatibilityError where the student is not one view of a square grid before a projector (LLaVA-1.5)."""
-    if config.model_type != "llava" or config.vision_config.model_type == "pixtral":
+    """CompatibilityError where the student's views are not square grids before a projector (LLaVA-1.5, LLaVA-NeXT)."""
+    if config.model_type not in FAMILIES or config.vision_config.model_type == "pixtral":
         raise CompatibilityError(
-            f"{student} is of family {config.model_type}: compressors need a LLaVA-1.5 type student (one view an image, a square "
-            "grid, model_type llava): use --compressor none"
+            f"{student} is of family {config.model_type}: compressors need a LLaVA-1.5 or LLaVA-NeXT type student (square views, "
+            f"model_type {' or '.join(FAMILIES)}): use --compressor none"
         )
     site, patches = site_of_config(config), stock_tokens(processor)
     if patches != site.side**2:
@@ -116,7 +129,7 @@ def site_of_config(config: Any) -> Site:
 
 
 def stock_tokens(processor: Any) -> int:
-    """Placeholders that the stock LLaVA processor writes for one image of its crop size."""
+    """Placeholders that the stock LLaVA processor writes for one view of its crop size."""
     crop = getattr(processor.image_processor, "crop_size", None) or processor.image_processor.size
     sides = [crop[side] // processor.patch_size for side in ("height", "width")]
     class_token = processor.vision_feature_select_strategy == "default"
@@ -132,29 +145,37 @@ def install(model: Any, spec: CompressorSpec) -> None:
     setattr(model.config, COMPRESSED, spec.entry())
     if spec.layers:
         model.config.vision_feature_layer = list(spec.layers)
+    if model.config.model_type == ANYRES:
+        model.model.pack_image_features = packing(model, spec)
 
 
-@lru_cache(maxsize=1)
-def compressed_class() -> type:
-    """The LLaVA class that builds the projector its configuration names: ``from_pretrained`` then finds every weight by name.
+def packing(model: Any, spec: CompressorSpec) -> Any:
+    """The model's own packing of tiles (no padding, a newline a row), told that a patch is as large as a compressed token."""
+    coarse = copy.deepcopy(model.config)
+    rows, _ = compressor_module(spec.name).grid(spec)
+    coarse.vision_config.patch_size = coarse.vision_config.image_size // rows
+    # A namespace, not the model itself: a copy of the model must not pack by way of its original.
+    return partial(type(model.model).pack_image_features, SimpleNamespace(config=coarse))
+
+
+@lru_cache(maxsize=len(FAMILIES))
+def compressed_class(family: str) -> type:
+    """The family's class that builds the projector its configuration names: ``from_pretrained`` then finds every weight by name.
 
     It has the stock class's name and module, which decide how transformers names the weights of a folder, and what the folder
     says its class is.
     """
-    from transformers import LlavaForConditionalGeneration
+    import transformers
+
+    stock = getattr(transformers, FAMILIES[family])
 
     def build(self: Any, config: Any) -> None:
-        LlavaForConditionalGeneration.__init__(self, config)
+        stock.__init__(self, config)
         spec = compressor_of(config)
         assert spec is not None
         install(self, spec)
 
-    name = str(LlavaForConditionalGeneration.__name__)
-    return type(
-        name,
-        (LlavaForConditionalGeneration,),
-        {"__init__": build, "__module__": LlavaForConditionalGeneration.__module__},
-    )
+    return type(stock.__name__, (stock,), {"__init__": build, "__module__": stock.__module__})
 
 
 def load_compressed(model_id: str, spec: CompressorSpec, **arguments: Any) -> nn.Module:
@@ -163,7 +184,7 @@ def load_compressed(model_id: str, spec: CompressorSpec, **arguments: Any) -> nn
 
     config = AutoConfig.from_pretrained(model_id, trust_remote_code=False)
     setattr(config, COMPRESSED, spec.entry())
-    model, found = compressed_class().from_pretrained(  # type: ignore[attr-defined]
+    model, found = compressed_class(config.model_type).from_pretrained(  # type: ignore[attr-defined]
         model_id, config=config, output_loading_info=True, **arguments
     )
     missing = sorted(name for name in found["missing_keys"] if "multi_modal_projector" in name)
@@ -172,47 +193,6 @@ def load_compressed(model_id: str, spec: CompressorSpec, **arguments: Any) -> nn
             f"student {model_id!r} says compressor {spec.name}, but lacks its weights {', '.join(missing)}"
         )
     return model
-
-
-def compress_processor(processor: Any, grid: tuple[int, int]) -> Any:
-    """A twin of the processor that writes ``rows · columns`` placeholders an image; its ``vision_grid`` tells the layout."""
-    return _rebuild_processor(getattr(type(processor), "stock_class", type(processor)), grid, vars(processor))
-
-
-@lru_cache(maxsize=16)
-def _processor_class(base: type, grid: tuple[int, int]) -> type:
-    """A subclass that still has the stock name, which ``save_pretrained`` writes."""
-    count = grid[0] * grid[1]
-
-    def replace_image_token(self: Any, image_inputs: Any, image_idx: int, **kwargs: Any) -> str:
-        return self.image_token * count
-
-    def _get_num_multimodal_tokens(self: Any, image_sizes: Any = None, **kwargs: Any) -> Any:
-        stock = base._get_num_multimodal_tokens(self, image_sizes, **kwargs)  # type: ignore[attr-defined]
-        if image_sizes is not None:
-            stock.num_image_tokens = [count] * len(image_sizes)
-        return stock
-
-    def reduce(self: Any, protocol: Any) -> Any:
-        # Pickle finds a class by its name, which is the stock one's: loader processes rebuild this one.
-        return _rebuild_processor, (base, grid, vars(self))
-
-    own = {
-        "replace_image_token": replace_image_token,
-        "_get_num_multimodal_tokens": _get_num_multimodal_tokens,
-        "__reduce_ex__": reduce,
-        "__module__": base.__module__,
-        "__doc__": base.__doc__,
-        "stock_class": base,
-        "vision_grid": grid,
-    }
-    return type(base.__name__, (base,), own)
-
-
-def _rebuild_processor(base: type, grid: tuple[int, int], state: dict[str, Any]) -> Any:
-    processor: Any = object.__new__(_processor_class(base, grid))
-    vars(processor).update(state)
-    return processor
 
 
 def first_tokens(layout: tuple[ImageLayout, ...], count: int) -> tuple[ImageLayout, ...]:

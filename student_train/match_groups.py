@@ -81,8 +81,9 @@ def _view_rows(layout: ImageLayout, first: int) -> list[torch.Tensor]:
     """Row numbers of every view's patches; the image's rows begin at ``first``."""
     rows = []
     for view in layout.views:
-        numbers = torch.arange(first, first + view.tokens()).view(view.grid[0], -1)
-        rows.append(numbers[:, : view.grid[1]].flatten())
+        height, width = view.grid
+        numbers = torch.arange(height)[:, None] * (width + view.newline) + torch.arange(width)
+        rows.append(first + numbers.flatten())
         first += view.tokens()
     return rows
 

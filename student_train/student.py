@@ -68,7 +68,7 @@ def open_student(
     try:
         processor = AutoProcessor.from_pretrained(model_id, trust_remote_code=trust_remote_code)
         config = AutoConfig.from_pretrained(model_id, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, ImportError) as error:
         raise not_loaded(f"student {model_id!r}", error) from None
     spec = settle(compressor, config, processor, model_id)
     return with_grid(processor, spec), config, spec

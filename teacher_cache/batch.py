@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from teacher_cache.records import Prepared
+from teacher_cache.records import KINDS_OF_TOKENS, Prepared
 
 KINDS = ("vision", "response", "text", "answer")
 """Rows at the vision tokens; those that predict a response token (shifted); at every text token; at the response tokens themselves."""
@@ -55,19 +55,21 @@ def collate(prepared: Sequence[Prepared], pad_id: int) -> Batch:
     }
     return Batch(
         keys=tuple(one.key for one in prepared),
-        inputs={"input_ids": input_ids, "attention_mask": attention_mask, **_join_pixels(prepared)},
+        inputs={"input_ids": input_ids, "attention_mask": attention_mask, **_join_pixels(prepared, length)},
         rows={kind: torch.cat([at + i * length for i, at in enumerate(positions[kind])]) for kind in KINDS},
         counts={kind: tuple(len(at) for at in positions[kind]) for kind in KINDS},
         labels=torch.cat([one.labels for one in prepared]),
     )
 
 
-def _join_pixels(prepared: Sequence[Prepared]) -> dict[str, torch.Tensor]:
-    """Concatenate the processors' tensors over images; views a sample lacks (anyres tiles) are zero-padded."""
+def _join_pixels(prepared: Sequence[Prepared], length: int) -> dict[str, torch.Tensor]:
+    """Concatenate the processors' tensors over images; views a sample lacks (anyres tiles) are zero-padded, as is what is a token's."""
     joined: dict[str, torch.Tensor] = {}
     for name in sorted({name for one in prepared for name in one.pixels}):
         tensors = [one.pixels[name] for one in prepared if name in one.pixels]
-        if tensors[0].ndim == 5:
+        if name == KINDS_OF_TOKENS:
+            tensors = [torch.nn.functional.pad(t, (0, length - t.shape[1])) for t in tensors]
+        elif tensors[0].ndim == 5:
             views = max(tensor.shape[1] for tensor in tensors)
             tensors = [torch.nn.functional.pad(t, (0, 0) * 3 + (0, views - t.shape[1])) for t in tensors]
         joined[name] = torch.cat(tensors)

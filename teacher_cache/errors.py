@@ -48,7 +48,12 @@ def not_loaded(what: str, error: Exception) -> KdcliError:
             f"{what} brings program code of its own, which is not run: read that code, then give --trust-remote-code "
             "(or trust_remote_code = true in kd.toml), or use a model that transformers knows"
         )
-    reason = (str(error).splitlines() or [type(error).__name__])[0]
+    reason = next(filter(None, str(error).splitlines()), type(error).__name__)
+    if isinstance(error, ImportError):
+        return KdcliError(
+            f"{what} cannot be loaded ({reason.split('. ')[0]}): install what is missing "
+            "(`pip install 'kdcli[families]'` brings torchvision)"
+        )
     return KdcliError(f"{what} cannot be loaded ({reason}): give a model folder or a hub id")
 
 

@@ -76,7 +76,8 @@ class KnownText:
         if not images:
             return {}, []
         processor = self.preparer.processor
-        inputs = dict(self._image_inputs(images))
+        plain = isinstance(self._image_inputs, PlainPixels)
+        inputs = dict(self._image_inputs(images if plain else [images]))  # as Preparer gives a row's images
         said = [processor.replace_image_token(inputs, image_idx=number) for number in range(len(images))]
         counts = [one.count(self._image_token) for one in said]
         if any(one != self._image_token * count for one, count in zip(said, counts)):

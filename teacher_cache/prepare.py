@@ -7,9 +7,10 @@ Vision rows are *not* shifted: they are taken at the vision token itself.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -18,11 +19,10 @@ import torch
 from teacher_cache.errors import CompatibilityError, KdcliError, SkipRow
 from teacher_cache.fingerprint import processor_fingerprint
 from teacher_cache.layout import image_layout
-from teacher_cache.records import ROLES, ImageLayout, Prepared, Sample, TextTokens, Turn
+from teacher_cache.records import KINDS_OF_TOKENS, ROLES, ImageLayout, Prepared, Sample, TextTokens, Turn
+from teacher_cache.rendering import PLACEHOLDER, Rendered, expanded, image_text, render
+from teacher_cache.rendering import content as content
 from teacher_cache.rows import check_turns, decode_image, row_key
-
-TEMPLATES = ("chat", "plain")
-PLACEHOLDER = "<image>"
 
 
 @dataclass(frozen=True)
@@ -35,16 +35,6 @@ class Limits:
     def __post_init__(self) -> None:
         if self.over_length not in ("skip", "cut"):
             raise KdcliError(f"over_length must be skip or cut, got {self.over_length!r}")
-
-
-@dataclass(frozen=True)
-class Rendered:
-    """A row as one string: ``turns[i]`` is the character span of turn i and ``roles[i]`` who speaks, ``answers`` the label spans."""
-
-    text: str
-    turns: list[tuple[int, int]]
-    roles: list[str]
-    answers: list[tuple[int, int]]
 
 
 class Preparer:
@@ -60,6 +50,7 @@ class Preparer:
         self.image_token_id = int(config.image_token_id)
         self._text_alone: set[str] = set()
         """Templates of which a row without images was seen to become what the tokenizer alone says: no processor is asked again."""
+        self._tells_kinds = KINDS_OF_TOKENS in getattr(processor, "model_input_names", ())
         special = {t for t in self.tokenizer.all_special_tokens if t != PLACEHOLDER}
         self._special = re.compile("|".join(map(re.escape, sorted(special)))) if special else None
         if self.tokenizer.convert_ids_to_tokens(self.image_token_id) is None:
@@ -90,16 +81,22 @@ class Preparer:
     def _prepare(self, sample: Sample, template: str, images: list[Any], key: str) -> Prepared:
         if self._special and (found := next(filter(None, (self._special.search(t.text) for t in sample.turns)), None)):
             raise SkipRow("reserved_token", f"the text holds {found.group()!r}, which the tokenizer reserves")
-        rendered = render(self._chat_owner(), self.tokenizer, sample.turns, template)
+        rendered = render(
+            self._chat_owner(), self.tokenizer, sample.turns, template, self._image_text if template == "plain" else ""
+        )
         text = self._tokenize(rendered, template)
         input_ids, inputs = text.ids.to(torch.int64), {}
         if images or template not in self._text_alone:
-            inputs = self._expand(rendered.text, images, template)
+            inputs, replaced = self._expand(rendered.text, images, template)
             input_ids = inputs.pop("input_ids")[0].to(torch.int64)
+            if not torch.equal(input_ids[input_ids != self.image_token_id].to(torch.uint32), text.ids):
+                # The processor writes text of its own around an image.
+                text = self._tokenize(expanded(rendered, replaced), template)
             if not torch.equal(input_ids[input_ids != self.image_token_id].to(torch.uint32), text.ids):
                 raise CompatibilityError(
                     f"{sample.place}: the processor's expansion changes text tokens; this family is not supported"
                 )
+            self._check_kinds(inputs, input_ids, sample.place)
             if not images and not inputs:
                 self._text_alone.add(template)
         if len(input_ids) > self.limits.max_length:
@@ -118,6 +115,9 @@ class Preparer:
         """The row of these tokens: where its vision, text and response rows stand."""
         is_vision = input_ids == self.image_token_id
         text_positions = torch.nonzero(~is_vision).flatten()
+        layout = self._layout(images, pixels, int(is_vision.sum()), sample.place)
+        if self._tells_kinds:
+            pixels = {**pixels, KINDS_OF_TOKENS: is_vision[None].to(torch.int64)}
         labels_at = text_positions[text.response]
         return Prepared(
             key=key,
@@ -128,7 +128,7 @@ class Preparer:
             response_rows=labels_at - 1,
             labels=input_ids[labels_at],
             text=text,
-            layout=self._layout(images, pixels, int(is_vision.sum()), sample.place),
+            layout=layout,
             pixels=pixels,
             turns=len(sample.turns),
         )
@@ -150,20 +150,40 @@ class Preparer:
         role = np.array([ROLES.index(role) for role in rendered.roles], dtype=np.uint8)[turn]
         is_text = ids != self.image_token_id
         columns = (ids[is_text].astype(np.uint32), role[is_text], turn[is_text].astype(np.uint16), response[is_text])
-        image_at = tuple(np.cumsum(is_text)[~is_text].tolist())
+        images = np.flatnonzero(~is_text)
+        if rendered.images is not None:  # the first image token of each
+            images = images[np.searchsorted(spans[images, 0], rendered.images)]
+        image_at = tuple(np.cumsum(is_text)[images].tolist())
         ids_N, role_N, turn_N, response_N = map(torch.from_numpy, columns)
         return TextTokens(ids_N, role_N, turn_N, response_N, image_at)
 
-    def _expand(self, text: str, images: list[Any], template: str) -> dict[str, torch.Tensor]:
-        arguments = {"text": [text], "return_tensors": "pt", "add_special_tokens": template == "plain"}
+    def _expand(
+        self, text: str, images: list[Any], template: str
+    ) -> tuple[dict[str, torch.Tensor], list[dict[str, Any]]]:
+        """(the processor's tensors, what it wrote in place of each image: ``span`` in the text, ``replacement``)"""
+        arguments: dict[str, Any] = {"text": [text], "return_tensors": "pt", "add_special_tokens": template == "plain"}
         if images:
-            arguments["images"] = images
+            # A list in a list: the images of one row (OneVision sees several images of a row otherwise than one).
+            arguments |= {"images": [images], "return_text_replacement_offsets": True}
         try:
             inputs = dict(self.processor(**arguments))
         except (ValueError, IndexError) as error:
             raise SkipRow("processor_refused", f"the processor refuses the row: {error}") from None
         inputs.pop("attention_mask", None)
-        return inputs
+        replaced = inputs.pop("text_replacement_offsets", [[]])
+        return inputs, replaced[0] if replaced else []
+
+    def _check_kinds(self, inputs: dict[str, torch.Tensor], input_ids: torch.Tensor, place: str) -> None:
+        """Takes the kinds of tokens out of ``inputs``: ``assemble`` makes them, for stored tokens as well."""
+        kinds = inputs.pop(KINDS_OF_TOKENS, None)
+        if kinds is not None and not torch.equal(kinds[0] == 1, input_ids == self.image_token_id):
+            raise CompatibilityError(
+                f"{place}: the processor counts other tokens than image tokens to its images; this family is not supported"
+            )
+
+    @cached_property
+    def _image_text(self) -> str:
+        return image_text(self._chat_owner(), str(getattr(self.processor, "image_token", PLACEHOLDER)))
 
     def _layout(self, images: list[Any], inputs: Mapping[str, Any], tokens: int, place: str) -> tuple[ImageLayout, ...]:
         if not images:
@@ -192,58 +212,3 @@ def token_counter(processor: Any, config: Any, templates: Mapping[str, str]) -> 
     """Counts a row's tokens, image tokens included, as capture would; may raise SkipRow. templates: part → template."""
     preparer = Preparer(processor, config, Limits(max_length=1 << 60))
     return lambda sample: len(preparer.prepare(sample, templates[sample.part]))
-
-
-def render(owner: Any, tokenizer: Any, turns: Sequence[Turn], template: str) -> Rendered:
-    """The row as text with the spans of its turns and answers.
-
-    ``plain`` (LLaVA's caption phase): user text dropped, ``<image>`` + caption + newline. ``chat``: the model's own template;
-    answer spans are prefix differences, so they hold for templates without generation tags; the end-of-turn token is a label,
-    white space that the template writes after it is not.
-    """
-    if template == "plain":
-        images = PLACEHOLDER * sum(turn.text.count(PLACEHOLDER) for turn in turns)
-        caption = "".join(turn.text for turn in turns if turn.role == "assistant").strip() + "\n"
-        text = images + caption
-        spans = [(0, len(images)), (len(images), len(text))]
-        return Rendered(text, spans, ["user", "assistant"], spans[1:])
-    if template != "chat":
-        raise KdcliError(f"unknown template {template!r}: the templates are {', '.join(TEMPLATES)}")
-    if not owner.chat_template:
-        raise CompatibilityError('the model has no chat template: use template = "plain" or a model that has one')
-    messages = [{"role": turn.role, "content": content(turn.text)} for turn in turns]
-
-    def prefix(count: int, prompt: bool = False) -> str:
-        return owner.apply_chat_template(messages[:count], tokenize=False, add_generation_prompt=prompt)
-
-    ends = [prefix(i + 1) for i in range(len(turns))]
-    text, spans, answers = ends[-1], [], []
-    for i, turn in enumerate(turns):
-        if not text.startswith(ends[i]):
-            raise CompatibilityError(
-                "the chat template rewrites earlier turns (its prefixes differ): labels cannot be placed"
-            )
-        start = len(ends[i - 1]) if i else 0
-        spans.append((start, len(ends[i])))
-        if turn.role == "assistant":
-            prompt = prefix(i, prompt=True)
-            if not ends[i].startswith(prompt):
-                raise CompatibilityError(
-                    "the chat template's generation prompt is no prefix of its answers: labels cannot be placed"
-                )
-            answers.append((len(prompt), len(ends[i].rstrip())))
-    return Rendered(text, spans, [turn.role for turn in turns], answers)
-
-
-def content(text: str) -> list[dict[str, str]]:
-    """LLaVA text with placeholders → message content; newlines that only set the placeholder apart are the template's business."""
-    pieces = text.split(PLACEHOLDER)
-    if len(pieces) == 1:
-        return [{"type": "text", "text": text}]
-    parts: list[dict[str, str]] = []
-    for i, piece in enumerate(pieces):
-        if i:
-            parts.append({"type": "image"})
-        if stripped := piece.strip("\n"):
-            parts.append({"type": "text", "text": stripped})
-    return parts

@@ -16,6 +16,9 @@ from torch.nn.functional import pad
 ROLES = ("system", "user", "assistant")
 """Role codes of text tokens: the index in this tuple is what is stored. The template's own tokens count to their turn."""
 
+KINDS_OF_TOKENS = "mm_token_type_ids"
+"""int64 ``[1, T]`` among a row's ``pixels``: 1 at image tokens, 0 at text. Models with M-RoPE (Qwen-VL) count their positions by it."""
+
 
 @dataclass(frozen=True)
 class Turn:
@@ -88,18 +91,20 @@ class View:
     """One image view that the vision tower sees.
 
     Attributes:
-        crop: (left, top, right, bottom) in pixels of the original image.
+        crop: (left, top, right, bottom) in pixels of the original image; it reaches beyond the image where the view is padded.
         grid: (rows, columns) of vision tokens that this view yields.
         newline: True where every grid row is followed by one newline token (LLaVA-NeXT).
+        tail: tokens after the grid that show no patch (OneVision ends each of several images with one newline).
     """
 
     crop: tuple[int, int, int, int]
     grid: tuple[int, int]
     newline: bool = False
+    tail: int = 0
 
     def tokens(self) -> int:
         """Vision tokens of this view, newlines included."""
-        return self.grid[0] * (self.grid[1] + self.newline)
+        return self.grid[0] * (self.grid[1] + self.newline) + self.tail
 
     def places(self) -> Iterator[tuple[int, int, int]]:
         """(grid row, grid column, number of the token inside the view) of every patch; newline tokens are passed over."""
@@ -125,11 +130,12 @@ class TextTokens:
     """The text of a row as tokens, placeholders *not* expanded (their number differs between teacher and student).
 
     Attributes:
-        ids: uint32 ``[N]``; an image stands as no token at all, ``image_at`` says where.
+        ids: uint32 ``[N]``; an image stands as no token at all, ``image_at`` says where. What a processor writes around an image
+            (InternVL's start and end marks) is text of the turn that the image stands in.
         role: uint8 ``[N]``, index into ``ROLES``.
         turn: uint16 ``[N]``, which turn the token belongs to.
         response: bool ``[N]``, True where the token is a label (assistant answer and its end-of-turn token).
-        image_at: for each image, the number of text tokens before it.
+        image_at: for each image, the number of text tokens before its vision tokens.
     """
 
     ids: torch.Tensor

@@ -21,7 +21,7 @@ from teacher_cache.shards.schema import COUNT, require
 
 MOST_VISION_TOKENS = 1 << 20
 """Of one row: what a layout may ask a reader to count through."""
-_VIEW = {"crop": [int], "grid": [COUNT], "newline": bool}
+_VIEW = {"crop": [int], "grid": [COUNT], "newline": bool, "tail?": COUNT}
 _SHAPE = {
     **dict.fromkeys(("part", "source_id", "place"), str),
     "ordinal": COUNT,
@@ -45,7 +45,7 @@ def encode_sample(sample: Sample, prepared: Prepared) -> dict[str, bytes]:
         "turns": [[turn.role, turn.text] for turn in turns],
         "images": [image.name for image in images],
         "extra": dict(sample.extra),
-        "layout": [asdict(one) for one in prepared.layout],
+        "layout": [_written(one) for one in prepared.layout],
         "image_at": list(prepared.text.image_at),
         "response_sha256": [hash_ids(ids) for ids in response_spans(prepared.text)],
     }
@@ -94,12 +94,19 @@ def _check(text: TextTokens, layout: tuple[ImageLayout, ...]) -> None:
         raise ValueError(f"a layout of more than {MOST_VISION_TOKENS:,} vision tokens")
 
 
+def _written(layout: ImageLayout) -> dict[str, Any]:
+    """A tail is written where there is one: few families have any."""
+    body = asdict(layout)
+    body["views"] = [{k: v for k, v in view.items() if k != "tail" or v} for view in body["views"]]
+    return body
+
+
 def _layout(body: dict[str, Any]) -> ImageLayout:
     views = []
     for view in body["views"]:
         left, top, right, bottom = view["crop"]
         rows, columns = view["grid"]
-        views.append(View((left, top, right, bottom), (rows, columns), view["newline"]))
+        views.append(View((left, top, right, bottom), (rows, columns), view["newline"], view.get("tail", 0)))
     width, height = body["size"]
     return ImageLayout((width, height), tuple(views))
 

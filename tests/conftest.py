@@ -11,6 +11,7 @@ import shutil
 import tempfile
 from collections.abc import Callable
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ PADDING_ROWS = 7  # rows of the head beyond the tokenizer's length, as real chec
 ALL_FIELDS = ("response_topk", "vision_topk", "response_hidden", "vision_hidden", "affinity", "relation")
 
 
+FAMILIES = Path(__file__).parent / "families"
 LONG = (
     "test_docs.py",
     "test_processes.py",
@@ -39,6 +41,12 @@ LONG = (
     "test_estimate.py",
 )
 """Files that take minutes: begun first, they do not keep one process busy when the other has nothing left."""
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """Families need torchvision (`make test` runs them by themselves); who asks for them by name is told so by their conftest."""
+    asked = any("families" in one for one in config.args)
+    return True if collection_path == FAMILIES and not asked and not find_spec("torchvision") else None
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

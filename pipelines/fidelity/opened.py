@@ -11,13 +11,13 @@ from pipelines.fidelity.sources import same_teacher, serve_terms, teacher_spec
 from pipelines.fidelity.student import Student
 from pipelines.fidelity.terms import MATCHING, MATCHING_NEEDS, TERMS
 from pipelines.stage_plans import complete_fields
+from pipelines.token_ids import check_tokenizer
 from student_train.cache import Cache
 from student_train.needs import Need, Served, served_by
 from student_train.student import load_student
 from student_train.student import open_student as load_student_processor
-from teacher_cache.errors import CompatibilityError, KdcliError
+from teacher_cache.errors import KdcliError
 from teacher_cache.fingerprint import processor_fingerprint
-from teacher_cache.plan import difference
 from teacher_cache.prepare import Preparer
 from teacher_cache.teachers.transformers import TeacherSpec, resolve_device
 
@@ -98,10 +98,7 @@ def open_student(
     processor, config, _ = load_student_processor(request.student, request.trust_remote_code)
     ours = processor_fingerprint(processor)["tokenizer"]
     for name in opened.fields:
-        theirs = opened.cache.fields[name]["teacher"]["tokenizer"]
-        if theirs != ours:
-            lines = "; ".join(difference(theirs, ours, "tokenizer"))
-            raise CompatibilityError(f"{request.student}: field {name} was made with another tokenizer: {lines}")
+        check_tokenizer(opened.cache, name, processor.tokenizer, ours)
     prepared = reader.student_rows(rows, Preparer(processor, config, limits_of(opened.cache)))
     model, _ = load_student(request.student, "sdpa", request.trust_remote_code)
     device = resolve_device(opened.spec)

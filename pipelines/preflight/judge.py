@@ -18,14 +18,8 @@ from pipelines.preflight.ladder import terms_for
 from pipelines.preflight.request import PreflightRequest
 from pipelines.preflight.step_cost import step_cost
 from pipelines.preflight.student_side import StudentRead, row_id
-from pipelines.stage_plans import (
-    StagePlan,
-    check_vocabulary,
-    complete_fields,
-    plan_stages,
-    row_aligned,
-    settle_compressor,
-)
+from pipelines.stage_plans import StagePlan, complete_fields, plan_stages, row_aligned, settle_compressor
+from pipelines.token_ids import check_vocabulary
 from student_train.cache import Cache
 from student_train.methods import create_method
 from student_train.needs import Need, serve
@@ -128,7 +122,7 @@ def judge_method(
         plans = settle_compressor(plans, request.student)
         trusted = request.settings.train.trust_remote_code
         processor, _ = load_processor(TeacherSpec(request.student, trust_remote_code=trusted))
-        body["notes"] += check_vocabulary(cache, plans, processor)
+        body["notes"] += check_vocabulary(cache, {name for plan in plans for name in plan.served.names}, processor)
     except KdcliError as error:
         body["reasons"] += unserved(cache, method, needs, plans) or [str(error)]
     served = {need: fields for plan in plans for need, fields in plan.served.fields.items()}

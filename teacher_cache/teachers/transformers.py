@@ -47,7 +47,7 @@ def load_processor(spec: TeacherSpec) -> tuple[Any, Any]:
     arguments = {"revision": spec.revision, "trust_remote_code": spec.trust_remote_code}
     try:
         return AutoProcessor.from_pretrained(spec.id, **arguments), AutoConfig.from_pretrained(spec.id, **arguments)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, ImportError) as error:
         raise not_loaded(f"model {spec.id!r}", error) from None
 
 

@@ -278,7 +278,7 @@ def test_another_tokenizer_is_refused_before_any_model_loads(
     processor.tokenizer.add_tokens(["zebrafish"])
     processor.save_pretrained(student)
     settings = settings_for(tmp_path / "run", student=str(student))
-    match = r"another tokenizer: tokenizer\.length: cache 4160, here 4161"
+    match = r"another tokenizer: only the student's has 'zebrafish' \(id 4160\), which is text to it: give the student"
     refused(CompatibilityError, match, lambda: train(str(tiny_cache), "llava-kd", settings, "DFT"))
 
 

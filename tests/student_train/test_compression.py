@@ -126,7 +126,7 @@ REFUSED: dict[str, tuple[CompressorSpec, dict[str, Any], str]] = {
     "family": (
         CompressorSpec("adaptive_pool"),
         {"model_type": "llava_onevision"},
-        "family llava_onevision.*LLaVA-1.5 type.*--compressor none",
+        "family llava_onevision.*LLaVA-1.5 or LLaVA-NeXT type.*--compressor none",
     ),
 }
 

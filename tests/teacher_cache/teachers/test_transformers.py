@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+import importlib.util
+import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -198,3 +201,17 @@ def test_missing_models_and_dtypes_are_one_line(tmp_path: Path, teacher_parts) -
         load_processor(TeacherSpec(str(tmp_path / "nothing")))
     with pytest.raises(KdcliError, match="choose auto"):
         resolve_dtype(TeacherSpec("x", dtype="int8"), teacher_parts[1])
+
+
+@pytest.mark.skipif(importlib.util.find_spec("torchvision") is not None, reason="torchvision is there")
+def test_a_processor_without_its_package_is_one_line(tiny_teacher: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(tiny_teacher, tmp_path / "teacher"))
+    body = json.loads((folder / "processor_config.json").read_text())
+    videos = {"video_processor_type": "LlavaOnevisionVideoProcessor"}
+    body |= {"processor_class": "LlavaOnevisionProcessor", "video_processor": videos}
+    (folder / "processor_config.json").write_text(json.dumps(body))
+    with pytest.raises(
+        KdcliError, match=r"requires the Torchvision library .*pip install 'kdcli\[families\]'"
+    ) as caught:
+        load_processor(TeacherSpec(str(folder)))
+    assert "\n" not in str(caught.value)
