@@ -1,4 +1,4 @@
-"""A row as tokens and pixels, for any model: chat template, images, label mask, vision layout.
+"""A row as tokens and pixels, for any model: text by a template, images, label mask, vision layout.
 
 Two conventions are stated here once. Response rows are *shifted*: the row at position t-1 predicts the token at t.
 Vision rows are *not* shifted: they are taken at the vision token itself.
@@ -7,7 +7,7 @@ Vision rows are *not* shifted: they are taken at the vision token itself.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
@@ -19,10 +19,8 @@ from teacher_cache.errors import CompatibilityError, KdcliError, SkipRow
 from teacher_cache.fingerprint import processor_fingerprint
 from teacher_cache.layout import image_layout
 from teacher_cache.records import ROLES, ImageLayout, Prepared, Sample, TextTokens, Turn
-from teacher_cache.rows import check_turns, decode_image, row_key
-
-TEMPLATES = ("chat", "plain")
-PLACEHOLDER = "<image>"
+from teacher_cache.rows import PLACEHOLDER, check_turns, decode_image, row_key
+from teacher_cache.templates import TEMPLATES, Rendered, check_tokens, find_template
 
 
 @dataclass(frozen=True)
@@ -35,16 +33,6 @@ class Limits:
     def __post_init__(self) -> None:
         if self.over_length not in ("skip", "cut"):
             raise KdcliError(f"over_length must be skip or cut, got {self.over_length!r}")
-
-
-@dataclass(frozen=True)
-class Rendered:
-    """A row as one string: ``turns[i]`` is the character span of turn i and ``roles[i]`` who speaks, ``answers`` the label spans."""
-
-    text: str
-    turns: list[tuple[int, int]]
-    roles: list[str]
-    answers: list[tuple[int, int]]
 
 
 class Preparer:
@@ -60,8 +48,8 @@ class Preparer:
         self.image_token_id = int(config.image_token_id)
         self._text_alone: set[str] = set()
         """Templates of which a row without images was seen to become what the tokenizer alone says: no processor is asked again."""
-        special = {t for t in self.tokenizer.all_special_tokens if t != PLACEHOLDER}
-        self._special = re.compile("|".join(map(re.escape, sorted(special)))) if special else None
+        self._reserved: dict[str, re.Pattern[str] | None] = {}
+        """By template that was checked: what no row may hold."""
         if self.tokenizer.convert_ids_to_tokens(self.image_token_id) is None:
             raise CompatibilityError(
                 f"image token id {self.image_token_id} is not in the tokenizer: not this model's processor"
@@ -88,9 +76,10 @@ class Preparer:
             self._prepare(Sample("", 0, "", "a probe row", turns), template, [], "probe")
 
     def _prepare(self, sample: Sample, template: str, images: list[Any], key: str) -> Prepared:
-        if self._special and (found := next(filter(None, (self._special.search(t.text) for t in sample.turns)), None)):
+        special = self._reserved_by(template)
+        if special and (found := next(filter(None, (special.search(t.text) for t in sample.turns)), None)):
             raise SkipRow("reserved_token", f"the text holds {found.group()!r}, which the tokenizer reserves")
-        rendered = render(self._chat_owner(), self.tokenizer, sample.turns, template)
+        rendered = find_template(template).render(self._chat_owner(), sample.turns)
         text = self._tokenize(rendered, template)
         input_ids, inputs = text.ids.to(torch.int64), {}
         if images or template not in self._text_alone:
@@ -135,7 +124,9 @@ class Preparer:
 
     def _tokenize(self, rendered: Rendered, template: str) -> TextTokens:
         """Tokens of the text without the images, each with its turn, role and label flag, by character offsets."""
-        encoded = self.tokenizer(rendered.text, add_special_tokens=template == "plain", return_offsets_mapping=True)
+        encoded = self.tokenizer(
+            rendered.text, add_special_tokens=TEMPLATES[template].begins, return_offsets_mapping=True
+        )
         # numpy: a dozen operations on a handful of tokens, each several times cheaper than torch's.
         ids = np.array(encoded["input_ids"], dtype=np.int64)
         spans = np.array(encoded["offset_mapping"], dtype=np.int64).reshape(-1, 2)
@@ -155,7 +146,7 @@ class Preparer:
         return TextTokens(ids_N, role_N, turn_N, response_N, image_at)
 
     def _expand(self, text: str, images: list[Any], template: str) -> dict[str, torch.Tensor]:
-        arguments = {"text": [text], "return_tensors": "pt", "add_special_tokens": template == "plain"}
+        arguments = {"text": [text], "return_tensors": "pt", "add_special_tokens": TEMPLATES[template].begins}
         if images:
             arguments["images"] = images
         try:
@@ -184,6 +175,14 @@ class Preparer:
             raise SkipRow("over_length", f"{length} tokens, the limit is {self.limits.max_length}")
         return self._prepare(replace(sample, turns=turns), template, images[:kept_images], key)
 
+    def _reserved_by(self, template: str) -> re.Pattern[str] | None:
+        """Checks the template's own tokens the first time that it is used."""
+        if template not in self._reserved:
+            check_tokens(template, self.tokenizer, self.tokenizer.convert_ids_to_tokens(self.image_token_id))
+            reserved = {*self.tokenizer.all_special_tokens, *TEMPLATES[template].tokens} - {PLACEHOLDER}
+            self._reserved[template] = re.compile("|".join(map(re.escape, sorted(reserved)))) if reserved else None
+        return self._reserved[template]
+
     def _chat_owner(self) -> Any:
         return self.processor if getattr(self.processor, "chat_template", None) else self.tokenizer
 
@@ -192,58 +191,3 @@ def token_counter(processor: Any, config: Any, templates: Mapping[str, str]) -> 
     """Counts a row's tokens, image tokens included, as capture would; may raise SkipRow. templates: part → template."""
     preparer = Preparer(processor, config, Limits(max_length=1 << 60))
     return lambda sample: len(preparer.prepare(sample, templates[sample.part]))
-
-
-def render(owner: Any, tokenizer: Any, turns: Sequence[Turn], template: str) -> Rendered:
-    """The row as text with the spans of its turns and answers.
-
-    ``plain`` (LLaVA's caption phase): user text dropped, ``<image>`` + caption + newline. ``chat``: the model's own template;
-    answer spans are prefix differences, so they hold for templates without generation tags; the end-of-turn token is a label,
-    white space that the template writes after it is not.
-    """
-    if template == "plain":
-        images = PLACEHOLDER * sum(turn.text.count(PLACEHOLDER) for turn in turns)
-        caption = "".join(turn.text for turn in turns if turn.role == "assistant").strip() + "\n"
-        text = images + caption
-        spans = [(0, len(images)), (len(images), len(text))]
-        return Rendered(text, spans, ["user", "assistant"], spans[1:])
-    if template != "chat":
-        raise KdcliError(f"unknown template {template!r}: the templates are {', '.join(TEMPLATES)}")
-    if not owner.chat_template:
-        raise CompatibilityError('the model has no chat template: use template = "plain" or a model that has one')
-    messages = [{"role": turn.role, "content": content(turn.text)} for turn in turns]
-
-    def prefix(count: int, prompt: bool = False) -> str:
-        return owner.apply_chat_template(messages[:count], tokenize=False, add_generation_prompt=prompt)
-
-    ends = [prefix(i + 1) for i in range(len(turns))]
-    text, spans, answers = ends[-1], [], []
-    for i, turn in enumerate(turns):
-        if not text.startswith(ends[i]):
-            raise CompatibilityError(
-                "the chat template rewrites earlier turns (its prefixes differ): labels cannot be placed"
-            )
-        start = len(ends[i - 1]) if i else 0
-        spans.append((start, len(ends[i])))
-        if turn.role == "assistant":
-            prompt = prefix(i, prompt=True)
-            if not ends[i].startswith(prompt):
-                raise CompatibilityError(
-                    "the chat template's generation prompt is no prefix of its answers: labels cannot be placed"
-                )
-            answers.append((len(prompt), len(ends[i].rstrip())))
-    return Rendered(text, spans, [turn.role for turn in turns], answers)
-
-
-def content(text: str) -> list[dict[str, str]]:
-    """LLaVA text with placeholders → message content; newlines that only set the placeholder apart are the template's business."""
-    pieces = text.split(PLACEHOLDER)
-    if len(pieces) == 1:
-        return [{"type": "text", "text": text}]
-    parts: list[dict[str, str]] = []
-    for i, piece in enumerate(pieces):
-        if i:
-            parts.append({"type": "image"})
-        if stripped := piece.strip("\n"):
-            parts.append({"type": "text", "text": stripped})
-    return parts
