@@ -2,9 +2,9 @@
 
 - **Images**: ``jpg, jpeg, png, webp, gif, bmp, tif, tiff``, one (``x.jpg``), several (``x.0.jpg``, ``x.img1.png``: by their numbers, or in
   the order in which the row names them) or none.
-- **Text**: ``x.json`` with LLaVA's ``conversations``, or with ``messages`` / ``prompt`` and ``completion`` (see ``message_rows``). A json without
-  them is metadata (as img2dataset writes it): then ``x.txt`` is the caption, else its ``caption`` or ``text``. A caption is
-  the answer to a user turn of images alone.
+- **Text**: ``x.json`` with LLaVA's ``conversations``, or with ``messages`` / ``prompt`` and ``completion`` (see ``message_rows``). A json
+  without them is metadata (as img2dataset writes it): then ``x.txt`` is the caption, else its ``caption`` or ``text``. A caption
+  is the answer to a user turn of images alone.
 - Further files of a sample are not read, whatever they hold; nothing is unpickled. Names that begin with a dot or have none are no samples.
 - Keys may repeat in a tar where other samples stand between; what stands side by side is one sample, and one file twice in it is a bad row.
 
@@ -42,7 +42,7 @@ _TALK = ("messages", "conversations", "prompt", "completion")
 _COMPRESSED = ((b"\x1f\x8b", "gunzip"), (b"BZh", "bunzip2"), (b"\xfd7zXZ", "unxz"), (b"\x28\xb5\x2f\xfd", "unzstd"))
 _SUFFIXES = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
 _KEY = re.compile(r"((?:.*/)?[^./][^./]*)\.([^/]+)", re.DOTALL)
-_DIGITS = re.compile(r"(\d+)")
+_DIGITS = re.compile(r"([0-9]+)")
 
 
 def matches(paths: list[str]) -> bool:
@@ -195,10 +195,13 @@ def _images(sample: _Files) -> list[tuple[str, Member]]:
     return [(suffix, member) for suffix, member in sample.members if suffix.rpartition(".")[2] in IMAGES]
 
 
-def _natural(item: tuple[str, Member]) -> list[tuple[int, int, str]]:
+def _natural(item: tuple[str, Member]) -> list[tuple[bool, int, str]]:
     """``jpg``, ``0.jpg``, ``img2.jpg``, ``img10.jpg``: numbers by their value, a suffix alone first."""
     name = item[0].rpartition(".")[0]
-    return [(0, int(one), "") if one.isdecimal() else (1, 0, one) for one in _DIGITS.split(name) if one]
+    pieces = [(number % 2 == 0, one) for number, one in enumerate(_DIGITS.split(name))]
+    values = [(is_word, one if is_word else one.lstrip("0")) for is_word, one in pieces if one]
+    # Without leading zeros the longer number is the larger; Python would not take thousands of digits for a number.
+    return [(is_word, 0 if is_word else len(one), one) for is_word, one in values]
 
 
 def _text(stream: BinaryIO, member: Member) -> str:
