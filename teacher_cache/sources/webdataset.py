@@ -140,7 +140,8 @@ def _shown(key: str) -> str:
 
 def _samples(stream: BinaryIO, path: str, begin: int = 0, stop: int | None = None) -> Iterator[_Files]:
     """Runs of members with one key; what belongs to no sample is passed over."""
-    key, run, first, last = "", [], 0, 0
+    run: list[tuple[str, Member]] = []
+    key, first, last = "", 0, 0
     for member in read_members(stream, path, begin, stop):
         found = _KEY.fullmatch(member.name)
         if found is None:
