@@ -27,7 +27,7 @@ from teacher_cache.records import Prepared, Sample, SkipRecord
 from teacher_cache.rows import PLACEHOLDER, check_sample, decode_image
 from teacher_cache.sources import DataSpec, open_source
 from teacher_cache.teachers.head import CHUNK_BYTES, chunk_rows, head_logits
-from teacher_cache.templates import write_prompts
+from teacher_cache.templates import find_template, write_prompts
 
 MAX_NEW_TOKENS = 32
 
@@ -278,6 +278,7 @@ def evaluate_folder(
         trust_remote_code: run the code that the folder brings.
         vision_tokens: of an image, for a compressor that serves several counts; None: as the folder says.
     """
+    find_template(spec.template)  # a name that is none shows before anything is loaded
     pruning = pruning_of(compress, keep, compress_layer)
     compressor = None if vision_tokens is None else CompressorSpec("", vision_tokens)
     config = open_student(model_id, trust_remote_code, compressor)[1]

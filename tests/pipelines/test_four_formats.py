@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import tarfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,8 @@ import torch
 from pipelines.cache_teacher import capture
 from pipelines.doctor import examine
 from student_train.cache import Cache, CachedRows
+from teacher_cache.errors import CompatibilityError
+from teacher_cache.plan import difference, make_plan, parse_plan
 from teacher_cache.sources import DataSpec
 
 ROWS, LIMIT = 6, 5
@@ -87,6 +90,25 @@ def test_the_doctor_says_the_same_of_every_format(data: tuple[DataSpec, ...]) ->
             part.part
         )
         assert {kind: found.count for kind, found in part.defects.items()} == {"empty_answer": 1}
+
+
+def test_a_template_that_the_teacher_cannot_read_is_told_before_anything_is_written(
+    data: tuple[DataSpec, ...], make_request: Any, tmp_path: Path
+) -> None:
+    with pytest.raises(CompatibilityError, match="template 'v1' needs </s> as one token"):
+        capture(make_request(tmp_path / "cache", data=[replace(data[0], template="v1")]))
+    assert not (tmp_path / "cache").exists()
+
+
+def test_a_plan_is_bound_to_what_a_template_writes(data: tuple[DataSpec, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    specs = [replace(data[0], part=name, template=name) for name in ("chat", "v1")]
+    before = make_plan(specs, 2, {}, 0, image_tokens=36)
+    assert parse_plan(before.to_bytes(), "here") == before
+    assert [part.fingerprint.get("template", {}).get("name") for part in before.parts] == [None, "v1"]
+    monkeypatch.setattr("teacher_cache.templates.V1_SYSTEM", "Another sentence.")
+    after = make_plan(specs, 2, {}, 0, image_tokens=36)
+    (line,) = difference(before.identity(), after.identity())
+    assert line.startswith("parts.v1.data.template.sha256: cache ")
 
 
 def test_the_same_signals_from_every_format(data: tuple[DataSpec, ...], make_request: Any, tmp_path: Path) -> None:
