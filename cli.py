@@ -81,7 +81,9 @@ data_options = [
     ),
     click.option("--image-root", multiple=True, help="Folder of relative image paths, once for all or once a --data."),
     links_option,
-    click.option("--template", multiple=True, help="chat or plain, once for all or once a --data (default chat)."),
+    click.option(
+        "--template", multiple=True, help="chat, plain, v1 or qwen_1_5, once for all or once a --data (default chat)."
+    ),
     click.option("--limit", multiple=True, type=int, help="Use only the first N rows, once for all or once a --data."),
 ]
 
@@ -940,6 +942,9 @@ def ablate(grid: str, out: str | None, dry_run: bool, as_json: bool, **asked: An
 @click.argument("model")
 @click.option("--data", required=True, help="Held-out file of single questions.")
 @click.option("--image-root", default=None)
+@click.option(
+    "--template", default="chat", show_default=True, help="That the model was trained with: chat, v1 or qwen_1_5."
+)
 @links_option
 @click.option("--limit", type=int, default=None)
 @click.option("--batch-size", default=32, show_default=True)
@@ -957,6 +962,7 @@ def evaluate(
     model: str,
     data: str,
     image_root: str | None,
+    template: str,
     follow_links: bool | None,
     limit: int | None,
     batch_size: int,
@@ -977,7 +983,7 @@ def evaluate(
 
     with bar(console(), "questions") as progress:
         task = progress.add_task("asking", total=None)
-        spec = DataSpec("heldout", data, image_root=image_root, limit=limit, follow_links=bool(follow_links))
+        spec = DataSpec("heldout", data, image_root, template=template, limit=limit, follow_links=bool(follow_links))
         result = evaluate_folder(
             model,
             spec,

@@ -6,9 +6,11 @@ document has parts, one with a part exchanged and every checksum made right agai
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import io
 import json
+import tarfile
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
@@ -398,11 +400,11 @@ def read_words(data: bytes) -> str:
     return work_lines(heartbeat.summary([word] if word else [], 100, now=2.0))
 
 
-def read_mixture(folder: Path, data: bytes) -> int:
+def read_mixture(folder: Path, data: bytes, format_name: str = "llava-json") -> int:
     """Scanned, read and checked row by row; rows = read + skipped."""
-    path = folder / "rows.json"
+    path = folder / "rows"
     path.write_bytes(data)
-    source = open_source(DataSpec("sft", str(path), image_root=str(folder), format="llava-json"))
+    source = open_source(DataSpec("sft", str(path), image_root=str(folder), format=format_name))
     usable = 0
     for group in source.scan(2):
         rows = list(source.read(group))
@@ -450,6 +452,74 @@ def other_mixture(draw: Any) -> bytes:
         st.sampled_from([b"1e999", b"9" * 5000, b"NaN", b"[" * 2000 + b"]" * 2000, b'"\\ud800"', b'{"a":1,"a":2}'])
     )
     return data.replace(b'"x"', odd, 1) if draw(st.booleans()) else data
+
+
+def message_rows() -> list[dict[str, Any]]:
+    uri = "data:image/png;base64," + base64.b64encode(png()).decode()
+    part, text, said = (
+        {"type": "image"},
+        {"type": "text", "text": "What?"},
+        {"role": "assistant", "content": "A square."},
+    )
+    return [
+        {"id": "a", "messages": [{"role": "user", "content": [part, text]}, said], "images": ["a.png"], "n": 1},
+        {
+            "messages": [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "<image>"}, said],
+            "image": uri,
+        },
+        {"prompt": "Hi", "completion": "Ho", "family": "x"},
+        {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": uri}}, text]}, said]},
+    ]
+
+
+def other_lines(draw: Any) -> bytes:
+    """A row exchanged; now and then a line that is none, or a file that ends early."""
+    rows = message_rows()
+    at = draw(st.integers(0, len(rows) - 1))
+    rows[at] = exchanged(rows[at], draw)
+    odd = draw(st.sampled_from([b"", b"\r", b"[" * 2000, b"9" * 5000, b'"\\ud800"', b"\xff"]))
+    return odd + b"\n" + b"\n".join(map(as_json, rows)) + draw(st.sampled_from([b"\n", b"", b"\n{"]))
+
+
+def sample_tar(row: Any = None, kind: int = tarfile.PAX_FORMAT, name: str = "b") -> bytes:
+    """Four samples: LLaVA's turns with an image, a caption, messages with two images, a row without image."""
+    first, _, _ = mixture_rows()
+    two = {"messages": [{"role": "user", "content": "<image><image>"}, {"role": "assistant", "content": "no"}]}
+    text = {"prompt": "Hi", "completion": "Ho"}
+    members = [
+        ("a.png", png()),
+        ("a.json", as_json(first if row is None else row)),
+        (f"{name}.jpg", png("JPEG")),
+        (f"{name}.txt", b"A cat"),
+    ]
+    members += [("c.0.png", png()), ("c.1.png", png()), ("c.json", as_json(two)), ("d.json", as_json(text))]
+    stream = io.BytesIO()
+    with tarfile.open(fileobj=stream, mode="w", format=kind) as tar:
+        for member, data in members:
+            info = tarfile.TarInfo(member)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    return stream.getvalue()
+
+
+def other_tar(draw: Any) -> bytes:
+    """A row or a name exchanged; or a header with another field and its checksum made right again."""
+    kind = draw(st.sampled_from([tarfile.PAX_FORMAT, tarfile.GNU_FORMAT]))
+    if draw(st.booleans()):
+        name = draw(st.sampled_from(["b", "a", "../b", "é" * 200, ".b", "b\n"]))
+        return sample_tar(exchanged(draw(st.sampled_from([*mixture_rows(), *message_rows()])), draw), kind, name)
+    data = bytearray(sample_tar(kind=kind, name="é" * 200))
+    heads = [at for at in range(0, len(data), 512) if data[at + 257 : at + 262] == b"ustar"]
+    at = draw(st.sampled_from(heads))
+    begin, end = draw(st.sampled_from([(0, 100), (124, 136), (156, 157), (345, 500), (482, 483)]))
+    field = draw(
+        st.binary(min_size=1, max_size=end - begin)
+        | st.sampled_from([b"0777777777\0", b"\x80" + b"\xff" * 11, b"-1", b"x", b"S", b"L"])
+    )
+    data[at + begin : at + begin + min(len(field), end - begin)] = field[: end - begin]
+    data[at + 148 : at + 156] = b" " * 8
+    data[at + 148 : at + 156] = b"%06o\0 " % sum(data[at : at + 512])
+    return bytes(data)
 
 
 def images() -> list[bytes]:
@@ -547,6 +617,13 @@ def data_targets(scratch: Path) -> Iterator[Target]:
     rows = as_json(mixture_rows())
     inputs = (random_bytes, partial(changed, rows), *[other_mixture] * 3)
     yield Target("mixture json", partial(read_mixture, scratch), (DataError,), inputs)
+    lines = b"\n".join(map(as_json, message_rows()))
+    read_lines = partial(read_mixture, scratch, format_name="messages-jsonl")
+    yield Target("mixture jsonl", read_lines, (DataError,), (random_bytes, partial(changed, lines), *[other_lines] * 3))
+    read_tar = partial(read_mixture, scratch, format_name="webdataset")
+    yield Target(
+        "mixture tar", read_tar, (DataError,), (random_bytes, partial(changed, sample_tar()), *[other_tar] * 3)
+    )
     settings = scratch / "settings"
     settings.mkdir(exist_ok=True)
     (settings / FILE).unlink(missing_ok=True)

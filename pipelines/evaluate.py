@@ -22,11 +22,12 @@ from student_train.student import RowForward, load_student, open_student
 from teacher_cache.batch import collate
 from teacher_cache.cache_shard import skip_record
 from teacher_cache.errors import DataError, KdcliError, SkipRow
-from teacher_cache.prepare import PLACEHOLDER, Limits, Preparer, content
+from teacher_cache.prepare import Limits, Preparer
 from teacher_cache.records import Prepared, Sample, SkipRecord
-from teacher_cache.rows import check_sample, decode_image
+from teacher_cache.rows import PLACEHOLDER, check_sample, decode_image
 from teacher_cache.sources import DataSpec, open_source
 from teacher_cache.teachers.head import CHUNK_BYTES, chunk_rows, head_logits
+from teacher_cache.templates import find_template, write_prompts
 
 MAX_NEW_TOKENS = 32
 
@@ -95,23 +96,23 @@ def answer(
     max_new_tokens: int = MAX_NEW_TOKENS,
     max_image_pixels: int = DataSpec.max_image_pixels,
     compression: Compression | None = None,
+    template: str = "chat",
 ) -> list[str]:
-    """Greedy answers to each row's last user turn, given the turns before it."""
+    """Greedy answers to each row's last user turn, given the turns before it, asked as ``template`` asks."""
     tokenizer = processor.tokenizer
-    texts, images, counts = [], [], []
-    for row in questions:
-        asked = row.turns[:-1]
-        messages = [{"role": turn.role, "content": content(turn.text)} for turn in asked]
-        owner = processor if processor.chat_template else tokenizer
-        texts.append(owner.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
-        kept = sum(turn.text.count(PLACEHOLDER) for turn in asked)
+    owner = processor if processor.chat_template else tokenizer
+    asked = [row.turns[:-1] for row in questions]
+    texts, begins = write_prompts(template, owner, asked)
+    images: list[Any] = []
+    counts: list[int] = []
+    for row, turns in zip(questions, asked):
+        kept = sum(turn.text.count(PLACEHOLDER) for turn in turns)
         if kept:  # a list a row: some processors see several images of a row otherwise than one
             images.append([decode_image(image, max_image_pixels) for image in row.images[:kept]])
         counts.append(kept)
-    arguments = {"images": images} if images else {}
-    inputs = processor(
-        text=texts, **arguments, return_tensors="pt", padding=True, padding_side="left", add_special_tokens=False
-    ).to(model.device)
+    arguments: dict[str, Any] = {"images": images} if images else {}
+    arguments |= {"padding": True, "padding_side": "left", "add_special_tokens": begins}
+    inputs = processor(text=texts, **arguments, return_tensors="pt").to(model.device)
     with compression.around(model, counts) if compression else nullcontext():
         generated = model.generate(
             **inputs, do_sample=False, max_new_tokens=max_new_tokens, pad_token_id=tokenizer.pad_token_id or 0
@@ -196,7 +197,14 @@ def evaluate(
     answers: list[Answer] = []
     for start in range(0, len(questions), batch_size):
         batch = questions[start : start + batch_size]
-        said = answer(model, processor, batch, max_image_pixels=spec.max_image_pixels, compression=compression)
+        said = answer(
+            model,
+            processor,
+            batch,
+            max_image_pixels=spec.max_image_pixels,
+            compression=compression,
+            template=spec.template,
+        )
         for row, given, (nats, tokens) in zip(batch, said, answer_nats(student, preparer, batch, spec, forced)):
             family = str(row.extra.get("family", row.part))
             answers.append(Answer(family, row.turns[-2].text, row.turns[-1].text, given, nats, tokens))
@@ -271,6 +279,7 @@ def evaluate_folder(
         trust_remote_code: run the code that the folder brings.
         vision_tokens: of an image, for a compressor that serves several counts; None: as the folder says.
     """
+    find_template(spec.template)  # a name that is none shows before anything is loaded
     pruning = pruning_of(compress, keep, compress_layer)
     compressor = None if vision_tokens is None else CompressorSpec("", vision_tokens)
     config = open_student(model_id, trust_remote_code, compressor)[1]

@@ -20,7 +20,8 @@ from teacher_cache.records import RowGroup
 from teacher_cache.shards.schema import COUNT, require
 from teacher_cache.shards.sealed import seal, unseal
 from teacher_cache.shards.storage import Storage
-from teacher_cache.sources import DataSpec, open_source
+from teacher_cache.sources import DataSpec, Source, open_source
+from teacher_cache.templates import template_fingerprint
 
 FORMAT_VERSION = 1
 GROUP_ROWS = 500
@@ -205,11 +206,16 @@ def _again(
     for part, spec in zip(known.parts, specs):
         if replace(part.spec, path=spec.path, image_root=spec.image_root) != spec:
             return None
-        fingerprint = open_source(spec).fingerprint()
+        fingerprint = part_fingerprint(spec, open_source(spec))
         if _without_places(fingerprint) != _without_places(part.fingerprint):
             return None
         parts.append(Part(spec, fingerprint, part.rows))
     return replace(known, parts=tuple(parts))
+
+
+def part_fingerprint(spec: DataSpec, source: Source) -> dict[str, Any]:
+    """What binds a plan to a part: its files, and the template where that is one of ours."""
+    return {**source.fingerprint(), **template_fingerprint(spec.template)}
 
 
 def _scan(spec: DataSpec, shards: int) -> tuple[Part, list[RowGroup]]:
@@ -219,7 +225,7 @@ def _scan(spec: DataSpec, shards: int) -> tuple[Part, list[RowGroup]]:
     if rows and len(groups) < 2 * shards:
         # A small mixture in many shards: finer groups balance and mix better, and every shard gets at least one.
         groups = source.scan(max(1, rows // (4 * shards)))
-    return Part(spec, source.fingerprint(), rows), groups
+    return Part(spec, part_fingerprint(spec, source), rows), groups
 
 
 def _shards_per_part(costs: list[int], rows: list[int], shards: int) -> list[int]:

@@ -1,4 +1,4 @@
-"""A row as tokens and pixels, for any model: chat template, images, label mask, vision layout.
+"""A row as tokens and pixels, for any model: text by a template, images, label mask, vision layout.
 
 Two conventions are stated here once. Response rows are *shifted*: the row at position t-1 predicts the token at t.
 Vision rows are *not* shifted: they are taken at the vision token itself.
@@ -20,9 +20,9 @@ from teacher_cache.errors import CompatibilityError, KdcliError, SkipRow
 from teacher_cache.fingerprint import processor_fingerprint
 from teacher_cache.layout import image_layout
 from teacher_cache.records import KINDS_OF_TOKENS, ROLES, ImageLayout, Prepared, Sample, TextTokens, Turn
-from teacher_cache.rendering import PLACEHOLDER, Rendered, expanded, image_text, render
-from teacher_cache.rendering import content as content
-from teacher_cache.rows import check_turns, decode_image, row_key
+from teacher_cache.rendering import Rendered, expanded, image_text
+from teacher_cache.rows import PLACEHOLDER, check_turns, decode_image, row_key
+from teacher_cache.templates import TEMPLATES, check_tokens, find_template
 
 
 @dataclass(frozen=True)
@@ -51,8 +51,8 @@ class Preparer:
         self._text_alone: set[str] = set()
         """Templates of which a row without images was seen to become what the tokenizer alone says: no processor is asked again."""
         self._tells_kinds = KINDS_OF_TOKENS in getattr(processor, "model_input_names", ())
-        special = {t for t in self.tokenizer.all_special_tokens if t != PLACEHOLDER}
-        self._special = re.compile("|".join(map(re.escape, sorted(special)))) if special else None
+        self._reserved: dict[str, re.Pattern[str] | None] = {}
+        """By template that was checked: what no row may hold."""
         if self.tokenizer.convert_ids_to_tokens(self.image_token_id) is None:
             raise CompatibilityError(
                 f"image token id {self.image_token_id} is not in the tokenizer: not this model's processor"
@@ -79,11 +79,11 @@ class Preparer:
             self._prepare(Sample("", 0, "", "a probe row", turns), template, [], "probe")
 
     def _prepare(self, sample: Sample, template: str, images: list[Any], key: str) -> Prepared:
-        if self._special and (found := next(filter(None, (self._special.search(t.text) for t in sample.turns)), None)):
+        special = self._reserved_by(template)
+        if special and (found := next(filter(None, (special.search(t.text) for t in sample.turns)), None)):
             raise SkipRow("reserved_token", f"the text holds {found.group()!r}, which the tokenizer reserves")
-        rendered = render(
-            self._chat_owner(), self.tokenizer, sample.turns, template, self._image_text if template == "plain" else ""
-        )
+        image = self._image_text if template == "plain" else PLACEHOLDER
+        rendered = find_template(template).render(self._chat_owner(), sample.turns, image)
         text = self._tokenize(rendered, template)
         input_ids, inputs = text.ids.to(torch.int64), {}
         if images or template not in self._text_alone:
@@ -135,7 +135,9 @@ class Preparer:
 
     def _tokenize(self, rendered: Rendered, template: str) -> TextTokens:
         """Tokens of the text without the images, each with its turn, role and label flag, by character offsets."""
-        encoded = self.tokenizer(rendered.text, add_special_tokens=template == "plain", return_offsets_mapping=True)
+        encoded = self.tokenizer(
+            rendered.text, add_special_tokens=TEMPLATES[template].begins, return_offsets_mapping=True
+        )
         # numpy: a dozen operations on a handful of tokens, each several times cheaper than torch's.
         ids = np.array(encoded["input_ids"], dtype=np.int64)
         spans = np.array(encoded["offset_mapping"], dtype=np.int64).reshape(-1, 2)
@@ -161,7 +163,8 @@ class Preparer:
         self, text: str, images: list[Any], template: str
     ) -> tuple[dict[str, torch.Tensor], list[dict[str, Any]]]:
         """(the processor's tensors, what it wrote in place of each image: ``span`` in the text, ``replacement``)"""
-        arguments: dict[str, Any] = {"text": [text], "return_tensors": "pt", "add_special_tokens": template == "plain"}
+        arguments: dict[str, Any] = {"text": [text], "return_tensors": "pt"}
+        arguments["add_special_tokens"] = TEMPLATES[template].begins
         if images:
             # A list in a list: the images of one row (OneVision sees several images of a row otherwise than one).
             arguments |= {"images": [images], "return_text_replacement_offsets": True}
@@ -203,6 +206,14 @@ class Preparer:
         if self.limits.over_length == "skip" or not any(t.role == "assistant" for t in turns):
             raise SkipRow("over_length", f"{length} tokens, the limit is {self.limits.max_length}")
         return self._prepare(replace(sample, turns=turns), template, images[:kept_images], key)
+
+    def _reserved_by(self, template: str) -> re.Pattern[str] | None:
+        """Checks the template's own tokens the first time that it is used."""
+        if template not in self._reserved:
+            check_tokens(template, self.tokenizer, self.tokenizer.convert_ids_to_tokens(self.image_token_id))
+            reserved = {*self.tokenizer.all_special_tokens, *TEMPLATES[template].tokens} - {PLACEHOLDER}
+            self._reserved[template] = re.compile("|".join(map(re.escape, sorted(reserved)))) if reserved else None
+        return self._reserved[template]
 
     def _chat_owner(self) -> Any:
         return self.processor if getattr(self.processor, "chat_template", None) else self.tokenizer

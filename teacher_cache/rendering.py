@@ -1,4 +1,4 @@
-"""A row as one string: turns through the chat template, with the character spans of turns and answers."""
+"""A row as one string: the character spans of its turns and answers, and what stands in it for an image."""
 
 from __future__ import annotations
 
@@ -7,13 +7,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from jinja2 import TemplateError
-
-from teacher_cache.errors import CompatibilityError, KdcliError
-from teacher_cache.records import Turn
-
-TEMPLATES = ("chat", "plain")
-PLACEHOLDER = "<image>"
-"""Of mixtures; what stands for an image in a model's own text is the processor's business."""
 
 
 @dataclass(frozen=True)
@@ -47,61 +40,6 @@ def expanded(rendered: Rendered, replaced: Sequence[Mapping[str, Any]]) -> Rende
 
     spans = [[(follow(a), follow(b)) for a, b in each] for each in (rendered.turns, rendered.answers)]
     return Rendered("".join([*text, rendered.text[at:]]), spans[0], rendered.roles, spans[1], images)
-
-
-def render(owner: Any, tokenizer: Any, turns: Sequence[Turn], template: str, image_text: str = PLACEHOLDER) -> Rendered:
-    """The row as text with the spans of its turns and answers.
-
-    ``plain`` (LLaVA's caption phase): user text dropped, ``image_text`` an image + caption + newline. ``chat``: the model's own template;
-    answer spans are prefix differences, so they hold for templates without generation tags; the end-of-turn token is a label,
-    white space that the template writes after it is not.
-    """
-    if template == "plain":
-        images = image_text * sum(turn.text.count(PLACEHOLDER) for turn in turns)
-        caption = "".join(turn.text for turn in turns if turn.role == "assistant").strip() + "\n"
-        text = images + caption
-        spans = [(0, len(images)), (len(images), len(text))]
-        return Rendered(text, spans, ["user", "assistant"], spans[1:])
-    if template != "chat":
-        raise KdcliError(f"unknown template {template!r}: the templates are {', '.join(TEMPLATES)}")
-    if not owner.chat_template:
-        raise CompatibilityError('the model has no chat template: use template = "plain" or a model that has one')
-    messages = [{"role": turn.role, "content": content(turn.text)} for turn in turns]
-
-    def prefix(count: int, prompt: bool = False) -> str:
-        return owner.apply_chat_template(messages[:count], tokenize=False, add_generation_prompt=prompt)
-
-    ends = [prefix(i + 1) for i in range(len(turns))]
-    text, spans, answers = ends[-1], [], []
-    for i, turn in enumerate(turns):
-        if not text.startswith(ends[i]):
-            raise CompatibilityError(
-                "the chat template rewrites earlier turns (its prefixes differ): labels cannot be placed"
-            )
-        start = len(ends[i - 1]) if i else 0
-        spans.append((start, len(ends[i])))
-        if turn.role == "assistant":
-            prompt = prefix(i, prompt=True)
-            if not ends[i].startswith(prompt):
-                raise CompatibilityError(
-                    "the chat template's generation prompt is no prefix of its answers: labels cannot be placed"
-                )
-            answers.append((len(prompt), len(ends[i].rstrip())))
-    return Rendered(text, spans, [turn.role for turn in turns], answers)
-
-
-def content(text: str) -> list[dict[str, str]]:
-    """LLaVA text with placeholders → message content; newlines that only set the placeholder apart are the template's business."""
-    pieces = text.split(PLACEHOLDER)
-    if len(pieces) == 1:
-        return [{"type": "text", "text": text}]
-    parts: list[dict[str, str]] = []
-    for i, piece in enumerate(pieces):
-        if i:
-            parts.append({"type": "image"})
-        if stripped := piece.strip("\n"):
-            parts.append({"type": "text", "text": stripped})
-    return parts
 
 
 def image_text(owner: Any, token: str) -> str:

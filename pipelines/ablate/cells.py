@@ -219,7 +219,9 @@ class _Planner:
                     except KdcliError as error:
                         raise type(error)(f"{place}: {error}") from None
                 label = ", ".join([file.name, *(f"{name}={value}" for name, value in table.items())])
-                yield Evaluation(label, file, chosen, content_hash([self.contents[file.name], file.limit, chosen]))
+                asked = [] if file.template == EvalFile.template else [file.template]
+                digest = content_hash([self.contents[file.name], file.limit, chosen, *asked])
+                yield Evaluation(label, file, chosen, digest)
 
 
 def _content(file: EvalFile) -> Any:

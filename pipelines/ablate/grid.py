@@ -31,7 +31,7 @@ class EvalFile:
     """``[[eval]]``: a held-out file, asked of every student.
 
     Attributes:
-        name: how the tables call it. limit: only the first so many rows.
+        name: how the tables call it. limit: only the first so many rows. template: that the students were trained with.
         options: further keywords of ``pipelines.evaluate.evaluate_folder``.
     """
 
@@ -40,6 +40,7 @@ class EvalFile:
     image_root: str | None = None
     format: str | None = None
     limit: int | None = None
+    template: str = DataSpec.template
     follow_links: bool = False
     options: Mapping[str, Any] = field(default_factory=dict)
 
@@ -50,6 +51,7 @@ class EvalFile:
             self.path,
             image_root=self.image_root,
             format=self.format,
+            template=self.template,
             limit=self.limit,
             follow_links=self.follow_links,
         )

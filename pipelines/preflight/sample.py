@@ -8,7 +8,7 @@ from typing import Any
 
 from pipelines.fidelity.rows import Row
 from teacher_cache.errors import KdcliError, SkipRow
-from teacher_cache.plan import GROUP_ROWS, Part, Plan, Slice
+from teacher_cache.plan import GROUP_ROWS, Part, Plan, Slice, part_fingerprint
 from teacher_cache.prepare import Preparer
 from teacher_cache.records import RowGroup, SkipRecord
 from teacher_cache.sources import DataSpec, Source, open_source
@@ -35,7 +35,7 @@ def sample_plan(specs: Sequence[DataSpec], rows: int, preparation: Mapping[str, 
     for spec, source, groups, size in zip(specs, sources, scanned, sizes):
         share = min(size, max(round(rows * size / sum(sizes)), rows // (LEAST_SHARE * len(specs)), SLICES))
         chosen = spread(source, groups, size, share)
-        parts.append(Part(spec, source.fingerprint(), sum(group.rows for group in chosen)))
+        parts.append(Part(spec, part_fingerprint(spec, source), sum(group.rows for group in chosen)))
         dealt = [tuple(chosen[number::SLICES]) for number in range(SLICES)]
         slices += [Slice(spec.part, groups) for groups in dealt if groups]
     plan = Plan(tuple(parts), tuple(slices), preparation, seed)

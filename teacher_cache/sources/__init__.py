@@ -25,7 +25,7 @@ class DataSpec:
         path: file, glob or brace URL; several files of one format make one part.
         image_root: folder that relative image paths start from; default: the folder of the first file.
         format: a source's ``FORMAT``; None: found from the files.
-        template: how rows become text: ``chat`` or ``plain``.
+        template: how rows become text: a name of ``teacher_cache.templates``.
         limit: use only the first so many rows.
         max_image_pixels: larger images are skipped (decompression bombs).
         follow_links: links below ``image_root`` may lead out of it (docs/security.md).

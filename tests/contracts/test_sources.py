@@ -8,9 +8,11 @@ from __future__ import annotations
 import io
 import json
 import random
+import tarfile
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import PIL.Image
 import pyarrow as pa
@@ -69,9 +71,34 @@ def write_llava_next_parquet(folder: Path, rows: range, file: int, word: str) ->
     pq.write_table(pa.Table.from_pylist(written, schema=schema), folder / f"part-{file}.parquet", row_group_size=4)
 
 
+def write_messages_jsonl(folder: Path, rows: range, file: int, word: str) -> None:
+    lines = []
+    for i in rows:
+        (folder / f"{i}.png").write_bytes(png(i))
+        messages: list[dict[str, Any]] = [
+            {"role": role, "content": text + word * (role == "assistant")} for role, text in talk(i, False)
+        ]
+        if has_image(i):  # as a part of its own, which reads as the placeholder that LLaVA writes
+            messages[0]["content"] = [{"type": "image"}, {"type": "text", "text": messages[0]["content"]}]
+        lines.append({"id": "same", "messages": messages} | ({"images": [f"{i}.png"]} if has_image(i) else {}))
+    (folder / f"part-{file}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+def write_webdataset(folder: Path, rows: range, file: int, word: str) -> None:
+    with tarfile.open(folder / f"part-{file}.tar", "w") as tar:
+        for i in rows:
+            row = json.dumps({"id": "same", "conversations": llava_turns(i, word)}).encode()
+            for name, data in [(f"{i:05d}.json", row), *([(f"{i:05d}.png", png(i))] * has_image(i))]:
+                info = tarfile.TarInfo(name)
+                info.size = len(data)
+                tar.addfile(info, io.BytesIO(data))
+
+
 WRITERS: dict[str, Callable[[Path, range, int, str], None]] = {
     "llava-json": write_llava_json,
     "llava-next-parquet": write_llava_next_parquet,
+    "messages-jsonl": write_messages_jsonl,
+    "webdataset": write_webdataset,
 }
 
 

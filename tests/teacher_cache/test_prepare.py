@@ -13,8 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from teacher_cache.errors import CompatibilityError, KdcliError, SkipRow
-from teacher_cache.prepare import Limits, Preparer, content, render
+from teacher_cache.prepare import Limits, Preparer
 from teacher_cache.records import Image, Sample, Turn
+from teacher_cache.templates import content, render_chat
 
 GRID = (6, 6)
 TOKENS = 36
@@ -223,7 +224,7 @@ def test_a_template_that_rewrites_earlier_turns_is_refused() -> None:
         return body + "[assistant]" * prompt
 
     with pytest.raises(CompatibilityError, match="rewrites earlier turns"):
-        render(Owner(chat_template="x", write=write), None, TURNS, "chat")
+        render_chat(Owner(chat_template="x", write=write), TURNS)
 
 
 def test_a_generation_prompt_that_is_no_prefix_is_refused() -> None:
@@ -231,19 +232,19 @@ def test_a_generation_prompt_that_is_no_prefix_is_refused() -> None:
         return "".join(f"[{r}]{t}" for r, t in turns) + "[assistant]<think>" * prompt
 
     with pytest.raises(CompatibilityError, match="generation prompt"):
-        render(Owner(chat_template="x", write=write), None, TURNS, "chat")
+        render_chat(Owner(chat_template="x", write=write), TURNS)
 
 
 def test_a_model_without_a_chat_template_is_refused() -> None:
     with pytest.raises(CompatibilityError, match="plain"):
-        render(Owner(chat_template=None, write=None), None, TURNS, "chat")
+        render_chat(Owner(chat_template=None, write=None), TURNS)
 
 
 def test_white_space_after_the_end_of_turn_is_no_label() -> None:
     def write(turns, prompt):
         return "".join(f"[{r}]{t}</s>\n" for r, t in turns) + "[assistant]" * prompt
 
-    made = render(Owner(chat_template="x", write=write), None, TURNS, "chat")
+    made = render_chat(Owner(chat_template="x", write=write), TURNS)
     assert [made.text[a:b] for a, b in made.answers] == ["<a></s>", "b</s>"]
     assert "".join(made.text[a:b] for a, b in made.turns) == made.text
 

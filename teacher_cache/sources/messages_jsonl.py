@@ -1,0 +1,158 @@
+"""Messages JSONL (TRL, Qwen): one JSON object a line, ``messages`` with text or parts, or ``prompt`` and ``completion``, and images.
+
+``messages`` (or ``prompt`` and ``completion``, texts or lists of messages; or LLaVA's ``conversations``) hold ``{role, content}`` of the
+roles system, user and assistant. ``content`` is text or a list of parts ``{type: text, text}``, ``{type: image, image | path | url}``,
+``{type: image_url, image_url}``. An image is a path below the image root, a ``data:`` URI, or ``{bytes: base64, path}``; addresses in the
+web are never fetched. Which image stands where is told in ``message_rows``.
+
+The file is streamed: a scan notes the byte range of each row group, a read seeks there. A line that is no row costs only itself.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from teacher_cache.errors import DataError, SkipRow
+from teacher_cache.records import Image, RowGroup, Sample, SkipRecord, Turn
+from teacher_cache.sources import DataSpec, files
+from teacher_cache.sources.grouping import RowRange, group_rows_of
+from teacher_cache.sources.image_folder import MAX_IMAGE_BYTES, ImageFolder
+from teacher_cache.sources.json_lines import split_lines
+from teacher_cache.sources.llava_rows import extra_of, source_id_of
+from teacher_cache.sources.message_rows import COLUMNS, ImageRef, rows_turns
+
+FORMAT = "messages-jsonl"
+
+_KNOWN = COLUMNS | {"id"}
+_SUFFIXES = (".jsonl", ".ndjson", ".jsonlines")
+_LOOK_BYTES = 1 << 20
+
+
+def matches(paths: list[str]) -> bool:
+    """True if every file starts with an object and is called ``.jsonl``, or its first line is a whole row."""
+    return all(_looks_like_lines(path) for path in paths)
+
+
+def _looks_like_lines(path: str) -> bool:
+    start = files.first_bytes(path, _LOOK_BYTES).removeprefix(b"\xef\xbb\xbf").lstrip(b" \t\r\n")
+    if path.endswith(_SUFFIXES):
+        return start[:1] in (b"{", b"")
+    try:
+        row = json.loads(start.partition(b"\n")[0]) if start[:1] == b"{" else None
+    except (ValueError, RecursionError):
+        return False
+    return isinstance(row, dict) and bool(row.keys() & (COLUMNS - {"image", "images"}))
+
+
+def open(spec: DataSpec, paths: list[str]) -> MessagesJsonl:
+    root = spec.image_root if spec.image_root is not None else os.path.dirname(paths[0]) or "."
+    return MessagesJsonl(spec, tuple(paths), ImageFolder(root, spec.follow_links))
+
+
+@dataclass(frozen=True)
+class MessagesJsonl:
+    """``teacher_cache.sources.Source`` over one or more files. Holds no open file: any thread may read."""
+
+    spec: DataSpec
+    paths: tuple[str, ...]
+    images: ImageFolder
+
+    def fingerprint(self) -> dict[str, Any]:
+        return files.fingerprint_files(FORMAT, list(self.paths))
+
+    def scan(self, group_rows: int) -> list[RowGroup]:
+        """Memory: one chunk, one line and the list of groups.
+
+        Raises:
+            DataError: the last line is cut off, a line is longer than 64 MB, or rows name image files but there is no image root.
+        """
+        return group_rows_of(len(self.paths), self._ranges, group_rows, self.spec.limit)
+
+    def _ranges(self, file: int) -> Iterator[RowRange]:
+        path = self.paths[file]
+        with files.open_binary(path) as stream:
+            for offset, line, data, ended in split_lines(stream, path):
+                value, characters, images = _parse(data), 0, 0
+                if isinstance(value, _NoRow) and not ended:
+                    raise DataError(
+                        f"{path}: line {line}, the last, is cut off at byte {offset + len(data)} ({value.why}): fetch the file again"
+                    )
+                try:
+                    _, turns, refs, _ = _row(value)
+                except SkipRow:
+                    pass  # counts as nothing here, and becomes a skip record when it is read
+                else:
+                    if any(ref.inline is None for ref in refs):
+                        self.images.check()
+                    characters, images = sum(len(turn.text) for turn in turns), len(refs)
+                yield RowRange(offset, offset + len(data), characters, images, {"line": line})
+
+    def read(self, group: RowGroup) -> Iterator[Sample | SkipRecord]:
+        """Memory: one chunk and one line.
+
+        Raises:
+            DataError: the file changed since the scan, the image root is gone, or a disk failed.
+        """
+        where, end, count = group.locator, 0, 0
+        path = self.paths[where["file"]]
+        with files.open_binary(path) as stream:
+            stream.seek(where["offset"])
+            lines = split_lines(stream, path, where["offset"], where["line"])
+            for ordinal, (offset, line, data, _) in zip(range(group.start, group.start + group.rows), lines):
+                end, count = offset + len(data), count + 1
+                yield self._sample(_parse(data), ordinal, f"{os.path.basename(path)} line {line}")
+        if (count, end) != (group.rows, where["end"]):
+            raise DataError(f"{path}: line {where['line']} and what follows is not what the scan saw: the file changed")
+
+    def _sample(self, value: Any, ordinal: int, place: str) -> Sample | SkipRecord:
+        source_id = ""
+        try:
+            if isinstance(value, dict):
+                source_id = source_id_of(value.get("id"))
+            source_id, turns, refs, extra = _row(value)
+            images = tuple(self._image(ref) for ref in refs)
+        except SkipRow as skip:
+            return SkipRecord(self.spec.part, ordinal, source_id, place, skip.reason, skip.detail)
+        return Sample(self.spec.part, ordinal, source_id, place, turns, images, extra)
+
+    def _image(self, ref: ImageRef) -> Image:
+        if ref.inline is None:
+            self.images.check()
+            return Image(ref.name, self.images.read(ref.name))
+        data = ref.decode()
+        if len(data) > MAX_IMAGE_BYTES:
+            raise SkipRow("image_too_large", f"the image has {len(data):,} bytes, more than {MAX_IMAGE_BYTES:,}")
+        return Image(ref.name, data)
+
+
+@dataclass(frozen=True)
+class _NoRow:
+    """A line that is no JSON; ``why`` goes into the skip record."""
+
+    why: str
+
+
+def _parse(data: bytes) -> Any:
+    try:
+        return json.loads(data.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        return _NoRow(f"not UTF-8 at byte {error.start} of the line")
+    except RecursionError:
+        return _NoRow("nested too deep")
+    except json.JSONDecodeError as error:
+        return _NoRow(f"no JSON: {error.msg} at character {error.pos} of the line")
+    except ValueError as error:
+        return _NoRow(str(error).partition(":")[0])
+
+
+def _row(value: Any) -> tuple[str, tuple[Turn, ...], tuple[ImageRef, ...], dict[str, Any]]:
+    if isinstance(value, _NoRow):
+        raise SkipRow("bad_row", value.why)
+    if not isinstance(value, dict):
+        raise SkipRow("bad_row", f"the line is {type(value).__name__}, not an object")
+    turns, refs = rows_turns(value)
+    return source_id_of(value.get("id")), turns, refs, extra_of(value, _KNOWN)
