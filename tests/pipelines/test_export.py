@@ -154,7 +154,7 @@ def test_a_run_is_exported_checked_and_described(run: Path, tiny_cache: Path, tm
     arguments = ["export", str(run), "--out", str(out), "--dtype", "bfloat16", "--check", "--json"]
     done = CliRunner().invoke(cli.main, arguments, catch_exceptions=False)
     assert done.exit_code == 0, done.output
-    result = json.loads(done.output.splitlines()[-1])
+    result = json.loads(done.stdout)
     assert result["model"] == str(run / "02-DFT" / "model")
     seen = result["check"]
     assert seen["rows"] == 3 and seen["difference"] <= seen["bound"] <= 1e-5 * max(1, seen["largest"])

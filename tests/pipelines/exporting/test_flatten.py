@@ -13,6 +13,8 @@ from student_train.compressors import compressor_modules
 from teacher_cache.errors import KdcliError
 
 NAMES = sorted(compressor_modules())
+ROOT = Path(__file__).parents[3]
+HOUSE = ROOT / "student_train"
 
 
 def definitions(source: str) -> dict[str, str]:
@@ -34,17 +36,21 @@ def imported(source: str) -> set[str]:
     }
 
 
+SHARED = {
+    name: text
+    for file in ("compression.py", "compressors/__init__.py", "compressors/windows.py", "compressors/attention.py")
+    for name, text in definitions((HOUSE / file).read_text()).items()
+}
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_a_package_holds_the_compressors_own_source(name: str) -> None:
     source = modeling_source(name)
     shipped, own = definitions(source), definitions(Path(compressor_modules()[name].__file__ or "").read_text())
     module_class = next(one for one in own if one.lower() == name.replace("_", ""))
     assert shipped[module_class] == own[module_class] and shipped["build"] == own["build"]
-    others = {
-        one: text for file in Path("student_train").rglob("*.py") for one, text in definitions(file.read_text()).items()
-    }
-    templates = definitions(Path("pipelines/exporting/modeling.py").read_text())
-    assert all(text in (own.get(one), others.get(one), templates.get(one)) for one, text in shipped.items())
+    templates = definitions((ROOT / "pipelines" / "exporting" / "modeling.py").read_text())
+    assert all(text in (own.get(one), SHARED.get(one), templates.get(one)) for one, text in shipped.items())
     assert imported(source) <= {
         "__future__",
         "collections",
