@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import secrets
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -69,7 +70,9 @@ def export(request: ExportRequest) -> dict[str, Any]:
         exact = prepare_check(model, processor, Path(rows)) if request.check else None
         round_weights(model, DTYPES[dtype])
         write_folder(model, processor, spec, draft)
-        (draft / "README.md").write_text(model_card(origin, spec, dtype, request.out.resolve().name))
+        (draft / "README.md").write_text(
+            model_card(origin, spec, dtype, request.out.resolve().name, model.config.model_type)
+        )
         result = {
             "folder": str(request.out),
             "model": str(source),
@@ -103,20 +106,14 @@ def draft_of(out: Path) -> Iterator[Path]:
     parent = out.resolve().parent
     with naming_full_disk(out):
         parent.mkdir(parents=True, exist_ok=True)
-        draft = Path(tempfile.mkdtemp(prefix=f"{out.name}.draft-", dir=parent))
+        draft = parent / f"{out.name}.draft-{secrets.token_hex(4)}"
+        draft.mkdir()
         try:
             yield draft
-            draft.chmod(0o777 & ~current_umask())  # mkdtemp makes folders that nobody else can read
             os.replace(draft, out.resolve())
         except BaseException:
             shutil.rmtree(draft, ignore_errors=True)
             raise
-
-
-def current_umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 def write_folder(model: Any, processor: Any, spec: CompressorSpec | None, folder: Path) -> None:

@@ -16,14 +16,14 @@ LICENSE_NOTE = (
 )
 
 
-def model_card(origin: Provenance, spec: CompressorSpec | None, dtype: str, name: str) -> str:
+def model_card(origin: Provenance, spec: CompressorSpec | None, dtype: str, name: str, family: str) -> str:
     """Markdown with the YAML block that a model hub reads."""
     front = [
         "---",
         "library_name: transformers",
         "pipeline_tag: image-text-to-text",
         "tags:",
-        "- llava",
+        f"- {family}",
         "- distillation",
     ]
     sections = [
