@@ -122,7 +122,9 @@ def teacher_lines(origin: Provenance) -> list[str]:
 def results(origin: Provenance) -> str:
     if not origin.scores:
         return "None with the run: `kdcli eval MODEL --data FILE --out RUN/scores.json` writes what is shown here."
-    return score_table({place(name): one for name, one in origin.scores.items()})
+    short = ["/".join(PurePath(name).parts[-2:]) if is_private(name) else name for name in origin.scores]
+    names = [f"{name} ({i})" if short.count(name) > 1 else name for i, name in enumerate(short, start=1)]
+    return score_table(dict(zip(names, origin.scores.values())))
 
 
 def code(text: str | None) -> str:
@@ -131,4 +133,9 @@ def code(text: str | None) -> str:
 
 def place(path: str) -> str:
     """A hub id, an address, or a relative path as it is; of an absolute path its last part, which is all that others should learn."""
-    return PurePath(path).name if path.startswith(("/", "~")) else path
+    return PurePath(path).name if is_private(path) else path
+
+
+def is_private(path: str) -> bool:
+    """Whether it says how somebody's folders are laid out."""
+    return path.startswith(("/", "~"))
