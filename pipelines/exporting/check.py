@@ -31,7 +31,8 @@ QUESTIONS = (
 
 def write_rows(folder: Path) -> list[dict[str, Any]]:
     """Three questions about made pictures of several sizes (a text-only one among them) as ``loaded.py`` reads them."""
-    draw, rows = np.random.default_rng(0), []
+    draw = np.random.default_rng(0)
+    rows: list[dict[str, Any]] = []
     for i, ((question, pictures), (width, height)) in enumerate(zip(QUESTIONS, SIZES)):
         coarse = Image.fromarray(draw.integers(0, 256, (7, 9, 3), dtype=np.uint8))
         names = [f"{i}.png"] * pictures

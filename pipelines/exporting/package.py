@@ -51,7 +51,11 @@ def make_package(folder: Path, spec: CompressorSpec) -> None:
         image_seq_length=spec.count,
     )
     name = processing.CompressedLlavaProcessor.__name__
-    own = {"processor_class": name, "auto_map": {"AutoProcessor": f"{PROCESSING}.{name}"}, "vision_tokens": spec.count}
+    own: dict[str, Any] = {
+        "processor_class": name,
+        "auto_map": {"AutoProcessor": f"{PROCESSING}.{name}"},
+        "vision_tokens": spec.count,
+    }
     edit_json(folder / "processor_config.json", **own)
     edit_json(folder / "tokenizer_config.json", processor_class=name)
 
