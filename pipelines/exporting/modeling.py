@@ -27,6 +27,7 @@ class CompressedLlavaModel(LlavaModel):
 
     config: CompressedLlavaConfig
     config_class = CompressedLlavaConfig
+    multi_modal_projector: Any
 
     def __init__(self, config: CompressedLlavaConfig):
         super().__init__(config)
@@ -43,5 +44,6 @@ class CompressedLlavaForConditionalGeneration(LlavaForConditionalGeneration):
     def __init__(self, config: CompressedLlavaConfig):
         LlavaPreTrainedModel.__init__(self, config)
         self.model = CompressedLlavaModel(config)
-        self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
+        text: Any = config.text_config
+        self.lm_head = nn.Linear(text.hidden_size, text.vocab_size, bias=False)
         self.post_init()
