@@ -39,7 +39,7 @@ def agree(said: dict[str, list[int]]) -> None:
 
 @pytest.fixture(scope="module")
 def student(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """As ``tiny_student``, with heads of 32: vLLM's attention on a CPU has no narrower ones."""
+    """As ``tiny_student``, with heads of 32: vLLM refuses its 16 on a CPU."""
     return build_folder(tmp_path_factory.mktemp("models") / "student", text_width=64, vision_width=24, seed=2)
 
 
