@@ -159,6 +159,7 @@ def main() -> None:
       kdcli cache status / verify / inspect    progress, checksums, one sample as words
       kdcli train-student --method llava-kd    train from the cache, no teacher in memory
       kdcli eval runs/03-DFT/model --data …    exact match by family, and nll
+      kdcli export runs --out student --check  a folder that plain transformers loads
       kdcli ablate GRID.toml                   many students over one cache, one table
     """
 
@@ -1000,6 +1001,45 @@ def evaluate(
     if out:
         Path(out).write_text(json.dumps({model: result}, indent=1) + "\n")
     say(json.dumps({**result, "answers": answers}) if as_json else score_table({model: result}))
+
+
+@main.command("export")
+@click.argument("source")
+@click.option("--to", "target", type=click.Choice(["hf"]), default="hf", show_default=True, help="Kind of folder.")
+@click.option("--out", required=True, help="Folder to write; it must not be there yet, or be empty.")
+@click.option(
+    "--dtype",
+    type=click.Choice(["float32", "bfloat16", "float16"]),
+    help="Of the weights; default: as the student's folder has them (training writes float32).",
+)
+@click.option("--vision-tokens", type=int, help="Of an image, for a student with compressor mqt; default: as trained.")
+@click.option(
+    "--check",
+    is_flag=True,
+    help="Load it in a fresh process of plain transformers and compare; status 1 where it differs.",
+)
+@click.option(
+    "--scores", type=click.Path(dir_okay=False), help="Of `kdcli eval --out`, for the card; default: RUN/scores.json."
+)
+@json_option
+def export_model(
+    source: str,
+    target: str,
+    out: str,
+    dtype: str | None,
+    vision_tokens: int | None,
+    check: bool,
+    scores: str | None,
+    as_json: bool,
+) -> None:
+    """Write a student as a folder that plain transformers loads. SOURCE: a run (its last stage), a stage, or a model folder."""
+    from pipelines.export import ExportRequest, export
+    from pipelines.tables import export_lines
+
+    result = export(
+        ExportRequest(Path(source), Path(out), dtype, vision_tokens, check, Path(scores) if scores else None)
+    )
+    say(json.dumps({"to": target, **result}) if as_json else export_lines(result))
 
 
 @main.command()

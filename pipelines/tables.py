@@ -22,6 +22,23 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join([line(cells[0]), rule, *map(line, cells[1:])])
 
 
+def export_lines(result: Mapping[str, Any]) -> str:
+    """What ``kdcli export`` wrote, and what its check saw."""
+    has = result["compressor"]
+    kind = f"compressor {has['name']}, {has['vision_tokens']} vision tokens an image" if has else "a stock student"
+    lines = [f"{result['folder']}: {result['model']} as {result['dtype']}, {kind}, {human_bytes(result['bytes'])}"]
+    if has:
+        lines.append("its classes are in the folder: load it with trust_remote_code=True")
+    if check := result.get("check"):
+        lines.append(
+            f"check: a fresh process with plain transformers gives the same tokens on {check['rows']} rows, logits within "
+            f"{check['difference']:.1e} (bound {check['bound']:.1e}, float32 arithmetic), and generates"
+        )
+        if result["dtype"] != "float32":
+            lines.append(f"rounding the weights to {result['dtype']} moved logits by up to {check['rounding']:.2g}")
+    return "\n".join(lines)
+
+
 def human_bytes(count: float) -> str:
     for unit in ("B", "kB", "MB", "GB"):
         if count < 1000:

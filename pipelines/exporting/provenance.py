@@ -1,0 +1,95 @@
+"""Where an exported student comes from: the model that is meant, the run around it, the cache and the teacher behind that."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from student_train.cache import Cache
+from teacher_cache.errors import KdcliError
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """What the model card says.
+
+    Attributes:
+        model: the folder that is exported. card: ``run.json`` of its run, None where it stands alone.
+        stages: of the card, up to the exported one, each with ``result`` of its ``done.json``.
+        cache: ``plan_hash``, ``rows`` by part, ``fields`` with the teacher's fingerprint; None where it could not be opened.
+        scores: results by name.
+    """
+
+    model: Path
+    card: Mapping[str, Any] | None
+    stages: tuple[Mapping[str, Any], ...]
+    cache: Mapping[str, Any] | None
+    scores: Mapping[str, Any]
+
+
+def find_model(source: Path) -> Path:
+    """A model folder, a stage's, or that of a run's last stage; KdcliError naming what a run has where that one is not finished."""
+    if (source / "config.json").is_file():
+        return source
+    if (source / "model" / "config.json").is_file():
+        return source / "model"
+    if not (source / "run.json").is_file():
+        raise KdcliError(f"{source} is no model folder (config.json) and no run (run.json): name one of them")
+    folders = [source / name for name in stage_names(read_object(source / "run.json"))]
+    if folders and (folders[-1] / "done.json").is_file() and (folders[-1] / "model" / "config.json").is_file():
+        return folders[-1] / "model"
+    ready = [str(one / "model") for one in folders if (one / "model" / "config.json").is_file()]
+    advice = f"or export {', '.join(ready)}" if ready else "no stage has a model yet"
+    raise KdcliError(f"{source}: its last stage is not finished: run the same `kdcli train-student` again, {advice}")
+
+
+def stage_names(card: Mapping[str, Any]) -> list[str]:
+    return [f"{i:02d}-{one['stage']}" for i, one in enumerate(card.get("stages", []), start=1)]
+
+
+def read_provenance(model: Path, scores: Path | None) -> Provenance:
+    """scores: file of ``kdcli eval --out``; None: the run's ``scores.json``, if there is one."""
+    stage = model.absolute().parent
+    run = stage.parent
+    card = read_object(run / "run.json") if (run / "run.json").is_file() else None
+    if card is not None and stage.name not in stage_names(card):
+        card = None
+    if scores is None and card is not None and (run / "scores.json").is_file():
+        scores = run / "scores.json"
+    results = read_object(scores) if scores else {}
+    if "families" in results:
+        results = {model.name: results}
+    if any(not isinstance(one, dict) or "families" not in one for one in results.values()):
+        raise KdcliError(f"{scores}: not the scores of `kdcli eval --out`")
+    if card is None:
+        return Provenance(model, None, (), None, results)
+    names = stage_names(card)
+    used = []
+    for name, one in list(zip(names, card["stages"]))[: names.index(stage.name) + 1]:
+        done = run / name / "done.json"
+        used.append({**one, "result": read_object(done).get("result", {}) if done.is_file() else {}})
+    return Provenance(model, card, tuple(used), read_cache(card), results)
+
+
+def read_cache(card: Mapping[str, Any]) -> dict[str, Any] | None:
+    """None where the run's cache is not there any more, or is another one now."""
+    with suppress(KdcliError, OSError, ImportError, ValueError):
+        cache = Cache(card["cache"], tolerant=True)
+        if cache.plan_hash == card["plan_hash"]:
+            rows = {part.spec.part: part.rows for part in cache.plan.parts}
+            return {"plan_hash": cache.plan_hash, "rows": rows, "fields": cache.fields}
+    return None
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    try:
+        body = json.loads(path.read_text())
+    except (OSError, ValueError, RecursionError) as error:
+        raise KdcliError(f"{path}: not readable as JSON ({error})") from None
+    if not isinstance(body, dict):
+        raise KdcliError(f"{path}: a JSON object is expected, this is a {type(body).__name__}")
+    return body

@@ -1,0 +1,33 @@
+"""What a model card says, and what it keeps to itself."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from pipelines.exporting.card import place, results
+from pipelines.exporting.provenance import Provenance
+
+
+def test_results_of_models_of_one_name_stay_apart() -> None:
+    def scores(share: float) -> dict[str, object]:
+        tally = {"n": 4, "exact_match": share, "tokens": 4, "nll": 1.0}
+        return {**tally, "family_mean": share, "nll_family_mean": 1.0, "families": {"count": tally}}
+
+    names = {
+        "/home/a/runs/03-DFT/model": scores(0.25),
+        "/home/b/runs/03-DFT/model": scores(0.75),
+        "hub/id": scores(0.5),
+    }
+    text = results(Provenance(Path("model"), None, (), None, names))
+    header, _, row, *_ = text.splitlines()
+    assert [cell.strip() for cell in header.split("|")[2:-1]] == ["03-DFT/model (1)", "03-DFT/model (2)", "hub/id"]
+    assert [cell.strip() for cell in row.split("|")[1:-1]] == ["count", "25.0", "75.0", "50.0"]
+    assert "home" not in text
+
+
+def test_places_of_a_machine_are_not_told() -> None:
+    assert place("/home/a/cache") == "cache" and place("~/student") == "student"
+    assert (
+        place("s3://bucket/cache") == "s3://bucket/cache"
+        and place("llava-hf/llava-1.5-7b-hf") == "llava-hf/llava-1.5-7b-hf"
+    )
