@@ -131,6 +131,7 @@ class Preparer:
             layout=self._layout(images, pixels, int(is_vision.sum()), sample.place),
             pixels=pixels,
             turns=len(sample.turns),
+            images=sample.images[: len(images)],
         )
 
     def _tokenize(self, rendered: Rendered, template: str) -> TextTokens:
