@@ -1,13 +1,16 @@
 """Lets a torchvision that was built for CUDA be imported beside a CPU torch: the two operators that it describes are declared first.
 
-For test environments alone, where vLLM imports torchvision and only a CUDA build of it is to be had. A ``.pth`` file imports this
-module in every process of the environment; torch itself is only imported where torchvision is.
+For test environments alone, where vLLM imports torchvision and only a CUDA build of it is to be had. Run as a program it installs itself:
+a ``.pth`` file imports this module in every process of the environment; torch itself is only imported where torchvision is.
 """
 
 from __future__ import annotations
 
+import shutil
 import sys
+import sysconfig
 from collections.abc import Sequence
+from pathlib import Path
 from types import ModuleType
 
 OPERATORS = (
@@ -28,4 +31,9 @@ class DeclareOperators:
                 torch.library.define(f"torchvision::{operator.partition('(')[0]}", f"({operator.partition('(')[2]}")
 
 
-sys.meta_path.insert(0, DeclareOperators())  # type: ignore[arg-type]
+if __name__ == "__main__":
+    packages = Path(sysconfig.get_path("purelib"))
+    shutil.copy(__file__, packages / "torchvision_shim.py")
+    (packages / "torchvision_shim.pth").write_text("import torchvision_shim\n")
+else:
+    sys.meta_path.insert(0, DeclareOperators())  # type: ignore[arg-type]
