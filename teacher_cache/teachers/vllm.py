@@ -74,7 +74,7 @@ class VllmTeacher:
         self.head = load_head(spec, processor, config)
         self.vocabulary = self.head.shape[0]
         self.pad_id = processor.tokenizer.pad_token_id or 0
-        self._padding = int(config.get_text_config().vocab_size) - self.vocabulary
+        self._padding = max(0, int(config.get_text_config().vocab_size) - self.vocabulary)
         self._image_token_id = int(config.image_token_id)
         self._engine = engine(spec, self.dtype, self.device)
         if self.route == "hidden":
@@ -93,7 +93,7 @@ class VllmTeacher:
         """``[T, D]`` of every row, float32 on the CPU: after the final norm, not normalised."""
         from vllm import PoolingParams
 
-        params = PoolingParams(use_activation=False)  # the activation of embeddings is to normalise them
+        params = PoolingParams(use_activation=False)
         prompts = [prompt_of(one, self._image_token_id) for one in prepared]
         with naming_refusals(f"rows {prepared[0].key} and further"):
             answers = self._engine.encode(prompts, params, pooling_task="token_embed", use_tqdm=False)

@@ -85,6 +85,7 @@ def _open(spec: TeacherSpec, dtype: torch.dtype, device: torch.device) -> Any:
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     from vllm import LLM
+    from vllm.config import PoolerConfig
     from vllm.platforms import current_platform
 
     if current_platform.device_type != device.type:
@@ -94,7 +95,8 @@ def _open(spec: TeacherSpec, dtype: torch.dtype, device: torch.device) -> Any:
         )
     settings: dict[str, Any] = {"runner": "generate", "max_logprobs": -1}
     if spec.vllm_route == "hidden":
-        settings = {"runner": "pooling", "convert": "embed"}
+        pooler = PoolerConfig(task="token_embed", use_activation=False)  # the activation normalises to length 1
+        settings = {"runner": "pooling", "convert": "embed", "pooler_config": pooler}
     if device.type == "cpu" and "VLLM_CPU_KVCACHE_SPACE" not in os.environ:
         settings["kv_cache_memory_bytes"] = CPU_CACHE_BYTES
     if device.index is not None:
@@ -112,6 +114,7 @@ def _open(spec: TeacherSpec, dtype: torch.dtype, device: torch.device) -> Any:
             max_model_len=-1,  # as long as the memory allows
             enable_prefix_caching=False,
             mm_processor_cache_gb=0,
+            use_tqdm_on_load=False,
             **settings,
         )
 

@@ -27,6 +27,13 @@ BOUND = 1e-3
 """Nats between the log-probs of both backends in float32, and of log tails and log Z."""
 
 
+def build_teacher(folder: Path) -> Path:
+    """The tiny teacher, 64 wide: vLLM's attention on CPUs knows heads of 32 and more."""
+    from tests.conftest import build_folder
+
+    return build_folder(folder, text_width=64, vision_width=32, seed=1)
+
+
 def contract_rows(processor: Any, config: Any) -> list[Prepared]:
     """Three rows as the tiny teacher reads them."""
     preparer = Preparer(processor, config)

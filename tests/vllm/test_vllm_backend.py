@@ -19,7 +19,7 @@ from teacher_cache.codecs import container
 from teacher_cache.errors import CompatibilityError
 from teacher_cache.records import Prepared, Sample, TeacherOutput
 from teacher_cache.sources import open_source
-from teacher_cache.teachers.backends import load_head, open_teacher, release, teacher_fingerprint
+from teacher_cache.teachers.backends import load_head, load_processor, open_teacher, release, teacher_fingerprint
 from teacher_cache.teachers.transformers import TeacherSpec
 from teacher_cache.teachers.vllm import VllmTeacher
 from teacher_cache.teachers.vllm_engine import vllm_version
@@ -29,6 +29,7 @@ from tests.contracts.vllm_rows import (
     TOPK,
     VERSIONS,
     WANTS,
+    build_teacher,
     contract_rows,
     head_hash,
     tensors_of_flat,
@@ -38,8 +39,18 @@ LOG_PROBS_WANTS = frozenset({"topk.vision:50", "topk.response:50"})
 
 
 @pytest.fixture(scope="module")
-def spec(tiny_teacher: Path) -> TeacherSpec:
-    return TeacherSpec(str(tiny_teacher), dtype="float32", device="cpu", backend="vllm")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build_teacher(tmp_path_factory.mktemp("models") / "teacher")
+
+
+@pytest.fixture(scope="module")
+def teacher_parts(folder: Path) -> tuple[Any, Any]:
+    return load_processor(TeacherSpec(str(folder)))
+
+
+@pytest.fixture(scope="module")
+def spec(folder: Path) -> TeacherSpec:
+    return TeacherSpec(str(folder), dtype="float32", device="cpu", backend="vllm")
 
 
 @pytest.fixture(scope="module")
@@ -120,30 +131,30 @@ def test_rows_too_long_end_in_one_line(spec, teacher_parts, rows) -> None:
 
 
 @pytest.fixture(scope="module")
-def caches(tmp_path_factory: pytest.TempPathFactory, tiny_teacher: Path, mixture) -> dict[tuple[str, str], Cache]:
+def caches(tmp_path_factory: pytest.TempPathFactory, folder: Path, mixture) -> dict[tuple[str, str], Cache]:
     """(backend or route, profile) → a cache of the command line."""
-    folder = tmp_path_factory.mktemp("caches")
+    out = tmp_path_factory.mktemp("caches")
     made = {}
     for profile in ("standard", "compact", "exact"):
         for backend in ("transformers", "vllm"):
-            made[backend, profile] = capture(folder, tiny_teacher, mixture, profile, "--backend", backend)
+            made[backend, profile] = capture(out, folder, mixture, profile, "--backend", backend)
     made["logprobs", "compact"] = capture(
-        folder, tiny_teacher, mixture, "compact", "--backend", "vllm", "--vllm-route", "logprobs"
+        out, folder, mixture, "compact", "--backend", "vllm", "--vllm-route", "logprobs"
     )
     return made
 
 
-def command(folder: Path, teacher: Path, mixture: Any, profile: str, *more: str) -> list[str]:
+def command(into: Path, teacher: Path, mixture: Any, profile: str, *more: str) -> list[str]:
     caption, sft = mixture
     data = ["--data", caption.path, "--part", "caption", "--template", "plain", "--data", sft.path, "--part", "sft"]
     data += ["--template", "chat", "--image-root", caption.image_root]
-    out = ["--out", str(folder / "-".join([*more, profile]).replace("--", "")), "--store", profile, "--shards", "3"]
+    out = ["--out", str(into / "-".join([*more, profile]).replace("--", "")), "--store", profile, "--shards", "3"]
     run = ["--dtype", "float32", "--device", "cpu", "--workers", "1", *more]
     return ["cache-teacher", "--teacher", str(teacher), *data, *out, *run]
 
 
-def capture(folder: Path, teacher: Path, mixture: Any, profile: str, *more: str) -> Cache:
-    words = command(folder, teacher, mixture, profile, *more)
+def capture(into: Path, teacher: Path, mixture: Any, profile: str, *more: str) -> Cache:
+    words = command(into, teacher, mixture, profile, *more)
     result = CliRunner().invoke(cli.main, words)
     assert result.exit_code == 0, result.output
     return Cache(words[words.index("--out") + 1])
@@ -221,17 +232,17 @@ def test_compact_by_log_probs_is_near_compact(caches) -> None:
     ],
 )
 def test_what_it_cannot_give_is_refused_before_anything_is_written(
-    tmp_path, tiny_teacher, mixture, more: tuple[str, ...], words: str
+    tmp_path, folder, mixture, more: tuple[str, ...], words: str
 ) -> None:
-    asked = command(tmp_path, tiny_teacher, mixture, "standard", "--backend", "vllm", *more)
+    asked = command(tmp_path, folder, mixture, "standard", "--backend", "vllm", *more)
     asked = [one for one in asked if one not in ("--store", "standard")] if "--fields" in more else asked
     result = CliRunner().invoke(cli.main, asked)
     assert result.exit_code == 1 and words in result.output and "--backend transformers" in result.output
     assert not any(tmp_path.iterdir())
 
 
-def test_two_workers(tmp_path, tiny_teacher, mixture, caches) -> None:
-    words = command(tmp_path, tiny_teacher, mixture, "exact", "--backend", "vllm")
+def test_two_workers(tmp_path, folder, mixture, caches) -> None:
+    words = command(tmp_path, folder, mixture, "exact", "--backend", "vllm")
     words[words.index("--workers") + 1] = "2"
     result = CliRunner().invoke(cli.main, words)
     assert result.exit_code == 0, result.output

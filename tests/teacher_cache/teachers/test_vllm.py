@@ -10,10 +10,12 @@ import json
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForImageTextToText
 
 from pipelines.profiles import PROFILES, with_tails
 from student_train.needs import Need, serve
@@ -22,7 +24,7 @@ from teacher_cache.errors import CompatibilityError, KdcliError
 from teacher_cache.fields import create_field
 from teacher_cache.records import Prepared
 from teacher_cache.teachers import vllm
-from teacher_cache.teachers.backends import load_head, open_teacher, refuse_wants, teacher_fingerprint
+from teacher_cache.teachers.backends import load_head, load_processor, open_teacher, refuse_wants, teacher_fingerprint
 from teacher_cache.teachers.signals import Signals
 from teacher_cache.teachers.transformers import TeacherSpec, TransformersTeacher
 from teacher_cache.teachers.vllm_answers import (
@@ -43,14 +45,30 @@ from tests.contracts.vllm_rows import (
     VERSIONS,
     WANTS,
     Flat,
+    build_teacher,
     contract_rows,
     head_hash,
 )
 
 
 @pytest.fixture(scope="module")
-def spec(tiny_teacher: Path) -> TeacherSpec:
-    return TeacherSpec(str(tiny_teacher), dtype="float32", device="cpu", backend="vllm")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build_teacher(tmp_path_factory.mktemp("models") / "teacher")
+
+
+@pytest.fixture(scope="module")
+def teacher_parts(folder: Path) -> tuple[Any, Any]:
+    return load_processor(TeacherSpec(str(folder)))
+
+
+@pytest.fixture(scope="module")
+def teacher_model(folder: Path) -> Any:
+    return AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).eval()
+
+
+@pytest.fixture(scope="module")
+def spec(folder: Path) -> TeacherSpec:
+    return TeacherSpec(str(folder), dtype="float32", device="cpu", backend="vllm")
 
 
 @pytest.fixture(scope="module")
