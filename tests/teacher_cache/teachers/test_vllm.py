@@ -82,9 +82,8 @@ def recorded() -> dict[str, torch.Tensor]:
 
 
 @pytest.fixture(scope="module")
-def said(recorded) -> list[Said]:
-    count = json.loads(VERSIONS.read_text())["rows"]
-    return [Said(*(Flat(recorded, f"{n}.{part}") for part in ("prompt", "last"))) for n in range(count)]
+def said(recorded, rows) -> list[Said]:
+    return [Said(*(Flat(recorded, f"{n}.{part}") for part in ("prompt", "last"))) for n in range(len(rows))]
 
 
 @pytest.fixture(scope="module")
