@@ -2,7 +2,9 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test check install clean
+VLLM := .venv-vllm
+
+.PHONY: demo test test-vllm check install clean
 
 install: .venv/.installed
 
@@ -20,6 +22,17 @@ demo: install  ## the main job on the demo world: data, cache, students, table, 
 test: install
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
 	PYTHONPATH=.venv/torchvision $(BIN)/python -m pytest -q tests/families -n 2
+
+$(VLLM)/.installed: pyproject.toml constraints-vllm.txt tests/vllm/torchvision_shim.py
+	$(PYTHON) -m venv $(VLLM)
+	$(VLLM)/bin/python -m pip install --quiet --disable-pip-version-check 'setuptools>=77,<81' wheel
+	$(VLLM)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --requirement constraints-vllm.txt
+	$(VLLM)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
+	$(VLLM)/bin/python -c 'import torchvision' 2>/dev/null || $(VLLM)/bin/python tests/vllm/torchvision_shim.py
+	touch $@
+
+test-vllm: $(VLLM)/.installed  ## the backend vllm against transformers, in an environment of its own; records tests/contracts/vllm_recorded.*
+	$(VLLM)/bin/python -m pytest -q tests/vllm
 
 check: install  ## linter and type checker
 	$(BIN)/ruff check .

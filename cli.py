@@ -62,6 +62,14 @@ config_option = click.option(
 )
 json_option = click.option("--json", "as_json", is_flag=True, help="Print the result as one JSON object.")
 device_option = click.option("--device", default=None, help="cpu, cuda, cuda:1; default: the GPU where there is one.")
+backend_options = [
+    click.option("--backend", type=click.Choice(["transformers", "vllm"]), help="What runs the teacher (README.md)."),
+    click.option(
+        "--vllm-route",
+        type=click.Choice(["hidden", "logprobs"]),
+        help="What vLLM is asked for; logprobs: top-k alone, with an inexact tail.",
+    ),
+]
 trust_option = click.option(
     "--trust-remote-code",
     is_flag=True,
@@ -90,6 +98,12 @@ data_options = [
 
 def with_data_options(command: Any) -> Any:
     for option in reversed(data_options):
+        command = option(command)
+    return command
+
+
+def with_backend_options(command: Any) -> Any:
+    for option in reversed(backend_options):
         command = option(command)
     return command
 
@@ -316,6 +330,7 @@ def plan_capture(
 @click.option("--write/--no-write", default=True, show_default=True, help="Write what was chosen into kd.toml.")
 @click.option("--gpus", default=8, show_default=True, help="GPUs of the real job.")
 @click.option("--dtype", help="auto, float32, bfloat16, float16.")
+@with_backend_options
 @trust_option
 @device_option
 @config_option
@@ -331,6 +346,8 @@ def preflight(
     max_length: int | None,
     write: bool,
     dtype: str | None,
+    backend: str | None,
+    vllm_route: str | None,
     trust_remote_code: bool | None,
     device: str | None,
     config: str | None,
@@ -348,7 +365,8 @@ def preflight(
     settings = load(config)
     each = {name: asked.pop(name) for name in ("part", "image_root", "follow_links", "template", "limit")}
     specs = data_specs(data, **each) or settings.data
-    spec = teacher_spec(teacher, settings.teacher, trust_remote_code, dtype=dtype, device=device)
+    run_by = {"dtype": dtype, "device": device, "backend": backend, "vllm_route": vllm_route}
+    spec = teacher_spec(teacher, settings.teacher, trust_remote_code, **run_by)
     need({"--teacher": spec, "--data": specs})
     capture = override(
         settings.capture, store=store, fields=split(fields), shards=shards, max_length=max_length, workers=1
@@ -389,6 +407,7 @@ def preflight(
 @click.option("--staging-gb", type=float, help="Most local temporary disk (TMPDIR) of a worker; for object stores.")
 @click.option("--seed", type=int, help="Seed of the row order.")
 @click.option("--dtype", help="auto, float32, bfloat16, float16.")
+@with_backend_options
 @trust_option
 @device_option
 @config_option
@@ -406,6 +425,8 @@ def cache_teacher(
     part_of_shards: str | None,
     prepare_only: bool,
     dtype: str | None,
+    backend: str | None,
+    vllm_route: str | None,
     trust_remote_code: bool | None,
     device: str | None,
     config: str | None,
@@ -423,7 +444,8 @@ def cache_teacher(
     settings = load(config)
     each = {name: flags.pop(name) for name in ("part", "image_root", "follow_links", "template", "limit")}
     specs = data_specs(data, **each) or settings.data
-    spec = teacher_spec(teacher, settings.teacher, trust_remote_code, dtype=dtype, device=device)
+    run_by = {"dtype": dtype, "device": device, "backend": backend, "vllm_route": vllm_route}
+    spec = teacher_spec(teacher, settings.teacher, trust_remote_code, **run_by)
     target = out or settings.cache
     need({"--teacher": spec, "--data": specs, "--out": target})
     capture = override(
@@ -620,6 +642,7 @@ def count_problems(problems: Any) -> str:
 @click.option("--workers", type=int, help="Worker processes; default one a GPU.")
 @click.option("--batch-tokens", type=int, help="Padded tokens of one teacher batch, as in the capture.")
 @click.option("--dtype", help="float32, bfloat16, float16; default: as the fields that can be read.")
+@with_backend_options
 @device_option
 @config_option
 @json_option
@@ -634,6 +657,8 @@ def repair(
     codec: str | None,
     knobs: tuple[str, ...],
     dtype: str | None,
+    backend: str | None,
+    vllm_route: str | None,
     device: str | None,
     config: str | None,
     as_json: bool,
@@ -653,7 +678,8 @@ def repair(
     each = {name: flags.pop(name) for name in ("part", "image_root", "template", "limit")}
     specs = data_specs(data, **each) or settings.data
     spec = TeacherSpec(teacher) if teacher else settings.teacher
-    spec = override(spec, dtype=dtype, device=device) if spec else None
+    run_by = {"dtype": dtype, "device": device, "backend": backend, "vllm_route": vllm_route}
+    spec = override(spec, **run_by) if spec else None
     capture = override(settings.capture, fields=split(fields), **flags)
     params = {**settings.fields, **field_params(settings, capture, k, codec)}
     for name, value in parse_knobs(knobs).items():
@@ -699,6 +725,7 @@ def gc(url: str | None, yes: bool, config: str | None) -> None:
     "--calibration", help="A cache (of `kdcli preflight`, or another one) whose calibration to take; '' fits afresh."
 )
 @click.option("--dtype", help="float32, bfloat16, float16; default: as the other fields.")
+@with_backend_options
 @trust_option
 @device_option
 @config_option
@@ -711,6 +738,8 @@ def add_field(
     other_teacher: bool,
     parts_without_fields: str | None,
     dtype: str | None,
+    backend: str | None,
+    vllm_route: str | None,
     trust_remote_code: bool | None,
     device: str | None,
     config: str | None,
@@ -724,7 +753,8 @@ def add_field(
 
     settings = load(config)
     cache = open_cache(url, config)
-    spec = teacher_spec(teacher, settings.teacher, trust_remote_code, dtype=dtype, device=device)
+    run_by = {"dtype": dtype, "device": device, "backend": backend, "vllm_route": vllm_route}
+    spec = teacher_spec(teacher, settings.teacher, trust_remote_code, **run_by)
     need({"--teacher": spec})
     given = pipeline.parse_field_sets(names, parse_knobs(knobs))
     params = {name: {**settings.fields.get(name, {}), **given[name]} for name in names}

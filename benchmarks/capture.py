@@ -53,7 +53,7 @@ from teacher_cache.records import Prepared
 from teacher_cache.shards.storage import Storage
 from teacher_cache.shards.writer import ShardWriter
 from teacher_cache.sources import open_source
-from teacher_cache.teachers import transformers as backend
+from teacher_cache.teachers import signals
 from teacher_cache.teachers.head import CHUNK_BYTES, chunk_rows, head_logits
 from teacher_cache.teachers.transformers import TransformersTeacher
 
@@ -134,7 +134,7 @@ def make_bench(world: World, folder: Path, batch_tokens: int) -> Bench:
 STAGES = (
     (Preparer, "prepare", "prepare (own thread)"),
     (TransformersTeacher, "hidden", "teacher forward"),
-    (backend, "topk_rows", "head product + top-k"),
+    (signals, "topk_rows", "head product + top-k"),
     (TransformersTeacher, "__call__", "teacher, all"),
     (line, "is_finite", "finite check"),
     (line.container, "pack", "pack"),

@@ -18,7 +18,7 @@ from pipelines.heartbeat import Heartbeat, forget, new_run
 from pipelines.inspect_cache import status
 from pipelines.preflight import canaries
 from pipelines.preflight.adopt import calibrations
-from pipelines.profiles import chosen_fields
+from pipelines.profiles import chosen_fields, with_tails
 from pipelines.settings import CaptureSettings
 from student_train.cache import Cache
 from teacher_cache.cache_shard import CaptureJob, RowReader, Teacher, cache_shard
@@ -33,9 +33,16 @@ from teacher_cache.shards.storage import Storage
 from teacher_cache.sources import DataSpec
 from teacher_cache.stored_rows import StoredPreparer, StoredRows
 from teacher_cache.teachers import null
-from teacher_cache.teachers.backends import load_processor, open_teacher, teacher_fingerprint
+from teacher_cache.teachers.backends import (
+    load_head,
+    load_processor,
+    open_teacher,
+    refuse_wants,
+    release,
+    teacher_fingerprint,
+)
 from teacher_cache.teachers.text_vision import check_layers
-from teacher_cache.teachers.transformers import TeacherSpec, resolve_device, resolve_dtype
+from teacher_cache.teachers.transformers import TeacherSpec, resolve_device
 
 
 @dataclass(frozen=True)
@@ -76,7 +83,7 @@ def capture(request: CaptureRequest, progress: Callable[[str, int, int], None] =
     """
     storage = Storage(request.out)
     wanted = chosen_fields(request.settings.store, request.settings.fields, request.field_params)
-    fields = {name: create_field(name, params) for name, params in wanted.items()}
+    fields = {name: create_field(name, params) for name, params in with_tails(wanted, request.teacher).items()}
     job = finished.Job(request.out, request.teacher, request.data, request.settings, fields)
     files = job.files()
     if job.is_finished(files):
@@ -85,6 +92,7 @@ def capture(request: CaptureRequest, progress: Callable[[str, int, int], None] =
         progress("end", summary["rows"], summary["rows"])
         notes = made_up(request, fields)
         return summary | ({"notes": notes} if notes else {})
+    refuse_wants(request.teacher, wants_of(fields))
     processor, config = load_processor(request.teacher)
     parts = [spec.part for spec in request.data]
     if unknown := set(request.settings.parts_without_fields) - set(parts):
@@ -120,8 +128,7 @@ def capture_fields(
     Args:
         loaded: the teacher's (processor, config). adoption: as ``adopted`` found it.
     """
-    wants = frozenset().union(*(one.wants for one in fields.values()))
-    check_layers(wants, loaded[1], request.teacher.trust_remote_code)
+    check_layers(wants_of(fields), loaded[1], request.teacher.trust_remote_code)
     storage, (preflight, taken) = Storage(request.out), adoption
     with naming_full_disk(storage):
         hashes, bound = describe(
@@ -158,6 +165,11 @@ def capture_fields(
         return status(Cache(request.out)) | ({"notes": notes} if notes else {})
 
 
+def wants_of(fields: Mapping[str, Field]) -> frozenset[str]:
+    """What these fields want of the teacher."""
+    return frozenset().union(*(one.wants for one in fields.values()))
+
+
 def made_up(request: CaptureRequest, fields: Mapping[str, Field]) -> list[str]:
     """The note on a teacher that says nothing."""
     return [null.NOTE] if fields and request.teacher.id.startswith(null.PREFIX) else []
@@ -183,12 +195,6 @@ def plan_for(request: CaptureRequest, storage: Storage, preparer: Preparer, conf
     settings, known = request.settings, known_plan(storage)
     tokens = typical_tokens(config, preparer.processor)
     return make_plan(request.data, settings.shards, preparer.fingerprint(), settings.seed, tokens, known)
-
-
-def load_head(spec: TeacherSpec, processor: Any, config: Any) -> torch.Tensor:
-    """W ``[V, D]`` of the teacher in the dtype that it runs in, loaded on the CPU so that no GPU is held while workers start."""
-    dtype = str(resolve_dtype(spec, config)).removeprefix("torch.")  # "auto" on the CPU would be twice the bytes
-    return open_teacher(replace(spec, device="cpu", dtype=dtype), processor, config).head
 
 
 def fit_fields(
@@ -286,6 +292,8 @@ def run_shards(
     settings, run = request.settings, new_run()
     workers = min(local.worker_count(settings.workers), len(left))
     inline = workers == 1 and settings.executor != "ray"
+    if not inline:
+        release()
     task = ShardTask(request, job, left, advance if inline else None, run)
     if settings.executor == "ray":
         cluster = ray.Cluster(settings.ray_address, settings.gpus_per_worker, settings.cpus_per_worker)

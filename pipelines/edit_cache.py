@@ -6,8 +6,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from pipelines.cache_teacher import CaptureRequest, adopted, capture_fields, make_preparer
+from pipelines.cache_teacher import CaptureRequest, adopted, capture_fields, make_preparer, wants_of
 from pipelines.executors import local
+from pipelines.profiles import with_tails
 from pipelines.settings import CaptureSettings
 from student_train.cache import Cache
 from teacher_cache.errors import CacheError, CompatibilityError, KdcliError
@@ -15,7 +16,7 @@ from teacher_cache.fields import Field, create_field
 from teacher_cache.plan import difference, read_plan
 from teacher_cache.shards.commit import committed_shards
 from teacher_cache.shards.storage import Storage
-from teacher_cache.teachers.backends import load_processor, teacher_fingerprint
+from teacher_cache.teachers.backends import load_processor, refuse_wants, teacher_fingerprint
 from teacher_cache.teachers.transformers import TeacherSpec, resolve_device
 
 
@@ -39,7 +40,7 @@ def add_fields(
         ``inspect_cache.status`` of the cache.
     """
     cache = Cache(url)
-    fields = {name: create_field(name, values) for name, values in params.items()}
+    fields = {name: create_field(name, values) for name, values in with_tails(params, teacher).items()}
     refuse_other_params(cache, fields)
     check_parts(cache, settings.parts_without_fields)
     spec = as_described(cache, teacher, other_teacher)
@@ -47,6 +48,7 @@ def add_fields(
     own = {"max_length": preparation["max_length"], "over_length": preparation["over_length"]}
     settings = replace(settings, fields=tuple(fields), **own)
     request = CaptureRequest(spec, (), url, settings, params, from_samples=True)
+    refuse_wants(spec, wants_of(fields))
     processor, config = load_processor(spec)
     check_preparation(cache, spec, make_preparer(request, processor, config).fingerprint())
     local.worker_count(settings.workers)

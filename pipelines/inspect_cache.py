@@ -146,6 +146,8 @@ def status(cache: Cache) -> dict[str, Any]:
             "bytes": sum(one.tar_bytes for one in commits),
             "counts": dict(counts),
         }
+        if tail := cache.fields.get(column.removeprefix("fields/"), {}).get("params", {}).get("tail"):
+            columns[column]["tail"] = tail
     rows = sum(one.rows for one in cache.plan.slices)
     left = set().union(*(missing_shards(cache, column) for column in columns))
     said = heartbeat.words(cache.storage)

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from teacher_cache.errors import KdcliError
+from teacher_cache.teachers.backends import tells_tails
+from teacher_cache.teachers.transformers import TeacherSpec
 
 HEAD_K = 8
 STEPS = {"response": 0.04, "vision": 0.02}
@@ -44,6 +46,12 @@ def chosen_fields(
             f"parameters for {', '.join(unknown)}, but these fields are not captured: add them to --fields"
         )
     return {name: _over(wanted[name], params.get(name, {})) for name in wanted}
+
+
+def with_tails(fields: Mapping[str, Mapping[str, Any]], teacher: TeacherSpec) -> dict[str, dict[str, Any]]:
+    """The same, flagged where this teacher's top-k has no exact tail."""
+    flag = {} if tells_tails(teacher) else {"tail": "inexact"}
+    return {name: {**params, **(flag if name.endswith("_topk") else {})} for name, params in fields.items()}
 
 
 def _over(base: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:

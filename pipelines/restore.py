@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from itertools import product
 from typing import Any
 
-from pipelines.cache_teacher import CaptureRequest, fit_fields, load_head, make_preparer, plan_for
+from pipelines.cache_teacher import CaptureRequest, fit_fields, make_preparer, plan_for
 from pipelines.describe import (
     HEAD,
     calibration_files,
@@ -35,6 +35,7 @@ from teacher_cache.plan import Plan, content_hash
 from teacher_cache.shards.sealed import seal, unseal
 from teacher_cache.shards.storage import Storage
 from teacher_cache.shards.verify import CALIBRATION_ROLES
+from teacher_cache.teachers.backends import load_head
 
 Say = Callable[[str, str], None]
 """(column, why it is left as it is)"""

@@ -57,6 +57,9 @@ def cache_table(columns: Mapping[str, Mapping[str, Any]], rows: int) -> str:
     text = table(["column", "shards", "rows", "bytes", "a row"], body)
     skipped = columns["samples"]["skipped"]
     total = sum(skipped.values())
+    for name, one in columns.items():
+        if "tail" in one:
+            text += f"\n{name}: {one['tail']} tails, 1 − Σp of its entries (vLLM's log-probs)"
     listed = ", ".join(f"{count} {reason}" for reason, count in sorted(skipped.items()))
     written = columns["samples"]["written"]
     return f"{text}\n{rows} rows in the plan: {written} written, {total} skipped" + (f" ({listed})" if listed else "")

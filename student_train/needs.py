@@ -83,7 +83,7 @@ class Served:
 
 
 def ways(need: Need, codecs: Mapping[str, str]) -> list[Way]:
-    """How these fields serve a need, best first. ``codecs``: field → its codec, "" where it has none."""
+    """How these fields serve a need, best first. ``codecs``: field → its codec, "" where it has none, or ``INEXACT``."""
     if need.what == "self_teacher":
         return [Way(())]
     if need.what in ONE_FIELD:
@@ -99,10 +99,11 @@ def ways(need: Need, codecs: Mapping[str, str]) -> list[Way]:
     if need.what == hidden:
         return found
     if codec == "sketch":
-        found += _sketch_ways(need, hidden, topk if topk in codecs else None)
+        found += _sketch_ways(need, hidden, topk if codecs.get(topk, INEXACT) != INEXACT else None)
     if need.what.endswith("_logits") and need.what != "vision_raw_logits" and need.temperature == 1.0:
         if topk in codecs:
-            found.append(Way((topk,), TOPK_LOSS[need.direction]))
+            loss = TOPK_LOSS[need.direction]
+            found.append(Way((topk,), loss.replace("exact", INEXACT) if codecs[topk] == INEXACT else loss))
         if sampled in codecs and need.direction == "forward":
             found.append(Way((sampled,), "unbiased samples of the distribution: noisy, right on average"))
     return found
@@ -114,6 +115,8 @@ ONE_FIELD = {
     "vision_features": "vision_features",
 }
 """Needs that exactly one field serves."""
+INEXACT = "inexact"
+"""In place of a codec: a top-k whose tail is 1 − Σp and whose log Z is unknown."""
 TOPK_LOSS = {
     "forward": "top-k with an exact tail bucket: a lower bound of the KL",
     "reverse": "top-k with an exact tail bucket: a lower bound; what the student gives to tokens outside the head is seen as one sum",
@@ -136,7 +139,10 @@ def serve(needs: Iterable[Need], available: Mapping[str, Mapping[str, Any]], met
     Args:
         available: field → its parameters, as ``field.json`` has them.
     """
-    codecs = {name: str(params.get("codec", "")) for name, params in available.items()}
+    codecs = {
+        name: INEXACT if params.get("tail") == INEXACT else str(params.get("codec", ""))
+        for name, params in available.items()
+    }
     fields: dict[str, tuple[str, ...]] = {}
     notes: list[str] = []
     for asked in grouped(needs):

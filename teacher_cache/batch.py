@@ -47,12 +47,8 @@ def collate(prepared: Sequence[Prepared], pad_id: int) -> Batch:
     for i, one in enumerate(prepared):
         input_ids[i, : len(one)] = one.input_ids
         attention_mask[i, : len(one)] = 1
-    positions = {
-        "vision": [one.vision_positions for one in prepared],
-        "response": [one.response_rows for one in prepared],
-        "text": [one.text_positions for one in prepared],
-        "answer": [one.response_rows + 1 for one in prepared],
-    }
+    each = [row_positions(one) for one in prepared]
+    positions = {kind: [one[kind] for one in each] for kind in KINDS}
     return Batch(
         keys=tuple(one.key for one in prepared),
         inputs={"input_ids": input_ids, "attention_mask": attention_mask, **_join_pixels(prepared, length)},
@@ -60,6 +56,16 @@ def collate(prepared: Sequence[Prepared], pad_id: int) -> Batch:
         counts={kind: tuple(len(at) for at in positions[kind]) for kind in KINDS},
         labels=torch.cat([one.labels for one in prepared]),
     )
+
+
+def row_positions(one: Prepared) -> dict[str, torch.Tensor]:
+    """By kind, int64 positions in the row's own sequence."""
+    return {
+        "vision": one.vision_positions,
+        "response": one.response_rows,
+        "text": one.text_positions,
+        "answer": one.response_rows + 1,
+    }
 
 
 def _join_pixels(prepared: Sequence[Prepared], length: int) -> dict[str, torch.Tensor]:

@@ -131,6 +131,7 @@ class Preparer:
             layout=layout,
             pixels=pixels,
             turns=len(sample.turns),
+            images=sample.images[: len(images)],
         )
 
     def _tokenize(self, rendered: Rendered, template: str) -> TextTokens:

@@ -164,6 +164,7 @@ class Prepared:
         pixels: the processor's other tensors (``pixel_values``, ``image_sizes``, …), empty for text-only rows.
         turns: turns of the row that are in it, the first ones; fewer than it has where ``over_length = "cut"`` dropped some.
             None: all.
+        images: the row's images as the mixture holds them (the sample's own bytes), for a teacher that reads images itself.
     """
 
     key: str
@@ -177,6 +178,7 @@ class Prepared:
     layout: tuple[ImageLayout, ...]
     pixels: Mapping[str, torch.Tensor]
     turns: int | None = None
+    images: tuple[Image, ...] = ()
 
     def __len__(self) -> int:
         return int(self.input_ids.shape[0])

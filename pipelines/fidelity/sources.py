@@ -13,20 +13,15 @@ from student_train.needs import Need, Served, serve
 from student_train.stream import TrainBatch
 from student_train.teacher_view import TeacherSignals, TeacherView
 from teacher_cache.batch import Batch
-from teacher_cache.cache_shard import ask, is_finite
+from teacher_cache.cache_shard import Teacher, ask, is_finite
 from teacher_cache.errors import CompatibilityError, KdcliError
 from teacher_cache.fields.affinity import unit_states
 from teacher_cache.plan import difference
 from teacher_cache.records import Prepared, TeacherOutput
-from teacher_cache.teachers.transformers import (
-    TeacherSpec,
-    TransformersTeacher,
-    load_processor,
-    teacher_fingerprint,
-)
+from teacher_cache.teachers.transformers import TeacherSpec, load_processor, teacher_fingerprint
 
 HIDDEN = frozenset({"hidden.vision", "hidden.response", "hidden.text"})
-RUN_SETTINGS = ("dtype", "attn_implementation", "backend")
+RUN_SETTINGS = ("dtype", "attn_implementation", "backend", "vllm")
 """Parts of a fingerprint that say how a teacher ran, not who it is."""
 LIVE = {
     "response_logits": ("response_hidden",),
@@ -103,9 +98,11 @@ def serve_terms(
 
 
 def teacher_spec(cache: Cache, fields: Sequence[str], teacher: TeacherSpec, dtype: str | None) -> TeacherSpec:
-    """The teacher as the capture ran it (dtype, attention), or with the dtype that was asked for."""
+    """The teacher as the capture ran it (dtype, attention), or with the dtype that was asked for; live it runs by transformers."""
     there = cache.fields[fields[0]]["teacher"]
-    return replace(teacher, dtype=dtype or there["dtype"], attn_implementation=there["attn_implementation"])
+    own = there["backend"] == "transformers"
+    attention = there["attn_implementation"] if own else teacher.attn_implementation
+    return replace(teacher, dtype=dtype or there["dtype"], attn_implementation=attention, backend="transformers")
 
 
 def same_teacher(cache: Cache, fields: Sequence[str], spec: TeacherSpec) -> tuple[list[str], list[str], Any, Any]:
@@ -125,8 +122,8 @@ def same_teacher(cache: Cache, fields: Sequence[str], spec: TeacherSpec) -> tupl
             lines.append(f"{name}: {'; '.join(other)}")
             continue
         theirs.append(name)
-        ran = {key: there[key] for key in RUN_SETTINGS}
-        notes += difference(ran, {key: ours[key] for key in RUN_SETTINGS}, "teacher")
+        ran = {key: there.get(key) for key in RUN_SETTINGS}
+        notes += difference(ran, {key: ours.get(key) for key in RUN_SETTINGS}, "teacher")
     if not theirs:
         raise CompatibilityError(
             f"{cache.storage}: {spec.id} is not the teacher of this cache: {lines[0] if lines else 'no field'}: "
@@ -152,7 +149,7 @@ def check_head(cache: Cache, fields: Sequence[str], head: torch.Tensor) -> None:
 
 
 def listen(
-    teacher: TransformersTeacher, prepared: Sequence[Prepared], wants: frozenset[str], batch_tokens: int
+    teacher: Teacher, prepared: Sequence[Prepared], wants: frozenset[str], batch_tokens: int
 ) -> list[TeacherOutput]:
     """The live teacher's outputs in the samples' order; KdcliError naming the first that is not finite.
 

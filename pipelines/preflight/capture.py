@@ -19,6 +19,7 @@ from teacher_cache.fields.calibration import Calibration
 from teacher_cache.plan import Plan
 from teacher_cache.prepare import Preparer
 from teacher_cache.shards.storage import Storage
+from teacher_cache.teachers.backends import release
 
 
 def capture_sample(
@@ -60,4 +61,6 @@ def capture_sample(
     for done, shard in enumerate(sorted(left)):
         progress(done, len(left))
         task(shard)
-    return time.perf_counter() - started if fresh else None
+    seconds = time.perf_counter() - started
+    release()  # what comes next is the student's
+    return seconds if fresh else None

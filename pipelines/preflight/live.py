@@ -9,7 +9,9 @@ import torch
 
 from pipelines.fidelity.sources import listen
 from teacher_cache.records import Prepared, TeacherOutput
-from teacher_cache.teachers.transformers import TeacherSpec, TransformersTeacher
+from teacher_cache.teachers import backends
+from teacher_cache.teachers.backends import OpenTeacher
+from teacher_cache.teachers.transformers import TeacherSpec
 
 
 class LiveTeacher:
@@ -17,12 +19,12 @@ class LiveTeacher:
 
     def __init__(self, spec: TeacherSpec, processor: Any, config: Any):
         self.spec, self.processor, self.config = spec, processor, config
-        self._loaded: TransformersTeacher | None = None
+        self._loaded: OpenTeacher | None = None
 
     @property
-    def model(self) -> TransformersTeacher:
+    def model(self) -> OpenTeacher:
         if self._loaded is None:
-            self._loaded = TransformersTeacher(self.spec, self.processor, self.config)
+            self._loaded = backends.open_teacher(self.spec, self.processor, self.config)
         return self._loaded
 
     @property
@@ -35,5 +37,6 @@ class LiveTeacher:
 
     def release(self) -> None:
         self._loaded = None
+        backends.release()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()

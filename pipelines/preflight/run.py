@@ -29,7 +29,8 @@ from teacher_cache.plan import Plan, content_hash, write_plan
 from teacher_cache.prepare import Limits as RowLimits
 from teacher_cache.prepare import Preparer
 from teacher_cache.shards.storage import Storage
-from teacher_cache.teachers.transformers import load_processor, resolve_device, teacher_fingerprint
+from teacher_cache.teachers.backends import refuse_wants, teacher_fingerprint
+from teacher_cache.teachers.transformers import load_processor, resolve_device
 
 KINDS = ("response", "vision")
 Progress = Callable[[str, int, int], None]
@@ -101,6 +102,7 @@ def open_everything(request: PreflightRequest, progress: Progress) -> Opened:
     """Reads data, processors and configurations; refuses another preflight in the same folder, or another plan."""
     progress("looking at rows", 0, 1)
     capture = request.settings.capture
+    refuse_wants(request.teacher, HIDDEN)
     processor, config = load_processor(request.teacher)
     preparer = Preparer(processor, config, RowLimits(capture.max_length, capture.over_length))
     for template in sorted({spec.template for spec in request.data}):

@@ -28,21 +28,27 @@ from teacher_cache.records import Prepared, TeacherOutput, TopK
 
 FIELDS = ("vision_topk", "response_topk")
 CODINGS = ("coded", "packed", "plain")
+TAILS = ("exact", "inexact")
 
 
 @dataclass(frozen=True)
 class Params:
-    """step: of the log-probs, in nats (``coded``: at p = 1). value_dtype: of the log-probs (``plain``)."""
+    """step: of the log-probs, in nats (``coded``: at p = 1). value_dtype: of the log-probs (``plain``).
+
+    tail: ``inexact`` where the teacher told log-probs alone (vLLM's route ``logprobs``): the tail is 1 − Σp, and log Z is unknown (0 is
+    stored), so such a field serves alone, never with a sketch.
+    """
 
     k: int = 64
     coding: str = "coded"
     step: float = 1 / 64
     value_dtype: str = "float16"
+    tail: str = "exact"
 
     def __post_init__(self) -> None:
         if self.k < 1:
             raise KdcliError(f"top-k field: k must be at least 1, got {self.k}")
-        for name, choices in (("value_dtype", tuple(DTYPES)), ("coding", CODINGS)):
+        for name, choices in (("value_dtype", tuple(DTYPES)), ("coding", CODINGS), ("tail", TAILS)):
             if getattr(self, name) not in choices:
                 raise KdcliError(
                     f"top-k field: {name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}"
@@ -87,6 +93,8 @@ class TopKField:
         self.name = name
         self.rows = name.removesuffix("_topk")
         self.params = asdict(params)
+        if params.tail == "exact":
+            del self.params["tail"]  # as descriptions always were
         self.wants = frozenset({f"topk.{self.rows}:{params.k}"})
         self.calibrated = params.coding == "coded"
         self._given, self._calibration = params, calibration

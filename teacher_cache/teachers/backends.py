@@ -1,19 +1,25 @@
-"""Which backend a teacher runs on: the word before the colon of its id, transformers where there is none. Here each is opened."""
+"""Which backend a teacher runs on: the null teacher where its id says so, else as ``TeacherSpec.backend``. Here each is opened."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import ModuleType
 from typing import Any
 
-from teacher_cache.teachers import null, transformers
-from teacher_cache.teachers.null import NullTeacher
-from teacher_cache.teachers.transformers import TeacherSpec, TransformersTeacher
+import torch
 
-OpenTeacher = TransformersTeacher | NullTeacher
+from teacher_cache.teachers import null, transformers, vllm, vllm_answers, vllm_engine
+from teacher_cache.teachers.null import NullTeacher
+from teacher_cache.teachers.transformers import TeacherSpec, TransformersTeacher, resolve_dtype
+from teacher_cache.teachers.vllm import VllmTeacher
+
+OpenTeacher = TransformersTeacher | NullTeacher | VllmTeacher
 
 
 def _backend(spec: TeacherSpec) -> ModuleType:
-    return null if spec.id.startswith(null.PREFIX) else transformers
+    if spec.id.startswith(null.PREFIX):
+        return null
+    return vllm if spec.backend == vllm.BACKEND else transformers
 
 
 def load_processor(spec: TeacherSpec) -> tuple[Any, Any]:
@@ -28,5 +34,30 @@ def teacher_fingerprint(spec: TeacherSpec, processor: Any, config: Any) -> dict[
 
 def open_teacher(spec: TeacherSpec, processor: Any, config: Any) -> OpenTeacher:
     """The teacher, ready to be asked: on its device, with its weights."""
-    kind = NullTeacher if _backend(spec) is null else TransformersTeacher
+    backend = _backend(spec)
+    kind = NullTeacher if backend is null else VllmTeacher if backend is vllm else TransformersTeacher
     return kind(spec, processor, config)
+
+
+def load_head(spec: TeacherSpec, processor: Any, config: Any) -> torch.Tensor:
+    """W ``[V, D]`` of the teacher in the dtype that it runs in, loaded on the CPU so that no GPU is held while workers start."""
+    if _backend(spec) is vllm:
+        return vllm.load_head(spec, processor, config)
+    dtype = str(resolve_dtype(spec, config)).removeprefix("torch.")  # "auto" on the CPU would be twice the bytes
+    return open_teacher(replace(spec, device="cpu", dtype=dtype), processor, config).head
+
+
+def refuse_wants(spec: TeacherSpec, wants: frozenset[str]) -> None:
+    """CompatibilityError, before anything is loaded, for what the backend cannot give of any model."""
+    if _backend(spec) is vllm:
+        vllm_answers.refuse_wants(wants, spec.vllm_route)
+
+
+def tells_tails(spec: TeacherSpec) -> bool:
+    """Whether the teacher's top-k comes with an exact tail and log Z."""
+    return _backend(spec) is not vllm or spec.vllm_route == "hidden"
+
+
+def release() -> None:
+    """Before worker processes open teachers of their own: what this process keeps of one is given back."""
+    vllm_engine.release()

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,18 +19,29 @@ from teacher_cache.batch import Batch, collate
 from teacher_cache.errors import CompatibilityError, KdcliError, not_loaded
 from teacher_cache.fingerprint import processor_fingerprint
 from teacher_cache.layout import COMPRESSED
-from teacher_cache.records import Prepared, TeacherOutput, TopK
-from teacher_cache.teachers.head import head_logits, topk_rows
-from teacher_cache.teachers.sampling import sample_batch
+from teacher_cache.records import Prepared, TeacherOutput
+from teacher_cache.teachers.head import head_logits
+from teacher_cache.teachers.signals import Signals, row_kinds
 from teacher_cache.teachers.text_vision import attention_layers, layer_inputs, text_vision_attention
 
 HEAD_TOLERANCE, HALF_HEAD_TOLERANCE = 1e-3, 2e-2
 """Relative to the largest logit; half precision rounds the model's own logits."""
 
 
+BACKENDS = ("transformers", "vllm")
+VLLM_ROUTES = ("hidden", "logprobs")
+
+
 @dataclass(frozen=True)
 class TeacherSpec:
-    """Which model, and how it runs. ``device``: ``auto`` takes CUDA where there is one."""
+    """Which model, and how it runs.
+
+    Attributes:
+        device: ``auto`` takes CUDA where there is one.
+        backend: ``transformers``, or ``vllm`` (teachers/vllm.py). vllm_route: what vLLM is asked for, ``hidden`` (states, of which
+            everything follows) or ``logprobs`` (its own top-k alone, whose tail is inexact). vllm_memory: share of the GPU's memory
+            that it takes, key-value cache included; what it leaves is for the head.
+    """
 
     id: str
     dtype: str = "auto"
@@ -38,6 +49,16 @@ class TeacherSpec:
     attn_implementation: str = "sdpa"
     revision: str | None = None
     trust_remote_code: bool = False
+    backend: str = "transformers"
+    vllm_route: str = "hidden"
+    vllm_memory: float = 0.8
+
+    def __post_init__(self) -> None:
+        for name, choices in (("backend", BACKENDS), ("vllm_route", VLLM_ROUTES)):
+            if getattr(self, name) not in choices:
+                raise KdcliError(f"{name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}")
+        if not 0 < self.vllm_memory < 1:
+            raise KdcliError(f"vllm_memory must lie between 0 and 1, got {self.vllm_memory}")
 
 
 def load_processor(spec: TeacherSpec) -> tuple[Any, Any]:
@@ -164,7 +185,7 @@ class TransformersTeacher:
         self.pad_id = processor.tokenizer.pad_token_id or 0
         self.head = teacher_head(self.model, len(processor.tokenizer)).to(self.device)
         self.vocabulary = self.head.shape[0]
-        self._gram: torch.Tensor | None = None
+        self._signals = Signals(self.head)
         self._head_checked = False
 
     @torch.inference_mode()
@@ -180,24 +201,14 @@ class TransformersTeacher:
         """What the fields want of each row, on the CPU; NaN and infinity come back as they are."""
         batch = collate(prepared, self.pad_id).to(self.device)
         states, attention, features = self._hidden_and_first(batch, wants)
-        names = {want.split(":")[0].split(".")[1] for want in wants if not want.startswith("attention.")}
-        rows = {name: states[batch.rows[name]] for name in names}
-        heads = self._heads(rows, batch, wants)
-        samples = sample_batch(rows, self.head, batch.keys, batch.counts, wants)
-        grams = self._grams(rows["vision"], batch.counts["vision"]) if "gram.vision" in wants else None
-        hidden = {want.split(".")[1] for want in wants if want.startswith("hidden.")}
-        by_kind = {name: rows[name].cpu().split(batch.counts[name]) for name in hidden}
+        rows = {name: states[batch.rows[name]] for name in row_kinds(wants)}
         return [
-            TeacherOutput(
-                hidden={name: by_kind[name][i] for name in hidden},
-                topk={name: heads[name][i] for name in heads},
-                gram=grams[i] if grams is not None else None,
-                layout=prepared[i].layout,
-                sampled={name: samples[name][i] for name in samples},
+            replace(
+                said,
                 attention={layer: each[i] for layer, each in attention.items()},
                 features=features[i] if features is not None else None,
             )
-            for i in range(len(prepared))
+            for i, said in enumerate(self._signals(rows, batch.counts, prepared, wants))
         ]
 
     def _hidden_and_first(
@@ -218,28 +229,6 @@ class TransformersTeacher:
         if "features.vision" in wants:
             features = seen.hidden[0].flatten(0, 1)[batch.rows["vision"]].cpu().split(list(batch.counts["vision"]))
         return states, attention, features
-
-    def _heads(self, rows: dict[str, torch.Tensor], batch: Batch, wants: frozenset[str]) -> dict[str, list[TopK]]:
-        """Per row kind, the head of every sample; several fields of one kind share the largest k."""
-        largest: dict[str, int] = {}
-        for want in wants:
-            if want.startswith("topk."):
-                name, entries = want.removeprefix("topk.").split(":")
-                largest[name] = max(largest.get(name, 0), int(entries))
-        result = {}
-        for name, k in largest.items():
-            whole = topk_rows(rows[name], self.head, k)
-            columns = [column.cpu().split(batch.counts[name]) for column in vars(whole).values()]
-            result[name] = [TopK(*one) for one in zip(*columns)]
-        return result
-
-    def _grams(self, vision: torch.Tensor, counts: Sequence[int]) -> list[torch.Tensor]:
-        """Y·Yᵀ = h·(WᵀW)·hᵀ: the head's Gram matrix [D, D] is made once, the vocabulary is never touched again."""
-        if self._gram is None:
-            head = self.head.to(torch.float32)
-            self._gram = head.T @ head
-        split = vision.to(torch.float32).split(list(counts))
-        return [((one @ self._gram) @ one.T).cpu() for one in split]
 
     def _check_head(self, batch: Batch, states: torch.Tensor) -> None:
         """h·Wᵀ must be the model's own logits: a bias, scale or soft cap in the head breaks everything that is derived from h."""

@@ -1,0 +1,81 @@
+"""What fields want of hidden states and the head, whichever backend gave the states: heads with exact tails, samples, Gram matrices."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+
+from teacher_cache.records import Prepared, TeacherOutput, TopK
+from teacher_cache.teachers.head import topk_rows
+from teacher_cache.teachers.sampling import sample_batch
+
+
+class Signals:
+    """Args: head: W ``[V, D]`` without padding rows, where the states are."""
+
+    def __init__(self, head: torch.Tensor):
+        self.head = head
+        self._gram: torch.Tensor | None = None
+
+    def __call__(
+        self,
+        rows: Mapping[str, torch.Tensor],
+        counts: Mapping[str, Sequence[int]],
+        prepared: Sequence[Prepared],
+        wants: frozenset[str],
+    ) -> list[TeacherOutput]:
+        """What is wanted of each sample, on the CPU.
+
+        Args:
+            rows: by kind, post-final-norm hidden states ``[R, D]`` of all samples one after the other; ``counts`` of them each.
+        """
+        heads = self._heads(rows, counts, wants)
+        samples = sample_batch(rows, self.head, [one.key for one in prepared], counts, wants)
+        grams = self._grams(rows["vision"], counts["vision"]) if "gram.vision" in wants else None
+        hidden = {want.split(".")[1] for want in wants if want.startswith("hidden.")}
+        by_kind = {name: rows[name].cpu().split(list(counts[name])) for name in hidden}
+        return [
+            TeacherOutput(
+                hidden={name: by_kind[name][i] for name in hidden},
+                topk={name: heads[name][i] for name in heads},
+                gram=grams[i] if grams is not None else None,
+                layout=one.layout,
+                sampled={name: samples[name][i] for name in samples},
+            )
+            for i, one in enumerate(prepared)
+        ]
+
+    def _heads(
+        self, rows: Mapping[str, torch.Tensor], counts: Mapping[str, Sequence[int]], wants: frozenset[str]
+    ) -> dict[str, list[TopK]]:
+        """Per row kind, the head of every sample."""
+        result = {}
+        for name, k in largest_k(wants).items():
+            whole = topk_rows(rows[name], self.head, k)
+            columns = [column.cpu().split(list(counts[name])) for column in vars(whole).values()]
+            result[name] = [TopK(*one) for one in zip(*columns)]
+        return result
+
+    def _grams(self, vision: torch.Tensor, counts: Sequence[int]) -> list[torch.Tensor]:
+        """Y·Yᵀ = h·(WᵀW)·hᵀ: the head's Gram matrix [D, D] is made once, the vocabulary is never touched again."""
+        if self._gram is None:
+            head = self.head.to(torch.float32)
+            self._gram = head.T @ head
+        split = vision.to(torch.float32).split(list(counts))
+        return [((one @ self._gram) @ one.T).cpu() for one in split]
+
+
+def largest_k(wants: frozenset[str]) -> dict[str, int]:
+    """Row kind → k of its top-k: several fields of one kind share the largest."""
+    largest: dict[str, int] = {}
+    for want in wants:
+        if want.startswith("topk."):
+            name, entries = want.removeprefix("topk.").split(":")
+            largest[name] = max(largest.get(name, 0), int(entries))
+    return largest
+
+
+def row_kinds(wants: frozenset[str]) -> set[str]:
+    """Kinds of rows whose hidden states these wants follow from."""
+    return {want.split(":")[0].split(".")[1] for want in wants if not want.startswith("attention.")}
