@@ -127,7 +127,7 @@ def evaluate_folder(
     check_metrics(metrics)
     pruning = pruning_of(compress, keep, compress_layer)
     model, processor = load_answering(model_id, pruning, vision_tokens, device, trust_remote_code)
-    asked = {"metrics": metrics, "max_new_tokens": max_new_tokens, "prompt_suffix": prompt_suffix}
+    asked: dict[str, Any] = {"metrics": metrics, "max_new_tokens": max_new_tokens, "prompt_suffix": prompt_suffix}
     return evaluate(model, processor, spec, batch_size, pruning=pruning, **asked, **kwargs)
 
 

@@ -66,7 +66,7 @@ def source_id_of(value: Any) -> str:
 
 
 def extra_of(row: Mapping[str, Any], known: frozenset[str]) -> dict[str, Any]:
-    """Further scalar columns, and ``answers``; other nested values, nulls and non-finite numbers (json could not carry them on) are left out.
+    """Further scalar columns, and ``answers``; other nested values, nulls and numbers that json cannot carry on are left out.
 
     Raises:
         SkipRow: bad_row.

@@ -1,6 +1,6 @@
 """A reference stands somewhere in the answer: OCRBench's rule for its short texts (Liu et al. 2023, arXiv 2305.07895).
 
-Case, outer white space and line breaks do not count. OCRBench's rule for handwritten formulas, where no white space counts, is not this one.
+Case, outer white space and line breaks do not count. OCRBench has another rule for handwritten formulas, where no white space counts.
 """
 
 from __future__ import annotations

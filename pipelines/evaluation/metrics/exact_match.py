@@ -1,4 +1,7 @@
-"""Exact match: the answer is one of the references, but for case, outer white space and a final full stop. kdcli's own, also of GQA's kind."""
+"""Exact match: the answer is one of the references, but for case, outer white space and a final full stop.
+
+kdcli's own; GQA's public evaluation (Hudson and Manning 2019, arXiv 1902.09506) compares as it does, with answers that were lower-cased.
+"""
 
 from __future__ import annotations
 

@@ -17,13 +17,11 @@ NAME = "vqa_accuracy"
 
 ENOUGH = 3  # people who agree
 
-_MARKS = ";/[]\"{}()=+\\_-><@`,?!"
+_MARKS = ';/[]"{}()=+\\_-><@`,?!'
 _COMMA_IN_NUMBER = re.compile(r"\d,\d")
 _FULL_STOP = re.compile(r"\.(?!\d)")  # not the point of 0.5
-_DIGITS = {"none": "0"} | {
-    word: str(value)
-    for value, word in enumerate("zero one two three four five six seven eight nine ten".split())
-}
+_NUMBERS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
+_DIGITS = {"none": "0"} | {word: str(value) for value, word in enumerate(_NUMBERS)}
 _ARTICLES = {"a", "an", "the"}
 
 # The contractions that the public code knows, by what stands behind the last apostrophe.
