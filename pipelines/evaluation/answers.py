@@ -68,7 +68,8 @@ def answer(
     """
     tokenizer = processor.tokenizer
     owner = processor if processor.chat_template else tokenizer
-    texts, images = [], []
+    texts: list[str] = []
+    images: list[Any] = []
     for prompt in prompts:
         messages = [{"role": turn.role, "content": content(turn.text)} for turn in prompt.turns]
         texts.append(owner.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))

@@ -14,7 +14,7 @@ NAME = "mcq"
 
 _WHOLE = re.compile(r"\(?([A-Za-z])\)?[.:]?")
 _START = re.compile(r"\(?([A-Z])[.):](?:\s|$)|\(([A-Z])\)")
-_SAID = re.compile(r"\banswer(?: is|:)\s*:?\s*\(?([A-Z])\b")
+_SAID = re.compile(r"\b[Aa]nswer(?: is|:)\s*:?\s*\(?([A-Z])\b")
 
 
 def letter(text: str) -> str | None:
