@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test check install clean
+.PHONY: demo test test-lmms check install clean
 
 install: .venv/.installed
 
@@ -17,6 +17,15 @@ demo: install  ## the main job on the demo world: data, cache, students, table, 
 
 test: install
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
+
+# lmms-eval brings a hundred packages: an environment of its own.
+test-lmms: .venv-lmms/.installed  ## the plug-in inside lmms-eval, offline, on a local task
+	PYTHONPATH=tests/lmms/shim .venv-lmms/bin/python -m pytest -q tests/lmms
+
+.venv-lmms/.installed: pyproject.toml constraints-lmms.txt
+	$(PYTHON) -m venv .venv-lmms
+	.venv-lmms/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints-lmms.txt --editable . lmms-eval pytest pytest-timeout
+	touch $@
 
 check: install  ## linter and type checker
 	$(BIN)/ruff check .

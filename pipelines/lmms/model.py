@@ -13,6 +13,7 @@ import torch
 from accelerate import Accelerator
 from lmms_eval.api.instance import Instance
 from lmms_eval.api.model import lmms
+from lmms_eval.utils import simple_parse_args_string
 from tqdm import tqdm
 
 from pipelines.evaluate import load_answering
@@ -45,6 +46,12 @@ class Kdcli(lmms):
             dtype,
         )
         self.model.eval()
+
+    @classmethod
+    def create_from_arg_string(cls, arg_string: str, additional_config: dict[str, Any] | None = None) -> Kdcli:
+        """``--model_args`` win over flags of lmms-eval, one of which (``--batch_size``) has a default."""
+        flags = {name: value for name, value in (additional_config or {}).items() if value is not None}
+        return cls(**{**flags, **simple_parse_args_string(arg_string)})
 
     @property
     def device(self) -> torch.device:

@@ -41,8 +41,14 @@ def test_vqa_accuracy_of_ten_people(people: int, accuracy: float) -> None:
 
 @pytest.mark.parametrize(
     ("answers", "accuracy"),
-    [(["cat"], 1.0), (["dog"], 0.0), (["cat", "dog"], 0.5), (["cat", "cat"], 1.0), (["cat", "cat", "dog"], 2 / 3)]
-    + [(["cat", "dog", "dog", "dog"], 0.25)],
+    [
+        (["cat"], 1.0),
+        (["dog"], 0.0),
+        (["cat", "dog"], 0.5),
+        (["cat", "cat"], 1.0),
+        (["cat", "cat", "dog"], 2 / 3),
+        (["cat", "dog", "dog", "dog"], 0.25),
+    ],
 )
 def test_vqa_accuracy_of_fewer_people(answers: list[str], accuracy: float) -> None:
     """What everyone says is right, however few they are; from four on the formula is as published."""

@@ -148,5 +148,3 @@ def test_the_folder_of_task_groups_is_printed() -> None:
 
     folder = Path(CliRunner().invoke(main, ["eval-tasks"]).stdout.strip())
     assert sorted(path.stem for path in folder.glob("*.yaml")) == ["em_kd_11", "epic_10", "llava_kd_10", "quick"]
-
-
