@@ -69,17 +69,17 @@ def answer(
     tokenizer = processor.tokenizer
     owner = processor if processor.chat_template else tokenizer
     texts: list[str] = []
-    images: list[Any] = []
+    images: list[list[Any]] = []  # a list a prompt: some processors see several images of a row otherwise than one
     for prompt in prompts:
         messages = [{"role": turn.role, "content": content(turn.text)} for turn in prompt.turns]
         texts.append(owner.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
-        images += prompt.images
+        if prompt.images:
+            images.append(list(prompt.images))
     arguments = {"images": images} if images else {}
     inputs = processor(
         text=texts, **arguments, return_tensors="pt", padding=True, padding_side="left", add_special_tokens=False
     ).to(model.device)
-    if "pixel_values" in inputs:  # float32 from the processor; the tower may be narrower
-        inputs["pixel_values"] = inputs["pixel_values"].to(model.dtype)
+    _narrow(inputs, model.dtype)
     length = inputs["input_ids"].shape[1]
     counts = [len(prompt.images) for prompt in prompts]
     with compression.around(model, counts) if compression else nullcontext():
@@ -92,6 +92,12 @@ def answer(
         )
     said = tokenizer.batch_decode(generated[:, length:], skip_special_tokens=True)
     return [until(text, stop) for text in said]
+
+
+def _narrow(inputs: Any, dtype: torch.dtype) -> None:
+    """Pixels come as float32 from the processor; the model may be narrower."""
+    if "pixel_values" in inputs:
+        inputs["pixel_values"] = inputs["pixel_values"].to(dtype)
 
 
 def until(text: str, stop: Sequence[str]) -> str:
@@ -160,6 +166,7 @@ def _forced(
 ) -> tuple[tuple[torch.Tensor, ...], tuple[torch.Tensor, ...]]:
     """(float64 nats, bool: is the likeliest) of every response token, a row each, on the CPU."""
     batch = collate(usable, preparer.tokenizer.pad_token_id or 0).to(student.head.device)
+    _narrow(batch.inputs, student.head.dtype)
     if compression:
         # As when it answers: the last prompt token ranks, and every image keeps as many tokens.
         asking = torch.stack([one.response_rows[_last_turn(one)][0] for one in usable])

@@ -9,6 +9,7 @@ from typing import Any
 
 import PIL.Image
 import pytest
+import torch
 
 from pipelines.evaluate import evaluate, evaluate_folder
 from pipelines.evaluation.answers import Prompt, answer, until
@@ -96,6 +97,27 @@ def test_stop_texts_end_an_answer_and_the_work(student: tuple[Any, Any], monkeyp
         handle.remove()
     assert cut == [until(text, stop) for text in whole]
     assert all(len(text) <= 6 for text in cut) and len(steps) < 24
+
+
+def test_a_narrow_model_answers_and_forces(tiny_student: Path) -> None:
+    """bfloat16, as lmms-eval's users load it on a GPU: nats near those of float32, of a row with a picture too."""
+    from pipelines.evaluate import load_answering
+    from pipelines.evaluation.answers import expected
+    from pipelines.lmms.requests import prompt
+    from pipelines.lmms.requests import row as forced
+    from student_train.student import RowForward
+    from teacher_cache.prepare import Limits, Preparer
+
+    asked = prompt("what is it", [PIL.Image.effect_noise((96, 96), 60).convert("RGB")], "any")
+    nats = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        model, processor = load_answering(str(tiny_student), device="cpu", dtype=dtype)
+        assert answer(model.eval(), processor, [asked], 2) != [""]
+        preparer = Preparer(processor, model.config, Limits(max_length=1 << 60))
+        ((own, _),) = expected(RowForward(model), preparer, [forced(asked, "a circle")], DataSpec("x", "x"))
+        nats[dtype] = own
+    assert nats[torch.bfloat16].tolist() == pytest.approx(nats[torch.float32].tolist(), rel=0.2)
+    assert nats[torch.bfloat16].tolist() != nats[torch.float32].tolist()
 
 
 def test_until_takes_the_first() -> None:
