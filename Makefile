@@ -4,7 +4,7 @@ BIN := .venv/bin
 
 VLLM := .venv-vllm
 
-.PHONY: demo test test-vllm check install clean
+.PHONY: demo test test-vllm test-lmms check install clean
 
 install: .venv/.installed
 
@@ -33,6 +33,15 @@ $(VLLM)/.installed: pyproject.toml constraints-vllm.txt tests/vllm/torchvision_s
 
 test-vllm: $(VLLM)/.installed  ## the backend vllm against transformers, in an environment of its own; records tests/contracts/vllm_recorded.*
 	$(VLLM)/bin/python -m pytest -q tests/vllm
+
+# lmms-eval brings a hundred packages: an environment of its own.
+test-lmms: .venv-lmms/.installed  ## the plug-in inside lmms-eval, offline, on a local task
+	PYTHONPATH=tests/lmms/shim .venv-lmms/bin/python -m pytest -q tests/lmms
+
+.venv-lmms/.installed: pyproject.toml constraints-lmms.txt
+	$(PYTHON) -m venv .venv-lmms
+	.venv-lmms/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints-lmms.txt --editable . lmms-eval pytest pytest-timeout
+	touch $@
 
 check: install  ## linter and type checker
 	$(BIN)/ruff check .

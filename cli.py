@@ -979,6 +979,14 @@ def ablate(grid: str, out: str | None, dry_run: bool, as_json: bool, **asked: An
 @links_option
 @click.option("--limit", type=int, default=None)
 @click.option("--batch-size", default=32, show_default=True)
+@click.option(
+    "--metric",
+    default="exact_match",
+    show_default=True,
+    help="Comma-separated: also anls, contains, mcq, pope, relaxed_accuracy, vqa_accuracy (docs/evaluate.md).",
+)
+@click.option("--max-new-tokens", default=32, show_default=True, type=click.IntRange(1), help="Longest answer.")
+@click.option("--prompt-suffix", default="", help="A line after every question, e.g. how short an answer should be.")
 @click.option("--compress", help="Remove vision tokens inside the language model: dart, fastv, pyramiddrop or random.")
 @click.option("--keep", type=int, help="Vision tokens that stay of every image; pyramiddrop has a default.")
 @click.option("--compress-layer", type=int, help="The first layer that sees the kept tokens only; default 2.")
@@ -986,6 +994,7 @@ def ablate(grid: str, out: str | None, dry_run: bool, as_json: bool, **asked: An
 @click.option(
     "--out", type=click.Path(dir_okay=False), help="Also write the scores here; RUN/scores.json is what reports read."
 )
+@click.option("--answers", type=click.Path(dir_okay=False), help="Write every answer here, one JSON object a line.")
 @trust_option
 @device_option
 @json_option
@@ -996,41 +1005,46 @@ def evaluate(
     template: str,
     follow_links: bool | None,
     limit: int | None,
-    batch_size: int,
-    compress: str | None,
-    keep: int | None,
-    compress_layer: int | None,
-    vision_tokens: int | None,
+    metric: str,
     out: str | None,
+    answers: str | None,
     trust_remote_code: bool | None,
-    device: str | None,
     as_json: bool,
+    **how: Any,
 ) -> None:
-    """Score a student or teacher on held-out questions: exact match by family, and nll of the expected answers."""
+    """Score a student or teacher on held-out questions: exact match and other metrics by family, and nll of the expected answers."""
     from pipelines.evaluate import evaluate_folder
+    from pipelines.evaluation.score import answer_row
     from pipelines.progress import bar
     from pipelines.tables import score_table
     from teacher_cache.sources import DataSpec
 
+    metrics = split(metric)
     with bar(console(), "questions") as progress:
         task = progress.add_task("asking", total=None)
         spec = DataSpec("heldout", data, image_root, template=template, limit=limit, follow_links=bool(follow_links))
         result = evaluate_folder(
             model,
             spec,
-            batch_size,
-            device,
-            compress,
-            keep,
-            compress_layer,
-            vision_tokens,
-            bool(trust_remote_code),
+            trust_remote_code=bool(trust_remote_code),
+            metrics=metrics,
             advance=lambda rows: progress.advance(task, rows),
+            **how,
         )
-    answers = [vars(one) for one in result.pop("answers")]
+    given = [answer_row(one, metrics) for one in result.pop("answers")]
     if out:
         Path(out).write_text(json.dumps({model: result}, indent=1) + "\n")
-    say(json.dumps({**result, "answers": answers}) if as_json else score_table({model: result}))
+    if answers:
+        Path(answers).write_text("".join(json.dumps(one, ensure_ascii=False) + "\n" for one in given))
+    say(json.dumps({**result, "answers": given}) if as_json else score_table({model: result}))
+
+
+@main.command("eval-tasks")
+def evaluation_tasks() -> None:
+    """Print the folder of the task groups for lmms-eval: ``python -m lmms_eval … --include_path "$(kdcli eval-tasks)"``."""
+    from pipelines.lmms import TASKS
+
+    say(str(TASKS))
 
 
 @main.command("export")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from teacher_cache.records import View
@@ -114,21 +114,35 @@ def human_time(seconds: float) -> str:
 
 
 def score_table(results: Mapping[str, Mapping[str, Any]]) -> str:
-    """Exact match in percent, then nats a token of the expected answers: a column a model, a row a family."""
+    """Exact match and further metrics in percent, then nats a token of the expected answers: a column a model, a row a family."""
     families = sorted({family for one in results.values() for family in one["families"]})
 
-    def cell(result: Mapping[str, Any], family: str) -> str:
-        found = result["families"].get(family)
-        return f"{100 * found['exact_match']:.1f}" if found else "–"
+    def line(name: str, values: Iterable[float | None]) -> list[str]:
+        return [name, *("–" if value is None else f"{100 * value:.1f}" for value in values)]
 
-    body = [[family, *(cell(one, family) for one in results.values())] for family in families]
-    body.append(["mean of families", *(f"{100 * one['family_mean']:.1f}" for one in results.values())])
-    body.append(["all questions", *(f"{100 * one['exact_match']:.1f}" for one in results.values())])
+    def by_family(column: str, title: str = "{}") -> list[list[str]]:
+        found = {name: [one["families"].get(name, {}).get(column) for one in results.values()] for name in families}
+        return [line(title.format(name), values) for name, values in found.items() if set(values) != {None}]
+
+    body = by_family("exact_match")
+    body.append(line("mean of families", [one["family_mean"] for one in results.values()]))
+    body.append(line("all questions", [one["exact_match"] for one in results.values()]))
+    for column in further_metrics(results.values()):
+        body += by_family(column, f"{column}, {{}}")
+        body.append(line(f"{column}, mean of families", [one.get(f"{column}_family_mean") for one in results.values()]))
+        body.append(line(f"{column}, all questions", [one.get(column) for one in results.values()]))
     for name, key in (("mean of families", "nll_family_mean"), ("all answer tokens", "nll")):
         values = [one.get(key) for one in results.values()]
         if any(value is not None for value in values):
             body.append([f"nll, {name}", *("–" if value is None else f"{value:.3f}" for value in values)])
     return table(["exact match, %; nll, nats a token", *results], body)
+
+
+def further_metrics(results: Iterable[Mapping[str, Any]]) -> list[str]:
+    """Columns that have a mean of families of their own, in the order they were asked for; nll is in nats and has its place."""
+    mean = "_family_mean"
+    found = [key.removesuffix(mean) for one in results for key in one if key.endswith(mean)]
+    return [column for column in dict.fromkeys(found) if column != "nll"]
 
 
 def sample_view(decoded: Any) -> str:

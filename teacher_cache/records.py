@@ -45,7 +45,7 @@ class Sample:
         ordinal: row number inside the part, counted from 0 over all its files. Never reused, also for skipped rows.
         source_id: the dataset's own id (they repeat in the wild, so it is never a key).
         place: where a person finds the row (``file.json row 17``).
-        extra: further scalar columns of the row (``family``, ``data_source``).
+        extra: further scalar columns of the row (``family``, ``data_source``), and ``answers``, a list of reference texts.
     """
 
     part: str

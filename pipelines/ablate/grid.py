@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
-from pipelines.evaluate import evaluate_folder, pruning_of
+from pipelines.evaluate import check_metrics, evaluate_folder, pruning_of
 from pipelines.settings import Settings, build, read_toml, refuse_unknown, settings_of
 from student_train.config import StageSettings, TrainSettings
 from student_train.stages import STAGES
@@ -186,6 +186,7 @@ def check_options(options: Mapping[str, Any], place: str) -> None:
     """KdcliError where no student could be asked in this way."""
     refuse_unknown(options, evaluation_options(), place, "option")
     try:
+        check_metrics(options.get("metrics", ()))
         pruning_of(*(options.get(name) for name in ("compress", "keep", "compress_layer")))
     except KdcliError as error:
         raise KdcliError(f"{place}: {error}") from None

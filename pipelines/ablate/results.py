@@ -11,7 +11,7 @@ from typing import Any
 from scipy.stats import t as student_t
 
 from pipelines.ablate.cells import Cell
-from pipelines.tables import table
+from pipelines.tables import further_metrics, table
 
 MEAN, NLL = "mean of families, %", "nll, nats a token"
 
@@ -95,6 +95,8 @@ def score_metrics(scores: Mapping[str, Any]) -> dict[str, float]:
         found[NLL] = scores["nll_family_mean"]
     families = scores["families"]
     found |= {f"{name}, %": 100 * one["exact_match"] for name, one in families.items()}
+    further = [column for column in further_metrics([scores]) if scores[f"{column}_family_mean"] is not None]
+    found |= {f"{column}, mean of families, %": 100 * scores[f"{column}_family_mean"] for column in further}
     return found | {f"nll {name}": one["nll"] for name, one in families.items() if one.get("nll") is not None}
 
 

@@ -11,6 +11,9 @@ from teacher_cache.records import Turn
 
 ROLE_OF = {"human": "user", "gpt": "assistant", "system": "system"}
 
+ANSWERS = "answers"
+"""The one column of several values that a row keeps: reference answers, by which an evaluation scores."""
+
 
 def checked_text(value: Any, what: str) -> str:
     """``value`` if it is text that UTF-8 can write.
@@ -63,13 +66,15 @@ def source_id_of(value: Any) -> str:
 
 
 def extra_of(row: Mapping[str, Any], known: frozenset[str]) -> dict[str, Any]:
-    """Further scalar columns; nested values, nulls and non-finite numbers (json could not carry them on) are left out.
+    """Further scalar columns, and ``answers``; other nested values, nulls and numbers that json cannot carry on are left out.
 
     Raises:
         SkipRow: bad_row.
     """
-    extra = {}
+    extra: dict[str, Any] = {}
     for name, value in row.items():
+        if name == ANSWERS and name not in known and (answers := _answers(value)):
+            extra[name] = answers
         if name in known or not isinstance(value, str | bool | int | float):
             continue
         if isinstance(value, float) and not math.isfinite(value):
@@ -78,6 +83,16 @@ def extra_of(row: Mapping[str, Any], known: frozenset[str]) -> dict[str, Any]:
             checked_text(value, repr(name))
         extra[checked_text(name, "a column's name")] = value
     return extra
+
+
+def _answers(value: Any) -> list[str]:
+    """``["2", "two"]``, numbers too, or ``[{"answer": "2", …}]`` as VQA writes them → texts; empty: nothing of the kind."""
+    if not isinstance(value, Sequence) or isinstance(value, str | bytes):
+        return []
+    texts = [one.get("answer") if isinstance(one, Mapping) else one for one in value]
+    if not all(isinstance(one, str | int | float) for one in texts):
+        return []
+    return [checked_text(str(one), repr(ANSWERS)) for one in texts]
 
 
 def _kind(value: Any) -> str:

@@ -240,13 +240,13 @@ def test_modules_are_told_apart(family: Family, folder_of: Any) -> None:
 @each_family
 def test_answers_of_a_batch_are_those_of_single_rows(family: Family, folder_of: Any, rows_folder: Path) -> None:
     """As `kdcli eval` asks: padded on the left, rows with two images and none among them."""
-    from pipelines.evaluate import answer
+    from pipelines.evaluation.answers import answer, prompt_of
     from student_train.student import load_student
 
     model, processor = load_student(str(folder_of(family.name)), "sdpa")
-    rows = read_rows(rows_folder)
-    together = answer(model.eval(), processor, rows, max_new_tokens=4)
-    assert together == [answer(model, processor, [row], max_new_tokens=4)[0] for row in rows]
+    prompts = [prompt_of(row) for row in read_rows(rows_folder)]
+    together = answer(model.eval(), processor, prompts, max_new_tokens=4)
+    assert together == [answer(model, processor, [prompt], max_new_tokens=4)[0] for prompt in prompts]
 
 
 def test_idefics_is_refused_in_one_line(tmp_path: Path, rows_folder: Path) -> None:

@@ -11,7 +11,8 @@ import PIL.Image
 import pytest
 import torch
 
-from pipelines.evaluate import MAX_NEW_TOKENS, Answer, evaluate, evaluate_folder, normalise, score
+from pipelines.evaluate import MAX_NEW_TOKENS, Answer, evaluate, evaluate_folder, score
+from pipelines.evaluation.metrics.exact_match import normalise
 from student_train.pruning import Pruning
 from student_train.pruning.plain import pruned_states
 from teacher_cache.errors import CompatibilityError, DataError

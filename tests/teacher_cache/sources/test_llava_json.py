@@ -102,6 +102,18 @@ def test_odd_but_legal_values(tmp_path):
     assert sample.extra == {"big": 10**400, "yes": True}
 
 
+def test_answers_are_the_one_list_that_a_row_keeps(tmp_path):
+    """Texts, numbers, VQA's objects; anything else under that name is left out like every nested value."""
+    vqa = [{"answer": "two", "answer_confidence": "yes"}, {"answer": "2"}]
+    columns = [["a", 2, 1.5], vqa, "one", [], [["a"]], [{"text": "a"}], {"answer": "a"}]
+    rows = [{"id": "x", "conversations": TALK, "answers": value, "tags": ["a"]} for value in columns]
+    kept = [row.extra.get("answers") for row in rows_of(write(tmp_path, json.dumps(rows)))]
+    assert kept == [["a", "2", "1.5"], ["two", "2"], "one", None, None, None, None]
+    bad = '[{"conversations": [], "answers": ["\\ud800"]}]'
+    (skip,) = rows_of(write(tmp_path, bad))
+    assert skip.reason == "bad_row" and "'answers' holds half of a surrogate pair" in skip.detail
+
+
 def test_bytes_that_are_not_utf8_cost_only_their_row(tmp_path):
     good = json.dumps({"id": "good", "conversations": TALK}).encode()
     (tmp_path / "a.json").write_bytes(b"[" + good.replace(b"hi", b"h\xe9") + b"," + good + b"]")

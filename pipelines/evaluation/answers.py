@@ -1,0 +1,189 @@
+"""How a model answers: greedy text after a prompt, and how likely it finds an expected answer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from student_train.losses.divergences import cross_entropy
+from student_train.pruning import Pruning
+from student_train.student import RowForward
+from teacher_cache.batch import collate
+from teacher_cache.errors import SkipRow
+from teacher_cache.prepare import Preparer
+from teacher_cache.records import Prepared, Sample, Turn
+from teacher_cache.rows import PLACEHOLDER, decode_image
+from teacher_cache.sources import DataSpec
+from teacher_cache.teachers.head import CHUNK_BYTES, chunk_rows, head_logits
+from teacher_cache.templates import write_prompts
+
+MAX_NEW_TOKENS = 32
+
+
+@dataclass(frozen=True)
+class Compression:
+    """Vision tokens removed while a model answers. generator: of random choices, one for the whole file whatever the batch size."""
+
+    pruning: Pruning
+    generator: torch.Generator
+
+    def around(self, model: Any, images: Sequence[int]) -> AbstractContextManager[Any]:
+        """images: of each question."""
+        from student_train.pruning.forward import prune_vision
+
+        return prune_vision(model, self.pruning, images=images, generator=self.generator)
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """What a model is asked: turns of which the last is the user's, and as many RGB images as they have placeholders."""
+
+    turns: Sequence[Turn]
+    images: Sequence[Any] = ()
+
+
+def prompt_of(row: Sample, max_image_pixels: int = DataSpec.max_image_pixels) -> Prompt:
+    """A row's last user turn and the turns before it, without the answer."""
+    asked = row.turns[:-1]
+    kept = sum(turn.text.count(PLACEHOLDER) for turn in asked)
+    return Prompt(asked, [decode_image(image, max_image_pixels) for image in row.images[:kept]])
+
+
+@torch.inference_mode()
+def answer(
+    model: Any,
+    processor: Any,
+    prompts: Sequence[Prompt],
+    max_new_tokens: int = MAX_NEW_TOKENS,
+    compression: Compression | None = None,
+    stop: Sequence[str] = (),
+    template: str = "chat",
+) -> list[str]:
+    """Greedy answers, one batch padded on the left.
+
+    Args:
+        template: that asks; a caption template asks as ``chat`` does.
+        stop: an answer ends before the first of these texts that stands in it.
+    """
+    tokenizer = processor.tokenizer
+    owner = processor if processor.chat_template else tokenizer
+    texts, begins = write_prompts(template, owner, [prompt.turns for prompt in prompts])
+    # A list a prompt: some processors see several images of a row otherwise than one.
+    images = [list(prompt.images) for prompt in prompts if prompt.images]
+    arguments: dict[str, Any] = {"images": images} if images else {}
+    arguments |= {"padding": True, "padding_side": "left", "add_special_tokens": begins}
+    inputs = processor(text=texts, **arguments, return_tensors="pt").to(model.device)
+    _narrow(inputs, model.dtype)
+    length = inputs["input_ids"].shape[1]
+    counts = [len(prompt.images) for prompt in prompts]
+    with compression.around(model, counts) if compression else nullcontext():
+        generated = model.generate(
+            **inputs,
+            do_sample=False,
+            max_new_tokens=max_new_tokens,
+            pad_token_id=tokenizer.pad_token_id or 0,
+            stopping_criteria=[_Stop(tokenizer, length, stop)] if stop else None,
+        )
+    said = tokenizer.batch_decode(generated[:, length:], skip_special_tokens=True)
+    return [until(text, stop) for text in said]
+
+
+def _narrow(inputs: Any, dtype: torch.dtype) -> None:
+    """Pixels come as float32 from the processor; the model may be narrower."""
+    if "pixel_values" in inputs:
+        inputs["pixel_values"] = inputs["pixel_values"].to(dtype)
+
+
+def until(text: str, stop: Sequence[str]) -> str:
+    """``text`` before the first stop text in it."""
+    return text[: min((at for one in stop if (at := text.find(one)) >= 0), default=len(text))]
+
+
+class _Stop:
+    """A sequence is done once a stop text stands among its newest tokens. Looking at the whole answer in every step would be quadratic."""
+
+    def __init__(self, tokenizer: Any, length: int, stop: Sequence[str]):
+        self.tokenizer, self.length, self.stop = tokenizer, length, stop
+        # A token has one byte at least; a few more, since the first of them may begin in the middle of a character.
+        self.newest = max(len(one.encode()) for one in stop) + 4
+
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
+        tails = input_ids[:, self.length :][:, -self.newest :]
+        said = self.tokenizer.batch_decode(tails, skip_special_tokens=True)
+        done = [any(one in text for one in self.stop) for text in said]
+        return torch.tensor(done, device=input_ids.device)
+
+
+@torch.inference_mode()
+def answer_nats(
+    student: RowForward,
+    preparer: Preparer,
+    questions: Sequence[Sample],
+    spec: DataSpec,
+    compression: Compression | None = None,
+) -> list[tuple[float, int]]:
+    """(nats, tokens) of each row's expected last answer; (0, 0) for a row that training could not render either."""
+    return [(float(nats.sum()), len(nats)) for nats, _ in expected(student, preparer, questions, spec, compression)]
+
+
+@torch.inference_mode()
+def expected(
+    student: RowForward,
+    preparer: Preparer,
+    questions: Sequence[Sample],
+    spec: DataSpec,
+    compression: Compression | None = None,
+) -> list[tuple[torch.Tensor, bool]]:
+    """How each row's expected last answer fares, teacher-forced on the row as training renders it, the end of turn included.
+
+    Returns:
+        (float64 ``[tokens]``, nats of each token, on the CPU; True where every token is the likeliest one) a row; no tokens and False for
+        a row that training could not render either.
+    """
+    prepared: list[Prepared | None] = []
+    for row in questions:
+        try:
+            prepared.append(preparer.prepare(row, spec.template, spec.max_image_pixels))
+        except SkipRow:
+            prepared.append(None)
+    usable = [one for one in prepared if one is not None]
+    nothing = torch.zeros(0, dtype=torch.float64)
+    if not usable:
+        return [(nothing, False)] * len(questions)
+    nats, greedy = _forced(student, preparer, usable, compression)
+    own = iter([(nats[i][(last := _last_turn(one))], bool(greedy[i][last].all())) for i, one in enumerate(usable)])
+    return [(nothing, False) if one is None else next(own) for one in prepared]
+
+
+def _forced(
+    student: RowForward, preparer: Preparer, usable: Sequence[Prepared], compression: Compression | None
+) -> tuple[tuple[torch.Tensor, ...], tuple[torch.Tensor, ...]]:
+    """(float64 nats, bool: is the likeliest) of every response token, a row each, on the CPU."""
+    batch = collate(usable, preparer.tokenizer.pad_token_id or 0).to(student.head.device)
+    _narrow(batch.inputs, student.head.dtype)
+    if compression:
+        # As when it answers: the last prompt token ranks, and every image keeps as many tokens.
+        asking = torch.stack([one.response_rows[_last_turn(one)][0] for one in usable])
+        images = [len(one.layout) for one in usable]
+        how = {"query_at": asking, "images": images, "generator": compression.generator}
+        hidden = student(batch, ["response"], compression.pruning, how)["response"]
+    else:
+        hidden = student(batch, ["response"])["response"]
+    rows = chunk_rows(student.head, CHUNK_BYTES)
+    nats, greedy = [], []
+    for states, labels in zip(hidden.split(rows), batch.labels.split(rows)):
+        logits = head_logits(states, student.head)
+        nats.append(cross_entropy(logits, labels).double())
+        greedy.append(logits.argmax(dim=-1) == labels)
+    counts = list(batch.counts["response"])
+    return torch.cat(nats).cpu().split(counts), torch.cat(greedy).cpu().split(counts)
+
+
+def _last_turn(prepared: Prepared) -> torch.Tensor:
+    """bool ``[response rows]``: those of the last answer; earlier answers are context."""
+    turns = prepared.text.turn[prepared.text.response]
+    return turns == turns[-1]
