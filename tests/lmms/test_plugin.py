@@ -174,9 +174,9 @@ def test_the_command_line_finds_the_model_and_gives_the_same_answers(
         check=False,
         timeout=1200,
     )
-    assert done.returncode == 0, done.stdout + done.stderr
-    (results,) = (tmp_path / "out").rglob("*results.json")
-    told = json.loads(results.read_text())["results"]["kdcli_answers"]
+    written = list((tmp_path / "out").rglob("*results.json"))  # it may fail with status 0
+    assert done.returncode == 0 and len(written) == 1, done.stdout + done.stderr
+    told = json.loads(written[0].read_text())["results"]["kdcli_answers"]
     (samples,) = (tmp_path / "out").rglob("*samples_kdcli_answers.jsonl")
     answers = [one["filtered_resps"][0] for one in sorted(answers_file(samples), key=lambda one: one["doc_id"])]
     answers = [one[0] if isinstance(one, list) else one for one in answers]
