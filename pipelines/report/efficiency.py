@@ -78,7 +78,7 @@ def _cost(run: Run, stage: Stage, sizes: Mapping[str, float]) -> Cost:
         bytes_per_sample=_read(run, stage, sizes),
         student_tokens=_rate(_total(points, "vision_tokens"), _total(points, "images")),
         teacher_tokens=_rate(_total(points, "cached_vision_tokens"), _total(points, "images")),
-        parameters=_count(parameters(stage.folder / "model")),
+        parameters=_count(parameters(stage.folder / "model") if stage.done else None),
     )
 
 

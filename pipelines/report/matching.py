@@ -16,6 +16,7 @@ from pipelines.stage_trainer import MAPS, load_maps
 from student_train.alignment import Matching
 from student_train.cache import Cache, CachedRows
 from student_train.compression import compressor_of, with_grid
+from student_train.config import TrainSettings
 from student_train.losses.matching import UNMATCHED
 from student_train.methods import create_method, hook
 from student_train.needs import Served
@@ -67,20 +68,23 @@ class MatchingSection:
 
 def matching_section(runs: Sequence[Run], cache: Cache) -> MatchingSection | None:
     """None where no run has a finished stage that matches vision tokens with this cache's."""
-    students = [one for run in runs if (one := _student(run, cache))]
-    if not students:
-        return None
     section = MatchingSection()
-    # Seeds of one name look alike: the first stands for them.
-    first = list({one.run.group: one for one in reversed(students)}.values())[::-1]
-    for one in first[:MOST_RUNS]:
+    shown: set[str] = set()
+    for run in runs:
         try:
+            # Seeds of one name look alike: the first stands for them.
+            if run.group in shown or not (one := _student(run, cache)):
+                continue
+            shown.add(run.group)
+            if len(shown) > MOST_RUNS:
+                section.notes.append(f"{run.name}: {MOST_RUNS} runs are shown at most")
+                continue
             section.runs.append(_match(one, cache))
         except (KdcliError, SkipRow) as error:
-            section.notes.append(f"{one.run.name}: {error}")
-    if len(first) > MOST_RUNS:
-        section.notes.append(f"{len(first) - MOST_RUNS} further runs: the first {MOST_RUNS} are")
-    return section
+            section.notes.append(f"{run.name}: {error}")
+        except KeyError as error:
+            section.notes.append(f"{run.folder / 'run.json'}: it does not say {error}")
+    return section if section.runs or section.notes else None
 
 
 def _student(run: Run, cache: Cache) -> Student | None:
@@ -103,33 +107,20 @@ def _match(one: Student, cache: Cache) -> MatchedRun:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     count = parameters(one.folder / "model") or 0
     if device.type == "cpu" and count > MOST_ON_A_CPU:
-        raise KdcliError(
-            f"{count / 1e9:.1f} B parameters are too many for this machine's CPU: write the report on a GPU"
-        )
-    settings, served = (
-        one.card["settings"],
-        Served({n: tuple(f) for n, f in one.card["fields"].items() if n in NEEDS}, ()),
-    )
-    trusted = bool(settings.get("trust_remote_code"))
-    model, processor = load_student(str(one.folder / "model"), settings["attn_implementation"], trusted)
+        raise KdcliError(f"{count / 1e9:.1f} B parameters are too many for a CPU: write the report on a GPU")
+    # Whoever looks at a stranger's runs trusts no code of theirs, whatever their run card says.
+    model, processor = load_student(str(one.folder / "model"), TrainSettings().attn_implementation)
+    served = Served({need: tuple(names) for need, names in one.card["fields"].items() if need in NEEDS}, ())
     student = RowForward(model.eval(), _maps(one, cache, model, served)).to(device)
-    rows = CachedRows(cache, one.card["parts"], served.names)
-    limits = Limits(settings["max_length"], cache.plan.preparation["over_length"])
-    preparer = Preparer(with_grid(processor, compressor_of(model.config), training=True), model.config, limits)
-    templates = {part: cache.template(part) for part in one.card["parts"]}
-    order = Order(rows.counts, settings["seed"])
-    dataset = TrainDataset(rows, order, preparer, templates, cache.image_limits(), False, one.matching.check_layouts)
     signals = TeacherSignals.open(cache, served, device)
-    pictures = []
-    for sample, batch in _batches(dataset, rows, order, processor.tokenizer.pad_token_id or 0):
-        pictures.append(_picture(sample, batch, _assignment(one.matching, student, signals, batch, device)))
+    pictures = [
+        _picture(sample, batch, _assignment(one.matching, student, signals, batch, device))
+        for sample, batch in _batches(one, cache, served, model.config, processor)
+    ]
     if not pictures:
         raise KdcliError(f"none of the first {LOOKED_AT} rows has an image")
-    how = (
-        "hidden states through the learned map"
-        if one.matching.by == "hungarian-hidden"
-        else f"vocabulary {one.matching.cost}"
-    )
+    hidden = one.matching.by == "hungarian-hidden"
+    how = "hidden states through the learned map" if hidden else f"vocabulary {one.matching.cost}"
     return MatchedRun(one.run.name, how, pictures)
 
 
@@ -143,17 +134,25 @@ def _maps(one: Student, cache: Cache, model: Any, served: Served) -> dict[str, t
     return dict(maps.items())
 
 
-def _batches(dataset: TrainDataset, rows: CachedRows, order: Order, pad_id: int) -> Iterator[tuple[Sample, TrainBatch]]:
+def _batches(
+    one: Student, cache: Cache, served: Served, config: Any, processor: Any
+) -> Iterator[tuple[Sample, TrainBatch]]:
     """The first rows with an image in the order of training, as micro-batches of one; each image once."""
-    found, seen = 0, set()
+    settings, parts = one.card["settings"], one.card["parts"]
+    rows = CachedRows(cache, parts, served.names)
+    limits = Limits(settings["max_length"], cache.plan.preparation["over_length"])
+    preparer = Preparer(with_grid(processor, compressor_of(config), training=True), config, limits)
+    order, templates = Order(rows.counts, settings["seed"]), {part: cache.template(part) for part in parts}
+    check = one.matching.check_layouts
+    dataset = TrainDataset(rows, order, preparer, templates, cache.image_limits(), same_grid=False, check_layouts=check)
+    seen: set[bytes] = set()
     for position in range(min(LOOKED_AT, order.rows)):
         sample = rows.read(*order.at(position)).sample
         if not sample.images or sample.images[0].data in seen:
             continue
         seen.add(sample.images[0].data)
-        yield sample, join([dataset[position]], pad_id)
-        found += 1
-        if found == EXAMPLES:
+        yield sample, join([dataset[position]], processor.tokenizer.pad_token_id or 0)
+        if len(seen) == EXAMPLES:
             return
 
 
