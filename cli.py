@@ -1097,7 +1097,9 @@ def export_model(
 @click.option("--seed", default=0, show_default=True)
 @click.option("--sweep", is_flag=True, help="Also fit many other fields on other rows, and measure the frontier.")
 @click.option("--plot", type=click.Path(dir_okay=False), help="Write bytes against gradient angle as a PNG.")
-@click.option("--out", type=click.Path(dir_okay=False), help="Also write the tables here, as Markdown.")
+@click.option(
+    "--out", type=click.Path(dir_okay=False), help="Also write the tables here, as Markdown; *.json: all numbers."
+)
 @trust_option
 @device_option
 @config_option
@@ -1147,12 +1149,27 @@ def methods(as_json: bool) -> None:
 @main.command()
 @click.argument("runs", nargs=-1, required=True)
 @click.option("--cache", "cache_url", help="Add cache sizes and decoded images of this cache.")
+@click.option("--fidelity", multiple=True, help="A file of `kdcli fidelity --out X.json`, or a preflight's folder.")
+@click.option("--matching/--no-matching", default=True, show_default=True, help="Match the tokens of em-kd students.")
 @click.option("--out", default="report.html", show_default=True)
-def report(runs: tuple[str, ...], cache_url: str | None, out: str) -> None:
-    """One self-contained HTML page: results, loss curves, cache sizes, images with decoded words."""
+@config_option
+def report(
+    runs: tuple[str, ...],
+    cache_url: str | None,
+    fidelity: tuple[str, ...],
+    matching: bool,
+    out: str,
+    config: str | None,
+) -> None:
+    """One self-contained HTML page: results, losses, costs, cache sizes, fidelity, images with words, matched tokens."""
+    from pipelines.report.fidelity_files import beside
     from pipelines.report.page import write_report
 
-    say(f"wrote {write_report([Path(run) for run in runs], cache_url, Path(out))}")
+    settings = load(config)
+    if not fidelity and cache_url == settings.cache and settings.capture.calibration:
+        fidelity = tuple(beside(settings.capture.calibration))  # the preflight that chose this cache's parameters
+    paths = [Path(run) for run in runs]
+    say(f"wrote {write_report(paths, cache_url, Path(out), fidelity=fidelity, matching=matching)}")
 
 
 if __name__ == "__main__":

@@ -25,10 +25,11 @@ from student_train.config import TrainSettings
 from student_train.distributed import Processes, gathered
 from student_train.losses.liger import check_liger
 from student_train.methods import hook
+from student_train.step_log import StepResult
 from student_train.stream import BLOCK_SHARDS
 from student_train.student import load_student, save_student
 from student_train.teacher_view import TeacherSignals
-from student_train.trainer import StepResult, Trainer
+from student_train.trainer import Trainer
 from teacher_cache.errors import CompatibilityError, KdcliError, naming_full_disk
 from teacher_cache.plan import difference
 from teacher_cache.shards.disk_cache import DiskCache

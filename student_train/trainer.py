@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import math
-import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
@@ -22,6 +20,7 @@ from student_train.distributions import DenseTeacher
 from student_train.losses.reduce import count_rows, total_loss
 from student_train.losses.terms import FIRST_LAYER, Terms, kinds_of
 from student_train.methods import Method, Passes, hook
+from student_train.step_log import MetricsLog, StepResult, peak_memory, read_sizes
 from student_train.stream import TrainBatch
 from student_train.student import RowForward, module_group
 from student_train.teacher_view import TeacherView
@@ -30,18 +29,6 @@ from teacher_cache.errors import KdcliError
 
 StepBatches = Callable[[int], Iterator[tuple[int, list[TrainBatch]]]]
 SeeTeacher = Callable[[TrainBatch], TeacherView]
-
-
-@dataclass
-class StepResult:
-    """What one optimizer step did, over all processes: the loss, its terms (unweighted means), and the cost."""
-
-    loss: float
-    terms: dict[str, float]
-    grad_norm: float
-    learning_rate: float
-    tokens: int
-    seconds: float = 0.0
 
 
 @dataclass
@@ -129,9 +116,11 @@ class Trainer:
             group["lr"] = rate * group.get("share", 1.0)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        tokens = sum(int(one.batch.inputs["attention_mask"].sum()) for one in batches if not one.filler)
-        loss_all, tokens_all, *shares_all = self.processes.sum([loss_sum, float(tokens), *shares.values()])
-        result = StepResult(loss_all, dict(zip(shares, shares_all)), grad_norm, rate, int(tokens_all))
+        sizes = read_sizes([one for one in batches if not one.filler])
+        loss_all, *all_of_them = self.processes.sum([loss_sum, *map(float, sizes.values()), *shares.values()])
+        sizes_all, shares_all = map(int, all_of_them[: len(sizes)]), all_of_them[len(sizes) :]
+        terms = dict(zip(shares, shares_all))
+        result = StepResult(loss_all, terms, grad_norm, rate, **dict(zip(sizes, sizes_all)))
         result.seconds = time.perf_counter() - started
         return result
 
@@ -204,10 +193,13 @@ class Trainer:
         self.model.train()
         log = MetricsLog(self.folder, first, self.settings, self.processes)
         try:
+            asked = time.perf_counter()
             for step, batches in batches_from(first):
                 if step >= self.total_steps:
                     break
+                waited = time.perf_counter() - asked
                 result = self.step(step, batches)
+                result.data_seconds, result.peak_memory_bytes = waited, peak_memory(self.processes.device)
                 if not math.isfinite(result.loss):
                     raise KdcliError(
                         f"{self.folder}: the loss is {result.loss} at step {step}: lower --learning-rate, or look at the data"
@@ -216,63 +208,9 @@ class Trainer:
                 on_step(step, result)
                 if (step + 1) % self.settings.save_steps == 0 and step + 1 < self.total_steps:
                     saved.save(step + 1)
+                asked = time.perf_counter()
             saved.wait()
         finally:
             with suppress(KdcliError):  # what stopped the run says more
                 saved.wait()
             log.close()
-
-
-def _step_of(line: str, other: int) -> int:
-    """The step of a line of metrics; ``other`` where it is none (half written, or damaged): it is dropped."""
-    try:
-        return int(json.loads(line)["step"])
-    except (ValueError, TypeError, KeyError, OverflowError, RecursionError):
-        return other
-
-
-class MetricsLog:
-    """``metrics.jsonl`` (one line a logged step) and TensorBoard, from the main process; a resumed run drops the lines it redoes."""
-
-    def __init__(self, folder: Path, first_step: int, settings: TrainSettings, processes: Processes):
-        self.every = settings.logging_steps if processes.is_main else 0
-        self.file, self.board = None, None
-        if not processes.is_main:
-            return
-        folder.mkdir(parents=True, exist_ok=True)
-        path = folder / "metrics.jsonl"
-        kept = path.read_text().splitlines() if path.is_file() else []
-        lines = [line for line in kept if _step_of(line, first_step) < first_step]
-        draft = folder / ".metrics.jsonl"
-        draft.write_text("".join(f"{line}\n" for line in lines))
-        os.replace(draft, path)
-        self.file = path.open("a")
-        if settings.report_to == "tensorboard":
-            from torch.utils.tensorboard import SummaryWriter
-
-            self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=first_step)
-
-    def write(self, step: int, result: StepResult) -> None:
-        if not self.file or step % self.every:
-            return
-        body = {
-            "step": step,
-            "loss": result.loss,
-            **{f"loss/{name}": value for name, value in result.terms.items()},
-            "grad_norm": result.grad_norm,
-            "learning_rate": result.learning_rate,
-            "tokens": result.tokens,
-            "seconds": round(result.seconds, 4),
-        }
-        self.file.write(json.dumps(body) + "\n")
-        self.file.flush()
-        if self.board:
-            for name, value in body.items():
-                if name != "step":
-                    self.board.add_scalar(f"train/{name}", value, step)
-
-    def close(self) -> None:
-        if self.file:
-            self.file.close()
-        if self.board:
-            self.board.close()

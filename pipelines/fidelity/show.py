@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -160,10 +161,12 @@ def as_json(value: Any) -> Any:
 
 
 def write_files(result: Mapping[str, Any], plot: str | None, out: str | None) -> None:
-    """The plot, and the tables as a Markdown page that shows it."""
+    """The plot, and the tables as a Markdown page that shows it; everything as JSON where ``out`` ends so (`kdcli report` draws that)."""
     if plot:
         write_plot(result, Path(plot))
-    if out:
+    if out and out.endswith(".json"):
+        Path(out).write_text(json.dumps(as_json(result), indent=1) + "\n")
+    elif out:
         picture = f"\n\n![bytes a row against gradient angle]({plot})" if plot else ""
         Path(out).write_text(f"# Fidelity\n\n{report(result)}{picture}\n")
 

@@ -120,7 +120,7 @@ def draw(term: str, series: Sequence[tuple[Style, Points]]) -> Chart | None:
         log=log,
         lines=[_line(style, points, x_axis, y_axis) for style, points in finite],
         x_ticks=[(x_axis(tick), short(tick)) for tick in ticks(x_axis.low, x_axis.high, whole=True)],
-        y_ticks=[(y_axis(tick), short(tick)) for tick in (_decades(low, high) if log else ticks(low, high))],
+        y_ticks=[(y_axis(tick), short(tick)) for tick in (decades(low, high) if log else ticks(low, high))],
         gaps=gaps,
     )
 
@@ -165,7 +165,7 @@ def ticks(low: float, high: float, whole: bool = False) -> list[float]:
     return [i * step for i in range(first, math.floor(high / step + 1e-9) + 1)]
 
 
-def _decades(low: float, high: float) -> list[float]:
+def decades(low: float, high: float) -> list[float]:
     """Powers of ten; with 2 and 5 between where there are few, only every second or third where there are many."""
     first, last = math.floor(math.log10(low)), math.ceil(math.log10(high))
     every = max(1, math.ceil((last - first) / 5))

@@ -10,8 +10,13 @@ from typing import Any
 
 import jinja2
 
+from pipelines import inspect_cache
 from pipelines.report.charts import run_styles, short, stage_charts
+from pipelines.report.efficiency import efficiency
+from pipelines.report.fidelity_files import beside, read_fidelity
+from pipelines.report.frontier import frontiers
 from pipelines.report.gallery import cache_gallery
+from pipelines.report.matching import matching_section
 from pipelines.report.runs import Run, read_runs
 from pipelines.report.scores import collect_results, score_rows
 from pipelines.report.sizes import cache_sizes
@@ -26,6 +31,8 @@ def write_report(
     out: Path,
     scores: Mapping[str, Any] | None = None,
     title: str = TITLE,
+    fidelity: Sequence[Path | str] = (),
+    matching: bool = True,
 ) -> Path:
     """Write the page.
 
@@ -33,12 +40,16 @@ def write_report(
         runs: output folders of ``kdcli train-student``, or folders of such. cache_url: adds sizes and decoded images.
         scores: name (``teacher``, ``llava-kd``, …) → a result of ``pipelines.evaluate.score``, or a list of them, one a seed;
             names that are missing here come from ``scores.json`` in the run folders.
+        fidelity: files of ``kdcli fidelity --out FILE.json`` or folders of ``kdcli preflight``; none: the preflight that the cache is of.
+        matching: match the vision tokens of finished students whose method does, which loads each and runs it on two rows.
 
     Raises:
         KdcliError: a folder without a run, a damaged file, a cache that cannot be opened.
     """
     read = read_runs(runs)
     cache = Cache(cache_url) if cache_url else None
+    measured = read_fidelity(fidelity or (beside(cache_url) if cache_url else []))
+    status = inspect_cache.status(cache) if cache else None
     page = template().render(
         title=title,
         header=header(read, cache),
@@ -46,8 +57,11 @@ def write_report(
         runs=[run_row(run, cache) for run in read],
         styles=run_styles(read),
         stages=stage_charts(read),
-        sizes=cache_sizes(cache) if cache else None,
+        efficiency=efficiency(read, status),
+        sizes=cache_sizes(cache, status) if cache and status else None,
+        frontiers=frontiers(measured),
         gallery=cache_gallery(cache) if cache else None,
+        matching=matching_section(read, cache) if cache and matching else None,
         settings=[(run, settings_table(run)) for run in read],
     )
     out = Path(out)

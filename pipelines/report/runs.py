@@ -22,7 +22,7 @@ class Stage:
 
     Attributes:
         points: one dictionary a logged step, as in ``metrics.jsonl``. terms: its ``loss`` keys, the total first.
-        done: the stage ended (``done.json`` is there). written: when its last file was.
+        done: the stage ended (``done.json`` is there). written: when its last file was. folder: of the stage.
     """
 
     name: str
@@ -33,6 +33,7 @@ class Stage:
     samples: int | None
     done: bool
     written: datetime
+    folder: Path
 
 
 @dataclass(frozen=True)
@@ -134,6 +135,7 @@ def _read_stage(folder: Path, method: str) -> Stage:
         samples=result.get("samples"),
         done=done.is_file(),
         written=datetime.fromtimestamp(last.stat().st_mtime, UTC),
+        folder=folder,
     )
 
 

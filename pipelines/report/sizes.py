@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from pipelines import inspect_cache
 from pipelines.tables import human_bytes
 from student_train.cache import Cache
 from teacher_cache.errors import SKIP_REASONS
@@ -41,9 +41,8 @@ class Sizes:
     full: str
 
 
-def cache_sizes(cache: Cache) -> Sizes:
-    """Read from the commits alone, so it costs nothing on a large cache."""
-    body = inspect_cache.status(cache)
+def cache_sizes(cache: Cache, body: Mapping[str, Any]) -> Sizes:
+    """body: ``inspect_cache.status``, read from the commits alone, so it costs little on a large cache."""
     found = sorted(body["columns"].items(), key=lambda item: -item[1]["bytes"])
     total = sum(one["bytes"] for _, one in found)
     columns = [_column(cache, name, one, found[0][1]["bytes"], total) for name, one in found]

@@ -13,7 +13,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from pipelines.fidelity import run
+from pipelines.fidelity import run, write_files
 from pipelines.fidelity.compare import LIVE
 from pipelines.fidelity.sources import Source, check_head
 from pipelines.fidelity.terms import TERMS
@@ -238,6 +238,8 @@ def test_the_command_writes_json_tables_and_a_plot(
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
     page = (tmp_path / "page.md").read_text()
     assert "| reverse KL, vision" in page and "noise" not in page and "plot.png" in page
+    write_files(body, None, str(tmp_path / "all.json"))
+    assert json.loads((tmp_path / "all.json").read_text()) == body
 
 
 @pytest.mark.parametrize(

@@ -52,6 +52,70 @@ def make_run(tmp_path: Path) -> Callable[..., Path]:
     return make
 
 
+@pytest.fixture(scope="session")
+def em_kd_run(tmp_path_factory: pytest.TempPathFactory, tiny_cache: Path, coarse_student: Path) -> Path:
+    """A finished run of ``em-kd``, one step of four rows: 9 vision tokens an image where the teacher has 36."""
+    from pipelines.settings import Settings
+    from pipelines.train_student import train
+    from student_train.config import TrainSettings
+
+    output = tmp_path_factory.mktemp("runs") / "em-kd"
+    settings = TrainSettings(
+        student=str(coarse_student),
+        output_dir=str(output),
+        compressor="none",
+        per_device_train_batch_size=4,
+        max_steps=1,
+        report_to="none",
+    )
+    train(str(tiny_cache), "em-kd", Settings(train=settings), "DFT")
+    return output
+
+
+def way(kind: str, label: str, size: float, angle: float, **fields: dict[str, Any]) -> dict[str, Any]:
+    """One entry of the sweep of ``kdcli fidelity``."""
+    body = {"kind": kind, "label": label, "fields": fields, "bytes_per_row": size, "kl": {"mean": angle / 100}}
+    return body | {"forward": {"loss_error": 0.001, "head_angle": angle}, "reverse": {"head_angle": 2 * angle}}
+
+
+@pytest.fixture(scope="session")
+def fidelity_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What ``kdcli fidelity --sweep --out fidelity.json`` leaves: of four ways one is beaten by another, one could not be fitted."""
+    sketched = {"vision_topk": {"k": 8}, "vision_hidden": {"codec": "sketch"}}
+    own = {"kind": "vision", "fields": list(sketched), "payload_per_row": 30.0, "kl": None}
+    term = {"loss_error": 1e-4, "gradient_angle": 0.3}
+    body = {
+        "samples": 2,
+        "rows": {"response": 10, "vision": 72},
+        "cache": "cache",
+        "teacher": "<b>teacher</b>",
+        "dtype": "float32",
+        "student": "student",
+        "distributions": {"vision_topk + vision_hidden": own | {"forward": {"loss_error": None, "head_angle": 0.5}}},
+        "sweep": [
+            way("vision", "top-50", 60.0, 9.0, vision_topk={"k": 50}),
+            way("vision", "sketch 0.1", 8.0, 4.0, vision_hidden={"codec": "sketch"}),
+            way("vision", "bf16 hidden", 512.0, 0.0, vision_hidden={"codec": "bf16"}),
+            {"kind": "vision", "label": "int4 hidden", "fields": {}, "error": "too few rows"},
+        ],
+        "terms": {"VSD": {"fields": list(sketched), "cache": term, "one by one": {**term, "loss_error": None}}},
+    }
+    file = tmp_path_factory.mktemp("fidelity") / "fidelity.json"
+    file.write_text(json.dumps(body))
+    return file
+
+
+@pytest.fixture(scope="session")
+def whole_page(
+    tmp_path_factory: pytest.TempPathFactory, em_kd_run: Path, tiny_cache: Path, fidelity_file: Path
+) -> Path:
+    """A page with every section: results, losses, costs, cache, frontier, images and matched tokens."""
+    from pipelines.report.page import write_report
+
+    out = tmp_path_factory.mktemp("page") / "report.html"
+    return write_report([em_kd_run], str(tiny_cache), out, {"em-kd": result(0.5)}, fidelity=[fidelity_file])
+
+
 @pytest.fixture
 def hostile_cache(tmp_path: Path, make_request: Callable[..., Any]) -> Path:
     """A cache of two rows whose words, ids and file name are markup."""

@@ -60,10 +60,18 @@ def test_the_page_opens_quietly_and_alone(cache, make_run, tmp_path, request):
     assert document.count("<svg") == page.read_text(encoding="utf-8").count("<svg")
 
 
+def test_a_page_with_every_section_opens_quietly_too(whole_page, tmp_path):
+    console, asked, document = browse(whole_page, tmp_path / "profile")
+    assert (console, asked) == ([], [])
+    sections = ("results", "runs", "losses", "efficiency", "cache", "fidelity", "images", "matching", "settings")
+    assert re.findall(r'<section id="(\w+)"', document) == list(sections)
+    assert document.count("<rect") == whole_page.read_text(encoding="utf-8").count("<rect")
+
+
 @pytest.mark.parametrize("width", [400, 1280])
-def test_nothing_is_wider_than_the_window(width, make_run, tiny_cache, tmp_path):
+def test_nothing_is_wider_than_the_window(width, whole_page, tmp_path):
     """Measured by the page itself in a copy with a script in it: the page's own policy forbids scripts."""
-    page = write_report([make_run("kd", ("reg", "res"))], str(tiny_cache), tmp_path / "report.html")
+    page = whole_page
     policy = re.compile(r'<meta http-equiv="Content-Security-Policy"[^>]*>')
     script = "<script>document.title = document.documentElement.scrollWidth + '/' + innerWidth</script></body>"
     text, found = policy.subn("", page.read_text(encoding="utf-8"))

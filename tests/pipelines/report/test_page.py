@@ -86,7 +86,7 @@ def check_self_contained(page: Page) -> None:
 def test_the_page_is_complete_and_self_contained(full_page):
     check_self_contained(full_page)
     ids = {attributes["id"] for attributes in full_page.all("section")}
-    assert ids == {"results", "runs", "losses", "cache", "images", "settings"}
+    assert ids == {"results", "runs", "losses", "efficiency", "cache", "images", "settings"}
     for expected in ("A <title>", "60.0 ± 14.1", "<b>bold</b>", "trained from another cache plan", "torch 2.9"):
         assert expected in full_page.text
 
@@ -146,7 +146,42 @@ def test_markup_in_rows_is_text(make_run, hostile_cache, tmp_path):
 def test_a_page_without_cache_and_scores_says_what_it_has(make_run, tmp_path):
     page = Page(write_report([make_run("kd")], None, tmp_path / "page.html").read_text(encoding="utf-8"))
     check_self_contained(page)
-    assert {attributes["id"] for attributes in page.all("section")} == {"runs", "losses", "settings"}
+    assert {attributes["id"] for attributes in page.all("section")} == {"runs", "losses", "efficiency", "settings"}
+
+
+def test_a_page_of_everything(whole_page):
+    page = Page(whole_page.read_text(encoding="utf-8"))
+    check_self_contained(page)
+    ids = [attributes["id"] for attributes in page.all("section")]
+    assert ids == ["results", "runs", "losses", "efficiency", "cache", "fidelity", "images", "matching", "settings"]
+    told = [
+        attributes["aria-label"]
+        for attributes in page.all("svg")
+        if "matched with" in (attributes.get("aria-label") or "")
+    ]
+    assert len(told) == 4 and all(
+        "9 vision tokens of the student matched with 36 of the teacher" in one for one in told
+    )
+    tinted = [one for one in page.all("rect") if one.get("class") == "tinted"]
+    free = [one for one in page.all("rect") if one.get("class") == "free"]
+    assert (len(tinted), len(free)) == (2 * (9 + 9), 2 * 27)
+    assert "<b>teacher</b>" in page.text and "vision rows, reverse KL" in page.text
+    for attributes in page.all("svg"):
+        if attributes.get("aria-hidden") != "true":
+            assert attributes.get("role") == "img" and attributes.get("aria-label")
+
+
+def test_the_command_leaves_the_matching_out(em_kd_run, tiny_cache, fidelity_file, tmp_path, monkeypatch):
+    from click.testing import CliRunner
+
+    import cli
+
+    monkeypatch.chdir(tmp_path)
+    command = ["report", str(em_kd_run), "--cache", str(tiny_cache), "--fidelity", str(fidelity_file), "--no-matching"]
+    done = CliRunner().invoke(cli.main, [*command, "--out", "page.html"], catch_exceptions=False)
+    assert done.exit_code == 0 and done.stdout == "wrote page.html\n"
+    ids = {attributes["id"] for attributes in Page((tmp_path / "page.html").read_text(encoding="utf-8")).all("section")}
+    assert "fidelity" in ids and "matching" not in ids
 
 
 def test_a_field_less_cache_shows_images_without_words(make_run, make_request, tmp_path):

@@ -1,0 +1,149 @@
+"""What training from the cache costs, stage by stage: speed, waiting, memory, bytes read, tokens seen."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pipelines.report.charts import short
+from pipelines.report.runs import Run, Stage
+from pipelines.tables import human_bytes
+from teacher_cache.errors import KdcliError
+
+NOTHING = "–"
+MOST_HEADER = 100_000_000
+"""Bytes of a safetensors header; the library itself takes no larger one."""
+
+
+@dataclass(frozen=True)
+class Cost:
+    """One stage of one run, as text; ``NOTHING`` where it was not logged."""
+
+    run: str
+    stage: str
+    method: str
+    samples_per_second: str
+    tokens_per_second: str
+    step_seconds: str
+    waiting: str
+    peak_memory: str
+    bytes_per_sample: str
+    student_tokens: str
+    teacher_tokens: str
+    parameters: str
+
+
+@dataclass(frozen=True)
+class Efficiency:
+    """A line a stage, and which columns anybody has something in: an empty one is not shown."""
+
+    costs: list[Cost]
+    shown: frozenset[str]
+
+
+def efficiency(runs: Sequence[Run], status: Mapping[str, Any] | None) -> Efficiency | None:
+    """None where no stage has logged a step. status: ``inspect_cache.status`` of the cache."""
+    sizes = _bytes_per_sample(status) if status else {}
+    costs = [
+        _cost(run, stage, sizes if status and run.card.get("plan_hash") == status["plan_hash"] else {})
+        for run in runs
+        for stage in run.stages
+        if stage.points
+    ]
+    if not costs:
+        return None
+    columns = [name for name in vars(costs[0]) if any(getattr(one, name) != NOTHING for one in costs)]
+    return Efficiency(costs, frozenset(columns))
+
+
+def _cost(run: Run, stage: Stage, sizes: Mapping[str, float]) -> Cost:
+    points = stage.points
+    step, waited = _total(points, "seconds"), _total(points, "data_seconds")
+    spent = step + (waited or 0.0) if step is not None else None
+    peak = max((one["peak_memory_bytes"] for one in points if "peak_memory_bytes" in one), default=None)
+    seconds = [one["seconds"] for one in points if "seconds" in one]
+    return Cost(
+        run=run.name,
+        stage=stage.name,
+        method=stage.method,
+        samples_per_second=_rate(_samples(stage), spent),
+        tokens_per_second=_rate(_total(points, "tokens"), spent),
+        step_seconds=f"{statistics.median(seconds):.3g}" if seconds else NOTHING,
+        waiting=f"{100 * waited / spent:.1f} %" if spent and waited is not None else NOTHING,
+        peak_memory=human_bytes(peak) if peak is not None else NOTHING,
+        bytes_per_sample=_read(run, stage, sizes),
+        student_tokens=_rate(_total(points, "vision_tokens"), _total(points, "images")),
+        teacher_tokens=_rate(_total(points, "cached_vision_tokens"), _total(points, "images")),
+        parameters=_count(parameters(stage.folder / "model") if stage.done else None),
+    )
+
+
+def _total(points: Sequence[Mapping[str, float]], key: str) -> float | None:
+    """Over the logged steps; None where one of them does not say it (an older program wrote it)."""
+    return sum(one[key] for one in points) if all(key in one for one in points) else None
+
+
+def _samples(stage: Stage) -> float | None:
+    """Of the logged steps; where they do not say it, as the whole stage had a step."""
+    logged = _total(stage.points, "samples")
+    if logged is None and stage.samples and stage.steps:
+        return stage.samples / stage.steps * len(stage.points)
+    return logged
+
+
+def _rate(amount: float | None, by: float | None) -> str:
+    return short(float(f"{amount / by:.3g}")) if amount is not None and by else NOTHING
+
+
+def _count(number: int | None) -> str:
+    return NOTHING if number is None else f"{number / 1e9:.2f} B" if number >= 1e9 else f"{number / 1e6:.3g} M"
+
+
+def _bytes_per_sample(status: Mapping[str, Any]) -> dict[str, float]:
+    """Tar bytes a row of every column, over the whole cache."""
+    written = {name.removeprefix("fields/"): one for name, one in status["columns"].items() if one["written"]}
+    return {name: one["bytes"] / one["written"] for name, one in written.items()}
+
+
+def _read(run: Run, stage: Stage, sizes: Mapping[str, float]) -> str:
+    """What a sample of this stage takes from storage: ``samples`` and the fields that serve its method."""
+    card = next((one for one in stage_cards(run) if one[0] == stage.folder.name), None)
+    if card is None or not sizes:
+        return NOTHING
+    fields = {name for names in card[1].get("fields", {}).values() for name in names}
+    return human_bytes(sum(sizes.get(name, 0.0) for name in ("samples", *fields)))
+
+
+def stage_cards(run: Run) -> list[tuple[str, Mapping[str, Any]]]:
+    """(name of the stage's folder, what the run card says of the stage)"""
+    return [(f"{i:02d}-{one['stage']}", one) for i, one in enumerate(run.card.get("stages", []), start=1)]
+
+
+def parameters(model: Path) -> int | None:
+    """Of a saved model, from the headers of its safetensors files: tied weights are stored, and counted, once. None: not saved yet."""
+    files = sorted(model.glob("*.safetensors"))
+    return sum(map(_elements, files)) if files else None
+
+
+def _elements(file: Path) -> int:
+    try:
+        with file.open("rb") as opened:
+            size = int.from_bytes(opened.read(8), "little")
+            header = json.loads(opened.read(min(size, MOST_HEADER)))
+        shapes = [one["shape"] for name, one in header.items() if name != "__metadata__"]
+        return sum(_product(shape) for shape in shapes)
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        raise KdcliError(
+            f"{file}: no safetensors file ({error}): remove its folder to train that stage again"
+        ) from None
+
+
+def _product(shape: Sequence[int]) -> int:
+    total = 1
+    for size in shape:
+        total *= int(size)
+    return total
