@@ -855,7 +855,7 @@ def urls(url: str, column: str) -> None:
 @click.option("--local-cache", help="Folder on a local disk that keeps what is read of a cache in an object store.")
 @click.option("--local-cache-gb", type=float, help="Most GB that it takes (default 100).")
 @click.option("--save-steps", type=int)
-@click.option("--report-to", type=click.Choice(["tensorboard", "none"]))
+@click.option("--report-to", help="Trackers, comma-separated: tensorboard (default), wandb, trackio; or none.")
 @trust_option
 @config_option
 @json_option

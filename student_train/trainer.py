@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import math
-import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
@@ -22,6 +20,7 @@ from student_train.distributions import DenseTeacher
 from student_train.losses.reduce import count_rows, total_loss
 from student_train.losses.terms import FIRST_LAYER, Terms, kinds_of
 from student_train.methods import Method, Passes, hook
+from student_train.metrics_log import MetricsLog, OpenTrackers, StepResult
 from student_train.stream import TrainBatch
 from student_train.student import RowForward, module_group
 from student_train.teacher_view import TeacherView
@@ -33,24 +32,13 @@ SeeTeacher = Callable[[TrainBatch], TeacherView]
 
 
 @dataclass
-class StepResult:
-    """What one optimizer step did, over all processes: the loss, its terms (unweighted means), and the cost."""
-
-    loss: float
-    terms: dict[str, float]
-    grad_norm: float
-    learning_rate: float
-    tokens: int
-    seconds: float = 0.0
-
-
-@dataclass
 class Trainer:
     """One stage of one run.
 
     Args:
         model: the student, its parameters frozen as the stage says. see_teacher: micro-batch → the teacher's side of it.
         folder: metrics and checkpoints. identity: what a checkpoint must agree with to be resumed.
+        open_trackers: first step of this start → where metrics go besides; asked of the main process alone.
     """
 
     model: RowForward
@@ -61,6 +49,7 @@ class Trainer:
     folder: Path
     total_steps: int
     identity: dict[str, Any] = field(default_factory=dict)
+    open_trackers: OpenTrackers = lambda first: ()
 
     def __post_init__(self) -> None:
         self.terms: Terms = self.method.terms()
@@ -202,7 +191,7 @@ class Trainer:
         saved = Checkpoints(folder, self.model, self.optimizer, self.identity, keep, self.processes)
         first = saved.load()
         self.model.train()
-        log = MetricsLog(self.folder, first, self.settings, self.processes)
+        log = MetricsLog(self.folder, first, self.settings.logging_steps, self.processes, self.open_trackers)
         try:
             for step, batches in batches_from(first):
                 if step >= self.total_steps:
@@ -221,58 +210,3 @@ class Trainer:
             with suppress(KdcliError):  # what stopped the run says more
                 saved.wait()
             log.close()
-
-
-def _step_of(line: str, other: int) -> int:
-    """The step of a line of metrics; ``other`` where it is none (half written, or damaged): it is dropped."""
-    try:
-        return int(json.loads(line)["step"])
-    except (ValueError, TypeError, KeyError, OverflowError, RecursionError):
-        return other
-
-
-class MetricsLog:
-    """``metrics.jsonl`` (one line a logged step) and TensorBoard, from the main process; a resumed run drops the lines it redoes."""
-
-    def __init__(self, folder: Path, first_step: int, settings: TrainSettings, processes: Processes):
-        self.every = settings.logging_steps if processes.is_main else 0
-        self.file, self.board = None, None
-        if not processes.is_main:
-            return
-        folder.mkdir(parents=True, exist_ok=True)
-        path = folder / "metrics.jsonl"
-        kept = path.read_text().splitlines() if path.is_file() else []
-        lines = [line for line in kept if _step_of(line, first_step) < first_step]
-        draft = folder / ".metrics.jsonl"
-        draft.write_text("".join(f"{line}\n" for line in lines))
-        os.replace(draft, path)
-        self.file = path.open("a")
-        if settings.report_to == "tensorboard":
-            from torch.utils.tensorboard import SummaryWriter
-
-            self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=first_step)
-
-    def write(self, step: int, result: StepResult) -> None:
-        if not self.file or step % self.every:
-            return
-        body = {
-            "step": step,
-            "loss": result.loss,
-            **{f"loss/{name}": value for name, value in result.terms.items()},
-            "grad_norm": result.grad_norm,
-            "learning_rate": result.learning_rate,
-            "tokens": result.tokens,
-            "seconds": round(result.seconds, 4),
-        }
-        self.file.write(json.dumps(body) + "\n")
-        self.file.flush()
-        if self.board:
-            for name, value in body.items():
-                if name != "step":
-                    self.board.add_scalar(f"train/{name}", value, step)
-
-    def close(self) -> None:
-        if self.file:
-            self.file.close()
-        if self.board:
-            self.board.close()
