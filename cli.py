@@ -696,9 +696,7 @@ def gc(url: str | None, yes: bool, config: str | None) -> None:
 @click.option("--workers", type=int, help="Worker processes; default one a GPU.")
 @click.option("--batch-tokens", type=int, help="Padded tokens of one teacher batch.")
 @click.option("--calibration-rows", type=int, help="Rows the teacher reads before the job, to fit codecs.")
-@click.option(
-    "--calibration", help="A cache (of `kdcli preflight`, or any) whose calibration to take; '' fits afresh."
-)
+@click.option("--calibration", help="A cache (of `kdcli preflight`, or any) whose calibration to take; '' fits afresh.")
 @click.option("--dtype", help="float32, bfloat16, float16; default: as the other fields.")
 @trust_option
 @device_option
@@ -1059,13 +1057,15 @@ def methods(as_json: bool) -> None:
 
 @main.command()
 @click.argument("runs", nargs=-1, required=True)
-@click.option("--cache", "cache_url", help="Add cache sizes and decoded images of this cache.")
+@click.option("--cache", "cache_url", help="Its sizes and decoded images too; default: that of kd.toml; '': none.")
 @click.option("--out", default="report.html", show_default=True)
-def report(runs: tuple[str, ...], cache_url: str | None, out: str) -> None:
+@config_option
+def report(runs: tuple[str, ...], cache_url: str | None, out: str, config: str | None) -> None:
     """One self-contained HTML page: results, loss curves, cache sizes, images with decoded words."""
     from pipelines.report.page import write_report
 
-    say(f"wrote {write_report([Path(run) for run in runs], cache_url, Path(out))}")
+    url = load(config).cache if cache_url is None else cache_url
+    say(f"wrote {write_report([Path(run) for run in runs], url, Path(out))}")
 
 
 if __name__ == "__main__":

@@ -36,7 +36,12 @@ def test_a_shell_asks_and_has_its_answer_within_a_second() -> None:
     asked = {"_KDCLI_COMPLETE": "bash_complete", "COMP_WORDS": "kdcli train-student --method ll", "COMP_CWORD": "3"}
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     done = subprocess.run(
-        [sys.executable, "-c", PROGRAM], cwd=ROOT, env={**os.environ, **asked}, capture_output=True, text=True, check=True
+        [sys.executable, "-c", PROGRAM],
+        cwd=ROOT,
+        env={**os.environ, **asked},
+        capture_output=True,
+        text=True,
+        check=True,
     )
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     assert done.stdout.split() == ["plain,llava-kd", "plain,llavadi"], done.stderr

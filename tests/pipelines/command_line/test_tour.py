@@ -71,4 +71,6 @@ def test_an_option_is_explained_in_one_line(name: str) -> None:
         if isinstance(option, click.Option):
             record = option.get_help_record(context)
             assert option.help and record, f"{name} {option.opts}: no help"
-            assert len(record[1]) <= WIDE - 36, f"{name} {option.opts}: {len(record[1])} characters are more than a line"
+            assert len(record[1]) <= WIDE - 36, (
+                f"{name} {option.opts}: {len(record[1])} characters are more than a line"
+            )
