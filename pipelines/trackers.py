@@ -1,4 +1,4 @@
-"""Where a stage's metrics go besides ``metrics.jsonl``: TensorBoard, Weights & Biases, Trackio; each is imported only where it is asked for.
+"""Where a stage's metrics go besides ``metrics.jsonl``: TensorBoard, Weights & Biases, Trackio; each is imported where it is asked for.
 
 A tracker is watched: where it fails, that is one note, and training goes on without it. A package that is missing is refused before any
 model loads. A resumed stage goes on with its run, and logs no step a second time.

@@ -8,7 +8,6 @@ from typing import Any
 
 from teacher_cache.errors import KdcliError
 
-
 TRACKERS = ("tensorboard", "wandb", "trackio")
 
 

@@ -1,4 +1,4 @@
-"""Shell completion of names: methods, fields, stores, compressors, stages. It reads the files that have them, and imports nothing of torch."""
+"""Shell completion of names: methods, fields, compressors, stages. It reads the files that have them, and imports nothing of torch."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``kdcli --help`` as a tour: sections in the order of work, and an example below every command. A command that is in no table shows up too."""
+"""``kdcli --help`` as a tour: sections in the order of work, an example below every command. One that is in no table shows up too."""
 
 from __future__ import annotations
 

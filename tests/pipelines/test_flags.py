@@ -38,7 +38,7 @@ COMMANDS = [
     (["cache", "verify"], ["of-a-flag"], CACHE),
     (["cache", "gc"], ["of-a-flag"], CACHE),
     (["cache", "add-field", "--field", "affinity"], ["of-a-flag"], CACHE),
-    (["doctor"], ["of-a-flag.json"], TEACHER[:1] + ("of-a-flag.json",)),
+    (["doctor"], ["of-a-flag.json"], (TEACHER[0], "of-a-flag.json")),
 ]
 
 
