@@ -52,8 +52,7 @@ def refusal(*arguments: str) -> str:
 def folder(tmp_path: Path, world, monkeypatch: pytest.MonkeyPatch) -> Path:
     text = FILE.format(captions=world.captions, images=world.images)
     (tmp_path / "run.toml").write_text(text)
-    (tmp_path / "runs" / "01-DFT").mkdir(parents=True)
-    (tmp_path / "runs" / "01-DFT" / "metrics.jsonl").write_text("")
+    (tmp_path / "runs").mkdir()
     (tmp_path / "runs" / "run.json").write_text("{}")
     monkeypatch.chdir(tmp_path)
     return tmp_path

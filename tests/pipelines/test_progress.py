@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import io
+from types import SimpleNamespace
 
 import pytest
 from rich.console import Console
 
 from pipelines import progress
 from pipelines.progress import Lines, bar, train_progress
-from student_train.metrics_log import StepResult
 
 
 def log_file() -> Console:
@@ -58,7 +58,7 @@ def test_a_training_into_a_log() -> None:
     console = log_file()
     with train_progress(console) as on_step:
         for step in range(3):
-            on_step("01-DFT", step, 3, StepResult(1.5 - step, {}, 0.0, 0.0, 1))
+            on_step("01-DFT", step, 3, SimpleNamespace(loss=1.5 - step))
     (line,) = text(console).splitlines()
     assert line.startswith("01-DFT loss -0.500: 3/3 steps")
 
