@@ -29,17 +29,17 @@ def constants(place: str, name: str) -> list[Any]:
     for file in sorted(path.glob("*.py")) if path.is_dir() else [path]:
         for node in ast.parse(file.read_text()).body:
             if isinstance(node, ast.Assign) and name in [one.id for one in node.targets if isinstance(one, ast.Name)]:
-                found.append(node.value)
+                found.append(ast.literal_eval(node.value))
     return found
 
 
 def named(folder: str) -> list[str]:
     """The ``NAME`` of every module of a registry folder."""
-    return [str(ast.literal_eval(one)) for one in constants(folder, "NAME")]
+    return constants(folder, "NAME")
 
 
 def fields() -> list[str]:
-    return [name for one in constants("teacher_cache/fields", "FIELDS") for name in ast.literal_eval(one)]
+    return [name for names in constants("teacher_cache/fields", "FIELDS") for name in names]
 
 
 def stores() -> list[str]:
