@@ -10,13 +10,11 @@ from typing import Any
 import click
 
 import pipelines.quiet_threads  # noqa: F401 (before any command imports torch)
+from pipelines.command_line.tour import TourGroup
 
 
-class Group(click.Group):
-    """Prints the project's own errors as one line, and keeps the commands in the order of a tour."""
-
-    def list_commands(self, ctx: click.Context) -> list[str]:
-        return list(self.commands)
+class Group(TourGroup):
+    """Prints the project's own errors as one line."""
 
     def invoke(self, ctx: click.Context) -> Any:
         from teacher_cache.errors import KdcliError, one_line
@@ -74,7 +72,7 @@ trust_option = click.option(
     "--trust-remote-code",
     is_flag=True,
     default=None,
-    help="Run the program code that the models' folders bring (docs/security.md); off by default.",
+    help="Run program code that models' folders bring (docs/security.md); off by default.",
 )
 links_option = click.option(
     "--follow-links",
@@ -157,24 +155,14 @@ def data_specs(data: tuple[str, ...], follow_links: bool | None = None, **each: 
     return tuple(specs)
 
 
-@click.group(cls=Group, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.group(cls=Group, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120})
 @click.version_option(package_name="kdcli")
 def main() -> None:
     """Run the multimodal teacher once, write down what students need, train as many students as you like from disk.
 
     \b
-    A first tour:
-      kdcli demo                               the whole loop on a small rendered world, in minutes
-      kdcli init                               write a commented kd.toml here; edit teacher, student, data
-      kdcli doctor                             look for defects in the mixture before any GPU is touched
-      kdcli plan                               tokens, bytes, shards and hours of the job, from a few real rows
-      kdcli preflight                          go or no-go: a few hundred rows, cache against live teacher
-      kdcli cache-teacher --shards 512         the batch job: one WebDataset tar per shard and field
-      kdcli cache status / verify / inspect    progress, checksums, one sample as words
-      kdcli train-student --method llava-kd    train from the cache, no teacher in memory
-      kdcli eval runs/03-DFT/model --data …    exact match by family, and nll
-      kdcli export runs --out student --check  a folder that plain transformers loads
-      kdcli ablate GRID.toml                   many students over one cache, one table
+    Every command has -h, with an example. What a kd.toml says (`kdcli init` writes one), flags say otherwise.
+    Long commands continue when they are run again.
     """
 
 
@@ -197,6 +185,21 @@ def init() -> None:
     say(
         f"wrote {target}: edit teacher, student and data, then run `kdcli doctor` and `kdcli cache-teacher --shards 512`"
     )
+
+
+@main.command()
+@click.argument("shell", type=click.Choice(["bash", "zsh", "fish"]))
+def completion(shell: str) -> None:
+    """Print the script that completes commands, flags, methods and fields in a shell.
+
+    \b
+    bash:  kdcli completion bash > ~/.kdcli-complete.sh, then `source ~/.kdcli-complete.sh` in ~/.bashrc
+    zsh:   kdcli completion zsh > ~/.kdcli-complete.zsh, then `source ~/.kdcli-complete.zsh` in ~/.zshrc
+    fish:  kdcli completion fish > ~/.config/fish/completions/kdcli.fish
+    """
+    from pipelines.command_line.completion import script
+
+    click.echo(script(main, shell))
 
 
 @main.command()
@@ -675,7 +678,7 @@ def repair(
     from teacher_cache.teachers.transformers import TeacherSpec
 
     settings = load(config)
-    each = {name: flags.pop(name) for name in ("part", "image_root", "template", "limit")}
+    each = {name: flags.pop(name) for name in ("part", "image_root", "follow_links", "template", "limit")}
     specs = data_specs(data, **each) or settings.data
     spec = TeacherSpec(teacher) if teacher else settings.teacher
     run_by = {"dtype": dtype, "device": device, "backend": backend, "vllm_route": vllm_route}
@@ -721,9 +724,7 @@ def gc(url: str | None, yes: bool, config: str | None) -> None:
 @click.option("--workers", type=int, help="Worker processes; default one a GPU.")
 @click.option("--batch-tokens", type=int, help="Padded tokens of one teacher batch.")
 @click.option("--calibration-rows", type=int, help="Rows the teacher reads before the job, to fit codecs.")
-@click.option(
-    "--calibration", help="A cache (of `kdcli preflight`, or another one) whose calibration to take; '' fits afresh."
-)
+@click.option("--calibration", help="A cache (of `kdcli preflight`, or any) whose calibration to take; '' fits afresh.")
 @click.option("--dtype", help="float32, bfloat16, float16; default: as the other fields.")
 @with_backend_options
 @trust_option
@@ -876,8 +877,7 @@ def urls(url: str, column: str) -> None:
 @click.option("--fsdp/--no-fsdp", default=None, help="Under torchrun: shard the student over the processes (FSDP2).")
 @click.option(
     "--compressor",
-    help="adaptive_pool, pixel_shuffle, tokenpacker or mqt: fewer vision tokens; none: as the student is. "
-    "Default: as the student is, or the method's own (em-kd: adaptive_pool).",
+    help="adaptive_pool, pixel_shuffle, tokenpacker, mqt, or none (default: the method's own).",
 )
 @click.option("--vision-tokens", type=int, help="Of an image, behind the compressor; default a quarter.")
 @click.option("--gradient-checkpointing/--no-gradient-checkpointing", default=None)
@@ -888,7 +888,7 @@ def urls(url: str, column: str) -> None:
 @click.option("--local-cache", help="Folder on a local disk that keeps what is read of a cache in an object store.")
 @click.option("--local-cache-gb", type=float, help="Most GB that it takes (default 100).")
 @click.option("--save-steps", type=int)
-@click.option("--report-to", type=click.Choice(["tensorboard", "none"]))
+@click.option("--report-to", help="Trackers, comma-separated: tensorboard (default), wandb, trackio; or none.")
 @trust_option
 @config_option
 @json_option
@@ -939,7 +939,7 @@ def parse_knobs(knobs: tuple[str, ...]) -> dict[str, Any]:
 
 @main.command()
 @click.argument("grid", metavar="GRID.toml", type=click.Path(dir_okay=False))
-@click.option("--out", help="Folder of cells, shared stages and results; default: ablations/NAME of the grid file.")
+@click.option("--out", help="Folder of cells, shared stages and results; default: ablations/NAME of the grid.")
 @click.option("--devices", help="E.g. cuda:0,cuda:1, a student at a time on each; default: every GPU, else the CPU.")
 @click.option("--workers", type=int, help="Students at a time on the CPU, which share its cores.")
 @click.option("--only", metavar="GLOB", help="Only students whose ROW/seed-N, or whose row, fits.")
@@ -1148,7 +1148,7 @@ def methods(as_json: bool) -> None:
 
 @main.command()
 @click.argument("runs", nargs=-1, required=True)
-@click.option("--cache", "cache_url", help="Add cache sizes and decoded images of this cache.")
+@click.option("--cache", "cache_url", help="Its sizes and decoded images too; default: that of kd.toml; '': none.")
 @click.option("--fidelity", multiple=True, help="A file of `kdcli fidelity --out X.json`, or a preflight's folder.")
 @click.option("--matching/--no-matching", default=True, show_default=True, help="Match the tokens of em-kd students.")
 @click.option("--out", default="report.html", show_default=True)
@@ -1166,6 +1166,7 @@ def report(
     from pipelines.report.page import write_report
 
     settings = load(config)
+    cache_url = settings.cache if cache_url is None else cache_url
     if not fidelity and cache_url == settings.cache and settings.capture.calibration:
         fidelity = tuple(beside(settings.capture.calibration))  # the preflight that chose this cache's parameters
     paths = [Path(run) for run in runs]

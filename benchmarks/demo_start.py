@@ -20,7 +20,7 @@ from pipelines.demo.run import STUDENT_START, TEACHER, Recipe, make_world
 from pipelines.settings import CaptureSettings, Settings
 from pipelines.train_student import train
 from student_train.config import StageSettings, TrainSettings
-from student_train.step_log import StepResult
+from student_train.metrics_log import StepResult
 from student_train.student import load_student, save_student
 from teacher_cache.teachers.transformers import TeacherSpec
 

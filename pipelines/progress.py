@@ -1,9 +1,10 @@
-"""Progress bars of the long commands: done, rate, time left."""
+"""Progress bars of the long commands: done, rate, time left; a line now and then where no terminal sees them."""
 
 from __future__ import annotations
 
 import os
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -34,8 +35,55 @@ class Rate(ProgressColumn):
         return Text(f"{task.speed:.1f} {self.unit}/s" if task.speed else f"– {self.unit}/s")
 
 
+EVERY_S = 30.0
+"""Seconds between two lines of one bar in a log file."""
+
+
+class Lines(Progress):
+    """The bars of a log file: a line of each every ``EVERY_S`` seconds while it moves, and one of where it ended."""
+
+    def __init__(self, *columns: ProgressColumn, console: Console, unit: str):
+        super().__init__(*columns, console=console, disable=True)
+        self.unit = unit
+        self.told: dict[Any, tuple[float, float]] = {}  # task → when, and how far it was
+
+    def add_task(self, *arguments: Any, **named: Any) -> Any:
+        task = super().add_task(*arguments, **named)
+        self.told[task] = (time.monotonic(), 0.0)
+        return task
+
+    def update(self, task_id: Any, **named: Any) -> None:
+        super().update(task_id, **named)
+        self._maybe_tell(task_id)
+
+    def advance(self, task_id: Any, advance: float = 1) -> None:
+        super().advance(task_id, advance)
+        self._maybe_tell(task_id)
+
+    def stop(self) -> None:
+        super().stop()
+        for task in self.tasks:
+            if task.completed != self.told[task.id][1]:
+                self._tell(task.id)
+
+    def _maybe_tell(self, task_id: Any) -> None:
+        if time.monotonic() - self.told[task_id][0] >= EVERY_S:
+            self._tell(task_id)
+
+    def _tell(self, task_id: Any) -> None:
+        task = next(one for one in self.tasks if one.id == task_id)
+        self.told[task_id] = (time.monotonic(), task.completed)
+        total = f"/{task.total:.0f}" if task.total is not None else ""
+        speed = task.finished_speed or task.speed
+        rate = f", {speed:.1f} {self.unit}/s" if speed else ""
+        seconds = task.time_remaining
+        left = f", {int(seconds) // 3600}:{int(seconds) // 60 % 60:02}:{int(seconds) % 60:02} left" if seconds else ""
+        line = f"{task.description}: {task.completed:.0f}{total} {self.unit}{rate}{left}"
+        self.console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
 def bar(console: Console, unit: str) -> Progress:
-    """A bar that owns the terminal: the library's own loading bars would tear it."""
+    """A bar that owns the terminal: the library's own loading bars would tear it. In a log file, ``Lines``."""
     if "huggingface_hub" in sys.modules:
         from transformers.utils import logging
 
@@ -50,6 +98,8 @@ def bar(console: Console, unit: str) -> Progress:
         Rate(unit),
         TimeRemainingColumn(),
     )
+    if not console.is_terminal:
+        return Lines(*columns, console=console, unit=unit)
     return Progress(*columns, console=console)
 
 

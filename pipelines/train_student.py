@@ -18,6 +18,7 @@ from pipelines.stage_identity import DONE, begun, settled_budget, stage_identity
 from pipelines.stage_plans import StagePlan, plan_stages, settle_compressor
 from pipelines.stage_trainer import MAPS, OpenSignals, make_trainer, save_maps
 from pipelines.token_ids import check_vocabulary
+from pipelines.trackers import TrackedStage, check_trackers, open_trackers
 from student_train import distributed
 from student_train.cache import Cache, CachedRows
 from student_train.checkpoint import read_card
@@ -25,13 +26,13 @@ from student_train.config import TrainSettings
 from student_train.distributed import Processes, gathered
 from student_train.losses.liger import check_liger
 from student_train.methods import hook
-from student_train.step_log import StepResult
+from student_train.metrics_log import StepResult
 from student_train.stream import BLOCK_SHARDS
 from student_train.student import load_student, save_student
 from student_train.teacher_view import TeacherSignals
 from student_train.trainer import Trainer
 from teacher_cache.errors import CompatibilityError, KdcliError, naming_full_disk
-from teacher_cache.plan import difference
+from teacher_cache.plan import content_hash, difference
 from teacher_cache.shards.disk_cache import DiskCache
 from teacher_cache.teachers import null
 from teacher_cache.teachers.transformers import TeacherSpec, load_processor
@@ -62,6 +63,7 @@ def train(
     if not train_settings.student:
         raise KdcliError("no student: give --student MODEL, or `student = …` under [train] in kd.toml")
     cache = Cache(cache_url)
+    check_trackers(train_settings.trackers())
     plans = plan_stages(cache, method, settings, stages, preset, knobs)
     plans, notes = settle(cache, plans, train_settings.student)
     output = Path(train_settings.output_dir)
@@ -119,18 +121,7 @@ def write_run_card(output: Path, cache: Cache, plans: list[StagePlan]) -> None:
     body = {
         "cache": str(cache.storage),
         "plan_hash": cache.plan_hash,
-        "stages": [
-            {
-                "stage": plan.stage.name,
-                "method": plan.method_name,
-                "knobs": asdict(plan.method),  # type: ignore[call-overload]
-                "parts": plan.parts,
-                "fields": {need: list(fields) for need, fields in plan.served.fields.items()},
-                "settings": asdict(plan.settings),
-                "compressor": plan.compressor and plan.compressor.entry(),
-            }
-            for plan in plans
-        ],
+        "stages": [stage_card(plan) for plan in plans],
         "versions": {
             "python": platform.python_version(),
             "torch": torch.__version__,
@@ -139,6 +130,19 @@ def write_run_card(output: Path, cache: Cache, plans: list[StagePlan]) -> None:
         "git": git_commit(),
     }
     (output / "run.json").write_text(json.dumps(body, indent=1) + "\n")
+
+
+def stage_card(plan: StagePlan) -> dict[str, Any]:
+    """What a stage was told, resolved."""
+    return {
+        "stage": plan.stage.name,
+        "method": plan.method_name,
+        "knobs": asdict(plan.method),  # type: ignore[call-overload]
+        "parts": plan.parts,
+        "fields": {need: list(fields) for need, fields in plan.served.fields.items()},
+        "settings": asdict(plan.settings),
+        "compressor": plan.compressor and plan.compressor.entry(),
+    }
 
 
 def git_commit() -> str | None:
@@ -187,10 +191,23 @@ def run_stage(
         cache, plan, rows, model, processor, total, global_batch, processes, folder, open_signals, maps_before
     )
     trainer.identity = identity
+    trainer.open_trackers = lambda first: open_trackers(
+        plan.settings.trackers(), tracked_stage(cache, plan, folder, first, identity), say
+    )
     trainer.train(batches_from, lambda step, result: on_step(folder.name, step, trainer.total_steps, result))
     result = {"stage": plan.stage.name, "model": str(folder / "model"), "steps": trainer.total_steps, "samples": total}
     finish(folder, trainer, processor, maps_before, {"identity": identity, "result": result})
     return result
+
+
+def tracked_stage(cache: Cache, plan: StagePlan, folder: Path, first: int, identity: Mapping[str, Any]) -> TrackedStage:
+    config = {"cache": str(cache.storage), "plan_hash": cache.plan_hash, **stage_card(plan)}
+    return TrackedStage(folder, first, content_hash(plain(identity)), plain(config))
+
+
+def plain(body: Any) -> Any:
+    """As JSON has it: tuples are lists."""
+    return json.loads(json.dumps(body, default=str))
 
 
 def finish(folder: Path, trainer: Trainer, processor: Any, maps_before: Path, card: dict[str, Any]) -> None:

@@ -8,6 +8,8 @@ from typing import Any
 
 from teacher_cache.errors import KdcliError
 
+TRACKERS = ("tensorboard", "wandb", "trackio")
+
 
 @dataclass(frozen=True)
 class TrainSettings:
@@ -26,7 +28,7 @@ class TrainSettings:
         bf16: mixed precision; weights and optimizer state stay float32.
         fsdp: under torchrun, shard weights, gradients and optimizer state over the processes (FSDP2); else each has all (DDP).
         save_steps: steps between checkpoints. save_total_limit: how many are kept.
-        report_to: ``tensorboard`` or ``none`` (metrics.jsonl is always written).
+        report_to: trackers, a list or comma-separated: tensorboard, wandb, trackio; or none (metrics.jsonl is always written).
         trust_remote_code: run the program code that the student's folder or repository brings; read it first.
         local_cache: folder on a local disk where tars of an object store are kept, shared by all processes of a machine.
         local_cache_gb: most GB (1e9 bytes) that it takes.
@@ -55,7 +57,7 @@ class TrainSettings:
     logging_steps: int = 1
     save_steps: int = 500
     save_total_limit: int = 2
-    report_to: str = "tensorboard"
+    report_to: str | tuple[str, ...] = "tensorboard"
     attn_implementation: str = "sdpa"
     compressor: str | None = None
     vision_tokens: int | None = None
@@ -78,8 +80,17 @@ class TrainSettings:
                 raise KdcliError(f"{name} must be at least 1, got {getattr(self, name)}")
         if not self.local_cache_gb > 0:
             raise KdcliError(f"local_cache_gb must be above 0, got {self.local_cache_gb}")
-        if self.report_to not in ("tensorboard", "none"):
-            raise KdcliError(f"report_to must be tensorboard or none, got {self.report_to!r}")
+        self.trackers()
+
+    def trackers(self) -> tuple[str, ...]:
+        """The trackers of ``report_to`` by name, each once; KdcliError listing the choices."""
+        given = self.report_to.split(",") if isinstance(self.report_to, str) else self.report_to
+        names = tuple(dict.fromkeys(name.strip() for name in given if name.strip()))
+        unknown = [name for name in names if name not in (*TRACKERS, "none")]
+        if unknown or ("none" in names and len(names) > 1):
+            wrong = f"got {', '.join(unknown)}" if unknown else "and none stands alone"
+            raise KdcliError(f"report_to is a list of {', '.join(TRACKERS)}, or none; {wrong}")
+        return tuple(name for name in names if name != "none")
 
 
 @dataclass(frozen=True)

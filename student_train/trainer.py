@@ -20,7 +20,7 @@ from student_train.distributions import DenseTeacher
 from student_train.losses.reduce import count_rows, total_loss
 from student_train.losses.terms import FIRST_LAYER, Terms, kinds_of
 from student_train.methods import Method, Passes, hook
-from student_train.step_log import MetricsLog, StepResult, peak_memory, read_sizes
+from student_train.metrics_log import MetricsLog, OpenTrackers, StepResult, peak_memory, read_sizes
 from student_train.stream import TrainBatch
 from student_train.student import RowForward, module_group
 from student_train.teacher_view import TeacherView
@@ -38,6 +38,7 @@ class Trainer:
     Args:
         model: the student, its parameters frozen as the stage says. see_teacher: micro-batch → the teacher's side of it.
         folder: metrics and checkpoints. identity: what a checkpoint must agree with to be resumed.
+        open_trackers: first step of this start → where metrics go besides; asked of the main process alone.
     """
 
     model: RowForward
@@ -48,6 +49,7 @@ class Trainer:
     folder: Path
     total_steps: int
     identity: dict[str, Any] = field(default_factory=dict)
+    open_trackers: OpenTrackers = lambda first: ()
 
     def __post_init__(self) -> None:
         self.terms: Terms = self.method.terms()
@@ -191,7 +193,7 @@ class Trainer:
         saved = Checkpoints(folder, self.model, self.optimizer, self.identity, keep, self.processes)
         first = saved.load()
         self.model.train()
-        log = MetricsLog(self.folder, first, self.settings, self.processes)
+        log = MetricsLog(self.folder, first, self.settings.logging_steps, self.processes, self.open_trackers)
         try:
             asked = time.perf_counter()
             for step, batches in batches_from(first):

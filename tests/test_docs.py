@@ -9,8 +9,10 @@ import shlex
 import shutil
 import tomllib
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 from click.testing import CliRunner
 
 ROOT = Path(__file__).parent.parent
@@ -30,9 +32,13 @@ def files_shown(page: Path) -> dict[str, str]:
     return {name: re.sub(r"max_steps = \d+", "max_steps = 1", text) for text, name in blocks}
 
 
+def files_of(page: str) -> list[str]:
+    """The ```python blocks of a page on how to add something: each is a whole file."""
+    return re.findall(r"```python\n(.*?)```", (ROOT / "docs" / page).read_text(), flags=re.DOTALL)
+
+
 def methods_shown() -> list[str]:
-    """The ```python blocks of the page on methods: each is a whole file."""
-    return re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "add_a_method.md").read_text(), flags=re.DOTALL)
+    return files_of("add_a_method.md")
 
 
 @pytest.fixture
@@ -109,6 +115,33 @@ def test_methods_of_the_docs_train(
     train(str(tiny_cache), module.NAME, Settings(train=settings), "DFT")
     (line,) = (tmp_path / "run" / "01-DFT" / "metrics.jsonl").read_text().splitlines()
     assert {f"loss/{name}" for name in module.PRESETS["paper"].terms()} <= json.loads(line).keys()
+
+
+def test_the_field_of_the_docs_is_captured_and_read(
+    make_request: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Pasted as it is, it is found by name, captured, checked, read back, and planned for."""
+    import teacher_cache.fields
+    from pipelines.cache_teacher import capture
+    from pipelines.inspect_cache import survey
+    from student_train.cache import Cache, CachedRows
+    from teacher_cache.errors import KdcliError
+
+    (text,) = files_of("add_a_field.md")
+    folder = tmp_path / "fields"
+    folder.mkdir()
+    (folder / "confidence_of_the_docs.py").write_text(text)
+    monkeypatch.setattr(teacher_cache.fields, "__path__", [*teacher_cache.fields.__path__, str(folder)])
+    capture(make_request(tmp_path / "cache", fields=("response_topk", "response_confidence"), shards=2))
+    cache, problems = survey(str(tmp_path / "cache"))
+    assert isinstance(cache, Cache) and not problems
+    rows = CachedRows(cache, cache.parts(), ("response_topk", "response_confidence"))
+    for row in range(3):
+        found = rows.read(0, row).fields
+        likeliest = found["response_topk"].log_probs[:, 0]
+        assert torch.allclose(found["response_confidence"], likeliest, atol=2e-2) and len(likeliest)
+    with pytest.raises(KdcliError, match="field response_confidence: unknown parameters"):
+        teacher_cache.fields.create_field("response_confidence", {"k": 3})
 
 
 def test_the_template_is_valid_and_complete(tmp_path: Path) -> None:

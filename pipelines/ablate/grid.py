@@ -15,6 +15,7 @@ from typing import Any
 
 from pipelines.evaluate import check_metrics, evaluate_folder, pruning_of
 from pipelines.settings import Settings, build, read_toml, refuse_unknown, settings_of
+from pipelines.trackers import check_trackers
 from student_train.config import StageSettings, TrainSettings
 from student_train.stages import STAGES
 from teacher_cache.errors import KdcliError
@@ -224,9 +225,11 @@ def resolved_train(grid: Grid, values: Mapping[str, Any], place: str) -> Setting
             table["knobs"] = {**table.get("knobs", {}), name.removeprefix("set."): value}
         else:
             table[name] = value
+    trained = build(TrainSettings, train, place)
+    check_trackers(trained.trackers())
     return Settings(
         cache=str(values.get("cache", grid.base.cache or "")),
-        train=build(TrainSettings, train, place),
+        train=trained,
         stages={name: build(StageSettings, table, f"{place} stage.{name}") for name, table in stages.items()},
         methods=grid.base.methods,
     )

@@ -20,7 +20,7 @@ from pipelines.settings import Settings, load_settings
 from pipelines.train_student import train
 from student_train.compressors import CompressorSpec, compressor_modules
 from student_train.config import TrainSettings
-from student_train.step_log import StepResult
+from student_train.metrics_log import StepResult
 from teacher_cache.errors import CompatibilityError, KdcliError
 from teacher_cache.sources import DataSpec
 

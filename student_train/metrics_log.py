@@ -1,16 +1,16 @@
-"""What an optimizer step did, and where it is written down: ``metrics.jsonl`` and TensorBoard."""
+"""What a step did, and where it is written down: ``metrics.jsonl``, and trackers that a run brings along."""
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import torch
 
-from student_train.config import TrainSettings
 from student_train.distributed import Processes
 from student_train.stream import TrainBatch
 from teacher_cache.records import ImageLayout
@@ -42,6 +42,20 @@ class StepResult:
     data_seconds: float = 0.0
     peak_memory_bytes: int | None = None
 
+    def values(self) -> dict[str, float]:
+        """Every number by name."""
+        memory = {} if self.peak_memory_bytes is None else {"peak_memory_bytes": self.peak_memory_bytes}
+        return {
+            "loss": self.loss,
+            **{f"loss/{name}": value for name, value in self.terms.items()},
+            "grad_norm": self.grad_norm,
+            "learning_rate": self.learning_rate,
+            **{name: getattr(self, name) for name in SIZES},
+            "seconds": round(self.seconds, 4),
+            "data_seconds": round(self.data_seconds, 4),
+            **memory,
+        }
+
 
 def read_sizes(batches: Sequence[TrainBatch]) -> dict[str, int]:
     """What micro-batches hold, by the names that ``StepResult`` has for it; padding does not count."""
@@ -65,6 +79,18 @@ def peak_memory(device: torch.device) -> int | None:
     return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
 
 
+class Tracker(Protocol):
+    """Where metrics go besides the file. It raises nothing: what goes wrong in it is its own."""
+
+    def log(self, step: int, values: Mapping[str, float]) -> None: ...
+
+    def finish(self) -> None: ...
+
+
+OpenTrackers = Callable[[int], Sequence[Tracker]]
+"""First step of this start (0, or that of the checkpoint) → trackers."""
+
+
 def _step_of(line: str, other: int) -> int:
     """The step of a line of metrics; ``other`` where it is none (half written, or damaged): it is dropped."""
     try:
@@ -74,11 +100,11 @@ def _step_of(line: str, other: int) -> int:
 
 
 class MetricsLog:
-    """``metrics.jsonl`` (one line a logged step) and TensorBoard, from the main process; a resumed run drops the lines it redoes."""
+    """``metrics.jsonl`` (one line a logged step) and trackers, from the main process; a resumed run drops the lines it redoes."""
 
-    def __init__(self, folder: Path, first_step: int, settings: TrainSettings, processes: Processes):
-        self.every = settings.logging_steps if processes.is_main else 0
-        self.file, self.board = None, None
+    def __init__(self, folder: Path, first_step: int, every: int, processes: Processes, open_trackers: OpenTrackers):
+        self.every, self.file = every, None
+        self.trackers: Sequence[Tracker] = ()
         if not processes.is_main:
             return
         folder.mkdir(parents=True, exist_ok=True)
@@ -89,35 +115,19 @@ class MetricsLog:
         draft.write_text("".join(f"{line}\n" for line in lines))
         os.replace(draft, path)
         self.file = path.open("a")
-        if settings.report_to == "tensorboard":
-            from torch.utils.tensorboard import SummaryWriter
-
-            self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=first_step)
+        self.trackers = open_trackers(first_step)
 
     def write(self, step: int, result: StepResult) -> None:
         if not self.file or step % self.every:
             return
-        body = {
-            "step": step,
-            "loss": result.loss,
-            **{f"loss/{name}": value for name, value in result.terms.items()},
-            "grad_norm": result.grad_norm,
-            "learning_rate": result.learning_rate,
-            **{name: getattr(result, name) for name in SIZES},
-            "seconds": round(result.seconds, 4),
-            "data_seconds": round(result.data_seconds, 4),
-        }
-        if result.peak_memory_bytes is not None:
-            body["peak_memory_bytes"] = result.peak_memory_bytes
-        self.file.write(json.dumps(body) + "\n")
+        values = result.values()
+        self.file.write(json.dumps({"step": step, **values}) + "\n")
         self.file.flush()
-        if self.board:
-            for name, value in body.items():
-                if name != "step":
-                    self.board.add_scalar(f"train/{name}", value, step)
+        for tracker in self.trackers:
+            tracker.log(step, values)
 
     def close(self) -> None:
         if self.file:
             self.file.close()
-        if self.board:
-            self.board.close()
+        for tracker in self.trackers:
+            tracker.finish()

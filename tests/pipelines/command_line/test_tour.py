@@ -1,0 +1,76 @@
+"""``--help`` as a tour: every command in a section, one line each; every command's help has an example that its options take."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Iterator
+
+import click
+import pytest
+from click.testing import CliRunner
+
+from cli import Group, main
+from pipelines.command_line.tour import EXAMPLES, OTHERS, SECTIONS
+
+WIDE = 120
+
+
+def walk(group: click.Group, before: str = "") -> Iterator[tuple[str, click.Command]]:
+    for name, command in group.commands.items():
+        if isinstance(command, click.Group):
+            yield from walk(command, f"{before}{name} ")
+        else:
+            yield f"{before}{name}", command
+
+
+COMMANDS = dict(walk(main))
+
+
+def help_of(*words: str, width: int = WIDE) -> str:
+    result = CliRunner().invoke(main, [*words, "--help"], terminal_width=width)
+    assert result.exit_code == 0, result.output
+    return result.output
+
+
+@pytest.mark.parametrize("group", ["", "cache"])
+def test_commands_stand_in_sections_in_the_order_of_work(group: str) -> None:
+    text = help_of(*group.split(), width=80)
+    there = main.commands[group].commands if group else main.commands
+    tour = text.split("--help")[-1]
+    listed = [line.split()[0] for line in tour.splitlines()[1:] if line.startswith("  ")]
+    titled = [title for title in SECTIONS[group] if f"\n{title}:\n" in text]
+    assert sorted(listed) == sorted(there), "each once"
+    assert [one for title in titled for one in SECTIONS[group][title] if one in there] == listed
+    assert OTHERS not in text and "..." not in tour, "a tour breaks off nowhere"
+
+
+def test_a_command_that_no_section_knows_is_listed_last() -> None:
+    group = Group("new", commands={"unheard-of": click.Command("unheard-of", help="Something new.")})
+    for name in ("init", "demo"):
+        group.add_command(main.commands[name])
+    lines = [line.strip() for line in CliRunner().invoke(group, ["--help"]).output.splitlines()]
+    assert lines[-2:] == [f"{OTHERS}:", "unheard-of  Something new."]
+    assert lines.index("Start:") < lines.index(f"{OTHERS}:")
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_has_an_example_that_can_be_typed(name: str) -> None:
+    example = EXAMPLES[name]
+    assert help_of(*name.split()).endswith(f"Example:\n  {example}\n")
+    words = shlex.split(example.split(" > ")[0])
+    assert words[: 1 + len(name.split())] == ["kdcli", *name.split()]
+    command = COMMANDS[name]
+    with command.make_context(name, words[1 + len(name.split()) :]) as context:  # a UsageError where it does not parse
+        assert not context.args
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_an_option_is_explained_in_one_line(name: str) -> None:
+    context = click.Context(COMMANDS[name], terminal_width=WIDE)
+    for option in COMMANDS[name].params:
+        if isinstance(option, click.Option):
+            record = option.get_help_record(context)
+            assert option.help and record, f"{name} {option.opts}: no help"
+            assert len(record[1]) <= WIDE - 36, (
+                f"{name} {option.opts}: {len(record[1])} characters are more than a line"
+            )
