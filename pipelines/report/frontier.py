@@ -38,6 +38,7 @@ LETTER, LINE = 5.6, 12
 class Mark:
     """One measured way to store a row. best: no other one is both smaller and nearer. text: (x, y, anchor) of its label, or None."""
 
+    stored: Stored
     x: float
     y: float
     path: str
@@ -103,8 +104,8 @@ def _frontier(one: Measured) -> Frontier:
     losses = [d for d in directions if any(math.isfinite(each.loss_errors.get(d, math.nan)) for each in one.stored)]
     columns = ["bytes", "KL, nats"]
     columns += [f"{d}: {what}" for d in directions for what in (["loss", "angle"] if d in losses else ["angle"])]
-    best = {mark.label for chart in charts for mark in chart.marks if mark.best}
-    rows = [_row(each, directions, losses, each.label in best) for each in _sorted(one.stored)]
+    best = [mark.stored for chart in charts for mark in chart.marks if mark.best]
+    rows = [_row(each, directions, losses, any(each is mark for mark in best)) for each in _sorted(one.stored)]
     return Frontier(one.name, one.about, charts, families, columns, rows, [_term_cells(each) for each in one.terms])
 
 
@@ -149,7 +150,7 @@ def _scatter(
         text = _place(name, x, y, taken) if best or own else None
         told = f"{size:.1f} bytes, {exact:.2g} {'°' if scale == 'angle' else 'nats'}"
         path = SHAPES["star" if one.family == OWN else shape]
-        marks.append(Mark(x, y, path, colour, name, told, best, own, text))
+        marks.append(Mark(one, x, y, path, colour, name, told, best, own, text))
     marks.reverse()  # what matters is drawn last
     return Scatter(
         title,
