@@ -42,7 +42,16 @@ def calibrate(
     outputs = thin(ask(teacher, prepared, wants, batch_tokens))
     if not outputs:
         raise KdcliError("calibration found no usable row: run `kdcli doctor`")
-    return {name: field.fit(outputs, head) for name, field in fields.items()}
+    try:
+        return {name: field.fit(outputs, head) for name, field in fields.items()}
+    except KdcliError as error:
+        if len(prepared) >= samples:
+            raise
+        said = str(error).partition(": raise --calibration-rows")[0]  # there are no more
+        raise KdcliError(
+            f"{said}, and these are all {len(prepared)} usable rows of the mixture: take more rows, or --store exact, "
+            "which fits nothing"
+        ) from None
 
 
 def calibration_samples(

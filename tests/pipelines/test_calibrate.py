@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -119,3 +120,12 @@ def test_too_few_rows_name_the_flag(make_request, tmp_path: Path) -> None:
         capture(make_request(tmp_path / "c", fields=(), store="standard", calibration_rows=2))
     assert "\n" not in str(caught.value)
     assert not list((tmp_path / "c").glob("fields/*/field.json")), "nothing is promised that cannot be kept"
+
+
+def test_a_mixture_that_has_too_few_rows_is_told_what_it_can_have(make_request, mixture, tmp_path: Path) -> None:
+    """More calibration rows are no advice where there are none; what is advised works in the same folder."""
+    few = [replace(part, limit=1) for part in mixture]
+    given = {"data": few, "fields": (), "shards": 2}
+    with pytest.raises(KdcliError, match=r"at least 96 are needed, and these are all 2 usable rows .* --store exact"):
+        capture(make_request(tmp_path / "c", store="standard", **given))
+    assert capture(make_request(tmp_path / "c", store="exact", **given))["rows"] == 2
