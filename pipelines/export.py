@@ -65,14 +65,13 @@ def export(request: ExportRequest) -> dict[str, Any]:
     asked = None if request.vision_tokens is None else CompressorSpec("", request.vision_tokens)
     model, processor = load_student(str(source), "sdpa", compressor=asked)
     model.eval()
+    config: Any = model.config
     spec, dtype = compressor_of(model.config), request.dtype or stored_dtype(source)
     with draft_of(request.out) as draft, tempfile.TemporaryDirectory() as rows:
         exact = prepare_check(model, processor, Path(rows)) if request.check else None
         round_weights(model, DTYPES[dtype])
         write_folder(model, processor, spec, draft)
-        (draft / "README.md").write_text(
-            model_card(origin, spec, dtype, request.out.resolve().name, model.config.model_type)
-        )
+        (draft / "README.md").write_text(model_card(origin, spec, dtype, request.out.resolve().name, config.model_type))
         result = {
             "folder": str(request.out),
             "model": str(source),

@@ -76,8 +76,10 @@ class KnownText:
         if not images:
             return {}, []
         processor = self.preparer.processor
-        plain = isinstance(self._image_inputs, PlainPixels)
-        inputs = dict(self._image_inputs(images if plain else [images]))  # as Preparer gives a row's images
+        given: list[Any] = (
+            images if isinstance(self._image_inputs, PlainPixels) else [images]
+        )  # as Preparer gives a row's
+        inputs = dict(self._image_inputs(given))
         said = [processor.replace_image_token(inputs, image_idx=number) for number in range(len(images))]
         counts = [one.count(self._image_token) for one in said]
         if any(one != self._image_token * count for one, count in zip(said, counts)):

@@ -85,7 +85,8 @@ class Preparer:
         image = self._image_text if template == "plain" else PLACEHOLDER
         rendered = find_template(template).render(self._chat_owner(), sample.turns, image)
         text = self._tokenize(rendered, template)
-        input_ids, inputs = text.ids.to(torch.int64), {}
+        input_ids = text.ids.to(torch.int64)
+        inputs: dict[str, torch.Tensor] = {}
         if images or template not in self._text_alone:
             inputs, replaced = self._expand(rendered.text, images, template)
             input_ids = inputs.pop("input_ids")[0].to(torch.int64)

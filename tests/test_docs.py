@@ -1,4 +1,5 @@
-"""Every `kdcli` command that README and docs show is run, literally, in a folder laid out as the docs say."""
+"""Every `kdcli` command that README and docs show is run in a folder laid out as the docs say: literally, but for 512 shards, which would
+take as many rows."""
 
 from __future__ import annotations
 
@@ -8,6 +9,7 @@ import re
 import shlex
 import shutil
 import tomllib
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,8 @@ from click.testing import CliRunner
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-ENOUGH_ROWS = 520  # the README's job has 512 shards, and a shard holds at least one row
+ROWS, SHARDS = 150, 16
+"""Of the user's chat mixture, and of the job that README gives 512."""
 
 
 def commands(page: Path) -> list[list[str]]:
@@ -46,9 +49,7 @@ def user_folder(tmp_path: Path, tiny_teacher: Path, deep_student: Path, monkeypa
     """What a user has: captions.json, train.json, heldout.json, images/, a teacher and a student folder."""
     from pipelines.demo.write_world import write_world
 
-    world = write_world(
-        tmp_path / "world", captions=20, train=ENOUGH_ROWS, heldout=8, seed=0, train_format="llava-json"
-    )
+    world = write_world(tmp_path / "world", captions=20, train=ROWS, heldout=8, seed=0, train_format="llava-json")
     for name in ("captions.json", "train.json", "heldout.json", "images"):
         shutil.move(world.folder / name, tmp_path / name)
     shutil.copytree(tiny_teacher, tmp_path / "teacher")
@@ -88,12 +89,13 @@ def test_every_command_of_the_docs_runs(user_folder: Path) -> None:
     assert len(shown) >= 10, "the docs show the commands of a whole job"
     for command in shown:
         assert command[0] == "kdcli", f"only kdcli commands are shown as bash blocks, got {command}"
-        result = CliRunner().invoke(cli.main, command[1:], catch_exceptions=False)
+        words = [str(SHARDS) if word == "512" and before == "--shards" else word for before, word in pairwise(command)]
+        result = CliRunner().invoke(cli.main, words, catch_exceptions=False)
         assert result.exit_code == 0, f"{shlex.join(command)}\n{result.output}"
         if command[1] == "init":
             edit_settings(user_folder / "kd.toml")
     assert (user_folder / "runs" / "03-DFT" / "model" / "model.safetensors").is_file()
-    assert len(list((user_folder / "cache" / "samples" / "commits").iterdir())) == 512
+    assert len(list((user_folder / "cache" / "samples" / "commits").iterdir())) == SHARDS
 
 
 @pytest.mark.parametrize("number", range(len(methods_shown())))

@@ -88,8 +88,15 @@ FILES = (
     "source",
     "runs",
     "grid",
+    "config",
+    "teacher",
+    "student",
+    "like",
+    "calibration",
+    "keys",
+    "plot",
+    "local_cache",
 )
-FILES += ("config", "teacher", "student", "like", "calibration", "keys", "plot", "local_cache")
 LISTS = ("methods", "fields", "stages", "report_to")
 """Comma-separated: the last name is completed."""
 

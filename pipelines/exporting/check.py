@@ -17,7 +17,8 @@ from safetensors.torch import save_file
 
 from pipelines.exporting import loaded
 from teacher_cache.errors import KdcliError
-from teacher_cache.prepare import PLACEHOLDER, content
+from teacher_cache.rows import PLACEHOLDER
+from teacher_cache.templates import content
 
 TOLERANCE = 1e-5
 """Of the largest difference of logits, relative to the largest logit (or 1): both sides compute in float32."""
