@@ -144,7 +144,7 @@ def _of_preflight(place: str, body: Mapping[str, Any]) -> Measured:
     """Its notebook, or what its ``--json`` printed; candidates that nobody had to measure, since a cheaper one did, are left out."""
     found = body.get("found", body)
     stored = []
-    for choice in found["choices"]:
+    for choice in found.get("choices", []) if "found" in body else found["choices"]:  # a preflight may be going on
         for one in choice["ladder"]:
             angles = {direction: _number(angle) for direction, angle in one["head_angles"].items()}
             kl = _number(one["kl"])

@@ -104,10 +104,13 @@ def _student(run: Run, cache: Cache) -> Student | None:
 
 
 def _match(one: Student, cache: Cache) -> MatchedRun:
+    from transformers.utils import logging
+
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     count = parameters(one.folder / "model") or 0
     if device.type == "cpu" and count > MOST_ON_A_CPU:
         raise KdcliError(f"{count / 1e9:.1f} B parameters are too many for a CPU: write the report on a GPU")
+    logging.disable_progress_bar()
     # Whoever looks at a stranger's runs trusts no code of theirs, whatever their run card says.
     model, processor = load_student(str(one.folder / "model"), TrainSettings().attn_implementation)
     served = Served({need: tuple(names) for need, names in one.card["fields"].items() if need in NEEDS}, ())

@@ -87,6 +87,8 @@ def test_a_preflight_is_found_beside_its_cache_and_says_what_it_chose(tmp_path):
             ("top-8 + sketch 0.1", True),
         ]
         assert len(one.charts) == 2
+    (tmp_path / NOTEBOOK).write_bytes(seal({"identity": {}, "found": {}}))
+    assert frontiers(read_fidelity([tmp_path])) == [], "it has only begun"
 
 
 @pytest.mark.parametrize(
