@@ -76,8 +76,28 @@ VALUES: Mapping[str, Callable[[], Iterable[str]]] = {
 }
 """Name of an option or argument → the words that it takes."""
 FILES = frozenset(
-    "url urls cache_url out output_dir data image_root paths model source runs grid config teacher student like calibration keys plot "
-    "local_cache".split()
+    [
+        "url",
+        "urls",
+        "cache_url",
+        "out",
+        "output_dir",
+        "data",
+        "image_root",
+        "paths",
+        "model",
+        "source",
+        "runs",
+        "grid",
+        "config",
+        "teacher",
+        "student",
+        "like",
+        "calibration",
+        "keys",
+        "plot",
+        "local_cache",
+    ]
 )
 """What is often a path."""
 LISTS = ("methods", "fields", "stages", "report_to")
