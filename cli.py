@@ -481,7 +481,8 @@ def cache_teacher(
         from pipelines.tables import cache_table
 
         say(cache_table(summary["columns"], summary["rows"]))
-        say(f"{summary['rows']} rows in {summary['shards']} shards at {target}; plan {summary['plan_hash'][:12]}")
+        shards = f"{summary['shards']} shard{'s' * (summary['shards'] != 1)}"
+        say(f"{summary['rows']} rows in {shards} at {target}; plan {summary['plan_hash'][:12]}")
         for note in summary.get("notes", []):
             say(f"note: {note}")
 

@@ -75,28 +75,31 @@ VALUES: Mapping[str, Callable[[], Iterable[str]]] = {
     "template": lambda: ("chat", "plain"),
 }
 """Name of an option or argument → the words that it takes."""
-FILES = (
-    "url",
-    "urls",
-    "cache_url",
-    "out",
-    "output_dir",
-    "data",
-    "image_root",
-    "paths",
-    "model",
-    "source",
-    "runs",
-    "grid",
-    "config",
-    "teacher",
-    "student",
-    "like",
-    "calibration",
-    "keys",
-    "plot",
-    "local_cache",
+FILES = frozenset(
+    [
+        "url",
+        "urls",
+        "cache_url",
+        "out",
+        "output_dir",
+        "data",
+        "image_root",
+        "paths",
+        "model",
+        "source",
+        "runs",
+        "grid",
+        "config",
+        "teacher",
+        "student",
+        "like",
+        "calibration",
+        "keys",
+        "plot",
+        "local_cache",
+    ]
 )
+"""What is often a path."""
 LISTS = ("methods", "fields", "stages", "report_to")
 """Comma-separated: the last name is completed."""
 
