@@ -984,7 +984,7 @@ def ablate(grid: str, out: str | None, dry_run: bool, as_json: bool, **asked: An
     "--metric",
     default="exact_match",
     show_default=True,
-    help="Comma-separated: also anls, contains, mcq, pope, relaxed_accuracy, vqa_accuracy (docs/evaluate.md).",
+    help="Comma-separated metrics (docs/evaluate.md).",
 )
 @click.option("--max-new-tokens", default=32, show_default=True, type=click.IntRange(1), help="Longest answer.")
 @click.option("--prompt-suffix", default="", help="A line after every question, e.g. how short an answer should be.")
@@ -1061,7 +1061,7 @@ def evaluation_tasks() -> None:
 @click.option(
     "--check",
     is_flag=True,
-    help="Load it in a fresh process of plain transformers and compare; status 1 where it differs.",
+    help="Load it in a fresh process and compare; exit status 1 where it differs.",
 )
 @click.option(
     "--scores", type=click.Path(dir_okay=False), help="Of `kdcli eval --out`, for the card; default: RUN/scores.json."

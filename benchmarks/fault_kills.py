@@ -182,7 +182,7 @@ def trained(out: Path) -> tuple[Any, ...]:
     if not stages or not (stages[-1] / "done.json").exists():
         return ()
     lines = [json.loads(line) for line in (stages[-1] / "metrics.jsonl").read_text().splitlines()]
-    metrics = [{name: value for name, value in line.items() if name != "seconds"} for line in lines]
+    metrics = [{name: value for name, value in line.items() if not name.endswith("seconds")} for line in lines]
     return (stages[-1] / "model" / "model.safetensors").read_bytes(), metrics
 
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from teacher_cache.errors import KdcliError
-from teacher_cache.teachers.backends import tells_tails
-from teacher_cache.teachers.transformers import TeacherSpec
+
+if TYPE_CHECKING:
+    from teacher_cache.teachers.transformers import TeacherSpec
 
 HEAD_K = 8
 STEPS = {"response": 0.04, "vision": 0.02}
@@ -50,6 +51,8 @@ def chosen_fields(
 
 def with_tails(fields: Mapping[str, Mapping[str, Any]], teacher: TeacherSpec) -> dict[str, dict[str, Any]]:
     """The same, flagged where this teacher's top-k has no exact tail."""
+    from teacher_cache.teachers.backends import tells_tails  # torch: a shell that completes names does not wait for it
+
     flag = {} if tells_tails(teacher) else {"tail": "inexact"}
     return {name: {**params, **(flag if name.endswith("_topk") else {})} for name, params in fields.items()}
 

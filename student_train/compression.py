@@ -41,8 +41,8 @@ def settle(asked: CompressorSpec | None, config: Any, processor: Any, student: s
         asked: None: as the student is. student: its name, for the message.
     """
     has = compressor_of(config)
-    if asked is None:
-        return has
+    if asked is None:  # its configuration may have been written by hand
+        return has and compressor_module(has.name).settle(has, site_of(config, processor, student))
     if has is None:
         return _settle_fresh(asked, config, processor, student)
     wanted = asked.name or has.name

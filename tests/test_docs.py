@@ -72,6 +72,7 @@ def edit_settings(file: Path) -> None:
         "data/images": "images",
         "path/to/student": "student",
         "runs/llava-kd": "runs",
+        "shards = 512": f"shards = {SHARDS}",
         "gradient_accumulation_steps = 16": "gradient_accumulation_steps = 1\nmax_steps = 2",
         "dataloader_num_workers = 4": "dataloader_num_workers = 0",
         "bf16 = true": "bf16 = false",

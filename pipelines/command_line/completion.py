@@ -72,7 +72,7 @@ VALUES: Mapping[str, Callable[[], Iterable[str]]] = {
     "device": lambda: ("cpu", "cuda"),
     "executor": lambda: ("local", "ray", "slurm"),
     "report_to": lambda: ("tensorboard", "wandb", "trackio", "none"),
-    "template": lambda: ("chat", "plain"),
+    "template": lambda: ("chat", "plain", "v1", "qwen_1_5"),
 }
 """Name of an option or argument → the words that it takes."""
 FILES = frozenset(

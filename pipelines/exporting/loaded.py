@@ -40,7 +40,9 @@ def compare(folder: str, rows: Path) -> dict[str, Any]:
     """
     trusted = "auto_map" in json.loads((Path(folder) / "config.json").read_text())
     processor = AutoProcessor.from_pretrained(folder, trust_remote_code=trusted)
-    model = AutoModelForImageTextToText.from_pretrained(folder, trust_remote_code=trusted, dtype=torch.float32).eval()
+    model = AutoModelForImageTextToText.from_pretrained(
+        folder, trust_remote_code=trusted, dtype=torch.float32, use_safetensors=True
+    ).eval()
     expected = load_file(rows / "expected.safetensors")
     described = json.loads((rows / "rows.json").read_text())
     found: dict[str, Any] = {"rows": len(described), "tokens": [], "difference": 0.0, "largest": 0.0}
