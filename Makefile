@@ -4,7 +4,7 @@ BIN := .venv/bin
 
 VLLM := .venv-vllm
 
-.PHONY: demo test test-vllm test-lmms check install clean
+.PHONY: demo test test-benchmarks test-vllm test-lmms check install clean
 
 install: .venv/.installed
 
@@ -20,8 +20,11 @@ demo: install  ## the main job on the demo world: data, cache, students, table, 
 	$(BIN)/kdcli demo --out demo-run
 
 test: install
-	$(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder --ignore tests/benchmarks
 	PYTHONPATH=.venv/torchvision $(BIN)/python -m pytest -q tests/families -n 2
+
+test-benchmarks: install  ## that every benchmark's script runs, small
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile tests/benchmarks
 
 $(VLLM)/.installed: pyproject.toml constraints-vllm.txt tests/vllm/torchvision_shim.py
 	$(PYTHON) -m venv $(VLLM)

@@ -76,7 +76,8 @@ class TokenPacker(nn.Module):
         """``[N, side², D_v]`` → ``[N, M, D_v]``, bilinear."""
         image = last.transpose(1, 2).unflatten(2, (self.side, self.side))
         size = (self.side // self.window,) * 2
-        return nn.functional.interpolate(image, size, mode="bilinear").flatten(2).transpose(1, 2)
+        # Contiguous: kernels of other programs, vLLM's on CPUs, want rows of numbers that follow one another.
+        return nn.functional.interpolate(image, size, mode="bilinear").flatten(2).transpose(1, 2).contiguous()
 
 
 def build(spec: CompressorSpec, site: Site, projector: nn.Module) -> nn.Module:

@@ -126,7 +126,10 @@ def naming_refusals(what: str) -> Iterator[None]:
         yield
     except torch.OutOfMemoryError as error:
         raise KdcliError(f"vLLM, {what}: {_first_line(error)}: give another vllm_memory or --batch-tokens") from None
-    except (ValueError, RuntimeError, NotImplementedError, TypeError, KeyError, AssertionError) as error:
+    except Exception as error:
+        known = isinstance(error, (ValueError, RuntimeError, TypeError, KeyError, AssertionError))
+        if not known and not type(error).__module__.startswith("vllm."):
+            raise
         raise CompatibilityError(
             f"vLLM does not take {what} ({_first_line(error)}): use --backend transformers for it"
         ) from None
