@@ -82,14 +82,19 @@ class Lines(Progress):
         self.console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
-def bar(console: Console, unit: str) -> Progress:
-    """A bar that owns the terminal: the library's own loading bars would tear it. In a log file, ``Lines``."""
+def quiet_library_bars() -> None:
+    """No loading bars of transformers from here on."""
     if "huggingface_hub" in sys.modules:
         from transformers.utils import logging
 
         logging.disable_progress_bar()
     else:  # it is seconds to import, and not every command comes to need it
         os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
+
+
+def bar(console: Console, unit: str) -> Progress:
+    """A bar that owns the terminal: the library's own loading bars would tear it. In a log file, ``Lines``."""
+    quiet_library_bars()
     columns = (
         SpinnerColumn(),
         TextColumn("{task.description}", markup=False),  # part names are the user's own, brackets and all

@@ -84,7 +84,7 @@ def edit_settings(file: Path) -> None:
     file.write_text(text)
 
 
-@pytest.mark.timeout(900)  # every command of every page, a 512-shard capture among them
+@pytest.mark.timeout(900)  # every command of every page
 def test_every_command_of_the_docs_runs(user_folder: Path) -> None:
     import cli
 

@@ -23,6 +23,7 @@ import pipelines.quiet_threads  # noqa: F401 (before torch)
 from pipelines.ablate.cells import CARD, shared_folder
 from pipelines.ablate.grid import EvalFile
 from pipelines.evaluate import evaluate_folder
+from pipelines.progress import quiet_library_bars
 from pipelines.report.runs import read_runs
 from pipelines.settings import Settings, build
 from pipelines.train_student import train
@@ -152,9 +153,7 @@ def write_json(path: Path, body: Any) -> None:
 
 
 def main(arguments: Sequence[str]) -> int:
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()  # a log's last line is to be the error
+    quiet_library_bars()  # a log's last line is to be the error
     path = Path(arguments[0])
     try:
         run_cell(path.parent, json.loads(path.read_text()))

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pipelines.report.runs import stage_cards
 from student_train.cache import Cache
 from teacher_cache.errors import KdcliError
 
@@ -39,7 +40,7 @@ def find_model(source: Path) -> Path:
         return source / "model"
     if not (source / "run.json").is_file():
         raise KdcliError(f"{source} is no model folder (config.json) and no run (run.json): name one of them")
-    folders = [source / name for name in stage_names(read_object(source / "run.json"))]
+    folders = [source / name for name in stage_cards(read_object(source / "run.json"))]
     if folders and (folders[-1] / "done.json").is_file() and (folders[-1] / "model" / "config.json").is_file():
         return folders[-1] / "model"
     ready = [str(one / "model") for one in folders if (one / "model" / "config.json").is_file()]
@@ -47,16 +48,12 @@ def find_model(source: Path) -> Path:
     raise KdcliError(f"{source}: its last stage is not finished: run the same `kdcli train-student` again, {advice}")
 
 
-def stage_names(card: Mapping[str, Any]) -> list[str]:
-    return [f"{i:02d}-{one['stage']}" for i, one in enumerate(card.get("stages", []), start=1)]
-
-
 def read_provenance(model: Path, scores: Path | None) -> Provenance:
     """scores: file of ``kdcli eval --out``; None: the run's ``scores.json``, if there is one."""
     stage = model.absolute().parent
     run = stage.parent
     card = read_object(run / "run.json") if (run / "run.json").is_file() else None
-    if card is not None and stage.name not in stage_names(card):
+    if card is not None and stage.name not in stage_cards(card):
         card = None
     if scores is None and card is not None and (run / "scores.json").is_file():
         scores = run / "scores.json"
@@ -67,7 +64,7 @@ def read_provenance(model: Path, scores: Path | None) -> Provenance:
         raise KdcliError(f"{scores}: not the scores of `kdcli eval --out`")
     if card is None:
         return Provenance(model, None, (), None, results)
-    names = stage_names(card)
+    names = list(stage_cards(card))
     used = []
     for name, one in list(zip(names, card["stages"]))[: names.index(stage.name) + 1]:
         done = run / name / "done.json"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -10,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from pipelines.report.charts import short
-from pipelines.report.runs import Run, Stage
+from pipelines.report.runs import Run, Stage, stage_cards
 from pipelines.tables import human_bytes
 from teacher_cache.errors import KdcliError
 
@@ -111,16 +112,11 @@ def _bytes_per_sample(status: Mapping[str, Any]) -> dict[str, float]:
 
 def _read(run: Run, stage: Stage, sizes: Mapping[str, float]) -> str:
     """What a sample of this stage takes from storage: ``samples`` and the fields that serve its method."""
-    card = next((one for one in stage_cards(run) if one[0] == stage.folder.name), None)
+    card = stage_cards(run.card).get(stage.folder.name)
     if card is None or not sizes:
         return NOTHING
-    fields = {name for names in card[1].get("fields", {}).values() for name in names}
+    fields = {name for names in card.get("fields", {}).values() for name in names}
     return human_bytes(sum(sizes.get(name, 0.0) for name in ("samples", *fields)))
-
-
-def stage_cards(run: Run) -> list[tuple[str, Mapping[str, Any]]]:
-    """(name of the stage's folder, what the run card says of the stage)"""
-    return [(f"{i:02d}-{one['stage']}", one) for i, one in enumerate(run.card.get("stages", []), start=1)]
 
 
 def parameters(model: Path) -> int | None:
@@ -135,15 +131,8 @@ def _elements(file: Path) -> int:
             size = int.from_bytes(opened.read(8), "little")
             header = json.loads(opened.read(min(size, MOST_HEADER)))
         shapes = [one["shape"] for name, one in header.items() if name != "__metadata__"]
-        return sum(_product(shape) for shape in shapes)
+        return sum(math.prod(map(int, shape)) for shape in shapes)
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise KdcliError(
             f"{file}: no safetensors file ({error}): remove its folder to train that stage again"
         ) from None
-
-
-def _product(shape: Sequence[int]) -> int:
-    total = 1
-    for size in shape:
-        total *= int(size)
-    return total

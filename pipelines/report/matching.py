@@ -9,9 +9,10 @@ from typing import Any
 
 import torch
 
-from pipelines.report.efficiency import parameters, stage_cards
+from pipelines.progress import quiet_library_bars
+from pipelines.report.efficiency import parameters
 from pipelines.report.matching_picture import MatchedPicture, draw_matching, tokens_of
-from pipelines.report.runs import Run
+from pipelines.report.runs import Run, stage_cards
 from pipelines.stage_trainer import MAPS, load_maps
 from student_train.alignment import Matching
 from student_train.cache import Cache, CachedRows
@@ -91,7 +92,7 @@ def _student(run: Run, cache: Cache) -> Student | None:
     """The last such stage of a run over this very plan."""
     if run.card.get("plan_hash") != cache.plan_hash:
         return None
-    cards = dict(stage_cards(run))
+    cards = stage_cards(run.card)
     for stage in reversed([one for one in run.stages if one.done and one.folder.name in cards]):
         card = cards[stage.folder.name]
         if not set(NEEDS) & set(card.get("fields", {})) or not (stage.folder / "model").is_dir():
@@ -104,13 +105,11 @@ def _student(run: Run, cache: Cache) -> Student | None:
 
 
 def _match(one: Student, cache: Cache) -> MatchedRun:
-    from transformers.utils import logging
-
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     count = parameters(one.folder / "model") or 0
     if device.type == "cpu" and count > MOST_ON_A_CPU:
         raise KdcliError(f"{count / 1e9:.1f} B parameters are too many for a CPU: write the report on a GPU")
-    logging.disable_progress_bar()
+    quiet_library_bars()
     # Whoever looks at a stranger's runs trusts no code of theirs, whatever their run card says.
     model, processor = load_student(str(one.folder / "model"), TrainSettings().attn_implementation)
     served = Served({need: tuple(names) for need, names in one.card["fields"].items() if need in NEEDS}, ())

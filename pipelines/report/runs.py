@@ -97,17 +97,20 @@ def _names(folders: Sequence[Path]) -> list[str]:
 
 def _read_run(folder: Path, name: str) -> Run:
     card = _json(folder / "run.json")
-    methods = {
-        f"{i:02d}-{one['stage']}": one.get("method", "") for i, one in enumerate(card.get("stages", []), start=1)
-    }
     logs = sorted(folder.glob("*/metrics.jsonl"))
-    stages = [_read_stage(log.parent, methods.get(log.parent.name, "")) for log in logs]
+    cards = stage_cards(card)
+    stages = [_read_stage(log.parent, cards.get(log.parent.name, {}).get("method", "")) for log in logs]
     seeded = SEED.match(name)
     group = (seeded["group"] if seeded else "") or name
     scores = _json(folder / "scores.json") if (folder / "scores.json").is_file() else {}
     if "families" in scores:
         scores = {group: scores}
     return Run(name, group, folder, card, stages, scores)
+
+
+def stage_cards(card: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
+    """Name of a stage's folder → what the run card says of the stage, in order."""
+    return {f"{i:02d}-{one['stage']}": one for i, one in enumerate(card.get("stages", []), start=1)}
 
 
 def _json(path: Path) -> dict[str, Any]:
