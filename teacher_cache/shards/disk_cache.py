@@ -14,7 +14,7 @@ import os
 import threading
 from collections import deque
 from collections.abc import Collection, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
@@ -108,16 +108,21 @@ class DiskCache:
                     return False
                 with told_when_full(self.folder):
                     _download_checked(storage, f"{column}/data/{commit.tar}", part, commit)
-                os.replace(part, path)
+                with self._counting():  # who counts meets it under one of its names
+                    os.replace(part, path)
                 return True
             finally:
                 part.unlink(missing_ok=True)
                 part.with_suffix(".lock").unlink(missing_ok=True)
 
+    def _counting(self) -> AbstractContextManager:
+        """What changes how much the folder holds is done by one process and thread at a time."""
+        return _locked(self.folder / "evicting")
+
     def _make_room(self, part: Path, count: int, keep: Collection[Path]) -> bool:
         """Evict until ``count`` more bytes fit, the longest unused first, and begin ``part``, which counts as whole from now on; False
         where what is in use leaves no room."""
-        with _locked(self.folder / "evicting"):
+        with self._counting():
             used, idle = 0, []
             for one in self.folder.iterdir():
                 with suppress(FileNotFoundError):
