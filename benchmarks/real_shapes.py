@@ -19,6 +19,8 @@ from PIL import Image
 VOCABULARY = 151_646  # Qwen2's tokenizer
 IMAGE_SIZE, PATCH = 384, 14
 TEXT_TOKENS = 200
+LEAST_ROWS = 48
+"""Of any world: a calibration wants response tokens twice as many as the teacher is wide."""
 QWEN2 = {
     "7B": {
         "hidden_size": 3584,

@@ -150,7 +150,8 @@ def _demo_world(device: str, folder: Path, rows: int, models: Path) -> World:
 def _real_world(device: str, folder: Path, rows: int, layers: int | None) -> World:
     processor = real_shapes.processor()
     teacher, student = (real_shapes.config(size, processor.tokenizer, layers) for size in ("7B", "0.5B"))
-    data = DataSpec("sft", str(real_shapes.write_rows(folder / "world", rows)), image_root=str(folder / "world"))
+    mixture = real_shapes.write_rows(folder / "world", max(rows, real_shapes.LEAST_ROWS))
+    data = DataSpec("sft", str(mixture), image_root=str(folder / "world"))
     return World(
         "real",
         device,

@@ -124,6 +124,15 @@ def build_folder(
 
 
 @pytest.fixture(scope="session")
+def gpu() -> str:
+    """The device of tests that need one; they are skipped where there is none. ``KDCLI_TEST_DEVICE=cpu`` rehearses them."""
+    device = os.environ.get("KDCLI_TEST_DEVICE", "cuda")
+    if device == "cuda" and not torch.cuda.is_available():
+        pytest.skip("needs a GPU")
+    return device
+
+
+@pytest.fixture(scope="session")
 def tiny_teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Teacher folder: 48 wide, head with ``PADDING_ROWS`` rows beyond the tokenizer."""
     return build_folder(tmp_path_factory.mktemp("models") / "teacher", text_width=48, vision_width=32, seed=1)
@@ -197,13 +206,18 @@ def mixture(world: Any) -> tuple[Any, ...]:
 
 @pytest.fixture(scope="session")
 def make_request(tiny_teacher: Path, mixture: tuple[Any, ...]) -> Callable[..., Any]:
-    """``make_request(out, codec="fp32", data=None, teacher=None, **capture settings)`` → CaptureRequest; 5 shards, k 8."""
+    """``make_request(out, codec="fp32", data=None, teacher=None, device="cpu", **capture settings)`` → CaptureRequest; 5 shards, k 8."""
     from pipelines.cache_teacher import CaptureRequest
     from pipelines.settings import CaptureSettings
     from teacher_cache.teachers.transformers import TeacherSpec
 
     def make(
-        out: Path | str, codec: str = "fp32", data: Any = None, teacher: Path | None = None, **settings: Any
+        out: Path | str,
+        codec: str = "fp32",
+        data: Any = None,
+        teacher: Path | None = None,
+        device: str = "cpu",
+        **settings: Any,
     ) -> CaptureRequest:
         defaults = {"shards": 5, "fields": ALL_FIELDS, "workers": 1, "batch_tokens": 1024}
         capture = replace(CaptureSettings(), **{**defaults, **settings})
@@ -213,7 +227,7 @@ def make_request(tiny_teacher: Path, mixture: tuple[Any, ...]) -> Callable[..., 
             for name in capture.fields
             if name.endswith(("_topk", "_hidden"))
         }
-        spec = TeacherSpec(str(teacher or tiny_teacher), dtype="float32", device="cpu")
+        spec = TeacherSpec(str(teacher or tiny_teacher), dtype="float32", device=device)
         return CaptureRequest(spec, tuple(data or mixture), str(out), capture, params)
 
     return make

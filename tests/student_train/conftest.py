@@ -69,6 +69,7 @@ def open_stage(tmp_path: Path, tiny_student: Path) -> Callable[..., tuple[Any, A
         knobs: dict[str, Any] | None = None,
         parts: tuple[str, ...] | None = None,
         student: Path = tiny_student,
+        device: str = "cpu",
         **settings: Any,
     ) -> tuple[Any, Any]:
         train = replace(TrainSettings(student=str(student), report_to="none"), **settings)
@@ -79,7 +80,7 @@ def open_stage(tmp_path: Path, tiny_student: Path) -> Callable[..., tuple[Any, A
         total, global_batch = budget(plan, sum(rows.counts), 1)
         torch.manual_seed(0)
         model, processor = load_student(str(student), "sdpa")
-        processes = distributed.Processes(0, 1, torch.device("cpu"))
+        processes = distributed.Processes(0, 1, torch.device(device))
         folder = tmp_path / f"stage-{len(list(tmp_path.iterdir()))}"
         return make_trainer(cache, plan, rows, model, processor, total, global_batch, processes, folder)
 
