@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import islice
@@ -102,6 +103,9 @@ def write_caches(world: World, url: str) -> None:
     capture = world.open_capture()
     for name in CACHED:
         write_cache(world, capture, f"{url}/{STORE_OF[name]}", STORE_OF[name], FIELDS_OF[name])
+    del capture
+    gc.collect()  # modules refer to each other; a GPU has no room for a teacher that nobody asks any more
+    torch.cuda.empty_cache()
 
 
 def build_variant(name: str, world: World, url: str, batch: int, workers: int, steps: int) -> Variant:

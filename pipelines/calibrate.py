@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 
 import torch
 
@@ -43,7 +44,7 @@ def calibrate(
     if not outputs:
         raise KdcliError("calibration found no usable row: run `kdcli doctor`")
     try:
-        return {name: field.fit(outputs, head) for name, field in fields.items()}
+        return {name: fit(field, outputs, head) for name, field in fields.items()}
     except KdcliError as error:
         if len(prepared) >= samples:
             raise
@@ -52,6 +53,15 @@ def calibrate(
             f"{said}, and these are all {len(prepared)} usable rows of the mixture: take more rows, or --store exact, "
             "which fits nothing"
         ) from None
+
+
+def fit(field: CalibratedField, outputs: Sequence[TeacherOutput], head: torch.Tensor) -> Calibration:
+    """On the head's device; on the CPU where a GPU that holds the teacher has no room for it."""
+    try:
+        return field.fit(outputs, head)
+    except torch.OutOfMemoryError:
+        torch.cuda.empty_cache()
+    return field.fit([replace(one, device=torch.device("cpu")) for one in outputs], head.cpu())
 
 
 def calibration_samples(

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from functools import cache
 from itertools import islice
 from typing import Any, Protocol
 
@@ -157,16 +159,29 @@ def write_window(
     if "samples" in writers:
         for sample, prepared in zip(window.samples, window.prepared):
             writers["samples"].add(prepared, encode_sample(sample, prepared))
-    for sample, prepared, output in zip(window.samples, window.prepared, outputs or ()):
-        if not is_finite(output):
-            skip = SkipRow("nonfinite_teacher", "NaN or infinity in the teacher's output")
-            for column in fields:
-                writers[column].skip(skip_record(sample, skip))
-            continue
-        for column, one in fields.items():
-            writers[column].add(prepared, {container.EXTENSION: container.pack(one.encode(prepared, output))})
+    with beside_the_teacher(outputs[0].device if outputs else None):
+        for sample, prepared, output in zip(window.samples, window.prepared, outputs or ()):
+            if not is_finite(output):
+                skip = SkipRow("nonfinite_teacher", "NaN or infinity in the teacher's output")
+                for column in fields:
+                    writers[column].skip(skip_record(sample, skip))
+                continue
+            for column, one in fields.items():
+                writers[column].add(prepared, {container.EXTENSION: container.pack(one.encode(prepared, output))})
     for writer in writers.values():
         writer.check_staging()
+
+
+def beside_the_teacher(device: torch.device | None) -> AbstractContextManager[Any]:
+    """What is computed in this context does not queue behind the batch that the teacher is at: a stream of its own on a GPU."""
+    if device is None or device.type != "cuda":
+        return nullcontext()
+    return torch.cuda.stream(_side_stream(device))
+
+
+@cache
+def _side_stream(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device, priority=-1)
 
 
 def skip_record(sample: Sample, skip: SkipRow) -> SkipRecord:

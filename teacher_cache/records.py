@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -288,6 +289,7 @@ class TeacherOutput:
         features: ``[R_vision, D]``: what the language model is given at the vision tokens, in the teacher's dtype.
         gram: float32 ``[R_vision, R_vision]``: Y·Yᵀ of the raw vision logits Y.
         layout: of the row's images: which grids its vision rows lie on.
+        device: where the teacher is. All tensors are on the CPU; products with wide matrices are best done there.
     """
 
     hidden: Mapping[str, torch.Tensor] = field(default_factory=dict)
@@ -297,3 +299,4 @@ class TeacherOutput:
     sampled: Mapping[str, Sampled] = field(default_factory=dict)
     attention: Mapping[int, torch.Tensor] = field(default_factory=dict)
     features: torch.Tensor | None = None
+    device: torch.device = field(default_factory=partial(torch.device, "cpu"))

@@ -53,9 +53,12 @@ def pruned_states(
             have = [row for row in rows if is_vision[row]]
             stay = min(len(have), pruning.kept(int(is_vision.sum()), images, depths[number]))
             if stay < len(have):
-                seen = look(before, hidden[0].detach(), rows, is_vision.tolist(), asking, generator)
-                chosen = {have[place] for place in CHOICES[pruning.operator](seen, stay)}
-                places = [place for place, row in enumerate(rows) if not is_vision[row] or row in chosen]
+                free = [bool(one) and row != asking for row, one in enumerate(is_vision)]  # what asks stays
+                may_go = [row for row in rows if free[row]]
+                seen = look(before, hidden[0].detach(), rows, free, asking, generator)
+                count = stay - (len(have) - len(may_go))
+                chosen = {may_go[place] for place in CHOICES[pruning.operator](seen, count)} if count else set()
+                places = [place for place, row in enumerate(rows) if not free[row] or row in chosen]
                 rows = [rows[place] for place in places]
                 hidden = hidden[:, places]
         positions = torch.tensor([rows])

@@ -47,6 +47,12 @@ class Tokens:
         """bool ``[B, T]``"""
         return self.of_vision.gather(1, self.positions.clamp_min(0)) & self.valid
 
+    @property
+    def free(self) -> torch.Tensor:
+        """bool ``[B, T]``: vision tokens that may go. One that asks (the last before a caption without a prompt) predicts a token: it
+        is one of those that stay."""
+        return self.vision & (self.positions != self.asking[:, None])
+
 
 @dataclass(frozen=True)
 class Ranking:
@@ -65,8 +71,7 @@ class Ranking:
         Args:
             multiple: of the final count, as ``Pruning.depths`` says. hidden: ``[B, T, D]``, what enters the pruned layer.
         """
-        vision = tokens.vision
-        have = vision.sum(dim=1).tolist()
+        have, free = (one.sum(dim=1).tolist() for one in (tokens.vision, tokens.free))
         stay = self._counts(have, tokens.of_vision, multiple)
         if stay == have:
             return None
@@ -74,9 +79,10 @@ class Ranking:
         choose = operator_module(self.pruning.operator).choose
         for sample, seen in self._seen(tokens, before, hidden):
             if stay[sample] < have[sample]:
-                rows = vision[sample].nonzero()[:, 0]
+                rows = tokens.free[sample].nonzero()[:, 0]
                 keep[sample, rows] = False
-                keep[sample, rows[choose(seen, stay[sample])]] = True
+                if count := stay[sample] - (have[sample] - free[sample]):
+                    keep[sample, rows[choose(seen, count)]] = True
         return keep
 
     def _counts(self, have: Sequence[int], of_vision: torch.Tensor, multiple: float) -> list[int]:
@@ -88,7 +94,7 @@ class Ranking:
 
     def _seen(self, tokens: Tokens, before: LayerBefore, hidden: torch.Tensor) -> Iterator[tuple[int, Seen]]:
         wants = operator_module(self.pruning.operator).WANTS
-        given: dict[str, torch.Tensor] = {"vision": tokens.vision, "prompt": tokens.positions <= tokens.asking[:, None]}
+        given: dict[str, torch.Tensor] = {"vision": tokens.free, "prompt": tokens.positions <= tokens.asking[:, None]}
         if "attention" in wants:
             row = (tokens.positions == tokens.asking[:, None]).to(torch.uint8).argmax(dim=1, keepdim=True)
             probs = layer_attention(before.layer, before.hidden, before.rotary, row, tokens.valid)

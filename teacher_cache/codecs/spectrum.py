@@ -50,10 +50,10 @@ def _transform(values: torch.Tensor, grids: Sequence[Grid], inverse: bool) -> to
         return values
     result = values.clone()
     for grid in grids:
-        down, across = cosines(grid.height, values.dtype), cosines(grid.width, values.dtype)
+        down, across = (cosines(size, values.dtype, values.device) for size in (grid.height, grid.width))
         if inverse:
             down, across = down.T, across.T
-        places = grid.places()
+        places = grid.places().to(values.device)
         block = torch.matmul(across, values[..., places, :])  # over the columns of every row
         block = torch.matmul(down, block.flatten(-2))  # [height, width·r]
         result[..., places, :] = block.unflatten(-1, (grid.width, -1))
@@ -61,12 +61,12 @@ def _transform(values: torch.Tensor, grids: Sequence[Grid], inverse: bool) -> to
 
 
 @lru_cache(maxsize=64)
-def cosines(size: int, dtype: torch.dtype) -> torch.Tensor:
+def cosines(size: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     """Orthonormal DCT-II matrix ``[size, size]``: frequencies × places."""
     at = torch.arange(size, dtype=torch.float64)
     matrix = torch.cos(torch.pi / size * (at[None] + 0.5) * at[:, None]) * (2.0 / size) ** 0.5
     matrix[0] *= 0.5**0.5
-    return matrix.to(dtype)
+    return matrix.to(device, dtype)
 
 
 def bands(rows: int, grids: Sequence[Grid]) -> np.ndarray:

@@ -131,13 +131,22 @@ class Transform:
             self._orders[rows, grids] = made
         return made
 
+    @cached_property
+    def _placed(self) -> dict[torch.device, tuple[torch.Tensor, torch.Tensor]]:
+        """Device → mean and encode, where they have been used."""
+        return {}
+
     def quantise(self, rows: torch.Tensor, grids: Sequence[Grid] = ()) -> np.ndarray:
-        """int32 ``[R, r]`` of rows ``[R, D]``; KdcliError where one is NaN or beyond any integer, which would be stored as garbage."""
-        values = spectrum.forward((rows.to(torch.float32) - self.mean) @ self.encode, grids)
+        """int32 ``[R, r]`` of rows ``[R, D]``, made on their device; KdcliError where one is NaN or beyond any integer, which would be
+        stored as garbage."""
+        if rows.device not in self._placed:
+            self._placed[rows.device] = (self.mean.to(rows.device), self.encode.to(rows.device))
+        mean, encode = self._placed[rows.device]
+        values = spectrum.forward((rows.to(torch.float32) - mean) @ encode, grids)
         values = (values / self.step).round_()
         if values.numel() and not values.abs().max() < 2**31:  # NaN is not below either
             raise KdcliError("hidden states hold NaN, infinity or values too large to be coded")
-        return values.to(torch.int32).numpy()
+        return values.to(torch.int32).cpu().numpy()
 
     def streams(self, symbols: np.ndarray, grids: Sequence[Grid] = ()) -> list[Stream]:
         """The layout, then one stream a table: what ``entropy.encode`` wants."""
@@ -185,7 +194,7 @@ def fit(
     centre: bool = True,
     grids: Sequence[Grid] = (),
 ) -> Transform:
-    """Fit on calibration rows.
+    """Fit on calibration rows, on their device; the result is on the CPU.
 
     Args:
         rows: ``[R, D]``. root: S ``[D, D]``, square root of the metric; None: Euclidean.
@@ -203,7 +212,7 @@ def fit(
     mean = wide.mean(dim=0) if centre else wide.new_zeros(width)
     centred = wide - mean if root is None else (wide - mean) @ root.double()
     basis = torch.linalg.eigh(centred.T @ centred / count).eigenvectors.flip(1)
-    coefficients = spectrum.forward((centred @ (basis / step)).float(), grids).numpy()
+    coefficients = spectrum.forward((centred @ (basis / step)).float().cpu(), grids).numpy()
     used = np.flatnonzero((np.abs(coefficients) > 0.5).mean(axis=0) > LEAST_USED)
     rank = int(used.max()) + 1 if len(used) else 1
     coefficients, basis = coefficients[:, :rank], basis[:, :rank]
@@ -212,8 +221,8 @@ def fit(
     of_symbol = classes[of_row]
     fitted = [_fit_class(coefficients[of_symbol == number]) for number in range(classes.max() + 1)]
     return Transform(
-        mean.float(),
-        (basis if root is None else root.double() @ basis).float().contiguous(),
+        mean.float().cpu(),
+        (basis if root is None else root.double() @ basis).float().contiguous().cpu(),
         step,
         torch.from_numpy(classes.astype(np.uint8)),
         torch.cat([table.probabilities for table, _ in fitted]),

@@ -58,7 +58,7 @@ class DenseAffinity:
 
     def encode(self, prepared: Prepared, output: TeacherOutput) -> dict[str, torch.Tensor]:
         vision, text = unit_states(output)
-        return {"cosine": (vision @ text.T * 127).round().to(torch.int8)}
+        return {"cosine": (vision @ text.T * 127).round().to(torch.int8).cpu()}
 
     def decode(self, stored: dict[str, torch.Tensor]) -> torch.Tensor:
         """float32 ``[R_vision, N]`` in [-1, 1], absolute error at most 1/254."""
@@ -129,12 +129,12 @@ class FactoredAffinity:
         return count
 
     def fit(self, outputs: Sequence[TeacherOutput], head: torch.Tensor) -> Calibration:
-        """Basis and tables of the unit states; not centred, since a mean would mix into every cosine."""
+        """Basis and tables of the unit states, on the head's device; not centred, since a mean would mix into every cosine."""
         pictured = [one for one in outputs if len(one.hidden["vision"])]
         states = [unit_states(one) for one in pictured]
         if not states:
             raise KdcliError("calibration saw no vision rows: field affinity needs some; use layout = 'dense'")
-        rows = torch.cat([part for both in states for part in both])
+        rows = torch.cat([part for both in states for part in both]).to(head.device)
         grids = grids_of_all(pictured, "vision", [len(vision) + len(text) for vision, text in states])
         try:
             fitted = transform.fit(rows, None, self.params["step"], centre=False, grids=grids)
@@ -147,8 +147,9 @@ class FactoredAffinity:
 
 
 def unit_states(output: TeacherOutput) -> tuple[torch.Tensor, torch.Tensor]:
-    """Unit-normalised float32 states: vision ``[R, D]``, text ``[N, D]``."""
-    return tuple(normalize(output.hidden[name].to(torch.float32), dim=1) for name in ("vision", "text"))  # type: ignore[return-value]
+    """Unit-normalised float32 states where the teacher is: vision ``[R, D]``, text ``[N, D]``."""
+    states = (output.hidden[name].to(output.device).to(torch.float32) for name in ("vision", "text"))
+    return tuple(normalize(one, dim=1) for one in states)  # type: ignore[return-value]
 
 
 def create(

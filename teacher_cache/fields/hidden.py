@@ -107,8 +107,8 @@ class SketchField:
 
     def encode(self, prepared: Prepared, output: TeacherOutput) -> dict[str, torch.Tensor]:
         coder, table, mean_weight = self._fitted
-        rows = output.hidden[self.rows].to(torch.float32)
-        means = MEAN_LOGIT.quantise(rows @ mean_weight).numpy()
+        rows = output.hidden[self.rows].to(output.device).to(torch.float32)  # it travels in the teacher's dtype
+        means = MEAN_LOGIT.quantise((rows @ mean_weight.to(output.device)).cpu()).numpy()
         grids = grids_of(output, self.rows)
         symbols = coder.quantise(rows, grids)
         return {"coded": entropy.encode([(means, table), *coder.streams(symbols, grids)], len(rows))}
@@ -130,12 +130,11 @@ class SketchField:
         return list(map(Sketch, coder.restore(quantised), every.split([len(one) for one in means])))
 
     def fit(self, outputs: Sequence[TeacherOutput], head: torch.Tensor) -> Calibration:
-        """Basis, entropy tables and low-rank head from the rows of a few hundred samples; head W ``[V, D]``.
+        """Basis, entropy tables and low-rank head from the rows of a few hundred samples; head W ``[V, D]``, on whose device they are made.
 
         W′ = W_c S⁻¹ R and b = W_c h̄ with W_c = W minus its uniform column mean (centred before it is rounded to bfloat16).
         """
-        rows = torch.cat([one.hidden[self.rows] for one in outputs]).to(torch.float32)
-        head = head.cpu()
+        rows = torch.cat([one.hidden[self.rows] for one in outputs]).to(head.device, torch.float32)
         try:
             root, inverse = transform.head_metric(head, mean_probs(rows, head))
             grids = grids_of_all(outputs, self.rows, [len(one.hidden[self.rows]) for one in outputs])
@@ -147,12 +146,12 @@ class SketchField:
         wide = head.to(torch.float32)
         centre = wide.mean(dim=0)
         # encode = S·R, so R = S⁻¹·encode and h − h̄ ≈ S⁻¹·R·y.
-        expand = (inverse @ (inverse @ coder.encode.double())).to(torch.float32)
-        low_rank = {"weight": (wide - centre) @ expand, "bias": (wide - centre) @ coder.mean}
-        means = fit_smooth_table(MEAN_LOGIT.quantise(rows @ centre).numpy())
-        tensors = {**coder.tensors(), **tensors_of({"mean_logit": means}), "mean_weight": centre}
-        low_rank["weight"] = low_rank["weight"].to(torch.bfloat16)
-        return Calibration(tensors, len(rows), low_rank)
+        expand = (inverse @ (inverse @ coder.encode.to(inverse))).to(torch.float32)
+        weight = ((wide - centre) @ expand).to(torch.bfloat16)
+        bias = (wide - centre) @ coder.mean.to(wide.device)
+        means = fit_smooth_table(MEAN_LOGIT.quantise((rows @ centre).cpu()).numpy())
+        tensors = {**coder.tensors(), **tensors_of({"mean_logit": means}), "mean_weight": centre.cpu()}
+        return Calibration(tensors, len(rows), {"weight": weight.cpu(), "bias": bias.cpu()})
 
     def with_calibration(self, tensors: Mapping[str, torch.Tensor]) -> SketchField:
         return SketchField(self.name, Params(**self.params), tensors)
@@ -161,7 +160,7 @@ class SketchField:
 def mean_probs(rows: torch.Tensor, head: torch.Tensor) -> torch.Tensor:
     """p̄ float32 ``[V]``: the mean distribution over at most ``MOST_PROBS_ROWS`` rows, evenly chosen."""
     chosen = rows[:: max(1, len(rows) // MOST_PROBS_ROWS)]
-    total = torch.zeros(len(head))
+    total = torch.zeros(len(head), device=head.device)
     wide = head.to(torch.float32)
     for chunk in chosen.split(256):
         total += torch.softmax(chunk @ wide.T, dim=1).sum(dim=0)

