@@ -29,8 +29,8 @@ LEAST_USED = 1e-3
 coefficients have heavy tails, and leaving out what has little variance tripled the KL of a sketch without its head."""
 NUMBERS = Table(0, torch.full((MOST_ROWS + 1,), 1.0 / (MOST_ROWS + 1)))
 """Counts and places of grids: 18 bits each."""
-MOST_KEPT = 1 << 20
-"""Symbols of all layouts whose order is kept for further records of them, about 16 bytes each."""
+MOST_KEPT = 1 << 23
+"""Symbols of all layouts whose order is kept for further records, about 16 bytes each: 729 tokens of width 3,584 are 2.6 million."""
 
 
 class SymbolOrder(NamedTuple):
