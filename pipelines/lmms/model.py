@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from lmms_eval.api.instance import Instance
+from lmms_eval.api.instance import GenerationResult, Instance
 from lmms_eval.api.model import lmms
 from lmms_eval.utils import simple_parse_args_string
 from tqdm import tqdm
@@ -72,21 +72,30 @@ class Kdcli(lmms):
                     prompt(text, self._visuals(look, number, task, split), task)
                     for text, _, look, number, task, split in batch
                 ]
-                given = answer(self.model, self.processor, prompts, way.max_new_tokens, compression, way.stop)
+                given = answer(
+                    self.model,
+                    self.processor,
+                    prompts,
+                    way.max_new_tokens,
+                    compression,
+                    way.stop,
+                    self.arguments.template,
+                )
                 for (text, options, *_), one in zip(batch, given):
                     self.cache_hook.add_partial("generate_until", (text, options), one)
                 said += given
                 bar.update(len(batch))
         return said
 
-    def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
+    def loglikelihood(self, requests: list[Instance]) -> list[GenerationResult]:
         """(mean nats a token, greedy) of each continuation, its end of turn included; lmms-eval's tasks take the smallest.
 
         A continuation that cannot be rendered (it holds a token that the tokenizer reserves) is infinitely unlikely.
         """
         student = RowForward(self.model)
         preparer = Preparer(self.processor, self.model.config, Limits(max_length=1 << 60))
-        compression, spec, found = self._compression(), DataSpec("lmms", "requests"), list[tuple[float, bool]]()
+        spec = DataSpec("lmms", "requests", template=self.arguments.template)
+        compression, found = self._compression(), list[GenerationResult]()
         asked = [one.args for one in requests]
         if any(len(one) != 6 for one in asked):
             raise KdcliError("model kdcli has no likelihoods without a question (metric acc_mutual_info): leave it out")
@@ -97,7 +106,10 @@ class Kdcli(lmms):
                     wanted = target if isinstance(target, str) else target(self.task_dict[task][split][number])
                     rows.append(row(prompt(text, self._visuals(look, number, task, split), task), str(wanted)))
                 for nats, greedy in expected(student, preparer, rows, spec, compression):
-                    found.append((float(nats.mean()) if len(nats) else float("inf"), greedy))
+                    said = float(nats.mean()) if len(nats) else float("inf"), greedy
+                    found.append(
+                        GenerationResult(said)
+                    )  # a bare pair lmms-eval 0.7.3 turns into text, which no task can compare
                 bar.update(len(batch))
         return found
 

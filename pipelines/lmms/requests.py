@@ -18,6 +18,7 @@ from teacher_cache.errors import CompatibilityError, KdcliError
 from teacher_cache.prepare import PLACEHOLDER
 from teacher_cache.records import Image, Sample, Turn
 from teacher_cache.rows import to_rgb
+from teacher_cache.templates import find_template
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 MAX_NEW_TOKENS = 1024
@@ -33,6 +34,7 @@ class ModelArguments:
         compress: operator that removes vision tokens inside the language model, from layer ``compress_layer`` on, down to ``keep`` an
             image.
         vision_tokens: of an image, for a student whose compressor serves several counts; None: as trained.
+        template: that the model was trained with.
         dtype: float32, bfloat16, float16; auto: bfloat16 on a GPU, else float32.
         device: None: the process's GPU where there is one.
     """
@@ -42,6 +44,7 @@ class ModelArguments:
     keep: int | None = None
     compress_layer: int | None = None
     vision_tokens: int | None = None
+    template: str = "chat"
     batch_size: int = 1
     dtype: str = "auto"
     device: str | None = None
@@ -53,6 +56,7 @@ class ModelArguments:
         if self.batch_size < 1:
             raise KdcliError(f"batch_size must be at least 1, got {self.batch_size}")
         _ = self.pruning
+        find_template(self.template)
 
     @property
     def pruning(self) -> Pruning | None:

@@ -9,15 +9,15 @@ import pytest
 from pipelines.evaluation.metrics import anls, relaxed_accuracy, vqa_accuracy
 
 TEXTS = ["The Cat.", "two", "none", "dont", "couldn'tve", "red/blue", "red / blue", "1,000", "3.5 m.", "left-hand side"]
-TEXTS += ["wait - what?", "a  \n the\tdog", "what's", "its", "shes", "ten 10", "U.S.A.", "no!", "[x]", "somebody'd", ""]
+TEXTS += ["wait - what?", "a  \n the\tdog", "its", "shes", "ten 10", "U.S.A.", "no!", "[x]", "somebody'd", ""]
 
 
 def test_vqa_normalisation() -> None:
     from lmms_eval.tasks._task_utils.vqa_eval_metric import EvalAIAnswerProcessor
 
     theirs = EvalAIAnswerProcessor()
-    # The table of contractions, as far as lower-cased words can meet it.
-    words = [key for key in theirs.CONTRACTIONS if key == key.lower()]
+    # The table of contractions, as far as lower-cased words can meet it; lmms-eval also parts "'s" from its word, the public code does not.
+    words = [key for key in theirs.CONTRACTIONS if key == key.lower() and "'s" not in key]
     wrong = {text: (vqa_accuracy.normalise(text), theirs(text)) for text in [*TEXTS, *words]}
     assert {text: pair for text, pair in wrong.items() if pair[0] != pair[1]} == {}
 
@@ -37,4 +37,4 @@ def test_anls(given: str) -> None:
     from lmms_eval.api.metrics import anls as theirs
 
     references = ["kitten", "abcd", "John Smith"]
-    assert anls.score(given, references) == pytest.approx(theirs([references], [given])["anls"])
+    assert anls.score(given, references) == pytest.approx(theirs(references, [given])["anls"])

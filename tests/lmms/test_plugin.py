@@ -178,8 +178,7 @@ def test_the_command_line_finds_the_model_and_gives_the_same_answers(
     assert done.returncode == 0 and len(written) == 1, done.stdout + done.stderr
     told = json.loads(written[0].read_text())["results"]["kdcli_answers"]
     (samples,) = (tmp_path / "out").rglob("*samples_kdcli_answers.jsonl")
-    answers = [one["filtered_resps"][0] for one in sorted(answers_file(samples), key=lambda one: one["doc_id"])]
-    answers = [one[0] if isinstance(one, list) else one for one in answers]
+    answers = [one["filtered_resps"] for one in sorted(answers_file(samples), key=lambda one: one["doc_id"])]
     assert [one.strip() for one in answers] == ours["given"]
     assert told["exact_match,none"] == ours["exact_match"] == 3 / 5
 
@@ -192,6 +191,12 @@ def test_compressed_answers_are_those_of_kdcli_eval(filled: Path, tiny_student: 
     result = asked_in_process(tiny_student, filled, "kdcli_answers", **few)
     assert given(result) == ours["given"]
     assert result["results"]["kdcli_answers"]["exact_match,none"] == ours["exact_match"] < 3 / 5
+
+
+def test_another_template_asks_as_kdcli_eval_does(filled: Path, tiny_student: Path) -> None:
+    ours = kdcli_eval(tiny_student, filled, "--template", "v1")
+    result = asked_in_process(tiny_student, filled, "kdcli_answers", template="v1", batch_size=2)
+    assert given(result) == ours["given"] != kdcli_eval(tiny_student, filled)["given"]
 
 
 def test_an_elastic_student_is_asked_at_its_other_counts(filled: Path, tiny_student: Path, tmp_path: Path) -> None:

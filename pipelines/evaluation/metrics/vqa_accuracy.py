@@ -29,19 +29,19 @@ _CONTRACTED = {
     "n't": "ai are ca could did does do had has have is might must need ought sha should was were wo would",
     "n't've": "could had might should would",
     "'ve": "could might must not should they we what where who would you",
-    "'d": "he it someone something somebody there they where who you",
+    "'d": "he how it someone something there they where who you",
     "'d've": "he it she someone something somebody there they we who you",
-    "'ll": "it someone something somebody they what who why you",
+    "'ll": "how it someone something somebody they what who why you",
     "'re": "they there what why you",
-    "'s": "he someone something somebody that there what when where who why",
+    "'s": "he how someone something somebody that there what when where who why",
 }
 
 
 def _contractions() -> dict[str, str]:
     """What is written with an apostrophe missing (``dont``, ``couldnt've``) → how it is written."""
     whole = [stem + end for end, stems in _CONTRACTED.items() for stem in stems.split()]
-    found = {}
-    for word in [*whole, "ma'am", "o'clock", "y'all", "'twas"]:
+    found = {"somebody'd": "somebodyd"}  # as it stands there
+    for word in [*whole, "ma'am", "o'clock", "y'all", "y'all'll", "y'all'd've", "'ow's'at", "'twas"]:
         for at, character in enumerate(word):
             if character == "'":
                 found[word[:at] + word[at + 1 :]] = word
