@@ -114,7 +114,7 @@ def rate(rows: Rows, coded: Coded) -> dict[str, float]:
     grids = grids_of_all(rows.test, rows.kind, [len(one.hidden[rows.kind]) for one in rows.test])
     symbols, bands = coder.quantise(rows.hidden, grids), spectrum.bands(len(rows.hidden), grids)
     entropy = sum(
-        _entropy(symbols[bands == band, dim]) * (bands == band).mean()
+        _entropy(symbols[bands == band, dim].numpy()) * (bands == band).mean()
         for band in np.unique(bands)
         for dim in range(coder.rank)
     )

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -34,6 +34,8 @@ MOST_TABLE = 1 << 22
 """Entries of a table; those of ids have one for every token of the vocabulary."""
 GROUND = np.array([0x9E3779B9], dtype=np.uint32)
 """What the coder stands on. On nothing, reading too much would end as it should: an empty coder hands out first symbols for ever."""
+LONG = 1 << 14
+"""Symbols of a stream that is worth a look of its own."""
 FARTHEST = 1 << 30
 """Measures beyond are no part of a table's window: the symbol of an infinity is one."""
 
@@ -136,25 +138,52 @@ def encode(streams: Sequence[Stream], rows: int) -> torch.Tensor:
     if rows > MOST_ROWS or sum(symbols.size for symbols, _ in streams) > MOST_SYMBOLS:
         raise KdcliError(f"a record of {rows} rows is more than a coded field takes: use another codec")
     used = [(symbols.reshape(-1), table) for symbols, table in streams if symbols.size]
-    # All streams at once: a record has dozens of short ones.
-    flat = np.concatenate([one for one, _ in used]) if used else np.zeros(0, dtype=np.int32)
+    coder = constriction.stream.stack.AnsCoder(GROUND)
+    outside: list[np.ndarray] = []
+    for places, table, escaped in reversed(list(_placed(used))):  # a stack: what is decoded first is encoded last
+        coder.encode_reverse(places, table.model)
+        outside.insert(0, escaped)
+    words = coder.get_compressed().astype("<u4")
+    escapes = np.concatenate(outside).astype("<i4") if outside else np.zeros(0, dtype="<i4")
+    data = _HEADER.pack(rows, len(escapes), len(words)) + escapes.tobytes() + words.tobytes()
+    return torch.frombuffer(bytearray(data), dtype=torch.uint8)
+
+
+def _placed(streams: Sequence[Stream]) -> Iterator[tuple[np.ndarray, Table, np.ndarray]]:
+    """(places in the table int32, table, symbols int32 that it has no place for) of each stream.
+
+    Short streams are looked at together, since a record has dozens of them; a long one by itself, with one number for all its symbols.
+    """
+    short: list[Stream] = []
+    for one, table in streams:
+        if len(one) < LONG:
+            short.append((one, table))
+            continue
+        yield from _placed_together(short)
+        yield from _placed_together([(one, table)])
+        short = []
+    yield from _placed_together(short)
+
+
+def _placed_together(streams: Sequence[Stream]) -> Iterator[tuple[np.ndarray, Table, np.ndarray]]:
+    if not streams:
+        return
+    flat = np.concatenate([one for one, _ in streams]) if len(streams) > 1 else streams[0][0]
     if flat.dtype != np.int32:
-        if len(flat) and (flat.min() < -(1 << 31) or flat.max() >= 1 << 31):
+        if flat.min() < -(1 << 31) or flat.max() >= 1 << 31:
             raise KdcliError("a value is too large to be coded: use another codec")
         flat = flat.astype(np.int32)
-    low, escape = of_each_symbol([table for _, table in used], [len(one) for one, _ in used])
+    counts = [len(one) for one, _ in streams] if len(streams) > 1 else [1]
+    low, escape = of_each_symbol([table for _, table in streams], counts)
     # Modulo 2³² what lies below a table is far above it, so that one comparison finds both.
-    places = np.minimum((flat - low).view(np.uint32), escape.view(np.uint32)).view(np.int32)
+    places = flat - low
+    np.minimum(places.view(np.uint32), escape.view(np.uint32), out=places.view(np.uint32))
     beyond = places == escape
-    outside = flat[beyond].astype("<i4") if beyond.any() else np.zeros(0, dtype="<i4")
-    coder = constriction.stream.stack.AnsCoder(GROUND)
-    stop = len(flat)
-    for one, table in reversed(used):  # a stack: what is decoded first is encoded last
-        coder.encode_reverse(places[stop - len(one) : stop], table.model)
-        stop -= len(one)
-    words = coder.get_compressed().astype("<u4")
-    data = _HEADER.pack(rows, len(outside), len(words)) + outside.tobytes() + words.tobytes()
-    return torch.frombuffer(bytearray(data), dtype=torch.uint8)
+    some, start = bool(beyond.any()), 0
+    for one, table in streams:
+        part = slice(start, start + len(one))
+        yield places[part], table, flat[part][beyond[part]] if some else flat[:0]
+        start += len(one)
 
 
 class Layout(NamedTuple):

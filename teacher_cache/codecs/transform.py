@@ -8,7 +8,7 @@ calibration rows, then fixed: basis, ranks and entropy tables lie beside the cac
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import NamedTuple
 
@@ -33,14 +33,31 @@ MOST_KEPT = 1 << 23
 """Symbols of all layouts whose order is kept for further records, about 16 bytes each: 729 tokens of width 3,584 are 2.6 million."""
 
 
-class SymbolOrder(NamedTuple):
-    """How a layout's symbols are written: places of all symbols by class, symbols of each class, how they are read, and each one's shrink
-    in that order."""
+@dataclass(frozen=True)
+class SymbolOrder:
+    """How a layout's symbols are written: places of all symbols by class, and symbols of each class with its table and shrink."""
 
     places: np.ndarray
     counts: list[int]
-    layout: Layout
-    shrink: np.ndarray
+    tables: Sequence[Table]
+    shrink_of: np.ndarray
+    _placed: dict[torch.device, torch.Tensor] = field(default_factory=dict)
+
+    @cached_property
+    def layout(self) -> Layout:
+        """How they are read."""
+        return layout_of(self.tables, self.counts)
+
+    @cached_property
+    def shrink(self) -> np.ndarray:
+        """Of every symbol, in their order."""
+        return np.repeat(self.shrink_of, self.counts)
+
+    def places_on(self, device: torch.device) -> torch.Tensor:
+        """int32"""
+        if device not in self._placed:
+            self._placed[device] = torch.from_numpy(self.places).to(device)
+        return self._placed[device]
 
 
 class Quantised(NamedTuple):
@@ -122,8 +139,8 @@ class Transform:
         made = SymbolOrder(
             np.argsort(classes, kind="stable").astype(np.int32),
             counts,
-            layout_of(self._tables, counts),
-            np.repeat(self.shrink.numpy(), counts),
+            self._tables,
+            self.shrink.numpy(),
         )
         if classes.size <= MOST_KEPT:
             while self._orders and classes.size + sum(one.places.size for one in self._orders.values()) > MOST_KEPT:
@@ -136,7 +153,7 @@ class Transform:
         """Device → mean and encode, where they have been used."""
         return {}
 
-    def quantise(self, rows: torch.Tensor, grids: Sequence[Grid] = ()) -> np.ndarray:
+    def quantise(self, rows: torch.Tensor, grids: Sequence[Grid] = ()) -> torch.Tensor:
         """int32 ``[R, r]`` of rows ``[R, D]``, made on their device; KdcliError where one is NaN or beyond any integer, which would be
         stored as garbage."""
         if rows.device not in self._placed:
@@ -146,12 +163,13 @@ class Transform:
         values = (values / self.step).round_()
         if values.numel() and not values.abs().max() < 2**31:  # NaN is not below either
             raise KdcliError("hidden states hold NaN, infinity or values too large to be coded")
-        return values.to(torch.int32).cpu().numpy()
+        return values.to(torch.int32)
 
-    def streams(self, symbols: np.ndarray, grids: Sequence[Grid] = ()) -> list[Stream]:
-        """The layout, then one stream a table: what ``entropy.encode`` wants."""
+    def streams(self, symbols: torch.Tensor, grids: Sequence[Grid] = ()) -> list[Stream]:
+        """The layout, then one stream a table: what ``entropy.encode`` wants. Symbols come into their order on their device."""
         order = self._order(len(symbols), tuple(grids))
-        ordered, stops = symbols.reshape(-1)[order.places], np.cumsum(order.counts).tolist()
+        ordered = symbols.reshape(-1).index_select(0, order.places_on(symbols.device)).cpu().numpy()
+        stops = np.cumsum(order.counts).tolist()
         parts = [ordered[start:stop] for start, stop in zip([0, *stops], stops)]
         layout = [(np.array([len(grids)], dtype=np.int32), NUMBERS), (spectrum.to_symbols(grids), NUMBERS)]
         return [*layout, *zip(parts, self._tables)]

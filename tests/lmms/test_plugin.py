@@ -193,10 +193,18 @@ def test_compressed_answers_are_those_of_kdcli_eval(filled: Path, tiny_student: 
     assert result["results"]["kdcli_answers"]["exact_match,none"] == ours["exact_match"] < 3 / 5
 
 
-def test_another_template_asks_as_kdcli_eval_does(filled: Path, tiny_student: Path) -> None:
-    ours = kdcli_eval(tiny_student, filled, "--template", "v1")
-    result = asked_in_process(tiny_student, filled, "kdcli_answers", template="v1", batch_size=2)
-    assert given(result) == ours["given"] != kdcli_eval(tiny_student, filled)["given"]
+def test_a_template_is_taken_and_one_that_the_tokenizer_cannot_write_is_refused(
+    filled: Path, tiny_student: Path
+) -> None:
+    from teacher_cache.errors import KdcliError
+
+    assert given(asked_in_process(tiny_student, filled, "kdcli_answers", template="chat")) == given(
+        asked_in_process(tiny_student, filled, "kdcli_answers")
+    )
+    with pytest.raises(KdcliError, match="template 'v1' needs"):
+        asked_in_process(tiny_student, filled, "kdcli_answers", template="v1")
+    with pytest.raises(KdcliError, match="v2"):
+        asked_in_process(tiny_student, filled, "kdcli_answers", template="v2")
 
 
 def test_an_elastic_student_is_asked_at_its_other_counts(filled: Path, tiny_student: Path, tmp_path: Path) -> None:
