@@ -18,6 +18,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from teacher_cache.errors import CompatibilityError
+from teacher_cache.teachers.text_vision import language_model
 
 
 @dataclass(frozen=True)
@@ -102,15 +103,15 @@ def shard(model: Any, processes: Processes, bf16: bool, layers_stay: bool) -> No
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
-    layers = getattr(getattr(model.model.model, "language_model", None), "layers", None)
-    if layers is None:
+    text = language_model(model.model.model)
+    if text is None:
         raise CompatibilityError(
             f"{type(model.model.model).__name__} has no language_model with layers: it cannot be sharded, train it without --fsdp"
         )
     mesh = init_device_mesh(processes.device.type, (processes.world,))
     half = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
     policy = half if bf16 else MixedPrecisionPolicy()
-    for layer in layers:
+    for layer in text.layers:
         fully_shard(layer, mesh=mesh, mp_policy=policy, reshard_after_forward=not layers_stay)
     fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
     for unit in model.modules():

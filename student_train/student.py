@@ -25,7 +25,7 @@ from teacher_cache.teachers.text_vision import layer_inputs, text_vision_attenti
 
 MODULES = {
     "projector": ("multi_modal_projector", "connector", "merger", "image_newline"),
-    "language_model": ("language_model", "lm_head"),
+    "language_model": ("language_model", "text_model", "lm_head"),
     "vision_tower": ("vision_tower", "visual", "vision_model"),
 }
 """Module groups by the names that transformers gives them; a parameter belongs to the first group whose name is in its path."""

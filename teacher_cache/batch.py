@@ -75,9 +75,12 @@ def _join_pixels(prepared: Sequence[Prepared], length: int) -> dict[str, torch.T
         tensors = [one.pixels[name] for one in prepared if name in one.pixels]
         if name == KINDS_OF_TOKENS:
             tensors = [torch.nn.functional.pad(t, (0, length - t.shape[1])) for t in tensors]
-        elif tensors[0].ndim == 5:
+        elif (
+            tensors[0].ndim >= 4
+        ):  # a view's pixels or its mask; of images without views, colours, of which all have as many
             views = max(tensor.shape[1] for tensor in tensors)
-            tensors = [torch.nn.functional.pad(t, (0, 0) * 3 + (0, views - t.shape[1])) for t in tensors]
+            rest = (0, 0) * (tensors[0].ndim - 2)
+            tensors = [torch.nn.functional.pad(t, (*rest, 0, views - t.shape[1])) for t in tensors]
         joined[name] = torch.cat(tensors)
     return joined
 

@@ -1,8 +1,8 @@
 """Where vision tokens come from: views, crop boxes and token grids of an image.
 
 Families are told apart by what their processors hand to the model, not by name: a grid an image (``image_grid_thw``), an overview and
-tiles (``image_sizes``), tiles as images of their own (``crop_to_patches``), or one view. The caller holds the sum of tokens against the
-row's, so that a family that does otherwise is refused and never read wrongly.
+tiles (``image_sizes``), tiles as images of their own (``crop_to_patches``), tiles between marks (``max_image_size``), or one view. The
+caller holds the sum of tokens against the row's, so that a family that does otherwise is refused and never read wrongly.
 """
 
 from __future__ import annotations
@@ -11,6 +11,8 @@ import math
 from collections.abc import Mapping, Sequence
 from importlib import import_module
 from typing import Any
+
+import torch
 
 from teacher_cache.errors import CompatibilityError
 from teacher_cache.records import ImageLayout, View
@@ -40,9 +42,11 @@ def image_layout(
         views = _anyres(config, processor, sizes, inputs)
     elif hasattr(processor, "image_seq_length") and hasattr(processor.image_processor, "crop_to_patches"):
         views = _tiled(processor, sizes, inputs)
+    elif hasattr(processor, "image_seq_len") and hasattr(processor.image_processor, "max_image_size"):
+        views = [_split(processor, size) for size in sizes]
     elif getattr(inputs.get("pixel_values"), "ndim", 0) == 5:
         raise CompatibilityError(
-            f"family {config.model_type} cuts images into tiles in a way that is not known here (Idefics, SmolVLM): not supported"
+            f"family {config.model_type} cuts images into tiles in a way that is not known here: not supported"
         )
     else:
         views = _single(config, processor, sizes, inputs, tokens)
@@ -109,15 +113,40 @@ def _tiled(processor: Any, sizes: Sequence[Size], inputs: Mapping[str, Any]) -> 
 def _tiles(images: Any, size: Size, grid: Size) -> list[View]:
     # What decides the tiles stands beside the image processor's class, and is no method of it.
     canvas = import_module(type(images).__module__).get_optimal_tiled_canvas
-    width, height = size
     tile = images.size["height"], images.size["width"]
-    columns, rows = canvas((height, width), tile, images.min_patches, images.max_patches)
+    columns, rows = canvas((size[1], size[0]), tile, images.min_patches, images.max_patches)
+    return _cut(size, rows, columns, grid)
+
+
+def _cut(size: Size, rows: int, columns: int, grid: Size) -> list[View]:
+    """So many tiles row by row, which together are the image, and behind them the whole image where there are several."""
+    width, height = size
     boxes = [
         (x * width // columns, y * height // rows, (x + 1) * width // columns, (y + 1) * height // rows)
         for y in range(rows)
         for x in range(columns)
     ]
     return [View(box, grid) for box in ([*boxes, (0, 0, width, height)] if len(boxes) > 1 else boxes)]
+
+
+def _split(processor: Any, size: Size) -> list[View]:
+    """Idefics 3 and SmolVLM: the image at its longest edge, stretched to whole tiles. The processor's own count
+    (``get_number_of_image_patches``) stretches the shorter edge by itself, which is another number of rows now and then."""
+    images, side = processor.image_processor, math.isqrt(processor.image_seq_len)
+    whole = [View((0, 0, *size), (side, side))]
+    if not images.do_image_splitting:
+        return whole
+    resized = import_module(type(images).__module__).get_resize_output_image_size
+    height, width = resized(torch.empty(3, size[1], size[0], device="meta"), images.size["longest_edge"])
+    tile = images.max_image_size["longest_edge"]
+    # The longer edge is stretched to whole tiles; the shorter one follows it, in whole pixels, and is stretched in its turn.
+    if width >= height:
+        columns = math.ceil(width / tile)
+        rows = math.ceil(int(columns * tile / (width / height)) / tile)
+    else:
+        rows = math.ceil(height / tile)
+        columns = math.ceil(int(rows * tile * (width / height)) / tile)
+    return _cut(size, rows, columns, (side, side)) if rows * columns > 1 else whole
 
 
 def _single(

@@ -15,6 +15,7 @@ from student_train.cache import Cache
 from teacher_cache.errors import KdcliError
 from teacher_cache.fields import Field
 from teacher_cache.records import Prepared
+from teacher_cache.teachers.text_vision import language_model
 from teacher_cache.teachers.transformers import TeacherSpec, resolve_dtype
 
 
@@ -81,7 +82,7 @@ def model_size(spec: TeacherSpec, config: Any, vocabulary: int) -> ModelSize:
     try:
         with torch.device("meta"):
             model = AutoModelForImageTextToText.from_config(config, trust_remote_code=spec.trust_remote_code)
-        language = model.model.language_model
+        language = language_model(model.model)
         embedding = model.get_input_embeddings().weight
     except (ValueError, RuntimeError, AttributeError, NotImplementedError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]

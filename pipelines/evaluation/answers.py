@@ -73,8 +73,8 @@ def answer(
     owner = processor if processor.chat_template else tokenizer
     texts, begins = write_prompts(template, owner, [prompt.turns for prompt in prompts])
     # A list a prompt: some processors see several images of a row otherwise than one.
-    images = [list(prompt.images) for prompt in prompts if prompt.images]
-    arguments: dict[str, Any] = {"images": images} if images else {}
+    images = [list(prompt.images) for prompt in prompts if prompt.images or hasattr(processor, "image_seq_len")]
+    arguments: dict[str, Any] = {"images": images} if any(images) else {}
     arguments |= {"padding": True, "padding_side": "left", "add_special_tokens": begins}
     inputs = processor(text=texts, **arguments, return_tensors="pt").to(model.device)
     _narrow(inputs, model.dtype)

@@ -16,6 +16,8 @@ from teacher_cache.errors import CompatibilityError, KdcliError
 
 TEXT_MODELS = ("llama", "mistral", "qwen2", "qwen3")
 """Language models (``model_type``) whose layers are known well enough to take tokens out between them."""
+BETWEEN_MARKS = ("idefics3", "smolvlm")
+"""Models whose images are several runs of vision tokens: how many a sample has cannot be told from them."""
 ATTENTION_IMPLEMENTATIONS = ("eager", "sdpa", "flash_attention_2", "flash_attention_3")
 
 ONE_STAGE = ((0.0, 1.0),)
@@ -77,6 +79,10 @@ class Pruning:
         if text.model_type not in TEXT_MODELS:
             raise CompatibilityError(
                 f"vision tokens cannot be removed inside a {text.model_type} language model: known are {', '.join(TEXT_MODELS)}"
+            )
+        if config.model_type in BETWEEN_MARKS:
+            raise CompatibilityError(
+                f"vision tokens cannot be removed inside {config.model_type}: its images are tiles between marks in the text"
             )
         if getattr(config, "image_token_id", None) is None:
             raise CompatibilityError(f"{config.model_type} has no image_token_id: there are no vision tokens to remove")

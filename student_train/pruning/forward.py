@@ -21,6 +21,7 @@ from student_train.pruning.masks import attention_mask
 from student_train.pruning.ranking import LayerBefore, Ranking, Tokens
 from teacher_cache.errors import CompatibilityError
 from teacher_cache.teachers.attention import check_attention
+from teacher_cache.teachers.text_vision import language_model
 
 
 @contextmanager
@@ -83,8 +84,8 @@ class PrunedForward:
         generator: torch.Generator | None,
     ):
         self.base = model.model
-        text: Any = getattr(self.base, "language_model", None)
-        if not hasattr(text, "layers"):
+        text = language_model(self.base)
+        if text is None:
             raise CompatibilityError(
                 f"{type(self.base).__name__} has no language_model with layers: it cannot be pruned"
             )

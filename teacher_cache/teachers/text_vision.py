@@ -28,13 +28,20 @@ class LayerInput:
     positions: dict[int, Any] = field(default_factory=dict)
 
 
+def language_model(base: Any) -> Any:
+    """The decoder inside of a model without its head, ``language_model`` or Idefics' ``text_model``; None where none has layers."""
+    found = (getattr(base, name, None) for name in ("language_model", "text_model"))
+    return next((one for one in found if hasattr(one, "layers")), None)
+
+
 def decoder_layer(model: Any, number: int) -> Any:
     """A layer of the language model; errors by name where it is not there."""
-    layers = getattr(getattr(model.model, "language_model", None), "layers", None)
-    if layers is None:
+    text = language_model(model.model)
+    if text is None:
         raise CompatibilityError(
             f"{type(model).__name__} has no model.language_model.layers: its attention cannot be read"
         )
+    layers = text.layers
     if number >= len(layers):
         raise KdcliError(
             f"attention of layer {number}: the model has layers 0 … {len(layers) - 1}; set layer among them"

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +34,8 @@ class Family:
 
     Attributes:
         build: (text width, head rows, seed) → (configuration, processor).
-        image_token: by string; ``marks``: what the processor writes around an image.
+        image_token: by string; ``marks``: what the processor writes around an image, or ``written``, of an image of these views, where it
+            writes more than that.
         views: by image (``square`` 48 × 48, ``wide`` 96 × 40, ``tall`` 32 × 88), and ``pair``: each of two square ones in a row.
         zeroed: names of the vision tower's attention outputs: without them a token sees its own patch alone.
     """
@@ -43,6 +46,11 @@ class Family:
     views: Mapping[str, Views]
     zeroed: tuple[str, ...]
     marks: tuple[str, str] = ("", "")
+    written: Callable[[Views], str] | None = None
+
+    def text_of(self, views: Views) -> str:
+        """The text that stands for an image, without its image tokens."""
+        return self.written(views) if self.written else "".join(self.marks)
 
 
 def tokenizer_with(tokens: tuple[str, ...] = (), **named: str) -> Any:
@@ -253,6 +261,52 @@ def internvl(width: int, extra_rows: int, seed: int) -> tuple[Any, Any]:
     )
 
 
+SPLIT_TOKENS = ("<fake_token_around_image>", "<global-img>", "<end_of_utterance>")
+SPLIT_TOKENS += tuple(f"<row_{row}_col_{column}>" for row in range(1, 5) for column in range(1, 5))
+
+
+def split(kind: str, width: int, extra_rows: int, seed: int) -> tuple[Any, Any]:
+    """Idefics 3 and SmolVLM: 2 × 2 a tile of 16 pixels (8 × 8 of 512), tiles between marks, the whole image last."""
+    import transformers
+    from transformers import LlamaConfig
+
+    tokenizer = tokenizer_with(SPLIT_TOKENS)
+    sizes = {"size": {"longest_edge": 32}, "max_image_size": {"longest_edge": 16}}
+    given: dict[str, Any] = {}
+    if kind == "SmolVLM":
+        given["video_processor"] = transformers.SmolVLMVideoProcessor(
+            **sizes, video_sampling={"fps": 1, "max_frames": 4, "video_size": {"longest_edge": 32}}
+        )
+    processor = getattr(transformers, f"{kind}Processor")(
+        getattr(transformers, f"{kind}ImageProcessor")(**sizes),
+        tokenizer,
+        **given,
+        image_seq_len=4,
+        chat_template=template("<image>"),
+    )
+    config = getattr(transformers, f"{kind}Config")(
+        text_config=LlamaConfig(**text_sizes(width, tokenizer, extra_rows)),
+        vision_config=vision_sizes(16, 4),
+        image_token_id=tokenizer.convert_tokens_to_ids("<image>"),
+        scale_factor=2,
+        tie_word_embeddings=False,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    return config, processor
+
+
+def split_text(views: Views) -> str:
+    """``<row_1_col_1>`` and so on: a mark before every tile, a line a row of tiles, and the whole image behind an empty line."""
+    fake, whole = SPLIT_TOKENS[0], "".join(SPLIT_TOKENS[index] for index in (0, 1, 0))
+    tops = sorted({crop[1] for crop, *_ in views[:-1]})
+    rows = [[crop for crop, *_ in views[:-1] if crop[1] == top] for top in tops]
+    lines = [
+        "".join(f"{fake}<row_{number}_col_{column}>" for column in range(1, len(row) + 1)) + "\n"
+        for number, row in enumerate(rows, 1)
+    ]
+    return "".join(lines) + ("\n" if lines else "") + whole
+
+
 def model_of(config: Any, seed: int) -> Any:
     from transformers import AutoModelForImageTextToText
 
@@ -300,6 +354,7 @@ INTERNVL_VIEWS: dict[str, Views] = {
     "wide": tiles([(0, 0, 48, 40), (48, 0, 96, 40)], WHOLE["wide"]),
     "tall": tiles([(0, 0, 32, 29), (0, 29, 32, 58), (0, 58, 32, 88)], WHOLE["tall"]),
 }
+SPLIT_VIEWS: dict[str, Views] = {**INTERNVL_VIEWS, "tall": tiles([(0, 0, 32, 44), (0, 44, 32, 88)], WHOLE["tall"])}
 CLIP_OUT, QWEN_OUT = ("out_proj",), ("attn.proj",)
 
 FAMILIES = {
@@ -329,6 +384,18 @@ FAMILIES = {
             {**INTERNVL_VIEWS, "pair": INTERNVL_VIEWS["square"]},
             ("projection_layer",),
             ("<img>", "</img>"),
+        ),
+        *(
+            Family(
+                name,
+                partial(split, kind),
+                "<image>",
+                {**SPLIT_VIEWS, "pair": SPLIT_VIEWS["square"]},
+                ("out_proj",),
+                written=split_text,
+            )
+            for name, kind in (("idefics3", "Idefics3"), ("smolvlm", "SmolVLM"))
+            if kind == "Idefics3" or find_spec("num2words")  # what SmolVLM's processor wants for videos
         ),
     )
 }

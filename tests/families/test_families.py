@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import torch
 from pipelines.settings import Settings
 from pipelines.train_student import train
 from student_train.config import TrainSettings
+from student_train.pruning import Pruning
 from student_train.student import freeze_except, module_group
 from teacher_cache.batch import collate
 from teacher_cache.errors import CompatibilityError
@@ -24,7 +26,7 @@ from teacher_cache.teachers.transformers import TeacherSpec, TransformersTeacher
 from teacher_cache.templates import content
 from tests.contracts.dense_reference import in_float64, live_view, load64, reference, teacher_batch
 from tests.contracts.test_methods import loss_and_gradients
-from tests.families.models import FAMILIES, Family
+from tests.families.models import FAMILIES, SPLIT_TOKENS, Family
 from tests.families.rows import CHAT, SIZES, read_rows
 
 each_family = pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
@@ -65,20 +67,23 @@ def test_rows_become_tokens_and_layouts(family: Family, folder_of: Any, rows_fol
         assert tokenizer.decode(row.labels.tolist()) == answers
         assert torch.equal(row.input_ids[row.response_rows + 1], row.labels)
         assert torch.equal(row.input_ids[row.text_positions], row.text.ids.to(torch.int64))
-        check_text(family, processor, sample, row)
+        check_text(family, processor, sample, row, views)
 
 
-def check_text(family: Family, processor: Any, sample: Sample, row: Any) -> None:
+def check_text(family: Family, processor: Any, sample: Sample, row: Any, views: list[Any]) -> None:
     """The text is the template's, with what the processor writes around an image; that is the user's, and no label."""
-    written = processor.apply_chat_template(messages_of(sample), tokenize=False).replace(
-        family.image_token, "".join(family.marks)
-    )
+    first, *rest = processor.apply_chat_template(messages_of(sample), tokenize=False).split(family.image_token)
+    written = first + "".join(family.text_of(one) + text for one, text in zip(views, rest, strict=True))
     assert processor.tokenizer.decode(row.text.ids.tolist()) == written
     for at in row.text.image_at:
         place = int(row.text_positions[at - 1])
         assert place + 1 in row.vision_positions, "image_at counts the text before an image's own tokens"
-    marks = torch.isin(row.text.ids.to(torch.int64), torch.tensor(ids_of(processor.tokenizer, family.marks)))
-    assert int(marks.sum()) == len(sample.images) * sum(map(bool, family.marks))
+    around = ids_of(processor.tokenizer, SPLIT_TOKENS if family.written else family.marks)
+    marks = torch.isin(row.text.ids.to(torch.int64), torch.tensor(around))
+    if family.written:  # one before every tile, and one behind the last
+        assert int(marks.sum()) == sum(2 * len(one.views) + 1 for one in row.layout)
+    else:
+        assert int(marks.sum()) == len(sample.images) * sum(map(bool, family.marks))
     assert (row.text.role[marks] == 1).all() and not row.text.response[marks].any()
 
 
@@ -101,7 +106,8 @@ def test_captions_begin_with_what_the_template_writes_for_an_image(
         text = processor.tokenizer.decode(row.text.ids.tolist())
         around = ("<|vision_start|>", "<|vision_end|>") if "qwen" in family.name else family.marks
         caption = "".join(turn.text for turn in sample.turns if turn.role == "assistant") + "\n"
-        assert text == "".join(around) * len(sample.images) + caption
+        written = "".join(map(family.text_of, map(views_of, row.layout))) if family.written else None
+        assert text == (written if written is not None else "".join(around) * len(sample.images)) + caption
         assert processor.tokenizer.decode(row.labels.tolist()) == caption
         assert len(row.text.image_at) == len(sample.images)
 
@@ -190,7 +196,9 @@ def picture_row(sizes: list[tuple[int, int]], painted: bool) -> Sample:
 
 
 def without_vision_attention(model: Any, outputs: tuple[str, ...]) -> Any:
-    towers = [one for name, one in model.named_modules() if name.endswith((".vision_tower", ".visual"))]
+    towers = [
+        one for name, one in model.named_modules() if name.endswith((".vision_tower", ".visual", ".vision_model"))
+    ]
     silenced = [m for tower in towers for name, m in tower.named_modules() if name.endswith(outputs)]
     assert silenced
     for one in silenced:
@@ -249,21 +257,16 @@ def test_answers_of_a_batch_are_those_of_single_rows(family: Family, folder_of: 
     assert together == [answer(model, processor, [prompt], max_new_tokens=4)[0] for prompt in prompts]
 
 
-def test_idefics_is_refused_in_one_line(tmp_path: Path, rows_folder: Path) -> None:
-    """SmolVLM's older sister, whose processor needs no further package: tiles stand between marks and numbers of rows in the text."""
-    from transformers import Idefics3Config, Idefics3ImageProcessor, Idefics3Processor
+def test_idefics_tiles_are_the_processors_at_any_size(folder_of: Callable[..., Path]) -> None:
+    """By numbers of tiles, which decide rows and columns but for one shape and its transpose; the texts above tell those apart."""
+    processor, config = load_processor(TeacherSpec(str(folder_of("idefics3"))))
+    preparer, draw = Preparer(processor, config), random.Random(0)
+    for size in [(draw.randint(1, 130), draw.randint(1, 130)) for _ in range(60)]:
+        row = preparer.prepare(picture_row([size], painted=False))
+        assert len(row.layout[0].views) == row.pixels["pixel_values"].shape[1], size
 
-    from tests.families.models import template, tokenizer_with
 
-    tokenizer = tokenizer_with(("<fake_token_around_image>", "<global-img>", "<end_of_utterance>"))
-    processor = Idefics3Processor(
-        Idefics3ImageProcessor(size={"longest_edge": 32}, max_image_size={"longest_edge": 16}),
-        tokenizer,
-        image_seq_len=4,
-        chat_template=template("<image>"),
-    )
-    config = Idefics3Config(image_token_id=tokenizer.convert_tokens_to_ids("<image>"))
-    preparer = Preparer(processor, config)
-    with pytest.raises(CompatibilityError, match=r"family idefics3 cuts images into tiles .* not supported") as caught:
-        preparer.prepare(read_rows(rows_folder)[1])
-    assert "\n" not in str(caught.value)
+def test_tokens_between_marks_are_not_removed(folder_of: Callable[..., Path]) -> None:
+    config = load_processor(TeacherSpec(str(folder_of("idefics3"))))[1]
+    with pytest.raises(CompatibilityError, match="cannot be removed inside idefics3"):
+        Pruning("dart", layer=1, keep=2).check(config)
