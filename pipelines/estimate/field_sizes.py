@@ -231,7 +231,10 @@ def shapes_of(
             features = empty(rows, width, dtype=torch.bfloat16)
         else:
             raise NotImplementedError(want)
-    return TeacherOutput(hidden=hidden, topk=topk, sampled=sampled, gram=gram, attention=attention, features=features)
+    where = torch.device(device)
+    return TeacherOutput(
+        hidden=hidden, topk=topk, sampled=sampled, gram=gram, attention=attention, features=features, device=where
+    )
 
 
 def calibration_files(one: Field, width: int, vocabulary: int, like: Cache | None) -> dict[str, int]:
