@@ -13,6 +13,7 @@ import pytest
 from click.testing import CliRunner
 
 import cli
+from pipelines.command_line.given import teacher_spec, train_settings
 from teacher_cache.errors import KdcliError
 from teacher_cache.teachers.transformers import TeacherSpec, load_processor, teacher_fingerprint
 
@@ -142,13 +143,13 @@ def test_trust_in_one_model_does_not_go_over_to_another() -> None:
     from student_train.config import TrainSettings
 
     known = TeacherSpec("mine", trust_remote_code=True)
-    assert cli.teacher_spec(None, known, None).trust_remote_code
-    assert not cli.teacher_spec("theirs", known, None).trust_remote_code
-    assert cli.teacher_spec("theirs", known, True).trust_remote_code
+    assert teacher_spec(None, known, None).trust_remote_code
+    assert not teacher_spec("theirs", known, None).trust_remote_code
+    assert teacher_spec("theirs", known, True).trust_remote_code
     train = TrainSettings(student="mine", trust_remote_code=True)
-    assert cli.train_settings(train, None, None).trust_remote_code
-    assert cli.train_settings(train, "mine", None).trust_remote_code
-    assert not cli.train_settings(train, "theirs", None).trust_remote_code
+    assert train_settings(train, None, None).trust_remote_code
+    assert train_settings(train, "mine", None).trust_remote_code
+    assert not train_settings(train, "theirs", None).trust_remote_code
 
 
 def test_training_a_strange_student(strange_model: tuple[Path, Path], tiny_cache: Path, tmp_path: Path) -> None:
