@@ -55,6 +55,7 @@ from pipelines.command_line.tour import command
 @click.option("--batch-tokens", type=int, help="Padded tokens of one teacher batch, as in the capture.")
 @click.option("--dtype", help="float32, bfloat16, float16; default: as the fields that can be read.")
 @backend_options
+@trust_option
 @device_option
 @config_option
 @json_option
@@ -68,6 +69,7 @@ def repair(
     k: int | None,
     codec: str | None,
     knobs: tuple[str, ...],
+    trust_remote_code: bool | None,
     config: str | None,
     as_json: bool,
     **flags: Any,
@@ -83,7 +85,7 @@ def repair(
 
     settings = load(config)
     specs = data_specs(data, **take(flags, EACH_PART)) or settings.data
-    spec = teacher_spec(teacher, settings.teacher, None, **take(flags, RUN_BY))
+    spec = teacher_spec(teacher, settings.teacher, trust_remote_code, **take(flags, RUN_BY))
     capture = override(settings.capture, fields=split(fields), **flags)
     params = {**settings.fields, **field_params(settings, capture, k, codec)}
     for name, value in parse_knobs(knobs).items():

@@ -29,7 +29,17 @@ class OwnConfig(LlavaConfig):
 class OwnModel(LlavaForConditionalGeneration):
     config_class = OwnConfig
 """
-LOADS_A_MODEL = ("doctor", "plan", "preflight", "cache-teacher", "train-student", "eval", "fidelity", "cache add-field")
+LOADS_A_MODEL = (
+    "doctor",
+    "plan",
+    "preflight",
+    "cache-teacher",
+    "train-student",
+    "eval",
+    "fidelity",
+    "cache add-field",
+    "cache repair",
+)
 
 
 @pytest.fixture(params=["own kind", "stock kind"])
@@ -104,6 +114,23 @@ def test_with_the_flag_it_runs_and_is_recorded(
     (folder / "own.py").write_text((folder / "own.py").read_text() + "# another line\n")
     other = teacher_fingerprint(spec, *load_processor(spec))
     assert len(one["remote_code"]) == 64 and one["remote_code"] != other["remote_code"]
+
+
+def test_a_repair_runs_what_made_the_cache_with_the_flag_only(
+    strange_model: tuple[Path, Path], world_json: Any, tiny_student: Path, tmp_path: Path
+) -> None:
+    folder, _ = strange_model
+    made = run([*asks(folder, world_json, tiny_student, tmp_path / "out")["cache-teacher"], "--trust-remote-code"])
+    assert made.exit_code == 0, made.output
+    (tar,) = (tmp_path / "out" / "fields" / "response_topk" / "data").iterdir()
+    whole = tar.read_bytes()
+    tar.write_bytes(whole[:-1])
+    repair = ["cache", "repair", str(tmp_path / "out"), "--teacher", str(folder), "--device", "cpu"]
+    refused = run(repair)
+    why = "made by another teacher" if is_stock(folder) else "--trust-remote-code"
+    assert refused.exit_code == 1 and why in refused.output and tar.read_bytes() == whole[:-1], refused.output
+    mended = run([*repair, "--trust-remote-code"])
+    assert mended.exit_code == 0 and tar.read_bytes() == whole, mended.output
 
 
 def test_a_stock_teacher_is_the_same_with_the_flag(tiny_teacher: Path) -> None:
