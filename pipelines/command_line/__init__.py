@@ -1,1 +1,1 @@
-"""What the command line says of itself: help in the order of work, examples, completion. Imports nothing heavy."""
+"""The commands, by what a user does with them, and what the command line says of itself. Nothing heavy is imported before one runs."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import click
@@ -133,6 +133,11 @@ class TourCommand(click.Command):
         if example := EXAMPLES.get(place(context)):
             formatter.write_paragraph()
             formatter.write(f"Example:\n  {example}\n")
+
+
+def command(name: str | None = None) -> Callable[[Callable[..., Any]], TourCommand]:
+    """A command that is not yet in a group, of a function; its name is the function's where none is given."""
+    return click.command(name, cls=TourCommand)
 
 
 class TourGroup(click.Group):

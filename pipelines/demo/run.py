@@ -89,13 +89,13 @@ def heldout(world: WorldPaths) -> DataSpec:
     return DataSpec("heldout", str(world.heldout), image_root=str(world.images))
 
 
-def score(model: str, spec: DataSpec, console: Any = None) -> dict[str, Any]:
-    """``pipelines.evaluate.score`` of a model folder, without the single answers."""
+def score(model: str, spec: DataSpec, console: Any = None, name: str = "") -> dict[str, Any]:
+    """``pipelines.evaluate.score`` of a model folder, without the single answers; on a console, with a bar of this name."""
     if console is None:
         result = evaluate_folder(model, spec)
     else:
         with bar(console, "questions") as progress:
-            task = progress.add_task(f"eval {Path(model).parent.name}", total=None)
+            task = progress.add_task(f"eval {name}", total=None)
             result = evaluate_folder(model, spec, advance=lambda rows: progress.advance(task, rows))
     result.pop("answers")
     return result
@@ -121,7 +121,7 @@ def run_demo(out: Path, seed: int, console: Any, recipe: Recipe | None = None) -
             with train_progress(console, prefix=f"{method} ") as on_step:
                 models[method] = train_one(method, str(out / "cache"), out / "runs" / method, recipe, seed, on_step)
     with stage(console, "5/6 held-out questions"):
-        scores = {name: score(model, heldout(world), console) for name, model in models.items()}
+        scores = {name: score(model, heldout(world), console, name) for name, model in models.items()}
         save_scores(out, scores)
         console.print(score_table(scores), highlight=False)
     with stage(console, "6/6 report"):

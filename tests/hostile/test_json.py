@@ -15,6 +15,7 @@ from click.testing import CliRunner
 import cli
 from benchmarks.fuzz_targets import Folder, small_cache
 from pipelines import heartbeat
+from pipelines.command_line.given import parse_knobs
 from pipelines.inspect_cache import status
 from pipelines.preflight import canaries
 from pipelines.settings import load_settings
@@ -210,7 +211,7 @@ def test_kd_toml(tmp_path: Path, line: str) -> None:
 @pytest.mark.parametrize("value", [DEEP, DIGITS])
 def test_a_knob_of_the_command_line(value: str) -> None:
     with pytest.raises(KdcliError, match="--set gamma"):
-        cli.parse_knobs((f"gamma={value}",))
+        parse_knobs((f"gamma={value}",))
 
 
 def test_one_line_on_the_terminal(tmp_path: Path) -> None:

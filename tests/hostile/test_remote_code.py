@@ -13,6 +13,7 @@ import pytest
 from click.testing import CliRunner
 
 import cli
+from pipelines.command_line.given import teacher_spec, train_settings
 from teacher_cache.errors import KdcliError
 from teacher_cache.teachers.transformers import TeacherSpec, load_processor, teacher_fingerprint
 
@@ -28,7 +29,17 @@ class OwnConfig(LlavaConfig):
 class OwnModel(LlavaForConditionalGeneration):
     config_class = OwnConfig
 """
-LOADS_A_MODEL = ("doctor", "plan", "preflight", "cache-teacher", "train-student", "eval", "fidelity", "cache add-field")
+LOADS_A_MODEL = (
+    "doctor",
+    "plan",
+    "preflight",
+    "cache-teacher",
+    "train-student",
+    "eval",
+    "fidelity",
+    "cache add-field",
+    "cache repair",
+)
 
 
 @pytest.fixture(params=["own kind", "stock kind"])
@@ -105,6 +116,23 @@ def test_with_the_flag_it_runs_and_is_recorded(
     assert len(one["remote_code"]) == 64 and one["remote_code"] != other["remote_code"]
 
 
+def test_a_repair_runs_what_made_the_cache_with_the_flag_only(
+    strange_model: tuple[Path, Path], world_json: Any, tiny_student: Path, tmp_path: Path
+) -> None:
+    folder, _ = strange_model
+    made = run([*asks(folder, world_json, tiny_student, tmp_path / "out")["cache-teacher"], "--trust-remote-code"])
+    assert made.exit_code == 0, made.output
+    (tar,) = (tmp_path / "out" / "fields" / "response_topk" / "data").iterdir()
+    whole = tar.read_bytes()
+    tar.write_bytes(whole[:-1])
+    repair = ["cache", "repair", str(tmp_path / "out"), "--teacher", str(folder), "--device", "cpu"]
+    refused = run(repair)
+    why = "made by another teacher" if is_stock(folder) else "--trust-remote-code"
+    assert refused.exit_code == 1 and why in refused.output and tar.read_bytes() == whole[:-1], refused.output
+    mended = run([*repair, "--trust-remote-code"])
+    assert mended.exit_code == 0 and tar.read_bytes() == whole, mended.output
+
+
 def test_a_stock_teacher_is_the_same_with_the_flag(tiny_teacher: Path) -> None:
     specs = [TeacherSpec(str(tiny_teacher), trust_remote_code=trusted) for trusted in (False, True)]
     one, other = (teacher_fingerprint(spec, *load_processor(spec)) for spec in specs)
@@ -142,13 +170,13 @@ def test_trust_in_one_model_does_not_go_over_to_another() -> None:
     from student_train.config import TrainSettings
 
     known = TeacherSpec("mine", trust_remote_code=True)
-    assert cli.teacher_spec(None, known, None).trust_remote_code
-    assert not cli.teacher_spec("theirs", known, None).trust_remote_code
-    assert cli.teacher_spec("theirs", known, True).trust_remote_code
+    assert teacher_spec(None, known, None).trust_remote_code
+    assert not teacher_spec("theirs", known, None).trust_remote_code
+    assert teacher_spec("theirs", known, True).trust_remote_code
     train = TrainSettings(student="mine", trust_remote_code=True)
-    assert cli.train_settings(train, None, None).trust_remote_code
-    assert cli.train_settings(train, "mine", None).trust_remote_code
-    assert not cli.train_settings(train, "theirs", None).trust_remote_code
+    assert train_settings(train, None, None).trust_remote_code
+    assert train_settings(train, "mine", None).trust_remote_code
+    assert not train_settings(train, "theirs", None).trust_remote_code
 
 
 def test_training_a_strange_student(strange_model: tuple[Path, Path], tiny_cache: Path, tmp_path: Path) -> None:

@@ -75,4 +75,7 @@ def test_what_else_completes() -> None:
     assert offered("train-student", "--stages", "DPT,D") == ["DPT,DPT", "DPT,DFT"]
     assert offered("train-student", "--report-to", "tensorboard,w") == ["tensorboard,wandb"]
     assert offered("eval", "model", "--compress", "") == ["dart", "fastv", "pyramiddrop", "random"]
+    for command in ("preflight", "cache-teacher", "cache add-field", "cache repair"):
+        assert offered(*command.split(), "--backend", "") == ["transformers", "vllm"]
+        assert offered(*command.split(), "--vllm-route", "h") == ["hidden"]
     assert "--report-to" in offered("train-student", "--re")

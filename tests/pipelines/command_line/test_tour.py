@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import importlib
 import shlex
 from collections.abc import Iterator
+from pkgutil import iter_modules
 
 import click
 import pytest
 from click.testing import CliRunner
 
 from cli import Group, main
+from pipelines import command_line
 from pipelines.command_line.tour import EXAMPLES, OTHERS, SECTIONS
 
 WIDE = 120
@@ -24,6 +27,14 @@ def walk(group: click.Group, before: str = "") -> Iterator[tuple[str, click.Comm
 
 
 COMMANDS = dict(walk(main))
+
+
+def test_no_command_of_a_module_is_forgotten() -> None:
+    modules = [
+        importlib.import_module(f"{command_line.__name__}.{one.name}") for one in iter_modules(command_line.__path__)
+    ]
+    made = {one for module in modules for one in vars(module).values() if isinstance(one, click.Command)}
+    assert made == {*COMMANDS.values(), main.commands["cache"]}
 
 
 def help_of(*words: str, width: int = WIDE) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -26,6 +27,11 @@ def test_prints_defects_cache_and_scores(demo: tuple[Path, str, dict]) -> None:
     assert set(result["scores"]) == {"teacher", "sft", "llava-kd"}
     for expected in ("image_corrupt", "fields/vision_hidden", "mean of families", "shapes_color", "report.html"):
         assert expected in printed
+
+
+def test_in_a_log_file_progress_is_named_after_the_table_rows(demo: tuple[Path, str, dict]) -> None:
+    _, printed, result = demo
+    assert re.findall(r"^eval (.+?): \d+", printed, re.MULTILINE) == list(result["scores"])
 
 
 def test_leaves_every_field_in_eight_shards(demo: tuple[Path, str, dict]) -> None:

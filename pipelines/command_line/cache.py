@@ -1,0 +1,103 @@
+"""``kdcli cache``: look at a cache; what changes one is in ``cache_edits``."""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import Any
+
+import click
+
+from pipelines.command_line.cache_edits import add_field, drop_field, merge, repair, subset
+from pipelines.command_line.given import named_cache, open_cache
+from pipelines.command_line.options import config_option, json_option
+from pipelines.command_line.output import say
+from pipelines.command_line.tour import TourGroup
+
+
+@click.group("cache", cls=TourGroup, commands=[repair, add_field, drop_field, subset, merge])
+def cache_group() -> None:
+    """Look at a cache and change it: its fields, its rows, its garbage."""
+
+
+@cache_group.command()
+@click.argument("url", required=False)
+@config_option
+@json_option
+def status(url: str | None, config: str | None, as_json: bool) -> None:
+    """Shards done, rows, skips by reason, bytes by field; while a capture runs, also its workers, their rate and the time left."""
+    from pipelines import inspect_cache
+    from pipelines.tables import cache_table, work_lines
+
+    body = inspect_cache.status(open_cache(url, config))
+    if as_json:
+        say(json.dumps(body))
+        return
+    say(cache_table(body["columns"], body["rows"]))
+    if body["work"]:
+        say(work_lines(body["work"]))
+
+
+@cache_group.command()
+@click.argument("url", required=False)
+@click.option("--row", default=0, show_default=True, help="Which sample, counted from 0.")
+@click.option("--key", help="Which sample, by its key.")
+@config_option
+def inspect(url: str | None, row: int, key: str | None, config: str | None) -> None:
+    """One sample as words: what each vision patch and each response position says, and its bytes by field."""
+    from pipelines import inspect_cache
+    from pipelines.tables import sample_view
+
+    cache = open_cache(url, config)
+    say(sample_view(inspect_cache.inspect(cache, row, key)))
+
+
+@cache_group.command()
+@click.argument("url", required=False)
+@config_option
+@json_option
+def verify(url: str | None, config: str | None, as_json: bool) -> None:
+    """Check every checksum. Exit status 1 where anything is damaged or missing."""
+    from pipelines import inspect_cache
+
+    _, problems = inspect_cache.survey(named_cache(url, config))
+    if as_json:
+        say(json.dumps([vars(problem) for problem in problems]))
+    else:
+        for problem in problems:
+            say(str(problem))
+        say(f"{count_problems(problems)}: `kdcli cache repair` mends damage" if problems else "every checksum holds")
+    if problems:
+        sys.exit(1)
+
+
+def count_problems(problems: Any) -> str:
+    """``1 problem``, ``2 problems``."""
+    return f"{len(problems)} problem{'s' * (len(problems) != 1)}"
+
+
+@cache_group.command()
+@click.argument("url")
+@click.argument("column", default="samples")
+def urls(url: str, column: str) -> None:
+    """Print the tar paths of a column (samples, or a field), ready for the webdataset library."""
+    from teacher_cache.shards.commit import committed_shards, read_commit
+
+    cache = open_cache(url, None)
+    reader = cache.column(column)
+    for shard in committed_shards(cache.storage, reader.column):
+        say(f"{cache.storage}/{reader.column}/data/{read_commit(cache.storage, reader.column, shard).tar}")
+
+
+@cache_group.command()
+@click.argument("url", required=False)
+@click.option("--yes", is_flag=True, help="Remove them; without it they are only listed. Never while a capture runs.")
+@config_option
+def gc(url: str | None, yes: bool, config: str | None) -> None:
+    """List or remove files that no commit names (left by killed or second writers)."""
+    from pipelines import inspect_cache
+
+    found = inspect_cache.collect_garbage(open_cache(url, config), remove=yes)
+    for name in found:
+        say(name)
+    say(f"{len(found)} files {'removed' if yes else 'would be removed (--yes)'}")

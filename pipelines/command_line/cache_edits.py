@@ -1,0 +1,219 @@
+"""Commands of ``kdcli cache`` that change a cache or make another one of it."""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import Any
+
+import click
+
+from pipelines.command_line.given import (
+    EACH_PART,
+    RUN_BY,
+    data_specs,
+    field_params,
+    load,
+    named_cache,
+    need,
+    open_cache,
+    parse_knobs,
+    split,
+    take,
+    teacher_spec,
+)
+from pipelines.command_line.options import (
+    backend_options,
+    config_option,
+    data_options,
+    device_option,
+    json_option,
+    trust_option,
+)
+from pipelines.command_line.output import console, say, say_summary
+from pipelines.command_line.tour import command
+
+
+@command()
+@click.argument("url", metavar="CACHE", required=False)
+@click.option("--teacher", help="Model folder or hub id that made the cache.")
+@data_options
+@click.option("--dry-run", is_flag=True, help="List what is damaged and from what it would be made again.")
+@click.option("--replace", is_flag=True, help="Take shards that come out with other bytes than those that stood there.")
+@click.option("--shards", type=int, help="As in the capture; for a lost manifest.")
+@click.option("--seed", type=int, help="As in the capture; for a lost manifest.")
+@click.option("--max-length", type=int, help="As in the capture; for a lost manifest.")
+@click.option("--over-length", type=click.Choice(["skip", "cut"]), help="As in the capture; for a lost manifest.")
+@click.option("--store", help="As in the capture; for a lost field.json.")
+@click.option("--fields", help="As in the capture; for a lost field.json.")
+@click.option("--k", "k", type=int, help="As in the capture; for a lost field.json.")
+@click.option("--codec", help="As in the capture; for a lost field.json.")
+@click.option("--set", "knobs", multiple=True, metavar="FIELD.NAME=VALUE", help="A parameter of a lost field.json.")
+@click.option("--calibration-rows", type=int, help="As in the capture; for lost calibrations.")
+@click.option("--calibration", help="Cache whose calibrations are the lost ones: of the preflight, or a copy.")
+@click.option("--workers", type=int, help="Worker processes; default one a GPU.")
+@click.option("--batch-tokens", type=int, help="Padded tokens of one teacher batch, as in the capture.")
+@click.option("--dtype", help="float32, bfloat16, float16; default: as the fields that can be read.")
+@backend_options
+@trust_option
+@device_option
+@config_option
+@json_option
+def repair(
+    url: str | None,
+    teacher: str | None,
+    data: tuple[str, ...],
+    dry_run: bool,
+    replace: bool,
+    fields: str | None,
+    k: int | None,
+    codec: str | None,
+    knobs: tuple[str, ...],
+    trust_remote_code: bool | None,
+    config: str | None,
+    as_json: bool,
+    **flags: Any,
+) -> None:
+    """Make damaged shards and files again, those alone, with the flags of the capture. Never while a capture runs.
+
+    Exit status 1 where something stays damaged, with the reason.
+    """
+    from pipelines import repair as pipeline
+    from pipelines.progress import capture_progress
+    from pipelines.settings import override
+    from pipelines.tables import repair_lines
+
+    settings = load(config)
+    specs = data_specs(data, **take(flags, EACH_PART)) or settings.data
+    spec = teacher_spec(teacher, settings.teacher, trust_remote_code, **take(flags, RUN_BY))
+    capture = override(settings.capture, fields=split(fields), **flags)
+    params = {**settings.fields, **field_params(settings, capture, k, codec)}
+    for name, value in parse_knobs(knobs).items():
+        field, _, parameter = name.rpartition(".")
+        params[field] = {**params.get(field, {}), parameter: value}
+    request = pipeline.RepairRequest(named_cache(url, config), spec, specs, capture, params, replace)
+    with capture_progress(console()) as progress:
+        result = pipeline.repair(request, dry_run, progress)
+    say(json.dumps(result) if as_json else repair_lines(result, dry_run))
+    if result["left"] and not dry_run:
+        sys.exit(1)
+
+
+@command("add-field")
+@click.argument("url", metavar="CACHE", required=False)
+@click.option("--field", "names", multiple=True, required=True, help="A field to add; repeat for more.")
+@click.option(
+    "--set", "knobs", multiple=True, metavar="[FIELD.]NAME=VALUE", help="Its parameter, e.g. --set codec=int8."
+)
+@click.option("--teacher", help="Model folder or hub id.")
+@click.option(
+    "--other-teacher", is_flag=True, help="Another teacher than that of the other fields, of the same vocabulary."
+)
+@click.option("--parts-without-fields", help="Parts that do not get the field, comma-separated.")
+@click.option("--workers", type=int, help="Worker processes; default one a GPU.")
+@click.option("--batch-tokens", type=int, help="Padded tokens of one teacher batch.")
+@click.option("--calibration-rows", type=int, help="Rows the teacher reads before the job, to fit codecs.")
+@click.option("--calibration", help="A cache (of `kdcli preflight`, or any) whose calibration to take; '' fits afresh.")
+@click.option("--dtype", help="float32, bfloat16, float16; default: as the other fields.")
+@backend_options
+@trust_option
+@device_option
+@config_option
+@json_option
+def add_field(
+    url: str | None,
+    names: tuple[str, ...],
+    knobs: tuple[str, ...],
+    teacher: str | None,
+    other_teacher: bool,
+    parts_without_fields: str | None,
+    trust_remote_code: bool | None,
+    config: str | None,
+    as_json: bool,
+    **flags: Any,
+) -> None:
+    """Capture further fields of a cache from its own samples; the mixture is not needed. Run it again to continue."""
+    from pipelines import edit_cache as pipeline
+    from pipelines.progress import capture_progress
+    from pipelines.settings import override
+
+    settings = load(config)
+    cache = open_cache(url, config)
+    spec = teacher_spec(teacher, settings.teacher, trust_remote_code, **take(flags, RUN_BY))
+    need({"--teacher": spec})
+    given = pipeline.parse_field_sets(names, parse_knobs(knobs))
+    params = {name: {**settings.fields.get(name, {}), **given[name]} for name in names}
+    capture = override(settings.capture, parts_without_fields=split(parts_without_fields), **flags)
+    with capture_progress(console()) as progress:
+        summary = pipeline.add_fields(str(cache.storage), spec, params, capture, other_teacher, progress)
+    say_summary(summary, as_json)
+
+
+@command("drop-field")
+@click.argument("url", metavar="CACHE")
+@click.argument("name")
+@click.option("--yes", is_flag=True, help="Remove it; without it nothing is touched. Never while something reads it.")
+@json_option
+def drop_field(url: str, name: str, yes: bool, as_json: bool) -> None:
+    """Remove one field of a cache, or say what would go."""
+    from pipelines.edit_cache import drop_field as drop
+    from pipelines.tables import human_bytes
+
+    found = drop(url, name, remove=yes)
+    if as_json:
+        say(json.dumps({**vars(found), "removed": yes}))
+        return
+    what = f"field {name}: {found.shards} shards, {found.files} files, {human_bytes(found.bytes)}"
+    say(f"{what} {'removed' if yes else 'would be removed (--yes)'}")
+    if yes:
+        say("what it alone read under teacher/ goes with `kdcli cache gc --yes`")
+
+
+@command()
+@click.argument("url", metavar="CACHE")
+@click.option("--out", required=True, help="Where the new cache goes.")
+@click.option("--parts", help="Only these parts, comma-separated.")
+@click.option("--fields", help="Only these fields, comma-separated; default all.")
+@click.option("--keys", type=click.Path(), help="Only the rows of this file: a key a line.")
+@click.option("--with-images/--text-only", "images", default=None, help="Only rows with, or only rows without images.")
+@click.option("--fraction", type=float, help="About this share of the rows, drawn by a hash of their keys.")
+@click.option("--max-rows", type=int, help="At most so many rows, drawn in the same way.")
+@click.option("--seed", default=0, show_default=True, help="Of the draw.")
+@click.option("--workers", default=1, show_default=True, help="Processes that copy.")
+@json_option
+def subset(
+    url: str,
+    out: str,
+    parts: str | None,
+    fields: str | None,
+    keys: str | None,
+    workers: int,
+    as_json: bool,
+    **rows: Any,
+) -> None:
+    """A new cache of some rows, parts or fields of one, without the teacher. Run it again to continue."""
+    from pipelines.choose_rows import RowFilter, read_keys
+    from pipelines.derive_cache import subset as pipeline
+    from pipelines.progress import capture_progress
+
+    chosen = RowFilter(keys=read_keys(keys) if keys else None, **rows)
+    with capture_progress(console()) as progress:
+        summary = pipeline(url, out, split(parts), split(fields), chosen, workers, progress)
+    say_summary(summary, as_json)
+
+
+@command()
+@click.argument("urls", metavar="CACHE CACHE…", nargs=-1, required=True)
+@click.option("--out", required=True, help="Where the new cache goes.")
+@click.option("--fields", help="Only these fields, comma-separated; default all.")
+@click.option("--keep", type=click.Choice(["first"]), help="Rows that several hold: take those of the first cache.")
+@click.option("--workers", default=1, show_default=True, help="Processes that copy.")
+@json_option
+def merge(urls: tuple[str, ...], out: str, fields: str | None, keep: str | None, workers: int, as_json: bool) -> None:
+    """A new cache of the rows of several, of one teacher and one preparation. Run it again to continue."""
+    from pipelines.derive_cache import merge as pipeline
+    from pipelines.progress import capture_progress
+
+    with capture_progress(console()) as progress:
+        summary = pipeline(urls, out, split(fields), keep, workers, progress)
+    say_summary(summary, as_json)

@@ -1,0 +1,209 @@
+"""What a student is worth, and the folder it is shipped as."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import click
+
+from pipelines.command_line.given import load, split, teacher_spec, train_settings
+from pipelines.command_line.options import config_option, device_option, json_option, links_option, trust_option
+from pipelines.command_line.output import console, say
+from pipelines.command_line.tour import command
+
+
+@command("eval")
+@click.argument("model")
+@click.option("--data", required=True, help="Held-out file of single questions.")
+@click.option("--image-root", default=None)
+@click.option(
+    "--template", default="chat", show_default=True, help="That the model was trained with: chat, v1 or qwen_1_5."
+)
+@links_option
+@click.option("--limit", type=int, default=None)
+@click.option("--batch-size", default=32, show_default=True)
+@click.option(
+    "--metric",
+    default="exact_match",
+    show_default=True,
+    help="Comma-separated metrics (docs/evaluate.md).",
+)
+@click.option("--max-new-tokens", default=32, show_default=True, type=click.IntRange(1), help="Longest answer.")
+@click.option("--prompt-suffix", default="", help="A line after every question, e.g. how short an answer should be.")
+@click.option("--compress", help="Remove vision tokens inside the language model: dart, fastv, pyramiddrop or random.")
+@click.option("--keep", type=int, help="Vision tokens that stay of every image; pyramiddrop has a default.")
+@click.option("--compress-layer", type=int, help="The first layer that sees the kept tokens only; default 2.")
+@click.option("--vision-tokens", type=int, help="Of an image, for a student with compressor mqt; default: as trained.")
+@click.option(
+    "--out", type=click.Path(dir_okay=False), help="Also write the scores here; RUN/scores.json is what reports read."
+)
+@click.option("--answers", type=click.Path(dir_okay=False), help="Write every answer here, one JSON object a line.")
+@trust_option
+@device_option
+@json_option
+def evaluate(
+    model: str,
+    data: str,
+    image_root: str | None,
+    template: str,
+    follow_links: bool | None,
+    limit: int | None,
+    metric: str,
+    out: str | None,
+    answers: str | None,
+    trust_remote_code: bool | None,
+    as_json: bool,
+    **how: Any,
+) -> None:
+    """Score a student or teacher on held-out questions: exact match and other metrics by family, and nll of the expected answers."""
+    from pipelines.evaluate import evaluate_folder
+    from pipelines.evaluation.score import answer_row
+    from pipelines.progress import bar
+    from pipelines.tables import score_table
+    from teacher_cache.sources import DataSpec
+
+    metrics = split(metric) or ()
+    with bar(console(), "questions") as progress:
+        task = progress.add_task("asking", total=None)
+        spec = DataSpec("heldout", data, image_root, template=template, limit=limit, follow_links=bool(follow_links))
+        result = evaluate_folder(
+            model,
+            spec,
+            trust_remote_code=bool(trust_remote_code),
+            metrics=metrics,
+            advance=lambda rows: progress.advance(task, rows),
+            **how,
+        )
+    given = [answer_row(one, metrics) for one in result.pop("answers")]
+    if out:
+        Path(out).write_text(json.dumps({model: result}, indent=1) + "\n")
+    if answers:
+        Path(answers).write_text("".join(json.dumps(one, ensure_ascii=False) + "\n" for one in given))
+    say(json.dumps({**result, "answers": given}) if as_json else score_table({model: result}))
+
+
+@command("eval-tasks")
+def evaluation_tasks() -> None:
+    """Print the folder of the task groups for lmms-eval: ``python -m lmms_eval … --include_path "$(kdcli eval-tasks)"``."""
+    from pipelines.lmms import TASKS
+
+    say(str(TASKS))
+
+
+@command()
+@click.option("--cache", "cache_url", help="The cache.")
+@click.option("--teacher", help="The model that made it.")
+@click.option("--student", help="Whose gradients are compared; default: the one of kd.toml.")
+@click.option("--samples", default=32, show_default=True, help="How many rows of the cache, evenly over its shards.")
+@click.option("--parts", help="Mixture parts, comma-separated; default: those with a field.")
+@click.option("--stage", default="DFT", show_default=True, help="Whose modules have gradients.")
+@click.option("--dtype", help="Of the live teacher; default: as in the capture.")
+@click.option("--seed", default=0, show_default=True)
+@click.option("--sweep", is_flag=True, help="Also fit many other fields on other rows, and measure the frontier.")
+@click.option("--plot", type=click.Path(dir_okay=False), help="Write bytes against gradient angle as a PNG.")
+@click.option(
+    "--out", type=click.Path(dir_okay=False), help="Also write the tables here, as Markdown; *.json: all numbers."
+)
+@trust_option
+@device_option
+@config_option
+@json_option
+def fidelity(
+    cache_url: str | None,
+    teacher: str | None,
+    student: str | None,
+    parts: str | None,
+    plot: str | None,
+    out: str | None,
+    trust_remote_code: bool | None,
+    device: str | None,
+    config: str | None,
+    as_json: bool,
+    **asked: Any,
+) -> None:
+    """Cached losses and gradients against the live teacher, per method, with the live-vs-live noise floor beside them."""
+    from pipelines import fidelity as pipeline
+    from pipelines.fidelity import show
+    from teacher_cache.errors import KdcliError
+
+    settings = load(config)
+    url, spec = cache_url or settings.cache, teacher_spec(teacher, settings.teacher, trust_remote_code, device=device)
+    if not url or not spec:
+        raise KdcliError("name both sides: --cache and --teacher, or run `kdcli init` and edit kd.toml")
+    names = tuple(one.strip() for one in parts.split(",")) if parts else None
+    trained = train_settings(settings.train, student, trust_remote_code)
+    request = pipeline.FidelityRequest(
+        url, spec, trained.student, parts=names, trust_remote_code=trained.trust_remote_code, **asked
+    )
+    with show.fidelity_progress(console()) as progress:
+        result = pipeline.fidelity(request, progress)
+    pipeline.write_files(result, plot, out)
+    say(json.dumps(show.as_json(result)) if as_json else show.report(result))
+
+
+@command()
+@click.argument("runs", nargs=-1, required=True)
+@click.option("--cache", "cache_url", help="Its sizes and decoded images too; default: that of kd.toml; '': none.")
+@click.option("--fidelity", multiple=True, help="A file of `kdcli fidelity --out X.json`, or a preflight's folder.")
+@click.option("--matching/--no-matching", default=True, show_default=True, help="Match the tokens of em-kd students.")
+@click.option("--out", default="report.html", show_default=True)
+@config_option
+def report(
+    runs: tuple[str, ...],
+    cache_url: str | None,
+    fidelity: tuple[str, ...],
+    matching: bool,
+    out: str,
+    config: str | None,
+) -> None:
+    """One self-contained HTML page: results, losses, costs, cache sizes, fidelity, images with words, matched tokens."""
+    from pipelines.report.fidelity_files import beside
+    from pipelines.report.page import write_report
+
+    settings = load(config)
+    cache_url = settings.cache if cache_url is None else cache_url
+    if not fidelity and cache_url == settings.cache and settings.capture.calibration:
+        fidelity = tuple(beside(settings.capture.calibration))  # the preflight that chose this cache's parameters
+    paths = [Path(run) for run in runs]
+    say(f"wrote {write_report(paths, cache_url, Path(out), fidelity=fidelity, matching=matching)}")
+
+
+@command("export")
+@click.argument("source")
+@click.option("--to", "target", type=click.Choice(["hf"]), default="hf", show_default=True, help="Kind of folder.")
+@click.option("--out", required=True, help="Folder to write; it must not be there yet, or be empty.")
+@click.option(
+    "--dtype",
+    type=click.Choice(["float32", "bfloat16", "float16"]),
+    help="Of the weights; default: as the student's folder has them (training writes float32).",
+)
+@click.option("--vision-tokens", type=int, help="Of an image, for a student with compressor mqt; default: as trained.")
+@click.option(
+    "--check",
+    is_flag=True,
+    help="Load it in a fresh process and compare; exit status 1 where it differs.",
+)
+@click.option(
+    "--scores", type=click.Path(dir_okay=False), help="Of `kdcli eval --out`, for the card; default: RUN/scores.json."
+)
+@json_option
+def export_model(
+    source: str,
+    target: str,
+    out: str,
+    dtype: str | None,
+    vision_tokens: int | None,
+    check: bool,
+    scores: str | None,
+    as_json: bool,
+) -> None:
+    """Write a student as a folder that plain transformers loads. SOURCE: a run (its last stage), a stage, or a model folder."""
+    from pipelines.export import ExportRequest, export
+    from pipelines.tables import export_lines
+
+    result = export(
+        ExportRequest(Path(source), Path(out), dtype, vision_tokens, check, Path(scores) if scores else None)
+    )
+    say(json.dumps({"to": target, **result}) if as_json else export_lines(result))

@@ -1,0 +1,58 @@
+"""Options that several commands have."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import click
+
+
+def several(*options: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """Several options as one decorator; help lists them in this order."""
+
+    def give(command: Any) -> Any:
+        for option in reversed(options):
+            command = option(command)
+        return command
+
+    return give
+
+
+config_option = click.option(
+    "--config", type=click.Path(dir_okay=False), help="Settings file; default: ./kd.toml where it exists."
+)
+json_option = click.option("--json", "as_json", is_flag=True, help="Print the result as one JSON object.")
+device_option = click.option("--device", default=None, help="cpu, cuda, cuda:1; default: the GPU where there is one.")
+backend_options = several(
+    click.option("--backend", type=click.Choice(["transformers", "vllm"]), help="What runs the teacher (README.md)."),
+    click.option(
+        "--vllm-route",
+        type=click.Choice(["hidden", "logprobs"]),
+        help="What vLLM is asked for; logprobs: top-k alone, with an inexact tail.",
+    ),
+)
+trust_option = click.option(
+    "--trust-remote-code",
+    is_flag=True,
+    default=None,
+    help="Run program code that models' folders bring (docs/security.md); off by default.",
+)
+links_option = click.option(
+    "--follow-links",
+    is_flag=True,
+    default=None,
+    help="Links below an image root may lead out of it: they are yours (docs/security.md).",
+)
+data_options = several(
+    click.option("--data", multiple=True, help="Mixture part: file, glob or brace URL. Repeat for more parts."),
+    click.option(
+        "--part", multiple=True, help="Name of each --data part, in order (default: the stem of its file name)."
+    ),
+    click.option("--image-root", multiple=True, help="Folder of relative image paths, once for all or once a --data."),
+    links_option,
+    click.option(
+        "--template", multiple=True, help="chat, plain, v1 or qwen_1_5, once for all or once a --data (default chat)."
+    ),
+    click.option("--limit", multiple=True, type=int, help="Use only the first N rows, once for all or once a --data."),
+)

@@ -1,0 +1,43 @@
+"""What commands print: results to stdout, notes and bars to stderr."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import click
+
+
+def say(text: str, err: bool = False) -> None:
+    """Print a result; what data brought into it (captions, ids, names) cannot drive the terminal."""
+    from teacher_cache.errors import printable
+
+    click.echo(printable(text), err=err)
+
+
+def note(text: str) -> None:
+    """A note beside the progress bars."""
+    from teacher_cache.errors import printable
+
+    console().print(printable(text), markup=False, highlight=False)
+
+
+def console() -> Any:
+    """The terminal of the progress bars."""
+    from rich.console import Console
+
+    return Console(stderr=True)
+
+
+def say_summary(summary: dict[str, Any], as_json: bool, line: str | None = None) -> None:
+    """A cache that was made or changed: as ``cache status`` says it, then the line and the notes."""
+    from pipelines.tables import cache_table
+
+    if as_json:
+        say(json.dumps(summary))
+        return
+    say(cache_table(summary["columns"], summary["rows"]))
+    if line:
+        say(line)
+    for one in summary.get("notes", []):
+        say(f"note: {one}")

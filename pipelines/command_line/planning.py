@@ -1,0 +1,208 @@
+"""Before the job: defects of the mixture, what a capture takes, go or no-go."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+
+from pipelines.command_line.given import (
+    EACH_PART,
+    RUN_BY,
+    data_specs,
+    field_params,
+    load,
+    need,
+    split,
+    take,
+    teacher_spec,
+    train_settings,
+)
+from pipelines.command_line.options import (
+    backend_options,
+    config_option,
+    data_options,
+    device_option,
+    json_option,
+    trust_option,
+)
+from pipelines.command_line.output import console, say
+from pipelines.command_line.tour import command
+
+
+@command()
+@click.argument("paths", nargs=-1)
+@data_options
+@click.option("--teacher", help="Model folder or hub id: also find rows over --max-length in its tokens.")
+@click.option("--max-length", type=int, help="Longest row in tokens (default: as in [capture]).")
+@trust_option
+@config_option
+@json_option
+def doctor(
+    paths: tuple[str, ...],
+    data: tuple[str, ...],
+    teacher: str | None,
+    max_length: int | None,
+    trust_remote_code: bool | None,
+    config: str | None,
+    as_json: bool,
+    **each: Any,
+) -> None:
+    """List the defects of a mixture by kind, with row numbers. PATHS: files or globs; default: the parts of kd.toml."""
+    from pipelines.doctor import examine, print_report
+    from pipelines.progress import doctor_progress
+    from pipelines.settings import override
+    from teacher_cache.errors import KdcliError
+    from teacher_cache.prepare import token_counter
+    from teacher_cache.teachers.backends import load_processor
+
+    settings = load(config)
+    given = data_specs(paths + data, **each)
+    specs = given or settings.data
+    if not specs:
+        raise KdcliError(
+            "no data: name files (`kdcli doctor rows.json --image-root images`), or run `kdcli init` for a kd.toml"
+        )
+    spec = teacher_spec(teacher, None if given else settings.teacher, trust_remote_code)
+    limit = override(settings.capture, max_length=max_length).max_length
+    count = token_counter(*load_processor(spec), {one.part: one.template for one in specs}) if spec else None
+    with doctor_progress(console()) as progress:
+        report = examine(list(specs), progress, token_counter=count, max_length=limit)
+    if as_json:
+        say(json.dumps(report.to_json(), ensure_ascii=False))
+    else:
+        from rich.console import Console
+
+        print_report(report, Console())
+
+
+@command("plan")
+@click.option("--teacher", help="Model folder or hub id; its configuration and processor are read, no weights.")
+@data_options
+@click.option(
+    "--rows", multiple=True, metavar="[PART=]N", help="Rows of the whole mixture, of which --data holds a few."
+)
+@click.option("--sample", default=512, show_default=True, type=click.IntRange(1), help="Rows to prepare.")
+@click.option("--like", help="A cache of the same settings (a few hundred rows) whose bytes a row are taken.")
+@click.option("--shards", type=int, help="Number of shards.")
+@click.option("--store", help="compact (top-k), standard (head + sketch + affinity) or exact (bf16 hidden states).")
+@click.option("--fields", help="Single fields instead of a profile, comma-separated.")
+@click.option("--k", "k", type=int, help="k of the top-k fields.")
+@click.option("--codec", help="Codec of the hidden fields: sketch, bf16, int8, int4 or fp32.")
+@click.option("--parts-without-fields", help="Parts of which only the samples are stored, comma-separated.")
+@click.option("--max-length", type=int, help="Longest row in tokens.")
+@click.option("--over-length", type=click.Choice(["skip", "cut"]), help="What to do with longer rows.")
+@click.option("--tokens-per-second", type=float, help="Measured speed of one GPU, text and vision tokens.")
+@click.option("--peak-tflops", default=989.0, show_default=True, help="Of one GPU, where no speed is given.")
+@click.option("--utilisation", default=0.4, show_default=True, help="Share of the peak that is reached.")
+@click.option("--gpus", default=8, show_default=True, help="GPUs of the job.")
+@trust_option
+@config_option
+@json_option
+def plan(
+    teacher: str | None,
+    data: tuple[str, ...],
+    rows: tuple[str, ...],
+    sample: int,
+    like: str | None,
+    fields: str | None,
+    k: int | None,
+    codec: str | None,
+    parts_without_fields: str | None,
+    tokens_per_second: float | None,
+    peak_tflops: float,
+    utilisation: float,
+    gpus: int,
+    trust_remote_code: bool | None,
+    config: str | None,
+    as_json: bool,
+    **flags: Any,
+) -> None:
+    """Before the job: rows, tokens, bytes by column, shards and hours, from a few real rows and no weights."""
+    from pipelines.estimate.mixture_sample import parse_rows
+    from pipelines.estimate.report import estimate_tables
+    from pipelines.estimate.run import PlanRequest, estimate
+    from pipelines.estimate.teacher_cost import Speed
+    from pipelines.progress import bar
+    from pipelines.settings import override
+
+    settings = load(config)
+    specs = data_specs(data, **take(flags, EACH_PART)) or settings.data
+    spec = teacher_spec(teacher, settings.teacher, trust_remote_code)
+    need({"--teacher": spec, "--data": specs})
+    capture = override(
+        settings.capture, fields=split(fields), parts_without_fields=split(parts_without_fields), **flags
+    )
+    counts = parse_rows(rows, [one.part for one in specs])
+    speed = Speed(tokens_per_second, peak_tflops, utilisation, gpus)
+    params = field_params(settings, capture, k, codec)
+    request = PlanRequest(spec, specs, capture, params, counts, sample, like, speed)
+    with bar(console(), "rows") as progress:
+        task = progress.add_task("looking at rows", total=None)
+        result = estimate(request, lambda done, total: progress.update(task, completed=done, total=total))
+    say(json.dumps(result.to_json(), ensure_ascii=False) if as_json else estimate_tables(result))
+
+
+@command()
+@click.option("--teacher", help="Model folder or hub id.")
+@click.option("--student", help="Model folder or hub id that will be trained.")
+@data_options
+@click.option("--methods", default="llava-kd,kd", show_default=True, help="Methods to try, comma-separated.")
+@click.option("--rows", default=256, show_default=True, help="Rows of the mixture; a third is held out to judge.")
+@click.option("--out", default="preflight", show_default=True, help="Folder or URL; the rows' cache is OUT/cache.")
+@click.option("--store", help="compact, standard (whose fineness is chosen) or exact.")
+@click.option("--fields", help="Single fields instead of a profile, comma-separated.")
+@click.option("--shards", type=int, help="Number of shards of the real job.")
+@click.option("--max-length", type=int, help="Longest row in tokens.")
+@click.option("--max-angle", default=1.0, show_default=True, help="Degrees between whole gradients, cache and live.")
+@click.option("--max-kl", default=0.005, show_default=True, help="Nats between stored and live distributions, mean.")
+@click.option("--max-bytes", type=int, help="Most bytes of all fields together, a sample.")
+@click.option("--write/--no-write", default=True, show_default=True, help="Write what was chosen into kd.toml.")
+@click.option("--gpus", default=8, show_default=True, help="GPUs of the real job.")
+@click.option("--dtype", help="auto, float32, bfloat16, float16.")
+@backend_options
+@trust_option
+@device_option
+@config_option
+@json_option
+def preflight(
+    teacher: str | None,
+    student: str | None,
+    data: tuple[str, ...],
+    methods: str,
+    store: str | None,
+    fields: str | None,
+    shards: int | None,
+    max_length: int | None,
+    write: bool,
+    trust_remote_code: bool | None,
+    config: str | None,
+    as_json: bool,
+    **asked: Any,
+) -> None:
+    """Go or no-go before the job: a few hundred rows through the cache and the actual student. Exit status 1: no-go."""
+    from dataclasses import replace
+
+    from pipelines.preflight import report
+    from pipelines.preflight.request import PreflightRequest
+    from pipelines.preflight.run import preflight as run
+    from pipelines.settings import FILE, override
+
+    settings = load(config)
+    specs = data_specs(data, **take(asked, EACH_PART)) or settings.data
+    spec = teacher_spec(teacher, settings.teacher, trust_remote_code, **take(asked, RUN_BY))
+    need({"--teacher": spec, "--data": specs})
+    capture = override(
+        settings.capture, store=store, fields=split(fields), shards=shards, max_length=max_length, workers=1
+    )
+    settings = replace(settings, capture=capture, train=train_settings(settings.train, student, trust_remote_code))
+    kd_file = Path(config or FILE) if write else None
+    request = PreflightRequest(spec, specs, settings, split(methods) or (), kd_file=kd_file, **asked)
+    with report.preflight_progress(console()) as progress:
+        result = run(request, progress)
+    say(json.dumps(report.as_json(result), ensure_ascii=False) if as_json else report.report(result))
+    if not result["go"]:
+        sys.exit(1)

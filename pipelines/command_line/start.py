@@ -1,0 +1,57 @@
+"""First steps: the demo, a kd.toml, the table of methods, the Tab key."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import click
+
+from pipelines.command_line.options import json_option
+from pipelines.command_line.output import console, say
+from pipelines.command_line.tour import command
+
+
+@command()
+@click.option("--out", default="demo-run", show_default=True, help="Folder for world, cache, students and report.")
+@click.option("--seed", default=0, show_default=True)
+def demo(out: str, seed: int) -> None:
+    """The whole loop on a small rendered world: data → cache → students → table + HTML report."""
+    from pipelines.demo.run import run_demo
+
+    run_demo(Path(out), seed, console())
+
+
+@command()
+def init() -> None:
+    """Write a commented kd.toml into the current folder."""
+    from pipelines.settings import write_template
+
+    target = write_template(Path("."))
+    say(
+        f"wrote {target}: edit teacher, student and data, then run `kdcli doctor` and `kdcli cache-teacher --shards 512`"
+    )
+
+
+@command()
+@json_option
+def methods(as_json: bool) -> None:
+    """List the methods: what they need, which fields serve it, the paper; and what is not offered, with the reason."""
+    from pipelines import method_table
+
+    say(json.dumps(method_table.as_json()) if as_json else method_table.text())
+
+
+@command()
+@click.argument("shell", type=click.Choice(["bash", "zsh", "fish"]))
+def completion(shell: str) -> None:
+    """Print the script that completes commands, flags, methods and fields in a shell.
+
+    \b
+    bash:  kdcli completion bash > ~/.kdcli-complete.sh, then `source ~/.kdcli-complete.sh` in ~/.bashrc
+    zsh:   kdcli completion zsh > ~/.kdcli-complete.zsh, then `source ~/.kdcli-complete.zsh` in ~/.zshrc
+    fish:  kdcli completion fish > ~/.config/fish/completions/kdcli.fish
+    """
+    from pipelines.command_line.completion import script
+
+    click.echo(script(click.get_current_context().find_root().command, shell))
