@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from pipelines.cache_teacher import capture
-from pipelines.calibrate import MOST_ROWS, ask, calibrate, calibration_samples, spread, thin
+from pipelines.calibrate import MOST_ROWS, ask, calibrate, calibration_samples, fit, spread, thin
 from teacher_cache.codecs import container
 from teacher_cache.errors import KdcliError
 from teacher_cache.fields import create_field
@@ -129,3 +129,25 @@ def test_a_mixture_that_has_too_few_rows_is_told_what_it_can_have(make_request, 
     with pytest.raises(KdcliError, match=r"at least 96 are needed, and these are all 2 usable rows .* --store exact"):
         capture(make_request(tmp_path / "c", store="standard", **given))
     assert capture(make_request(tmp_path / "c", store="exact", **given))["rows"] == 2
+
+
+def test_a_gpu_without_room_leaves_the_fit_to_the_cpu() -> None:
+    """The field is asked again, with the head and what the teacher said on the CPU."""
+    asked: list[tuple[torch.device, torch.device]] = []
+
+    class Field:
+        def fit(self, outputs: list[TeacherOutput], head: torch.Tensor) -> str:
+            asked.append((head.device, outputs[0].device))
+            if head.device.type != "cpu":
+                raise torch.OutOfMemoryError
+            return "fitted"
+
+    elsewhere = TeacherOutput(device=torch.device("meta"))
+    head = torch.nn.Parameter(torch.empty(2, 2), requires_grad=False)
+    on_a_gpu = torch.empty(2, 2, device="meta")
+    assert fit(Field(), [elsewhere], head) == "fitted"  # type: ignore[arg-type]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.Tensor, "cpu", lambda one: head)
+        assert fit(Field(), [elsewhere], on_a_gpu) == "fitted"  # type: ignore[arg-type]
+    cpu, meta = torch.device("cpu"), torch.device("meta")
+    assert asked == [(cpu, meta), (meta, meta), (cpu, cpu)]

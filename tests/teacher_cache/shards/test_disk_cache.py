@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import multiprocessing
+import os
 import time
 from collections.abc import Iterator
 from contextlib import closing
@@ -120,6 +122,23 @@ def test_processes_share_it(storage: Storage, tmp_path: Path) -> None:
     for reader in readers:
         reader.join()
     assert taken(tmp_path) <= 3 * SIZE and not list(tmp_path.glob("*.part"))
+
+
+def test_a_tar_takes_its_name_while_nobody_counts(
+    storage: Storage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Who counts between two looks at the folder would meet it under neither name, and let in one too many."""
+    replace, seen = os.replace, []
+
+    def named(part: Path, path: Path) -> None:
+        with (tmp_path / "evicting").open("ab") as lock, pytest.raises(BlockingIOError):
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        seen.append(path)
+        replace(part, path)
+
+    monkeypatch.setattr(os, "replace", named)
+    read(DiskCache(tmp_path, SIZE), storage, put(storage, 0))
+    assert len(seen) == 1
 
 
 def test_fetching_ahead_takes_only_free_room(storage: Storage, tmp_path: Path) -> None:
