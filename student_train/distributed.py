@@ -103,11 +103,10 @@ def shard(model: Any, processes: Processes, bf16: bool, layers_stay: bool) -> No
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
-    text = language_model(model.model.model)
-    if text is None:
-        raise CompatibilityError(
-            f"{type(model.model.model).__name__} has no language_model with layers: it cannot be sharded, train it without --fsdp"
-        )
+    try:
+        text = language_model(model.model.model)
+    except AttributeError as error:
+        raise CompatibilityError(f"{error}: it cannot be sharded, train it without --fsdp") from None
     mesh = init_device_mesh(processes.device.type, (processes.world,))
     half = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
     policy = half if bf16 else MixedPrecisionPolicy()

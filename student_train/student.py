@@ -19,7 +19,7 @@ from student_train.pruning import Descending, Pruning
 from student_train.pruning.forward import prune_vision
 from student_train.stream import TrainBatch
 from teacher_cache.batch import Batch, keep_vision
-from teacher_cache.errors import CompatibilityError, not_loaded
+from teacher_cache.errors import CompatibilityError, KdcliError, not_loaded
 from teacher_cache.records import TextTokens
 from teacher_cache.teachers.text_vision import layer_inputs, text_vision_attention
 
@@ -141,7 +141,10 @@ class RowForward(nn.Module):
             # The residual stream stays float32 under autocast; the head product, outside of it, must be in the compute dtype too.
             states = states.to(torch.get_autocast_dtype(states.device.type))
         assert pruning is None or not {"vision", *FIRST_LAYER} & set(kinds), "rows of vision tokens that may be removed"
-        found: dict[str, Any] = {kind: states[rows(batch.rows[kind])] for kind in kinds if kind not in FIRST_LAYER}
+        places = {kind: rows(batch.rows[kind]) for kind in kinds if kind not in FIRST_LAYER}
+        if pruning is not None:
+            check_there(batch, places)
+        found: dict[str, Any] = {kind: states[at] for kind, at in places.items()}
         if "features" in first:
             found["features"] = seen.hidden[0].flatten(0, 1)[batch.rows["vision"]]
         if "attention" in first:
@@ -193,6 +196,17 @@ class RowForward(nn.Module):
         if self._gram is None or self._gram[0] != made_from:
             self._gram = (made_from, head.T @ head)
         return self._gram[1]
+
+
+def check_there(batch: Batch, places: Mapping[str, torch.Tensor]) -> None:
+    """KdcliError naming the row where a token that predicts another one was removed (-1): it would be read as the last state of all."""
+    for kind, at in places.items():
+        if bool((at < 0).any()):
+            sample = int(torch.repeat_interleave(torch.tensor(batch.counts[kind]))[(at < 0).nonzero()[0, 0].cpu()])
+            raise KdcliError(
+                f"row {batch.keys[sample]}: a vision token that predicts a word of the answer was removed (an image stands inside the "
+                "answer): leave such rows out, or train by a method that removes no tokens"
+            )
 
 
 def asking_rows(batch: Batch) -> torch.Tensor:

@@ -107,9 +107,8 @@ class Kdcli(lmms):
                     rows.append(row(prompt(text, self._visuals(look, number, task, split), task), str(wanted)))
                 for nats, greedy in expected(student, preparer, rows, spec, compression):
                     said = float(nats.mean()) if len(nats) else float("inf"), greedy
-                    found.append(
-                        GenerationResult(said)
-                    )  # a bare pair lmms-eval 0.7.3 turns into text, which no task can compare
+                    # A bare pair lmms-eval 0.7.3 turns into text, which no task can compare.
+                    found.append(GenerationResult(said))
                 bar.update(len(batch))
         return found
 

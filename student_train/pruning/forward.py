@@ -84,11 +84,10 @@ class PrunedForward:
         generator: torch.Generator | None,
     ):
         self.base = model.model
-        text = language_model(self.base)
-        if text is None:
-            raise CompatibilityError(
-                f"{type(self.base).__name__} has no language_model with layers: it cannot be pruned"
-            )
+        try:
+            text = language_model(self.base)
+        except AttributeError as error:
+            raise CompatibilityError(f"{error}: it cannot be pruned") from None
         self.layers = text.layers
         for layer in self.layers:
             check_attention(layer)

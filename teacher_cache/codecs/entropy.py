@@ -138,13 +138,12 @@ def encode(streams: Sequence[Stream], rows: int) -> torch.Tensor:
     if rows > MOST_ROWS or sum(symbols.size for symbols, _ in streams) > MOST_SYMBOLS:
         raise KdcliError(f"a record of {rows} rows is more than a coded field takes: use another codec")
     used = [(symbols.reshape(-1), table) for symbols, table in streams if symbols.size]
+    placed = list(_placed(used))
     coder = constriction.stream.stack.AnsCoder(GROUND)
-    outside: list[np.ndarray] = []
-    for places, table, escaped in reversed(list(_placed(used))):  # a stack: what is decoded first is encoded last
+    for places, table, _ in reversed(placed):  # a stack: what is decoded first is encoded last
         coder.encode_reverse(places, table.model)
-        outside.insert(0, escaped)
     words = coder.get_compressed().astype("<u4")
-    escapes = np.concatenate(outside).astype("<i4") if outside else np.zeros(0, dtype="<i4")
+    escapes = np.concatenate([np.zeros(0, dtype=np.int32), *(escaped for *_, escaped in placed)]).astype("<i4")
     data = _HEADER.pack(rows, len(escapes), len(words)) + escapes.tobytes() + words.tobytes()
     return torch.frombuffer(bytearray(data), dtype=torch.uint8)
 

@@ -29,19 +29,21 @@ class LayerInput:
 
 
 def language_model(base: Any) -> Any:
-    """The decoder inside of a model without its head, ``language_model`` or Idefics' ``text_model``; None where none has layers."""
-    found = (getattr(base, name, None) for name in ("language_model", "text_model"))
-    return next((one for one in found if hasattr(one, "layers")), None)
+    """The decoder inside of a model without its head: ``language_model``, or Idefics' ``text_model``; AttributeError: none has layers."""
+    for name in ("language_model", "text_model"):
+        if hasattr(getattr(base, name, None), "layers"):
+            return getattr(base, name)
+    raise AttributeError(f"{type(base).__name__} has no language_model with layers")
 
 
 def decoder_layer(model: Any, number: int) -> Any:
     """A layer of the language model; errors by name where it is not there."""
-    text = language_model(model.model)
-    if text is None:
+    try:
+        layers = language_model(model.model).layers
+    except AttributeError:
         raise CompatibilityError(
             f"{type(model).__name__} has no model.language_model.layers: its attention cannot be read"
-        )
-    layers = text.layers
+        ) from None
     if number >= len(layers):
         raise KdcliError(
             f"attention of layer {number}: the model has layers 0 … {len(layers) - 1}; set layer among them"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -182,3 +183,22 @@ def test_the_asking_row_predicts_the_first_response_token(stage: Any, tiny_stude
     model, _ = load_student(str(tiny_student), "sdpa")
     with pytest.raises(AssertionError, match="may be removed"):
         RowForward(model)(batch, ["vision"], Pruning("random", 1, removed=0.5))
+
+
+def test_a_removed_token_that_predicts_is_named_and_never_read_as_another(stage: Any) -> None:
+    """As where an image stands inside an answer: its last vision token predicts the next word, and is not the one that asks."""
+    trainer, (first, *_) = stage("epic-tcd", {"layer": 1, "operator": "fastv"})
+    batch = first.batch
+    vision = batch.rows["vision"].split(list(batch.counts["vision"]))
+    sample = next(number for number, rows in enumerate(vision) if len(rows))
+    answers = list(batch.rows["response"].split(list(batch.counts["response"])))
+    counts = list(batch.counts["response"])
+    answers[sample] = torch.cat([answers[sample][:1], vision[sample][:-1]])
+    counts[sample] = len(answers[sample])
+    batch = replace(
+        batch,
+        rows={**batch.rows, "response": torch.cat(answers)},
+        counts={**batch.counts, "response": tuple(counts)},
+    )
+    with pytest.raises(KdcliError, match=f"row {batch.keys[sample]}: a vision token that predicts"):
+        trainer.model(batch, ("response",), Pruning("fastv", layer=1, keep=4))
