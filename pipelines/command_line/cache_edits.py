@@ -23,12 +23,10 @@ from pipelines.command_line.given import (
     teacher_spec,
 )
 from pipelines.command_line.options import (
-    backend_options,
     config_option,
     data_options,
-    device_option,
     json_option,
-    trust_option,
+    teacher_options,
 )
 from pipelines.command_line.output import console, say, say_summary
 from pipelines.command_line.tour import command
@@ -54,9 +52,7 @@ from pipelines.command_line.tour import command
 @click.option("--workers", type=int, help="Worker processes; default one a GPU.")
 @click.option("--batch-tokens", type=int, help="Padded tokens of one teacher batch, as in the capture.")
 @click.option("--dtype", help="float32, bfloat16, float16; default: as the fields that can be read.")
-@backend_options
-@trust_option
-@device_option
+@teacher_options
 @config_option
 @json_option
 def repair(
@@ -115,9 +111,7 @@ def repair(
 @click.option("--calibration-rows", type=int, help="Rows the teacher reads before the job, to fit codecs.")
 @click.option("--calibration", help="A cache (of `kdcli preflight`, or any) whose calibration to take; '' fits afresh.")
 @click.option("--dtype", help="float32, bfloat16, float16; default: as the other fields.")
-@backend_options
-@trust_option
-@device_option
+@teacher_options
 @config_option
 @json_option
 def add_field(

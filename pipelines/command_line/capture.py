@@ -20,12 +20,11 @@ from pipelines.command_line.given import (
     teacher_spec,
 )
 from pipelines.command_line.options import (
-    backend_options,
     config_option,
     data_options,
-    device_option,
     json_option,
-    trust_option,
+    stored_options,
+    teacher_options,
 )
 from pipelines.command_line.output import console, say, say_summary
 from pipelines.command_line.tour import command
@@ -36,13 +35,7 @@ from pipelines.command_line.tour import command
 @data_options
 @click.option("--out", help="Where the cache goes: a folder or an fsspec URL.")
 @click.option("--shards", type=int, help="Number of shards, fixed for the life of the cache.")
-@click.option("--store", help="compact (top-k), standard (head + sketch + affinity) or exact (bf16 hidden states).")
-@click.option("--fields", help="Single fields instead of a profile, comma-separated (see `kdcli methods`).")
-@click.option("--k", "k", type=int, help="k of the top-k fields.")
-@click.option("--codec", help="Codec of the hidden fields: sketch, bf16, int8, int4 or fp32.")
-@click.option("--parts-without-fields", help="Parts of which only the samples are stored, comma-separated.")
-@click.option("--max-length", type=int, help="Longest row in tokens.")
-@click.option("--over-length", type=click.Choice(["skip", "cut"]), help="What to do with longer rows.")
+@stored_options
 @click.option("--executor", help="local, ray or slurm: who schedules the shards (docs/scaling.md).")
 @click.option("--workers", type=int, help="Worker processes or Ray actors; default one a GPU.")
 @click.option("--ray-address", help="A running Ray cluster, e.g. auto; default: RAY_ADDRESS, else this machine.")
@@ -57,9 +50,7 @@ from pipelines.command_line.tour import command
 @click.option("--staging-gb", type=float, help="Most local temporary disk (TMPDIR) of a worker; for object stores.")
 @click.option("--seed", type=int, help="Seed of the row order.")
 @click.option("--dtype", help="auto, float32, bfloat16, float16.")
-@backend_options
-@trust_option
-@device_option
+@teacher_options
 @config_option
 @json_option
 def cache_teacher(

@@ -22,11 +22,11 @@ from pipelines.command_line.given import (
     train_settings,
 )
 from pipelines.command_line.options import (
-    backend_options,
     config_option,
     data_options,
-    device_option,
     json_option,
+    stored_options,
+    teacher_options,
     trust_option,
 )
 from pipelines.command_line.output import console, say
@@ -88,13 +88,7 @@ def doctor(
 @click.option("--sample", default=512, show_default=True, type=click.IntRange(1), help="Rows to prepare.")
 @click.option("--like", help="A cache of the same settings (a few hundred rows) whose bytes a row are taken.")
 @click.option("--shards", type=int, help="Number of shards.")
-@click.option("--store", help="compact (top-k), standard (head + sketch + affinity) or exact (bf16 hidden states).")
-@click.option("--fields", help="Single fields instead of a profile, comma-separated.")
-@click.option("--k", "k", type=int, help="k of the top-k fields.")
-@click.option("--codec", help="Codec of the hidden fields: sketch, bf16, int8, int4 or fp32.")
-@click.option("--parts-without-fields", help="Parts of which only the samples are stored, comma-separated.")
-@click.option("--max-length", type=int, help="Longest row in tokens.")
-@click.option("--over-length", type=click.Choice(["skip", "cut"]), help="What to do with longer rows.")
+@stored_options
 @click.option("--tokens-per-second", type=float, help="Measured speed of one GPU, text and vision tokens.")
 @click.option("--peak-tflops", default=989.0, show_default=True, help="Of one GPU, where no speed is given.")
 @click.option("--utilisation", default=0.4, show_default=True, help="Share of the peak that is reached.")
@@ -163,9 +157,7 @@ def plan(
 @click.option("--write/--no-write", default=True, show_default=True, help="Write what was chosen into kd.toml.")
 @click.option("--gpus", default=8, show_default=True, help="GPUs of the real job.")
 @click.option("--dtype", help="auto, float32, bfloat16, float16.")
-@backend_options
-@trust_option
-@device_option
+@teacher_options
 @config_option
 @json_option
 def preflight(
