@@ -25,8 +25,9 @@ from teacher_cache.cache_shard import CaptureJob, RowReader, Teacher, cache_shar
 from teacher_cache.errors import KdcliError, naming_full_disk
 from teacher_cache.fields import CalibratedField, Field, create_field
 from teacher_cache.fields.calibration import Calibration
+from teacher_cache.fingerprint import PREPARATION, preparation_version
 from teacher_cache.layout import typical_tokens
-from teacher_cache.plan import Plan, content_hash, known_plan, make_plan, write_plan
+from teacher_cache.plan import Plan, content_hash, known_plan, make_plan, parts_with_images, write_plan
 from teacher_cache.prepare import Limits, Preparer
 from teacher_cache.shards.reader import ColumnReader
 from teacher_cache.shards.storage import Storage
@@ -53,6 +54,7 @@ class CaptureRequest:
         from_samples: the rows come from the cache's own ``samples``, not from ``data``.
         part_of_shards: (i, n): only shards that leave the remainder i when divided by n, for a job that n others do beside it.
         prepare_only: plan, calibrate and describe, and leave all shards to others.
+        version: of the preparation; that of the cache where there is one.
     """
 
     teacher: TeacherSpec
@@ -63,6 +65,7 @@ class CaptureRequest:
     from_samples: bool = False
     part_of_shards: tuple[int, int] | None = None
     prepare_only: bool = False
+    version: int = PREPARATION
 
     def __post_init__(self) -> None:
         number, count = self.part_of_shards or (0, 1)
@@ -99,6 +102,8 @@ def capture(request: CaptureRequest, progress: Callable[[str, int, int], None] =
         raise KdcliError(
             f"parts_without_fields names {', '.join(sorted(unknown))}, but the parts are {', '.join(parts)}"
         )
+    if known := known_plan(storage):  # what an older kdcli began is finished as it was begun
+        request = replace(request, version=preparation_version(known.preparation, storage))
     preparer = make_preparer(request, processor, config)
     for template in sorted({spec.template for spec in request.data}):
         preparer.check_template(template)
@@ -106,6 +111,8 @@ def capture(request: CaptureRequest, progress: Callable[[str, int, int], None] =
     resolve_device(request.teacher)
     fingerprint = teacher_fingerprint(request.teacher, processor, config)
     plan = plan_for(request, storage, preparer, config)
+    for part in parts_with_images(plan.slices):
+        preparer.check_images(part, plan.spec(part).template)
     preflight, taken = adopted(request, storage, fields, fingerprint)
     with naming_full_disk(storage):
         write_plan(storage, plan)  # the first write: what can be refused is refused above
@@ -187,7 +194,7 @@ def adopted(
 
 def make_preparer(request: CaptureRequest, processor: Any, config: Any) -> Preparer:
     kind = StoredPreparer if request.from_samples else Preparer
-    return kind(processor, config, Limits(request.settings.max_length, request.settings.over_length))
+    return kind(processor, config, Limits(request.settings.max_length, request.settings.over_length), request.version)
 
 
 def plan_for(request: CaptureRequest, storage: Storage, preparer: Preparer, config: Any) -> Plan:

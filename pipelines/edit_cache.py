@@ -13,6 +13,7 @@ from pipelines.settings import CaptureSettings
 from student_train.cache import Cache
 from teacher_cache.errors import CacheError, CompatibilityError, KdcliError
 from teacher_cache.fields import Field, create_field
+from teacher_cache.fingerprint import preparation_version
 from teacher_cache.plan import difference, read_plan
 from teacher_cache.shards.commit import committed_shards
 from teacher_cache.shards.storage import Storage
@@ -47,7 +48,8 @@ def add_fields(
     preparation = cache.plan.preparation
     own = {"max_length": preparation["max_length"], "over_length": preparation["over_length"]}
     settings = replace(settings, fields=tuple(fields), **own)
-    request = CaptureRequest(spec, (), url, settings, params, from_samples=True)
+    version = preparation_version(preparation, cache.storage)
+    request = CaptureRequest(spec, (), url, settings, params, from_samples=True, version=version)
     refuse_wants(spec, wants_of(fields))
     processor, config = load_processor(spec)
     check_preparation(cache, spec, make_preparer(request, processor, config).fingerprint())

@@ -14,18 +14,19 @@ from typing import Any
 
 import torch
 
-from pipelines.evaluation.answers import MAX_NEW_TOKENS, Compression, answer, answer_nats, prompt_of
+from pipelines.evaluation.answers import MAX_NEW_TOKENS, Compression, answer, answer_nats, check_asking, prompt_of
 from pipelines.evaluation.metrics import DEFAULT, metric_module
 from pipelines.evaluation.questions import read_questions, references, with_suffix
 from pipelines.evaluation.score import Answer, score
 from student_train.compressors import CompressorSpec
 from student_train.pruning import Pruning, operator_modules
 from student_train.student import RowForward, load_student, open_student
-from teacher_cache.errors import DataError, KdcliError
+from teacher_cache.chat import chat_of
+from teacher_cache.errors import DataError, KdcliError, SkipRow
 from teacher_cache.prepare import Limits, Preparer
 from teacher_cache.records import Sample, SkipRecord
 from teacher_cache.sources import DataSpec
-from teacher_cache.templates import find_template
+from teacher_cache.templates import find_template, write_prompt
 
 
 def evaluate(
@@ -50,7 +51,11 @@ def evaluate(
     if max_new_tokens < 1:
         raise KdcliError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
     model.eval()
-    questions, skipped = usable_questions(spec, prompt_suffix)
+    check_asking(processor, spec.template)
+    chat = chat_of(processor)
+    questions, skipped = usable_questions(
+        spec, prompt_suffix, lambda row: write_prompt(spec.template, chat, row.turns[:-1])
+    )
     student, preparer = RowForward(model), Preparer(processor, model.config, Limits(max_length=1 << 60))
     # A generator each: what is kept must not depend on what else is measured.
     compression, forced = (
@@ -69,15 +74,23 @@ def evaluate(
     return {**score(answers, metrics), **how, "skipped": skipped, "answers": answers}
 
 
-def usable_questions(spec: DataSpec, prompt_suffix: str = "") -> tuple[list[Sample], dict[str, int]]:
-    """(rows that can be scored, rows that cannot by reason); DataError where none can."""
+def usable_questions(
+    spec: DataSpec, prompt_suffix: str = "", ask: Callable[[Sample], Any] = lambda row: None
+) -> tuple[list[Sample], dict[str, int]]:
+    """(rows that can be scored, rows that cannot by reason); DataError where none can. ask: raises SkipRow where a model cannot be asked."""
     questions: list[Sample] = []
     skipped: dict[str, int] = defaultdict(int)
     for row in read_questions(spec):
         if isinstance(row, SkipRecord):
             skipped[row.reason] += 1
+            continue
+        question = with_suffix(row, prompt_suffix)
+        try:
+            ask(question)
+        except SkipRow as skip:
+            skipped[skip.reason] += 1
         else:
-            questions.append(with_suffix(row, prompt_suffix))
+            questions.append(question)
     if not questions:
         reasons = ", ".join(f"{count} {reason}" for reason, count in skipped.items()) or "it is empty"
         raise DataError(f"{spec.path}: no row can be scored ({reasons})")

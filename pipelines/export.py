@@ -129,7 +129,7 @@ def write_folder(model: Any, processor: Any, spec: CompressorSpec | None, folder
 
 def prepare_check(model: Any, processor: Any, rows: Path) -> dict[str, torch.Tensor]:
     """Logits of the student as it was trained; rows: where the questions go."""
-    return expected_logits(model, processor, write_rows(rows), rows)
+    return expected_logits(model, processor, write_rows(rows, processor), rows)
 
 
 def run_check(model: Any, processor: Any, draft: Path, rows: Path, exact: dict[str, torch.Tensor]) -> dict[str, Any]:

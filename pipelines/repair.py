@@ -22,6 +22,7 @@ from pipelines.settings import CaptureSettings
 from student_train.cache import Cache
 from teacher_cache.cache_shard import CaptureJob
 from teacher_cache.errors import CacheError, CompatibilityError, KdcliError, naming_full_disk
+from teacher_cache.fingerprint import preparation_version
 from teacher_cache.plan import Plan, difference
 from teacher_cache.shards.mender import ShardMender, ShardReplacer
 from teacher_cache.shards.storage import Storage
@@ -121,7 +122,8 @@ def plan_request(request: RepairRequest, plan: Plan | None) -> CaptureRequest:
         return CaptureRequest(request.teacher, request.data, request.url, request.settings, {})
     data = request.data or tuple(part.spec for part in plan.parts)
     settings = replace(plan_settings(request.settings, plan), shards=len(plan.slices), seed=plan.seed)
-    return CaptureRequest(request.teacher, data, request.url, settings, {})
+    version = preparation_version(plan.preparation, request.url)
+    return CaptureRequest(request.teacher, data, request.url, settings, {}, version=version)
 
 
 def plan_settings(settings: CaptureSettings, plan: Plan) -> CaptureSettings:
@@ -240,7 +242,8 @@ class Repairing:
 
     def _from_samples(self) -> CaptureRequest:
         settings = plan_settings(self.request.settings, self.cache.plan)
-        return CaptureRequest(self.spec, (), self.request.url, settings, {}, from_samples=True)
+        version = preparation_version(self.cache.plan.preparation, self.storage)
+        return CaptureRequest(self.spec, (), self.request.url, settings, {}, from_samples=True, version=version)
 
     def _redo(self, capture: CaptureRequest, job: CaptureJob, left: dict[int, list[str]]) -> None:
         total = sum(job.plan.slices[shard].rows for shard in left)

@@ -31,6 +31,7 @@ from teacher_cache.codecs import container
 from teacher_cache.errors import CacheError, KdcliError
 from teacher_cache.fields import CalibratedField, Field, create_field
 from teacher_cache.fields.calibration import Calibration
+from teacher_cache.fingerprint import PREPARATION
 from teacher_cache.plan import Plan, content_hash
 from teacher_cache.shards.sealed import seal, unseal
 from teacher_cache.shards.storage import Storage
@@ -73,16 +74,18 @@ def commits_of(storage: Storage, column: str) -> Iterator[bytes]:
 def restore_manifest(request: CaptureRequest, teacher: LoadedTeacher) -> Plan:
     """Plan again; CacheError where the commits are bound to another plan than these flags mean."""
     storage = Storage(request.out)
-    preparer = make_preparer(request, teacher.processor, teacher.config)
-    plan = plan_for(request, storage, preparer, teacher.config)
     columns = ["samples", *(f"fields/{name}" for name in storage.names("fields"))]
-    if not is_named(plan.plan_hash, (data for column in columns for data in commits_of(storage, column))):
-        raise CacheError(
-            f"{storage}/manifest.json cannot be read, and its shards are of another plan than {plan.plan_hash[:12]}, which these flags "
-            "mean: give teacher, data, --shards, --seed, --max-length and --over-length as in the capture"
-        )
-    storage.put_bytes(plan.to_bytes(), "manifest.json")
-    return plan
+    plans = []
+    for version in range(PREPARATION, 0, -1):  # the flags do not say which one captured
+        preparer = make_preparer(replace(request, version=version), teacher.processor, teacher.config)
+        plans.append(plan_for(request, storage, preparer, teacher.config))
+        if is_named(plans[-1].plan_hash, (data for column in columns for data in commits_of(storage, column))):
+            storage.put_bytes(plans[-1].to_bytes(), "manifest.json")
+            return plans[-1]
+    raise CacheError(
+        f"{storage}/manifest.json cannot be read, and its shards are of another plan than {plans[0].plan_hash[:12]}, which these flags "
+        "mean: give teacher, data, --shards, --seed, --max-length and --over-length as in the capture"
+    )
 
 
 def named_files(body: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:

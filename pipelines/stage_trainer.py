@@ -23,7 +23,7 @@ from student_train.teacher_view import TeacherSignals
 from student_train.trainer import Trainer
 from teacher_cache.errors import CompatibilityError, KdcliError
 from teacher_cache.known_text import same_text_side
-from teacher_cache.prepare import Limits, Preparer
+from teacher_cache.prepare import Preparer
 
 STATES = ("vision_hidden", "response_hidden", "vision_features")
 """Fields whose rows are as wide as the teacher."""
@@ -65,8 +65,8 @@ def make_trainer(
         student = student.to(processes.device)
     signals = open_signals(cache, plan.served, processes.device)
     # A row that the capture cut at a turn border must be cut at the same border here.
-    limits = Limits(plan.settings.max_length, cache.plan.preparation["over_length"])
-    preparer = Preparer(with_grid(processor, compressor_of(model.config), training=True), model.config, limits)
+    reader = with_grid(processor, compressor_of(model.config), training=True)
+    preparer = Preparer.like(cache.plan.preparation, reader, model.config, plan.settings.max_length)
     templates = {part: cache.template(part) for part in plan.parts}
     matching = hook(plan.method, "alignment")()
     same_grid = row_aligned(plan)

@@ -30,7 +30,7 @@ from teacher_cache.shards.storage import Storage
 from teacher_cache.teachers.low_rank import LowRankHead
 
 _FILE = {"path": str, "sha256": str}
-_PREPARATION = {"max_length": COUNT, "over_length": str}
+_PREPARATION = {"max_length": COUNT, "over_length": str, "version?": COUNT}
 _TEACHER = {
     **dict.fromkeys(("head_width", "hidden_size"), COUNT),
     **dict.fromkeys(("dtype", "attn_implementation"), str),

@@ -1,10 +1,28 @@
-"""What makes two processors the same: the tokenizer, the chat template and the image processor, by hash."""
+"""What makes two preparations the same: the tokenizer, the chat template and the image processor, by hash; and the version of our own."""
 
 from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from typing import Any
+
+from teacher_cache.errors import CompatibilityError
+
+PREPARATION = 2
+"""How rows become tokens and pixels. 1: content of a chat always as parts, never with the tokenizer's own first token, and EXIF orientation
+not applied."""
+
+
+def preparation_version(preparation: Mapping[str, Any], place: object = "the cache") -> int:
+    """Of a plan; CompatibilityError where a later kdcli made it."""
+    version = int(preparation.get("version", 1))
+    if not 1 <= version <= PREPARATION:
+        raise CompatibilityError(
+            f"{place}: its rows were prepared by version {version}, and this kdcli prepares by versions 1 to {PREPARATION}: "
+            "use the kdcli that made it, or a later one"
+        )
+    return version
 
 
 def processor_fingerprint(processor: Any) -> dict[str, Any]:
@@ -12,9 +30,14 @@ def processor_fingerprint(processor: Any) -> dict[str, Any]:
     tokenizer = processor.tokenizer
     return {
         "tokenizer": {"sha256": tokenizer_hash(tokenizer), "length": len(tokenizer)},
-        "chat_template": text_hash(getattr(processor, "chat_template", None) or tokenizer.chat_template or ""),
+        "chat_template": _template_hash(getattr(processor, "chat_template", None) or tokenizer.chat_template or ""),
         "image_processor": image_processor_fingerprint(processor.image_processor),
     }
+
+
+def _template_hash(template: str | Mapping[str, str]) -> str:
+    """Some models have several by name."""
+    return text_hash(template if isinstance(template, str) else json.dumps(template, sort_keys=True))
 
 
 def text_hash(text: str) -> str:

@@ -56,7 +56,7 @@ class KnownText:
 
     def _from_tokens(self, sample: Sample, text: TextTokens, key: str, max_image_pixels: int) -> Prepared | None:
         """None where the processor gives no plain row of image tokens for an image."""
-        images = [decode_image(image, max_image_pixels) for image in sample.images]
+        images = [decode_image(image, max_image_pixels, self.preparer.upright) for image in sample.images]
         if len(images) != len(text.image_at):
             return None
         try:

@@ -270,6 +270,11 @@ def parse_plan(data: bytes, place: str) -> Plan:
     return plan
 
 
+def parts_with_images(slices: Sequence[Slice]) -> list[str]:
+    """Parts of which any row names an image."""
+    return sorted({one.part for one in slices if any(group.images for group in one.groups)})
+
+
 def write_plan(storage: Storage, plan: Plan) -> None:
     """Write ``manifest.json`` first, or check that the one there is the same plan; CacheError with a diff where it is not."""
     if not storage.exists("manifest.json") and storage.put_new("manifest.json", plan.to_bytes()):

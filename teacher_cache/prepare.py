@@ -14,10 +14,12 @@ from functools import cached_property
 from typing import Any
 
 import numpy as np
+import PIL.Image
 import torch
 
+from teacher_cache.chat import Chat
 from teacher_cache.errors import CompatibilityError, KdcliError, SkipRow
-from teacher_cache.fingerprint import processor_fingerprint
+from teacher_cache.fingerprint import PREPARATION, preparation_version, processor_fingerprint
 from teacher_cache.layout import image_layout
 from teacher_cache.records import KINDS_OF_TOKENS, ROLES, ImageLayout, Prepared, Sample, TextTokens, Turn
 from teacher_cache.rendering import Rendered, expanded, image_text
@@ -42,11 +44,14 @@ class Preparer:
 
     Args:
         processor: the model's ``AutoProcessor``. config: its configuration (image token id, patch size).
+        version: ``PREPARATION``; an earlier one for the rows of a cache that was made by it (``like``).
     """
 
-    def __init__(self, processor: Any, config: Any, limits: Limits = Limits()):
-        self.processor, self.config, self.limits = processor, config, limits
+    def __init__(self, processor: Any, config: Any, limits: Limits = Limits(), version: int = PREPARATION):
+        self.processor, self.config, self.limits, self.version = processor, config, limits, version
         self.tokenizer = processor.tokenizer
+        self.chat = Chat(processor, version)
+        self.upright = version > 1
         self.image_token_id = int(config.image_token_id)
         self._text_alone: set[str] = set()
         """Templates of which a row without images was seen to become what the tokenizer alone says: no processor is asked again."""
@@ -58,41 +63,65 @@ class Preparer:
                 f"image token id {self.image_token_id} is not in the tokenizer: not this model's processor"
             )
 
+    @classmethod
+    def like(
+        cls, preparation: Mapping[str, Any], processor: Any, config: Any, max_length: int | None = None
+    ) -> Preparer:
+        """Prepares as the rows of a cache were, a student's too. preparation: of its plan. max_length: another limit of tokens."""
+        limits = Limits(max_length or preparation["max_length"], preparation["over_length"])
+        return cls(processor, config, limits, preparation_version(preparation))
+
     def fingerprint(self) -> dict[str, Any]:
-        """What decides how rows become tokens and pixels, JSON-able."""
+        """What decides how rows become tokens and pixels, JSON-able. Version 1 had no number."""
         return {
             **processor_fingerprint(self.processor),
             "max_length": self.limits.max_length,
             "over_length": self.limits.over_length,
+            **({"version": self.version} if self.version > 1 else {}),
         }
 
     def prepare(self, sample: Sample, template: str = "chat", max_image_pixels: int = 89_478_485) -> Prepared:
         """Tokens, pixels and row positions of one row; SkipRow with a reason where the row cannot be used."""
         check_turns(sample)
-        images = [decode_image(image, max_image_pixels) for image in sample.images]
+        images = [decode_image(image, max_image_pixels, self.upright) for image in sample.images]
         return self._prepare(sample, template, images, row_key(sample))
 
     def check_template(self, template: str) -> None:
         """Before any row is read: CompatibilityError or KdcliError where ``template`` cannot be used with this model."""
+        if template == "chat":
+            self.chat.check()
         turns = tuple(Turn(role, f"{role} {number}") for number in (1, 2) for role in ("user", "assistant"))
         with suppress(SkipRow):  # a probe over the length limit says nothing about the template
             self._prepare(Sample("", 0, "", "a probe row", turns), template, [], "probe")
+
+    def check_images(self, part: str, template: str) -> None:
+        """Before a job whose part ``part`` has images: CompatibilityError where no row with an image can become tokens and pixels."""
+        try:
+            if template == "chat":
+                self.chat.check(images=True)
+            turns = (Turn("user", f"{PLACEHOLDER}\nWhat is this?"), Turn("assistant", "A fact."))
+            self._prepare(Sample("", 0, "", "a probe row", turns), template, [PIL.Image.new("RGB", (64, 64))], "probe")
+        except SkipRow as skip:
+            if skip.reason != "over_length":  # how long a row is depends on its image
+                raise CompatibilityError(f"part {part}: no row with an image can be used: {skip.detail}") from None
+        except CompatibilityError as error:
+            raise CompatibilityError(f"part {part}: {error}") from None
 
     def _prepare(self, sample: Sample, template: str, images: list[Any], key: str) -> Prepared:
         special = self._reserved_by(template)
         if special and (found := next(filter(None, (special.search(t.text) for t in sample.turns)), None)):
             raise SkipRow("reserved_token", f"the text holds {found.group()!r}, which the tokenizer reserves")
         image = self._image_text if template == "plain" else PLACEHOLDER
-        rendered = find_template(template).render(self._chat_owner(), sample.turns, image)
-        text = self._tokenize(rendered, template)
+        rendered = find_template(template).render(self.chat, sample.turns, image)
+        text = self._tokenize(rendered)
         input_ids = text.ids.to(torch.int64)
         inputs: dict[str, torch.Tensor] = {}
         if images or template not in self._text_alone:
-            inputs, replaced = self._expand(rendered.text, images, template)
+            inputs, replaced = self._expand(rendered, images)
             input_ids = inputs.pop("input_ids")[0].to(torch.int64)
             if not torch.equal(input_ids[input_ids != self.image_token_id].to(torch.uint32), text.ids):
                 # The processor writes text of its own around an image.
-                text = self._tokenize(expanded(rendered, replaced), template)
+                text = self._tokenize(expanded(rendered, replaced))
             if not torch.equal(input_ids[input_ids != self.image_token_id].to(torch.uint32), text.ids):
                 raise CompatibilityError(
                     f"{sample.place}: the processor's expansion changes text tokens; this family is not supported"
@@ -133,13 +162,12 @@ class Preparer:
             pixels=pixels,
             turns=len(sample.turns),
             images=sample.images[: len(images)],
+            upright=self.upright,
         )
 
-    def _tokenize(self, rendered: Rendered, template: str) -> TextTokens:
+    def _tokenize(self, rendered: Rendered) -> TextTokens:
         """Tokens of the text without the images, each with its turn, role and label flag, by character offsets."""
-        encoded = self.tokenizer(
-            rendered.text, add_special_tokens=TEMPLATES[template].begins, return_offsets_mapping=True
-        )
+        encoded = self.tokenizer(rendered.text, add_special_tokens=rendered.begins, return_offsets_mapping=True)
         # numpy: a dozen operations on a handful of tokens, each several times cheaper than torch's.
         ids = np.array(encoded["input_ids"], dtype=np.int64)
         spans = np.array(encoded["offset_mapping"], dtype=np.int64).reshape(-1, 2)
@@ -161,12 +189,10 @@ class Preparer:
         ids_N, role_N, turn_N, response_N = map(torch.from_numpy, columns)
         return TextTokens(ids_N, role_N, turn_N, response_N, image_at)
 
-    def _expand(
-        self, text: str, images: list[Any], template: str
-    ) -> tuple[dict[str, torch.Tensor], list[dict[str, Any]]]:
+    def _expand(self, rendered: Rendered, images: list[Any]) -> tuple[dict[str, torch.Tensor], list[dict[str, Any]]]:
         """(the processor's tensors, what it wrote in place of each image: ``span`` in the text, ``replacement``)"""
-        arguments: dict[str, Any] = {"text": [text], "return_tensors": "pt"}
-        arguments["add_special_tokens"] = TEMPLATES[template].begins
+        arguments: dict[str, Any] = {"text": [rendered.text], "return_tensors": "pt"}
+        arguments["add_special_tokens"] = rendered.begins
         if images:
             # A list in a list: the images of one row (OneVision sees several images of a row otherwise than one).
             arguments |= {"images": [images], "return_text_replacement_offsets": True}
@@ -188,7 +214,7 @@ class Preparer:
 
     @cached_property
     def _image_text(self) -> str:
-        return image_text(self._chat_owner(), str(getattr(self.processor, "image_token", PLACEHOLDER)))
+        return image_text(self.chat.owner, self.chat.image)
 
     def _layout(self, images: list[Any], inputs: Mapping[str, Any], tokens: int, place: str) -> tuple[ImageLayout, ...]:
         if not images:
@@ -217,11 +243,13 @@ class Preparer:
             self._reserved[template] = re.compile("|".join(map(re.escape, sorted(reserved)))) if reserved else None
         return self._reserved[template]
 
-    def _chat_owner(self) -> Any:
-        return self.processor if getattr(self.processor, "chat_template", None) else self.tokenizer
-
 
 def token_counter(processor: Any, config: Any, templates: Mapping[str, str]) -> Callable[[Sample], int]:
-    """Counts a row's tokens, image tokens included, as capture would; may raise SkipRow. templates: part → template."""
+    """Counts a row's tokens, image tokens included, as capture would; may raise SkipRow. templates: part → template.
+
+    CompatibilityError or KdcliError where one of them cannot be used with this model.
+    """
     preparer = Preparer(processor, config, Limits(max_length=1 << 60))
+    for template in sorted(set(templates.values())):
+        preparer.check_template(template)
     return lambda sample: len(preparer.prepare(sample, templates[sample.part]))

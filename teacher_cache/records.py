@@ -166,6 +166,7 @@ class Prepared:
         turns: turns of the row that are in it, the first ones; fewer than it has where ``over_length = "cut"`` dropped some.
             None: all.
         images: the row's images as the mixture holds them (the sample's own bytes), for a teacher that reads images itself.
+        upright: whether their EXIF orientation was applied.
     """
 
     key: str
@@ -180,6 +181,7 @@ class Prepared:
     pixels: Mapping[str, torch.Tensor]
     turns: int | None = None
     images: tuple[Image, ...] = ()
+    upright: bool = True
 
     def __len__(self) -> int:
         return int(self.input_ids.shape[0])

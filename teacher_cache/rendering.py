@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
-
-from jinja2 import TemplateError
 
 
 @dataclass(frozen=True)
@@ -14,6 +12,7 @@ class Rendered:
     """A row as one string: ``turns[i]`` is the character span of turn i and ``roles[i]`` who speaks, ``answers`` the label spans.
 
     images: where each image begins; None: images are not written out, each is one image token.
+    begins: the tokenizer's own first token (``<s>`` of Llama) goes before the text; False: the template writes what it needs.
     """
 
     text: str
@@ -21,6 +20,7 @@ class Rendered:
     roles: list[str]
     answers: list[tuple[int, int]]
     images: list[int] | None = None
+    begins: bool = True
 
 
 def expanded(rendered: Rendered, replaced: Sequence[Mapping[str, Any]]) -> Rendered:
@@ -39,7 +39,8 @@ def expanded(rendered: Rendered, replaced: Sequence[Mapping[str, Any]]) -> Rende
         return place + sum(longer for end, longer in moved if end <= place)
 
     spans = [[(follow(a), follow(b)) for a, b in each] for each in (rendered.turns, rendered.answers)]
-    return Rendered("".join([*text, rendered.text[at:]]), spans[0], rendered.roles, spans[1], images)
+    whole = "".join([*text, rendered.text[at:]])
+    return replace(rendered, text=whole, turns=spans[0], answers=spans[1], images=images)
 
 
 def image_text(owner: Any, token: str) -> str:
@@ -52,7 +53,7 @@ def image_text(owner: Any, token: str) -> str:
             owner.apply_chat_template([{"role": "user", "content": content}], tokenize=False)
             for content in ([image, mark], [mark])
         )
-    except (TemplateError, TypeError):  # a template for strings
+    except Exception:  # a template for strings, or a broken one: it is a program and raises what it likes
         return token
     before, prefix = shown.partition(mark["text"])[0], plain.partition(mark["text"])[0]
     written = before.removeprefix(prefix).strip() if before.startswith(prefix) else ""

@@ -4,7 +4,7 @@ Decisions about images, the same for teacher and student:
 
 - An animated image (GIF, WebP, APNG) counts as its first frame, as in LLaVA's and transformers' loaders.
 - A file whose content and extension differ (GIF renamed ``.jpg``) is used if it decodes; ``doctor`` mentions it.
-- EXIF orientation is not applied: pixels are taken as stored, as training code does.
+- EXIF orientation is applied, as in transformers' own loader: the picture stands as a viewer shows it. Damaged EXIF data say nothing.
 - Transparency is laid over white. Dropping the alpha channel would show whatever colour lies under it, mostly black,
   and black text on a transparent ground would vanish.
 - 16-bit grey is scaled to 8 bits; floating-point pixels have no agreed range and are refused.
@@ -28,6 +28,22 @@ PLACEHOLDER = "<image>"
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
 
 TILE_WIDTH, TILE_LENGTH = 322, 323
+ORIENTATION = 0x0112
+TURNS = dict(
+    zip(
+        range(2, 9),
+        (
+            PIL.Image.Transpose.FLIP_LEFT_RIGHT,
+            PIL.Image.Transpose.ROTATE_180,
+            PIL.Image.Transpose.FLIP_TOP_BOTTOM,
+            PIL.Image.Transpose.TRANSPOSE,
+            PIL.Image.Transpose.ROTATE_270,
+            PIL.Image.Transpose.TRANSVERSE,
+            PIL.Image.Transpose.ROTATE_90,
+        ),
+    )
+)
+"""By EXIF orientation (1: as stored)."""
 SMALL_TILE = 1 << 22
 """Pixels of a TIFF's tile that may be more than those of its image."""
 
@@ -85,8 +101,10 @@ def _check_order(turns: tuple[Turn, ...]) -> None:
             raise SkipRow("bad_turn_order", f"turn {first + number} is by {turn.role}, expected {expected}")
 
 
-def decode_image(image: Image, max_pixels: int) -> PIL.Image.Image:
+def decode_image(image: Image, max_pixels: int, upright: bool = True) -> PIL.Image.Image:
     """The image as RGB, 8 bits a channel, fully loaded. See the head of this file for animation, alpha and 16 bits.
+
+    upright: EXIF orientation is applied; False: pixels are taken as stored, as preparation version 1 did.
 
     The size is checked on the header before any pixel is decoded. Pillow itself refuses more than 178,956,970 pixels
     whatever ``max_pixels`` says.
@@ -102,7 +120,7 @@ def decode_image(image: Image, max_pixels: int) -> PIL.Image.Image:
             _check_pixels(image.name, opened.size, max_pixels)
             _check_pixels(image.name, _tile(opened), max(max_pixels, SMALL_TILE))
             opened.load()
-            return to_rgb(opened)
+            return to_rgb(stand_up(opened) if upright else opened)
     except (SkipRow, MemoryError):
         raise  # running out of memory says nothing about the row
     except (PIL.Image.DecompressionBombError, PIL.Image.DecompressionBombWarning) as error:
@@ -112,6 +130,16 @@ def decode_image(image: Image, max_pixels: int) -> PIL.Image.Image:
         raise SkipRow("image_corrupt", f"{image.name!r} is no image of a known kind, begins with {start!r}") from error
     except Exception as error:  # damaged bytes make Pillow's decoders raise nearly anything (struct, index, value, …)
         raise SkipRow("image_corrupt", f"{image.name!r}: {type(error).__name__}: {str(error)[:120]}") from error
+
+
+def stand_up(image: PIL.Image.Image) -> PIL.Image.Image:
+    """The image as its EXIF orientation wants it shown; itself where it has none."""
+    try:
+        orientation = image.getexif().get(ORIENTATION, 1)
+    except Exception:  # damaged EXIF data raise nearly anything, and the pixels are whole
+        return image
+    turn = TURNS.get(orientation)
+    return image if turn is None else image.transpose(turn)
 
 
 def _check_pixels(name: str, size: tuple[int, int], most: int) -> None:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from teacher_cache.chat import Chat
 from teacher_cache.errors import CompatibilityError, KdcliError
 from teacher_cache.fingerprint import text_hash
 from teacher_cache.records import Turn
@@ -21,16 +22,15 @@ from teacher_cache.rows import PLACEHOLDER
 class Template:
     """
     Attributes:
-        render: (owner of the chat template, turns, what the model's text has for an image) → the row; only ``plain`` asks for the last.
+        render: (the model's chat template, turns, what the model's text has for an image) → the row; only ``chat`` asks for the first,
+            only ``plain`` for the last. SkipRow where a row cannot be written.
         tokens: what the template writes that the tokenizer must know, each as one token of its own; no row may hold them.
-        prompt: (owner, turns that end with the user's) → what a model is given to answer; None: the template asks nothing.
-        begins: the tokenizer's own first token (``<s>`` of Llama) goes before the text; False: the template writes what it needs.
+        prompt: turns that end with the user's → what a model is given to answer; None: as the model's chat template asks.
     """
 
     render: Callable[[Any, Sequence[Turn], str], Rendered]
     tokens: tuple[str, ...] = ()
-    prompt: Callable[[Any, Sequence[Turn]], str] | None = None
-    begins: bool = True
+    prompt: Callable[[Sequence[Turn]], str] | None = None
 
 
 def find_template(name: str) -> Template:
@@ -39,13 +39,11 @@ def find_template(name: str) -> Template:
     return TEMPLATES[name]
 
 
-def write_prompts(name: str, owner: Any, rows: Sequence[Sequence[Turn]]) -> tuple[list[str], bool]:
-    """(what a model is given to answer each row's last question, whether the tokenizer's first token goes before it). A model of captions
-    is asked as its chat template asks."""
-    template = find_template(name)
-    asking = template if template.prompt else TEMPLATES["chat"]
-    assert asking.prompt is not None
-    return [asking.prompt(owner, turns) for turns in rows], asking.begins
+def write_prompt(name: str, chat: Chat, turns: Sequence[Turn]) -> tuple[str, bool]:
+    """(what a model is given to answer the last question, whether the tokenizer's first token goes before it); SkipRow where the model's
+    chat template refuses the row. A model of captions is asked as its chat template asks."""
+    prompt = find_template(name).prompt
+    return (prompt(turns), True) if prompt else chat.prompt(turns)
 
 
 def check_tokens(name: str, tokenizer: Any, image_token: str) -> None:
@@ -88,7 +86,8 @@ def template_fingerprint(name: str) -> dict[str, Any]:
         Turn("assistant", " b"),
     )
     made = [asdict(template.render(None, turns, PLACEHOLDER)) for turns in (talk, (Turn("system", "s"), *talk))]
-    return {"template": {"name": name, "sha256": text_hash(json.dumps([made, template.tokens, template.begins]))}}
+    begins = all([one.pop("begins") for one in made])  # apart: so hashes of older caches stay what they are
+    return {"template": {"name": name, "sha256": text_hash(json.dumps([made, template.tokens, begins]))}}
 
 
 # plain and chat
@@ -103,60 +102,9 @@ def render_plain(owner: Any, turns: Sequence[Turn], image: str = PLACEHOLDER) ->
     return Rendered(text, spans, ["user", "assistant"], spans[1:])
 
 
-def render_chat(owner: Any, turns: Sequence[Turn], image: str = PLACEHOLDER) -> Rendered:
-    """The model's own template. Answer spans are prefix differences, so they hold for templates without generation tags; the
-    end-of-turn token is a label, white space that the template writes after it is not."""
-    _need_template(owner)
-    messages = _messages(turns)
-
-    def prefix(count: int, prompt: bool = False) -> str:
-        return owner.apply_chat_template(messages[:count], tokenize=False, add_generation_prompt=prompt)
-
-    ends = [prefix(i + 1) for i in range(len(turns))]
-    text, spans, answers = ends[-1], [], []
-    for i, turn in enumerate(turns):
-        if not text.startswith(ends[i]):
-            raise CompatibilityError(
-                "the chat template rewrites earlier turns (its prefixes differ): labels cannot be placed"
-            )
-        start = len(ends[i - 1]) if i else 0
-        spans.append((start, len(ends[i])))
-        if turn.role == "assistant":
-            prompt = prefix(i, prompt=True)
-            if not ends[i].startswith(prompt):
-                raise CompatibilityError(
-                    "the chat template's generation prompt is no prefix of its answers: labels cannot be placed"
-                )
-            answers.append((len(prompt), len(ends[i].rstrip())))
-    return Rendered(text, spans, [turn.role for turn in turns], answers)
-
-
-def chat_prompt(owner: Any, turns: Sequence[Turn]) -> str:
-    _need_template(owner)
-    return str(owner.apply_chat_template(_messages(turns), tokenize=False, add_generation_prompt=True))
-
-
-def _need_template(owner: Any) -> None:
-    if not owner.chat_template:
-        raise CompatibilityError('the model has no chat template: use template = "plain" or a model that has one')
-
-
-def _messages(turns: Sequence[Turn]) -> list[dict[str, Any]]:
-    return [{"role": turn.role, "content": content(turn.text)} for turn in turns]
-
-
-def content(text: str) -> list[dict[str, str]]:
-    """LLaVA text with placeholders → message content; newlines that only set the placeholder apart are the template's business."""
-    pieces = text.split(PLACEHOLDER)
-    if len(pieces) == 1:
-        return [{"type": "text", "text": text}]
-    parts: list[dict[str, str]] = []
-    for i, piece in enumerate(pieces):
-        if i:
-            parts.append({"type": "image"})
-        if stripped := piece.strip("\n"):
-            parts.append({"type": "text", "text": stripped})
-    return parts
+def render_chat(owner: Chat, turns: Sequence[Turn], image: str = PLACEHOLDER) -> Rendered:
+    """The model's own template (``chat.py``)."""
+    return owner.render(turns)
 
 
 # v1 and qwen_1_5: LLaVA's conversations of these names
@@ -192,8 +140,8 @@ def render_v1(owner: Any, turns: Sequence[Turn], image: str = PLACEHOLDER) -> Re
     return Rendered(text, spans, [turn.role for turn in turns], answers)
 
 
-def v1_prompt(owner: Any, turns: Sequence[Turn]) -> str:
-    return render_v1(owner, turns).text + V1_NAMES["assistant"]
+def v1_prompt(turns: Sequence[Turn]) -> str:
+    return render_v1(None, turns).text + V1_NAMES["assistant"]
 
 
 QWEN_SYSTEM = "You are a helpful assistant."
@@ -217,8 +165,8 @@ def render_qwen(owner: Any, turns: Sequence[Turn], image: str = PLACEHOLDER) -> 
     return Rendered(text, spans, [turn.role for turn in turns], answers)
 
 
-def qwen_prompt(owner: Any, turns: Sequence[Turn]) -> str:
-    return render_qwen(owner, turns).text + f"{TURN_START}assistant\n"
+def qwen_prompt(turns: Sequence[Turn]) -> str:
+    return render_qwen(None, turns).text + f"{TURN_START}assistant\n"
 
 
 def image_first(text: str) -> str:
@@ -234,7 +182,7 @@ def _system(turns: Sequence[Turn], default: str) -> tuple[str, Sequence[Turn]]:
 
 
 TEMPLATES: dict[str, Template] = {
-    "chat": Template(render_chat, prompt=chat_prompt, begins=False),
+    "chat": Template(render_chat),
     "plain": Template(render_plain),
     "v1": Template(render_v1, (V1_END,), v1_prompt),
     "qwen_1_5": Template(render_qwen, (TURN_START, TURN_END), qwen_prompt),

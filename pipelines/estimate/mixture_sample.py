@@ -129,6 +129,8 @@ def sample_mixture(
     found = []
     for spec, source, groups in scanned:
         part = spec.part
+        if any(group.images for group in groups):
+            preparer.check_images(part, spec.template)
         usable: list[SampledRow] = []
         skipped: list[SkipRecord] = []
         locator = sum(len(json.dumps(asdict(g), indent=1)) for g in groups[:64]) / max(1, len(groups[:64]))

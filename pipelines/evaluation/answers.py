@@ -13,13 +13,14 @@ from student_train.losses.divergences import cross_entropy
 from student_train.pruning import Pruning
 from student_train.student import RowForward
 from teacher_cache.batch import collate
-from teacher_cache.errors import SkipRow
+from teacher_cache.chat import chat_of
+from teacher_cache.errors import CompatibilityError, SkipRow
 from teacher_cache.prepare import Preparer
 from teacher_cache.records import Prepared, Sample, Turn
 from teacher_cache.rows import PLACEHOLDER, decode_image
 from teacher_cache.sources import DataSpec
 from teacher_cache.teachers.head import CHUNK_BYTES, chunk_rows, head_logits
-from teacher_cache.templates import write_prompts
+from teacher_cache.templates import find_template, write_prompt
 
 MAX_NEW_TOKENS = 32
 
@@ -53,6 +54,12 @@ def prompt_of(row: Sample, max_image_pixels: int = DataSpec.max_image_pixels) ->
     return Prompt(asked, [decode_image(image, max_image_pixels) for image in row.images[:kept]])
 
 
+def check_asking(processor: Any, template: str) -> None:
+    """CompatibilityError where a model with this processor cannot be asked by this template at all."""
+    if find_template(template).prompt is None:
+        chat_of(processor).check()
+
+
 @torch.inference_mode()
 def answer(
     model: Any,
@@ -70,13 +77,19 @@ def answer(
         stop: an answer ends before the first of these texts that stands in it.
     """
     tokenizer = processor.tokenizer
-    owner = processor if processor.chat_template else tokenizer
-    texts, begins = write_prompts(template, owner, [prompt.turns for prompt in prompts])
+    try:
+        written = [write_prompt(template, chat_of(processor), prompt.turns) for prompt in prompts]
+    except SkipRow as skip:
+        raise CompatibilityError(f"a question cannot be asked: {skip.detail}") from None
+    begins = {one for _, one in written}
+    if len(begins) > 1:  # a processor adds the first token to all texts of a batch or to none
+        how = (max_new_tokens, compression, stop, template)
+        return [said for prompt in prompts for said in answer(model, processor, [prompt], *how)]
     # A list a prompt: some processors see several images of a row otherwise than one.
     images = [list(prompt.images) for prompt in prompts if prompt.images or hasattr(processor, "image_seq_len")]
     arguments: dict[str, Any] = {"images": images} if any(images) else {}
-    arguments |= {"padding": True, "padding_side": "left", "add_special_tokens": begins}
-    inputs = processor(text=texts, **arguments, return_tensors="pt").to(model.device)
+    arguments |= {"padding": True, "padding_side": "left", "add_special_tokens": begins.pop()}
+    inputs = processor(text=[text for text, _ in written], **arguments, return_tensors="pt").to(model.device)
     _narrow(inputs, model.dtype)
     length = inputs["input_ids"].shape[1]
     counts = [len(prompt.images) for prompt in prompts]

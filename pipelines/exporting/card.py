@@ -55,9 +55,9 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 model = AutoModelForImageTextToText.from_pretrained("{name}"{trust})
 processor = AutoProcessor.from_pretrained("{name}"{trust})
-messages = [{{"role": "user", "content": [{{"type": "image"}}, {{"type": "text", "text": "What is in the picture?"}}]}}]
-text = processor.apply_chat_template(messages, add_generation_prompt=True)
-inputs = processor(images=[Image.open("picture.jpg")], text=[text], return_tensors="pt", add_special_tokens=False)
+picture = Image.open("picture.jpg")
+messages = [{{"role": "user", "content": [{{"type": "image", "image": picture}}, {{"type": "text", "text": "What is in the picture?"}}]}}]
+inputs = processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt")
 said = model.generate(**inputs.to(model.device, model.dtype), max_new_tokens=64)
 print(processor.batch_decode(said[:, inputs["input_ids"].shape[1]:], skip_special_tokens=True)[0])
 ```{note}"""

@@ -16,9 +16,10 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from pipelines.exporting import loaded
+from teacher_cache.chat import chat_of
 from teacher_cache.errors import KdcliError
+from teacher_cache.records import Turn
 from teacher_cache.rows import PLACEHOLDER
-from teacher_cache.templates import content
 
 TOLERANCE = 1e-5
 """Of the largest difference of logits, relative to the largest logit (or 1): both sides compute in float32."""
@@ -30,7 +31,7 @@ QUESTIONS = (
 )
 
 
-def write_rows(folder: Path) -> list[dict[str, Any]]:
+def write_rows(folder: Path, processor: Any) -> list[dict[str, Any]]:
     """Three questions about made pictures of several sizes (a text-only one among them) as ``loaded.py`` reads them."""
     draw = np.random.default_rng(0)
     rows: list[dict[str, Any]] = []
@@ -39,7 +40,8 @@ def write_rows(folder: Path) -> list[dict[str, Any]]:
         names = [f"{i}.png"] * pictures
         if pictures:
             coarse.resize((width, height), Image.Resampling.BICUBIC).save(folder / names[0])
-        messages = [{"role": "user", "content": content(question)}]
+        chat = chat_of(processor)
+        messages = chat.messages([Turn("user", question)]) if chat.owner.chat_template else []
         rows.append({"messages": messages, "text": f"USER: {question} ASSISTANT:", "images": names})
     (folder / "rows.json").write_text(json.dumps(rows))
     return rows

@@ -22,13 +22,16 @@ NEW_TOKENS = 8
 def row_inputs(processor: Any, row: dict[str, Any], rows: Path) -> Any:
     """The processor's tensors for one row of ``rows.json``."""
     owner = processor if processor.chat_template else processor.tokenizer
+    begins = False
     if owner.chat_template:
         text = owner.apply_chat_template(row["messages"], tokenize=False, add_generation_prompt=True)
+        # As in `apply_chat_template(tokenize=True)`: a processor adds the first token unless the template wrote it, a tokenizer does not.
+        begins = owner is processor and not text.startswith(processor.tokenizer.bos_token or "\0")
     else:
         text = row["text"]
     pictures = [Image.open(rows / name).convert("RGB") for name in row["images"]]
     images = {"images": pictures} if pictures else {}
-    return processor(text=[text], **images, return_tensors="pt", add_special_tokens=False)
+    return processor(text=[text], **images, return_tensors="pt", add_special_tokens=begins)
 
 
 @torch.inference_mode()

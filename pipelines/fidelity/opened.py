@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from pipelines.fidelity.rows import Row, RowReader, limits_of, parts_with_fields
+from pipelines.fidelity.rows import Row, RowReader, parts_with_fields
 from pipelines.fidelity.sources import same_teacher, serve_terms, teacher_spec
 from pipelines.fidelity.student import Student
 from pipelines.fidelity.terms import MATCHING, MATCHING_NEEDS, TERMS
@@ -99,7 +99,7 @@ def open_student(
     ours = processor_fingerprint(processor)["tokenizer"]
     for name in opened.fields:
         check_tokenizer(opened.cache, name, processor.tokenizer, ours)
-    prepared = reader.student_rows(rows, Preparer(processor, config, limits_of(opened.cache)))
+    prepared = reader.student_rows(rows, Preparer.like(opened.cache.plan.preparation, processor, config))
     model, _ = load_student(request.student, "sdpa", request.trust_remote_code)
     device = resolve_device(opened.spec)
     return Student(model.to(device), rows, prepared, trains, processor.tokenizer.pad_token_id or 0)

@@ -12,7 +12,7 @@ from student_train.cache import Cache, CachedRows
 from student_train.stream import check_same_response
 from teacher_cache.errors import CompatibilityError, KdcliError, SkipRow
 from teacher_cache.plan import difference
-from teacher_cache.prepare import Limits, Preparer
+from teacher_cache.prepare import Preparer
 from teacher_cache.records import Prepared, Sample
 from teacher_cache.shards.commit import committed_shards
 
@@ -55,7 +55,7 @@ def parts_with_fields(cache: Cache, parts: Sequence[str] | None) -> tuple[str, .
 def capture_preparer(cache: Cache, processor: Any, config: Any) -> Preparer:
     """The teacher's preparer with the capture's limits; CompatibilityError where rows would be prepared otherwise."""
     there = cache.plan.preparation
-    preparer = Preparer(processor, config, limits_of(cache))
+    preparer = Preparer.like(there, processor, config)
     if preparer.fingerprint() != there:
         lines = "; ".join(difference(there, preparer.fingerprint()))
         raise CompatibilityError(
@@ -63,10 +63,6 @@ def capture_preparer(cache: Cache, processor: Any, config: Any) -> Preparer:
             "give --teacher the model (and the library version) that made the cache"
         )
     return preparer
-
-
-def limits_of(cache: Cache) -> Limits:
-    return Limits(cache.plan.preparation["max_length"], cache.plan.preparation["over_length"])
 
 
 class RowReader:

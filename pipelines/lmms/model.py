@@ -17,7 +17,7 @@ from lmms_eval.utils import simple_parse_args_string
 from tqdm import tqdm
 
 from pipelines.evaluate import load_answering
-from pipelines.evaluation.answers import Compression, answer, expected
+from pipelines.evaluation.answers import Compression, answer, check_asking, expected
 from pipelines.lmms.requests import Generation, generation, model_arguments, prompt, row
 from student_train.student import RowForward
 from teacher_cache.errors import KdcliError
@@ -45,6 +45,7 @@ class Kdcli(lmms):
             arguments.trust_remote_code,
             dtype,
         )
+        check_asking(self.processor, arguments.template)
         self.model.eval()
 
     @classmethod

@@ -17,7 +17,7 @@ from student_train.pruning import Pruning
 from teacher_cache.errors import CompatibilityError, KdcliError
 from teacher_cache.prepare import PLACEHOLDER
 from teacher_cache.records import Image, Sample, Turn
-from teacher_cache.rows import to_rgb
+from teacher_cache.rows import stand_up, to_rgb
 from teacher_cache.templates import find_template
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -115,7 +115,7 @@ def prompt(context: str, visuals: Sequence[Any] | None, task: str) -> Prompt:
     for one in visuals or ():
         if not isinstance(one, PIL.Image.Image):
             raise CompatibilityError(f"task {task} shows a {type(one).__name__}; model kdcli reads pictures only")
-    images = [to_rgb(one) for one in visuals or ()]
+    images = [to_rgb(stand_up(one)) for one in visuals or ()]
     if context.count(PLACEHOLDER) != len(images):
         context = f"{PLACEHOLDER}\n" * len(images) + context.replace(PLACEHOLDER, "").lstrip()
     return Prompt((Turn("user", context),), images)

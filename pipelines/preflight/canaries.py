@@ -17,7 +17,7 @@ from student_train.cache import Cache, CachedRows
 from teacher_cache.cache_shard import Teacher
 from teacher_cache.codecs import container
 from teacher_cache.errors import CacheError, CompatibilityError
-from teacher_cache.prepare import Limits, Preparer
+from teacher_cache.prepare import Preparer
 from teacher_cache.records import Prepared
 from teacher_cache.shards.schema import require
 from teacher_cache.shards.sealed import seal, unseal
@@ -122,8 +122,7 @@ def check(cache: Cache, folder: str, processor: Any, config: Any, load: Callable
     if there is None:
         return f"{cache.storage} holds no canaries of this teacher: its answers were not compared"
     stored = container.unpack(checked(cache.storage, folder, there), f"{cache.storage}/{folder}/{FILE}")
-    made = cache.plan.preparation
-    preparer = Preparer(processor, config, Limits(made["max_length"], made["over_length"]))  # not the job's own limits
+    preparer = Preparer.like(cache.plan.preparation, processor, config)  # not the job's own limits
     if any(len(one) != 2 for one in there["keys"]) or there["dtype"] not in TOLERANCE:
         raise CacheError(f"{cache.storage}/{folder}/{RECEIPT} is no list of canaries: run `kdcli preflight` again")
     rows = [find(cache, part, key, preparer) for part, key in there["keys"]]

@@ -25,7 +25,7 @@ from student_train.cache import Cache
 from student_train.needs import Need
 from teacher_cache.errors import KdcliError
 from teacher_cache.fields import create_field
-from teacher_cache.plan import Plan, content_hash, write_plan
+from teacher_cache.plan import Plan, content_hash, parts_with_images, write_plan
 from teacher_cache.prepare import Limits as RowLimits
 from teacher_cache.prepare import Preparer
 from teacher_cache.shards.storage import Storage
@@ -115,6 +115,8 @@ def open_everything(request: PreflightRequest, progress: Progress) -> Opened:
         create_field(name, params)
     fingerprint = teacher_fingerprint(request.teacher, processor, config)
     plan = sample_plan(request.data, request.rows, preparer.fingerprint(), capture.seed)
+    for part in parts_with_images(plan.slices):
+        preparer.check_images(part, plan.spec(part).template)
     notebook = Notebook(request.out, identity(request, plan.plan_hash, fingerprint))
     bare = set(capture.parts_without_fields)
     held = held_out(plan)

@@ -18,7 +18,7 @@ from student_train.student import load_student, open_student
 from teacher_cache.errors import CompatibilityError, SkipRow
 from teacher_cache.fingerprint import processor_fingerprint
 from teacher_cache.plan import Plan, difference
-from teacher_cache.prepare import Limits, Preparer
+from teacher_cache.prepare import Preparer
 from teacher_cache.records import Prepared
 
 
@@ -51,8 +51,7 @@ def read_as_student(
             "cache ", "teacher "
         )
         return StudentRead([], [], f"{student}: another tokenizer than the teacher's: {lines}", "", [])
-    limits = Limits(plan.preparation["max_length"], plan.preparation["over_length"])
-    preparer = Preparer(processor, config, limits)
+    preparer = Preparer.like(plan.preparation, processor, config)
     kept: list[tuple[Row, Prepared]] = []
     bad: dict[str, list[str]] = {"unreadable": [], "response": [], "long": []}
     grids = ""

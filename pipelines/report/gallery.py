@@ -9,6 +9,7 @@ from pipelines.inspect_cache import heads, token_text, tokenizer_of, words
 from pipelines.report.picture import Picture, background_words, draw_pictures, visible
 from student_train.cache import Cache, CachedRow, CachedRows
 from teacher_cache.errors import KdcliError, SkipRow
+from teacher_cache.fingerprint import preparation_version
 from teacher_cache.shards.commit import committed_shards
 
 EXAMPLES = 6
@@ -80,10 +81,11 @@ def cache_gallery(cache: Cache, limit: int = EXAMPLES) -> Gallery:
     ranked = [sorted(rows, key=lambda one: -one.variety()) for rows in by_kind.values()]
     rounds = [rows[i] for i in range(CANDIDATES) for rows in ranked if i < len(rows)]
     chosen = sorted(rounds[:limit], key=lambda one: list(by_kind).index(one.kind))
+    upright = preparation_version(cache.plan.preparation) > 1
     gallery.background = background_words([one.vision for one in chosen])
     for one in chosen:
         try:
-            gallery.examples.append(_example(one, set(gallery.background)))
+            gallery.examples.append(_example(one, set(gallery.background), upright))
         except (KdcliError, SkipRow) as error:
             gallery.notes.append(f"{one.row.key}: {error}")
     return gallery
@@ -118,7 +120,7 @@ def _decode(cache: Cache, tokenizer: object, row: CachedRow, kind: str) -> Decod
     return Decoded(row, kind, vision, list(zip(labels, expected)))
 
 
-def _example(one: Decoded, background: set[str]) -> Example:
+def _example(one: Decoded, background: set[str], upright: bool) -> Example:
     tokens = [
         Token(visible(label), [(visible(word), p, word == label) for word, p in expected])
         for label, expected in one.response[:TOKENS_SHOWN]
@@ -129,7 +131,7 @@ def _example(one: Decoded, background: set[str]) -> Example:
         kind=one.kind,
         place=sample.place,
         turns=[(turn.role, turn.text) for turn in sample.turns],
-        pictures=draw_pictures(sample.images, one.row.layout, one.vision, background),
+        pictures=draw_pictures(sample.images, one.row.layout, one.vision, background, upright),
         tokens=tokens,
         more_tokens=max(0, len(one.response) - TOKENS_SHOWN),
     )

@@ -25,7 +25,8 @@ from student_train.stream import Order, TrainBatch, TrainDataset, join
 from student_train.student import RowForward, load_student
 from student_train.teacher_view import TeacherSignals
 from teacher_cache.errors import KdcliError, SkipRow
-from teacher_cache.prepare import Limits, Preparer
+from teacher_cache.fingerprint import preparation_version
+from teacher_cache.prepare import Preparer
 from teacher_cache.records import Sample
 
 NEEDS = ("vision_raw_logits", "vision_hidden")
@@ -115,8 +116,9 @@ def _match(one: Student, cache: Cache) -> MatchedRun:
     served = Served({need: tuple(names) for need, names in one.card["fields"].items() if need in NEEDS}, ())
     student = RowForward(model.eval(), _maps(one, cache, model, served)).to(device)
     signals = TeacherSignals.open(cache, served, device)
+    upright = preparation_version(cache.plan.preparation) > 1
     pictures = [
-        _picture(sample, batch, _assignment(one.matching, student, signals, batch, device))
+        _picture(sample, batch, _assignment(one.matching, student, signals, batch, device), upright)
         for sample, batch in _batches(one, cache, served, model.config, processor)
     ]
     if not pictures:
@@ -142,8 +144,8 @@ def _batches(
     """The first rows with an image in the order of training, as micro-batches of one; each image once."""
     settings, parts = one.card["settings"], one.card["parts"]
     rows = CachedRows(cache, parts, served.names)
-    limits = Limits(settings["max_length"], cache.plan.preparation["over_length"])
-    preparer = Preparer(with_grid(processor, compressor_of(config), training=True), config, limits)
+    reader = with_grid(processor, compressor_of(config), training=True)
+    preparer = Preparer.like(cache.plan.preparation, reader, config, settings["max_length"])
     order, templates = Order(rows.counts, settings["seed"]), {part: cache.template(part) for part in parts}
     check = one.matching.check_layouts
     dataset = TrainDataset(rows, order, preparer, templates, cache.image_limits(), same_grid=False, check_layouts=check)
@@ -168,11 +170,11 @@ def _assignment(
     return matching.match(signals.view(batch), ours, batch, torch.Generator().manual_seed(0)).tolist()
 
 
-def _picture(sample: Sample, batch: TrainBatch, assignment: Sequence[int]) -> MatchedPicture:
+def _picture(sample: Sample, batch: TrainBatch, assignment: Sequence[int], upright: bool) -> MatchedPicture:
     """The first image of a row; its tokens are the first ones on both sides."""
     ours, theirs = batch.student_layouts[0][0], batch.layouts[0][0]
     teacher = tokens_of(theirs)
     pairs = [
         (token, teacher[assignment[row]]) for row, token in tokens_of(ours).items() if assignment[row] != UNMATCHED
     ]
-    return draw_matching(sample.images[0], ours, theirs, pairs, batch.batch.keys[0])
+    return draw_matching(sample.images[0], ours, theirs, pairs, batch.batch.keys[0], upright)

@@ -114,11 +114,14 @@ def apart(pair: tuple[Token, Token]) -> tuple[float, float]:
     return (to_x - x) / pair[0].width, (to_y - y) / pair[0].height
 
 
-def draw_matching(image: Image, student: ImageLayout, teacher: ImageLayout, pairs: Pairs, key: str) -> MatchedPicture:
+def draw_matching(
+    image: Image, student: ImageLayout, teacher: ImageLayout, pairs: Pairs, key: str, upright: bool = True
+) -> MatchedPicture:
     """The student's first view, and what its tokens are matched with.
 
     Args:
         pairs: of all the image's tokens; those of further views (tiles) are left out.
+        upright: whether the image's EXIF orientation was applied.
     """
     ours = [one for one in tokens_of(student).values() if one.view == 0]
     theirs = list(tokens_of(teacher).values())
@@ -141,7 +144,7 @@ def draw_matching(image: Image, student: ImageLayout, teacher: ImageLayout, pair
     behind = {b.view for _, b in shown} or {0}
     return MatchedPicture(
         key=key,
-        source=data_uri(decode_image(image, MAX_PIXELS).crop(view.crop)),
+        source=data_uri(decode_image(image, MAX_PIXELS, upright).crop(view.crop)),
         width=WIDTH,
         height=round((bottom - top) * scale, 1),
         teacher=[patch(one, owner.get(one), _told(owner.get(one), one)) for one in theirs if one.view in behind],

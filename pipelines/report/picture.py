@@ -91,12 +91,19 @@ def background_words(images: Sequence[Sequence[Words]]) -> list[str]:
 
 
 def draw_pictures(
-    images: Sequence[Image], layout: Sequence[ImageLayout], vision: Sequence[Words], background: set[str]
+    images: Sequence[Image],
+    layout: Sequence[ImageLayout],
+    vision: Sequence[Words],
+    background: set[str],
+    upright: bool = True,
 ) -> list[Picture]:
-    """The first view of every image: further ones (tiles) show parts of it again, and are only counted in the caption."""
+    """The first view of every image: further ones (tiles) show parts of it again, and are only counted in the caption.
+
+    upright: whether the images' EXIF orientation was applied.
+    """
     pictures, at = [], 0
     for number, (image, one) in enumerate(zip(images, layout)):
-        pixels = decode_image(image, MAX_PIXELS)
+        pixels = decode_image(image, MAX_PIXELS, upright)
         caption = f"Image {number + 1}, " if len(images) > 1 else "Image, "
         caption += f"{one.size[0]}×{one.size[1]} pixels, {one.tokens()} vision tokens"
         if len(one.views) > 1:

@@ -47,7 +47,7 @@ def prompt_of(one: Prepared, image_token_id: int) -> dict[str, Any]:
     """vLLM's prompt: text tokens with one placeholder an image, and the images decoded."""
     prompt: dict[str, Any] = {"prompt_token_ids": unexpanded(one, image_token_id)}
     if one.text.image_at:
-        prompt["multi_modal_data"] = {"image": [decode_image(image, 1 << 62) for image in one.images]}
+        prompt["multi_modal_data"] = {"image": [decode_image(image, 1 << 62, one.upright) for image in one.images]}
     return prompt
 
 

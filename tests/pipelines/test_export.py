@@ -76,7 +76,7 @@ def compare_here(source: Path, folder: Path, rows: Path, **spec: Any) -> dict[st
     """The check's comparison in this process."""
     model, processor = load_student(str(source), "sdpa", **spec)
     rows.mkdir()
-    expected = check.expected_logits(model.eval(), processor, check.write_rows(rows), rows)
+    expected = check.expected_logits(model.eval(), processor, check.write_rows(rows, processor), rows)
     check.save_file(expected, rows / "expected.safetensors")
     return loaded.compare(str(folder), rows)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 from dataclasses import replace
-from types import SimpleNamespace
 
 import PIL.Image
 import pytest
@@ -12,10 +11,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from teacher_cache.errors import CompatibilityError, KdcliError, SkipRow
+from teacher_cache.chat import content
+from teacher_cache.errors import KdcliError, SkipRow
 from teacher_cache.prepare import Limits, Preparer
 from teacher_cache.records import Image, Sample, Turn
-from teacher_cache.templates import content, render_chat
 
 GRID = (6, 6)
 TOKENS = 36
@@ -205,48 +204,6 @@ def test_limits_and_templates_are_checked(preparer: Preparer) -> None:
         Limits(over_length="drop")
     with pytest.raises(KdcliError, match="chat, plain"):
         preparer.prepare(CHAT_ROWS[0], "vicuna")
-
-
-class Owner(SimpleNamespace):
-    """A chat-template owner around a Python function (messages, prompt) → text."""
-
-    def apply_chat_template(self, messages, tokenize: bool, add_generation_prompt: bool) -> str:
-        texts = [(m["role"], m["content"][0]["text"]) for m in messages]
-        return self.write(texts, add_generation_prompt)
-
-
-TURNS = (Turn("user", "q"), Turn("assistant", "<a>"), Turn("user", "r"), Turn("assistant", "b"))
-
-
-def test_a_template_that_rewrites_earlier_turns_is_refused() -> None:
-    def write(turns, prompt):  # drops earlier answers, as "thinking" templates drop earlier thoughts
-        body = "".join(f"[{r}]{t if i == len(turns) - 1 or r == 'user' else ''}" for i, (r, t) in enumerate(turns))
-        return body + "[assistant]" * prompt
-
-    with pytest.raises(CompatibilityError, match="rewrites earlier turns"):
-        render_chat(Owner(chat_template="x", write=write), TURNS)
-
-
-def test_a_generation_prompt_that_is_no_prefix_is_refused() -> None:
-    def write(turns, prompt):
-        return "".join(f"[{r}]{t}" for r, t in turns) + "[assistant]<think>" * prompt
-
-    with pytest.raises(CompatibilityError, match="generation prompt"):
-        render_chat(Owner(chat_template="x", write=write), TURNS)
-
-
-def test_a_model_without_a_chat_template_is_refused() -> None:
-    with pytest.raises(CompatibilityError, match="plain"):
-        render_chat(Owner(chat_template=None, write=None), TURNS)
-
-
-def test_white_space_after_the_end_of_turn_is_no_label() -> None:
-    def write(turns, prompt):
-        return "".join(f"[{r}]{t}</s>\n" for r, t in turns) + "[assistant]" * prompt
-
-    made = render_chat(Owner(chat_template="x", write=write), TURNS)
-    assert [made.text[a:b] for a, b in made.answers] == ["<a></s>", "b</s>"]
-    assert "".join(made.text[a:b] for a, b in made.turns) == made.text
 
 
 text = st.text(st.characters(exclude_categories=("Cs",)), max_size=30).filter(lambda t: "<" not in t)

@@ -13,10 +13,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import processors
 
+from teacher_cache.chat import Chat
 from teacher_cache.errors import CompatibilityError, KdcliError, SkipRow
 from teacher_cache.prepare import Limits, Preparer
 from teacher_cache.records import Image, Sample, Turn
-from teacher_cache.templates import TEMPLATES, Template, template_fingerprint, write_prompts
+from teacher_cache.templates import TEMPLATES, Template, template_fingerprint, write_prompt
 from tests.teacher_cache.tokenizers_by_hand import demo, llama_like, qwen_like
 
 TOKENIZERS = {"demo": demo, "llama": llama_like, "qwen": qwen_like}
@@ -205,7 +206,7 @@ def test_labels_say_the_answers_and_their_ends(
     turns += [Turn("user", "and?")] * unanswered
     preparer = preparers[tokenizer]
     rendered = TEMPLATES[template].render(None, turns)
-    text = preparer._tokenize(rendered, template)
+    text = preparer._tokenize(rendered)
     before, end = (" ", "</s>") if template == "v1" else ("", "<|im_end|>")
     expected = "".join(f"{before}{answer}{end}" for _, answer in exchanges)
     ids = text.ids[text.response].tolist()
@@ -284,13 +285,12 @@ def test_prompts_are_what_stands_before_the_label() -> None:
     turns = [Turn(*turn) for turn in TALKS["later"]]
     for name in ("v1", "qwen_1_5"):
         rendered = TEMPLATES[name].render(None, turns)
-        (prompt,), begins = write_prompts(name, None, [turns[:-1]])
+        prompt, begins = write_prompt(name, Chat(qwen_like()), turns[:-1])
         assert begins
         assert prompt == rendered.text[: rendered.answers[-1][0]]
-    owner = qwen_like()
-    asked, begins = write_prompts("plain", owner, [turns[:1]])
+    asked, begins = write_prompt("plain", Chat(qwen_like()), turns[:1])
     assert not begins
-    assert asked == ["<|im_start|>user\none<|im_end|>\n<|im_start|>assistant\n"]
+    assert asked == "<|im_start|>user\none<|im_end|>\n<|im_start|>assistant\n"
 
 
 def test_the_fingerprint_changes_with_what_a_template_writes(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,223 @@
+"""The model's own chat template: how content is passed to it, what it makes of a row, and whether it can be used at all."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from functools import cached_property, lru_cache
+from typing import Any
+
+from teacher_cache.errors import CompatibilityError, SkipRow, one_line
+from teacher_cache.fingerprint import PREPARATION
+from teacher_cache.records import Turn
+from teacher_cache.rendering import Rendered
+from teacher_cache.rows import PLACEHOLDER
+from teacher_cache.skeleton import (
+    Message,
+    Skeleton,
+    check_images,
+    find_skeleton,
+    mark,
+    pieces_of,
+    shape_of,
+    spans_by_prefixes,
+    texts_of,
+    user_header,
+)
+
+STYLES: tuple[tuple[str, Callable[[Turn], bool]], ...] = (
+    ("parts", lambda turn: True),
+    ("parts of users alone", lambda turn: turn.role == "user"),
+    ("parts beside images alone", lambda turn: PLACEHOLDER in turn.text),
+    ("strings", lambda turn: False),
+)
+"""Which turns are passed as a list of parts, the others as strings; the first that the template writes rightly is taken."""
+_TALK = (
+    Turn("user", "What is\n3 < 4?"),
+    Turn("assistant", "A fact."),
+    Turn("user", "Is it?"),
+    Turn("assistant", "It is,\n\nyes."),
+)
+_SHOWN = (Turn("user", f"{PLACEHOLDER}\nWhat is this?"), *_TALK[1:])
+_SYSTEM = Turn("system", "Be brief.")
+PROBES: Mapping[str, tuple[Turn, ...]] = {
+    "text": _TALK[:2],
+    "image": _SHOWN[:2],
+    "talk": _TALK,
+    "talk about an image": _SHOWN,
+    "system": (_SYSTEM, *_TALK[:2]),
+}
+FIX = 'mend chat_template.jinja in the model\'s folder, or use another template ("v1", "qwen_1_5", "plain")'
+
+
+class Chat:
+    """A model's chat template.
+
+    Args:
+        processor: the model's ``AutoProcessor``, or a tokenizer. Its own template counts, else that of its tokenizer.
+        version: of the preparation, see ``PREPARATION``.
+    """
+
+    def __init__(self, processor: Any, version: int = PREPARATION):
+        self.version, self.processor = version, processor
+        self.tokenizer = getattr(processor, "tokenizer", processor)
+        self.owner = processor if getattr(processor, "chat_template", None) else self.tokenizer
+        self.image = str(getattr(processor, "image_token", PLACEHOLDER))
+        self._skeletons: dict[Any, Skeleton | SkipRow] = {}
+        self._prompts: dict[Any, SkipRow | None] = {}
+
+    def render(self, turns: Sequence[Turn]) -> Rendered:
+        """The row as the template writes it. SkipRow (template_refused) where it refuses the row or labels cannot be placed."""
+        messages = self.messages(turns)
+        if self.version == 1:
+            return replace(spans_by_prefixes(messages, self._write, alone=True), begins=False)
+        skeleton = self._skeleton(messages)
+        text = self._write(messages)
+        made = skeleton.spans(text, messages) or self._looked_into(messages)
+        return replace(made, begins=self.begins(text))
+
+    def prompt(self, turns: Sequence[Turn]) -> tuple[str, bool]:
+        """(what a model is given to answer the last turn, whether the tokenizer's first token goes before it); SkipRow as ``render``."""
+        messages = self.messages(turns)
+        shape = shape_of(messages)
+        if shape not in self._prompts:
+            self._prompts[shape] = self._prompt_fault(messages)
+        if fault := self._prompts[shape]:
+            raise SkipRow(fault.reason, fault.detail)
+        text = self._write(messages, True)
+        return text, self.begins(text)
+
+    def messages(self, turns: Sequence[Turn]) -> list[Message]:
+        """As the template wants them."""
+        as_parts = self._style[1]
+        return self._messages(turns, as_parts)
+
+    def begins(self, text: str) -> bool:
+        """Whether the tokenizer's own first token goes before ``text``: as in ``apply_chat_template(tokenize=True)`` of the owner.
+
+        A tokenizer never adds it to a chat, a processor does unless the template wrote it.
+        """
+        if self.version == 1 or self.owner is self.tokenizer:
+            return False
+        first = self.tokenizer.bos_token
+        return self._adds_first and not (first is not None and text.startswith(first))
+
+    def check(self, images: bool = False) -> None:
+        """Before any row: CompatibilityError where the template writes no exchange rightly, or, with ``images``, none about an image."""
+        name, _, faults = self._style
+        if self.version > 1 and "image" in faults and (images or "text" in faults):
+            what = "cannot be used" if "text" in faults else "writes no row with an image"
+            raise CompatibilityError(
+                f'template "chat": the model\'s chat template {what} (content as {name}: {faults["image"]}): {FIX}'
+            )
+
+    @cached_property
+    def _style(self) -> tuple[str, Callable[[Turn], bool], dict[str, str]]:
+        """(name, which turns are parts, what goes wrong by probe)"""
+        if not self.owner.chat_template:
+            raise CompatibilityError('the model has no chat template: use template = "plain" or a model that has one')
+        tried = []
+        for name, as_parts in STYLES:
+            faults = {} if self.version == 1 else self._faults(as_parts)
+            if not faults:
+                return name, as_parts, faults
+            # What single exchanges need comes before talks and system turns: rows of these may be skipped.
+            tried.append(((("text" in faults) + ("image" in faults), len(faults)), name, as_parts, faults))
+        _, name, as_parts, faults = min(tried, key=lambda one: one[0])
+        return name, as_parts, faults
+
+    def _faults(self, as_parts: Callable[[Turn], bool]) -> dict[str, str]:
+        """By probe that is not written rightly, why."""
+        faults = {}
+        for name, turns in PROBES.items():
+            messages = self._messages(turns, as_parts)
+            try:
+                skeleton = find_skeleton(messages, self._write, self.image, lambda: "")
+                if skeleton.spans(self._write(messages), messages) is None:
+                    faults[name] = "the chat template writes other texts than it is given"
+            except SkipRow as skip:
+                faults[name] = skip.detail
+        return faults
+
+    def _messages(self, turns: Sequence[Turn], as_parts: Callable[[Turn], bool]) -> list[Message]:
+        return [
+            {
+                "role": turn.role,
+                "content": content(turn.text) if as_parts(turn) else turn.text.replace(PLACEHOLDER, self.image),
+            }
+            for turn in turns
+        ]
+
+    def _skeleton(self, messages: Sequence[Message]) -> Skeleton:
+        shape = shape_of(messages)
+        if shape not in self._skeletons:
+            try:
+                self._skeletons[shape] = find_skeleton(messages, self._write, self.image, lambda: self._header)
+            except SkipRow as skip:
+                self._skeletons[shape] = skip
+        found = self._skeletons[shape]
+        if isinstance(found, SkipRow):
+            raise SkipRow(found.reason, found.detail)
+        return found
+
+    @cached_property
+    def _header(self) -> str:
+        return user_header(self.messages(_TALK[:3]), self._write)
+
+    def _looked_into(self, messages: Sequence[Message]) -> Rendered:
+        """A row whose texts the template changes by what they say: each must still be there, white space aside."""
+        made = spans_by_prefixes(messages, self._write, alone=False)
+        for number, ((start, stop), message) in enumerate(zip(made.turns, messages)):
+            written = "".join(made.text[start:stop].split())
+            if any("".join(text.split()) not in written for text in texts_of(message)):
+                raise SkipRow("template_refused", f"the chat template rewrites the text of turn {number}")
+        return made
+
+    def _prompt_fault(self, messages: Sequence[Message]) -> SkipRow | None:
+        marked, marks = mark(messages)
+        try:
+            check_images(marked, pieces_of(self._write(marked, True), marks), self.image)
+        except SkipRow as skip:
+            return skip
+        return None
+
+    def _write(self, messages: Sequence[Message], prompt: bool = False) -> str:
+        try:
+            return str(self.owner.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=prompt))
+        except MemoryError:
+            raise
+        except Exception as error:  # a template is a program: it raises what it likes
+            said = one_line(error)[:160] or type(error).__name__
+            raise SkipRow("template_refused", f"the chat template refuses it: {said}") from None
+
+    @cached_property
+    def _adds_first(self) -> bool:
+        """Whether the processor has its tokenizer add special tokens where nobody says anything of it."""
+        defaults = getattr(getattr(self.processor, "valid_processor_kwargs", None), "_defaults", {})
+        own = {**defaults.get("text_kwargs", {}), **(getattr(self.processor, "text_kwargs", None) or {})}
+        return bool(own.get("add_special_tokens", True))
+
+
+def chat_of(processor: Any) -> Chat:
+    """The newest ``Chat`` of a processor; the same one while its template is the same."""
+    tokenizer = getattr(processor, "tokenizer", processor)
+    return _chat_of(processor, *(str(getattr(one, "chat_template", None)) for one in (processor, tokenizer)))
+
+
+@lru_cache(maxsize=4)
+def _chat_of(processor: Any, template: str, tokenizers: str) -> Chat:
+    return Chat(processor)
+
+
+def content(text: str) -> list[dict[str, str]]:
+    """LLaVA text with placeholders → message content; newlines that only set the placeholder apart are the template's business."""
+    pieces = text.split(PLACEHOLDER)
+    if len(pieces) == 1:
+        return [{"type": "text", "text": text}]
+    parts: list[dict[str, str]] = []
+    for i, piece in enumerate(pieces):
+        if i:
+            parts.append({"type": "image"})
+        if stripped := piece.strip("\n"):
+            parts.append({"type": "text", "text": stripped})
+    return parts
