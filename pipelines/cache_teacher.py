@@ -35,6 +35,7 @@ from teacher_cache.sources import DataSpec
 from teacher_cache.stored_rows import StoredPreparer, StoredRows
 from teacher_cache.teachers import null
 from teacher_cache.teachers.backends import (
+    linear_head,
     load_head,
     load_processor,
     open_teacher,
@@ -214,12 +215,13 @@ def fit_fields(
     """Calibrations of new fields by the teacher itself, which leaves the device again before workers start."""
     settings = request.settings
     teacher = open_teacher(request.teacher, *loaded)
+    sketched = any(name.endswith("_hidden") for name in fields)
     return calibrate(
         fields,
         plan,
         make_preparer(request, *loaded),
         teacher,
-        teacher.head,
+        linear_head(teacher) if sketched else teacher.head,
         settings.calibration_rows,
         settings.batch_tokens,
         frozenset(settings.parts_without_fields),

@@ -114,8 +114,8 @@ class Matching:
         assert view.raw_vision is not None, "the method did not declare this need (vision_raw_logits)"
         sides = view.raw_vision, hidden, student.head.detach(), groups
         if self.columns:
-            return column_sampled_costs(*sides, self.columns, generator)
-        return manhattan_costs(*sides, self.cost)
+            return column_sampled_costs(*sides, self.columns, generator, student.cap)
+        return manhattan_costs(*sides, self.cost, student.cap)
 
     def _costs_of_hidden(
         self, view: TeacherView, student: StudentRows, hidden: torch.Tensor, groups: Sequence[MatchGroup]

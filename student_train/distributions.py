@@ -70,10 +70,11 @@ def _cooled(logits: torch.Tensor, temperature: float) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class DenseTeacher(_Softmax):
-    """Logits = hidden · headᵀ. hidden ``[R, D]``, head ``[V, D]``."""
+    """Logits = hidden · headᵀ, capped softly where ``cap`` is given (``HeadForm``). hidden ``[R, D]``, head ``[V, D]``."""
 
     hidden: torch.Tensor
     head: torch.Tensor
+    cap: float | None = None
 
     @property
     def vocabulary(self) -> int:
@@ -87,13 +88,13 @@ class DenseTeacher(_Softmax):
         return self.hidden.shape[0]
 
     def __getitem__(self, rows: Any) -> DenseTeacher:
-        return DenseTeacher(self.hidden[rows], self.head)
+        return DenseTeacher(self.hidden[rows], self.head, self.cap)
 
     def logits(self) -> torch.Tensor:
-        return head_logits(self.hidden, self.head)
+        return head_logits(self.hidden, self.head, self.cap)
 
     def logits_at(self, columns: torch.Tensor) -> torch.Tensor:
-        return head_logits(self.hidden, self.head[columns])
+        return head_logits(self.hidden, self.head[columns], self.cap)
 
 
 @dataclass(frozen=True)

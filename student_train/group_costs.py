@@ -23,12 +23,17 @@ Logits = Callable[[torch.Tensor], torch.Tensor]
 
 @torch.no_grad()
 def manhattan_costs(
-    teacher: FullVocabulary, hidden: torch.Tensor, head: torch.Tensor, groups: Sequence[MatchGroup], space: str
+    teacher: FullVocabulary,
+    hidden: torch.Tensor,
+    head: torch.Tensor,
+    groups: Sequence[MatchGroup],
+    space: str,
+    cap: float | None = None,
 ) -> Iterator[torch.Tensor]:
     """``manhattan_cost`` of every group, float64 ``[G_t, G_s]``, on the hidden states' device.
 
     Args:
-        teacher: raw vision logits of all rows that groups name. hidden: ``[R_s, D]`` of the student, head: ``[V_s, D]``.
+        teacher: raw vision logits of all rows that groups name. hidden: ``[R_s, D]`` of the student, head: ``[V_s, D]``, cap: its own.
     """
     check_space(space)
     weight, room = head.to(hidden.dtype), chunk_rows(head, CHUNK_BYTES)
@@ -40,12 +45,12 @@ def manhattan_costs(
     for pack in packs(groups, room):
         if len(pack[0].teacher) > room:  # alone, and in chunks of its own
             rows = (one.to(hidden.device) for one in (pack[0].teacher, pack[0].student))
-            yield manhattan_cost(teacher[next(rows)], hidden[next(rows)], head, space)
+            yield manhattan_cost(teacher[next(rows)], hidden[next(rows)], head, space, cap)
             continue
         yield from _costs_of_pack(
             pack,
             lambda rows: values(teacher[rows].logits()),
-            lambda rows: values(head_logits(hidden[rows], weight)),
+            lambda rows: values(head_logits(hidden[rows], weight, cap)),
             hidden.device,
         )
 
@@ -58,6 +63,7 @@ def column_sampled_costs(
     groups: Sequence[MatchGroup],
     columns: int,
     generator: torch.Generator,
+    cap: float | None = None,
 ) -> Iterator[torch.Tensor]:
     """``column_sampled_cost`` of every group, float64 ``[G_t, G_s]``, all of ONE draw of columns.
 
@@ -72,7 +78,7 @@ def column_sampled_costs(
         yield from _costs_of_pack(
             pack,
             lambda rows: teacher[rows].logits_at(chosen).mul_(weights),
-            lambda rows: head_logits(hidden[rows], weight).mul_(weights),
+            lambda rows: head_logits(hidden[rows], weight, cap).mul_(weights),
             hidden.device,
         )
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -21,6 +22,8 @@ from student_train.stream import TrainBatch
 from teacher_cache.batch import Batch, keep_vision
 from teacher_cache.errors import CompatibilityError, KdcliError, not_loaded
 from teacher_cache.records import TextTokens
+from teacher_cache.teachers.head import head_logits
+from teacher_cache.teachers.head_form import check_rows, head_form
 from teacher_cache.teachers.text_vision import layer_inputs, text_vision_attention
 
 MODULES = {
@@ -40,6 +43,7 @@ def load_student(
     """(model in float32, processor); KdcliError where the folder or hub id is not to be had.
 
     Args:
+        attn_implementation: ``sdpa`` gives way to ``eager`` where the architecture has none (Gemma 2), as in transformers.
         compressor: of its vision tokens; None: as the folder is. One that the folder has not yet is installed, its fresh weights
             drawn from torch's generator.
     """
@@ -52,7 +56,11 @@ def load_student(
         if compressor_of(config) and spec:
             return load_compressed(model_id, spec, **arguments), processor
         model = AutoModelForImageTextToText.from_pretrained(model_id, trust_remote_code=trust_remote_code, **arguments)
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+    except ValueError as error:
+        if attn_implementation != "sdpa" or 'attn_implementation="eager"' not in str(error):
+            raise not_loaded(f"student {model_id!r}", error) from None
+        return load_student(model_id, "eager", trust_remote_code, compressor)
+    except (OSError, RuntimeError, SafetensorError) as error:
         raise not_loaded(f"student {model_id!r}", error) from None
     if spec:
         install(model, spec)
@@ -99,10 +107,15 @@ def freeze_except(model: nn.Module, groups: Sequence[str]) -> list[tuple[str, nn
 class RowForward(nn.Module):
     """One forward that returns the hidden states of the wanted rows (and so is what DDP wraps).
 
-    The head product is left to the losses, which take it chunk by chunk.
+    The head product is left to the losses, which take it chunk by chunk. That it is the model's own logits is checked on the first batch.
 
     Args:
         maps: learned maps of the method, trained beside the student and no part of it.
+    Attributes:
+        form: what the model makes of W·h.
+
+    Raises:
+        CompatibilityError: its logits are made in another way than is known here.
     """
 
     model: Any  # a transformers model, whose methods no type checker follows
@@ -111,11 +124,19 @@ class RowForward(nn.Module):
         super().__init__()
         self.model = model
         self.maps = nn.ModuleDict(maps or {})
+        self.form = head_form(model)
+        self._head_checked = False
         self._gram: tuple[tuple[int, int | None], torch.Tensor] | None = None
 
     @property
-    def head(self) -> torch.Tensor:
+    def weight(self) -> torch.Tensor:
+        """The head's parameter ``[V, D]``."""
         return self.model.get_output_embeddings().weight
+
+    @property
+    def head(self) -> torch.Tensor:
+        """``[V, D]``, its scale in it: the parameter itself, or (of a model that scales its logits) made of it with its gradient."""
+        return self.form.weight(self.weight)
 
     def forward(
         self,
@@ -134,6 +155,8 @@ class RowForward(nn.Module):
             how: further keywords of ``prune_vision``, where not as training has them.
         """
         self._expect(batch)
+        if not self._head_checked:
+            self._check_head(batch)
         first = FIRST_LAYER & set(kinds)
         with layer_inputs(self.model, [0] if first else []) as seen:
             states, rows = self._states(batch, pruning, how or {})
@@ -162,6 +185,18 @@ class RowForward(nn.Module):
             states = self.model.model(**batch.inputs, use_cache=False).last_hidden_state
         return states.flatten(0, 1), pruned.rows
 
+    @torch.no_grad()
+    def _check_head(self, batch: Batch) -> None:
+        """CompatibilityError where the losses would see other logits than the whole model says."""
+        with _in_eval(self.model):  # dropout says something else every time
+            states = self.model.model(**batch.inputs, use_cache=False).last_hidden_state
+            if torch.is_autocast_enabled(states.device.type):
+                states = states.to(torch.get_autocast_dtype(states.device.type))
+            head = self.head.to(states.dtype)
+            self._head_checked = check_rows(
+                self.model, batch.inputs, states, lambda rows: head_logits(rows, head, self.form.cap), len(head)
+            )
+
     def draw(self, one: TrainBatch, seed: int, step: int) -> TrainBatch:
         """The micro-batch as this step trains it: an elastic compressor keeps as many vision tokens of every image as the step draws."""
         if not hasattr(self.projector, "draw") or "pixel_values" not in one.batch.inputs:
@@ -183,19 +218,39 @@ class RowForward(nn.Module):
     def rows(self, hidden: dict[str, Any], batch: Batch, text: Sequence[TextTokens] = ()) -> StudentRows:
         """The student's side of a micro-batch; text: as the student reads it."""
         gram = cache(self.head_gram)  # one graph for all samples of the micro-batch
-        return StudentRows(
-            hidden, batch.counts, self.head, batch.labels, gram, dict(self.maps.items()), text, hidden.get("attention")
-        )
+        maps, attention = dict(self.maps.items()), hidden.get("attention")
+        head, cap = self.head, self.form.cap
+        return StudentRows(hidden, batch.counts, head, batch.labels, gram, maps, text, attention, cap)
 
     def head_gram(self, vocabulary: int | None = None) -> torch.Tensor:
-        """WᵀW float32 ``[D, D]`` over the vocabulary: with gradient where the head is trained, made once where it is frozen."""
+        """WᵀW float32 ``[D, D]`` over the vocabulary: with gradient where the head is trained, made once where it is frozen.
+
+        CompatibilityError where logits are capped: their Gram matrix does not follow from it.
+        """
+        if self.form.cap is not None:
+            raise CompatibilityError(
+                f"{type(self.model).__name__} caps its logits softly (at {self.form.cap:g}): relations of raw vision logits "
+                "need a linear head; take a method or knobs without them, or another student"
+            )
         head = self.head[:vocabulary].to(torch.float32)
         if head.requires_grad:
             return head.T @ head
-        made_from = (self.head._version, vocabulary)
+        made_from = (self.weight._version, vocabulary)
         if self._gram is None or self._gram[0] != made_from:
             self._gram = (made_from, head.T @ head)
         return self._gram[1]
+
+
+@contextmanager
+def _in_eval(model: nn.Module) -> Iterator[None]:
+    """Every module's own mode comes back afterwards."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
 
 
 def check_there(batch: Batch, places: Mapping[str, torch.Tensor]) -> None:

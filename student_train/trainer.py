@@ -147,7 +147,8 @@ class Trainer:
         """What the student's weights say in the pass that teaches, by row kind; past DDP, which waits for a backward pass."""
         with self._autocast():
             hidden = self.model(batch, self.kinds, passes.teacher)
-        return {kind: DenseTeacher(rows, self.model.head.detach()) for kind, rows in hidden.items()}
+        head = self.model.head.detach()
+        return {kind: DenseTeacher(rows, head, self.model.form.cap) for kind, rows in hidden.items()}
 
     def _generator(self, step: int, micro_batch: int) -> torch.Generator:
         """Draws of a method, a function of (seed, step, process, micro-batch) for the same reason."""

@@ -176,8 +176,8 @@ def _forced(
     student: RowForward, preparer: Preparer, usable: Sequence[Prepared], compression: Compression | None
 ) -> tuple[tuple[torch.Tensor, ...], tuple[torch.Tensor, ...]]:
     """(float64 nats, bool: is the likeliest) of every response token, a row each, on the CPU."""
-    batch = collate(usable, preparer.tokenizer.pad_token_id or 0).to(student.head.device)
-    _narrow(batch.inputs, student.head.dtype)
+    batch = collate(usable, preparer.tokenizer.pad_token_id or 0).to(student.weight.device)
+    _narrow(batch.inputs, student.weight.dtype)
     if compression:
         # As when it answers: the last prompt token ranks, and every image keeps as many tokens.
         asking = torch.stack([one.response_rows[_last_turn(one)][0] for one in usable])
@@ -186,10 +186,11 @@ def _forced(
         hidden = student(batch, ["response"], compression.pruning, how)["response"]
     else:
         hidden = student(batch, ["response"])["response"]
-    rows = chunk_rows(student.head, CHUNK_BYTES)
+    head = student.head
+    rows = chunk_rows(head, CHUNK_BYTES)
     nats, greedy = [], []
     for states, labels in zip(hidden.split(rows), batch.labels.split(rows)):
-        logits = head_logits(states, student.head)
+        logits = head_logits(states, head, student.form.cap)
         nats.append(cross_entropy(logits, labels).double())
         greedy.append(logits.argmax(dim=-1) == labels)
     counts = list(batch.counts["response"])

@@ -34,7 +34,7 @@ def match_all(student: Student, sources: Mapping[str, Source]) -> tuple[dict[str
         for name, source in sources.items():
             teacher = source.view(MATCHING, number).raw_vision
             assert teacher is not None, "the method of the matching asks for it"
-            cost = manhattan_cost(teacher, hidden, student.head)
+            cost = manhattan_cost(teacher, hidden, student.head, cap=student.cap)
             dense = cost if name == LIVE else dense
             matched = match(cost)
             found[name].append(matched)

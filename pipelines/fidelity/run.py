@@ -20,6 +20,7 @@ from student_train.needs import Need, Served
 from student_train.stages import parse_stages
 from teacher_cache.errors import KdcliError
 from teacher_cache.records import TeacherOutput
+from teacher_cache.teachers.backends import linear_head
 from teacher_cache.teachers.transformers import TransformersTeacher, resolve_dtype
 
 CACHE, SINGLE = "cache", "one by one"
@@ -79,7 +80,7 @@ def ask_teacher(request: FidelityRequest, opened: Opened, rows: Sequence[Row], o
     wants = HIDDEN | (wants_of(configurations()) if request.sweep else frozenset())
     runs = LiveRuns()
     teacher = TransformersTeacher(opened.spec, opened.processor, opened.config)
-    check_head(opened.cache, opened.fields, teacher.head)
+    check_head(opened.cache, opened.fields, linear_head(teacher))
     runs.outputs[LIVE] = listen(teacher, prepared, wants, request.batch_tokens)
     runs.outputs[SINGLE] = listen(teacher, prepared, HIDDEN, 1)
     runs.calibration = listen(teacher, [row.teacher for row in others], wants, request.batch_tokens) if others else []

@@ -41,7 +41,7 @@ def measure_rows(name: str, kind: str, live: Source, stored: Source, student: St
             continue
         theirs, ours = (one.view(name, number).distributions[kind] for one in (live, stored))
         for rows in row_chunks(len(hidden), student.head):
-            logits = head_logits(hidden[rows], student.head)
+            logits = head_logits(hidden[rows], student.head, student.cap)
             tally.add(theirs[rows], ours[rows], logits, hidden[rows])  # type: ignore[arg-type]
     return tally.summary()
 

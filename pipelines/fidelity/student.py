@@ -40,7 +40,7 @@ class Student:
         self._labels = [(row.teacher.text.response, one.text.response) for row, one in zip(rows, prepared)]
         self.aligned = same_grids(rows, prepared)
         self.batches = token_batches(prepared, BATCH_TOKENS)
-        self._head_at = next((i for i, one in enumerate(self.parameters) if one is self.model.head), None)
+        self._head_at = next((i for i, one in enumerate(self.parameters) if one is self.model.weight), None)
 
     def __len__(self) -> int:
         return len(self.prepared)
@@ -49,6 +49,11 @@ class Student:
     def head(self) -> torch.Tensor:
         """``[V, D]`` without gradient."""
         return self.model.head.detach()
+
+    @property
+    def cap(self) -> float | None:
+        """Of its logits, as ``HeadForm`` has it."""
+        return self.model.form.cap
 
     @property
     def trains_head(self) -> bool:
@@ -66,7 +71,7 @@ class Student:
         head = self.head.requires_grad_(self.trains_head)
         layout = self.prepared[number].layout
         theirs, ours = self._labels[number]
-        return StudentSide(leaves, head, layout, (theirs.to(self.device), ours.to(self.device)), self.aligned)
+        return StudentSide(leaves, head, layout, (theirs.to(self.device), ours.to(self.device)), self.aligned, self.cap)
 
     def no_gradient(self) -> Gradient:
         return [torch.zeros_like(one) for one in self.parameters]
@@ -90,7 +95,7 @@ class Student:
     def pull_head(self, at_head: torch.Tensor, into: Gradient) -> None:
         """Add a gradient ``[V, D]`` at the head, which may be the embedding too."""
         if self._head_at is not None:
-            into[self._head_at] += at_head
+            into[self._head_at] += at_head * self.model.form.scale
 
     @cached_property
     def rows(self) -> list[dict[str, torch.Tensor]]:

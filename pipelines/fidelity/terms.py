@@ -33,6 +33,7 @@ class StudentSide:
 
     Attributes:
         hidden: ``response``, ``vision``, ``text`` → leaves ``[R, D]``. head: ``[V, D]``, a leaf with gradient where it is trained.
+        cap: of its logits, as ``StudentRows`` has it.
         layout: of its vision tokens. response: bool ``[N]``, the text tokens that are labels, for teacher and student.
         pools: its vision tokens are pooled before they are matched (it has as many as the teacher).
     """
@@ -42,6 +43,11 @@ class StudentSide:
     layout: tuple[ImageLayout, ...]
     response: tuple[torch.Tensor, torch.Tensor]
     pools: bool
+    cap: float | None = None
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """float32 ``[R, V]`` of hidden states ``[R, D]``."""
+        return head_logits(hidden, self.head, self.cap)
 
     def matched_rows(self) -> torch.Tensor:
         """``[N_s, D]``: what is matched with the teacher's vision tokens."""
@@ -85,7 +91,7 @@ class Term:
 
 def _divergence(kind: str, function: Any) -> Loss:
     def loss(student: StudentSide, view: TeacherView, rows: slice, matched: torch.Tensor | None) -> Measured:
-        logits = head_logits(student.hidden[kind][rows], student.head)
+        logits = student.logits(student.hidden[kind][rows])
         return logits, function(view.distributions[kind][rows], logits)
 
     return loss
@@ -93,14 +99,14 @@ def _divergence(kind: str, function: Any) -> Loss:
 
 def _relation(student: StudentSide, view: TeacherView, rows: slice, matched: torch.Tensor | None) -> Measured:
     assert view.relations is not None
-    logits = head_logits(student.hidden["vision"], student.head)
+    logits = student.logits(student.hidden["vision"])
     shared = logits[:, : view.vocabulary]
     return logits, relation_cosine(view.relations[0], shared @ shared.T)[None]
 
 
 def _vsd(student: StudentSide, view: TeacherView, rows: slice, matched: torch.Tensor | None) -> Measured:
     assert matched is not None
-    logits = head_logits(student.matched_rows(), student.head)
+    logits = student.logits(student.matched_rows())
     return logits, matched_reverse_kl(view.distributions["vision"], logits, matched)
 
 

@@ -29,8 +29,8 @@ class LiveTeacher:
 
     @property
     def head(self) -> torch.Tensor:
-        """W ``[V, D]`` on the CPU."""
-        return self.model.head.cpu()
+        """W ``[V, D]`` on the CPU; CompatibilityError where logits are no product with it."""
+        return backends.linear_head(self.model).cpu()
 
     def listen(self, rows: Sequence[Prepared], wants: frozenset[str], batch_tokens: int) -> list[TeacherOutput]:
         return listen(self.model, rows, wants, batch_tokens)

@@ -21,8 +21,12 @@ def check_liger(device: torch.device) -> None:
         raise KdcliError("use_liger_kernel needs the package liger-kernel: pip install 'kdcli[liger]', or leave it out")
 
 
-def fused_cross_entropy(hidden: torch.Tensor, head: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+def fused_cross_entropy(
+    hidden: torch.Tensor, head: torch.Tensor, labels: torch.Tensor, cap: float | None = None
+) -> torch.Tensor:
     """Σ_rows −log p_s(label), float32 scalar with gradient to both sides; hidden ``[R, D]``, head ``[V, D]``, labels ``[R]``.
+
+    cap: of logits c · tanh(h·headᵀ / c).
 
     The head's gradient is summed over chunks in float32.
     """
@@ -31,6 +35,6 @@ def fused_cross_entropy(hidden: torch.Tensor, head: torch.Tensor, labels: torch.
     ignored, z_loss, smoothing = -100, 0.0, 0.0
     weight = head.to(hidden.dtype)
     summed = Fused.apply(
-        hidden, weight, labels, None, None, ignored, z_loss, smoothing, "sum", None, False, torch.float32
+        hidden, weight, labels, None, None, ignored, z_loss, smoothing, "sum", cap, False, torch.float32
     )
     return summed[0].to(torch.float32)

@@ -28,7 +28,11 @@ def check_space(space: str) -> None:
 
 @torch.no_grad()
 def manhattan_cost(
-    teacher: FullVocabulary, hidden: torch.Tensor, head: torch.Tensor, space: str = "logits"
+    teacher: FullVocabulary,
+    hidden: torch.Tensor,
+    head: torch.Tensor,
+    space: str = "logits",
+    cap: float | None = None,
 ) -> torch.Tensor:
     """C[i, j] = Σ_v |z_t[i, v] − z_s[j, v]|, float64 ``[N_t, N_s]``, over the vocabulary that both sides have.
 
@@ -37,14 +41,14 @@ def manhattan_cost(
 
     Args:
         teacher: raw vision logits, ``[N_t, V_t]`` when asked for.
-        hidden: ``[N_s, D]`` of the student, head: ``[V_s, D]``; z_s = hidden · headᵀ.
+        hidden: ``[N_s, D]`` of the student, head: ``[V_s, D]``; z_s = hidden · headᵀ, capped softly where ``cap`` is given.
         space: ``logits`` (raw, as in the paper) or ``probs`` (softmax of both).
     """
     check_space(space)
     cost = torch.zeros(len(teacher), len(hidden), dtype=torch.float64, device=hidden.device)
     weight, rows = head.to(hidden.dtype), chunk_rows(head, CHUNK_BYTES)
     for j in range(0, len(hidden), rows):
-        ours = head_logits(hidden[j : j + rows], weight)
+        ours = head_logits(hidden[j : j + rows], weight, cap)
         for i in range(0, len(teacher), rows):
             theirs = teacher[i : i + rows].logits()
             width = min(theirs.shape[1], ours.shape[1])
@@ -63,6 +67,7 @@ def column_sampled_cost(
     columns: int,
     generator: torch.Generator,
     space: str = "logits",
+    cap: float | None = None,
 ) -> torch.Tensor:
     """An unbiased estimate of ``manhattan_cost`` from ``columns`` columns of the vocabulary, float64 ``[N_t, N_s]``.
 
@@ -84,7 +89,7 @@ def column_sampled_cost(
     sampler = sampler_of_head(teacher.head_rows, vocabulary, columns)
     chosen, weights = (one.to(head.device) for one in sampler.draw(generator))
     theirs = teacher.logits_at(chosen)
-    ours = head_logits(hidden, head[chosen].to(hidden.dtype))
+    ours = head_logits(hidden, head[chosen].to(hidden.dtype), cap)
     return manhattan(theirs.mul_(weights), ours.mul_(weights))
 
 

@@ -25,7 +25,7 @@ from student_train.losses.terms import (
     label_loss,
 )
 from student_train.teacher_view import TeacherView
-from teacher_cache.teachers.head import chunk_rows, head_logits
+from teacher_cache.teachers.head import cap_in_place, chunk_rows, head_logits, slope_of_cap
 
 CHUNK_BYTES = 8 << 20
 """float32 logits of a chunk on a CPU: with 128 MiB the passes of the losses took twice as long."""
@@ -69,7 +69,7 @@ def total_loss(
     kinds = sorted({term.rows for term in terms.values() if isinstance(term, RowTerm)})
     if use_liger_kernel and len(student.hidden.get("response", ())) and (name := _only_cross_entropy(terms)):
         kinds.remove("response")
-        fused = fused_cross_entropy(student.hidden["response"], student.head, student.labels)
+        fused = fused_cross_entropy(student.hidden["response"], student.head, student.labels, student.cap)
         shares[name] = float(fused.detach()) / max(denominators[name], 1.0)
         total = total + fused * (terms[name].weight / max(denominators[name], 1.0))
     losses = [_KindLoss(kind, terms, student, teacher, denominators) for kind in kinds if len(student.hidden[kind])]
@@ -115,12 +115,16 @@ class _KindLoss:
         self.masks = {name: _keep(kind, student, teacher, term.skip_first) for name, term in self.terms.items()}
         self.denominators = {name: max(denominators[name], 1.0) for name in self.terms}
         self.labels = student.labels if kind == "response" else None
+        self.cap = student.cap
         self.distribution, self.own = teacher.distributions.get(kind), teacher.self_teacher.get(kind)
         self.sums = {name: torch.zeros((), device=student.head.device) for name in self.terms}
 
     def __call__(self, logits: torch.Tensor, rows: slice) -> tuple[torch.Tensor, torch.Tensor]:
-        """Loss (scalar) and its gradient ``[C, V]`` at these rows' logits; one term's temporaries are gone before the next's."""
-        leaf = logits.detach().requires_grad_()
+        """Loss (scalar) and its gradient ``[C, V]`` at these rows' products h·Wᵀ, which become the logits where they lie.
+
+        One term's temporaries are gone before the next's.
+        """
+        leaf = cap_in_place(logits.detach(), self.cap).requires_grad_()
         chunk = Rows(
             leaf,
             self.labels[rows] if self.labels is not None else None,
@@ -141,6 +145,8 @@ class _KindLoss:
             gradient = own if gradient is None else gradient.add_(own)
             del own, values, kept, scaled
         assert gradient is not None, "a kind has at least one term"
+        if self.cap is not None:
+            gradient = slope_of_cap(leaf.detach(), self.cap).mul_(gradient)
         return total, gradient
 
 

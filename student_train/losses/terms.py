@@ -76,6 +76,7 @@ class StudentRows:
             only made where a SampleTerm asks.
         maps: the method's learned maps by name. text: text tokens of each sample as the student reads them.
         attentions: one a sample, ``[H, N_text, R_vision]`` of the student's first layer, with gradient; None: not asked.
+        cap: c where the model's logits are c · tanh(h·headᵀ / c); None: h·headᵀ.
     """
 
     hidden: Mapping[str, torch.Tensor]
@@ -86,6 +87,7 @@ class StudentRows:
     maps: Mapping[str, torch.nn.Module] | None = None
     text: Sequence[TextTokens] = ()
     attentions: Sequence[torch.Tensor] | None = None
+    cap: float | None = None
 
     def of_sample(self, kind: str, number: int) -> torch.Tensor:
         """Hidden states of one sample ``[R_i, D]``; ``features``: what the language model is given at the vision rows."""

@@ -8,8 +8,10 @@ from typing import Any
 
 import torch
 
+from teacher_cache.errors import CompatibilityError
 from teacher_cache.teachers import null, transformers, vllm, vllm_answers, vllm_engine
 from teacher_cache.teachers.null import NullTeacher
+from teacher_cache.teachers.signals import ONLY_LINEAR
 from teacher_cache.teachers.transformers import TeacherSpec, TransformersTeacher, resolve_dtype
 from teacher_cache.teachers.vllm import VllmTeacher
 
@@ -44,7 +46,15 @@ def load_head(spec: TeacherSpec, processor: Any, config: Any) -> torch.Tensor:
     if _backend(spec) is vllm:
         return vllm.load_head(spec, processor, config)
     dtype = str(resolve_dtype(spec, config)).removeprefix("torch.")  # "auto" on the CPU would be twice the bytes
-    return open_teacher(replace(spec, device="cpu", dtype=dtype), processor, config).head
+    return linear_head(open_teacher(replace(spec, device="cpu", dtype=dtype), processor, config))
+
+
+def linear_head(teacher: OpenTeacher) -> torch.Tensor:
+    """W ``[V, D]`` of a teacher whose logits are h·Wᵀ; CompatibilityError where a soft cap follows."""
+    cap = getattr(teacher, "cap", None)
+    if cap is not None:
+        raise CompatibilityError(ONLY_LINEAR.format(cap=cap))
+    return teacher.head
 
 
 def refuse_wants(spec: TeacherSpec, wants: frozenset[str]) -> None:

@@ -21,22 +21,38 @@ def chunk_rows(head_VD: torch.Tensor, chunk_bytes: int) -> int:
     return max(1, (LARGE_CHUNK_BYTES if large else chunk_bytes) // (4 * head_VD.shape[0]))
 
 
-def head_logits(hidden_RD: torch.Tensor, head_VD: torch.Tensor) -> torch.Tensor:
-    """float32 ``[R, V]`` of h·Wᵀ with float32 accumulation *and* output, also where both are half precision."""
+def head_logits(hidden_RD: torch.Tensor, head_VD: torch.Tensor, cap: float | None = None) -> torch.Tensor:
+    """float32 ``[R, V]`` of h·Wᵀ with float32 accumulation *and* output, also where both are half precision.
+
+    Args:
+        cap: c of a head that caps its logits softly, c · tanh(h·Wᵀ / c); None: it does not.
+    """
     if hidden_RD.is_cuda and hidden_RD.dtype == head_VD.dtype and hidden_RD.dtype != torch.float32:
-        return torch.mm(hidden_RD, head_VD.T, out_dtype=torch.float32)
-    return hidden_RD.to(torch.float32) @ head_VD.to(torch.float32).T
+        return cap_in_place(torch.mm(hidden_RD, head_VD.T, out_dtype=torch.float32), cap)
+    return cap_in_place(hidden_RD.to(torch.float32) @ head_VD.to(torch.float32).T, cap)
 
 
-def topk_rows(hidden_RD: torch.Tensor, head_VD: torch.Tensor, k: int) -> TopK:
-    """``TopK`` of every row, on the hidden states' device.
+def cap_in_place(products: torch.Tensor, cap: float | None) -> torch.Tensor:
+    """c · tanh(products / c), overwriting ``products`` where no gradient is wanted; ``products`` itself where ``cap`` is None."""
+    if cap is None:
+        return products
+    return (products / cap).tanh() * cap if products.requires_grad else products.div_(cap).tanh_().mul_(cap)
+
+
+def slope_of_cap(capped: torch.Tensor, cap: float) -> torch.Tensor:
+    """The derivative of ``cap_in_place`` where it said ``capped``: 1 − (capped / c)²."""
+    return capped.div(cap).square_().neg_().add_(1.0)
+
+
+def topk_rows(hidden_RD: torch.Tensor, head_VD: torch.Tensor, k: int, cap: float | None = None) -> TopK:
+    """``TopK`` of every row, on the hidden states' device; ``cap`` as ``head_logits`` takes it.
 
     The tail is summed in logarithms over the entries outside the head themselves, not taken as 1 − Σp: exact to float32 in the
     logarithm however peaked the row (−200 stays −200), and in 1 − e^log_tail however flat.
     """
     k = min(k, head_VD.shape[0])
     rows = chunk_rows(head_VD, CHUNK_BYTES)
-    chunks = [_topk_chunk(chunk, head_VD, k) for chunk in hidden_RD.split(rows)] if len(hidden_RD) else []
+    chunks = [_topk_chunk(chunk, head_VD, k, cap) for chunk in hidden_RD.split(rows)] if len(hidden_RD) else []
     if not chunks:
         empty = hidden_RD.new_zeros((0, k), dtype=torch.float32)
         scalar = empty.new_zeros(0)
@@ -44,8 +60,8 @@ def topk_rows(hidden_RD: torch.Tensor, head_VD: torch.Tensor, k: int) -> TopK:
     return TopK(*(torch.cat(column) for column in zip(*chunks)))
 
 
-def _topk_chunk(hidden: torch.Tensor, head: torch.Tensor, k: int) -> tuple[torch.Tensor, ...]:
-    logits = head_logits(hidden, head)
+def _topk_chunk(hidden: torch.Tensor, head: torch.Tensor, k: int, cap: float | None) -> tuple[torch.Tensor, ...]:
+    logits = head_logits(hidden, head, cap)
     top, ids = logits.topk(k, dim=1)
     peak = top[:, 0].clone()
     top = top - peak[:, None]

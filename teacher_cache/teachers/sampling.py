@@ -47,17 +47,19 @@ def sample_batch(
     keys: Sequence[str],
     counts: Mapping[str, Sequence[int]],
     wants: frozenset[str],
+    cap: float | None = None,
 ) -> dict[str, list[Sampled]]:
     """Per row kind, the samples of every mixture row, on the CPU.
 
     Args:
         rows: by kind, hidden states ``[R, D]`` of all mixture rows one after the other, ``counts`` of them each, named ``keys``.
+        cap: as ``head_logits`` takes it.
     """
     result = {}
     for kind, (sampler, size, seed) in sampled_wants(wants).items():
         draws = size if sampler == "random" else 1
         each = [uniforms(seed, key, kind, count, draws) for key, count in zip(keys, counts[kind])]
-        whole = sample_rows(rows[kind], head_VD, sampler, size, torch.cat(each)).to("cpu")
+        whole = sample_rows(rows[kind], head_VD, sampler, size, torch.cat(each), cap).to("cpu")
         columns = [column.split(list(counts[kind])) for column in vars(whole).values()]
         result[kind] = [Sampled(*one) for one in zip(*columns)]
     return result
@@ -72,19 +74,25 @@ def uniforms(seed: int, key: str, kind: str, rows: int, draws: int) -> torch.Ten
 
 
 def sample_rows(
-    hidden_RD: torch.Tensor, head_VD: torch.Tensor, sampler: str, size: int, uniforms_RN: torch.Tensor
+    hidden_RD: torch.Tensor,
+    head_VD: torch.Tensor,
+    sampler: str,
+    size: int,
+    uniforms_RN: torch.Tensor,
+    cap: float | None = None,
 ) -> Sampled:
     """``Sampled`` of every row on the hidden states' device; NaN rows get a NaN entropy.
 
     Args:
         size: draws of ``random``, ids of ``threshold``. uniforms_RN: float64, N = ``size`` for ``random``, 1 for ``threshold``.
+        cap: as ``head_logits`` takes it.
     """
     columns = size if sampler == "random" else min(size, head_VD.shape[0])
     uniforms_RN = uniforms_RN.to(hidden_RD.device)
     chunks = [
-        _random_chunk(head_logits(chunk, head_VD), ticks)
+        _random_chunk(head_logits(chunk, head_VD, cap), ticks)
         if sampler == "random"
-        else _threshold_chunk(head_logits(chunk, head_VD), ticks, columns)
+        else _threshold_chunk(head_logits(chunk, head_VD, cap), ticks, columns)
         for chunk, ticks in _chunks(hidden_RD, uniforms_RN, chunk_rows(head_VD, CHUNK_BYTES))
     ]
     if not chunks:

@@ -6,16 +6,22 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
+from teacher_cache.errors import CompatibilityError
 from teacher_cache.records import Prepared, TeacherOutput, TopK
 from teacher_cache.teachers.head import topk_rows
 from teacher_cache.teachers.sampling import sample_batch
 
+ONLY_LINEAR = (
+    "the teacher caps its logits softly (at {cap:g}): hidden states are not read back as its logits, nor relations made of them; "
+    "capture top-k or samples of it (--store compact, or --fields response_topk,vision_topk)"
+)
+
 
 class Signals:
-    """Args: head: W ``[V, D]`` without padding rows, where the states are."""
+    """Args: head: W ``[V, D]`` without padding rows, where the states are. cap: of a head that caps its logits softly."""
 
-    def __init__(self, head: torch.Tensor):
-        self.head = head
+    def __init__(self, head: torch.Tensor, cap: float | None = None):
+        self.head, self.cap = head, cap
         self._gram: torch.Tensor | None = None
 
     def __call__(
@@ -31,7 +37,7 @@ class Signals:
             rows: by kind, post-final-norm hidden states ``[R, D]`` of all samples one after the other; ``counts`` of them each.
         """
         heads = self._heads(rows, counts, wants)
-        samples = sample_batch(rows, self.head, [one.key for one in prepared], counts, wants)
+        samples = sample_batch(rows, self.head, [one.key for one in prepared], counts, wants, self.cap)
         grams = self._grams(rows["vision"], counts["vision"]) if "gram.vision" in wants else None
         hidden = {want.split(".")[1] for want in wants if want.startswith("hidden.")}
         by_kind = {name: rows[name].cpu().split(list(counts[name])) for name in hidden}
@@ -53,13 +59,15 @@ class Signals:
         """Per row kind, the head of every sample."""
         result = {}
         for name, k in largest_k(wants).items():
-            whole = topk_rows(rows[name], self.head, k)
+            whole = topk_rows(rows[name], self.head, k, self.cap)
             columns = [column.cpu().split(list(counts[name])) for column in vars(whole).values()]
             result[name] = [TopK(*one) for one in zip(*columns)]
         return result
 
     def _grams(self, vision: torch.Tensor, counts: Sequence[int]) -> list[torch.Tensor]:
         """Y·Yᵀ = h·(WᵀW)·hᵀ: the head's Gram matrix [D, D] is made once, the vocabulary is never touched again."""
+        if self.cap is not None:
+            raise CompatibilityError(ONLY_LINEAR.format(cap=self.cap))
         if self._gram is None:
             head = self.head.to(torch.float32)
             self._gram = head.T @ head

@@ -1,7 +1,8 @@
 """Teacher-forced forward of any Hugging Face image-text-to-text model; vision and response rows leave, everything else stays.
 
 One uniform way for every family: post-final-norm hidden states h = ``model.model(…).last_hidden_state``, head W =
-``get_output_embeddings().weight``; logits = h·Wᵀ is asserted on the first batch, and a head that breaks it is refused by name.
+``get_output_embeddings().weight``; logits are h·Wᵀ by a scale and a soft cap (``head_form``). That is compared with the model's own
+logits on the first batch, and a head that breaks it is refused by name.
 """
 
 from __future__ import annotations
@@ -21,12 +22,9 @@ from teacher_cache.fingerprint import processor_fingerprint
 from teacher_cache.layout import COMPRESSED
 from teacher_cache.records import Prepared, TeacherOutput
 from teacher_cache.teachers.head import head_logits
+from teacher_cache.teachers.head_form import check_rows, head_form
 from teacher_cache.teachers.signals import Signals, row_kinds
 from teacher_cache.teachers.text_vision import attention_layers, layer_inputs, text_vision_attention
-
-HEAD_TOLERANCE, HALF_HEAD_TOLERANCE = 1e-3, 2e-2
-"""Relative to the largest logit; half precision rounds the model's own logits."""
-
 
 BACKENDS = ("transformers", "vllm")
 VLLM_ROUTES = ("hidden", "logprobs")
@@ -150,7 +148,12 @@ def weights_hash(spec: TeacherSpec, config: Any) -> str:
 
 
 class TransformersTeacher:
-    """A loaded teacher. ``vocabulary`` is the head's width without padding rows (ids ≥ tokenizer length are dropped)."""
+    """A loaded teacher.
+
+    Attributes:
+        head: W ``[V, D]`` with the model's scale of logits in it. vocabulary: its width without padding rows (ids ≥ tokenizer length are
+            dropped). cap: where logits are cap · tanh(h·Wᵀ / cap).
+    """
 
     def __init__(self, spec: TeacherSpec, processor: Any, config: Any):
         from transformers import AutoModelForImageTextToText
@@ -183,9 +186,11 @@ class TransformersTeacher:
     def _adopt(self, processor: Any) -> None:
         self.model = self.model.to(self.device).eval().requires_grad_(False)
         self.pad_id = processor.tokenizer.pad_token_id or 0
-        self.head = teacher_head(self.model, len(processor.tokenizer)).to(self.device)
+        form = head_form(self.model)
+        weight = self.model.get_output_embeddings().weight.detach()[: len(processor.tokenizer)]
+        self.head, self.cap = form.weight(weight).to(self.device), form.cap
         self.vocabulary = self.head.shape[0]
-        self._signals = Signals(self.head)
+        self._signals = Signals(self.head, self.cap)
         self._head_checked = False
 
     @torch.inference_mode()
@@ -231,24 +236,7 @@ class TransformersTeacher:
         return states, attention, features
 
     def _check_head(self, batch: Batch, states: torch.Tensor) -> None:
-        """h·Wᵀ must be the model's own logits: a bias, scale or soft cap in the head breaks everything that is derived from h."""
-        own = (
-            self.model(**batch.inputs, use_cache=False, logits_to_keep=4)
-            .logits[0, :, : self.vocabulary]
-            .to(torch.float32)
+        """Once: rows that are not finite are reported one by one, and the next batch is checked instead."""
+        self._head_checked = check_rows(
+            self.model, batch.inputs, states, lambda rows: head_logits(rows, self.head, self.cap), self.vocabulary
         )
-        if not torch.isfinite(own).all():
-            return  # such rows are reported one by one; the next batch is checked instead
-        ours = head_logits(states[0, -4:], self.head)
-        tolerance = HEAD_TOLERANCE if states.dtype == torch.float32 else HALF_HEAD_TOLERANCE
-        if (own - ours).abs().max() > tolerance * own.abs().max().clamp_min(1.0):
-            raise CompatibilityError("the teacher's head is not logits = W·h (bias, scale or soft cap): not supported")
-        self._head_checked = True
-
-
-def teacher_head(model: Any, tokenizer_length: int) -> torch.Tensor:
-    """W ``[V, D]`` without the padding rows at its end; CompatibilityError where the head has a bias."""
-    output = model.get_output_embeddings()
-    if getattr(output, "bias", None) is not None:
-        raise CompatibilityError("the teacher's head has a bias: logits are not W·h; not supported")
-    return output.weight.detach()[:tokenizer_length]

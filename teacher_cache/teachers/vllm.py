@@ -17,6 +17,7 @@ import torch
 from teacher_cache.errors import CompatibilityError
 from teacher_cache.records import Prepared, TeacherOutput
 from teacher_cache.teachers import transformers
+from teacher_cache.teachers.head_form import NOT_PLAIN
 from teacher_cache.teachers.signals import Signals, largest_k
 from teacher_cache.teachers.transformers import TeacherSpec, resolve_device, resolve_dtype
 from teacher_cache.teachers.vllm_answers import (
@@ -32,8 +33,6 @@ from teacher_cache.teachers.vllm_engine import engine, naming_refusals, read_hea
 
 BACKEND = "vllm"
 STATES = {"hidden": "after the final norm, not normalised", "logprobs": "none, log-probs alone"}
-NOT_PLAIN = ("final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier")
-"""Entries of configurations whose head is more than W·h."""
 
 
 def load_processor(spec: TeacherSpec) -> tuple[Any, Any]:
