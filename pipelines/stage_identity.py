@@ -12,6 +12,7 @@ from pipelines.stage_plans import StagePlan
 from pipelines.stage_trainer import MAPS
 from student_train.cache import Cache
 from student_train.checkpoint import checkpoints, read_card, read_state
+from student_train.draws import VERSION as DRAWS
 from student_train.methods import hook
 from teacher_cache.errors import KdcliError
 from teacher_cache.plan import content_hash
@@ -95,9 +96,14 @@ def stage_identity(
         **({"vision_tower_learning_rate": tower} if (tower := plan.settings.vision_tower_learning_rate) else {}),
         **({"compressor": plan.compressor.entry()} if plan.compressor else {}),
         **({"processes": processes} if processes > 1 else {}),
-        **({"micro_batches": [plan.settings.per_device_train_batch_size, processes]} if draws(plan.method) else {}),
+        **(drawn(plan.settings.per_device_train_batch_size, processes) if draws(plan.method) else {}),
         "start": start_hash(model_id),
     }
+
+
+def drawn(batch_size: int, processes: int) -> dict[str, Any]:
+    """What decides the draws of a method that draws: how a process cuts a step, and how seeds are made."""
+    return {"micro_batches": [batch_size, processes], "draws": DRAWS}
 
 
 def draws(method: Any) -> bool:

@@ -17,6 +17,7 @@ from student_train.checkpoint import Checkpoints
 from student_train.config import TrainSettings
 from student_train.distributed import Processes, spread, summed_loss, summing
 from student_train.distributions import DenseTeacher
+from student_train.draws import draw_seed
 from student_train.losses.reduce import count_rows, total_loss
 from student_train.losses.terms import FIRST_LAYER, Terms, kinds_of
 from student_train.methods import Method, Passes, hook
@@ -152,12 +153,11 @@ class Trainer:
 
     def _generator(self, step: int, micro_batch: int) -> torch.Generator:
         """Draws of a method, a function of (seed, step, process, micro-batch) for the same reason."""
-        seed = hash((self.settings.seed, step, self.processes.rank, 1 + micro_batch))
-        return torch.Generator().manual_seed(seed % 2**63)
+        return torch.Generator().manual_seed(draw_seed(self.settings.seed, step, self.processes.rank, micro_batch))
 
     def _seed(self, step: int) -> None:
         """Dropout and the like are a function of (seed, step, process): a resumed run draws what an undisturbed one does."""
-        torch.manual_seed(hash((self.settings.seed, step, self.processes.rank)) % 2**63)
+        torch.manual_seed(draw_seed(self.settings.seed, step, self.processes.rank))
 
     def _clip(self) -> float:
         """Gradient norm before clipping; ``max_grad_norm`` 0 means no clipping, as in transformers."""

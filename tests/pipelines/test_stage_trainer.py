@@ -100,5 +100,6 @@ def test_what_is_drawn_for_every_micro_batch_is_part_of_a_stages_identity(tiny_c
 
     for method, knobs in (("epic-tcd", {"layer": 1}), ("em-kd", {"columns": 64})):
         assert identity(method, 4, knobs) != identity(method, 2, knobs)
+        assert identity(method, 4, knobs)["draws"] == 2, "seeds were Python's hash before"
     for method in ("em-kd", "llava-kd", "sft"):
         assert identity(method, 4) == identity(method, 2)
