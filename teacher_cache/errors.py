@@ -103,9 +103,18 @@ SKIP_REASONS = {
     "no_answer": "the row has no assistant turn",
     "bad_turn_order": "turns do not alternate user, assistant, starting with the user",
     "bad_row": "the row is not of the format's shape (missing key, wrong type)",
+    "media_unsupported": "the row has a video or a sound, which are not read (images alone are)",
+    "tools_unsupported": "the row calls a tool or holds a tool's answer, which no template here writes",
+    "not_for_training": "the row, or an answer in it, is marked as no label (weight 0, train false)",
     "over_length": "the row has more tokens than the limit",
     "reserved_token": "the text holds a token that the template or the model reserves",
     "template_refused": "the model's chat template refuses the row, or labels cannot be placed in what it writes",
     "processor_refused": "the model's processor does not take the row",
     "nonfinite_teacher": "the teacher's output holds NaN or infinity",
 }
+
+ROW_NOTES = {
+    "columns_unused": "the row has columns or keys that change training elsewhere and are not used here",
+    "image_in_answer": "<image> stands in an answer: the picture is put there",
+}
+"""What is worth knowing of a row that is used."""

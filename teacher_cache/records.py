@@ -47,6 +47,7 @@ class Sample:
         source_id: the dataset's own id (they repeat in the wild, so it is never a key).
         place: where a person finds the row (``file.json row 17``).
         extra: further scalar columns of the row (``family``, ``data_source``), and ``answers``, a list of reference texts.
+        notes: what is worth knowing though the row is used, as read from the mixture: (one of ``errors.ROW_NOTES``, what was seen).
     """
 
     part: str
@@ -56,6 +57,7 @@ class Sample:
     turns: tuple[Turn, ...]
     images: tuple[Image, ...] = ()
     extra: Mapping[str, Any] = field(default_factory=dict)
+    notes: tuple[tuple[str, str], ...] = ()
 
 
 @dataclass(frozen=True)

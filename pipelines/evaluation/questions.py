@@ -15,7 +15,7 @@ from teacher_cache.errors import SkipRow
 from teacher_cache.records import Sample, SkipRecord, Turn
 from teacher_cache.rows import check_sample
 from teacher_cache.sources import DataSpec, open_source
-from teacher_cache.sources.llava_rows import ANSWERS
+from teacher_cache.sources.row_values import ANSWERS
 
 
 def read_questions(spec: DataSpec) -> Iterator[Sample | SkipRecord]:

@@ -11,7 +11,9 @@ from dataclasses import dataclass
 import fsspec
 
 from teacher_cache.errors import DataError, SkipRow
+from teacher_cache.records import Image
 from teacher_cache.sources.files import is_remote
+from teacher_cache.sources.image_refs import ImageRef
 
 MAX_IMAGE_BYTES = 256 << 20
 """A larger encoded image is skipped: it would be read whole into memory, and no photograph is that large."""
@@ -38,6 +40,15 @@ class ImageFolder:
         if not is_remote(self.root) and not os.path.isdir(self.root):
             raise DataError(f"image root {self.root} is not a folder; pass --image-root, where image paths start")
 
+    def fetch(self, ref: ImageRef) -> Image:
+        """The image of a row, from here or from the row itself; raises as ``check`` and ``read`` do, and image_corrupt."""
+        if ref.inline is None:
+            self.check()
+            return Image(ref.name, self.read(ref.name))
+        data = ref.decode()
+        check_size(ref.name, len(data))
+        return Image(ref.name, data)
+
     def read(self, name: str) -> bytes:
         """The file's bytes exactly as they are.
 
@@ -54,7 +65,8 @@ class ImageFolder:
         root = os.path.realpath(self.root)
         written = os.path.normpath(os.path.join(root, name))
         if not _is_below(written, root) and not _is_below(written, os.path.abspath(self.root)):
-            raise SkipRow("image_path_unsafe", f"{name!r} leads out of the image root (to {written!r})")
+            mend = ": --image-root is the folder that a path must be below" if os.path.isabs(name) else ""
+            raise SkipRow("image_path_unsafe", f"{name!r} leads out of the image root (to {written!r}){mend}")
         try:
             path = os.path.realpath(os.path.join(root, name))
         except ValueError as error:
@@ -69,7 +81,7 @@ class ImageFolder:
             status = os.stat(path)
             if not stat.S_ISREG(status.st_mode):  # opening a pipe would wait for ever
                 raise SkipRow("image_missing", f"{name!r} is not a regular file")
-            _check_size(name, status.st_size)
+            check_size(name, status.st_size)
             with open(path, "rb") as stream:
                 return stream.read()
         except OSError as error:
@@ -81,7 +93,7 @@ class ImageFolder:
         if not path.startswith(root.rstrip("/") + "/"):
             raise SkipRow("image_path_unsafe", f"{name!r} leads out of the image root")
         try:
-            _check_size(name, filesystem.size(path) or 0)
+            check_size(name, filesystem.size(path) or 0)
             return bytes(filesystem.cat_file(path))
         except OSError as error:
             raise _absent_or_broken(name, error) from error
@@ -91,14 +103,18 @@ def _is_below(path: str, root: str) -> bool:
     return os.path.commonpath([root, path]) == root
 
 
-def _check_size(name: str, size: int) -> None:
+def check_size(name: str, size: int) -> None:
+    """SkipRow where an encoded image is larger than ``MAX_IMAGE_BYTES``."""
     if size > MAX_IMAGE_BYTES:
         raise SkipRow("image_too_large", f"{name!r} has {size:,} bytes, more than {MAX_IMAGE_BYTES:,}")
 
 
 def _absent_or_broken(name: str, error: OSError) -> Exception:
     if isinstance(error, FileNotFoundError) or error.errno in _ABSENT:
-        return SkipRow("image_missing", f"{name!r} does not exist under the image root")
+        mend = (
+            " (folders are parted by / here)" if "\\" in name else " (mind the blanks)" if name != name.strip() else ""
+        )
+        return SkipRow("image_missing", f"{name!r} does not exist under the image root{mend}")
     if isinstance(error, PermissionError):
         return SkipRow("image_missing", f"{name!r} exists but may not be read (permission denied)")
     return DataError(f"image {name!r} cannot be read: {error.strerror or error}; check the disk, then re-run")

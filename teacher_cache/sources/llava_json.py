@@ -1,27 +1,25 @@
-"""LLaVA-1.5 json: one JSON list of ``{id, image?: path or list of paths, conversations: [{from, value}]}``.
+"""LLaVA-1.5 json: one JSON list of ``{id, image?: path or list of paths, conversations: [{from, value}]}`` or like rows (``message_rows``).
 
 The file (1 GB for mix665k) is streamed: a scan notes the byte range of each row group, a read seeks there.
 """
 
 from __future__ import annotations
 
-import io
 import json
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, BinaryIO, cast
 
 from teacher_cache.errors import SkipRow
-from teacher_cache.records import Image, RowGroup, Sample, SkipRecord, Turn
+from teacher_cache.records import RowGroup, Sample, SkipRecord
 from teacher_cache.sources import DataSpec, files
 from teacher_cache.sources.image_folder import ImageFolder
 from teacher_cache.sources.json_list import broken_json, split_json_list
-from teacher_cache.sources.llava_rows import checked_text, extra_of, source_id_of, turns_of
+from teacher_cache.sources.message_rows import read_row, read_sample
+from teacher_cache.sources.row_values import Unparsed
 
 FORMAT = "llava-json"
-
-_KNOWN = frozenset({"id", "image", "conversations"})
 
 
 def matches(paths: list[str]) -> bool:
@@ -68,7 +66,6 @@ class LlavaJson:
         """Groups of one file; their locator is the file's number, byte range and first row in the file."""
         most = None if self.spec.limit is None else self.spec.limit - start
         row = rows = characters = image_count = offset = end = 0
-        name = os.path.basename(path)
 
         def group() -> RowGroup:
             locator = {"file": file, "offset": offset, "bytes": end - offset, "row": row - rows}
@@ -78,7 +75,7 @@ class LlavaJson:
             return
         with files.open_binary(path) as stream:
             for at, element in split_json_list(stream, path):
-                text_length, images = self._measure(parse_element(element, path, row, at), name)
+                text_length, images = self._measure(parse_element(element, path, row, at))
                 offset = at if rows == 0 else offset
                 end, rows, row = at + len(element), rows + 1, row + 1
                 characters, image_count = characters + text_length, image_count + images
@@ -90,53 +87,51 @@ class LlavaJson:
         if rows:
             yield group()
 
-    def _measure(self, value: Any, name: str) -> tuple[int, int]:
+    def _measure(self, value: Any) -> tuple[int, int]:
         """(characters, images) of one row; a bad row counts as nothing here and becomes a skip record when read."""
         try:
-            _, turns, image_names, _ = parse_row(value)
+            row = read_row(value)
         except SkipRow:
             return 0, 0
-        if image_names:
+        if any(ref.inline is None for ref in row.refs):
             self.images.check()
-        return sum(len(turn.text) for turn in turns), len(image_names)
+        return row.characters, len(row.refs)
 
     def read(self, group: RowGroup) -> Iterator[Sample | SkipRecord]:
-        """
+        """Memory: one chunk and one row.
+
         Raises:
             DataError: the file changed since the scan, the image root is gone, or a disk failed.
         """
-        where = group.locator
+        where, count = group.locator, 0
         path = self.paths[where["file"]]
         with files.open_binary(path) as stream:
             stream.seek(where["offset"])
-            data = stream.read(where["bytes"])
-        count = 0
-        for at, element in split_json_list(io.BytesIO(b"[" + data + b"]"), f"{path} (changed since it was scanned?)"):
-            row = where["row"] + count
-            value = parse_element(element, path, row, where["offset"] + at - 1)
-            yield self._sample(value, group.start + count, f"{os.path.basename(path)} row {row}")
-            count += 1
+            listed = cast(BinaryIO, _Listed(stream, where["bytes"]))
+            for at, element in split_json_list(listed, f"{path} (changed since it was scanned?)"):
+                row = where["row"] + count
+                value = parse_element(element, path, row, where["offset"] + at - 1)
+                empty = Sample(self.spec.part, group.start + count, "", f"{os.path.basename(path)} row {row}", ())
+                yield read_sample(empty, value, read_row, self.images.fetch)
+                count += 1
         if count != group.rows:
             what = f"{count} rows where the scan saw {group.rows}: the file changed"
             raise broken_json(path, where["row"], where["offset"], what)
 
-    def _sample(self, value: Any, ordinal: int, place: str) -> Sample | SkipRecord:
-        source_id = ""
-        try:
-            source_id, turns, image_names, extra = parse_row(value)
-            if image_names:
-                self.images.check()
-            images = tuple(Image(name, self.images.read(name)) for name in image_names)
-        except SkipRow as skip:
-            return SkipRecord(self.spec.part, ordinal, source_id, place, skip.reason, skip.detail)
-        return Sample(self.spec.part, ordinal, source_id, place, turns, images, extra)
 
+class _Listed:
+    """The next ``size`` bytes of a stream as a list of their own: ``[`` before them and ``]`` behind them."""
 
-@dataclass(frozen=True)
-class Unparsed:
-    """A row whose borders are certain but whose value Python cannot hold; ``why`` goes into the skip record."""
+    def __init__(self, stream: BinaryIO, size: int):
+        self._stream, self._left, self._ends = stream, size, [b"[", b"]"]
 
-    why: str
+    def read(self, count: int) -> bytes:
+        if len(self._ends) == 2:
+            return self._ends.pop(0)
+        if data := self._stream.read(min(count, self._left)):
+            self._left -= len(data)
+            return data
+        return self._ends.pop() if self._ends else b""
 
 
 def parse_element(element: bytes, path: str, row: int, offset: int) -> Any:
@@ -158,20 +153,3 @@ def parse_element(element: bytes, path: str, row: int, offset: int) -> Any:
         raise broken_json(path, row, byte, error.msg) from error
     except ValueError as error:
         return Unparsed(str(error).partition(":")[0])
-
-
-def parse_row(value: Any) -> tuple[str, tuple[Turn, ...], tuple[str, ...], dict[str, Any]]:
-    """Id, turns, image paths, extra columns.
-
-    Raises:
-        SkipRow: bad_row.
-    """
-    if isinstance(value, Unparsed):
-        raise SkipRow("bad_row", value.why)
-    if not isinstance(value, dict):
-        raise SkipRow("bad_row", f"the row is {type(value).__name__}, not an object")
-    image = value.get("image")
-    # Text-only rows are written without the key, with null, or with "".
-    listed = [] if image is None or image == "" else image if isinstance(image, list) else [image]
-    names = tuple(checked_text(name, "'image'") for name in listed)
-    return source_id_of(value.get("id")), turns_of(value.get("conversations")), names, extra_of(value, _KNOWN)

@@ -1,4 +1,8 @@
-"""LLaVA-NeXT-Data parquet: ``id, conversations: list<struct<from, value>>, data_source, image: struct<bytes, path>``.
+"""Parquet: LLaVA-NeXT-Data (``id, conversations: list<struct<from, value>>, data_source, image: struct<bytes, path>``) and its relatives.
+
+A row is read as in every format (``message_rows``): ``conversations`` or ``messages`` (content text or parts), or ``prompt`` and
+``completion``; ``image`` or ``images`` as ``{bytes, path}``, bytes or a path, one or a list; no ``id`` is needed. Paths without bytes
+start at the image root.
 
 92 GB in the wild, so a scan reads only text columns and a read opens only the parquet row groups that it needs.
 """
@@ -6,7 +10,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -16,16 +20,23 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from teacher_cache.errors import DataError, SkipRow
-from teacher_cache.records import Image, RowGroup, Sample, SkipRecord
+from teacher_cache.errors import DataError
+from teacher_cache.records import RowGroup, Sample, SkipRecord
 from teacher_cache.sources import DataSpec, files
-from teacher_cache.sources.image_folder import MAX_IMAGE_BYTES
-from teacher_cache.sources.llava_rows import extra_of, source_id_of, turns_of
+from teacher_cache.sources.image_folder import ImageFolder
+from teacher_cache.sources.image_refs import IMAGE_COLUMNS
+from teacher_cache.sources.message_rows import COLUMNS, TALK, read_row, read_sample
+from teacher_cache.sources.row_limits import UNUSED, media_columns
+from teacher_cache.sources.row_values import Unparsed
 
 FORMAT = "llava-next-parquet"
 
-_EXPECTED = "id, conversations: list<struct<from, value>>, image: struct<bytes, path>"
-_KNOWN = frozenset({"id", "conversations", "image"})
+_EXPECTED = (
+    "conversations: list<struct<from, value>> or messages: list<struct<role, content>> or prompt and completion; "
+    "image or images: struct<bytes, path>, binary or string, or a list of these"
+)
+_TEXTS = ("value", "content", "text")
+"""Fields of turns and parts that hold what is said."""
 _SCAN_BATCH_ROWS = 8192
 _READ_BATCH_ROWS = 32
 _BUFFER_BYTES = 1 << 20
@@ -36,7 +47,8 @@ def matches(paths: list[str]) -> bool:
 
 
 def open(spec: DataSpec, paths: list[str]) -> LlavaNextParquet:
-    return LlavaNextParquet(spec, tuple(paths))
+    root = spec.image_root if spec.image_root is not None else os.path.dirname(paths[0]) or "."
+    return LlavaNextParquet(spec, tuple(paths), ImageFolder(root, spec.follow_links))
 
 
 @dataclass(frozen=True)
@@ -45,6 +57,7 @@ class LlavaNextParquet:
 
     spec: DataSpec
     paths: tuple[str, ...]
+    images: ImageFolder
 
     def fingerprint(self) -> dict[str, Any]:
         return files.fingerprint_files(FORMAT, list(self.paths))
@@ -91,27 +104,11 @@ class LlavaNextParquet:
             raise DataError(f"{path}: {count} rows from row {first} where the scan saw {group.rows}; the file changed")
 
     def _sample(self, batch: pa.RecordBatch, i: int, ordinal: int, place: str) -> Sample | SkipRecord:
-        source_id = ""
         try:
-            try:
-                row = {name: batch.column(name)[i].as_py() for name in batch.schema.names}
-            except UnicodeDecodeError as error:
-                raise SkipRow("bad_row", f"text is not UTF-8 at its byte {error.start}") from error
-            source_id = source_id_of(row["id"])
-            turns, extra = turns_of(row["conversations"]), extra_of(row, _KNOWN)
-            images = () if row["image"] is None else (_image(row["image"]),)
-        except SkipRow as skip:
-            return SkipRecord(self.spec.part, ordinal, source_id, place, skip.reason, skip.detail)
-        return Sample(self.spec.part, ordinal, source_id, place, turns, images, extra)
-
-
-def _image(value: dict[str, Any]) -> Image:
-    name, data = value["path"] or "", value["bytes"]
-    if not data:
-        raise SkipRow("image_missing", f"the image's bytes are {'null' if data is None else 'empty'} (path {name!r})")
-    if len(data) > MAX_IMAGE_BYTES:
-        raise SkipRow("image_too_large", f"the image has {len(data):,} bytes, more than {MAX_IMAGE_BYTES:,}")
-    return Image(name, data)
+            row: Any = {name: batch.column(name)[i].as_py() for name in batch.schema.names}
+        except UnicodeDecodeError as error:
+            row = Unparsed(f"text is not UTF-8 at its byte {error.start}")
+        return read_sample(Sample(self.spec.part, ordinal, "", place, ()), row, read_row, self.images.fetch)
 
 
 @contextmanager
@@ -129,39 +126,96 @@ def _opened(path: str) -> Iterator[pq.ParquetFile]:
 
 
 def _check_columns(path: str, schema: pa.Schema) -> None:
-    fits = set(schema.names) >= _KNOWN and len(set(schema.names)) == len(schema.names)
-    if fits:
-        turns, image = schema.field("conversations").type, schema.field("image").type
-        is_list = pa.types.is_list(turns) or pa.types.is_large_list(turns)
-        fits = is_list and _has_fields(turns.value_type, "from", "value") and _has_fields(image, "bytes", "path")
-    if not fits:
+    kinds = {field.name: field.type for field in schema}
+    talks = [kinds[name] for name in TALK[:2] if name in kinds]
+    fits = len(kinds) == len(schema) and (bool(talks) or set(TALK[2:]) <= set(kinds))
+    fits = fits and all(_is_turns(kind) or pa.types.is_null(kind) for kind in talks)
+    if not fits or not all(_is_image(kinds[name]) for name in IMAGE_COLUMNS if name in kinds):
         found = ", ".join(f"{field.name}: {field.type}" for field in schema)
         raise DataError(
             f"{path}: columns do not fit {FORMAT}: found {found}; expected {_EXPECTED}; rename or convert them"
         )
 
 
-def _has_fields(kind: pa.DataType, *names: str) -> bool:
-    return pa.types.is_struct(kind) and all(kind.get_field_index(name) >= 0 for name in names)
+def _is_list(kind: pa.DataType) -> bool:
+    return pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
+
+
+def _is_turns(kind: pa.DataType) -> bool:
+    turn = kind.value_type if _is_list(kind) else None
+    return turn is not None and all(_has_one(turn, names) for names in (("from", "role"), ("value", "content")))
+
+
+def _has_one(kind: pa.DataType, names: Sequence[str]) -> bool:
+    return pa.types.is_struct(kind) and any(kind.get_field_index(name) >= 0 for name in names)
+
+
+def _is_image(kind: pa.DataType) -> bool:
+    kind = kind.value_type if _is_list(kind) else kind
+    return pa.types.is_null(kind) or _has_one(kind, ("bytes", "path")) or _is_text(kind) or _is_bytes(kind)
+
+
+def _is_text(kind: pa.DataType) -> bool:
+    return pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
+
+
+def _is_bytes(kind: pa.DataType) -> bool:
+    return pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_binary_view(kind)
 
 
 def _measure(parquet: pq.ParquetFile, most: int | None) -> tuple[np.ndarray, np.ndarray]:
     """Of the first ``most`` rows: bytes of text (near enough to characters for balancing) and number of images."""
+    schema = parquet.schema_arrow
+    talk = next(([name] for name in TALK[:2] if name in schema.names), [name for name in TALK if name in schema.names])
+    images = [name for name in IMAGE_COLUMNS if name in schema.names]
+    # Paths alone tell null images from present ones without reading their bytes.
+    leaves = [parquet.schema.column(i).path for i in range(len(parquet.schema.names))]
+    wanted = [leaf for leaf in leaves if leaf.split(".")[0] in (*talk, *images) and _is_small(schema, leaf)]
     lengths: list[np.ndarray] = [np.zeros(0, np.int64)]
-    images: list[np.ndarray] = [np.zeros(0, np.int64)]
+    counts: list[np.ndarray] = [np.zeros(0, np.int64)]
     seen = 0
-    # ``image.path`` alone tells null images from present ones without reading their bytes.
-    for batch in parquet.iter_batches(_SCAN_BATCH_ROWS, columns=["conversations", "image.path"]):
-        turns = batch.column("conversations")
-        owners = pc.list_parent_indices(turns).to_numpy()
-        texts = turns.flatten().field("value")
-        sizes = pc.fill_null(pc.binary_length(texts), 0).to_numpy(zero_copy_only=False)
-        lengths.append(np.bincount(owners, weights=sizes, minlength=batch.num_rows).astype(np.int64))
-        images.append(batch.column("image").is_valid().to_numpy(zero_copy_only=False).astype(np.int64))
+    for batch in parquet.iter_batches(_SCAN_BATCH_ROWS, columns=wanted):
+        there = set(batch.schema.names)
+        lengths.append(sum((_text_bytes(batch.column(name)) for name in talk), np.zeros(batch.num_rows, np.int64)))
+        # An image of which nothing but its bytes tells whether it is there counts as one.
+        each = (_counted(batch.column(name)) if name in there else np.ones(batch.num_rows, np.int64) for name in images)
+        counts.append(sum(each, np.zeros(batch.num_rows, np.int64)))
         seen += batch.num_rows
         if most is not None and seen >= most:
             break
-    return np.concatenate(lengths)[:most], np.concatenate(images)[:most]
+    return np.concatenate(lengths)[:most], np.concatenate(counts)[:most]
+
+
+def _is_small(schema: pa.Schema, leaf: str) -> bool:
+    """False for the bytes of images, beside the text or in a part of it."""
+    if leaf.rpartition(".")[2] == "bytes":
+        return False
+    kind = schema.field(leaf.split(".")[0]).type
+    return not _is_bytes(kind.value_type if _is_list(kind) else kind)
+
+
+def _text_bytes(column: pa.Array) -> np.ndarray:
+    """int64, a number a row: of the column itself, or of what its turns and their parts say."""
+    if pa.types.is_dictionary(column.type):
+        column = column.dictionary_decode()
+    if _is_text(column.type):
+        return pc.fill_null(pc.binary_length(column), 0).to_numpy(zero_copy_only=False).astype(np.int64)
+    if _is_list(column.type):
+        owners, inside = pc.list_parent_indices(column).to_numpy(), _text_bytes(column.flatten())
+        return np.bincount(owners, weights=inside, minlength=len(column)).astype(np.int64)
+    total = np.zeros(len(column), np.int64)
+    if pa.types.is_struct(column.type):
+        for name in _TEXTS:
+            if column.type.get_field_index(name) >= 0:
+                total = total + _text_bytes(column.field(name))
+    return total
+
+
+def _counted(column: pa.Array) -> np.ndarray:
+    """int64, images a row."""
+    if _is_list(column.type):
+        return pc.fill_null(pc.list_value_length(column), 0).to_numpy(zero_copy_only=False).astype(np.int64)
+    return column.is_valid().to_numpy(zero_copy_only=False).astype(np.int64)
 
 
 def cut_rows(row_groups: list[int], group_rows: int, most: int) -> Iterator[tuple[int, int]]:
@@ -184,11 +238,12 @@ def cut_rows(row_groups: list[int], group_rows: int, most: int) -> Iterator[tupl
         yield first, rows
 
 
-def _is_scalar(kind: pa.DataType) -> bool:
-    """Columns that can become ``extra``; others (a second image, embeddings) are not even read."""
+def _is_read(field: pa.Field) -> bool:
+    """What ``message_rows`` asks for, and scalars, which become ``extra``; others (embeddings) are not even read."""
+    asked = field.name in COLUMNS or field.name in TALK or field.name in UNUSED or media_columns([field.name])
     types = pa.types
-    tests = (types.is_string, types.is_large_string, types.is_boolean, types.is_integer, types.is_floating)
-    return any(test(kind) for test in tests)
+    tests = (_is_text, types.is_boolean, types.is_integer, types.is_floating)
+    return bool(asked) or any(test(field.type) for test in tests)
 
 
 def _row_range(parquet: pq.ParquetFile, first: int, rows: int) -> Iterator[pa.RecordBatch]:
@@ -201,7 +256,7 @@ def _row_range(parquet: pq.ParquetFile, first: int, rows: int) -> Iterator[pa.Re
             skip = first - begin if not wanted else skip
             wanted.append(i)
         begin += size
-    columns = [field.name for field in parquet.schema_arrow if field.name in _KNOWN or _is_scalar(field.type)]
+    columns = [field.name for field in parquet.schema_arrow if _is_read(field)]
     for batch in parquet.iter_batches(_READ_BATCH_ROWS, row_groups=wanted, columns=columns):
         kept = batch.slice(skip, rows)  # slicing beyond the end gives what is there
         skip, rows = max(0, skip - batch.num_rows), rows - kept.num_rows

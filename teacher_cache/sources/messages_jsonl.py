@@ -17,17 +17,16 @@ from dataclasses import dataclass
 from typing import Any
 
 from teacher_cache.errors import DataError, SkipRow
-from teacher_cache.records import Image, RowGroup, Sample, SkipRecord, Turn
+from teacher_cache.records import RowGroup, Sample, SkipRecord
 from teacher_cache.sources import DataSpec, files
 from teacher_cache.sources.grouping import RowRange, group_rows_of
-from teacher_cache.sources.image_folder import MAX_IMAGE_BYTES, ImageFolder
+from teacher_cache.sources.image_folder import ImageFolder
 from teacher_cache.sources.json_lines import split_lines
-from teacher_cache.sources.llava_rows import extra_of, source_id_of
-from teacher_cache.sources.message_rows import COLUMNS, ImageRef, rows_turns
+from teacher_cache.sources.message_rows import TALK, read_row, read_sample
+from teacher_cache.sources.row_values import Unparsed
 
 FORMAT = "messages-jsonl"
 
-_KNOWN = COLUMNS | {"id"}
 _SUFFIXES = (".jsonl", ".ndjson", ".jsonlines")
 _LOOK_BYTES = 1 << 20
 
@@ -45,7 +44,7 @@ def _looks_like_lines(path: str) -> bool:
         row = json.loads(start.partition(b"\n")[0]) if start[:1] == b"{" else None
     except (ValueError, RecursionError):
         return False
-    return isinstance(row, dict) and bool(row.keys() & (COLUMNS - {"image", "images"}))
+    return isinstance(row, dict) and bool(row.keys() & set(TALK))
 
 
 def open(spec: DataSpec, paths: list[str]) -> MessagesJsonl:
@@ -77,18 +76,18 @@ class MessagesJsonl:
         with files.open_binary(path) as stream:
             for offset, line, data, ended in split_lines(stream, path):
                 value, characters, images = _parse(data), 0, 0
-                if isinstance(value, _NoRow) and not ended:
+                if isinstance(value, Unparsed) and not ended:
                     raise DataError(
                         f"{path}: line {line}, the last, is cut off at byte {offset + len(data)} ({value.why}): fetch the file again"
                     )
                 try:
-                    _, turns, refs, _ = _row(value)
+                    row = read_row(value)
                 except SkipRow:
                     pass  # counts as nothing here, and becomes a skip record when it is read
                 else:
-                    if any(ref.inline is None for ref in refs):
+                    if any(ref.inline is None for ref in row.refs):
                         self.images.check()
-                    characters, images = sum(len(turn.text) for turn in turns), len(refs)
+                    characters, images = row.characters, len(row.refs)
                 yield RowRange(offset, offset + len(data), characters, images, {"line": line})
 
     def read(self, group: RowGroup) -> Iterator[Sample | SkipRecord]:
@@ -104,55 +103,20 @@ class MessagesJsonl:
             lines = split_lines(stream, path, where["offset"], where["line"])
             for ordinal, (offset, line, data, _) in zip(range(group.start, group.start + group.rows), lines):
                 end, count = offset + len(data), count + 1
-                yield self._sample(_parse(data), ordinal, f"{os.path.basename(path)} line {line}")
+                empty = Sample(self.spec.part, ordinal, "", f"{os.path.basename(path)} line {line}", ())
+                yield read_sample(empty, _parse(data), read_row, self.images.fetch)
         if (count, end) != (group.rows, where["end"]):
             raise DataError(f"{path}: line {where['line']} and what follows is not what the scan saw: the file changed")
-
-    def _sample(self, value: Any, ordinal: int, place: str) -> Sample | SkipRecord:
-        source_id = ""
-        try:
-            if isinstance(value, dict):
-                source_id = source_id_of(value.get("id"))
-            source_id, turns, refs, extra = _row(value)
-            images = tuple(self._image(ref) for ref in refs)
-        except SkipRow as skip:
-            return SkipRecord(self.spec.part, ordinal, source_id, place, skip.reason, skip.detail)
-        return Sample(self.spec.part, ordinal, source_id, place, turns, images, extra)
-
-    def _image(self, ref: ImageRef) -> Image:
-        if ref.inline is None:
-            self.images.check()
-            return Image(ref.name, self.images.read(ref.name))
-        data = ref.decode()
-        if len(data) > MAX_IMAGE_BYTES:
-            raise SkipRow("image_too_large", f"the image has {len(data):,} bytes, more than {MAX_IMAGE_BYTES:,}")
-        return Image(ref.name, data)
-
-
-@dataclass(frozen=True)
-class _NoRow:
-    """A line that is no JSON; ``why`` goes into the skip record."""
-
-    why: str
 
 
 def _parse(data: bytes) -> Any:
     try:
         return json.loads(data.decode("utf-8"))
     except UnicodeDecodeError as error:
-        return _NoRow(f"not UTF-8 at byte {error.start} of the line")
+        return Unparsed(f"not UTF-8 at byte {error.start} of the line")
     except RecursionError:
-        return _NoRow("nested too deep")
+        return Unparsed("nested too deep")
     except json.JSONDecodeError as error:
-        return _NoRow(f"no JSON: {error.msg} at character {error.pos} of the line")
+        return Unparsed(f"no JSON: {error.msg} at character {error.pos} of the line")
     except ValueError as error:
-        return _NoRow(str(error).partition(":")[0])
-
-
-def _row(value: Any) -> tuple[str, tuple[Turn, ...], tuple[ImageRef, ...], dict[str, Any]]:
-    if isinstance(value, _NoRow):
-        raise SkipRow("bad_row", value.why)
-    if not isinstance(value, dict):
-        raise SkipRow("bad_row", f"the line is {type(value).__name__}, not an object")
-    turns, refs = rows_turns(value)
-    return source_id_of(value.get("id")), turns, refs, extra_of(value, _KNOWN)
+        return Unparsed(str(error).partition(":")[0])

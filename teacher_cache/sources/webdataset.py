@@ -2,9 +2,10 @@
 
 - **Images**: ``jpg, jpeg, png, webp, gif, bmp, tif, tiff``, one (``x.jpg``), several (``x.0.jpg``, ``x.img1.png``: by their numbers, or in
   the order in which the row names them) or none.
-- **Text**: ``x.json`` with LLaVA's ``conversations``, or with ``messages`` / ``prompt`` and ``completion`` (see ``message_rows``). A json
+- **Text**: ``x.json`` with ``conversations``, ``messages``, or ``prompt`` and ``completion`` (see ``message_rows``). A json
   without them is metadata (as img2dataset writes it): then ``x.txt`` is the caption, else its ``caption`` or ``text``. A caption
   is the answer to a user turn of images alone.
+- A sample with a video or a sound is skipped.
 - Further files of a sample are not read, whatever they hold; nothing is unpickled. Names that begin with a dot or have none are no samples.
 - Keys may repeat in a tar where other samples stand between; what stands side by side is one sample, and one file twice in it is a bad row.
 
@@ -16,8 +17,8 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, BinaryIO
 
 from teacher_cache.errors import DataError, SkipRow, printable
@@ -25,10 +26,12 @@ from teacher_cache.records import Image, RowGroup, Sample, SkipRecord, Turn
 from teacher_cache.rows import PLACEHOLDER
 from teacher_cache.sources import DataSpec, files
 from teacher_cache.sources.grouping import RowRange, group_rows_of
-from teacher_cache.sources.image_folder import MAX_IMAGE_BYTES
+from teacher_cache.sources.image_folder import check_size
+from teacher_cache.sources.image_refs import ImageRef
 from teacher_cache.sources.json_list import MAX_ROW_BYTES
-from teacher_cache.sources.llava_rows import checked_text, extra_of, source_id_of
-from teacher_cache.sources.message_rows import COLUMNS, ImageRef, rows_turns
+from teacher_cache.sources.message_rows import COLUMNS, TALK, Row, read_row, read_sample
+from teacher_cache.sources.row_limits import refuse_media_columns
+from teacher_cache.sources.row_values import Unparsed, checked_text, extra_of, row_object
 from teacher_cache.sources.tar_members import BLOCK, Member, read_members
 
 FORMAT = "webdataset"
@@ -37,31 +40,22 @@ IMAGES = frozenset({"jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff"})
 MAX_FILES = 1000
 """Of one sample; more are not remembered, and the row is skipped."""
 
-_KNOWN = COLUMNS | {"id", "caption", "text"}
-_TALK = ("messages", "conversations", "prompt", "completion")
-_COMPRESSED = ((b"\x1f\x8b", "gunzip"), (b"BZh", "bunzip2"), (b"\xfd7zXZ", "unxz"), (b"\x28\xb5\x2f\xfd", "unzstd"))
-_SUFFIXES = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
+_CAPTIONS = ("caption", "text")
+_MEDIA = frozenset({*("mp4", "webm", "mkv", "mov", "avi", "m4v"), *("mp3", "wav", "flac", "ogg", "opus", "m4a")})
 _KEY = re.compile(r"((?:.*/)?[^./][^./]*)\.([^/]+)", re.DOTALL)
 _DIGITS = re.compile(r"([0-9]+)")
 
 
 def matches(paths: list[str]) -> bool:
-    """True if every file is a tar by its content or its name (a compressed one too: its error then says what to do)."""
+    """True if every file is a tar by its content or its name."""
     return all(_looks_like_tar(path) for path in paths)
 
 
 def _looks_like_tar(path: str) -> bool:
-    return path.endswith((".tar", *_SUFFIXES)) or files.first_bytes(path, BLOCK)[257:262] == b"ustar"
+    return path.endswith(".tar") or files.first_bytes(path, BLOCK)[257:262] == b"ustar"
 
 
 def open(spec: DataSpec, paths: list[str]) -> WebDataset:
-    for path in paths:
-        start = files.first_bytes(path, 8)
-        for magic, program in _COMPRESSED:
-            if start.startswith(magic):
-                raise DataError(
-                    f"{path} is compressed, and rows are found by seeking: unpack it first ({program}); images hardly shrink"
-                )
     return WebDataset(spec, tuple(paths))
 
 
@@ -99,8 +93,8 @@ class WebDataset:
             for row, sample in enumerate(_samples(stream, path)):
                 characters = images = 0
                 try:
-                    _, turns, refs, _ = _row(stream, sample)
-                    characters, images = sum(len(turn.text) for turn in turns), len(refs)
+                    found = _row(stream, sample, _json_of(stream, sample))
+                    characters, images = found.characters, len(found.refs)
                 except SkipRow:
                     pass  # counts as nothing here, and becomes a skip record when it is read
                 yield RowRange(sample.begin, sample.end, characters, images, {"row": row})
@@ -125,13 +119,15 @@ class WebDataset:
             )
 
     def _sample(self, stream: BinaryIO, sample: _Files, ordinal: int, place: str) -> Sample | SkipRecord:
-        source_id = _shown(sample.key)
-        try:
-            source_id, turns, refs, extra = _row(stream, sample)
-            images = tuple(_image(stream, sample, ref) for ref in refs)
-        except SkipRow as skip:
-            return SkipRecord(self.spec.part, ordinal, source_id, place, skip.reason, skip.detail)
-        return Sample(self.spec.part, ordinal, source_id, place, turns, images, extra)
+        empty = Sample(self.spec.part, ordinal, _shown(sample.key), place, ())
+        made = read_sample(
+            empty,
+            _json_of(stream, sample),
+            lambda value: _row(stream, sample, value),
+            lambda ref: _image(stream, sample, ref),
+        )
+        is_named = made.source_id != empty.source_id or isinstance(made, SkipRecord)
+        return made if is_named else replace(made, source_id=sample.key)
 
 
 def _shown(key: str) -> str:
@@ -158,26 +154,38 @@ def _samples(stream: BinaryIO, path: str, begin: int = 0, stop: int | None = Non
         yield _Files(key, tuple(run), first, last)
 
 
-def _row(stream: BinaryIO, sample: _Files) -> tuple[str, tuple[Turn, ...], tuple[ImageRef, ...], dict[str, Any]]:
-    """Id, turns, images (each named by its member), extra columns.
+def _json_of(stream: BinaryIO, sample: _Files) -> Any:
+    """What the sample's json holds, ``Unparsed`` where it cannot be read; an empty object where there is none."""
+    member = dict(sample.members).get("json")
+    if member is None or member.kind:
+        return {}
+    try:
+        row = json.loads(_text(stream, member))
+    except RecursionError:
+        return Unparsed(f"{member.name[:80]!r} is nested too deep")
+    except ValueError as error:
+        return Unparsed(f"{member.name[:80]!r} is no JSON: {str(error)[:80]}")
+    except SkipRow as skip:
+        return Unparsed(skip.detail)
+    return {"conversations": row} if isinstance(row, list) else row  # a bare list of turns
+
+
+def _row(stream: BinaryIO, sample: _Files, value: Any) -> Row:
+    """Turns, images (each named by its member), further columns.
 
     Raises:
-        SkipRow: bad_row, image_missing, placeholder_mismatch.
+        SkipRow: bad_row, image_missing, placeholder_mismatch, media_unsupported and what else ``read_row`` raises.
     """
-    named = dict(sample.members)
     _check_files(sample)
-    images = [member.name for _, member in sorted(_images(sample), key=_natural)]
-    row = _json(stream, named["json"]) if "json" in named else {}
-    if isinstance(row, list):  # a bare list of turns
-        row = {"conversations": row}
-    if not isinstance(row, dict):
-        raise SkipRow("bad_row", f"the json is {type(row).__name__}, not an object")
-    if any(row.get(name) is not None for name in _TALK):
-        turns, refs = rows_turns(row, [checked_text(name, "a file's name") for name in images])
+    checked_text(sample.key, "the key")
+    images = [checked_text(member.name, "a file's name") for _, member in sorted(_images(sample), key=_natural)]
+    row = row_object(value)
+    if any(row.get(name) is not None for name in TALK):
+        found = read_row(row, images)
     else:
-        turns, refs = _caption(_caption_text(stream, named, row), images)
-    source_id = source_id_of(row.get("id")) or checked_text(sample.key, "the key")
-    return source_id, turns, refs, extra_of(row, _KNOWN)
+        refuse_media_columns(row)
+        found = _caption(_caption_text(stream, dict(sample.members), row), images, extra_of(row, COLUMNS))
+    return replace(found, extra={name: one for name, one in found.extra.items() if name not in _CAPTIONS})
 
 
 def _check_files(sample: _Files) -> None:
@@ -185,6 +193,8 @@ def _check_files(sample: _Files) -> None:
         raise SkipRow("bad_row", f"more than {MAX_FILES} files share the key")
     seen = set()
     for suffix, member in sample.members:
+        if suffix.rpartition(".")[2] in _MEDIA:
+            raise SkipRow("media_unsupported", f"the sample has {member.name[:80]!r}")
         if member.kind:
             raise SkipRow("bad_row", f"{member.name[:80]!r} is {member.kind} in the tar, no plain file")
         if suffix in seen:
@@ -215,45 +225,35 @@ def _text(stream: BinaryIO, member: Member) -> str:
         raise SkipRow("bad_row", f"{member.name[:80]!r} is not UTF-8 at byte {error.start}") from error
 
 
-def _json(stream: BinaryIO, member: Member) -> Any:
-    try:
-        return json.loads(_text(stream, member))
-    except RecursionError:
-        raise SkipRow("bad_row", f"{member.name[:80]!r} is nested too deep") from None
-    except ValueError as error:
-        raise SkipRow("bad_row", f"{member.name[:80]!r} is no JSON: {str(error)[:80]}") from error
-
-
 def _bytes(stream: BinaryIO, member: Member) -> bytes:
     stream.seek(member.data)
     return stream.read(member.size)
 
 
-def _caption_text(stream: BinaryIO, named: dict[str, Member], row: dict[str, Any]) -> str:
+def _caption_text(stream: BinaryIO, named: Mapping[str, Member], row: Mapping[str, Any]) -> str:
     if "txt" in named:
         return _text(stream, named["txt"]).strip()
-    caption = next((row[name] for name in ("caption", "text") if row.get(name) is not None), None)
+    caption = next((row[name] for name in _CAPTIONS if row.get(name) is not None), None)
     if caption is None:
         what = "a json without conversation or caption" if "json" in named else "neither json nor txt"
         raise SkipRow("bad_row", f"the sample has {what}; are the files of a sample side by side in the tar?")
     return checked_text(caption, "the caption").strip()
 
 
-def _caption(text: str, images: Sequence[str]) -> tuple[tuple[Turn, ...], tuple[ImageRef, ...]]:
+def _caption(text: str, images: Sequence[str], extra: dict[str, Any]) -> Row:
     if not images:
         raise SkipRow("image_missing", "a caption without an image")
     turns = Turn("user", "\n".join([PLACEHOLDER] * len(images))), Turn("assistant", text)
-    return turns, tuple(ImageRef(checked_text(name, "a file's name")) for name in images)
+    return Row(turns, tuple(map(ImageRef, images)), extra)
 
 
 def _image(stream: BinaryIO, sample: _Files, ref: ImageRef) -> Image:
     if ref.inline is not None:
-        return Image(ref.name, ref.decode())
+        data = ref.decode()
+        check_size(ref.name, len(data))
+        return Image(ref.name, data)
     member = next(member for _, member in sample.members if member.name == ref.name)
     if not member.size:
         raise SkipRow("image_missing", f"{member.name[:80]!r} is empty (0 bytes)")
-    if member.size > MAX_IMAGE_BYTES:
-        raise SkipRow(
-            "image_too_large", f"{member.name[:80]!r} has {member.size:,} bytes, more than {MAX_IMAGE_BYTES:,}"
-        )
+    check_size(member.name[:80], member.size)
     return Image(member.name, _bytes(stream, member))

@@ -1,18 +1,41 @@
-"""A LLaVA row as Python values (from json or parquet) → turns, id and extra columns."""
+"""Values of a row that no reader made: text that can be stored, ids, further columns."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
+from dataclasses import dataclass
 from typing import Any
 
 from teacher_cache.errors import SkipRow
-from teacher_cache.records import Turn
-
-ROLE_OF = {"human": "user", "gpt": "assistant", "system": "system"}
 
 ANSWERS = "answers"
 """The one column of several values that a row keeps: reference answers, by which an evaluation scores."""
+
+
+@dataclass(frozen=True)
+class Unparsed:
+    """A row whose borders are certain but whose value Python cannot hold; ``why`` goes into the skip record."""
+
+    why: str
+
+
+def row_object(value: Any) -> Mapping[str, Any]:
+    """The row as an object.
+
+    Raises:
+        SkipRow: bad_row.
+    """
+    if isinstance(value, Unparsed):
+        raise SkipRow("bad_row", value.why)
+    if not isinstance(value, Mapping):
+        raise SkipRow("bad_row", f"the row is {type(value).__name__}, not an object")
+    return value
+
+
+def is_given(value: Any) -> bool:
+    """False for what stands for nothing: null, false, and text, lists and objects that are empty."""
+    return value is not None and value is not False and value not in ("", [], {})
 
 
 def checked_text(value: Any, what: str) -> str:
@@ -22,32 +45,13 @@ def checked_text(value: Any, what: str) -> str:
         SkipRow: bad_row. A lone surrogate (``\\ud800`` in json) is legal there but can be neither hashed nor stored.
     """
     if not isinstance(value, str):
-        raise SkipRow("bad_row", f"{what} is {_kind(value)}, not text")
+        raise SkipRow("bad_row", f"{what} is {kind_of(value)}, not text")
     if not value.isascii():
         try:
             value.encode("utf-8")
         except UnicodeEncodeError as error:
             raise SkipRow("bad_row", f"{what} holds half of a surrogate pair at character {error.start}") from error
     return value
-
-
-def turns_of(conversations: Any) -> tuple[Turn, ...]:
-    """``[{from, value, …}]`` → turns; further keys of a turn are ignored.
-
-    Raises:
-        SkipRow: bad_row.
-    """
-    if not isinstance(conversations, Sequence) or isinstance(conversations, str | bytes):
-        raise SkipRow("bad_row", f"'conversations' is {_kind(conversations)}, not a list")
-    turns = []
-    for number, turn in enumerate(conversations):
-        if not isinstance(turn, Mapping):
-            raise SkipRow("bad_row", f"turn {number} is {_kind(turn)}, not an object")
-        speaker = turn.get("from")
-        if not isinstance(speaker, str) or speaker not in ROLE_OF:
-            raise SkipRow("bad_row", f"turn {number} is from {str(speaker)[:40]!r}, not one of {', '.join(ROLE_OF)}")
-        turns.append(Turn(ROLE_OF[speaker], checked_text(turn.get("value"), f"'value' of turn {number}")))
-    return tuple(turns)
 
 
 def source_id_of(value: Any) -> str:
@@ -62,10 +66,10 @@ def source_id_of(value: Any) -> str:
         return checked_text(value, "'id'")
     if isinstance(value, int | float):
         return str(value)
-    raise SkipRow("bad_row", f"'id' is {_kind(value)}, not text or a number")
+    raise SkipRow("bad_row", f"'id' is {kind_of(value)}, not text or a number")
 
 
-def extra_of(row: Mapping[str, Any], known: frozenset[str]) -> dict[str, Any]:
+def extra_of(row: Mapping[str, Any], known: Set[str]) -> dict[str, Any]:
     """Further scalar columns, and ``answers``; other nested values, nulls and numbers that json cannot carry on are left out.
 
     Raises:
@@ -95,5 +99,5 @@ def _answers(value: Any) -> list[str]:
     return [checked_text(str(one), repr(ANSWERS)) for one in texts]
 
 
-def _kind(value: Any) -> str:
+def kind_of(value: Any) -> str:
     return "absent or null" if value is None else type(value).__name__
