@@ -20,6 +20,7 @@ from student_train.pruning.forward import prune_vision
 from student_train.stream import TrainBatch
 from teacher_cache.batch import Batch, keep_vision
 from teacher_cache.errors import CompatibilityError, KdcliError, not_loaded
+from teacher_cache.model_name import check_model_name
 from teacher_cache.records import TextTokens
 from teacher_cache.teachers.text_vision import layer_inputs, text_vision_attention
 
@@ -65,6 +66,7 @@ def open_student(
     """(processor, configuration, settled compressor) without any weights; the processor writes the compressed count."""
     from transformers import AutoConfig, AutoProcessor
 
+    check_model_name(f"student {model_id!r}", model_id)
     try:
         processor = AutoProcessor.from_pretrained(model_id, trust_remote_code=trust_remote_code)
         config = AutoConfig.from_pretrained(model_id, trust_remote_code=trust_remote_code)
