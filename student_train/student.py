@@ -21,6 +21,7 @@ from student_train.pruning.forward import prune_vision
 from student_train.stream import TrainBatch
 from teacher_cache.batch import Batch, keep_vision
 from teacher_cache.errors import CompatibilityError, KdcliError, not_loaded
+from teacher_cache.model_name import check_model_name
 from teacher_cache.records import TextTokens
 from teacher_cache.teachers.head import head_logits
 from teacher_cache.teachers.head_form import check_rows, head_form
@@ -73,6 +74,7 @@ def open_student(
     """(processor, configuration, settled compressor) without any weights; the processor writes the compressed count."""
     from transformers import AutoConfig, AutoProcessor
 
+    check_model_name(f"student {model_id!r}", model_id)
     try:
         processor = AutoProcessor.from_pretrained(model_id, trust_remote_code=trust_remote_code)
         config = AutoConfig.from_pretrained(model_id, trust_remote_code=trust_remote_code)

@@ -20,6 +20,7 @@ from teacher_cache.batch import Batch, collate
 from teacher_cache.errors import CompatibilityError, KdcliError, not_loaded
 from teacher_cache.fingerprint import processor_fingerprint
 from teacher_cache.layout import COMPRESSED
+from teacher_cache.model_name import check_model_name
 from teacher_cache.records import Prepared, TeacherOutput
 from teacher_cache.teachers.head import head_logits
 from teacher_cache.teachers.head_form import check_rows, head_form
@@ -63,6 +64,7 @@ def load_processor(spec: TeacherSpec) -> tuple[Any, Any]:
     """(processor, config) without any weights; KdcliError where the model folder or hub id is not to be had."""
     from transformers import AutoConfig, AutoProcessor
 
+    check_model_name(f"model {spec.id!r}", spec.id, spec.revision)
     arguments = {"revision": spec.revision, "trust_remote_code": spec.trust_remote_code}
     try:
         return AutoProcessor.from_pretrained(spec.id, **arguments), AutoConfig.from_pretrained(spec.id, **arguments)
