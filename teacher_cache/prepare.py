@@ -7,7 +7,7 @@ Vision rows are *not* shifted: they are taken at the vision token itself.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -219,9 +219,3 @@ class Preparer:
 
     def _chat_owner(self) -> Any:
         return self.processor if getattr(self.processor, "chat_template", None) else self.tokenizer
-
-
-def token_counter(processor: Any, config: Any, templates: Mapping[str, str]) -> Callable[[Sample], int]:
-    """Counts a row's tokens, image tokens included, as capture would; may raise SkipRow. templates: part → template."""
-    preparer = Preparer(processor, config, Limits(max_length=1 << 60))
-    return lambda sample: len(preparer.prepare(sample, templates[sample.part]))
