@@ -7,7 +7,7 @@ neither the tokenizer nor ``generation_config.json`` names.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -61,6 +61,16 @@ class LabelEnds:
                 return OpenEnd(kind, wrong[-1], f"{many}the last label is {self.token(wrong[-1])}")
         return None
 
+    def survey(self, rows: Iterable[Prepared], templates: Mapping[str, str]) -> list[str]:
+        """``warnings`` of some rows, by part. templates: part → template."""
+        found: dict[str, Counter[tuple[str, int]]] = {part: Counter() for part in templates}
+        looked: Counter[str] = Counter()
+        for row in rows:
+            looked[row.part] += 1
+            if end := self.look(row, templates[row.part]):
+                found[row.part][end.kind, end.last] += 1
+        return [line for part, own in found.items() for line in self.warnings(part, templates[part], own, looked[part])]
+
     def token(self, number: int) -> str:
         """A token as a person knows it: its text and its id."""
         return f"{self.tokenizer.decode([number])!r} (id {number})"
@@ -78,7 +88,7 @@ class LabelEnds:
     def _warning(self, part: str, template: str, kind: str, found: Mapping[tuple[str, int], int], rows: int) -> str:
         counts = Counter({last: count for (one, last), count in found.items() if one == kind})
         stops = " or ".join(self.token(one) for one in sorted(self.stops)) or "no token: the model names no eos_token"
-        head = f"part {part!r}, template {template!r}: in {sum(counts.values()):,} of {rows:,} rows"
+        head = f"part {part!r}, template {template!r}: in {sum(counts.values()):,} of {rows:,} rows looked at"
         if kind == NO_STOP:
             seen = ", ".join(self.token(last) for last, _ in counts.most_common(3))
             return (
