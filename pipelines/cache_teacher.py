@@ -16,6 +16,7 @@ from pipelines.describe import describe, new_calibrated
 from pipelines.executors import local, ray
 from pipelines.heartbeat import Heartbeat, forget, new_run
 from pipelines.inspect_cache import status
+from pipelines.label_warnings import label_warnings
 from pipelines.preflight import canaries
 from pipelines.preflight.adopt import calibrations
 from pipelines.profiles import chosen_fields, with_tails
@@ -79,8 +80,13 @@ class CaptureRequest:
         return {shard: columns for shard, columns in left.items() if shard % count == number and not self.prepare_only}
 
 
-def capture(request: CaptureRequest, progress: Callable[[str, int, int], None] = lambda *_: None) -> dict[str, Any]:
-    """Run the whole job; continues what is there. ``progress(event, done_rows, all_rows)`` is called often.
+def capture(
+    request: CaptureRequest,
+    progress: Callable[[str, int, int], None] = lambda *_: None,
+    warn: Callable[[str], None] = lambda line: None,
+) -> dict[str, Any]:
+    """Run the whole job; continues what is there. ``progress(event, done_rows, all_rows)`` is called often, ``warn(line)`` before any
+    GPU is touched, with what is among the ``notes`` too.
 
     Returns:
         ``inspect_cache.status`` of the finished cache: rows, skips by reason, bytes by column; and ``notes`` where there are any.
@@ -115,11 +121,14 @@ def capture(request: CaptureRequest, progress: Callable[[str, int, int], None] =
     for part in parts_with_images(plan.slices):
         preparer.check_images(part, plan.spec(part).template)
     preflight, taken = adopted(request, storage, fields, fingerprint)
+    warnings = [f"WARNING: {line}" for line in label_warnings(request.teacher, preparer, plan)]
+    for line in warnings:
+        warn(line)
     with naming_full_disk(storage):
         write_plan(storage, plan)  # the first write: what can be refused is refused above
     summary = capture_fields(request, plan, fields, fingerprint, (processor, config), (preflight, taken), progress)
     job.remember(files)
-    return summary
+    return summary | ({"notes": [*warnings, *summary.get("notes", [])]} if warnings else {})
 
 
 def capture_fields(

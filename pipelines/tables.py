@@ -61,8 +61,15 @@ def cache_table(columns: Mapping[str, Mapping[str, Any]], rows: int) -> str:
         if "tail" in one:
             text += f"\n{name}: {one['tail']} tails, 1 − Σp of its entries (vLLM's log-probs)"
     listed = ", ".join(f"{count} {reason}" for reason, count in sorted(skipped.items()))
-    written = columns["samples"]["written"]
-    return f"{text}\n{rows} rows in the plan: {written} written, {total} skipped" + (f" ({listed})" if listed else "")
+    written, counts = columns["samples"]["written"], columns["samples"].get("counts", {})
+    text += f"\n{rows} rows in the plan: {written} written, {total} skipped" + (f" ({listed})" if listed else "")
+    return text + cut_words(counts.get("cut_rows", 0), counts.get("cut_images", 0))
+
+
+def cut_words(rows: int, images: int) -> str:
+    """What ``over_length = "cut"`` did, to be put behind a count of rows; empty where it did nothing."""
+    lost = f", {images:,} image{'s' * (images != 1)} lost" if images else ""
+    return f"; {rows:,} cut at a turn border to fit max_length{lost}" if rows else ""
 
 
 def work_lines(work: Mapping[str, Any]) -> str:

@@ -19,7 +19,7 @@ from teacher_cache.fields import Field
 from teacher_cache.plan import Plan
 from teacher_cache.prepare import Preparer
 from teacher_cache.records import Prepared, RowGroup, Sample, SkipRecord, TeacherOutput
-from teacher_cache.samples import encode_sample
+from teacher_cache.samples import cut_counts, encode_sample
 from teacher_cache.shards.commit import committed_shards
 from teacher_cache.shards.storage import Storage
 from teacher_cache.shards.writer import ShardWriter
@@ -158,7 +158,9 @@ def write_window(
             writer.skip(record)
     if "samples" in writers:
         for sample, prepared in zip(window.samples, window.prepared):
-            writers["samples"].add(prepared, encode_sample(sample, prepared))
+            members = encode_sample(sample, prepared)
+            writers["samples"].add(prepared, members)
+            writers["samples"].count(cut_counts(members, sample.place))
     with beside_the_teacher(outputs[0].device if outputs else None):
         for sample, prepared, output in zip(window.samples, window.prepared, outputs or ()):
             if not is_finite(output):

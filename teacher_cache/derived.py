@@ -14,6 +14,7 @@ from typing import Any
 from teacher_cache.errors import CacheError
 from teacher_cache.plan import Part, Plan, Slice
 from teacher_cache.records import RowGroup
+from teacher_cache.samples import cut_counts
 from teacher_cache.shards.reader import ColumnReader
 from teacher_cache.shards.writer import ShardWriter
 
@@ -89,7 +90,10 @@ def copy_shard(reader: ColumnReader, choice: Choice, writer: ShardWriter) -> Non
     try:
         for row, entry in enumerate(reader.entries(choice.shard)):
             if entry.ordinal in choice.ordinals:
-                writer.copy(entry, reader.read(choice.shard, row))
+                members = reader.read(choice.shard, row)
+                writer.copy(entry, members)
+                if reader.column == "samples":
+                    writer.count(cut_counts(members, f"{reader.storage}: sample {entry.key}"))
                 taken += 1
         for skip in reader.commit(choice.shard).skipped:
             if skip.ordinal in choice.ordinals:

@@ -7,7 +7,7 @@ Vision rows are *not* shifted: they are taken at the vision token itself.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -242,14 +242,3 @@ class Preparer:
             reserved = {*self.tokenizer.all_special_tokens, *TEMPLATES[template].tokens} - {PLACEHOLDER}
             self._reserved[template] = re.compile("|".join(map(re.escape, sorted(reserved)))) if reserved else None
         return self._reserved[template]
-
-
-def token_counter(processor: Any, config: Any, templates: Mapping[str, str]) -> Callable[[Sample], int]:
-    """Counts a row's tokens, image tokens included, as capture would; may raise SkipRow. templates: part → template.
-
-    CompatibilityError or KdcliError where one of them cannot be used with this model.
-    """
-    preparer = Preparer(processor, config, Limits(max_length=1 << 60))
-    for template in sorted(set(templates.values())):
-        preparer.check_template(template)
-    return lambda sample: len(preparer.prepare(sample, templates[sample.part]))

@@ -1,13 +1,14 @@
 """The ``samples`` column: a row's turns, token ids, vision layout and original image bytes, as the members of one tar sample.
 
-Members: ``json`` (turns, layout, hash per response span), ``tokens.safetensors`` (ids, roles, turns, label flags), and the images
-untouched as ``0.jpg``, ``1.png``, … under the extension that their bytes call for.
+Members: ``json`` (turns, layout, hash per response span, what a cut left out), ``tokens.safetensors`` (ids, roles, turns, label flags),
+and the images untouched as ``0.jpg``, ``1.png``, … under the extension that their bytes call for.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
@@ -22,6 +23,7 @@ from teacher_cache.shards.schema import COUNT, require
 MOST_VISION_TOKENS = 1 << 20
 """Of one row: what a layout may ask a reader to count through."""
 _VIEW = {"crop": [int], "grid": [COUNT], "newline": bool, "tail?": COUNT}
+_CUT = {"turns": COUNT, "images": COUNT}
 _SHAPE = {
     **dict.fromkeys(("part", "source_id", "place"), str),
     "ordinal": COUNT,
@@ -30,11 +32,13 @@ _SHAPE = {
     "extra": dict,
     "layout": [{"size": [COUNT], "views": [_VIEW]}],
     "image_at": [COUNT],
+    "cut?": _CUT,
 }
 
 
 def encode_sample(sample: Sample, prepared: Prepared) -> dict[str, bytes]:
-    """Tar members by extension, in writing order. Turns and images that a cut left out are not stored: a student reads what is here."""
+    """Tar members by extension, in writing order. Turns and images that a cut left out are not stored: a student reads what is here, and
+    ``cut`` says how many they were."""
     turns = sample.turns[: prepared.turns]
     images = sample.images[: len(prepared.layout)]
     body = {
@@ -49,6 +53,9 @@ def encode_sample(sample: Sample, prepared: Prepared) -> dict[str, bytes]:
         "image_at": list(prepared.text.image_at),
         "response_sha256": [hash_ids(ids) for ids in response_spans(prepared.text)],
     }
+    turns_out, images_out = left_out(sample, prepared)
+    if turns_out:
+        body["cut"] = {"turns": turns_out, "images": images_out}
     text = prepared.text
     tokens = {"ids": text.ids, "role": text.role, "turn": text.turn, "response": text.response}
     members = {
@@ -58,6 +65,23 @@ def encode_sample(sample: Sample, prepared: Prepared) -> dict[str, bytes]:
     for number, image in enumerate(images):
         members[f"{number}.{image_extension(image.data)}"] = image.data
     return members
+
+
+def left_out(sample: Sample, prepared: Prepared) -> tuple[int, int]:
+    """(turns, images) of the row that ``over_length = "cut"`` left out of what was prepared."""
+    turns = len(sample.turns) - (len(sample.turns) if prepared.turns is None else prepared.turns)
+    return turns, len(sample.images) - len(prepared.layout) if turns else 0
+
+
+def cut_counts(members: Mapping[str, bytes], place: str) -> dict[str, int]:
+    """What a sample's members add to its shard's counts: ``cut_rows`` and ``cut_images``; empty for a row that is whole."""
+    if b'"cut"' not in members.get("json", b""):  # most rows are whole, and need no parsing
+        return {}
+    try:
+        cut = require(json.loads(members["json"]), {"cut?": _CUT}, f"{place}: not a sample record").get("cut")
+    except (ValueError, RecursionError) as error:
+        raise CacheError(f"{place}: not a sample record ({type(error).__name__}: {error})") from None
+    return {"cut_rows": 1, "cut_images": cut["images"]} if cut else {}
 
 
 def decode_sample(members: dict[str, bytes], place: str) -> tuple[Sample, TextTokens, tuple[ImageLayout, ...]]:

@@ -26,7 +26,7 @@ from pipelines.command_line.options import (
     stored_options,
     teacher_options,
 )
-from pipelines.command_line.output import console, say, say_summary
+from pipelines.command_line.output import console, say, say_summary, warn
 from pipelines.command_line.tour import command
 
 
@@ -99,7 +99,7 @@ def cache_teacher(
         spec, specs, target, capture, params, part_of_shards=part_of(part_of_shards), prepare_only=prepare_only
     )
     with capture_progress(console()) as progress:
-        summary = pipeline.capture(request, progress)
+        summary = pipeline.capture(request, progress, warn)
     shards = f"{summary['shards']} shard{'s' * (summary['shards'] != 1)}"
     line = f"{summary['rows']} rows in {shards} at {target}; plan {summary['plan_hash'][:12]}"
     say_summary(summary, as_json, line)

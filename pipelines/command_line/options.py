@@ -45,6 +45,9 @@ links_option = click.option(
     help="Links below an image root may lead out of it: they are yours (docs/security.md).",
 )
 teacher_options = several(backend_options, trust_option, device_option)
+over_length_option = click.option(
+    "--over-length", type=click.Choice(["skip", "cut"]), help="What to do with longer rows."
+)
 stored_options = several(
     click.option("--store", help="compact (top-k), standard (head + sketch + affinity) or exact (bf16 hidden states)."),
     click.option("--fields", help="Single fields instead of a profile, comma-separated (see `kdcli methods`)."),
@@ -52,7 +55,7 @@ stored_options = several(
     click.option("--codec", help="Codec of the hidden fields: sketch, bf16, int8, int4 or fp32."),
     click.option("--parts-without-fields", help="Parts of which only the samples are stored, comma-separated."),
     click.option("--max-length", type=int, help="Longest row in tokens."),
-    click.option("--over-length", type=click.Choice(["skip", "cut"]), help="What to do with longer rows."),
+    over_length_option,
 )
 data_options = several(
     click.option("--data", multiple=True, help="Mixture part: file, glob or brace URL. Repeat for more parts."),

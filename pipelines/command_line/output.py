@@ -22,6 +22,13 @@ def note(text: str) -> None:
     console().print(printable(text), markup=False, highlight=False)
 
 
+def warn(text: str) -> None:
+    """A note that stands out, on a line of its own however long."""
+    from teacher_cache.errors import printable
+
+    console().print(printable(text), style="bold red", markup=False, highlight=False, soft_wrap=True)
+
+
 def console() -> Any:
     """The terminal of the progress bars."""
     from rich.console import Console

@@ -25,6 +25,7 @@ from pipelines.command_line.options import (
     config_option,
     data_options,
     json_option,
+    over_length_option,
     stored_options,
     teacher_options,
     trust_option,
@@ -36,8 +37,19 @@ from pipelines.command_line.tour import command
 @command()
 @click.argument("paths", nargs=-1)
 @data_options
-@click.option("--teacher", help="Model folder or hub id: also find rows over --max-length in its tokens.")
+@click.option("--teacher", help="Model folder or hub id: rows are prepared as it reads them, no weights are read.")
 @click.option("--max-length", type=int, help="Longest row in tokens (default: as in [capture]).")
+@over_length_option
+@click.option("--show", default=0, metavar="N", type=click.IntRange(0), help="Print the last tokens of N rows a part.")
+@click.option(
+    "--all", "every_row", is_flag=True, help="Name every row that was found, one a line (--json: defects always)."
+)
+@click.option(
+    "--strict",
+    type=click.FloatRange(0, 1),
+    metavar="SHARE",
+    help="Exit status 1 where more of a part is defective: 0.01.",
+)
 @trust_option
 @config_option
 @json_option
@@ -46,18 +58,23 @@ def doctor(
     data: tuple[str, ...],
     teacher: str | None,
     max_length: int | None,
+    over_length: str | None,
+    show: int,
+    every_row: bool,
+    strict: float | None,
     trust_remote_code: bool | None,
     config: str | None,
     as_json: bool,
     **each: Any,
 ) -> None:
     """List the defects of a mixture by kind, with row numbers. PATHS: files or globs; default: the parts of kd.toml."""
-    from pipelines.doctor import examine, print_report
+    from rich.console import Console
+
+    from pipelines.doctor import Reading, examine, print_report
     from pipelines.progress import doctor_progress
     from pipelines.settings import override
     from teacher_cache.errors import KdcliError
-    from teacher_cache.prepare import token_counter
-    from teacher_cache.teachers.backends import load_processor
+    from teacher_cache.prepare import Limits
 
     settings = load(config)
     given = data_specs(paths + data, **each)
@@ -67,16 +84,21 @@ def doctor(
             "no data: name files (`kdcli doctor rows.json --image-root images`), or run `kdcli init` for a kd.toml"
         )
     spec = teacher_spec(teacher, None if given else settings.teacher, trust_remote_code)
-    limit = override(settings.capture, max_length=max_length).max_length
-    count = token_counter(*load_processor(spec), {one.part: one.template for one in specs}) if spec else None
+    if show and spec is None:
+        raise KdcliError("--show prints tokens: name the model that they are of with --teacher")
+    capture = override(settings.capture, max_length=max_length, over_length=over_length)
+    limits = Limits(capture.max_length, capture.over_length)
+    reading = Reading(spec, limits, show) if spec else None
+    most = None if every_row else 5
     with doctor_progress(console()) as progress:
-        report = examine(list(specs), progress, token_counter=count, max_length=limit)
+        report = examine(specs, progress, None if as_json else most, most, reading)
     if as_json:
         say(json.dumps(report.to_json(), ensure_ascii=False))
     else:
-        from rich.console import Console
-
-        print_report(report, Console())
+        print_report(report, Console(), every_row)
+    if strict is not None and report.worst().defective_share > strict:
+        worst = report.worst()
+        raise KdcliError(f"--strict {strict:g}: {worst.defective_share:.2%} of part {worst.part!r} is defective")
 
 
 @command("plan")

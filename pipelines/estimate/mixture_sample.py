@@ -18,10 +18,11 @@ from pipelines.estimate.field_sizes import RowCounts
 from pipelines.estimate.teacher_cost import tower_tokens
 from teacher_cache.cache_shard import skip_record
 from teacher_cache.errors import KdcliError, SkipRow
+from teacher_cache.label_ends import LabelEnds, OpenEnd
 from teacher_cache.plan import GROUP_ROWS
 from teacher_cache.prepare import Preparer
 from teacher_cache.records import RowGroup, Sample, SkipRecord
-from teacher_cache.samples import encode_sample
+from teacher_cache.samples import encode_sample, left_out
 from teacher_cache.sources import DataSpec, Source, open_source
 
 LEAST_OF_A_PART = 32
@@ -34,7 +35,8 @@ class SampledRow:
 
     Attributes:
         tokens: text and vision tokens. patches: tokens of the vision tower. image_bytes: of the encoded pictures.
-        members: of its record in ``samples``, extension → bytes.
+        members: of its record in ``samples``, extension → bytes. cut: (turns, images) that a cut left out. end: what is wrong with the
+            ends of its answers.
     """
 
     key: str
@@ -44,6 +46,8 @@ class SampledRow:
     patches: int
     image_bytes: int
     members: Mapping[str, int]
+    cut: tuple[int, int] = (0, 0)
+    end: OpenEnd | None = None
 
 
 @dataclass(frozen=True)
@@ -106,12 +110,13 @@ def sample_mixture(
     most: int,
     seed: int,
     progress: Callable[[int, int], None] = lambda done, total: None,
+    ends: LabelEnds | None = None,
 ) -> list[PartSample]:
     """Scan every part and prepare about ``most`` rows in all, spread evenly over each part.
 
     Args:
         rows: part → rows of the whole mixture that its files stand for.
-        progress: (rows prepared, rows to prepare).
+        progress: (rows prepared, rows to prepare). ends: looks at the ends of answers; None: nobody does.
     """
     opened = [(spec, open_source(spec)) for spec in specs]
     scanned = [(spec, source, source.scan(GROUP_ROWS)) for spec, source in opened]
@@ -136,7 +141,7 @@ def sample_mixture(
         locator = sum(len(json.dumps(asdict(g), indent=1)) for g in groups[:64]) / max(1, len(groups[:64]))
         began = perf_counter()
         for row in spread_rows(source, groups, sizes[part], counts[part], seed):
-            one = look_at(row, spec, preparer)
+            one = look_at(row, spec, preparer, ends)
             (skipped if isinstance(one, SkipRecord) else usable).append(one)  # type: ignore[arg-type]
             done += 1
             progress(done, total)
@@ -161,7 +166,9 @@ def spread_rows(
         at += distance
 
 
-def look_at(row: Sample | SkipRecord, spec: DataSpec, preparer: Preparer) -> SampledRow | SkipRecord:
+def look_at(
+    row: Sample | SkipRecord, spec: DataSpec, preparer: Preparer, ends: LabelEnds | None = None
+) -> SampledRow | SkipRecord:
     """The sizes of one row, or why it is not used."""
     if isinstance(row, SkipRecord):
         return row
@@ -173,4 +180,5 @@ def look_at(row: Sample | SkipRecord, spec: DataSpec, preparer: Preparer) -> Sam
     counts = RowCounts(len(one.vision_positions), len(one.response_rows), len(one.text.ids))
     pictures = sum(size for ext, size in members.items() if ext[0].isdigit())
     patches = tower_tokens(one, preparer.config)
-    return SampledRow(one.key, row.ordinal, counts, len(one), patches, pictures, members)
+    end = ends.look(one, spec.template) if ends else None
+    return SampledRow(one.key, row.ordinal, counts, len(one), patches, pictures, members, left_out(row, one), end)

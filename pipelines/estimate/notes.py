@@ -23,6 +23,7 @@ def notes(
     gpus: int,
     fields: Mapping[str, Field],
     sizes: Mapping[str, FieldSize],
+    parts: Sequence[PartSample],
     full: Sequence[PartSample],
     columns: Sequence[ColumnEstimate],
     like: Cache | None,
@@ -36,7 +37,19 @@ def notes(
             f"bytes of {', '.join(guessed)} are defaults from small teachers: `kdcli preflight` measures them, or cache a "
             "few hundred rows and name that cache with --like"
         )
+    said += cut_notes(parts)
     return said + calibration_notes(settings, fields, full, width) + shard_notes(settings, gpus, columns)
+
+
+def cut_notes(parts: Sequence[PartSample]) -> list[str]:
+    """What ``over_length = "cut"`` will take away, by part."""
+    return [
+        f"part {part.part!r}: about {rows:,.0f} rows are cut at a turn border to fit max_length"
+        + (f", and lose about {images:,.0f} images" if images else "")
+        for part in parts
+        if (rows := part.total(lambda row: bool(row.cut[0])))
+        for images in [part.total(lambda row: row.cut[1])]
+    ]
 
 
 def calibration_notes(

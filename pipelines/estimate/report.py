@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pipelines.estimate.assumed import assumed_line
 from pipelines.estimate.lengths import Lengths
 from pipelines.estimate.run import Estimate
 from pipelines.tables import human_bytes, table
@@ -10,7 +11,8 @@ BARS = " ▁▂▃▄▅▆▇█"
 
 
 def estimate_tables(one: Estimate) -> str:
-    """Rows and tokens by part; lengths; bytes by column; totals, shards, hours; notes."""
+    """Rows and tokens by part; lengths; bytes by column; totals, shards, hours; notes. What is wrong with the labels stands last, where
+    a terminal ends."""
     return "\n\n".join([part_table(one), length_table(one), column_table(one), "\n".join(closing_lines(one))])
 
 
@@ -66,7 +68,9 @@ def closing_lines(one: Estimate) -> list[str]:
         f"- {one.shards} shards of about {rows:,.0f} rows; the largest tars ({largest.name}) {tar} each.",
         f"- Once for all shards: {', '.join(f'{name} {human_bytes(size)}' for name, size in one.once.items())}.",
         f"- Bytes ±{one.uncertainty:.1%} from the sampled rows alone (95 %), beside what the basis of a column says.",
+        f"- {assumed_line(one.assumes, one.bytes)}",
         *(f"- Note: {note}." for note in one.notes),
+        *(f"- **WARNING**: {warning}." for warning in one.warnings),
     ]
 
 

@@ -2,27 +2,24 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-from pipelines.estimate.column_sizes import (
-    ColumnEstimate,
-    column_estimate,
-    manifest_bytes,
-    sampling_error,
-    tars_by_part,
-)
-from pipelines.estimate.field_sizes import size_field
+from pipelines.estimate.assumed import assumed
+from pipelines.estimate.column_sizes import ColumnEstimate, sampling_error
 from pipelines.estimate.lengths import Lengths, part_lengths
 from pipelines.estimate.mixture_sample import PartSample, sample_mixture
 from pipelines.estimate.notes import notes
-from pipelines.estimate.teacher_cost import Speed, files_once, head_rows, model_size
+from pipelines.estimate.teacher_cost import Speed, head_rows, model_size
+from pipelines.estimate.weighing import Weigher
 from pipelines.profiles import chosen_fields
 from pipelines.settings import CaptureSettings
 from student_train.cache import Cache
 from teacher_cache.errors import KdcliError
 from teacher_cache.fields import Field, create_field
+from teacher_cache.label_ends import LabelEnds, label_ends
 from teacher_cache.prepare import Limits, Preparer
 from teacher_cache.sources import DataSpec
 from teacher_cache.teachers.backends import load_processor
@@ -49,7 +46,10 @@ class PlanRequest:
 
 @dataclass(frozen=True)
 class Estimate:
-    """Everything that ``kdcli plan`` says; bytes are bytes, hours are hours, ``uncertainty`` is relative (95 %, of the sample alone)."""
+    """Everything that ``kdcli plan`` says; bytes are bytes, hours are hours, ``uncertainty`` is relative (95 %, of the sample alone).
+
+    ``assumes``: see ``assumed.assumed``. ``warnings``: what keeps students from learning to stop.
+    """
 
     teacher: str
     parts: tuple[dict[str, Any], ...]
@@ -61,6 +61,8 @@ class Estimate:
     shards: int
     tokens: int
     hours: dict[str, Any]
+    assumes: dict[str, Any]
+    warnings: tuple[str, ...]
     notes: tuple[str, ...]
 
     def to_json(self) -> dict[str, Any]:
@@ -72,40 +74,46 @@ def estimate(request: PlanRequest, progress: Callable[[int, int], None] = lambda
     settings = request.settings
     processor, config = load_processor(request.teacher)
     wanted = chosen_fields(settings.store, settings.fields, request.field_params)
-    fields = {name: create_field(name, params) for name, params in wanted.items()}
-    text = config.get_text_config()
-    width, vocabulary = int(text.hidden_size), min(len(processor.tokenizer), int(text.vocab_size))
+    width = int(config.get_text_config().hidden_size)
     like = open_like(request.like, width) if request.like else None
-    attention_heads = int(text.num_attention_heads)
-    sizes = {name: size_field(one, width, vocabulary, like, attention_heads) for name, one in fields.items()}
+    bare = frozenset(settings.parts_without_fields)
+    weigher = Weigher(request.teacher, processor, config, (), bare, settings.shards, like)
+    weigher.sizes(
+        {name: create_field(name, params) for name, params in wanted.items()}
+    )  # what cannot be sized, before rows are read
     preparer = Preparer(processor, config, Limits(settings.max_length, settings.over_length))
     for template in sorted({spec.template for spec in request.data}):
         preparer.check_template(template)
-    parts = sample_mixture(request.data, preparer, request.rows, request.sample, settings.seed, progress)
+    ends = label_ends(request.teacher, preparer)
+    parts = sample_mixture(request.data, preparer, request.rows, request.sample, settings.seed, progress, ends)
     check_shards(parts, settings.shards)
-    bare = set(settings.parts_without_fields)
     if unknown := bare - {part.part for part in parts}:
         raise KdcliError(f"parts_without_fields names {', '.join(sorted(unknown))}, which is no part of the mixture")
-    full = [part for part in parts if part.part not in bare]
-    tars = tars_by_part(parts, settings.shards)
-    columns = [column_estimate("samples", None, parts, tars)]
-    columns += [column_estimate(f"fields/{name}", size, full, tars) for name, size in sizes.items()]
-    once = files_once(request.teacher, processor, config, fields, width, vocabulary, like)
-    once["plan"] = manifest_bytes(parts, settings.shards)
-    total = sum(column.bytes for column in columns) + sum(once.values())
+    weigher = replace(weigher, parts=parts)
+    found, full = weigher.weigh(wanted), weigher.full
+    fields, sizes, columns = found.fields, found.sizes, found.columns
+    templates = {spec.part: spec.template for spec in request.data}
     return Estimate(
         teacher=request.teacher.id,
         parts=tuple(part_summary(part) for part in parts),
         lengths=tuple(one for part in parts for one in part_lengths(part)),
-        columns=tuple(columns),
-        once=once,
-        bytes=total,
-        uncertainty=sampling_error(parts, bare, sizes) / max(1, total),
+        columns=columns,
+        once=found.once,
+        bytes=found.bytes,
+        uncertainty=sampling_error(parts, set(bare), sizes) / max(1, found.bytes),
         shards=settings.shards,
         tokens=round(sum(part.total(lambda row: row.tokens) for part in full)),
-        hours=hours(request, config, vocabulary, fields, parts),
-        notes=tuple(notes(settings, request.speed.gpus, fields, sizes, full, columns, like, width)),
+        hours=hours(request, config, weigher.vocabulary, fields, parts),
+        assumes=assumed(settings, request.field_params, wanted, weigher),
+        warnings=tuple(line for part in parts for line in end_warnings(part, templates[part.part], ends)),
+        notes=tuple(notes(settings, request.speed.gpus, fields, sizes, parts, full, columns, like, width)),
     )
+
+
+def end_warnings(part: PartSample, template: str, ends: LabelEnds) -> list[str]:
+    """What keeps students of this part from learning to stop."""
+    found = Counter((row.end.kind, row.end.last) for row in part.usable if row.end)
+    return ends.warnings(part.part, template, found, len(part.usable))
 
 
 def open_like(url: str, width: int) -> Cache:
@@ -139,6 +147,8 @@ def part_summary(part: PartSample) -> dict[str, Any]:
         "usable_rows": round(part.total(lambda row: 1)),
         "tokens": round(part.total(lambda row: row.tokens)),
         "image_bytes": round(part.total(lambda row: row.image_bytes)),
+        "cut_rows": round(part.total(lambda row: bool(row.cut[0]))),
+        "cut_images": round(part.total(lambda row: row.cut[1])),
         "skipped_share": part.skips(),
     }
 

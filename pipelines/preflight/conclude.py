@@ -54,6 +54,7 @@ def conclude(
             "sampled": summary["rows"],
             "written": columns["samples"]["written"],
             "skipped": columns["samples"]["skipped"],
+            **{name: columns["samples"]["counts"].get(name, 0) for name in ("cut_rows", "cut_images")},
             "judged": judged,
         },
         "limits": {"max_angle": request.max_angle, "max_kl": request.max_kl, "max_bytes": request.max_bytes},

@@ -10,7 +10,7 @@ from typing import Any
 from rich.console import Console
 
 from pipelines.progress import bar
-from pipelines.tables import human_bytes, table
+from pipelines.tables import cut_words, human_bytes, table
 
 Body = Mapping[str, Any]
 
@@ -26,9 +26,8 @@ def report(body: Body) -> str:
 
 
 def verdict(body: Body) -> str:
-    if body["go"]:
-        return "GO"
-    return "\n".join(["NO-GO", *(f"- {reason}" for reason in body["reasons"])])
+    said = ["GO"] if body["go"] else ["NO-GO", *(f"- {reason}" for reason in body["reasons"])]
+    return "\n".join([*said, *(f"- WARNING: {warning}" for warning in body["warnings"])])
 
 
 def rows_line(body: Body) -> str:
@@ -37,6 +36,7 @@ def rows_line(body: Body) -> str:
     return (
         f"Rows: {rows['sampled']} sampled, {rows['written']} captured, {sum(rows['skipped'].values())} skipped"
         + (f" ({skipped})" if skipped else "")
+        + cut_words(rows["cut_rows"], rows["cut_images"])
         + f"; {rows['judged']} held out to judge. Cache: {body['cache']}"
     )
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from pipelines.profiles import chosen_fields
-from pipelines.settings import Settings
+from pipelines.settings import CaptureSettings, Settings
 from pipelines.stage_identity import start_hash
 from student_train.compression import asked_for
 from student_train.methods import method_module
@@ -80,20 +80,28 @@ class PreflightRequest:
         return f"{self.out.rstrip('/')}/cache"
 
     def base_fields(self) -> dict[str, dict[str, Any]]:
-        """Field → parameters before any choice: the profile's, and those of kd.toml that no ladder decides."""
-        capture = self.settings.capture
-        return chosen_fields(capture.store, capture.fields, self.kept_params())
+        """Field → parameters before any choice."""
+        return base_fields(self.settings.capture, self.settings.fields)
 
     def kept_params(self) -> dict[str, dict[str, Any]]:
         """``[fields.NAME]`` of kd.toml for captured fields; of those that a ladder decides, only what it leaves alone."""
-        capture = self.settings.capture
-        captured = chosen_fields(capture.store, capture.fields, {})
-        ladder = {name for kind in ("response", "vision") if has_ladder(captured, kind) for name in names_of(kind)}
-        return {
-            name: {key: one for key, one in params.items() if name not in ladder or key not in LADDER_KEYS}
-            for name, params in self.settings.fields.items()
-            if name in captured
-        }
+        return kept_params(self.settings.capture, self.settings.fields)
+
+
+def base_fields(capture: CaptureSettings, params: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Field → parameters before any choice: the profile's, and those of ``params`` that no ladder decides."""
+    return chosen_fields(capture.store, capture.fields, kept_params(capture, params))
+
+
+def kept_params(capture: CaptureSettings, params: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    """``params`` of captured fields; of those that a ladder decides, only what it leaves alone."""
+    captured = chosen_fields(capture.store, capture.fields, {})
+    ladder = {name for kind in ("response", "vision") if has_ladder(captured, kind) for name in names_of(kind)}
+    return {
+        name: {key: one for key, one in values.items() if name not in ladder or key not in LADDER_KEYS}
+        for name, values in params.items()
+        if name in captured
+    }
 
 
 def names_of(kind: str) -> tuple[str, str]:

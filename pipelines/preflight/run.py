@@ -25,6 +25,7 @@ from student_train.cache import Cache
 from student_train.needs import Need
 from teacher_cache.errors import KdcliError
 from teacher_cache.fields import create_field
+from teacher_cache.label_ends import label_ends
 from teacher_cache.plan import Plan, content_hash, parts_with_images, write_plan
 from teacher_cache.prepare import Limits as RowLimits
 from teacher_cache.prepare import Preparer
@@ -42,7 +43,7 @@ class Opened:
 
     Attributes:
         fitting: rows to choose and calibrate on. judged: ids of the held-out rows that the student reads too.
-        tokens: of all rows that the teacher will be asked for.
+        tokens: of all rows that the teacher will be asked for. warnings: what keeps students from learning to stop.
     """
 
     plan: Plan
@@ -54,6 +55,7 @@ class Opened:
     read: StudentRead
     judged: frozenset[str]
     tokens: int
+    warnings: list[str]
 
 
 def preflight(request: PreflightRequest, progress: Progress = lambda event, done, total: None) -> dict[str, Any]:
@@ -61,14 +63,14 @@ def preflight(request: PreflightRequest, progress: Progress = lambda event, done
 
     Returns:
         One JSON-able object: ``go``, ``reasons``, ``rows``, ``choices``, ``methods``, ``bytes_per_sample``,
-        ``estimate``, ``canaries``, ``params``, ``kd_toml``.
+        ``estimate``, ``canaries``, ``params``, ``warnings``, ``kd_toml``.
     """
     opened = open_everything(request, progress)
     if opened.read.tokenizer or not opened.judged:
         why = (
             opened.read.tokenizer or f"no held-out row is usable: run `kdcli doctor`; {'; '.join(opened.read.problems)}"
         )
-        return {"go": False, "reasons": [why], "out": request.out}
+        return {"go": False, "reasons": [why], "warnings": opened.warnings, "out": request.out}
     device = resolve_device(request.teacher)
     student, rows = load_side(request.settings.train, opened.read, opened.judged, device)
     answers = ask(request, opened, rows, progress)
@@ -88,6 +90,7 @@ def preflight(request: PreflightRequest, progress: Progress = lambda event, done
         methods.append(judge_method(request, cache, method, opened.read, terms, device))
     found = Found(choices, params, methods, receipt)
     body = conclude(request, opened.read, len(rows), opened.notebook, cache, found)
+    body["warnings"] = opened.warnings
     return body | {"kd_toml": settle(request, body) if body["go"] else None}
 
 
@@ -135,7 +138,9 @@ def open_everything(request: PreflightRequest, progress: Progress) -> Opened:
     live = LiveTeacher(request.teacher, processor, config)
     fitting = [row for row in sides[False] if row.sample.part not in bare]
     tokens = sum(len(row.teacher) for row in asked)
-    return Opened(plan, preparer, fingerprint, notebook, live, fitting, read, judged, tokens)
+    templates = {spec.part: spec.template for spec in request.data}
+    warnings = label_ends(request.teacher, preparer).survey((row.teacher for row in rows), templates)
+    return Opened(plan, preparer, fingerprint, notebook, live, fitting, read, judged, tokens, warnings)
 
 
 def all_needs(request: PreflightRequest) -> frozenset[Need]:

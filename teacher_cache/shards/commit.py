@@ -35,7 +35,8 @@ class Commit:
         plan_hash, column_hash: what the bytes were made from; the latter is empty for ``samples``.
         rows: rows of the slice; written + skipped = rows.
         skipped: rows that are not in the tar, with their reasons.
-        counts: totals over the shard (``vision_rows``, ``response_rows``, ``text_tokens``).
+        counts: totals over the shard (``vision_rows``, ``response_rows``, ``text_tokens``); of ``samples`` also ``cut_rows`` and
+            ``cut_images``, what ``over_length = "cut"`` cut and lost, where there is any.
     """
 
     shard: int

@@ -12,6 +12,7 @@ import tarfile
 import uuid
 import zlib
 from collections import Counter
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import replace
 
@@ -62,6 +63,10 @@ class ShardWriter:
             stored = tuple(self._append(entry.key, ext, content) for ext, content in members.items())
         self._counts.update({name: getattr(entry, name) for name in ("vision_rows", "response_rows", "text_tokens")})
         self._entries.append(replace(entry, members=stored))
+
+    def count(self, counts: Mapping[str, int]) -> None:
+        """Add to the commit's totals what a sample's index entry does not say."""
+        self._counts.update(counts)
 
     def check_staging(self) -> None:
         """CacheError where the tars under construction take more local disk than they may."""
