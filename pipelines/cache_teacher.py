@@ -22,12 +22,13 @@ from pipelines.profiles import chosen_fields, with_tails
 from pipelines.settings import CaptureSettings
 from student_train.cache import Cache
 from teacher_cache.cache_shard import CaptureJob, RowReader, Teacher, cache_shard
-from teacher_cache.errors import KdcliError, naming_full_disk
+from teacher_cache.errors import DataError, KdcliError, naming_full_disk
 from teacher_cache.fields import CalibratedField, Field, create_field
 from teacher_cache.fields.calibration import Calibration
 from teacher_cache.layout import typical_tokens
-from teacher_cache.plan import Plan, content_hash, known_plan, make_plan, write_plan
+from teacher_cache.plan import Plan, content_hash, known_plan, make_plan, read_plan, write_plan
 from teacher_cache.prepare import Limits, Preparer
+from teacher_cache.same_rows import refuse_other_pictures, with_pictures
 from teacher_cache.shards.reader import ColumnReader
 from teacher_cache.shards.storage import Storage
 from teacher_cache.sources import DataSpec
@@ -106,9 +107,12 @@ def capture(request: CaptureRequest, progress: Callable[[str, int, int], None] =
     resolve_device(request.teacher)
     fingerprint = teacher_fingerprint(request.teacher, processor, config)
     plan = plan_for(request, storage, preparer, config)
+    complete = not missing_of(request, storage, plan, fields)
+    plan = bind_pictures(storage, plan, complete)
     preflight, taken = adopted(request, storage, fields, fingerprint)
     with naming_full_disk(storage):
         write_plan(storage, plan)  # the first write: what can be refused is refused above
+    refuse_other_pictures(storage, read_plan(storage), plan, complete)  # another writer may have been first
     summary = capture_fields(request, plan, fields, fingerprint, (processor, config), (preflight, taken), progress)
     job.remember(files)
     return summary
@@ -195,6 +199,28 @@ def plan_for(request: CaptureRequest, storage: Storage, preparer: Preparer, conf
     settings, known = request.settings, known_plan(storage)
     tokens = typical_tokens(config, preparer.processor)
     return make_plan(request.data, settings.shards, preparer.fingerprint(), settings.seed, tokens, known)
+
+
+def missing_of(
+    request: CaptureRequest, storage: Storage, plan: Plan, fields: Mapping[str, Field]
+) -> dict[int, list[str]]:
+    """Shards with columns that are not committed, before any field is described."""
+    bare = frozenset(request.settings.parts_without_fields)
+    return CaptureJob(storage, plan, dict.fromkeys(fields, ""), fields, bare).missing()
+
+
+def bind_pictures(storage: Storage, plan: Plan, complete: bool = False) -> Plan:
+    """The plan with the pictures that its rows have now; CacheError where the cache that is there was begun with others."""
+    try:
+        plan = with_pictures(plan)
+    except DataError:
+        if complete:  # nothing is read of them any more
+            return plan
+        raise
+    there = known_plan(storage)
+    if there and there.plan_hash == plan.plan_hash:
+        refuse_other_pictures(storage, there, plan, complete)
+    return plan
 
 
 def fit_fields(

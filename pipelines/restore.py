@@ -32,6 +32,7 @@ from teacher_cache.errors import CacheError, KdcliError
 from teacher_cache.fields import CalibratedField, Field, create_field
 from teacher_cache.fields.calibration import Calibration
 from teacher_cache.plan import Plan, content_hash
+from teacher_cache.same_rows import refuse_other_rows, with_pictures
 from teacher_cache.shards.sealed import seal, unseal
 from teacher_cache.shards.storage import Storage
 from teacher_cache.shards.verify import CALIBRATION_ROLES
@@ -74,13 +75,14 @@ def restore_manifest(request: CaptureRequest, teacher: LoadedTeacher) -> Plan:
     """Plan again; CacheError where the commits are bound to another plan than these flags mean."""
     storage = Storage(request.out)
     preparer = make_preparer(request, teacher.processor, teacher.config)
-    plan = plan_for(request, storage, preparer, teacher.config)
+    plan = with_pictures(plan_for(request, storage, preparer, teacher.config))
     columns = ["samples", *(f"fields/{name}" for name in storage.names("fields"))]
     if not is_named(plan.plan_hash, (data for column in columns for data in commits_of(storage, column))):
         raise CacheError(
             f"{storage}/manifest.json cannot be read, and its shards are of another plan than {plan.plan_hash[:12]}, which these flags "
             "mean: give teacher, data, --shards, --seed, --max-length and --over-length as in the capture"
         )
+    refuse_other_rows(storage, plan)
     storage.put_bytes(plan.to_bytes(), "manifest.json")
     return plan
 

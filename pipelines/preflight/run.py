@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+from pipelines.cache_teacher import bind_pictures
 from pipelines.calibrate import thin
 from pipelines.fidelity.rows import Row
 from pipelines.fidelity.sources import HIDDEN
@@ -115,6 +116,7 @@ def open_everything(request: PreflightRequest, progress: Progress) -> Opened:
         create_field(name, params)
     fingerprint = teacher_fingerprint(request.teacher, processor, config)
     plan = sample_plan(request.data, request.rows, preparer.fingerprint(), capture.seed)
+    plan = bind_pictures(Storage(request.cache_url), plan)
     notebook = Notebook(request.out, identity(request, plan.plan_hash, fingerprint))
     bare = set(capture.parts_without_fields)
     held = held_out(plan)
