@@ -100,9 +100,9 @@ def spread(slices: Sequence[Slice], parts_without_fields: frozenset[str]) -> lis
     return [one for *_, one in sorted(places, key=lambda place: place[:2])]
 
 
-def mixture_reader(plan: Plan) -> Callable[[int], RowReader]:
-    """Shard → the mixture part that its rows are read from."""
-    sources = {part.spec.part: SteadyRows(part) for part in plan.parts}
+def mixture_reader(plan: Plan, seen: Mapping[str, list[int]] | None = None) -> Callable[[int], RowReader]:
+    """Shard → the mixture part that its rows are read from. seen: as ``SteadyRows`` takes it."""
+    sources = {part.spec.part: SteadyRows(part, seen or {}) for part in plan.parts}
     return lambda shard: sources[plan.slices[shard].part]
 
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 from itertools import islice
 
 from teacher_cache.errors import CacheError, DataError
-from teacher_cache.plan import Part, Plan, is_same_data, part_fingerprint
+from teacher_cache.plan import Part, Plan, is_same_data, known_plan, part_fingerprint
 from teacher_cache.records import RowGroup, Sample, SkipRecord
 from teacher_cache.rows import row_key
 from teacher_cache.shards.commit import committed_shards, read_commit
@@ -66,6 +66,20 @@ def _pictures(plan: Plan, part: Part) -> tuple[str, ...]:
     groups = [group for group in groups_of(plan, part.spec.part) if group.images]
     rows = spread_rows(pictured, groups, MOST_PICTURED)
     return tuple(row_key(row) if isinstance(row, Sample) else f"{row.ordinal:09d}-" for row in rows)
+
+
+def bind_pictures(storage: Storage, plan: Plan, complete: bool = False) -> Plan:
+    """The plan with the pictures that its rows have now; CacheError where the cache that is there was begun with others."""
+    try:
+        plan = with_pictures(plan)
+    except DataError:
+        if complete:  # nothing is read of them any more
+            return plan
+        raise
+    there = known_plan(storage)
+    if there and there.plan_hash == plan.plan_hash:
+        refuse_other_pictures(storage, there, plan, complete)
+    return plan
 
 
 def refuse_other_pictures(storage: Storage, there: Plan, here: Plan, complete: bool = False) -> None:
@@ -191,25 +205,29 @@ class SteadyRows:
     """A part's rows, refused where its files change while they are read.
 
     A time that changed is looked into: the same content under another time is the same data.
+
+    Args:
+        seen: absolute path → size in bytes and modification time in ns from before the plan hashed the files; those not there count from
+            now.
     """
 
-    def __init__(self, part: Part):
+    def __init__(self, part: Part, seen: Mapping[str, list[int]]):
         self._part, self._source = part, open_source(part.spec)
-        self._paths = [path for path in expand_paths(part.spec.path) if not is_remote(path)]
-        self._times = self._look()
+        paths = (path for path in expand_paths(part.spec.path) if not is_remote(path))
+        self._paths = [os.path.abspath(path) for path in paths]
+        self._times = {**self._look(), **{path: seen[path] for path in self._paths if path in seen}}
 
     def read(self, group: RowGroup) -> Rows:
         """The rows of one group in order; DataError behind the last where the part's files are others than those that were planned."""
         yield from self._source.read(group)
         if (now := self._look()) != self._times:
-            if not is_same_data(
-                part_fingerprint(self._part.spec, open_source(self._part.spec)), self._part.fingerprint
-            ):
+            here = part_fingerprint(self._part.spec, open_source(self._part.spec))
+            if not is_same_data(here, self._part.fingerprint):
                 raise DataError(
                     f"{self._part.spec.path} changed while it was captured: restore it and run the command again, or choose another --out"
                 )
             self._times = now
 
-    def _look(self) -> list[tuple[int, int]]:
-        found = map(os.stat, self._paths)
-        return [(one.st_size, one.st_mtime_ns) for one in found]
+    def _look(self) -> dict[str, list[int]]:
+        found = {path: os.stat(path) for path in self._paths}
+        return {path: [one.st_size, one.st_mtime_ns] for path, one in found.items()}

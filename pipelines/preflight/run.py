@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from pipelines.cache_teacher import bind_pictures
 from pipelines.calibrate import thin
 from pipelines.fidelity.rows import Row
 from pipelines.fidelity.sources import HIDDEN
@@ -29,6 +28,7 @@ from teacher_cache.fields import create_field
 from teacher_cache.plan import Plan, content_hash, write_plan
 from teacher_cache.prepare import Limits as RowLimits
 from teacher_cache.prepare import Preparer
+from teacher_cache.same_rows import bind_pictures
 from teacher_cache.shards.storage import Storage
 from teacher_cache.teachers.backends import refuse_wants, teacher_fingerprint
 from teacher_cache.teachers.transformers import load_processor, resolve_device
