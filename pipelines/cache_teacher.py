@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -21,6 +21,7 @@ from pipelines.preflight import canaries
 from pipelines.preflight.adopt import calibrations
 from pipelines.profiles import chosen_fields, with_tails
 from pipelines.settings import CaptureSettings
+from pipelines.skipped_rows import excess, refuse_skips, take_in_again
 from student_train.cache import Cache
 from teacher_cache.cache_shard import CaptureJob, RowReader, Teacher, cache_shard
 from teacher_cache.errors import KdcliError, naming_full_disk
@@ -28,8 +29,9 @@ from teacher_cache.fields import CalibratedField, Field, create_field
 from teacher_cache.fields.calibration import Calibration
 from teacher_cache.fingerprint import PREPARATION, preparation_version
 from teacher_cache.layout import typical_tokens
-from teacher_cache.plan import Plan, content_hash, known_plan, make_plan, parts_with_images, write_plan
+from teacher_cache.plan import Plan, content_hash, known_plan, make_plan, parts_with_images, read_plan, write_plan
 from teacher_cache.prepare import Limits, Preparer
+from teacher_cache.same_rows import bind_pictures, refuse_other_pictures
 from teacher_cache.shards.reader import ColumnReader
 from teacher_cache.shards.storage import Storage
 from teacher_cache.sources import DataSpec
@@ -57,6 +59,8 @@ class CaptureRequest:
         part_of_shards: (i, n): only shards that leave the remainder i when divided by n, for a job that n others do beside it.
         prepare_only: plan, calibrate and describe, and leave all shards to others.
         version: of the preparation; that of the cache where there is one.
+        retry_skipped: shards that skip rows which can be used now are made again.
+        seen: sizes and times of the mixture's files from before they were hashed, as ``SteadyRows`` takes them.
     """
 
     teacher: TeacherSpec
@@ -68,6 +72,8 @@ class CaptureRequest:
     part_of_shards: tuple[int, int] | None = None
     prepare_only: bool = False
     version: int = PREPARATION
+    retry_skipped: bool = False
+    seen: Mapping[str, list[int]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         number, count = self.part_of_shards or (0, 1)
@@ -75,7 +81,7 @@ class CaptureRequest:
             raise KdcliError(f"--part-of-shards {number}/{count}: the number must be from 0 to {count - 1}")
 
     def mine(self, left: Mapping[int, list[str]]) -> dict[int, list[str]]:
-        """Of the shards that are missing, those that this capture is to make."""
+        """Of these shards, those that this capture is to make."""
         number, count = self.part_of_shards or (0, 1)
         return {shard: columns for shard, columns in left.items() if shard % count == number and not self.prepare_only}
 
@@ -89,19 +95,21 @@ def capture(
     GPU is touched, with what is among the ``notes`` too.
 
     Returns:
-        ``inspect_cache.status`` of the finished cache: rows, skips by reason, bytes by column; and ``notes`` where there are any.
+        ``inspect_cache.status`` of the finished cache: rows, skips by reason, bytes by column; ``notes`` where there are any; ``excess``
+        where more rows of a part were skipped than ``allow_skips``: a line each, which a command ends with.
+
+    Raises:
+        KdcliError: before anything is written, where so many rows of a part cannot be used.
     """
     storage = Storage(request.out)
     wanted = chosen_fields(request.settings.store, request.settings.fields, request.field_params)
     fields = {name: create_field(name, params) for name, params in with_tails(wanted, request.teacher).items()}
     job = finished.Job(request.out, request.teacher, request.data, request.settings, fields)
     files = job.files()
-    if job.is_finished(files):
+    if not request.retry_skipped and job.is_finished(files):
         forget(storage)  # a run that was killed behind its last commit
-        summary = status(Cache(request.out))
-        progress("end", summary["rows"], summary["rows"])
-        notes = made_up(request, fields)
-        return summary | ({"notes": notes} if notes else {})
+        progress("end", *[sum(one.rows for one in read_plan(storage).slices)] * 2)
+        return summary_of(request, fields, made_up(request, fields), complete=True)
     refuse_wants(request.teacher, wants_of(fields))
     processor, config = load_processor(request.teacher)
     parts = [spec.part for spec in request.data]
@@ -120,12 +128,20 @@ def capture(
     plan = plan_for(request, storage, preparer, config)
     for part in parts_with_images(plan.slices):
         preparer.check_images(part, plan.spec(part).template)
+    if storage.exists("manifest.json"):
+        write_plan(storage, plan)  # nothing is written: another plan is refused before its rows are looked at
+    complete = not missing_of(request, storage, plan, fields)
+    plan = bind_pictures(storage, plan, complete)
+    if not complete or request.retry_skipped:
+        refuse_skips(plan, preparer, request.settings.allow_skips)
     preflight, taken = adopted(request, storage, fields, fingerprint)
     warnings = [f"WARNING: {line}" for line in label_warnings(request.teacher, preparer, plan)]
     for line in warnings:
         warn(line)
     with naming_full_disk(storage):
         write_plan(storage, plan)  # the first write: what can be refused is refused above
+    refuse_other_pictures(storage, read_plan(storage), plan, complete)  # another writer may have been first
+    request = replace(request, seen=files)
     summary = capture_fields(request, plan, fields, fingerprint, (processor, config), (preflight, taken), progress)
     job.remember(files)
     return summary | ({"notes": [*warnings, *summary.get("notes", [])]} if warnings else {})
@@ -176,10 +192,39 @@ def capture_fields(
         if left:
             run_shards(request, job, left, done, total, progress)
             missing = job.missing()
+        if request.retry_skipped:
+            notes += retry_skipped(request, job, loaded, progress)
         if not missing:
             forget(storage)  # of killed runs too: nobody works here any more
         progress("end", total - sum(plan.slices[shard].rows for shard in missing), total)
-        return status(Cache(request.out)) | ({"notes": notes} if notes else {})
+        return summary_of(request, fields, notes, complete=not missing)
+
+
+def summary_of(
+    request: CaptureRequest, fields: Mapping[str, Field], notes: list[str], complete: bool
+) -> dict[str, Any]:
+    """What ``capture`` returns. Skips are judged when all shards are there: of a job that several share, by the last."""
+    cache = Cache(request.out)
+    columns = ["samples", *(f"fields/{name}" for name in fields)]
+    settings = request.settings  # a field that is added counts the teacher's skips alone: the others are its samples'
+    much = excess(cache, columns, settings.allow_skips, of_teacher=request.from_samples) if complete else []
+    return status(cache) | ({"notes": notes} if notes else {}) | ({"excess": much} if much else {})
+
+
+def retry_skipped(
+    request: CaptureRequest, job: CaptureJob, loaded: tuple[Any, Any], progress: Callable[[str, int, int], None]
+) -> list[str]:
+    """Take in rows that can be used now. Returns notes."""
+
+    def run(job: CaptureJob, again: dict[int, list[str]]) -> None:
+        total = sum(job.plan.slices[shard].rows for shard in again)
+        progress("start", 0, total)
+        run_shards(request, job, again, 0, total, progress)
+
+    mine = request.mine({shard: [] for shard in range(len(job.plan.slices))})
+    return take_in_again(
+        job, list(mine), row_readers(request, job.storage, job.plan), make_preparer(request, *loaded), run
+    )
 
 
 def wants_of(fields: Mapping[str, Field]) -> frozenset[str]:
@@ -212,6 +257,14 @@ def plan_for(request: CaptureRequest, storage: Storage, preparer: Preparer, conf
     settings, known = request.settings, known_plan(storage)
     tokens = typical_tokens(config, preparer.processor)
     return make_plan(request.data, settings.shards, preparer.fingerprint(), settings.seed, tokens, known)
+
+
+def missing_of(
+    request: CaptureRequest, storage: Storage, plan: Plan, fields: Mapping[str, Field]
+) -> dict[int, list[str]]:
+    """Shards with columns that are not committed, before any field is described."""
+    bare = frozenset(request.settings.parts_without_fields)
+    return CaptureJob(storage, plan, dict.fromkeys(fields, ""), fields, bare).missing()
 
 
 def fit_fields(
@@ -253,7 +306,7 @@ def row_readers(request: CaptureRequest, storage: Storage, plan: Plan) -> Callab
     if request.from_samples:
         samples = ColumnReader(storage, "samples", plan.plan_hash, "")
         return lambda shard: StoredRows(samples, shard)
-    return mixture_reader(plan)
+    return mixture_reader(plan, request.seen)
 
 
 @dataclass(frozen=True)

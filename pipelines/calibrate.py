@@ -15,7 +15,7 @@ from teacher_cache.fields.calibration import Calibration
 from teacher_cache.plan import Plan, Slice
 from teacher_cache.prepare import Preparer
 from teacher_cache.records import Prepared, SkipRecord, TeacherOutput
-from teacher_cache.sources import open_source
+from teacher_cache.same_rows import SteadyRows
 
 MOST_ROWS = 1 << 16
 """Rows of one kind that a fit looks at: enough for any width, and a bound on its memory."""
@@ -100,9 +100,9 @@ def spread(slices: Sequence[Slice], parts_without_fields: frozenset[str]) -> lis
     return [one for *_, one in sorted(places, key=lambda place: place[:2])]
 
 
-def mixture_reader(plan: Plan) -> Callable[[int], RowReader]:
-    """Shard → the mixture part that its rows are read from."""
-    sources = {part.spec.part: open_source(part.spec) for part in plan.parts}
+def mixture_reader(plan: Plan, seen: Mapping[str, list[int]] | None = None) -> Callable[[int], RowReader]:
+    """Shard → the mixture part that its rows are read from. seen: as ``SteadyRows`` takes it."""
+    sources = {part.spec.part: SteadyRows(part, seen or {}) for part in plan.parts}
     return lambda shard: sources[plan.slices[shard].part]
 
 

@@ -33,6 +33,8 @@ FOLDER = "KDCLI_MEMORY"
 """Environment variable: where to remember; default ``~/.cache/kdcli``."""
 MOST = 200
 BY_WHOM = ("executor", "ray_address", "gpus_per_worker", "cpus_per_worker", "slurm_tasks", "slurm_options", "workers")
+NO_MATTER = (*BY_WHOM, "allow_skips")
+"""Settings that do not change what is made."""
 _SHAPE = {"files": {}, "plan_hash": str, "fields": {}}
 
 
@@ -112,7 +114,7 @@ class Job:
             "folder": os.getcwd(),  # paths may be relative
             "teacher": asdict(self.teacher),
             "data": [asdict(spec) for spec in self.data],
-            "settings": {name: one for name, one in asdict(self.settings).items() if name not in BY_WHOM},
+            "settings": {name: one for name, one in asdict(self.settings).items() if name not in NO_MATTER},
             "fields": {name: [one.version, dict(one.params)] for name, one in self.fields.items()},
             "cuda": torch.cuda.is_available(),
             "versions": [

@@ -24,6 +24,7 @@ from teacher_cache.cache_shard import CaptureJob
 from teacher_cache.errors import CacheError, CompatibilityError, KdcliError, naming_full_disk
 from teacher_cache.fingerprint import preparation_version
 from teacher_cache.plan import Plan, difference
+from teacher_cache.same_rows import refuse_other_pictures, with_pictures
 from teacher_cache.shards.mender import ShardMender, ShardReplacer
 from teacher_cache.shards.storage import Storage
 from teacher_cache.shards.verify import Problem, shard_problems
@@ -183,6 +184,7 @@ class Repairing:
             raise CacheError(
                 f"the mixture or the teacher is not what it was: {lines}: give --data … and --teacher as then"
             )
+        refuse_other_pictures(self.storage, self.cache.plan, with_pictures(plan))
         job = CaptureJob(self.storage, plan, {}, {}, batch_tokens=capture.settings.batch_tokens, writer=self.writer)
         self._redo(replace(capture, teacher=self.spec), job, {shard: ["samples"] for shard in shards})
 

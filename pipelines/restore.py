@@ -33,6 +33,7 @@ from teacher_cache.fields import CalibratedField, Field, create_field
 from teacher_cache.fields.calibration import Calibration
 from teacher_cache.fingerprint import PREPARATION
 from teacher_cache.plan import Plan, content_hash
+from teacher_cache.same_rows import refuse_other_rows, with_pictures
 from teacher_cache.shards.sealed import seal, unseal
 from teacher_cache.shards.storage import Storage
 from teacher_cache.shards.verify import CALIBRATION_ROLES
@@ -80,8 +81,10 @@ def restore_manifest(request: CaptureRequest, teacher: LoadedTeacher) -> Plan:
         preparer = make_preparer(replace(request, version=version), teacher.processor, teacher.config)
         plans.append(plan_for(request, storage, preparer, teacher.config))
         if is_named(plans[-1].plan_hash, (data for column in columns for data in commits_of(storage, column))):
-            storage.put_bytes(plans[-1].to_bytes(), "manifest.json")
-            return plans[-1]
+            plan = with_pictures(plans[-1])
+            refuse_other_rows(storage, plan)
+            storage.put_bytes(plan.to_bytes(), "manifest.json")
+            return plan
     raise CacheError(
         f"{storage}/manifest.json cannot be read, and its shards are of another plan than {plans[0].plan_hash[:12]}, which these flags "
         "mean: give teacher, data, --shards, --seed, --max-length and --over-length as in the capture"

@@ -39,6 +39,7 @@ class CaptureSettings:
         calibration_rows: rows that the teacher reads before the job, to fit the fields that need it.
         staging_gb: most GB (1e9 bytes) of local temporary disk that a worker's unfinished tars take, where the cache is in an object
             store; 0: as much as there is.
+        allow_skips: share of a part's rows that may be skipped: more of them stop a capture before it begins, or fail it behind its end.
         calibration: cache of `kdcli preflight` whose calibrations are taken instead; empty: fit afresh.
     """
 
@@ -60,6 +61,7 @@ class CaptureSettings:
     calibration_rows: int = 256
     calibration: str | None = None
     staging_gb: float = 0.0
+    allow_skips: float = 0.05
 
     def __post_init__(self) -> None:
         for name in ("shards", "max_length", "batch_tokens", "calibration_rows"):
@@ -67,6 +69,8 @@ class CaptureSettings:
                 raise KdcliError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(self, name)}")
         if not self.staging_gb >= 0:
             raise KdcliError(f"--staging-gb must not be negative, got {self.staging_gb}")
+        if not 0 <= self.allow_skips <= 1:
+            raise KdcliError(f"--allow-skips is a share of the rows, from 0 to 1, got {self.allow_skips}")
         if self.executor not in EXECUTORS:
             raise KdcliError(f"--executor must be one of {', '.join(EXECUTORS)}, got {self.executor!r}")
 

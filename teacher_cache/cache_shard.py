@@ -14,11 +14,12 @@ import torch
 
 from teacher_cache.batch import token_batches
 from teacher_cache.codecs import container
-from teacher_cache.errors import SkipRow
+from teacher_cache.errors import CacheError, SkipRow
 from teacher_cache.fields import Field
 from teacher_cache.plan import Plan
 from teacher_cache.prepare import Preparer
 from teacher_cache.records import Prepared, RowGroup, Sample, SkipRecord, TeacherOutput
+from teacher_cache.same_rows import NOTHING, RecordedRows
 from teacher_cache.samples import cut_counts, encode_sample
 from teacher_cache.shards.commit import committed_shards
 from teacher_cache.shards.storage import Storage
@@ -45,7 +46,8 @@ class CaptureJob:
         parts_without_fields: parts of which only ``samples`` is stored (a projector phase without distillation).
         batch_tokens: padded tokens in one teacher batch.
         staging_bytes: as ``ShardWriter`` takes it.
-        writer: of a shard that is new; or of one that is there, damaged (``shards/mender.py``).
+        writer: of a shard that is new; or of one that is there (``shards/mender.py``).
+        keep_rows: a shard that is there is written again, and must hold every row that it held.
     """
 
     storage: Storage
@@ -56,6 +58,7 @@ class CaptureJob:
     batch_tokens: int = 8192
     staging_bytes: int = 0
     writer: type[ShardWriter] = ShardWriter
+    keep_rows: bool = False
 
     def columns(self, shard: int) -> list[str]:
         """Columns of this shard, ``samples`` first."""
@@ -95,27 +98,40 @@ def cache_shard(
     advance: Callable[[int], None] = lambda rows: None,
 ) -> None:
     """Write and commit the given columns of one shard. ``teacher`` may be None where only ``samples`` is missing."""
+    recorded = RecordedRows.of(job.storage, job.plan.plan_hash, shard, columns, own=job.keep_rows)
     hashes = {column: job.fields.get(column.removeprefix("fields/"), "") for column in columns}
     writers = {c: job.writer(job.storage, c, shard, job.plan.plan_hash, hashes[c], job.staging_bytes) for c in columns}
     fields = {c: job.field_objects[c.removeprefix("fields/")] for c in columns if c != "samples"}
     wants = frozenset().union(*(one.wants for one in fields.values()))
     try:
         with WriteBehind() as behind:
-            for window in read_ahead(prepare_windows(job, shard, source, preparer)):
+            for window in read_ahead(prepare_windows(job, shard, source, preparer, recorded)):
                 outputs = None
                 if fields and teacher is not None:
                     outputs = ask(teacher, window.prepared, wants, job.batch_tokens)
                 behind.submit(write_window, window, outputs, fields, writers)
                 advance(len(window))
-        for writer in writers.values():
-            writer.commit()
+        commit_all(writers)
     except BaseException:
         for writer in writers.values():
             writer.abandon()
         raise
 
 
-def prepare_windows(job: CaptureJob, shard: int, source: RowReader, preparer: Preparer) -> Iterator[Window]:
+def commit_all(writers: Mapping[str, ShardWriter]) -> None:
+    """``samples`` first; CacheError where another worker was faster with other rows: what is written here belongs to none of them."""
+    for column, writer in writers.items():
+        standing = writer.commit()
+        if column == "samples" and standing.tar_sha256 != writer.tar_sha256:
+            raise CacheError(
+                f"{writer.storage}: shard {writer.shard:06d} was captured meanwhile by another worker, of other rows or pictures than here "
+                f"({standing.tar} there): every worker must read the same data and --image-root"
+            )
+
+
+def prepare_windows(
+    job: CaptureJob, shard: int, source: RowReader, preparer: Preparer, recorded: RecordedRows = NOTHING
+) -> Iterator[Window]:
     """The rows of a slice, prepared, ``WINDOW_ROWS`` at a time: enough to batch similar lengths, bounded in memory."""
     one = job.plan.slices[shard]
     spec = job.plan.spec(one.part)
@@ -124,12 +140,15 @@ def prepare_windows(job: CaptureJob, shard: int, source: RowReader, preparer: Pr
         window = Window()
         for row in batch:
             if isinstance(row, SkipRecord):
-                window.skipped.append(row)
+                window.skipped.append(recorded.skipped(row))
                 continue
             try:
                 prepared = preparer.prepare(row, spec.template, spec.max_image_pixels)
             except SkipRow as skip:
-                window.skipped.append(skip_record(row, skip))
+                window.skipped.append(recorded.skipped(skip_record(row, skip)))
+                continue
+            if left_out := recorded.agree(row, prepared.key):
+                window.skipped.append(left_out)
             else:
                 window.samples.append(row)
                 window.prepared.append(prepared)

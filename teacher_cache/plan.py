@@ -10,6 +10,7 @@ import hashlib
 import heapq
 import json
 import random
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
@@ -35,22 +36,27 @@ _SPEC = {
 _GROUP = {**dict.fromkeys(("start", "rows", "characters", "images"), COUNT), "locator": dict}
 _SHAPE = {
     "plan_hash": str,
-    "parts": [{"spec": _SPEC, "fingerprint": {"files?": [dict]}, "rows": COUNT}],
+    "parts": [{"spec": _SPEC, "fingerprint": {"files?": [dict]}, "rows": COUNT, "pictures?": [str]}],
     "slices": [{"part": str, "groups": [_GROUP]}],
     "preparation": dict,
     "seed": int,
     "derived?": ({"by": str}, None),
 }
 CHARACTERS_PER_TOKEN = 4
+_KEY = re.compile(r"[0-9]{9,18}-[0-9a-f]*")
 
 
 @dataclass(frozen=True)
 class Part:
-    """One mixture part as it was scanned: how to open it again, its fingerprint and its number of rows."""
+    """One mixture part as it was scanned: how to open it again, its fingerprint and its number of rows.
+
+    ``pictures``: keys of some of its rows, where pictures lie outside of its files (``same_rows``); no part of the plan hash.
+    """
 
     spec: DataSpec
     fingerprint: Mapping[str, Any]
     rows: int
+    pictures: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -122,10 +128,12 @@ class Plan:
 
 
 def _part_body(part: Part) -> dict[str, Any]:
-    """``follow_links`` only where it is on: manifests of all others stay, byte by byte, what they were before there was such an option."""
+    """``follow_links`` and ``pictures`` only where there are any: other manifests stay, byte by byte, what they were before."""
     body = asdict(part)
     if not part.spec.follow_links:
         del body["spec"]["follow_links"]
+    if not part.pictures:
+        del body["pictures"]
     return body
 
 
@@ -138,6 +146,11 @@ def _without_places(fingerprint: Mapping[str, Any]) -> dict[str, Any]:
     """Files count by size and hash: moving a mixture to another folder does not make another plan."""
     files = [{k: v for k, v in file.items() if k not in ("path", "name")} for file in fingerprint.get("files", [])]
     return {**fingerprint, "files": files}
+
+
+def is_same_data(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    """Whether two fingerprints of a part are of the same files, wherever they lie."""
+    return _without_places(one) == _without_places(other)
 
 
 def make_plan(
@@ -207,7 +220,7 @@ def _again(
         if replace(part.spec, path=spec.path, image_root=spec.image_root) != spec:
             return None
         fingerprint = part_fingerprint(spec, open_source(spec))
-        if _without_places(fingerprint) != _without_places(part.fingerprint):
+        if not is_same_data(fingerprint, part.fingerprint):
             return None
         parts.append(Part(spec, fingerprint, part.rows))
     return replace(known, parts=tuple(parts))
@@ -258,7 +271,10 @@ def parse_plan(data: bytes, place: str) -> Plan:
                 f"{place}: format version {str(body['format_version'])!r}; this kdcli reads {FORMAT_VERSION}"
             )
         require(body, _SHAPE, place)
-        parts = tuple(Part(DataSpec(**p["spec"]), p["fingerprint"], p["rows"]) for p in body["parts"])
+        parts = tuple(
+            Part(DataSpec(**p["spec"]), p["fingerprint"], p["rows"], _checked_keys(p.get("pictures", ())))
+            for p in body["parts"]
+        )
         slices = tuple(Slice(s["part"], tuple(RowGroup(**group) for group in s["groups"])) for s in body["slices"])
         plan = Plan(parts, slices, body["preparation"], body["seed"], body.get("derived"))
         if strange := {one.part for one in slices} - {part.spec.part for part in parts}:
@@ -273,6 +289,12 @@ def parse_plan(data: bytes, place: str) -> Plan:
 def parts_with_images(slices: Sequence[Slice]) -> list[str]:
     """Parts of which any row names an image."""
     return sorted({one.part for one in slices if any(group.images for group in one.groups)})
+
+
+def _checked_keys(keys: Sequence[str]) -> tuple[str, ...]:
+    if strange := [key for key in keys if not _KEY.fullmatch(key)]:
+        raise ValueError(f"{strange[0][:60]!r} is no key of a row")
+    return tuple(keys)
 
 
 def write_plan(storage: Storage, plan: Plan) -> None:

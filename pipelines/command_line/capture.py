@@ -44,6 +44,8 @@ from pipelines.command_line.tour import command
 @click.option("--dry-run", is_flag=True, help="With --executor slurm: print the scripts, submit nothing.")
 @click.option("--part-of-shards", metavar="I/N", help="Only shards whose number leaves I when divided by N.")
 @click.option("--prepare-only", is_flag=True, help="Plan, calibrate and describe; leave every shard to others.")
+@click.option("--allow-skips", type=float, metavar="SHARE", help="Share of a part's rows that may be skipped.")
+@click.option("--retry-skipped", is_flag=True, help="Take rows in that were skipped and whose cause is gone.")
 @click.option("--batch-tokens", type=int, help="Padded tokens of one teacher batch.")
 @click.option("--calibration-rows", type=int, help="Rows the teacher reads before the job, to fit codecs.")
 @click.option("--calibration", help="Cache of `kdcli preflight` whose calibration is taken; '' fits afresh.")
@@ -65,6 +67,7 @@ def cache_teacher(
     dry_run: bool,
     part_of_shards: str | None,
     prepare_only: bool,
+    retry_skipped: bool,
     trust_remote_code: bool | None,
     config: str | None,
     as_json: bool,
@@ -96,7 +99,14 @@ def cache_teacher(
         raise click.UsageError("--dry-run prints Slurm's scripts: give --executor slurm with it")
     params = field_params(settings, capture, k, codec)
     request = pipeline.CaptureRequest(
-        spec, specs, target, capture, params, part_of_shards=part_of(part_of_shards), prepare_only=prepare_only
+        spec,
+        specs,
+        target,
+        capture,
+        params,
+        part_of_shards=part_of(part_of_shards),
+        prepare_only=prepare_only,
+        retry_skipped=retry_skipped,
     )
     with capture_progress(console()) as progress:
         summary = pipeline.capture(request, progress, warn)

@@ -37,14 +37,21 @@ def console() -> Any:
 
 
 def say_summary(summary: dict[str, Any], as_json: bool, line: str | None = None) -> None:
-    """A cache that was made or changed: as ``cache status`` says it, then the line and the notes."""
+    """A cache that was made or changed: as ``cache status`` says it, then the line and the notes.
+
+    Raises:
+        KdcliError: behind all that, where too many of its rows were skipped.
+    """
     from pipelines.tables import cache_table
+    from teacher_cache.errors import KdcliError
 
     if as_json:
         say(json.dumps(summary))
-        return
-    say(cache_table(summary["columns"], summary["rows"]))
-    if line:
-        say(line)
-    for one in summary.get("notes", []):
-        say(f"note: {one}")
+    else:
+        say(cache_table(summary["columns"], summary["rows"]))
+        if line:
+            say(line)
+        for one in summary.get("notes", []):
+            say(f"note: {one}")
+    if summary.get("excess"):
+        raise KdcliError("; ".join(summary["excess"]))

@@ -29,6 +29,7 @@ from teacher_cache.label_ends import label_ends
 from teacher_cache.plan import Plan, content_hash, parts_with_images, write_plan
 from teacher_cache.prepare import Limits as RowLimits
 from teacher_cache.prepare import Preparer
+from teacher_cache.same_rows import bind_pictures
 from teacher_cache.shards.storage import Storage
 from teacher_cache.teachers.backends import refuse_wants, teacher_fingerprint
 from teacher_cache.teachers.transformers import load_processor, resolve_device
@@ -120,6 +121,7 @@ def open_everything(request: PreflightRequest, progress: Progress) -> Opened:
     plan = sample_plan(request.data, request.rows, preparer.fingerprint(), capture.seed)
     for part in parts_with_images(plan.slices):
         preparer.check_images(part, plan.spec(part).template)
+    plan = bind_pictures(Storage(request.cache_url), plan)
     notebook = Notebook(request.out, identity(request, plan.plan_hash, fingerprint))
     bare = set(capture.parts_without_fields)
     held = held_out(plan)

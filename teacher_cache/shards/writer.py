@@ -47,6 +47,8 @@ class ShardWriter:
         self._entries: list[Entry] = []
         self._skipped: list[SkipRecord] = []
         self._counts: Counter[str] = Counter()
+        self.tar_sha256 = ""
+        """Of what was written, once it is committed."""
 
     def add(self, prepared: Prepared, members: dict[str, bytes]) -> None:
         """Append one sample; ``members`` maps extension → content, written in the given order."""
@@ -102,7 +104,7 @@ class ShardWriter:
         self._file.close()
         staging.check_bound(self._folder, self._bound)
         with self._draft.open("rb") as written:
-            digest = hashlib.file_digest(written, "sha256").hexdigest()
+            self.tar_sha256 = digest = hashlib.file_digest(written, "sha256").hexdigest()
         stem = f"{self.shard:06d}-{digest[:8]}"
         index = dump_index(self._entries)
         index_digest = hashlib.sha256(index).hexdigest()

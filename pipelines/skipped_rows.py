@@ -1,0 +1,186 @@
+"""Rows that cannot be used: looked for before the job, counted behind it, and taken in again when their cause is gone."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from math import log
+
+from student_train.cache import Cache
+from teacher_cache.cache_shard import CaptureJob, RowReader, skip_record
+from teacher_cache.errors import CacheError, KdcliError, SkipRow
+from teacher_cache.plan import Part, Plan
+from teacher_cache.prepare import Preparer
+from teacher_cache.records import SkipRecord
+from teacher_cache.same_rows import groups_of, spread_rows
+from teacher_cache.shards.commit import committed_shards, read_commit, read_commits
+from teacher_cache.shards.mender import ShardReplacer
+from teacher_cache.sources import open_source
+
+PROBE_ROWS = 128
+"""Of every part, spread over its row groups: seconds to prepare, where a job takes hours."""
+DOUBT = 1e-3
+"""How seldom a mixture with as many skips as are allowed is refused by chance."""
+OF_TEACHER = "nonfinite_teacher"
+FIXES = {
+    "image_missing": "check --image-root ({root})",
+    "image_path_unsafe": "check --image-root ({root}), or allow your own links with --follow-links",
+    "over_length": "raise --max-length, or give --over-length cut",
+}
+
+
+def refuse_skips(plan: Plan, preparer: Preparer, allowed: float) -> None:
+    """Before anything is loaded or written: KdcliError where more rows of a part than ``allowed`` (a share) cannot be used."""
+    for part in plan.parts:
+        source = open_source(part.spec)
+        rows = list(spread_rows(source.read, groups_of(plan, part.spec.part), PROBE_ROWS))
+        skipped = [one for row in rows if isinstance(one := look_at(row, part, preparer), SkipRecord)]
+        if is_excess(len(skipped), len(rows), allowed):
+            raise KdcliError(
+                f"part {part.spec.part!r}: {len(skipped)} of {len(rows)} rows that were looked at cannot be used, "
+                f"{commonest(skipped, part)}. Nothing is captured; --allow-skips {share(len(skipped), len(rows))} would let it begin "
+                f"({allowed:g} is allowed)"
+            )
+
+
+def look_at(row: object, part: Part, preparer: Preparer) -> SkipRecord | None:
+    """Why a row is not used; None where it is."""
+    if isinstance(row, SkipRecord):
+        return row
+    try:
+        preparer.prepare(row, part.spec.template, part.spec.max_image_pixels)  # type: ignore[arg-type]
+    except SkipRow as skip:
+        return skip_record(row, skip)  # type: ignore[arg-type]
+    return None
+
+
+def is_excess(skipped: int, rows: int, allowed: float) -> bool:
+    """Whether so many skips say that more than ``allowed`` of such rows cannot be used.
+
+    Of few rows a few more are let pass, as far as chance explains them: P(X ≥ k) ≤ exp(−n·KL(k/n ‖ p)) (Chernoff). None at all is always
+    too few.
+    """
+    if skipped <= allowed * rows:
+        return False
+    if skipped == rows or not allowed:
+        return True
+    seen = skipped / rows
+    divergence = seen * log(seen / allowed) + (1 - seen) * log((1 - seen) / (1 - allowed))
+    return rows * divergence > log(1 / DOUBT)
+
+
+def commonest(skipped: Sequence[SkipRecord], part: Part) -> str:
+    """The reason of most of them, with an example and the fix."""
+    reason, count = Counter(one.reason for one in skipped).most_common(1)[0]
+    example = next(one for one in skipped if one.reason == reason)
+    root = part.spec.image_root if part.spec.image_root is not None else "not given: the folder of the data"
+    fix = FIXES.get(reason, "`kdcli doctor` lists them all").format(root=root)
+    return f"{count} of them {reason} ({example.place}: {example.detail}): {fix}"
+
+
+def share(part: int, whole: int) -> str:
+    """Upwards to a hundredth, so that as many are allowed."""
+    return f"{-(-100 * part // whole) / 100:g}"
+
+
+def excess(cache: Cache, columns: Sequence[str], allowed: float, of_teacher: bool = False) -> list[str]:
+    """A line for every part of which more rows than ``allowed`` (a share) were skipped, of its first column where this is so.
+
+    Args:
+        of_teacher: only those count that the teacher had no finite answer for.
+    """
+    lines: dict[str, str] = {}
+    for column in columns:
+        done = set(committed_shards(cache.storage, column))
+        for part in cache.plan.parts:
+            name = part.spec.part
+            commits = read_commits(cache.storage, column, sorted(done & set(cache.shards([name]))))
+            rows = sum(one.rows for one in commits)
+            skipped = [skip for one in commits for skip in one.skipped if not of_teacher or skip.reason == OF_TEACHER]
+            if name not in lines and is_excess(len(skipped), rows, allowed):
+                lines[name] = (
+                    f"part {name!r}: {len(skipped)} of {rows} rows are skipped in {column}, {commonest(skipped, part)}; the cache is kept: "
+                    f"--allow-skips {share(len(skipped), rows)} takes it as it is ({allowed:g} is allowed), --retry-skipped takes rows "
+                    "in whose cause is gone"
+                )
+    return list(lines.values())
+
+
+def take_in_again(
+    job: CaptureJob,
+    shards: Sequence[int],
+    reader_of: Callable[[int], RowReader],
+    preparer: Preparer,
+    run: Callable[[CaptureJob, dict[int, list[str]]], None],
+) -> list[str]:
+    """Make those of the shards again that skip rows which can be used now: a new attempt of ``samples`` and every field of the job.
+
+    A kill between two columns leaves the one with rows that the other still skips: run again, it is made again alone. Returns notes.
+
+    Args:
+        run: captures these columns of these shards.
+    """
+    again = usable_again(job, shards, reader_of, preparer)
+    if not again:
+        return ["no row that was skipped can be used now"] if shards else []
+
+    def skips() -> int:
+        return sum(len(read_commit(job.storage, "samples", shard).skipped) for shard in again)
+
+    before = skips()
+    run(replace(job, writer=ShardReplacer, keep_rows=True), again)
+    made = f"{len(again)} shard{'s' * (len(again) != 1)} made again"
+    said = f"{before - skips()} rows taken in, {made}; what these replaced goes with `kdcli cache gc --yes`"
+    return [said, *others_left(job, again)]
+
+
+def usable_again(
+    job: CaptureJob, shards: Sequence[int], reader_of: Callable[[int], RowReader], preparer: Preparer
+) -> dict[int, list[str]]:
+    """Shards, with their columns, that skip a row which can be used now. Each is read up to the first such row.
+
+    What the teacher itself made of a row (``nonfinite_teacher``) it would make again.
+    """
+    found = {}
+    for shard in shards:
+        skips = {column: _skips(job, column, shard) for column in job.columns(shard)}
+        wanted = frozenset().union(*skips.values())
+        columns: list[str] = []
+        for ordinal in _usable(job, shard, wanted, reader_of(shard), preparer) if wanted else ():
+            columns = [column for column, ordinals in skips.items() if ordinal in ordinals or column in columns]
+            if len(columns) == sum(map(bool, skips.values())):
+                break
+        if columns:
+            found[shard] = columns
+    return found
+
+
+def _skips(job: CaptureJob, column: str, shard: int) -> frozenset[int]:
+    try:
+        commit = read_commit(job.storage, column, shard)
+    except CacheError:
+        return frozenset()
+    return frozenset(skip.ordinal for skip in commit.skipped if skip.reason != OF_TEACHER)
+
+
+def _usable(
+    job: CaptureJob, shard: int, wanted: frozenset[int], reader: RowReader, preparer: Preparer
+) -> Iterator[int]:
+    """Ordinals of these rows that can be used now."""
+    part = next(part for part in job.plan.parts if part.spec.part == job.plan.slices[shard].part)
+    for group in job.plan.slices[shard].groups:
+        if wanted.isdisjoint(range(group.start, group.start + group.rows)):
+            continue
+        for row in reader.read(group):
+            if row.ordinal in wanted and look_at(row, part, preparer) is None:
+                yield row.ordinal
+
+
+def others_left(job: CaptureJob, shards: Mapping[int, Sequence[str]]) -> list[str]:
+    """A note where the cache has fields that this command does not make, and that go on without the rows taken in."""
+    others = sorted(set(job.storage.names("fields")) - set(job.fields))
+    others = [name for name in others if set(shards) & set(committed_shards(job.storage, f"fields/{name}"))]
+    if not others:
+        return []
+    return [f"{', '.join(others)}: without the rows taken in; name them with --fields and --retry-skipped, too"]
