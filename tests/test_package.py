@@ -49,8 +49,6 @@ def test_no_dependency_is_for_the_tests_alone() -> None:
     names = [re.split(r"[<>=\[]", one)[0] for one in asked]
     used = {name for house in HOUSES for path in files(house) for _, name in imported(path)} | imports_of_docs()
     unused = [
-        name
-        for name in names
-        if not any(f"{one}.".startswith(f"{IMPORTED_AS.get(name, name)}.") for one in used)
+        name for name in names if not any(f"{one}.".startswith(f"{IMPORTED_AS.get(name, name)}.") for one in used)
     ]
     assert not unused, f"nothing that a user runs imports {', '.join(unused)}"

@@ -58,7 +58,7 @@ def evaluate(
     **how: Any,
 ) -> None:
     """Score a student or teacher on held-out questions: exact match and other metrics by family, and nll of the expected answers."""
-    from pipelines.evaluate import evaluate_folder
+    from pipelines.evaluate import evaluate_folder, figures
     from pipelines.evaluation.score import answer_row
     from pipelines.progress import bar
     from pipelines.tables import score_table
@@ -76,12 +76,12 @@ def evaluate(
             advance=lambda rows: progress.advance(task, rows),
             **how,
         )
-    given = [answer_row(one, metrics) for one in result.pop("answers")]
+    given, scores = [answer_row(one, metrics) for one in result["answers"]], figures(result)
     if out:
-        Path(out).write_text(json.dumps({model: result}, indent=1) + "\n")
+        Path(out).write_text(json.dumps({model: scores}, indent=1) + "\n")
     if answers:
         Path(answers).write_text("".join(json.dumps(one, ensure_ascii=False) + "\n" for one in given))
-    say(json.dumps({**result, "answers": given}) if as_json else score_table({model: result}))
+    say(json.dumps({**result, "answers": given}) if as_json else score_table({model: scores}))
 
 
 @command("eval-tasks")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -132,3 +133,9 @@ def _png(image: PIL.Image.Image) -> bytes:
     buffer = io.BytesIO()
     image.save(buffer, "png", compress_level=1)
     return buffer.getvalue()
+
+
+def unlikely_note(lost: Sequence[tuple[str, str]], total: int) -> str:
+    """What is said of continuations that could not be rendered and count as infinitely unlikely; lost: (task, reason) of each."""
+    listed = ", ".join(f"{count} {reason} in {task}" for (task, reason), count in Counter(lost).most_common())
+    return f"kdcli: {len(lost)} of {total} continuations cannot be rendered and count as infinitely unlikely: {listed}"

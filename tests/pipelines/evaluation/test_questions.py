@@ -114,8 +114,8 @@ def test_a_narrow_model_answers_and_forces(tiny_student: Path) -> None:
         model, processor = load_answering(str(tiny_student), device="cpu", dtype=dtype)
         assert answer(model.eval(), processor, [asked], 2) != [""]
         preparer = Preparer(processor, model.config, Limits(max_length=1 << 60))
-        ((own, _),) = expected(RowForward(model), preparer, [forced(asked, "a circle")], DataSpec("x", "x"))
-        nats[dtype] = own
+        (one,) = expected(RowForward(model), preparer, [forced(asked, "a circle")], DataSpec("x", "x"))
+        nats[dtype] = one.nats
     assert nats[torch.bfloat16].tolist() == pytest.approx(nats[torch.float32].tolist(), rel=0.2)
     assert nats[torch.bfloat16].tolist() != nats[torch.float32].tolist()
 
@@ -142,6 +142,18 @@ def test_tables_show_what_was_asked() -> None:
     assert shown["anls, name"] == "66.7" and shown["anls, mean of families"] == "58.3"
 
 
+def test_a_table_counts_questions_of_every_family_and_model() -> None:
+    both = [Answer("seen", "q", "yes", "yes"), Answer("seen", "q", "no", "yes"), Answer("name", "q", "ab", "abc")]
+    whole, part = score(both), {**score(both[:2]), "skipped": {"no_answer": 1}}
+    lines = [
+        [cell.strip() for cell in line.split("|")[1:-1]] for line in score_table({"a": whole, "b": part}).splitlines()
+    ]
+    asked = {line[0]: line[-1] for line in lines if line}
+    assert (asked["seen"], asked["name"], asked["all questions"]) == ("2", "1 / –", "3 / 2")
+    assert score_table({"a": whole, "b": part}).splitlines()[-1] == "b: 2 of 3 rows asked, 1 skipped: 1 no_answer"
+    assert "asked" not in score_table({"a": whole}) and not score_table({"a": whole}).endswith("\n")
+
+
 def test_the_command_writes_scores_and_answers(tiny_student: Path, tmp_path: Path) -> None:
     from click.testing import CliRunner
 
@@ -160,6 +172,7 @@ def test_the_command_writes_scores_and_answers(tiny_student: Path, tmp_path: Pat
     assert lines == told.pop("answers") and [line["family"] for line in lines] == ["seen", "heldout"]
     assert lines[0]["references"] == ["no"] and set(lines[0]["scores"]) == {"pope", "vqa_accuracy"}
     assert lines[1]["scores"]["pope"] is None and told["pope_yes_ratio"] in (0, 1)
+    assert told.pop("skips") == []
     assert json.loads((tmp_path / "scores.json").read_text()) == {str(tiny_student): told}
 
 
