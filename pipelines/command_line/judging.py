@@ -19,7 +19,7 @@ from pipelines.command_line.tour import command
 @click.option("--data", required=True, help="Held-out file of single questions.")
 @click.option("--image-root", default=None)
 @click.option(
-    "--template", default="chat", show_default=True, help="That the model was trained with: chat, v1 or qwen_1_5."
+    "--template", help="That the model was trained with: chat, v1 or qwen_1_5; default: as its run says, else chat."
 )
 @links_option
 @click.option("--limit", type=int, default=None)
@@ -47,7 +47,7 @@ def evaluate(
     model: str,
     data: str,
     image_root: str | None,
-    template: str,
+    template: str | None,
     follow_links: bool | None,
     limit: int | None,
     metric: str,
@@ -60,11 +60,13 @@ def evaluate(
     """Score a student or teacher on held-out questions: exact match and other metrics by family, and nll of the expected answers."""
     from pipelines.evaluate import evaluate_folder, figures
     from pipelines.evaluation.score import answer_row
+    from pipelines.exporting.provenance import trained_template
     from pipelines.progress import bar
     from pipelines.tables import score_table
     from teacher_cache.sources import DataSpec
 
     metrics = split(metric) or ()
+    template = template or trained_template(model) or DataSpec.template
     with bar(console(), "questions") as progress:
         task = progress.add_task("asking", total=None)
         spec = DataSpec("heldout", data, image_root, template=template, limit=limit, follow_links=bool(follow_links))
