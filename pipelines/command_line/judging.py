@@ -18,9 +18,7 @@ from pipelines.command_line.tour import command
 @click.argument("model")
 @click.option("--data", required=True, help="Held-out file of single questions.")
 @click.option("--image-root", default=None)
-@click.option(
-    "--template", help="That the model was trained with: chat, v1 or qwen_1_5; default: as its run says, else chat."
-)
+@click.option("--template", help="How it was trained: chat, v1, qwen_1_5; default: as its run says, else chat.")
 @links_option
 @click.option("--limit", type=int, default=None)
 @click.option("--batch-size", default=32, show_default=True)
