@@ -7,24 +7,23 @@ for an answer to flip.
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
 import torch
 
-from pipelines.evaluation.answers import MAX_NEW_TOKENS, Compression, answer, answer_nats, check_asking, prompt_of
+from pipelines.evaluation.answers import MAX_NEW_TOKENS, Compression, Forced, answer, check_asking, expected, prompt_of
 from pipelines.evaluation.metrics import DEFAULT, metric_module
-from pipelines.evaluation.questions import read_questions, references, with_suffix
+from pipelines.evaluation.questions import Questions, askable, by_reason, questions_of, references
 from pipelines.evaluation.score import Answer, score
 from student_train.compressors import CompressorSpec
 from student_train.pruning import Pruning, operator_modules
 from student_train.student import RowForward, load_student, open_student
 from teacher_cache.chat import chat_of
-from teacher_cache.errors import DataError, KdcliError, SkipRow
+from teacher_cache.errors import KdcliError
 from teacher_cache.prepare import Limits, Preparer
-from teacher_cache.records import Sample, SkipRecord
+from teacher_cache.records import Sample
 from teacher_cache.sources import DataSpec
 from teacher_cache.templates import find_template, write_prompt
 
@@ -39,13 +38,19 @@ def evaluate(
     metrics: Sequence[str] = DEFAULT,
     max_new_tokens: int = MAX_NEW_TOKENS,
     prompt_suffix: str = "",
+    read: Questions | None = None,
 ) -> dict[str, Any]:
-    """``score`` of the answers, and ``"skipped": {reason: rows}``, ``"answers": [Answer]``.
+    """``score`` of the answers, and what could not be scored: no row of the file is left uncounted.
 
     With ``pruning``, vision tokens are removed inside the language model while it answers, and ``"compression"`` says how.
 
     Args:
         prompt_suffix: a line appended to every question, for the answer and for nll.
+        read: the questions of ``spec``, where they were read already, suffix included.
+
+    Returns:
+        ``score``'s figures; ``"rows"`` of the file = ``"n"`` + those of ``"skipped": {reason: rows}``, each of them in ``"skips"``;
+        ``"nll_skipped": {reason: rows}`` that were answered but training could not render; ``"answers": [Answer]``.
     """
     check_metrics(metrics)
     if max_new_tokens < 1:
@@ -53,8 +58,8 @@ def evaluate(
     model.eval()
     check_asking(processor, spec.template)
     chat = chat_of(processor)
-    questions, skipped = usable_questions(
-        spec, prompt_suffix, lambda row: write_prompt(spec.template, chat, row.turns[:-1])
+    questions = askable(
+        read or questions_of(spec, prompt_suffix), spec, lambda row: write_prompt(spec.template, chat, row.turns[:-1])
     )
     student, preparer = RowForward(model), Preparer(processor, model.config, Limits(max_length=1 << 60))
     # A generator each: what is kept must not depend on what else is measured.
@@ -62,39 +67,37 @@ def evaluate(
         Compression(pruning, torch.Generator().manual_seed(0)) if pruning else None for _ in range(2)
     )
     answers: list[Answer] = []
-    for start in range(0, len(questions), batch_size):
-        batch = questions[start : start + batch_size]
+    nll_skipped: list[str] = []
+    for start in range(0, len(questions.asked), batch_size):
+        batch = questions.asked[start : start + batch_size]
         prompts = [prompt_of(row, spec.max_image_pixels) for row in batch]
         said = answer(model, processor, prompts, max_new_tokens, compression, template=spec.template)
-        for row, given, (nats, tokens) in zip(batch, said, answer_nats(student, preparer, batch, spec, forced)):
-            family, asked, meant = str(row.extra.get("family", row.part)), row.turns[-2].text, row.turns[-1].text
-            answers.append(Answer(family, asked, meant, given, nats, tokens, references(row)))
+        for row, given, meant in zip(batch, said, expected(student, preparer, batch, spec, forced)):
+            answers.append(answered(row, given, meant))
+            nll_skipped += [meant.skip.reason] if meant.skip else []
         advance(len(batch))
     how = {"compression": asdict(pruning)} if pruning else {}
-    return {**score(answers, metrics), **how, "skipped": skipped, "answers": answers}
+    return {**score(answers, metrics), **how, **uncounted(questions, nll_skipped), "answers": answers}
 
 
-def usable_questions(
-    spec: DataSpec, prompt_suffix: str = "", ask: Callable[[Sample], Any] = lambda row: None
-) -> tuple[list[Sample], dict[str, int]]:
-    """(rows that can be scored, rows that cannot by reason); DataError where none can. ask: raises SkipRow where a model cannot be asked."""
-    questions: list[Sample] = []
-    skipped: dict[str, int] = defaultdict(int)
-    for row in read_questions(spec):
-        if isinstance(row, SkipRecord):
-            skipped[row.reason] += 1
-            continue
-        question = with_suffix(row, prompt_suffix)
-        try:
-            ask(question)
-        except SkipRow as skip:
-            skipped[skip.reason] += 1
-        else:
-            questions.append(question)
-    if not questions:
-        reasons = ", ".join(f"{count} {reason}" for reason, count in skipped.items()) or "it is empty"
-        raise DataError(f"{spec.path}: no row can be scored ({reasons})")
-    return questions, dict(skipped)
+def answered(row: Sample, given: str, meant: Forced) -> Answer:
+    family, asked, wanted = str(row.extra.get("family", row.part)), row.turns[-2].text, row.turns[-1].text
+    return Answer(family, asked, wanted, given, float(meant.nats.sum()), len(meant.nats), references(row))
+
+
+def uncounted(questions: Questions, nll_skipped: Sequence[str]) -> dict[str, Any]:
+    """What a result says of the rows that it has no answer, or no nll, of."""
+    return {
+        "rows": len(questions.asked) + len(questions.skipped),
+        "skipped": by_reason(one.reason for one in questions.skipped),
+        "nll_skipped": by_reason(nll_skipped),
+        "skips": [{"place": one.place, "reason": one.reason, "detail": one.detail} for one in questions.skipped],
+    }
+
+
+def figures(result: Mapping[str, Any]) -> dict[str, Any]:
+    """A result without its single rows: what score files keep."""
+    return {name: value for name, value in result.items() if name not in ("answers", "skips")}
 
 
 def check_metrics(names: Sequence[str]) -> None:
@@ -141,9 +144,11 @@ def evaluate_folder(
     find_template(spec.template)  # a name that is none shows before anything is loaded
     check_metrics(metrics)
     pruning = pruning_of(compress, keep, compress_layer)
+    check_answering(model_id, pruning, vision_tokens, trust_remote_code)
+    read = questions_of(spec, prompt_suffix)
     model, processor = load_answering(model_id, pruning, vision_tokens, device, trust_remote_code)
     asked: dict[str, Any] = {"metrics": metrics, "max_new_tokens": max_new_tokens, "prompt_suffix": prompt_suffix}
-    return evaluate(model, processor, spec, batch_size, pruning=pruning, **asked, **kwargs)
+    return evaluate(model, processor, spec, batch_size, pruning=pruning, read=read, **asked, **kwargs)
 
 
 def load_answering(
@@ -155,9 +160,17 @@ def load_answering(
     dtype: torch.dtype = torch.float32,
 ) -> tuple[Any, Any]:
     """(model on its device, processor) of a folder; what cannot be is refused before any weights are read."""
+    compressor = check_answering(model_id, pruning, vision_tokens, trust_remote_code)
+    model, processor = load_student(model_id, "sdpa", trust_remote_code, compressor)
+    return model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"), dtype), processor
+
+
+def check_answering(
+    model_id: str, pruning: Pruning | None, vision_tokens: int | None, trust_remote_code: bool
+) -> CompressorSpec | None:
+    """The compressor that is asked for; KdcliError where this model cannot answer so, from its configuration alone."""
     compressor = None if vision_tokens is None else CompressorSpec("", vision_tokens)
     config = open_student(model_id, trust_remote_code, compressor)[1]
     if pruning:
         pruning.check(config)
-    model, processor = load_student(model_id, "sdpa", trust_remote_code, compressor)
-    return model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"), dtype), processor
+    return compressor

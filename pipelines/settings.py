@@ -26,21 +26,28 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class CaptureSettings:
-    """``[capture]``: how the cache is made.
+    """``[capture]``: how the cache is made. (``pipelines/settings_page.py`` makes a page of what stands below ``Attributes``.)
 
     Attributes:
-        shards: number of slices, fixed for the life of the cache.
-        store: profile of what is stored of the teacher; fields: single fields instead.
+        shards: number of shards, fixed for the life of the cache.
+        store: what is stored of the teacher: ``standard``, ``compact``, ``exact``, or ``none`` (the samples alone).
+        fields: single fields in place of the profile.
         parts_without_fields: parts of which only the samples are stored.
-        executor: who schedules the shards, local, ray or slurm. workers: processes or Ray actors; 0: one a GPU, else one.
-        ray_address: of a running cluster; None: RAY_ADDRESS, else this machine alone. gpus_per_worker, cpus_per_worker: of a Ray actor.
-        slurm_tasks: of the array; slurm_options: of sbatch. (Both are read where the jobs are submitted.)
+        max_length: longest row in tokens, those of its images included.
+        over_length: what becomes of a longer row: ``skip`` it, or ``cut`` it at a turn border.
+        seed: of the order in which rows are put into shards.
+        executor: who schedules the shards: ``local``, ``ray`` or ``slurm``.
+        workers: processes, or Ray actors; 0: one a GPU, else one.
+        ray_address: of a running Ray cluster; without it ``RAY_ADDRESS``, else this machine alone.
+        gpus_per_worker: of a Ray actor; without it one where there are GPUs.
+        cpus_per_worker: of a Ray actor.
+        slurm_tasks: tasks of the Slurm array.
+        slurm_options: options of sbatch.
         batch_tokens: padded tokens of one teacher batch.
         calibration_rows: rows that the teacher reads before the job, to fit the fields that need it.
-        staging_gb: most GB (1e9 bytes) of local temporary disk that a worker's unfinished tars take, where the cache is in an object
-            store; 0: as much as there is.
         allow_skips: share of a part's rows that may be skipped: more of them stop a capture before it begins, or fail it behind its end.
-        calibration: cache of `kdcli preflight` whose calibrations are taken instead; empty: fit afresh.
+        calibration: cache of a `kdcli preflight` whose calibrations are taken; without it they are fitted afresh.
+        staging_gb: most GB (1e9 bytes) of local temporary disk of a worker's unfinished tars, for a cache in an object store; 0: no limit.
     """
 
     shards: int = 512
@@ -77,7 +84,18 @@ class CaptureSettings:
 
 @dataclass(frozen=True)
 class Settings:
-    """Everything a kd.toml can say."""
+    """Everything a kd.toml can say.
+
+    Attributes:
+        teacher: ``[teacher]``.
+        data: a ``[[data]]`` block a part.
+        cache: where the cache is written and read: a folder, or a URL such as ``s3://bucket/prefix``.
+        capture: ``[capture]``.
+        fields: ``[fields.NAME]``.
+        train: ``[train]``.
+        stages: ``[stages.NAME]``.
+        methods: ``[methods.NAME]``.
+    """
 
     teacher: TeacherSpec | None = None
     data: tuple[DataSpec, ...] = ()

@@ -121,19 +121,30 @@ def human_time(seconds: float) -> str:
 
 
 def score_table(results: Mapping[str, Mapping[str, Any]]) -> str:
-    """Exact match and further metrics in percent, then nats a token of the expected answers: a column a model, a row a family."""
+    """Exact match and further metrics in percent, then nats a token of the expected answers: a column a model, a row a family, the number
+    of questions last; below, the rows that are not among them."""
     families = sorted({family for one in results.values() for family in one["families"]})
 
-    def line(name: str, values: Iterable[float | None]) -> list[str]:
-        return [name, *("–" if value is None else f"{100 * value:.1f}" for value in values)]
+    def line(name: str, values: Iterable[float | None], questions: str = "") -> list[str]:
+        return [name, *("–" if value is None else f"{100 * value:.1f}" for value in values), questions]
 
     def by_family(column: str, title: str = "{}") -> list[list[str]]:
-        found = {name: [one["families"].get(name, {}).get(column) for one in results.values()] for name in families}
-        return [line(title.format(name), values) for name, values in found.items() if set(values) != {None}]
+        lines = []
+        for name in families:
+            found = [one["families"].get(name, {}) for one in results.values()]
+            values = [one.get(column) for one in found]
+            if set(values) != {None}:
+                lines.append(line(title.format(name), values, counts(found) if title == "{}" else ""))
+        return lines
+
+    def counts(found: Iterable[Mapping[str, Any]]) -> str:
+        """``23``, or one number a model where they differ."""
+        given = [str(one.get("n", "–")) for one in found]
+        return given[0] if len(set(given)) == 1 else " / ".join(given)
 
     body = by_family("exact_match")
     body.append(line("mean of families", [one["family_mean"] for one in results.values()]))
-    body.append(line("all questions", [one["exact_match"] for one in results.values()]))
+    body.append(line("all questions", [one["exact_match"] for one in results.values()], counts(results.values())))
     for column in further_metrics(results.values()):
         body += by_family(column, f"{column}, {{}}")
         body.append(line(f"{column}, mean of families", [one.get(f"{column}_family_mean") for one in results.values()]))
@@ -141,8 +152,36 @@ def score_table(results: Mapping[str, Mapping[str, Any]]) -> str:
     for name, key in (("mean of families", "nll_family_mean"), ("all answer tokens", "nll")):
         values = [one.get(key) for one in results.values()]
         if any(value is not None for value in values):
-            body.append([f"nll, {name}", *("–" if value is None else f"{value:.3f}" for value in values)])
-    return table(["exact match, %; nll, nats a token", *results], body)
+            body.append([f"nll, {name}", *("–" if value is None else f"{value:.3f}" for value in values), ""])
+    shown = table(["exact match, %; nll, nats a token", *results, "questions"], body)
+    lines = uncounted_lines(results)
+    return "\n".join(
+        [shown, *([""] if lines else []), *lines]
+    )  # Markdown takes a line right below for one of the table
+
+
+def uncounted_lines(results: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """``12 of 29 rows asked, 17 skipped: 9 image_missing, 8 no_answer``, by model where they differ; nothing where no row is missing."""
+    told: dict[str, list[str]] = {}
+    for name, one in results.items():
+        told.setdefault(_uncounted(one), []).append(name)
+    return [text if len(told) == 1 else f"{', '.join(names)}: {text}" for text, names in told.items() if text]
+
+
+def _uncounted(result: Mapping[str, Any]) -> str:
+    """Scores of older versions say less: what they do not say is not written."""
+    skipped, no_nll = (dict(result.get(name) or {}) for name in ("skipped", "nll_skipped"))
+    pieces = []
+    if skipped:
+        count, asked = sum(skipped.values()), result.get("n", 0)
+        pieces.append(f"{asked} of {asked + count} rows asked, {count} skipped: {_by_reason(skipped)}")
+    if no_nll:
+        pieces.append(f"nll without {sum(no_nll.values())} of them: {_by_reason(no_nll)}")
+    return "; ".join(pieces)
+
+
+def _by_reason(counts: Mapping[str, int]) -> str:
+    return ", ".join(f"{count} {reason}" for reason, count in sorted(counts.items(), key=lambda one: -one[1]))
 
 
 def further_metrics(results: Iterable[Mapping[str, Any]]) -> list[str]:

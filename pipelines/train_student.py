@@ -121,7 +121,7 @@ def write_run_card(output: Path, cache: Cache, plans: list[StagePlan]) -> None:
     body = {
         "cache": str(cache.storage),
         "plan_hash": cache.plan_hash,
-        "stages": [stage_card(plan) for plan in plans],
+        "stages": [stage_card(cache, plan) for plan in plans],
         "versions": {
             "python": platform.python_version(),
             "torch": torch.__version__,
@@ -132,13 +132,14 @@ def write_run_card(output: Path, cache: Cache, plans: list[StagePlan]) -> None:
     (output / "run.json").write_text(json.dumps(body, indent=1) + "\n")
 
 
-def stage_card(plan: StagePlan) -> dict[str, Any]:
+def stage_card(cache: Cache, plan: StagePlan) -> dict[str, Any]:
     """What a stage was told, resolved."""
     return {
         "stage": plan.stage.name,
         "method": plan.method_name,
         "knobs": asdict(plan.method),  # type: ignore[call-overload]
         "parts": plan.parts,
+        "templates": {part: cache.template(part) for part in plan.parts},
         "fields": {need: list(fields) for need, fields in plan.served.fields.items()},
         "settings": asdict(plan.settings),
         "compressor": plan.compressor and plan.compressor.entry(),
@@ -201,7 +202,7 @@ def run_stage(
 
 
 def tracked_stage(cache: Cache, plan: StagePlan, folder: Path, first: int, identity: Mapping[str, Any]) -> TrackedStage:
-    config = {"cache": str(cache.storage), "plan_hash": cache.plan_hash, **stage_card(plan)}
+    config = {"cache": str(cache.storage), "plan_hash": cache.plan_hash, **stage_card(cache, plan)}
     return TrackedStage(folder, first, content_hash(plain(identity)), plain(config))
 
 

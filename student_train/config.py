@@ -17,22 +17,36 @@ class TrainSettings:
 
     Attributes:
         student: model folder or hub id that the first stage starts from.
-        output_dir: one folder a stage below it.
-        per_device_train_batch_size × gradient_accumulation_steps × processes = samples of one optimizer step.
-        max_steps: optimizer steps of the stage; 0: ``num_train_epochs`` epochs.
-        learning_rate: 0: the stage's own (PT, DPT 1e-3; SFT, DFT 2e-5).
-        compressor: of vision tokens (student_train/compressors), ``none``: as the student is; None: the method's own choice, if it has one.
-        vision_tokens: that it leaves of an image; None: a quarter. vision_feature_layers: layers of the vision tower that it reads,
-            for one that chooses them.
-        vision_tower_learning_rate: of the vision tower in the stages that train the language model; 0: it stays frozen.
+        output_dir: folder of the run, with one folder a stage in it.
+        per_device_train_batch_size: samples of a micro-batch, on each process.
+        gradient_accumulation_steps: micro-batches of an optimizer step.
+        num_train_epochs: epochs of a stage.
+        max_steps: optimizer steps of a stage; 0: as many as the epochs take.
+        learning_rate: peak; 0: the stage's own (PT, DPT 1e-3; SFT, DFT 2e-5).
+        vision_tower_learning_rate: of the vision tower, in the stages that train the language model; 0: it stays frozen.
+        weight_decay: of AdamW.
+        warmup_ratio: share of the steps in which the learning rate rises.
+        max_grad_norm: the gradient is scaled down to this norm; 0: never.
+        adam_beta1: of AdamW.
+        adam_beta2: of AdamW.
+        max_length: longest row in tokens, as in the capture.
+        seed: of the order of samples, and of every random draw.
         bf16: mixed precision; weights and optimizer state stay float32.
-        fsdp: under torchrun, shard weights, gradients and optimizer state over the processes (FSDP2); else each has all (DDP).
-        save_steps: steps between checkpoints. save_total_limit: how many are kept.
-        report_to: trackers, a list or comma-separated: tensorboard, wandb, trackio; or none (metrics.jsonl is always written).
-        trust_remote_code: run the program code that the student's folder or repository brings; read it first.
-        local_cache: folder on a local disk where tars of an object store are kept, shared by all processes of a machine.
-        local_cache_gb: most GB (1e9 bytes) that it takes.
+        fsdp: under torchrun, shard weights, gradients and optimizer state over the processes (FSDP2); else each has all of them (DDP).
+        gradient_checkpointing: less memory for more time.
+        dataloader_num_workers: loader processes; 0: none.
+        logging_steps: steps between two lines of ``metrics.jsonl``.
+        save_steps: steps between two checkpoints.
+        save_total_limit: checkpoints that are kept.
+        report_to: trackers, a list or comma-separated: ``tensorboard``, ``wandb``, ``trackio``, or ``none`` beside ``metrics.jsonl``.
+        attn_implementation: of the student: ``sdpa``, ``eager``, ``flash_attention_2``.
+        compressor: of vision tokens, ``none``: as the student is; without it the method's own choice, if it has one.
+        vision_tokens: that the compressor leaves of an image; without it a quarter.
+        vision_feature_layers: layers of the vision tower that the compressor reads, for one that chooses them.
         use_liger_kernel: Liger-Kernel's fused cross-entropy where a stage has no other loss on response tokens (CUDA, extra ``liger``).
+        trust_remote_code: run the program code that the student's folder or repository brings; read it first.
+        local_cache: folder on a local disk that keeps tars of an object store, shared by all processes of a machine.
+        local_cache_gb: most GB (1e9 bytes) that it takes.
     """
 
     student: str | None = None
@@ -98,8 +112,16 @@ class StageSettings:
     """``[stages.DPT]`` and the like: what differs from ``[train]`` in one stage; None: as there.
 
     Attributes:
-        parts: mixture parts it reads.
-        knobs: of the method, in this stage only.
+        parts: mixture parts that the stage reads; without it PT and DPT read ``caption``, SFT and DFT ``sft``.
+        knobs: of the method, in this stage alone, as ``{ gamma = 0.5 }``.
+        per_device_train_batch_size: as in ``[train]``.
+        gradient_accumulation_steps: as in ``[train]``.
+        num_train_epochs: as in ``[train]``.
+        max_steps: as in ``[train]``.
+        learning_rate: as in ``[train]``.
+        vision_tower_learning_rate: as in ``[train]``.
+        weight_decay: as in ``[train]``.
+        warmup_ratio: as in ``[train]``.
     """
 
     parts: tuple[str, ...] | None = None

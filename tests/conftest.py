@@ -123,6 +123,23 @@ def build_folder(
     return folder
 
 
+def ending_as_vicuna(folder: Path, target: Path) -> Path:
+    """A copy of such a folder that template ``v1`` can teach, as LLaVA-1.5's: ``</s>`` is a token, and ends an answer."""
+    import json
+
+    from transformers import AutoProcessor
+
+    shutil.copytree(folder, target)
+    processor = AutoProcessor.from_pretrained(folder)
+    processor.tokenizer.add_special_tokens({"eos_token": "</s>"})
+    processor.save_pretrained(target)
+    ends = processor.tokenizer.eos_token_id
+    for name in ("config.json", "generation_config.json"):
+        body = json.loads((target / name).read_text())
+        (target / name).write_text(json.dumps({**body, "eos_token_id": ends}))
+    return target
+
+
 @pytest.fixture(scope="session")
 def gpu() -> str:
     """The device of tests that need one; they are skipped where there is none. ``KDCLI_TEST_DEVICE=cpu`` rehearses them."""

@@ -22,7 +22,8 @@ import pipelines.quiet_threads  # noqa: F401 (before torch)
 # isort: split
 from pipelines.ablate.cells import CARD, shared_folder
 from pipelines.ablate.grid import EvalFile
-from pipelines.evaluate import evaluate_folder
+from pipelines.evaluate import evaluate_folder, figures
+from pipelines.exporting.provenance import trained_template
 from pipelines.progress import quiet_library_bars
 from pipelines.report.runs import read_runs
 from pipelines.settings import Settings, build
@@ -118,10 +119,9 @@ def train_cell(folder: Path, request: Mapping[str, Any]) -> None:
 
 def ask(model: Path, evaluation: Mapping[str, Any], trust_remote_code: bool) -> dict[str, Any]:
     """Scores of the trained model on one held-out file, without the single answers."""
-    spec = EvalFile(**evaluation["file"]).spec
-    result = evaluate_folder(str(model), spec, **evaluation["options"], trust_remote_code=trust_remote_code)
-    result.pop("answers")
-    return result
+    file = EvalFile(**evaluation["file"])
+    spec = replace(file, template=file.template or trained_template(str(model))).spec
+    return figures(evaluate_folder(str(model), spec, **evaluation["options"], trust_remote_code=trust_remote_code))
 
 
 def final_losses(folder: Path) -> dict[str, dict[str, float]]:

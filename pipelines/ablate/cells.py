@@ -219,7 +219,7 @@ class _Planner:
                     except KdcliError as error:
                         raise type(error)(f"{place}: {error}") from None
                 label = ", ".join([file.name, *(f"{name}={value}" for name, value in table.items())])
-                asked = [] if file.template == EvalFile.template else [file.template]
+                asked = [file.template] if file.template else []
                 digest = content_hash([self.contents[file.name], file.limit, chosen, *asked])
                 yield Evaluation(label, file, chosen, digest)
 

@@ -20,6 +20,7 @@ from student_train.config import StageSettings, TrainSettings
 from student_train.stages import STAGES
 from teacher_cache.errors import KdcliError
 from teacher_cache.sources import DataSpec, open_source
+from teacher_cache.templates import find_template
 
 BASE = ("cache", "train", "stages", "methods")
 CHOICES = ("method", "stages", "preset", "cache")
@@ -32,7 +33,8 @@ class EvalFile:
     """``[[eval]]``: a held-out file, asked of every student.
 
     Attributes:
-        name: how the tables call it. limit: only the first so many rows. template: that the students were trained with.
+        name: how the tables call it. limit: only the first so many rows. template: None: that each
+            student was trained with.
         options: further keywords of ``pipelines.evaluate.evaluate_folder``.
     """
 
@@ -41,7 +43,7 @@ class EvalFile:
     image_root: str | None = None
     format: str | None = None
     limit: int | None = None
-    template: str = DataSpec.template
+    template: str | None = None
     follow_links: bool = False
     options: Mapping[str, Any] = field(default_factory=dict)
 
@@ -52,7 +54,7 @@ class EvalFile:
             self.path,
             image_root=self.image_root,
             format=self.format,
-            template=self.template,
+            template=self.template or DataSpec.template,
             limit=self.limit,
             follow_links=self.follow_links,
         )
@@ -203,6 +205,8 @@ def _files(tables: list[Any], path: Path) -> tuple[EvalFile, ...]:
         check_options(options, f"{path} [[eval]]")
         one = build(EvalFile, {name: value for name, value in table.items() if name in own}, f"{path} [[eval]]")
         found.append(replace(one, options=options))
+        if one.template is not None:
+            find_template(one.template)
         open_source(one.spec)
         pruning_of(*(options.get(name) for name in ("compress", "keep", "compress_layer")))
     names = [one.name for one in found]

@@ -62,6 +62,7 @@ def section_body(section: Section, baseline: str | None) -> dict[str, Any]:
             for row in section.rows
         ],
         "differences": None,
+        "uncounted": section.uncounted,
     }
     if baseline:
         body["difference_plots"] = plot.difference_plots(section, baseline)

@@ -11,7 +11,7 @@ from typing import Any
 from scipy.stats import t as student_t
 
 from pipelines.ablate.cells import Cell
-from pipelines.tables import further_metrics, table
+from pipelines.tables import further_metrics, table, uncounted_lines
 
 MEAN, NLL = "mean of families, %", "nll, nats a token"
 
@@ -38,12 +38,14 @@ class Section:
 
     Attributes:
         rows: in the order of the grid. metrics: column names. values: row → metric → seed → value, finished cells alone.
+        uncounted: a line or more on held-out rows that could not be asked.
     """
 
     label: str
     rows: tuple[str, ...]
     metrics: tuple[str, ...]
     values: Mapping[str, Mapping[str, Mapping[int, float]]]
+    uncounted: tuple[str, ...] = ()
 
     def spread(self, row: str, metric: str) -> Spread | None:
         return spread(list(self.values[row].get(metric, {}).values()))
@@ -64,16 +66,24 @@ def sections(cells: Sequence[Cell], losses: bool = False) -> list[Section]:
     """A section an evaluation, in the order of the grid; ``losses`` adds the last stage's final loss terms."""
     rows = tuple(dict.fromkeys(cell.row for cell in cells))
     found: dict[str, dict[str, dict[str, dict[int, float]]]] = {}
+    whole: dict[str, dict[str, Mapping[str, Any]]] = {}
     for cell in cells:
         card = cell.card()
         last = list(card.get("losses", {}).values())[-1:] if losses else []
         metrics = {name: value for terms in last for name, value in terms.items()}
         for label, scores in current_scores(cell, card).items():
             values = found.setdefault(label, {row: {} for row in rows})
+            whole.setdefault(label, {}).update({cell.row: scores} if scores else {})
             for name, value in {**(score_metrics(scores) if scores else {}), **metrics}.items():
                 values[cell.row].setdefault(name, {})[cell.seed] = value
     return [
-        Section(label, rows, tuple(sorted({m for row in rows for m in values[row]}, key=_order)), values)
+        Section(
+            label,
+            rows,
+            tuple(sorted({m for row in rows for m in values[row]}, key=_order)),
+            values,
+            tuple(uncounted_lines(whole[label])),
+        )
         for label, values in found.items()
     ]
 
@@ -175,6 +185,7 @@ def markdown(cells: Sequence[Cell], baseline: str | None, losses: bool) -> str:
     for section in found:
         metrics = short_metrics(section)
         lines.append(results_table(section, metrics))
+        lines += section.uncounted
         if baseline and metrics:
             lines.append(paired_table(section, baseline, metrics))
     done = sum(cell.state() == "done" for cell in cells)

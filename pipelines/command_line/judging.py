@@ -18,9 +18,7 @@ from pipelines.command_line.tour import command
 @click.argument("model")
 @click.option("--data", required=True, help="Held-out file of single questions.")
 @click.option("--image-root", default=None)
-@click.option(
-    "--template", default="chat", show_default=True, help="That the model was trained with: chat, v1 or qwen_1_5."
-)
+@click.option("--template", help="How it was trained: chat, v1, qwen_1_5; default: as its run says, else chat.")
 @links_option
 @click.option("--limit", type=int, default=None)
 @click.option("--batch-size", default=32, show_default=True)
@@ -47,7 +45,7 @@ def evaluate(
     model: str,
     data: str,
     image_root: str | None,
-    template: str,
+    template: str | None,
     follow_links: bool | None,
     limit: int | None,
     metric: str,
@@ -58,13 +56,15 @@ def evaluate(
     **how: Any,
 ) -> None:
     """Score a student or teacher on held-out questions: exact match and other metrics by family, and nll of the expected answers."""
-    from pipelines.evaluate import evaluate_folder
+    from pipelines.evaluate import evaluate_folder, figures
     from pipelines.evaluation.score import answer_row
+    from pipelines.exporting.provenance import trained_template
     from pipelines.progress import bar
     from pipelines.tables import score_table
     from teacher_cache.sources import DataSpec
 
     metrics = split(metric) or ()
+    template = template or trained_template(model) or DataSpec.template
     with bar(console(), "questions") as progress:
         task = progress.add_task("asking", total=None)
         spec = DataSpec("heldout", data, image_root, template=template, limit=limit, follow_links=bool(follow_links))
@@ -76,12 +76,12 @@ def evaluate(
             advance=lambda rows: progress.advance(task, rows),
             **how,
         )
-    given = [answer_row(one, metrics) for one in result.pop("answers")]
+    given, scores = [answer_row(one, metrics) for one in result["answers"]], figures(result)
     if out:
-        Path(out).write_text(json.dumps({model: result}, indent=1) + "\n")
+        Path(out).write_text(json.dumps({model: scores}, indent=1) + "\n")
     if answers:
         Path(answers).write_text("".join(json.dumps(one, ensure_ascii=False) + "\n" for one in given))
-    say(json.dumps({**result, "answers": given}) if as_json else score_table({model: result}))
+    say(json.dumps({**result, "answers": given}) if as_json else score_table({model: scores}))
 
 
 @command("eval-tasks")

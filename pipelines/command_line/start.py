@@ -29,7 +29,7 @@ def init() -> None:
 
     target = write_template(Path("."))
     say(
-        f"wrote {target}: edit teacher, student and data, then run `kdcli doctor` and `kdcli cache-teacher --shards 512`"
+        f"wrote {target}: edit teacher, student and data in it; then `kdcli doctor`, `kdcli plan`, `kdcli preflight`, `kdcli cache-teacher`"
     )
 
 

@@ -79,13 +79,13 @@ EXAMPLES: Mapping[str, str] = {
     "cache drop-field": "kdcli cache drop-field cache response_topk --yes",
     "cache subset": "kdcli cache subset cache --parts sft --fraction 0.1 --out tenth",
     "cache merge": "kdcli cache merge captions tenth --out small",
-    "train-student": "kdcli train-student --method llava-kd --student MODEL --cache cache --output-dir runs",
+    "train-student": "kdcli train-student --method llava-kd --student MODEL --cache cache --output-dir runs/llava-kd",
     "ablate": "kdcli ablate grid.toml --dry-run",
-    "eval": "kdcli eval runs/03-DFT/model --data heldout.json --image-root images",
+    "eval": "kdcli eval runs/llava-kd/03-DFT/model --data heldout.json --image-root images",
     "eval-tasks": "kdcli eval-tasks",
     "fidelity": "kdcli fidelity --cache cache --teacher MODEL --student MODEL --samples 64",
     "report": "kdcli report runs --cache cache --out report.html",
-    "export": "kdcli export runs --out exported --check",
+    "export": "kdcli export runs/llava-kd --out exported --check",
 }
 """Command, with its group → a line that can be typed."""
 

@@ -18,7 +18,7 @@ from typing import Any
 from pipelines.cache_teacher import CaptureRequest, capture
 from pipelines.demo.write_world import WorldPaths, write_world
 from pipelines.doctor import examine, print_report
-from pipelines.evaluate import evaluate_folder
+from pipelines.evaluate import evaluate_folder, figures
 from pipelines.progress import bar, capture_progress, train_progress
 from pipelines.report.page import write_report
 from pipelines.settings import CaptureSettings, Settings
@@ -97,8 +97,7 @@ def score(model: str, spec: DataSpec, console: Any = None, name: str = "") -> di
         with bar(console, "questions") as progress:
             task = progress.add_task(f"eval {name}", total=None)
             result = evaluate_folder(model, spec, advance=lambda rows: progress.advance(task, rows))
-    result.pop("answers")
-    return result
+    return figures(result)
 
 
 def run_demo(out: Path, seed: int, console: Any, recipe: Recipe | None = None) -> dict[str, Any]:

@@ -131,16 +131,19 @@ class _Stop:
         return torch.tensor(done, device=input_ids.device)
 
 
-@torch.inference_mode()
-def answer_nats(
-    student: RowForward,
-    preparer: Preparer,
-    questions: Sequence[Sample],
-    spec: DataSpec,
-    compression: Compression | None = None,
-) -> list[tuple[float, int]]:
-    """(nats, tokens) of each row's expected last answer; (0, 0) for a row that training could not render either."""
-    return [(float(nats.sum()), len(nats)) for nats, _ in expected(student, preparer, questions, spec, compression)]
+@dataclass(frozen=True)
+class Forced:
+    """How a row's expected last answer fares, teacher-forced on the row as training renders it, the end of turn included.
+
+    Attributes:
+        nats: float64 ``[tokens]`` on the CPU, of each token of the answer; no tokens where ``skip``.
+        greedy: every token is the likeliest one.
+        skip: why training could not render the row; None: it could.
+    """
+
+    nats: torch.Tensor
+    greedy: bool
+    skip: SkipRow | None = None
 
 
 @torch.inference_mode()
@@ -150,26 +153,21 @@ def expected(
     questions: Sequence[Sample],
     spec: DataSpec,
     compression: Compression | None = None,
-) -> list[tuple[torch.Tensor, bool]]:
-    """How each row's expected last answer fares, teacher-forced on the row as training renders it, the end of turn included.
-
-    Returns:
-        (float64 ``[tokens]``, nats of each token, on the CPU; True where every token is the likeliest one) a row; no tokens and False for
-        a row that training could not render either.
-    """
-    prepared: list[Prepared | None] = []
+) -> list[Forced]:
+    """One ``Forced`` a row."""
+    prepared: list[Prepared | SkipRow] = []
     for row in questions:
         try:
             prepared.append(preparer.prepare(row, spec.template, spec.max_image_pixels))
-        except SkipRow:
-            prepared.append(None)
-    usable = [one for one in prepared if one is not None]
+        except SkipRow as skip:
+            prepared.append(skip)
+    usable = [one for one in prepared if isinstance(one, Prepared)]
+    nats, greedy = _forced(student, preparer, usable, compression) if usable else ((), ())
+    own = iter(
+        [Forced(nats[i][(last := _last_turn(one))], bool(greedy[i][last].all())) for i, one in enumerate(usable)]
+    )
     nothing = torch.zeros(0, dtype=torch.float64)
-    if not usable:
-        return [(nothing, False)] * len(questions)
-    nats, greedy = _forced(student, preparer, usable, compression)
-    own = iter([(nats[i][(last := _last_turn(one))], bool(greedy[i][last].all())) for i, one in enumerate(usable)])
-    return [(nothing, False) if one is None else next(own) for one in prepared]
+    return [Forced(nothing, False, one) if isinstance(one, SkipRow) else next(own) for one in prepared]
 
 
 def _forced(

@@ -7,15 +7,69 @@ answer, whose nats are measured.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import replace
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any
 
 from teacher_cache.cache_shard import skip_record
-from teacher_cache.errors import SkipRow
+from teacher_cache.errors import DataError, SkipRow
 from teacher_cache.records import Sample, SkipRecord, Turn
 from teacher_cache.rows import check_sample
 from teacher_cache.sources import DataSpec, open_source
 from teacher_cache.sources.row_values import ANSWERS
+
+
+@dataclass(frozen=True)
+class Questions:
+    """Every row of a held-out file: those that are asked, and those that cannot be, with their reasons."""
+
+    asked: list[Sample]
+    skipped: list[SkipRecord]
+
+
+def questions_of(spec: DataSpec, prompt_suffix: str = "") -> Questions:
+    """The whole file, read before any model is loaded; DataError where no row can be asked."""
+    asked: list[Sample] = []
+    skipped: list[SkipRecord] = []
+    for row in read_questions(spec):
+        if isinstance(row, SkipRecord):
+            skipped.append(row)
+        else:
+            asked.append(with_suffix(row, prompt_suffix))
+    if not asked:
+        raise nothing_asked(spec, skipped)
+    return Questions(asked, skipped)
+
+
+def askable(questions: Questions, spec: DataSpec, ask: Callable[[Sample], Any]) -> Questions:
+    """Without the rows that a model cannot be asked; DataError where none is left. ask: raises SkipRow for them."""
+    asked: list[Sample] = []
+    skipped = list(questions.skipped)
+    for row in questions.asked:
+        try:
+            ask(row)
+        except SkipRow as skip:
+            skipped.append(skip_record(row, skip))
+        else:
+            asked.append(row)
+    if not asked:
+        raise nothing_asked(spec, skipped)
+    return Questions(asked, skipped)
+
+
+def nothing_asked(spec: DataSpec, skipped: Iterable[SkipRecord]) -> DataError:
+    reasons = by_reason(one.reason for one in skipped)
+    if not reasons:
+        return DataError(f"{spec.path}: no row can be scored (it is empty)")
+    listed = ", ".join(f"{count} {reason}" for reason, count in reasons.items())
+    first = next(iter(skipped))
+    return DataError(f"{spec.path}: no row can be scored ({listed}; the first, {first.place}: {first.detail})")
+
+
+def by_reason(reasons: Iterable[str]) -> dict[str, int]:
+    """Reason → rows, the most frequent first."""
+    return dict(Counter(reasons).most_common())
 
 
 def read_questions(spec: DataSpec) -> Iterator[Sample | SkipRecord]:

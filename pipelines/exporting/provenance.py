@@ -12,6 +12,7 @@ from typing import Any
 from pipelines.report.runs import stage_cards
 from student_train.cache import Cache
 from teacher_cache.errors import KdcliError
+from teacher_cache.templates import TEMPLATES
 
 
 @dataclass(frozen=True)
@@ -70,6 +71,25 @@ def read_provenance(model: Path, scores: Path | None) -> Provenance:
         done = run / name / "done.json"
         used.append({**one, "result": read_object(done).get("result", {}) if done.is_file() else {}})
     return Provenance(model, card, tuple(used), read_cache(card), results)
+
+
+def trained_template(model: str) -> str | None:
+    """The template in which a stage's model was asked while it trained; None where nobody knows, or it only wrote captions.
+
+    Raises:
+        KdcliError: it was asked in several.
+    """
+    stage = Path(model).absolute().parent
+    card = stage.parent / "run.json"
+    known = stage_cards(read_object(card)).get(stage.name, {}) if card.is_file() else {}
+    asking = sorted(
+        {name for name in known.get("templates", {}).values() if name in TEMPLATES and TEMPLATES[name].prompt}
+    )
+    if len(asking) > 1:
+        raise KdcliError(
+            f"{model} was trained with the templates {' and '.join(asking)}: say which one asks (--template)"
+        )
+    return asking[0] if asking else None
 
 
 def read_cache(card: Mapping[str, Any]) -> dict[str, Any] | None:

@@ -5,6 +5,7 @@ Answers are those of ``kdcli eval``: the same prompts, batches padded on the lef
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from itertools import groupby
 from typing import Any
@@ -18,7 +19,7 @@ from tqdm import tqdm
 
 from pipelines.evaluate import load_answering
 from pipelines.evaluation.answers import Compression, answer, check_asking, expected
-from pipelines.lmms.requests import Generation, generation, model_arguments, prompt, row
+from pipelines.lmms.requests import Generation, generation, model_arguments, prompt, row, unlikely_note
 from student_train.student import RowForward
 from teacher_cache.errors import KdcliError
 from teacher_cache.prepare import Limits, Preparer
@@ -33,6 +34,7 @@ class Kdcli(lmms):
     def __init__(self, **given: Any) -> None:
         super().__init__()
         self.arguments = arguments = model_arguments(given)
+        self.template = arguments.asking_template()
         self.accelerator = accelerator = Accelerator()
         self._rank, self._world_size = accelerator.process_index, accelerator.num_processes
         self._device = torch.device(arguments.device or accelerator.device)
@@ -80,7 +82,7 @@ class Kdcli(lmms):
                     way.max_new_tokens,
                     compression,
                     way.stop,
-                    self.arguments.template,
+                    self.template,
                 )
                 for (text, options, *_), one in zip(batch, given):
                     self.cache_hook.add_partial("generate_until", (text, options), one)
@@ -91,12 +93,13 @@ class Kdcli(lmms):
     def loglikelihood(self, requests: list[Instance]) -> list[GenerationResult]:
         """(mean nats a token, greedy) of each continuation, its end of turn included; lmms-eval's tasks take the smallest.
 
-        A continuation that cannot be rendered (it holds a token that the tokenizer reserves) is infinitely unlikely.
+        A continuation that cannot be rendered (it holds a token that the tokenizer reserves) is infinitely unlikely; how many were, and
+        why, is said at the end.
         """
         student = RowForward(self.model)
         preparer = Preparer(self.processor, self.model.config, Limits(max_length=1 << 60))
-        spec = DataSpec("lmms", "requests", template=self.arguments.template)
-        compression, found = self._compression(), list[GenerationResult]()
+        spec = DataSpec("lmms", "requests", template=self.template)
+        compression, found, lost = self._compression(), list[GenerationResult](), list[tuple[str, str]]()
         asked = [one.args for one in requests]
         if any(len(one) != 6 for one in asked):
             raise KdcliError("model kdcli has no likelihoods without a question (metric acc_mutual_info): leave it out")
@@ -106,11 +109,14 @@ class Kdcli(lmms):
                 for text, target, look, number, task, split in batch:
                     wanted = target if isinstance(target, str) else target(self.task_dict[task][split][number])
                     rows.append(row(prompt(text, self._visuals(look, number, task, split), task), str(wanted)))
-                for nats, greedy in expected(student, preparer, rows, spec, compression):
-                    said = float(nats.mean()) if len(nats) else float("inf"), greedy
+                for one, request in zip(expected(student, preparer, rows, spec, compression), batch):
+                    said = float("inf") if one.skip else float(one.nats.mean()), one.greedy
                     # A bare pair lmms-eval 0.7.3 turns into text, which no task can compare.
                     found.append(GenerationResult(said))
+                    lost += [(request[4], one.skip.reason)] if one.skip else []
                 bar.update(len(batch))
+        if lost:
+            tqdm.write(unlikely_note(lost, len(asked)), file=sys.stderr)
         return found
 
     def generate_until_multi_round(self, requests: list[Instance]) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,12 +13,14 @@ import torch
 
 from pipelines.evaluate import pruning_of
 from pipelines.evaluation.answers import Prompt
+from pipelines.exporting.provenance import trained_template
 from pipelines.settings import build
 from student_train.pruning import Pruning
 from teacher_cache.errors import CompatibilityError, KdcliError
 from teacher_cache.prepare import PLACEHOLDER
 from teacher_cache.records import Image, Sample, Turn
 from teacher_cache.rows import stand_up, to_rgb
+from teacher_cache.sources import DataSpec
 from teacher_cache.templates import find_template
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -34,7 +37,7 @@ class ModelArguments:
         compress: operator that removes vision tokens inside the language model, from layer ``compress_layer`` on, down to ``keep`` an
             image.
         vision_tokens: of an image, for a student whose compressor serves several counts; None: as trained.
-        template: that the model was trained with.
+        template: that the model was trained with; None: as its run says, else ``chat``.
         dtype: float32, bfloat16, float16; auto: bfloat16 on a GPU, else float32.
         device: None: the process's GPU where there is one.
     """
@@ -44,7 +47,7 @@ class ModelArguments:
     keep: int | None = None
     compress_layer: int | None = None
     vision_tokens: int | None = None
-    template: str = "chat"
+    template: str | None = None
     batch_size: int = 1
     dtype: str = "auto"
     device: str | None = None
@@ -56,11 +59,15 @@ class ModelArguments:
         if self.batch_size < 1:
             raise KdcliError(f"batch_size must be at least 1, got {self.batch_size}")
         _ = self.pruning
-        find_template(self.template)
+        if self.template is not None:
+            find_template(self.template)
 
     @property
     def pruning(self) -> Pruning | None:
         return pruning_of(self.compress, self.keep, self.compress_layer)
+
+    def asking_template(self) -> str:
+        return self.template or trained_template(self.pretrained) or DataSpec.template
 
     def torch_dtype(self, device: str) -> torch.dtype:
         if self.dtype == "auto":
@@ -132,3 +139,9 @@ def _png(image: PIL.Image.Image) -> bytes:
     buffer = io.BytesIO()
     image.save(buffer, "png", compress_level=1)
     return buffer.getvalue()
+
+
+def unlikely_note(lost: Sequence[tuple[str, str]], total: int) -> str:
+    """What is said of continuations that could not be rendered and count as infinitely unlikely; lost: (task, reason) of each."""
+    listed = ", ".join(f"{count} {reason} in {task}" for (task, reason), count in Counter(lost).most_common())
+    return f"kdcli: {len(lost)} of {total} continuations cannot be rendered and count as infinitely unlikely: {listed}"

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from pipelines.report.runs import Run
+from pipelines.tables import uncounted_lines
 from teacher_cache.errors import KdcliError
 
 Results = dict[str, list[Mapping[str, Any]]]
@@ -28,12 +29,18 @@ class Cell:
 
 @dataclass(frozen=True)
 class ScoreTable:
-    """names: the models. summary: the mean of families, model by model. rows: (family, a cell a model or None)."""
+    """
+    Attributes:
+        names: the models. summary: the mean of families, model by model.
+        rows: (family, questions, a cell a model or None); questions: one number a model where they differ.
+        uncounted: a line or more on rows of the file that are not among the questions.
+    """
 
     names: list[str]
     seeds: list[int]
     summary: list[Cell]
-    rows: list[tuple[str, list[Cell | None]]]
+    rows: list[tuple[str, str, list[Cell | None]]]
+    uncounted: list[str]
 
 
 def collect_results(runs: Sequence[Run], scores: Mapping[str, Any] | None) -> Results:
@@ -65,11 +72,18 @@ def score_rows(results: Results) -> ScoreTable | None:
         return None
     names = list(results)
     families = sorted({family for runs in results.values() for one in runs for family in one["families"]})
-    rows = [(family, _mark([_family(results[name], family) for name in names], names)) for family in families]
+    found = [(family, [_family(results[name], family) for name in names]) for family in families]
     summary = [_cell([(one["family_mean"], one.get("n", 0)) for one in results[name]]) for name in names]
     everything = [_cell([(one["exact_match"], one.get("n", 0)) for one in results[name]]) for name in names]
-    rows += [("mean of families", _mark(list(summary), names)), ("all questions", _mark(list(everything), names))]
-    return ScoreTable(names, [len(results[name]) for name in names], summary, rows)
+    found += [("mean of families", list(summary)), ("all questions", list(everything))]
+    rows = [(family, _questions(cells), _mark(cells, names)) for family, cells in found]
+    uncounted = uncounted_lines({name: results[name][0] for name in names})
+    return ScoreTable(names, [len(results[name]) for name in names], summary, rows, uncounted)
+
+
+def _questions(cells: Sequence[Cell | None]) -> str:
+    counts = [str(cell.questions) if cell else "–" for cell in cells]
+    return counts[0] if len(set(counts)) == 1 else " / ".join(counts)
 
 
 def _family(results: Sequence[Mapping[str, Any]], family: str) -> Cell | None:

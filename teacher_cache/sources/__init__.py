@@ -21,11 +21,11 @@ class DataSpec:
     """One mixture part as the user names it.
 
     Attributes:
-        part: its name (``caption``, ``sft``, …).
+        part: its name (``caption``, ``sft``, …), by which training stages choose it.
         path: file, glob or brace URL; several files of one format make one part.
-        image_root: folder that relative image paths start from; default: the folder of the first file.
-        format: a source's ``FORMAT``; None: found from the files.
-        template: how rows become text: a name of ``teacher_cache.templates``.
+        image_root: folder that relative image paths start from; without it the folder of the first file.
+        format: of the files: ``llava-json``, ``llava-next-parquet``, ``messages-jsonl``, ``webdataset``; without it found from the files.
+        template: how rows become text: ``chat`` (the model's own), ``plain`` (image and caption), ``v1`` (Vicuna), ``qwen_1_5`` (ChatML).
         limit: use only the first so many rows.
         max_image_pixels: larger images are skipped (decompression bombs).
         follow_links: links below ``image_root`` may lead out of it (docs/security.md).

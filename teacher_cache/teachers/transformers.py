@@ -36,10 +36,15 @@ class TeacherSpec:
     """Which model, and how it runs.
 
     Attributes:
-        device: ``auto`` takes CUDA where there is one.
-        backend: ``transformers``, or ``vllm`` (teachers/vllm.py). vllm_route: what vLLM is asked for, ``hidden`` (states, of which
-            everything follows) or ``logprobs`` (its own top-k alone, whose tail is inexact). vllm_memory: share of the GPU's memory
-            that it takes, key-value cache included; what it leaves is for the head.
+        id: model folder or hub id; ``null:FOLDER`` makes signals up.
+        dtype: ``float32``, ``bfloat16`` or ``float16``; ``auto``: the checkpoint's own on a GPU, float32 on a CPU.
+        device: ``cpu``, ``cuda``, ``cuda:1``; ``auto``: the GPU where there is one.
+        attn_implementation: ``sdpa``, ``eager`` or ``flash_attention_2``.
+        revision: branch, tag or commit of a hub id.
+        trust_remote_code: run the program code that the model's folder or repository brings; read it first.
+        backend: ``transformers`` or ``vllm``.
+        vllm_route: what vLLM hands out: ``hidden`` states, of which everything follows, or its own ``logprobs``, whose tail is inexact.
+        vllm_memory: share of the GPU's memory that vLLM takes, key-value cache included; what it leaves is for the head.
     """
 
     id: str

@@ -13,6 +13,7 @@ import torch
 
 from pipelines.evaluate import MAX_NEW_TOKENS, Answer, evaluate, evaluate_folder, score
 from pipelines.evaluation.metrics.exact_match import normalise
+from pipelines.tables import score_table
 from student_train.pruning import Pruning
 from student_train.pruning.plain import pruned_states
 from teacher_cache.errors import CompatibilityError, DataError
@@ -174,7 +175,8 @@ def test_nll_is_of_the_last_answer_and_skips_what_training_cannot_render(
     own = answer_tokens(student, prompt, "three", [PIL.Image.open(images / "0.png").convert("RGB")])
     odd, last = result["answers"]
     assert (odd.tokens, last.tokens) == (0, len(own)) and last.nats == pytest.approx(sum(own), rel=1e-5)
-    assert result["families"]["odd"]["nll"] is None
+    assert result["families"]["odd"]["nll"] is None and result["nll_skipped"] == {"reserved_token": 1}
+    assert "nll without 1 of them: 1 reserved_token" in score_table({"student": result})
     assert result["nll_family_mean"] == result["nll"] == pytest.approx(sum(own) / len(own), rel=1e-5)
 
 
@@ -190,8 +192,56 @@ def test_rows_that_cannot_be_scored_are_counted_by_reason(
     result = evaluate(*student, write(tmp_path, [good, lost, mismatch, empty, open_end], images))
     assert result["n"] == 1
     assert result["skipped"] == {"image_missing": 1, "placeholder_mismatch": 1, "empty_answer": 1, "no_answer": 1}
-    with pytest.raises(DataError, match=r"no row can be scored \(1 image_missing\)"):
+    assert result["rows"] == result["n"] + sum(result["skipped"].values()) == result["n"] + len(result["skips"])
+    assert {"place": "heldout.json row 1", "reason": "image_missing"}.items() <= result["skips"][0].items()
+    last = score_table({"student": result}).splitlines()[-1]
+    assert last.startswith("1 of 5 rows asked, 4 skipped: 1 ") and "1 image_missing" in last
+    with pytest.raises(
+        DataError,
+        match=r"no row can be scored \(1 image_missing; the first, heldout.json row 0: \'absent.png\' does not exist",
+    ):
         evaluate(*student, write(tmp_path, [lost], images))
+
+
+def test_where_nothing_can_be_asked_the_command_fails_before_the_weights(
+    tiny_student: Path, images: Path, tmp_path: Path
+) -> None:
+    import shutil
+
+    from click.testing import CliRunner
+
+    from cli import main
+
+    bare = Path(shutil.copytree(tiny_student, tmp_path / "bare", ignore=shutil.ignore_patterns("*.safetensors")))
+    for rows, said in (([row("shape", "<image>\nwhat", 2, "x")] * 3, "3 placeholder_mismatch"), ([], "it is empty")):
+        spec = write(tmp_path, rows, images)
+        flags = ["--image-root", str(images), "--json"]
+        result = CliRunner().invoke(main, ["eval", str(bare), "--data", spec.path, *flags])
+        assert result.exit_code == 1 and result.stdout == ""
+        assert (
+            result.stderr.startswith(f"Error: {spec.path}: no row can be scored ({said}")
+            and result.stderr.count("\n") == 1
+        )
+
+
+def test_the_command_shows_what_was_not_asked(tiny_student: Path, images: Path, tmp_path: Path) -> None:
+    from click.testing import CliRunner
+
+    from cli import main
+
+    spec = write(tmp_path, [row("text", "how many", 0, "three"), row("shape", "<image>\nwhat", 2, "x")], images)
+    flags = ["--image-root", str(images), "--device", "cpu", "--out", str(tmp_path / "scores.json")]
+    shown = CliRunner().invoke(main, ["eval", str(tiny_student), "--data", spec.path, *flags]).stdout
+    assert shown.endswith("\n\n1 of 2 rows asked, 1 skipped: 1 placeholder_mismatch\n")
+    body = json.loads(
+        CliRunner().invoke(main, ["eval", str(tiny_student), "--data", spec.path, *flags, "--json"]).stdout
+    )
+    assert (body["rows"], body["n"], body["skipped"]) == (2, 1, {"placeholder_mismatch": 1})
+    assert [one["place"] for one in body["skips"]] == ["heldout.json row 1"] and "2 images" in body["skips"][0][
+        "detail"
+    ]
+    (kept,) = json.loads((tmp_path / "scores.json").read_text()).values()
+    assert kept["skipped"] == {"placeholder_mismatch": 1} and not {"skips", "answers"} & kept.keys()
 
 
 def test_the_image_limit_is_the_one_given(student: tuple[Any, Any], images: Path, tmp_path: Path) -> None:

@@ -62,6 +62,7 @@ def test_two_stages_and_an_exam(
     config = json.loads((Path(result["model"]) / "config.json").read_text())
     assert config["kdcli_compressor"]["name"] == name and config["kdcli_compressor"]["vision_tokens"] == 4
     card = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert [one["templates"] for one in card["stages"]] == [{"caption": "plain"}, {"sft": "chat"}]
     assert [stage["compressor"] for stage in card["stages"]] == [config["kdcli_compressor"]] * 2
     first, last = (weights_of(one["model"]) for one in result["stages"])
     assert first.keys() == last.keys()

@@ -101,6 +101,7 @@ ONE = '[[variants]]\nname = "a"\nmethod = "sft"\n'
         ('[[eval]]\nname = "heldout"\npath = "{heldout}"\n' + ONE, "the name heldout stands twice"),
         ('[[eval]]\nname = "more"\npath = "absent.json"\n' + ONE, "absent.json"),
         ('[[eval]]\nname = "more"\n' + ONE, "path is missing"),
+        ('[[eval]]\nname = "more"\npath = "{heldout}"\ntemplate = "v2"\n' + ONE, "unknown template 'v2'"),
     ],
 )
 def test_mistakes_are_refused_before_anything_trains(

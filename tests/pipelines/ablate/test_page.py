@@ -14,6 +14,7 @@ import pytest
 from pipelines.ablate.cells import CARD, Cell, make_cells
 from pipelines.ablate.grid import load_grid
 from pipelines.ablate.page import write_page
+from pipelines.ablate.results import markdown
 
 HOSTILE = """
 [grid]
@@ -55,6 +56,7 @@ def finish(cell: Cell, family_mean: float) -> None:
     (cell.folder / "run.json").write_text(json.dumps({"stages": [{"stage": "SFT", "method": "sft"}], "plan_hash": "p"}))
     family = {"n": 4, "exact_match": family_mean, "tokens": 9, "nll": 1.5 - family_mean}
     scores = {"n": 4, "exact_match": family_mean, "family_mean": family_mean, "families": {"<b>shapes": family}}
+    scores["skipped"] = {"no_answer": 3}
     result = {"key": cell.evaluations[0].key, "scores": {**scores, "nll": 1.0, "nll_family_mean": 1.5 - family_mean}}
     card = {"results": {"heldout": result}, "losses": {}, "seconds": {"train": 3.0, "evaluate": 1.0}}
     (cell.folder / CARD).write_text(json.dumps(card))
@@ -78,6 +80,8 @@ def test_names_are_text_and_missing_cells_are_told(cells: list[Cell], tmp_path: 
     page = write(cells, tmp_path / "page.html", failed)
     assert "<script" not in page and "&lt;script&gt;alert(" in page and "a &lt;grid&gt;" in page
     assert "55.0 ± 7.1" in page and "+20.0" in page, "the mean of two seeds; one pair against the baseline"
+    told = "4 of 7 rows asked, 3 skipped: 3 no_answer"
+    assert told in page and f"\n\n{told}\n\n" in markdown(cells, "sft", losses=False)
     assert page.count('class="mean"') == 6, "two rows of means and of nats, and one row of differences of each"
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +13,17 @@ import PIL.Image
 import pytest
 import torch
 
+from pipelines.ablate.cell import ask
 from pipelines.evaluate import evaluate, evaluate_folder
 from pipelines.evaluation.answers import Prompt, answer, until
 from pipelines.evaluation.score import Answer, score
+from pipelines.exporting.provenance import trained_template
+from pipelines.lmms.requests import model_arguments
 from pipelines.tables import score_table
 from teacher_cache.errors import KdcliError
 from teacher_cache.records import Turn
 from teacher_cache.sources import DataSpec
+from tests.conftest import ending_as_vicuna
 
 
 @pytest.fixture(scope="module")
@@ -114,8 +120,8 @@ def test_a_narrow_model_answers_and_forces(tiny_student: Path) -> None:
         model, processor = load_answering(str(tiny_student), device="cpu", dtype=dtype)
         assert answer(model.eval(), processor, [asked], 2) != [""]
         preparer = Preparer(processor, model.config, Limits(max_length=1 << 60))
-        ((own, _),) = expected(RowForward(model), preparer, [forced(asked, "a circle")], DataSpec("x", "x"))
-        nats[dtype] = own
+        (one,) = expected(RowForward(model), preparer, [forced(asked, "a circle")], DataSpec("x", "x"))
+        nats[dtype] = one.nats
     assert nats[torch.bfloat16].tolist() == pytest.approx(nats[torch.float32].tolist(), rel=0.2)
     assert nats[torch.bfloat16].tolist() != nats[torch.float32].tolist()
 
@@ -142,6 +148,18 @@ def test_tables_show_what_was_asked() -> None:
     assert shown["anls, name"] == "66.7" and shown["anls, mean of families"] == "58.3"
 
 
+def test_a_table_counts_questions_of_every_family_and_model() -> None:
+    both = [Answer("seen", "q", "yes", "yes"), Answer("seen", "q", "no", "yes"), Answer("name", "q", "ab", "abc")]
+    whole, part = score(both), {**score(both[:2]), "skipped": {"no_answer": 1}}
+    lines = [
+        [cell.strip() for cell in line.split("|")[1:-1]] for line in score_table({"a": whole, "b": part}).splitlines()
+    ]
+    asked = {line[0]: line[-1] for line in lines if line}
+    assert (asked["seen"], asked["name"], asked["all questions"]) == ("2", "1 / –", "3 / 2")
+    assert score_table({"a": whole, "b": part}).splitlines()[-1] == "b: 2 of 3 rows asked, 1 skipped: 1 no_answer"
+    assert "asked" not in score_table({"a": whole}) and not score_table({"a": whole}).endswith("\n")
+
+
 def test_the_command_writes_scores_and_answers(tiny_student: Path, tmp_path: Path) -> None:
     from click.testing import CliRunner
 
@@ -160,7 +178,51 @@ def test_the_command_writes_scores_and_answers(tiny_student: Path, tmp_path: Pat
     assert lines == told.pop("answers") and [line["family"] for line in lines] == ["seen", "heldout"]
     assert lines[0]["references"] == ["no"] and set(lines[0]["scores"]) == {"pope", "vqa_accuracy"}
     assert lines[1]["scores"]["pope"] is None and told["pope_yes_ratio"] in (0, 1)
+    assert told.pop("skips") == []
     assert json.loads((tmp_path / "scores.json").read_text()) == {str(tiny_student): told}
+
+
+@pytest.fixture
+def trained_with(tiny_student: Path, tmp_path: Path) -> Callable[..., Path]:
+    """``trained_with(sft="v1")``: a stage's model in a run whose parts had these templates."""
+
+    def make(**templates: str) -> Path:
+        run = tmp_path / "-".join(["run", *templates.values()])
+        model = ending_as_vicuna(tiny_student, run / "01-DFT" / "model")
+        (run / "run.json").write_text(json.dumps({"stages": [{"stage": "DFT", "templates": templates}]}))
+        return model
+
+    return make
+
+
+def asked_as(model: Path, data: str, *flags: str) -> list[str]:
+    from click.testing import CliRunner
+
+    from cli import main
+
+    result = CliRunner().invoke(main, ["eval", str(model), "--data", data, "--device", "cpu", "--json", *flags])
+    assert result.exit_code == 0, result.output
+    return [one["given"] for one in json.loads(result.stdout)["answers"]]
+
+
+def test_a_model_is_asked_in_the_template_it_was_trained_with(trained_with, tiny_student: Path, tmp_path: Path) -> None:
+    """That of its run; ``--template`` says otherwise; who stands alone, or wrote captions alone, is asked as its chat template asks."""
+    data = write(tmp_path, row("how many", "3"), row("what is it", "a circle")).path
+    model = trained_with(sft="v1", caption="plain")
+    chat, v1 = (asked_as(model, data, "--template", one) for one in ("chat", "v1"))
+    assert asked_as(model, data) == v1 != chat
+    assert model_arguments({"pretrained": str(model)}).asking_template() == "v1"
+    assert model_arguments({"pretrained": str(model), "template": "chat"}).asking_template() == "chat"
+    of_a_grid = {"file": {"name": "heldout", "path": data}, "options": {"device": "cpu"}}
+    assert ask(model, of_a_grid, False)["nll"] == evaluate_folder(str(model), DataSpec("x", data, template="v1"))["nll"]
+    alone = Path(shutil.copytree(model, tmp_path / "alone"))
+    assert asked_as(alone, data) == chat == asked_as(trained_with(caption="plain"), data)
+    assert model_arguments({"pretrained": str(tiny_student)}).asking_template() == "chat"
+
+
+def test_several_templates_have_to_be_chosen_from(trained_with) -> None:
+    with pytest.raises(KdcliError, match=r"trained with the templates chat and v1: say which one asks \(--template\)"):
+        trained_template(str(trained_with(sft="v1", more="chat", caption="plain")))
 
 
 def test_the_folder_of_task_groups_is_printed() -> None:

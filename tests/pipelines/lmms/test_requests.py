@@ -11,7 +11,7 @@ import PIL.Image
 import pytest
 import torch
 
-from pipelines.lmms.requests import generation, model_arguments, prompt, row
+from pipelines.lmms.requests import generation, model_arguments, prompt, row, unlikely_note
 from student_train.pruning import Pruning
 from teacher_cache.errors import CompatibilityError, KdcliError
 from teacher_cache.rows import decode_image
@@ -97,3 +97,11 @@ def test_the_package_is_importable_without_lmms_eval() -> None:
         [sys.executable, "-c", program], cwd=Path(__file__).parents[3], capture_output=True, text=True, check=True
     )
     assert done.stdout.strip() == "[]"
+
+
+def test_continuations_that_cannot_be_rendered_are_counted() -> None:
+    lost = [("mmmu", "reserved_token"), ("gqa", "image_corrupt"), ("mmmu", "reserved_token")]
+    assert unlikely_note(lost, 40) == (
+        "kdcli: 3 of 40 continuations cannot be rendered and count as infinitely unlikely: "
+        "2 reserved_token in mmmu, 1 image_corrupt in gqa"
+    )

@@ -66,17 +66,35 @@ def test_several_seeds_become_mean_and_sample_deviation():
     assert [str(cell) for cell in table.summary] == ["60.0 ± 10.0", "40.0"]
 
 
+def cells_of(table):
+    return {family: cells for family, _, cells in table.rows}
+
+
+def test_questions_that_were_not_asked_are_shown():
+    """Of a file with 12 rows both models answered 10; of another file the student answered fewer."""
+    scores = {"teacher": {**result(0.9), "n": 10, "skipped": {"no_answer": 2}}, "kd": {**result(0.5), "n": 10}}
+    scores["kd"]["skipped"] = {"image_missing": 1, "no_answer": 1}
+    table = score_rows(collect_results([], scores))
+    assert table.uncounted == [
+        "teacher: 10 of 12 rows asked, 2 skipped: 2 no_answer",
+        "kd: 10 of 12 rows asked, 2 skipped: 1 image_missing, 1 no_answer",
+    ]
+    scores["kd"] |= {"n": 9, "skipped": {}}
+    table = score_rows(collect_results([], scores))
+    assert {family: asked for family, asked, _ in table.rows}["all questions"] == "10 / 9"
+
+
 def test_the_teacher_comes_first_and_is_no_competitor():
     scores = {"sft": result(0.4), "kd": result(0.5), "teacher": result(0.9)}
     table = score_rows(collect_results([], scores))
     assert table.names == ["teacher", "sft", "kd"]
-    charts = dict(table.rows)["charts"]
+    charts = cells_of(table)["charts"]
     assert [cell.best for cell in charts] == [False, False, True]
 
 
 def test_one_student_alone_is_not_best_and_a_missing_family_is_a_gap():
     table = score_rows({"teacher": [result(0.9, charts=0.9, text=0.9)], "kd": [result(0.5, charts=0.5)]})
-    rows = dict(table.rows)
+    rows = cells_of(table)
     assert rows["text"][1] is None and not rows["charts"][1].best
 
 
