@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import logging
 import random
+import shutil
 import socket
 import struct
 import threading
@@ -40,6 +41,22 @@ def standard(make_request, tmp_path_factory: pytest.TempPathFactory) -> Path:
     capture(make_request(out, fields=(), store="standard"))
     torch.set_num_threads(before)
     return out
+
+
+NO_END = (
+    "{% for m in messages %}{{ m['role'] }}: {% for part in m['content'] %}{% if part['type'] == 'image' %}<image>\n"
+    "{% else %}{{ part['text'] }}{% endif %}{% endfor %}\n{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"
+)
+"""A chat template that writes no token behind an answer."""
+
+
+@pytest.fixture(scope="session")
+def endless_teacher(tiny_teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """``tiny_teacher`` with a chat template that ends no answer."""
+    folder = tmp_path_factory.mktemp("models") / "endless"
+    shutil.copytree(tiny_teacher, folder)
+    (folder / "chat_template.jinja").write_text(NO_END)
+    return folder
 
 
 @pytest.fixture(scope="session")

@@ -95,6 +95,7 @@ def test_init_and_the_two_commands(
         "bf16 = true": "bf16 = false",
         "gradient_accumulation_steps = 16": "gradient_accumulation_steps = 1\nmax_steps = 1",
         "dataloader_num_workers = 4": "dataloader_num_workers = 0",
+        'template = "v1"': 'template = "chat"',
     }
     text = (tmp_path / "kd.toml").read_text()
     for old, new in edits.items():

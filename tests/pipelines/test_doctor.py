@@ -4,15 +4,22 @@ from __future__ import annotations
 
 import io
 import json
+import re
 from dataclasses import replace
 
 import PIL.Image
 import pytest
 from rich.console import Console
 
-from pipelines.doctor import examine, print_report
-from teacher_cache.errors import DataError, SkipRow
+from pipelines.cache_teacher import CaptureRequest, capture
+from pipelines.doctor import Reading, examine, print_report
+from pipelines.settings import CaptureSettings
+from teacher_cache.errors import DataError
+from teacher_cache.prepare import Limits
+from teacher_cache.shards.commit import read_commit
+from teacher_cache.shards.storage import Storage
 from teacher_cache.sources import DataSpec
+from teacher_cache.teachers.transformers import TeacherSpec
 
 
 def picture(kind="png", colour="red", size=(8, 6)) -> bytes:
@@ -40,8 +47,11 @@ PLANTED = [
     ("no_answer", {"conversations": talk("hi")}),
     ("bad_turn_order", {"conversations": talk("hi", "ho", "hu", "ha")[1:]}),
     ("bad_row", {"conversation": talk("hi", "ho")}),
-    ("over_length", {"conversations": talk("hi", "word " * 50)}),
+    ("over_length", {"conversations": talk("hi", "word " * 200)}),
+    ("reserved_token", {"conversations": talk("hi", "<|end|>")}),
 ]
+OF_A_MODEL = {"over_length", "reserved_token"}
+"""What only a tokenizer sees."""
 
 
 @pytest.fixture
@@ -64,12 +74,14 @@ def mixture(tmp_path):
     return DataSpec("sft", str(tmp_path / "mix.json"), image_root=str(root), max_image_pixels=200 * 200)
 
 
-def words(sample) -> int:
-    return sum(len(turn.text.split()) for turn in sample.turns)
+@pytest.fixture(scope="module")
+def reading(tiny_teacher):
+    """``reading(max_length, over_length, show)``: rows as the tiny teacher's, 36 vision tokens an image."""
+    return lambda length=2048, over="skip", show=0: Reading(TeacherSpec(str(tiny_teacher)), Limits(length, over), show)
 
 
-def test_every_planted_defect_is_found_and_no_row_is_lost(mixture):
-    (part,) = examine([mixture], token_counter=words, max_length=20).parts
+def test_every_planted_defect_is_found_and_no_row_is_lost(mixture, reading):
+    (part,) = examine([mixture], reading=reading(150)).parts
     expected = {reason for reason, _ in PLANTED} - {"good"}
     assert set(part.defects) == expected
     for reason, finding in part.defects.items():
@@ -78,14 +90,14 @@ def test_every_planted_defect_is_found_and_no_row_is_lost(mixture):
         rows = [int(example.place.removeprefix("mix.json row ")) for example in finding.examples]
         assert rows == [i for i in range(len(PLANTED) * 30) if i % len(PLANTED) in places][:5]
         assert all(example.detail for example in finding.examples)
-    assert (part.rows, part.usable, part.defective) == (450, 120, 330)
+    assert (part.rows, part.usable, part.defective) == (480, 120, 360)
     assert (part.with_images, part.text_only, part.multi_turn, part.multi_image) == (90, 30, 30, 30)
-    assert part.defects["over_length"].examples[0].detail == "51 tokens, limit 20"
+    assert re.fullmatch(r"[234]\d\d tokens, the limit is 150", part.defects["over_length"].examples[0].detail)
 
 
 def test_notes_cost_no_row(mixture):
-    (part,) = examine([mixture], max_examples=1).parts
-    assert "over_length" not in part.defects
+    (part,) = examine([mixture], max_defects=1, max_notes=1).parts
+    assert not OF_A_MODEL & set(part.defects)
     assert part.notes["extension_differs"].count == 30
     assert part.notes["extension_differs"].examples[0].detail == "'gif.jpg' holds gif"
     # a.png twice, b.png, gif.jpg, half.jpg, large.png in each of 30 rounds; five different images.
@@ -106,36 +118,89 @@ def test_duplicate_ids_are_counted_also_among_skipped_rows(tmp_path):
     ]
 
 
-def test_the_report_is_the_same_however_many_workers(mixture):
+def test_the_report_is_the_same_however_many_threads(mixture):
     one, many = (examine([mixture], workers=workers) for workers in (1, 8))
     assert one == many
+
+
+def test_every_row_is_named_on_request(mixture):
+    (part,) = examine([mixture], max_defects=None).parts
+    assert all(len(finding.examples) == finding.count for finding in part.defects.values())
+    assert all(len(finding.examples) == 5 for finding in part.notes.values())
 
 
 def test_parts_limits_progress_and_json(mixture):
     seen = []
     specs = [mixture, replace(mixture, part="first", limit=7)]
     report = examine(specs, progress=lambda *call: seen.append(call))
-    assert seen == [("sft", 200, 450), ("sft", 400, 450), ("sft", 450, 450), ("first", 7, 7)]
+    assert seen == [("sft", 200, 480), ("sft", 400, 480), ("sft", 480, 480), ("first", 7, 7)]
     plain = json.loads(json.dumps(report.to_json()))
-    assert plain["rows"] == plain["usable"] + plain["defective"] == 457
+    assert plain["rows"] == plain["usable"] + plain["defective"] == 487
     assert [part["part"] for part in plain["parts"]] == ["sft", "first"]
     assert plain["parts"][1]["defects"]["image_missing"]["count"] == 2
 
 
-def test_a_token_counter_may_skip_rows_itself(mixture):
-    def refuse(sample):
-        raise SkipRow("reserved_token", "<|im_end|> in the text")
+def test_a_cut_row_is_usable_and_what_it_lost_is_counted(tmp_path, reading):
+    (tmp_path / "a.png").write_bytes(picture())
+    rows = [
+        {"id": "cut", "image": ["a.png"] * 2, "conversations": talk("<image>", "one", "<image>", "two")},
+        {"id": "whole", "image": "a.png", "conversations": talk("<image>", "one")},
+        {"id": "long", "conversations": talk("hi", "word " * 200)},
+    ]
+    (tmp_path / "mix.json").write_text(json.dumps(rows))
+    (part,) = examine([DataSpec("sft", str(tmp_path / "mix.json"))], reading=reading(60, "cut")).parts
+    assert {kind: finding.count for kind, finding in part.defects.items()} == {"over_length": 1}
+    assert (part.notes["cut"].count, part.notes["cut_images"].count) == (1, 1)
+    assert part.notes["cut"].examples[0].detail == "2 of 4 turns kept, 1 of 2 images lost"
+    (skipping,) = examine([DataSpec("sft", str(tmp_path / "mix.json"))], reading=reading(60)).parts
+    assert skipping.defects["over_length"].count == 2 and "cut" not in skipping.notes
 
-    (part,) = examine([mixture], token_counter=refuse, max_length=20).parts
-    assert (part.usable, part.defects["reserved_token"].count) == (0, 150)
+
+@pytest.mark.parametrize("over", ["skip", "cut"])
+def test_the_doctor_refuses_what_a_capture_skips(mixture, reading, tiny_teacher, tmp_path, over):
+    """Row by row, for the same reason in the same words; and both count the same cuts."""
+    settings = CaptureSettings(shards=1, store="none", max_length=75, over_length=over)
+    (part,) = examine([replace(mixture, limit=32)], max_defects=None, reading=reading(75, over)).parts
+    summary = capture(
+        CaptureRequest(TeacherSpec(str(tiny_teacher)), (replace(mixture, limit=32),), str(tmp_path / "c"), settings, {})
+    )
+    skipped = read_commit(Storage(str(tmp_path / "c")), "samples", 0).skipped
+    said = [(one.place, reason, one.detail) for reason, found in part.defects.items() for one in found.examples]
+    assert sorted(said) == sorted((one.place, one.reason, one.detail[:160]) for one in skipped)
+    assert summary["columns"]["samples"]["written"] == part.usable > 0
+
+
+def test_the_last_tokens_of_rows_with_their_labels(mixture, reading):
+    (part,) = examine([mixture], reading=reading(show=2)).parts
+    assert [row["place"] for row in part.shown] == ["mix.json row 0", "mix.json row 1"]
+    assert (part.shown[0]["image_tokens"], part.shown[1]["image_tokens"]) == (36, 0)
+    tail = part.shown[1]["tail"]
+    assert (tail[-1]["role"], tail[-1]["label"], tail[-1]["end"]) == ("assistant", True, True)
+    assert {one["label"] for one in tail if one["role"] == "user"} == {False}
+    assert "".join(one["token"] for one in tail if one["label"]) == "ho<|end|>yes<|end|>"
+
+
+def test_rows_that_all_fail_for_one_reason_are_said_aloud(mixture, tmp_path):
+    """However many text-only rows stand beside them: of rows with images none is usable."""
+    rows = [{"image": f"{i}.png", "conversations": talk("<image>", "x")} for i in range(20)]
+    rows += [{"conversations": talk("hi", "ho")}] * 60
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    spec = DataSpec("sft", str(tmp_path / "rows.json"))
+    (line,) = examine([spec]).warnings
+    assert "20 of 20 rows with images fail for one reason, image_missing" in line
+    assert "rows.json row 0" in line and "--image-root FOLDER" in line
+    assert examine([mixture]).warnings == ()
+    (tmp_path / "rows.json").write_text(json.dumps([{"conversations": talk("hi", " ")}] * 9 + rows[20:21]))
+    (line,) = examine([spec]).warnings
+    assert "9 of 10 rows fail for one reason, empty_answer" in line
 
 
 def test_the_printed_report_is_plain_about_what_the_data_says(mixture):
     stream = io.StringIO()
     print_report(examine([mixture]), Console(file=stream, width=200, force_terminal=False))
     text = stream.getvalue()
-    assert "450 rows = 150 usable (33.33 %) + 300 defective" in text
-    assert all(reason in text for reason in {reason for reason, _ in PLANTED} - {"good", "over_length"})
+    assert "480 rows = 180 usable (37.50 %) + 300 defective" in text
+    assert all(reason in text for reason in {reason for reason, _ in PLANTED} - {"good"} - OF_A_MODEL)
     assert "mix.json row 4 " in text
     assert "id '[red]4\\x1b[31m'" in text
     assert "\x1b" not in text
