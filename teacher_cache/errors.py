@@ -105,6 +105,7 @@ SKIP_REASONS = {
     "bad_row": "the row is not of the format's shape (missing key, wrong type)",
     "over_length": "the row has more tokens than the limit",
     "reserved_token": "the text holds a token that the template or the model reserves",
+    "unknown_token": "the text holds a token for which the model's embedding has no row",
     "processor_refused": "the model's processor does not take the row",
     "nonfinite_teacher": "the teacher's output holds NaN or infinity",
 }
