@@ -8,6 +8,7 @@ from dataclasses import replace
 import torch
 
 from teacher_cache import cache_shard
+from teacher_cache.batch import row_positions
 from teacher_cache.cache_shard import RowReader, Teacher, is_finite
 from teacher_cache.errors import KdcliError, SkipRow
 from teacher_cache.fields import CalibratedField
@@ -38,15 +39,15 @@ def calibrate(
         head: W ``[V, D]``. samples: how many rows of the mixture the teacher reads.
         row_reader: shard → where its rows are read; None: from the mixture.
     """
-    prepared = calibration_samples(plan, preparer, samples, parts_without_fields, row_reader)
     wants = frozenset().union(*(field.wants for field in fields.values()))
-    outputs = thin(ask(teacher, prepared, wants, batch_tokens))
+    prepared = calibration_samples(plan, preparer, samples, parts_without_fields, row_reader, wants)
+    outputs = ask(teacher, prepared, wants, batch_tokens)
     if not outputs:
         raise KdcliError("calibration found no usable row: run `kdcli doctor`")
     try:
         return {name: fit(field, outputs, head) for name, field in fields.items()}
     except KdcliError as error:
-        if len(prepared) >= samples:
+        if len(prepared) >= samples or hidden_rows(prepared, wants) > MOST_ROWS // 2:
             raise
         said = str(error).partition(": raise --calibration-rows")[0]  # there are no more
         raise KdcliError(
@@ -70,24 +71,39 @@ def calibration_samples(
     samples: int,
     parts_without_fields: frozenset[str],
     row_reader: Callable[[int], RowReader] | None = None,
+    wants: frozenset[str] = frozenset(),
 ) -> list[Prepared]:
-    """The first usable rows of every slice in turn, until there are enough: every part and kind of row has its share."""
+    """The first usable rows of every slice in turn, until there are enough: every part and kind of row has its share.
+
+    Where they have more than ``MOST_ROWS`` hidden states of what the fields want, every second of them goes, and again, as they come:
+    neither pixels nor answers of more are ever in memory.
+    """
     reader_of = row_reader or mixture_reader(plan)
     shards = {id(one): shard for shard, one in enumerate(plan.slices)}
     order = [shards[id(one)] for one in spread(plan.slices, parts_without_fields)]
     readers = [_usable_rows(plan, preparer, reader_of(shard), shard) for shard in order]
-    found: list[Prepared] = []
-    while readers and len(found) < samples:
+    kept: list[Prepared] = []
+    found, stride = 0, 1
+    while readers and found < samples:
         still = []
         for reader in readers:
             row = next(reader, None)
             if row is not None:
-                found.append(row)
+                kept += [row] if found % stride == 0 else []
+                found += 1
                 still.append(reader)
-            if len(found) == samples:
+            while hidden_rows(kept, wants) > MOST_ROWS and len(kept) > 1:
+                kept, stride = kept[::2], 2 * stride
+            if found == samples:
                 break
         readers = still
-    return found
+    return kept
+
+
+def hidden_rows(prepared: Sequence[Prepared], wants: frozenset[str]) -> int:
+    """Hidden states of the kind of which these rows have the most."""
+    kinds = {want.removeprefix("hidden.") for want in wants if want.startswith("hidden.")}
+    return sum(max((len(row_positions(one)[kind]) for kind in kinds), default=0) for one in prepared)
 
 
 def spread(slices: Sequence[Slice], parts_without_fields: frozenset[str]) -> list[Slice]:

@@ -26,6 +26,7 @@ from teacher_cache.records import TextTokens
 from teacher_cache.teachers.head import head_logits
 from teacher_cache.teachers.head_form import check_rows, head_form
 from teacher_cache.teachers.text_vision import layer_inputs, text_vision_attention
+from teacher_cache.token_rows import check_token_ids
 
 MODULES = {
     "projector": ("multi_modal_projector", "connector", "merger", "image_newline"),
@@ -80,6 +81,7 @@ def open_student(
         config = AutoConfig.from_pretrained(model_id, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, ImportError) as error:
         raise not_loaded(f"student {model_id!r}", error) from None
+    check_token_ids(processor.tokenizer, config)
     spec = settle(compressor, config, processor, model_id)
     return with_grid(processor, spec), config, spec
 

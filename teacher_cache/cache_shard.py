@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
-from itertools import islice
 from typing import Any, Protocol
 
 import torch
@@ -24,6 +23,8 @@ from teacher_cache.samples import cut_counts, encode_sample
 from teacher_cache.shards.commit import committed_shards
 from teacher_cache.shards.storage import Storage
 from teacher_cache.shards.writer import ShardWriter
+from teacher_cache.sources import DataSpec
+from teacher_cache.window_bytes import WINDOW_BYTES, Weigh, input_bytes, weigher
 
 WINDOW_ROWS = 256
 Teacher = Callable[[Sequence[Prepared], frozenset[str]], list[TeacherOutput]]
@@ -87,6 +88,11 @@ class Window:
     def __len__(self) -> int:
         return len(self.samples) + len(self.skipped)
 
+    def drop_pixels(self, indices: Sequence[int]) -> None:
+        """Of rows that the teacher has seen: nothing that is written needs them."""
+        for i in indices:
+            self.prepared[i] = replace(self.prepared[i], pixels={}, images=())
+
 
 def cache_shard(
     job: CaptureJob,
@@ -105,10 +111,12 @@ def cache_shard(
     wants = frozenset().union(*(one.wants for one in fields.values()))
     try:
         with WriteBehind() as behind:
-            for window in read_ahead(prepare_windows(job, shard, source, preparer, recorded)):
+            weigh = weigher(wants, teacher, preparer.config)
+            for window in read_ahead(prepare_windows(job, shard, source, preparer, recorded, weigh)):
                 outputs = None
                 if fields and teacher is not None:
-                    outputs = ask(teacher, window.prepared, wants, job.batch_tokens)
+                    outputs = ask(teacher, window.prepared, wants, job.batch_tokens, window.drop_pixels)
+                window.drop_pixels(range(len(window.prepared)))  # also where there is no teacher
                 behind.submit(write_window, window, outputs, fields, writers)
                 advance(len(window))
         commit_all(writers)
@@ -130,38 +138,61 @@ def commit_all(writers: Mapping[str, ShardWriter]) -> None:
 
 
 def prepare_windows(
-    job: CaptureJob, shard: int, source: RowReader, preparer: Preparer, recorded: RecordedRows = NOTHING
+    job: CaptureJob,
+    shard: int,
+    source: RowReader,
+    preparer: Preparer,
+    recorded: RecordedRows = NOTHING,
+    weigh: Weigh = input_bytes,
 ) -> Iterator[Window]:
-    """The rows of a slice, prepared, ``WINDOW_ROWS`` at a time: enough to batch similar lengths, bounded in memory."""
+    """The rows of a slice, prepared, in windows: enough rows to batch similar lengths, at most ``WINDOW_ROWS`` and ``WINDOW_BYTES``.
+
+    Args:
+        weigh: bytes that a row takes in memory until it is written. One that takes more than ``WINDOW_BYTES`` comes alone.
+    """
     one = job.plan.slices[shard]
-    spec = job.plan.spec(one.part)
-    rows = (row for group in one.groups for row in source.read(group))
-    while batch := list(islice(rows, WINDOW_ROWS)):
-        window = Window()
-        for row in batch:
-            if isinstance(row, SkipRecord):
-                window.skipped.append(recorded.skipped(row))
-                continue
-            try:
-                prepared = preparer.prepare(row, spec.template, spec.max_image_pixels)
-            except SkipRow as skip:
-                window.skipped.append(recorded.skipped(skip_record(row, skip)))
-                continue
-            if left_out := recorded.agree(row, prepared.key):
-                window.skipped.append(left_out)
-            else:
-                window.samples.append(row)
-                window.prepared.append(prepared)
+    window, size = Window(), 0
+    for row in (row for group in one.groups for row in source.read(group)):
+        found = prepare_row(row, job.plan.spec(one.part), preparer, recorded)
+        own = 0 if isinstance(found, SkipRecord) else weigh(*found)
+        if len(window) == WINDOW_ROWS or (window.samples and size + own > WINDOW_BYTES):
+            yield window
+            window, size = Window(), 0
+        if isinstance(found, SkipRecord):
+            window.skipped.append(found)
+        else:
+            window.samples.append(found[0])
+            window.prepared.append(found[1])
+        size += own
+    if len(window):
         yield window
 
 
+def prepare_row(
+    row: Sample | SkipRecord, spec: DataSpec, preparer: Preparer, recorded: RecordedRows
+) -> tuple[Sample, Prepared] | SkipRecord:
+    """The row with what it becomes, or why it is not used."""
+    if isinstance(row, SkipRecord):
+        return recorded.skipped(row)
+    try:
+        prepared = preparer.prepare(row, spec.template, spec.max_image_pixels)
+    except SkipRow as skip:
+        return recorded.skipped(skip_record(row, skip))
+    return recorded.agree(row, prepared.key) or (row, prepared)
+
+
 def ask(
-    teacher: Teacher, prepared: Sequence[Prepared], wants: frozenset[str], batch_tokens: int
+    teacher: Teacher,
+    prepared: Sequence[Prepared],
+    wants: frozenset[str],
+    batch_tokens: int,
+    seen: Callable[[Sequence[int]], None] = lambda indices: None,
 ) -> list[TeacherOutput]:
-    """What the teacher says of every row, in their order, asked in batches of similar length."""
+    """What the teacher says of every row, in their order, asked in batches of similar length. seen: told behind each of them."""
     outputs: dict[int, TeacherOutput] = {}
     for indices in token_batches(prepared, batch_tokens):
         outputs.update(zip(indices, teacher([prepared[i] for i in indices], wants)))
+        seen(indices)
     return [outputs[i] for i in range(len(prepared))]
 
 

@@ -109,6 +109,7 @@ SKIP_REASONS = {
     "over_length": "the row has more tokens than the limit",
     "reserved_token": "the text holds a token that the template or the model reserves",
     "template_refused": "the model's chat template refuses the row, or labels cannot be placed in what it writes",
+    "unknown_token": "the text holds a token for which the model's embedding has no row",
     "processor_refused": "the model's processor does not take the row",
     "nonfinite_teacher": "the teacher's output holds NaN or infinity",
 }

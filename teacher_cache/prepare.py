@@ -25,6 +25,7 @@ from teacher_cache.records import KINDS_OF_TOKENS, ROLES, ImageLayout, Prepared,
 from teacher_cache.rendering import Rendered, expanded, image_text
 from teacher_cache.rows import PLACEHOLDER, check_turns, decode_image, row_key
 from teacher_cache.templates import TEMPLATES, check_tokens, find_template
+from teacher_cache.token_rows import check_token_ids, embedding_rows
 
 
 @dataclass(frozen=True)
@@ -58,6 +59,8 @@ class Preparer:
         self._tells_kinds = KINDS_OF_TOKENS in getattr(processor, "model_input_names", ())
         self._reserved: dict[str, re.Pattern[str] | None] = {}
         """By template that was checked: what no row may hold."""
+        check_token_ids(self.tokenizer, config)
+        self._embedding_rows = embedding_rows(config)
         if self.tokenizer.convert_ids_to_tokens(self.image_token_id) is None:
             raise CompatibilityError(
                 f"image token id {self.image_token_id} is not in the tokenizer: not this model's processor"
@@ -143,6 +146,11 @@ class Preparer:
         pixels: dict[str, torch.Tensor],
     ) -> Prepared:
         """The row of these tokens: where its vision, text and response rows stand."""
+        if len(text.ids) and (highest := int(text.ids.to(torch.int64).max())) >= self._embedding_rows:
+            token = f"{self.tokenizer.convert_ids_to_tokens(highest)!r} (id {highest})"
+            raise SkipRow(
+                "unknown_token", f"{token} is beyond the {self._embedding_rows} rows of the model's embedding"
+            )
         is_vision = input_ids == self.image_token_id
         text_positions = torch.nonzero(~is_vision).flatten()
         layout = self._layout(images, pixels, int(is_vision.sum()), sample.place)

@@ -103,6 +103,11 @@ class NullTeacher:
         self.vocabulary = min(len(processor.tokenizer), int(config.get_text_config().vocab_size))
         self.pad_id = processor.tokenizer.pad_token_id or 0
 
+    @property
+    def state_bytes(self) -> int:
+        """Of one hidden state as it is told."""
+        return self.width * self.dtype.itemsize
+
     @cached_property
     def head(self) -> torch.Tensor:
         """W ``[V, D]``: calibrations are fitted with it. What ``topk`` says is not h·Wᵀ: a product would be no null teacher."""

@@ -200,6 +200,11 @@ class TransformersTeacher:
         self._signals = Signals(self.head, self.cap)
         self._head_checked = False
 
+    @property
+    def state_bytes(self) -> int:
+        """Of one hidden state as it is told."""
+        return self.head.shape[1] * self.head.element_size()
+
     @torch.inference_mode()
     def hidden(self, batch: Batch) -> torch.Tensor:
         """Post-final-norm hidden states, flattened ``[B·T, D]``."""

@@ -80,6 +80,11 @@ class VllmTeacher:
             self.head = self.head.to(self.device)
         self._signals = Signals(self.head)
 
+    @property
+    def state_bytes(self) -> int:
+        """Of one hidden state as it is told."""
+        return self.head.shape[1] * self.dtype.itemsize
+
     def __call__(self, prepared: Sequence[Prepared], wants: frozenset[str]) -> list[TeacherOutput]:
         """What the fields want of each row, on the CPU; CompatibilityError for what vLLM cannot give."""
         refuse_wants(wants, self.route)

@@ -69,7 +69,7 @@ def moved_away(world_json, make_request, tmp_path_factory: pytest.TempPathFactor
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     spec = DataSpec("sft", str(world / "train.json"), image_root=str(world / "images"))
-    small = {"data": [spec], "shards": 3, "max_length": 85, "over_length": "cut"}
+    small = {"data": [spec], "shards": 3, "max_length": 85, "over_length": "cut", "allow_skips": 0.5}
     capture(make_request(folder / "one", fields=("response_topk",), **small))
     capture(make_request(folder / "three", fields=("response_topk", "vision_hidden", "relation"), **small))
     torch.set_num_threads(before)

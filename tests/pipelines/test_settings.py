@@ -60,7 +60,7 @@ def test_flags_win_over_the_file(tmp_path: Path) -> None:
     ("text", "said"),
     [
         ("[captures]\nshards = 3", r"unknown section captures; known are cache, capture, data"),
-        ("[capture]\nshard = 3", r"\[capture\]: unknown key shard; known are batch_tokens"),
+        ("[capture]\nshard = 3", r"\[capture\]: unknown key shard; known are allow_skips, batch_tokens"),
         ("[teacher]\nid = 'x'\nquantization = 4", r"\[teacher\]: unknown key quantization"),
         ("[teacher]\ndtype = 'auto'", r"\[teacher\]: id is missing"),
         ("teacher = 'x'", r"\[teacher\] must be a table, got 'x'"),
