@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from pipelines.evaluation.answers import MAX_NEW_TOKENS, Compression, answer, answer_nats, prompt_of
+from pipelines.evaluation.answers import MAX_NEW_TOKENS, Compression, answer_nats, answers_or_none, prompt_of
 from pipelines.evaluation.metrics import DEFAULT, metric_module
 from pipelines.evaluation.questions import read_questions, references, with_suffix
 from pipelines.evaluation.score import Answer, score
@@ -60,8 +60,11 @@ def evaluate(
     for start in range(0, len(questions), batch_size):
         batch = questions[start : start + batch_size]
         prompts = [prompt_of(row, spec.max_image_pixels) for row in batch]
-        said = answer(model, processor, prompts, max_new_tokens, compression, template=spec.template)
+        said = answers_or_none(model, processor, prompts, max_new_tokens, compression, template=spec.template)
         for row, given, (nats, tokens) in zip(batch, said, answer_nats(student, preparer, batch, spec, forced)):
+            if given is None:
+                skipped["processor_refused"] = skipped.get("processor_refused", 0) + 1
+                continue
             family, asked, meant = str(row.extra.get("family", row.part)), row.turns[-2].text, row.turns[-1].text
             answers.append(Answer(family, asked, meant, given, nats, tokens, references(row)))
         advance(len(batch))

@@ -13,7 +13,7 @@ from student_train.losses.divergences import cross_entropy
 from student_train.pruning import Pruning
 from student_train.student import RowForward
 from teacher_cache.batch import collate
-from teacher_cache.errors import SkipRow
+from teacher_cache.errors import SkipRow, refusing_row
 from teacher_cache.prepare import Preparer
 from teacher_cache.records import Prepared, Sample, Turn
 from teacher_cache.rows import PLACEHOLDER, decode_image
@@ -68,6 +68,9 @@ def answer(
     Args:
         template: that asks; a caption template asks as ``chat`` does.
         stop: an answer ends before the first of these texts that stands in it.
+
+    Raises:
+        SkipRow: the processor does not take one of the prompts.
     """
     tokenizer = processor.tokenizer
     owner = processor if processor.chat_template else tokenizer
@@ -76,7 +79,9 @@ def answer(
     images = [list(prompt.images) for prompt in prompts if prompt.images or hasattr(processor, "image_seq_len")]
     arguments: dict[str, Any] = {"images": images} if any(images) else {}
     arguments |= {"padding": True, "padding_side": "left", "add_special_tokens": begins}
-    inputs = processor(text=texts, **arguments, return_tensors="pt").to(model.device)
+    with refusing_row("the processor refuses the question"):
+        inputs = processor(text=texts, **arguments, return_tensors="pt")
+    inputs = inputs.to(model.device)
     _narrow(inputs, model.dtype)
     length = inputs["input_ids"].shape[1]
     counts = [len(prompt.images) for prompt in prompts]
@@ -90,6 +95,16 @@ def answer(
         )
     said = tokenizer.batch_decode(generated[:, length:], skip_special_tokens=True)
     return [until(text, stop) for text in said]
+
+
+def answers_or_none(model: Any, processor: Any, prompts: Sequence[Prompt], *asked: Any, **how: Any) -> list[str | None]:
+    """``answer``, and None of each prompt that the processor does not take: one of a batch costs the others nothing."""
+    try:
+        return list(answer(model, processor, prompts, *asked, **how))
+    except SkipRow:
+        if len(prompts) == 1:
+            return [None]
+    return [one for prompt in prompts for one in answers_or_none(model, processor, [prompt], *asked, **how)]
 
 
 def _narrow(inputs: Any, dtype: torch.dtype) -> None:

@@ -17,7 +17,7 @@ from lmms_eval.utils import simple_parse_args_string
 from tqdm import tqdm
 
 from pipelines.evaluate import load_answering
-from pipelines.evaluation.answers import Compression, answer, expected
+from pipelines.evaluation.answers import Compression, answers_or_none, expected
 from pipelines.lmms.requests import Generation, generation, model_arguments, prompt, row
 from student_train.student import RowForward
 from teacher_cache.errors import KdcliError
@@ -72,7 +72,7 @@ class Kdcli(lmms):
                     prompt(text, self._visuals(look, number, task, split), task)
                     for text, _, look, number, task, split in batch
                 ]
-                given = answer(
+                given = answers_or_none(
                     self.model,
                     self.processor,
                     prompts,
@@ -81,9 +81,10 @@ class Kdcli(lmms):
                     way.stop,
                     self.arguments.template,
                 )
-                for (text, options, *_), one in zip(batch, given):
+                texts = [one or "" for one in given]  # nothing, where the processor does not take the question
+                for (text, options, *_), one in zip(batch, texts):
                     self.cache_hook.add_partial("generate_until", (text, options), one)
-                said += given
+                said += texts
                 bar.update(len(batch))
         return said
 
