@@ -13,19 +13,27 @@ from typing import Any
 
 import torch
 
-from pipelines.evaluation.answers import MAX_NEW_TOKENS, Compression, Forced, answer, check_asking, expected, prompt_of
+from pipelines.evaluation.answers import (
+    MAX_NEW_TOKENS,
+    Compression,
+    Forced,
+    answers_or_skips,
+    check_asking,
+    expected,
+    prompt_of,
+)
 from pipelines.evaluation.metrics import DEFAULT, metric_module
-from pipelines.evaluation.questions import Questions, askable, by_reason, questions_of, references
+from pipelines.evaluation.questions import Questions, by_reason, nothing_asked, questions_of, references
 from pipelines.evaluation.score import Answer, score
 from student_train.compressors import CompressorSpec
 from student_train.pruning import Pruning, operator_modules
 from student_train.student import RowForward, load_student, open_student
-from teacher_cache.chat import chat_of
-from teacher_cache.errors import KdcliError
+from teacher_cache.cache_shard import skip_record
+from teacher_cache.errors import KdcliError, SkipRow
 from teacher_cache.prepare import Limits, Preparer
-from teacher_cache.records import Sample
+from teacher_cache.records import Sample, SkipRecord
 from teacher_cache.sources import DataSpec
-from teacher_cache.templates import find_template, write_prompt
+from teacher_cache.templates import find_template
 
 
 def evaluate(
@@ -57,27 +65,35 @@ def evaluate(
         raise KdcliError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
     model.eval()
     check_asking(processor, spec.template)
-    chat = chat_of(processor)
-    questions = askable(
-        read or questions_of(spec, prompt_suffix), spec, lambda row: write_prompt(spec.template, chat, row.turns[:-1])
-    )
+    questions = read or questions_of(spec, prompt_suffix)
     student, preparer = RowForward(model), Preparer(processor, model.config, Limits(max_length=1 << 60))
     # A generator each: what is kept must not depend on what else is measured.
     compression, forced = (
         Compression(pruning, torch.Generator().manual_seed(0)) if pruning else None for _ in range(2)
     )
     answers: list[Answer] = []
-    nll_skipped: list[str] = []
+    skipped, nll_skipped = list(questions.skipped), list[str]()
     for start in range(0, len(questions.asked), batch_size):
         batch = questions.asked[start : start + batch_size]
         prompts = [prompt_of(row, spec.max_image_pixels) for row in batch]
-        said = answer(model, processor, prompts, max_new_tokens, compression, template=spec.template)
+        said = answers_or_skips(model, processor, prompts, max_new_tokens, compression, template=spec.template)
         for row, given, meant in zip(batch, said, expected(student, preparer, batch, spec, forced)):
+            if isinstance(given, SkipRow):
+                skipped.append(skip_record(row, given))
+                continue
             answers.append(answered(row, given, meant))
             nll_skipped += [meant.skip.reason] if meant.skip else []
         advance(len(batch))
+    if not answers:
+        raise nothing_asked(spec, skipped)
     how = {"compression": asdict(pruning)} if pruning else {}
-    return {**score(answers, metrics), **how, **uncounted(questions, nll_skipped), "answers": answers}
+    return {
+        **score(answers, metrics),
+        **how,
+        **uncounted(skipped, nll_skipped),
+        "answers": answers,
+        "rows": len(answers) + len(skipped),
+    }
 
 
 def answered(row: Sample, given: str, meant: Forced) -> Answer:
@@ -85,13 +101,12 @@ def answered(row: Sample, given: str, meant: Forced) -> Answer:
     return Answer(family, asked, wanted, given, float(meant.nats.sum()), len(meant.nats), references(row))
 
 
-def uncounted(questions: Questions, nll_skipped: Sequence[str]) -> dict[str, Any]:
+def uncounted(skipped: Sequence[SkipRecord], nll_skipped: Sequence[str]) -> dict[str, Any]:
     """What a result says of the rows that it has no answer, or no nll, of."""
     return {
-        "rows": len(questions.asked) + len(questions.skipped),
-        "skipped": by_reason(one.reason for one in questions.skipped),
+        "skipped": by_reason(one.reason for one in skipped),
         "nll_skipped": by_reason(nll_skipped),
-        "skips": [{"place": one.place, "reason": one.reason, "detail": one.detail} for one in questions.skipped],
+        "skips": [{"place": one.place, "reason": one.reason, "detail": one.detail} for one in skipped],
     }
 
 

@@ -7,7 +7,7 @@ import os
 import platform
 import subprocess
 from collections.abc import Callable, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -195,10 +195,38 @@ def run_stage(
     trainer.open_trackers = lambda first: open_trackers(
         plan.settings.trackers(), tracked_stage(cache, plan, folder, first, identity), say
     )
-    trainer.train(batches_from, lambda step, result: on_step(folder.name, step, trainer.total_steps, result))
+    left_out = LeftOut(folder, say)
+
+    def stepped(step: int, result: StepResult) -> None:
+        left_out.count(result)
+        on_step(folder.name, step, trainer.total_steps, result)
+
+    trainer.train(batches_from, stepped)
+    left_out.tell()
     result = {"stage": plan.stage.name, "model": str(folder / "model"), "steps": trainer.total_steps, "samples": total}
     finish(folder, trainer, processor, maps_before, {"identity": identity, "result": result})
     return result
+
+
+@dataclass
+class LeftOut:
+    """Rows of a stage that its student's processor refused: the first is named when it is met, all are counted at the end."""
+
+    folder: Path
+    say: Callable[[str], None]
+    rows: int = 0
+
+    def count(self, result: StepResult) -> None:
+        if result.refused and not self.rows:
+            line = result.left_out[0] if result.left_out else "another process's row: the student does not take it"
+            self.say(f"note: {line}: left out; such rows are counted as `refused` in {self.folder}/metrics.jsonl")
+        self.rows += result.refused
+
+    def tell(self) -> None:
+        if self.rows:
+            self.say(
+                f"note: {self.folder.name} left out {self.rows} rows since its start that the student does not take"
+            )
 
 
 def tracked_stage(cache: Cache, plan: StagePlan, folder: Path, first: int, identity: Mapping[str, Any]) -> TrackedStage:

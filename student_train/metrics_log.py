@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
@@ -26,6 +26,8 @@ class StepResult:
     Attributes:
         vision_tokens: that the student read; cached_vision_tokens: that the teacher read of the same images.
         seconds: in the step; data_seconds: that the main process waited for the step's rows before it.
+        refused: rows that were left out, since the student's processor does not take them; logged where there are any.
+        left_out: a line for each of them that this process met.
         peak_memory_bytes: the most that torch held on the main process's GPU so far; None on a CPU.
     """
 
@@ -41,6 +43,8 @@ class StepResult:
     seconds: float = 0.0
     data_seconds: float = 0.0
     peak_memory_bytes: int | None = None
+    refused: int = 0
+    left_out: tuple[str, ...] = field(default=(), init=False)
 
     def values(self) -> dict[str, float]:
         """Every number by name."""
@@ -54,6 +58,7 @@ class StepResult:
             "seconds": round(self.seconds, 4),
             "data_seconds": round(self.data_seconds, 4),
             **memory,
+            **({"refused": self.refused} if self.refused else {}),
         }
 
 

@@ -24,6 +24,8 @@ from teacher_cache.prepare import Preparer
 from teacher_cache.records import ImageLayout, Prepared, TextTokens
 
 BLOCK_SHARDS = 16
+MOST_REFUSED = 64
+"""Rows one after the other: a student that refuses so many refuses its data."""
 CheckLayouts = Callable[[str, tuple[ImageLayout, ...], tuple[ImageLayout, ...]], None]
 
 
@@ -85,6 +87,14 @@ class TrainRow:
     text: TextTokens
     fields: dict[str, Any]
     layout: tuple[ImageLayout, ...] = ()
+    filler: bool = False
+
+
+@dataclass(frozen=True)
+class RefusedRow:
+    """A row that the teacher's processor took and the student's does not. line: which one, and why."""
+
+    line: str
 
 
 @dataclass(frozen=True)
@@ -93,7 +103,9 @@ class TrainBatch:
 
     Attributes:
         text, layouts: of each sample as the teacher read it. student_text, student_layouts: as the student reads it.
-        filler: it counts for nothing: this process has fewer samples in the step than another one, which it must keep pace with.
+        filler: it counts for nothing: this process has fewer samples in the step than another one, which it must keep pace with, or none
+            that the student reads.
+        refused: a line for every row that was left out, since the student's processor does not take it.
     """
 
     batch: Batch
@@ -103,6 +115,7 @@ class TrainBatch:
     student_text: tuple[TextTokens, ...] = ()
     student_layouts: tuple[tuple[ImageLayout, ...], ...] = ()
     filler: bool = False
+    refused: tuple[str, ...] = ()
 
 
 class TrainDataset(Dataset):
@@ -113,6 +126,9 @@ class TrainDataset(Dataset):
         same_grid: the vision layout must be the teacher's, token by token. The response token ids must be, where any field is read.
         check_layouts: further demand on (row key, teacher's layout, student's layout), a method's own.
         known_text: the student reads the stored tokens themselves, because its tokenizer and chat template are the teacher's.
+
+    A row that the student's processor refuses is left out (``RefusedRow``); where none of a micro-batch is left, the next row that can be
+    read stands in, as a filler.
     """
 
     def __init__(
@@ -132,16 +148,31 @@ class TrainDataset(Dataset):
         self._block: tuple[int, int] | None = None
 
     def __getitem__(self, position: int) -> TrainRow:
-        return self.__getitems__([position])[0]
+        """The row there, or the next one that the student reads."""
+        row = self.__getitems__([position])[-1]
+        assert isinstance(row, TrainRow), "a micro-batch ends with a row"
+        return row
 
-    def __getitems__(self, positions: Sequence[int]) -> list[TrainRow]:
+    def __getitems__(self, positions: Sequence[int]) -> list[TrainRow | RefusedRow]:
         """A micro-batch at once: what a store is asked for its rows it is asked together."""
+        rows = self._read(positions)
+        if any(isinstance(row, TrainRow) for row in rows):
+            return sorted(rows, key=lambda row: isinstance(row, TrainRow))
+        for position in range(positions[-1] + 1, positions[-1] + MOST_REFUSED):
+            (stand_in,) = self._read([position])
+            if isinstance(stand_in, TrainRow):
+                return [*rows, replace(stand_in, filler=True)]
+        first = rows[0]
+        assert isinstance(first, RefusedRow)
+        raise CompatibilityError(f"{first.line}, nor any of the {MOST_REFUSED} rows behind it: choose another student")
+
+    def _read(self, positions: Sequence[int]) -> list[TrainRow | RefusedRow]:
         if self.rows.remote and (block := self.order.block_of(positions[-1])) != self._block:
             epoch, number = self._block = block
             self.rows.expect(self.order.shards_of(epoch, number), self.order.shards_of(epoch, number + 1))
         return [self._prepare(row) for row in self.rows.read_many([self.order.at(one) for one in positions])]
 
-    def _prepare(self, row: CachedRow) -> TrainRow:
+    def _prepare(self, row: CachedRow) -> TrainRow | RefusedRow:
         try:
             asked = self.templates[row.sample.part], self.image_limits[row.sample.part]
             if self.known:
@@ -149,6 +180,8 @@ class TrainDataset(Dataset):
             else:
                 prepared = self.preparer.prepare(row.sample, *asked)
         except SkipRow as skip:
+            if skip.reason == "processor_refused":
+                return RefusedRow(f"row {row.key} ({row.sample.place}): the student does not take it ({skip.detail})")
             raise CompatibilityError(
                 f"row {row.key} ({row.sample.place}) was captured, but the student cannot read it ({skip}): "
                 "give the student the capture's max_length and template"
@@ -225,8 +258,9 @@ class MicroBatches:
             yield from [[self._span(step)[0]]] * self.fillers(step)
 
 
-def join(rows: Sequence[TrainRow], pad_id: int) -> TrainBatch:
+def join(given: Sequence[TrainRow | RefusedRow], pad_id: int) -> TrainBatch:
     """Rows → one micro-batch."""
+    rows = [row for row in given if isinstance(row, TrainRow)]
     fields = {name: [row.fields[name] for row in rows] for name in rows[0].fields}
     return TrainBatch(
         collate([row.prepared for row in rows], pad_id),
@@ -235,6 +269,8 @@ def join(rows: Sequence[TrainRow], pad_id: int) -> TrainBatch:
         tuple(row.layout for row in rows),
         tuple(row.prepared.text for row in rows),
         tuple(row.prepared.layout for row in rows),
+        filler=any(row.filler for row in rows),
+        refused=tuple(row.line for row in given if isinstance(row, RefusedRow)),
     )
 
 
@@ -244,7 +280,7 @@ class Join:
 
     pad_id: int
 
-    def __call__(self, rows: Sequence[TrainRow]) -> TrainBatch | Packed:
+    def __call__(self, rows: Sequence[TrainRow | RefusedRow]) -> TrainBatch | Packed:
         batch = join(rows, self.pad_id)
         return pack(batch) if get_worker_info() else batch
 
@@ -253,7 +289,7 @@ def step_batches(
     dataset: TrainDataset, batches: MicroBatches, pad_id: int, workers: int
 ) -> Iterator[tuple[int, list[TrainBatch]]]:
     """(step, its micro-batches) until the run ends."""
-    collate_rows: Callable[[Sequence[TrainRow]], TrainBatch | Packed] = Join(pad_id)
+    collate_rows: Callable[[Sequence[TrainRow | RefusedRow]], TrainBatch | Packed] = Join(pad_id)
     if workers:
         dataset.rows.pause()
     loader = iter(
@@ -261,7 +297,7 @@ def step_batches(
     )
     for step in range(batches.first_step, batches.steps()):
         own = [_next(loader) for _ in batches.of_step(step)]
-        yield step, own + [replace(_next(loader), filler=True) for _ in range(batches.fillers(step))]
+        yield step, own + [replace(_next(loader), filler=True, refused=()) for _ in range(batches.fillers(step))]
 
 
 def _next(loader: Iterator[TrainBatch | Packed]) -> TrainBatch:

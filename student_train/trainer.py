@@ -120,10 +120,13 @@ class Trainer:
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         sizes = read_sizes([one for one in batches if not one.filler])
-        loss_all, *all_of_them = self.processes.sum([loss_sum, *map(float, sizes.values()), *shares.values()])
+        left_out = tuple(line for one in batches for line in one.refused)
+        mine = [loss_sum, float(len(left_out)), *map(float, sizes.values()), *shares.values()]
+        loss_all, refused, *all_of_them = self.processes.sum(mine)
         sizes_all, shares_all = map(int, all_of_them[: len(sizes)]), all_of_them[len(sizes) :]
         terms = dict(zip(shares, shares_all))
         result = StepResult(loss_all, terms, grad_norm, rate, **dict(zip(sizes, sizes_all)))
+        result.refused, result.left_out = round(refused), left_out
         result.seconds = time.perf_counter() - started
         return result
 

@@ -93,6 +93,24 @@ class SkipRow(Exception):
         self.detail = detail
 
 
+@contextmanager
+def refusing_row(what: str) -> Iterator[None]:
+    """Around what a model's processor, or what is known of it, makes of one row: whatever it raises is a skip record of that row.
+
+    What concerns the model as a whole is a ``KdcliError`` and passes; so does a lack of memory.
+    """
+    try:
+        yield
+    except (KdcliError, SkipRow, MemoryError):
+        raise
+    except Exception as error:
+        said = one_line(error)
+        if "allocate memory" in said:  # torch's own way to say MemoryError
+            raise
+        told = said if isinstance(error, ValueError) and said else f"{type(error).__name__}: {said}".rstrip(": ")
+        raise SkipRow("processor_refused", f"{what}: {told}") from None
+
+
 SKIP_REASONS = {
     "image_missing": "the image file named by the row does not exist, or its bytes are null or empty",
     "image_corrupt": "the image bytes do not decode (truncated file, not an image)",

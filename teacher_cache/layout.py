@@ -73,7 +73,8 @@ def _anyres(config: Any, processor: Any, sizes: Sequence[Size], inputs: Mapping[
     """LLaVA-NeXT and OneVision: an overview, then all tiles as one grid without the padding's rows or columns, a newline a row.
 
     Both views show the whole image; cells at the grid's border may reach into the padding. An image among several of a OneVision row
-    is one view, padded to a square, with one newline at its end.
+    is one view, padded to a square, with one newline at its end. Of a very long image nothing but padding may be left: no rows,
+    or no columns.
     """
     from transformers.image_processing_utils import select_best_resolution
 
@@ -89,7 +90,7 @@ def _anyres(config: Any, processor: Any, sizes: Sequence[Size], inputs: Mapping[
         tall, wide = select_best_resolution(shape, processor.image_processor.image_grid_pinpoints)
         # The processor's own count: the model's unpadding (and OneVision's shrinking of what is beyond its limit) rounds alike.
         patches, rows = processor._get_unpadded_features(*shape, *side, tall // height, wide // width)
-        views.append([View((0, 0, *size), side), View((0, 0, *size), (rows, patches // rows), newline=True)])
+        views.append([View((0, 0, *size), side), View((0, 0, *size), (rows, patches // max(1, rows)), newline=True)])
     return views
 
 

@@ -18,7 +18,7 @@ import PIL.Image
 import torch
 
 from teacher_cache.chat import Chat
-from teacher_cache.errors import CompatibilityError, KdcliError, SkipRow
+from teacher_cache.errors import CompatibilityError, KdcliError, SkipRow, refusing_row
 from teacher_cache.fingerprint import PREPARATION, preparation_version, processor_fingerprint
 from teacher_cache.layout import image_layout
 from teacher_cache.records import KINDS_OF_TOKENS, ROLES, ImageLayout, Prepared, Sample, TextTokens, Turn
@@ -153,7 +153,7 @@ class Preparer:
             )
         is_vision = input_ids == self.image_token_id
         text_positions = torch.nonzero(~is_vision).flatten()
-        layout = self._layout(images, pixels, int(is_vision.sum()), sample.place)
+        layout = self._layout(images, pixels, int(is_vision.sum()))
         if self._tells_kinds:
             pixels = {**pixels, KINDS_OF_TOKENS: is_vision[None].to(torch.int64)}
         labels_at = text_positions[text.response]
@@ -204,10 +204,8 @@ class Preparer:
         if images:
             # A list in a list: the images of one row (OneVision sees several images of a row otherwise than one).
             arguments |= {"images": [images], "return_text_replacement_offsets": True}
-        try:
+        with refusing_row("the processor refuses the row"):
             inputs = dict(self.processor(**arguments))
-        except (ValueError, IndexError) as error:
-            raise SkipRow("processor_refused", f"the processor refuses the row: {error}") from None
         inputs.pop("attention_mask", None)
         replaced = inputs.pop("text_replacement_offsets", [[]])
         return inputs, replaced[0] if replaced else []
@@ -224,13 +222,23 @@ class Preparer:
     def _image_text(self) -> str:
         return image_text(self.chat.owner, self.chat.image)
 
-    def _layout(self, images: list[Any], inputs: Mapping[str, Any], tokens: int, place: str) -> tuple[ImageLayout, ...]:
+    def _layout(self, images: list[Any], inputs: Mapping[str, Any], tokens: int) -> tuple[ImageLayout, ...]:
+        """SkipRow where nothing known here, or nothing that losses could look at, comes of the images."""
         if not images:
             return ()
-        layout = image_layout(self.config, self.processor, [image.size for image in images], inputs, tokens)
+        sizes = [image.size for image in images]
+        told = ", ".join(f"{width} × {height}" for width, height in sizes)
+        with refusing_row(f"no vision layout is known of its images ({told} pixels)"):
+            layout = image_layout(self.config, self.processor, sizes, inputs, tokens)
+        if any(0 in view.grid for one in layout for view in one.views):
+            raise SkipRow(
+                "processor_refused", f"an image is so narrow that a view of it keeps no patch ({told} pixels)"
+            )
         if sum(one.tokens() for one in layout) != tokens:
-            raise CompatibilityError(
-                f"{place}: the vision layout does not account for the {tokens} vision tokens of the row"
+            # Where the family is unknown this is so in every row, and a capture that skips nearly all of them stops.
+            raise SkipRow(
+                "processor_refused",
+                f"the vision layout does not account for the {tokens} vision tokens of its images ({told} pixels)",
             )
         return layout
 

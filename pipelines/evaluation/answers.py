@@ -14,7 +14,7 @@ from student_train.pruning import Pruning
 from student_train.student import RowForward
 from teacher_cache.batch import collate
 from teacher_cache.chat import chat_of
-from teacher_cache.errors import CompatibilityError, SkipRow
+from teacher_cache.errors import SkipRow, refusing_row
 from teacher_cache.prepare import Preparer
 from teacher_cache.records import Prepared, Sample, Turn
 from teacher_cache.rows import PLACEHOLDER, decode_image
@@ -75,12 +75,12 @@ def answer(
     Args:
         template: that asks; a caption template asks as ``chat`` does.
         stop: an answer ends before the first of these texts that stands in it.
+
+    Raises:
+        SkipRow: the chat template or the processor does not take one of the prompts.
     """
     tokenizer = processor.tokenizer
-    try:
-        written = [write_prompt(template, chat_of(processor), prompt.turns) for prompt in prompts]
-    except SkipRow as skip:
-        raise CompatibilityError(f"a question cannot be asked: {skip.detail}") from None
+    written = [write_prompt(template, chat_of(processor), prompt.turns) for prompt in prompts]
     begins = {one for _, one in written}
     if len(begins) > 1:  # a processor adds the first token to all texts of a batch or to none
         how = (max_new_tokens, compression, stop, template)
@@ -89,7 +89,9 @@ def answer(
     images = [list(prompt.images) for prompt in prompts if prompt.images or hasattr(processor, "image_seq_len")]
     arguments: dict[str, Any] = {"images": images} if any(images) else {}
     arguments |= {"padding": True, "padding_side": "left", "add_special_tokens": begins.pop()}
-    inputs = processor(text=[text for text, _ in written], **arguments, return_tensors="pt").to(model.device)
+    with refusing_row("the processor refuses the question"):
+        inputs = processor(text=[text for text, _ in written], **arguments, return_tensors="pt")
+    inputs = inputs.to(model.device)
     _narrow(inputs, model.dtype)
     length = inputs["input_ids"].shape[1]
     counts = [len(prompt.images) for prompt in prompts]
@@ -103,6 +105,18 @@ def answer(
         )
     said = tokenizer.batch_decode(generated[:, length:], skip_special_tokens=True)
     return [until(text, stop) for text in said]
+
+
+def answers_or_skips(
+    model: Any, processor: Any, prompts: Sequence[Prompt], *asked: Any, **how: Any
+) -> list[str | SkipRow]:
+    """``answer``, and of each prompt that cannot be asked the reason: one of a batch costs the others nothing."""
+    try:
+        return list(answer(model, processor, prompts, *asked, **how))
+    except SkipRow as skip:
+        if len(prompts) == 1:
+            return [skip]
+    return [one for prompt in prompts for one in answers_or_skips(model, processor, [prompt], *asked, **how)]
 
 
 def _narrow(inputs: Any, dtype: torch.dtype) -> None:

@@ -8,9 +8,8 @@ answer, whose nats are measured.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
-from typing import Any
 
 from teacher_cache.cache_shard import skip_record
 from teacher_cache.errors import DataError, SkipRow
@@ -37,22 +36,6 @@ def questions_of(spec: DataSpec, prompt_suffix: str = "") -> Questions:
             skipped.append(row)
         else:
             asked.append(with_suffix(row, prompt_suffix))
-    if not asked:
-        raise nothing_asked(spec, skipped)
-    return Questions(asked, skipped)
-
-
-def askable(questions: Questions, spec: DataSpec, ask: Callable[[Sample], Any]) -> Questions:
-    """Without the rows that a model cannot be asked; DataError where none is left. ask: raises SkipRow for them."""
-    asked: list[Sample] = []
-    skipped = list(questions.skipped)
-    for row in questions.asked:
-        try:
-            ask(row)
-        except SkipRow as skip:
-            skipped.append(skip_record(row, skip))
-        else:
-            asked.append(row)
     if not asked:
         raise nothing_asked(spec, skipped)
     return Questions(asked, skipped)

@@ -18,10 +18,10 @@ from lmms_eval.utils import simple_parse_args_string
 from tqdm import tqdm
 
 from pipelines.evaluate import load_answering
-from pipelines.evaluation.answers import Compression, answer, check_asking, expected
-from pipelines.lmms.requests import Generation, generation, model_arguments, prompt, row, unlikely_note
+from pipelines.evaluation.answers import Compression, answers_or_skips, check_asking, expected
+from pipelines.lmms.requests import UNASKED, UNLIKELY, Generation, generation, lost_note, model_arguments, prompt, row
 from student_train.student import RowForward
-from teacher_cache.errors import KdcliError
+from teacher_cache.errors import KdcliError, SkipRow
 from teacher_cache.prepare import Limits, Preparer
 from teacher_cache.sources import DataSpec
 
@@ -65,17 +65,18 @@ class Kdcli(lmms):
         return self.arguments.batch_size
 
     def generate_until(self, requests: list[Instance]) -> list[str]:
+        """A question that cannot be asked is answered with nothing; how many were, and why, is said at the end."""
         asked = [one.args for one in requests]
         # All of them before the first answer: a task that cannot be answered is known at once.
         ways = [generation(options, task) for _, options, _, _, task, _ in asked]
-        compression, said = self._compression(), list[str]()
+        compression, said, lost = self._compression(), list[str](), list[tuple[str, str]]()
         with self._bar(len(asked)) as bar:
             for way, batch in _batches(asked, self.batch_size, ways):
                 prompts = [
                     prompt(text, self._visuals(look, number, task, split), task)
                     for text, _, look, number, task, split in batch
                 ]
-                given = answer(
+                given = answers_or_skips(
                     self.model,
                     self.processor,
                     prompts,
@@ -84,10 +85,13 @@ class Kdcli(lmms):
                     way.stop,
                     self.template,
                 )
-                for (text, options, *_), one in zip(batch, given):
-                    self.cache_hook.add_partial("generate_until", (text, options), one)
-                said += given
+                for (text, options, _, _, task, _), one in zip(batch, given):
+                    lost += [(task, one.reason)] if isinstance(one, SkipRow) else []
+                    said.append("" if isinstance(one, SkipRow) else one)
+                    self.cache_hook.add_partial("generate_until", (text, options), said[-1])
                 bar.update(len(batch))
+        if lost:
+            tqdm.write(lost_note(lost, len(asked), UNASKED), file=sys.stderr)
         return said
 
     def loglikelihood(self, requests: list[Instance]) -> list[GenerationResult]:
@@ -116,7 +120,7 @@ class Kdcli(lmms):
                     lost += [(request[4], one.skip.reason)] if one.skip else []
                 bar.update(len(batch))
         if lost:
-            tqdm.write(unlikely_note(lost, len(asked)), file=sys.stderr)
+            tqdm.write(lost_note(lost, len(asked), UNLIKELY), file=sys.stderr)
         return found
 
     def generate_until_multi_round(self, requests: list[Instance]) -> list[str]:

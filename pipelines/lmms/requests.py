@@ -141,7 +141,11 @@ def _png(image: PIL.Image.Image) -> bytes:
     return buffer.getvalue()
 
 
-def unlikely_note(lost: Sequence[tuple[str, str]], total: int) -> str:
-    """What is said of continuations that could not be rendered and count as infinitely unlikely; lost: (task, reason) of each."""
+UNLIKELY = "continuations cannot be rendered and count as infinitely unlikely"
+UNASKED = "questions cannot be asked and count as answered with nothing"
+
+
+def lost_note(lost: Sequence[tuple[str, str]], total: int, what: str) -> str:
+    """What is said of requests that a model was not given; lost: (task, reason) of each. what: ``UNLIKELY`` or ``UNASKED``."""
     listed = ", ".join(f"{count} {reason} in {task}" for (task, reason), count in Counter(lost).most_common())
-    return f"kdcli: {len(lost)} of {total} continuations cannot be rendered and count as infinitely unlikely: {listed}"
+    return f"kdcli: {len(lost)} of {total} {what}: {listed}"

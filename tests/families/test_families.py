@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 from collections.abc import Callable
 from pathlib import Path
@@ -19,8 +20,9 @@ from student_train.pruning import Pruning
 from student_train.student import freeze_except, module_group
 from teacher_cache.batch import collate
 from teacher_cache.chat import content
-from teacher_cache.errors import CompatibilityError
-from teacher_cache.prepare import Preparer
+from teacher_cache.errors import CompatibilityError, SkipRow
+from teacher_cache.known_text import KnownText
+from teacher_cache.prepare import Limits, Preparer
 from teacher_cache.records import Image, ImageLayout, Sample, Turn, View
 from teacher_cache.rows import decode_image
 from teacher_cache.teachers.transformers import TeacherSpec, TransformersTeacher, load_processor
@@ -255,6 +257,78 @@ def test_answers_of_a_batch_are_those_of_single_rows(family: Family, folder_of: 
     prompts = [prompt_of(row) for row in read_rows(rows_folder)]
     together = answer(model.eval(), processor, prompts, max_new_tokens=4)
     assert together == [answer(model, processor, [prompt], max_new_tokens=4)[0] for prompt in prompts]
+
+
+SHAPES = [
+    (1, 1),
+    (1, 2),
+    (2, 1),
+    (3, 3),
+    (1, 50),
+    (50, 1),
+    (1, 5000),
+    (5000, 1),
+    (3, 2000),
+    (2000, 3),
+    (8, 1000),
+    (1000, 8),
+]
+SHAPES += [(7, 200), (200, 7), (13, 500), (333, 17), (27, 1), (1, 28), (28, 28), (100, 900), (900, 100)]
+
+
+@each_family
+@torch.no_grad()
+def test_pictures_of_any_shape_are_read_rightly_or_skipped(family: Family, opened: Any) -> None:
+    """The layout has as many tokens as the model makes features, and every view of it some patch; the stored text reads back the same."""
+    processor, config, teacher = opened(family)
+    preparer, draw = Preparer(processor, config, Limits(max_length=1 << 20)), random.Random(1)
+    known, read = KnownText(preparer, proofs=0), 0
+    drawn = [(draw.randint(1, 40), draw.randint(1, 40) ** draw.randint(1, 2)) for _ in range(10)]
+    for size in [*SHAPES, *drawn, *((height, width) for width, height in drawn)]:
+        sample = picture_row([size], painted=False)
+        try:
+            row = preparer.prepare(sample)
+        except SkipRow as skip:
+            assert (skip.reason == "processor_refused" and max(size) > 15 * min(size)) or min(size) == 1, (size, skip)
+            with pytest.raises(SkipRow, match="processor_refused"):
+                known.prepare(sample, row.text, row.key, "chat", 10**9)
+            continue
+        read += 1
+        assert sum(one.tokens() for one in row.layout) == len(row.vision_positions)
+        assert all(view.grid[0] and view.grid[1] for image in row.layout for view in image.views)
+        teacher.hidden(collate([row], 0))  # the model itself refuses features that are not as many as image tokens
+        fast = known.prepare(sample, row.text, row.key, "chat", 10**9)
+        assert fast.layout == row.layout and torch.equal(fast.input_ids, row.input_ids), size
+    assert read >= 12
+
+
+def test_one_narrow_picture_ends_no_capture_and_no_training(
+    folder_of: Callable[..., Path], make_request: Any, tmp_path: Path
+) -> None:
+    """Of a family that has no layout for it in the capture; and behind a capture by a family that reads it."""
+    from pipelines.cache_teacher import capture
+    from student_train.config import StageSettings
+    from teacher_cache.sources import DataSpec
+
+    pictures = [(40, 40), (1000, 8), (30, 40), (5000, 1)]
+    rows = []
+    for number, size in enumerate(pictures):
+        PIL.Image.new("RGB", size, (90, 120, 150)).save(tmp_path / f"{number}.png")
+        turns = [{"from": "human", "value": "<image>\nwhat?"}, {"from": "gpt", "value": f"picture {number}"}]
+        rows.append({"id": str(number), "image": f"{number}.png", "conversations": turns})
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    spec = DataSpec("sft", str(tmp_path / "rows.json"), image_root=str(tmp_path))
+    how = {"data": (spec,), "shards": 1, "fields": ("response_topk",)}
+    for family, skipped in (("llava-next", 2), ("llava-onevision", 0)):
+        said = capture(make_request(tmp_path / family, teacher=folder_of(family), **how))
+        samples = said["columns"]["samples"]
+        assert samples["rows"] == 4 and samples["written"] == 4 - skipped
+    student = folder_of("llava-next", width=48, extra_rows=9, seed=2)
+    settings = TrainSettings(student=str(student), output_dir=str(tmp_path / "run"), max_steps=1, report_to="none")
+    told: list[str] = []
+    stages = {"DFT": StageSettings(parts=("sft",))}
+    train(str(tmp_path / "llava-onevision"), "sft", Settings(train=settings, stages=stages), "DFT", say=told.append)
+    assert any("keeps no patch" in one for one in told) and any("left out" in one for one in told)
 
 
 def test_idefics_tiles_are_the_processors_at_any_size(folder_of: Callable[..., Path]) -> None:

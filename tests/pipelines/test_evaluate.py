@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import io
 import json
 from pathlib import Path
@@ -242,6 +243,24 @@ def test_the_command_shows_what_was_not_asked(tiny_student: Path, images: Path, 
     ]
     (kept,) = json.loads((tmp_path / "scores.json").read_text()).values()
     assert kept["skipped"] == {"placeholder_mismatch": 1} and not {"skips", "answers"} & kept.keys()
+
+
+def test_a_question_that_the_processor_refuses_is_counted_and_the_others_are_answered(
+    student: tuple[Any, Any], own_answers: list[str], images: Path, tmp_path: Path
+) -> None:
+    class Moody(type(student[1])):
+        def __call__(self, images: Any = None, text: Any = None, **given: Any) -> Any:
+            if any("narrow" in one for one in text):
+                raise ZeroDivisionError("integer division or modulo by zero")
+            return super().__call__(images=images, text=text, **given)
+
+    processor = copy.copy(student[1])
+    processor.__class__ = Moody
+    rows = [row(*question, answer) for question, answer in zip(QUESTIONS, own_answers)]
+    rows.insert(1, row("shape", "<image>\nnarrow?", 1, "yes"))
+    result = evaluate(student[0], processor, write(tmp_path, rows, images))
+    assert result["skipped"] == {"processor_refused": 1}
+    assert result["n"] == len(QUESTIONS) and result["exact_match"] == 1.0 and result["nll"] > 0
 
 
 def test_the_image_limit_is_the_one_given(student: tuple[Any, Any], images: Path, tmp_path: Path) -> None:

@@ -18,17 +18,18 @@ ROWS, VOCABULARY, WIDTH = 70, 1000, 32
 CROSS_ENTROPY: Terms = {"reg": RowTerm(0.5, "response", label_loss)}
 
 
-def student(device: str = "cpu", dtype: torch.dtype = torch.float32) -> StudentRows:
+def student(device: str = "cpu", dtype: torch.dtype = torch.float32, cap: float | None = None) -> StudentRows:
     generator = torch.Generator().manual_seed(0)
     hidden, head = (torch.randn(n, WIDTH, generator=generator).to(device) for n in (ROWS, VOCABULARY))
     labels = torch.randint(VOCABULARY, (ROWS,), generator=generator).to(device)
     hidden, head = hidden.to(dtype).requires_grad_(), head.requires_grad_()
-    return StudentRows({"response": hidden}, {"response": (ROWS,)}, head, labels, lambda columns: head)
+    return StudentRows({"response": hidden}, {"response": (ROWS,)}, head, labels, lambda columns: head, cap=cap)
 
 
-def summed(hidden: torch.Tensor, head: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+def summed(hidden: torch.Tensor, head: torch.Tensor, labels: torch.Tensor, cap: float | None) -> torch.Tensor:
     """What the kernel promises, in plain torch."""
-    return torch.nn.functional.cross_entropy(hidden @ head.T, labels, reduction="sum")
+    logits = hidden @ head.T if cap is None else cap * torch.tanh(hidden @ head.T / cap)
+    return torch.nn.functional.cross_entropy(logits, labels, reduction="sum")
 
 
 def test_without_cuda_or_the_package_it_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -39,12 +40,13 @@ def test_without_cuda_or_the_package_it_is_refused_by_name(monkeypatch: pytest.M
         check_liger(torch.device("cuda"))
 
 
-def test_a_stage_of_cross_entropy_takes_it(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("cap", [None, 4.0])
+def test_a_stage_of_cross_entropy_takes_it(monkeypatch: pytest.MonkeyPatch, cap: float | None) -> None:
     """Weights, denominators and shares are those of our own chunks."""
     monkeypatch.setattr(reduce, "fused_cross_entropy", summed)
     found = []
     for fused in (False, True):
-        side = student()
+        side = student(cap=cap)
         loss, shares = total_loss(CROSS_ENTROPY, side, TeacherView({}), {"reg": 90.0}, use_liger_kernel=fused)
         loss.backward()
         found.append((loss.detach(), shares["reg"], side.hidden["response"].grad, side.head.grad))

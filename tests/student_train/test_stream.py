@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import pickle
 import tarfile
 from collections import Counter
@@ -9,13 +10,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import PIL.Image
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from student_train.stream import BLOCK_SHARDS, MicroBatches, Order
-from teacher_cache.errors import CacheError
+from teacher_cache.errors import CacheError, CompatibilityError
 
 COUNTS = st.lists(st.integers(0, 5), min_size=1, max_size=40).filter(any)
 
@@ -141,3 +143,99 @@ def test_a_damaged_tar_stops_training_and_names_the_shard(
     with pytest.raises(CacheError, match=r"shard 000003 of fields/vision_hidden is damaged.*checksum") as caught:
         trainer.train(batches_from)
     assert "\n" not in str(caught.value) and "Traceback" not in str(caught.value)
+
+
+NARROW = (48, 96)
+"""Of pictures that the student below does not take."""
+
+
+def refuses_narrow(monkeypatch: pytest.MonkeyPatch) -> None:
+    """From now on a layout of such a picture is divided by nothing."""
+    from teacher_cache import prepare
+
+    known = prepare.image_layout
+
+    def layout(config: Any, processor: Any, sizes: Any, *rest: Any) -> Any:
+        return 1 // 0 if NARROW in sizes else known(config, processor, sizes, *rest)
+
+    monkeypatch.setattr(prepare, "image_layout", layout)
+
+
+@pytest.fixture(scope="module")
+def narrow_cache(tmp_path_factory: pytest.TempPathFactory, make_request: Callable[..., Any]) -> Callable[..., Path]:
+    """``narrow_cache(pattern)`` → a cache of one row a letter, whose picture is narrow where the letter is n."""
+    from pipelines.cache_teacher import capture
+    from teacher_cache.sources import DataSpec
+
+    def make(pattern: str) -> Path:
+        folder = tmp_path_factory.mktemp("narrow")
+        rows = []
+        for number, letter in enumerate(pattern):
+            PIL.Image.new("RGB", NARROW if letter == "n" else (96, 96), (9 * number, 0, 0)).save(
+                folder / f"{number}.png"
+            )
+            said = [("human", "<image>\nwhat?"), ("gpt", f"picture {number}")]
+            turns = [{"from": who, "value": text} for who, text in said]
+            rows.append({"id": str(number), "image": f"{number}.png", "conversations": turns})
+        (folder / "rows.json").write_text(json.dumps(rows))
+        spec = DataSpec("sft", str(folder / "rows.json"), image_root=str(folder))
+        capture(make_request(folder / "cache", data=(spec,), shards=1, fields=("response_topk",)))
+        return folder / "cache"
+
+    return make
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_rows_that_the_students_processor_refuses_are_left_out_and_counted(
+    open_stage: Callable[..., Any], narrow_cache: Any, monkeypatch: pytest.MonkeyPatch, workers: int
+) -> None:
+    """Loss and gradients are those of the rows that are left; a micro-batch without any counts for nothing."""
+    cache = narrow_cache("ononoono")
+    how = {"method": "kd", "parts": ("sft",), "dataloader_num_workers": workers}
+    refuses_narrow(monkeypatch)
+    trainer, batches_from = open_stage(cache, per_device_train_batch_size=1, gradient_accumulation_steps=8, **how)
+    ((step, batches),) = list(batches_from(0))
+    assert sum(one.filler for one in batches) == 3 == sum(len(one.refused) for one in batches)
+    assert all(one.filler == bool(one.refused) for one in batches)
+    lines = [line for one in batches for line in one.refused]
+    assert all("rows.json" in line and "ZeroDivisionError" in line and "48 × 96" in line for line in lines)
+    result = trainer.step(step, batches)
+    assert result.samples == 5 and result.refused == 3 and result.left_out == tuple(lines)
+    assert result.values()["refused"] == 3
+    together, batches_from = open_stage(cache, per_device_train_batch_size=8, **how)
+    ((_, (whole,)),) = list(batches_from(0))
+    assert not whole.filler and len(whole.batch.keys) == 5 and len(whole.refused) == 3
+    assert together.step(0, [whole]).loss == pytest.approx(result.loss, rel=1e-5)
+
+
+def test_a_student_that_refuses_all_rows_is_refused(
+    open_stage: Callable[..., Any], narrow_cache: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache = narrow_cache("nnn")
+    refuses_narrow(monkeypatch)
+    with pytest.raises(CompatibilityError, match=r"row .*rows\.json.*nor any of the 64 rows behind it: choose another"):
+        open_stage(cache, method="kd", parts=("sft",))
+
+
+def test_what_is_left_out_is_told(
+    narrow_cache: Any, tiny_student: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first row when it is met, all of them at the end, and in the metrics of their steps."""
+    from pipelines.settings import Settings
+    from pipelines.train_student import train
+    from student_train.config import StageSettings, TrainSettings
+
+    cache = narrow_cache("onoonooo")
+    refuses_narrow(monkeypatch)
+    asked = TrainSettings(
+        student=str(tiny_student), output_dir=str(tmp_path / "run"), report_to="none", per_device_train_batch_size=2
+    )
+    told: list[str] = []
+    settings = Settings(train=asked, stages={"DFT": StageSettings(parts=("sft",))})
+    train(str(cache), "kd", settings, "DFT", say=told.append)
+    (folder,) = (tmp_path / "run").glob("*-DFT")
+    steps = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert sum(one.get("refused", 0) for one in steps) == 2 and sum(one["samples"] for one in steps) == 6
+    first, last = [note for note in told if "take" in note]
+    assert first.startswith("note: row ") and "ZeroDivisionError" in first and "metrics.jsonl" in first
+    assert last == f"note: {folder.name} left out 2 rows since its start that the student does not take"

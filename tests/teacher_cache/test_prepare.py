@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from teacher_cache.chat import content
-from teacher_cache.errors import KdcliError, SkipRow
+from teacher_cache.errors import CompatibilityError, KdcliError, SkipRow
 from teacher_cache.prepare import Limits, Preparer
 from teacher_cache.records import Image, Sample, Turn
 
@@ -221,3 +221,80 @@ def test_any_text_is_masked_as_by_hand(preparer: Preparer, tokenizer, exchanges,
     assert made.labels.tolist() == [token for token, is_label in zip(ids, label) if is_label]
     assert made.response_rows.tolist() == [t - 1 for t, is_label in enumerate(label) if is_label]
     assert made.text.role.tolist() == [r for r, token in zip(role, ids) if token != preparer.image_token_id]
+
+
+class Moody:
+    """The processor, which raises ``error`` at pictures 33 pixels wide."""
+
+    def __init__(self, processor, error: Exception):
+        self._processor, self._error = processor, error
+
+    def __getattr__(self, name: str):
+        return getattr(self._processor, name)
+
+    def __call__(self, **given):
+        if any(picture.size[0] == 33 for pictures in given.get("images", ()) for picture in pictures):
+            raise self._error
+        return self._processor(**given)
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (
+            ZeroDivisionError("integer division or modulo by zero"),
+            "ZeroDivisionError: integer division or modulo by zero",
+        ),
+        (RuntimeError("shape '[2, 0]' is invalid\nfor input"), "RuntimeError: shape '[2, 0]' is invalid for input"),
+        (
+            ValueError("absolute aspect ratio must be smaller than 200"),
+            "absolute aspect ratio must be smaller than 200",
+        ),
+        (ValueError(), "ValueError"),
+        (TypeError("'NoneType' object"), "TypeError: 'NoneType' object"),
+        (KeyError("views"), "KeyError: 'views'"),
+        (OverflowError("too large"), "OverflowError: too large"),
+        (AssertionError(), "AssertionError"),
+    ],
+)
+def test_whatever_a_processor_raises_at_a_row_is_its_skip_record(teacher_parts, error: Exception, said: str) -> None:
+    processor, config = teacher_parts
+    preparer = Preparer(Moody(processor, error), config)
+    turns = ("user", "<image>\nwhat?"), ("assistant", "red")
+    assert len(preparer.prepare(row(*turns, images=(png((40, 40)),))).vision_positions) == TOKENS
+    with pytest.raises(SkipRow) as caught:
+        preparer.prepare(row(*turns, images=(png((33, 40)),)))
+    assert caught.value.reason == "processor_refused"
+    assert caught.value.detail == f"the processor refuses the row: {said}"
+
+
+@pytest.mark.parametrize(
+    "error",
+    [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory"), CompatibilityError("not this family")],
+    ids=["memory", "torch's memory", "the model as a whole"],
+)
+def test_what_is_not_the_rows_own_is_no_skip_record(teacher_parts, error: Exception) -> None:
+    processor, config = teacher_parts
+    with pytest.raises(type(error)):
+        Preparer(Moody(processor, error), config).prepare(
+            row(("user", "<image>\nwhat?"), ("assistant", "red"), images=(png((33, 40)),))
+        )
+
+
+def test_a_layout_that_is_wrong_for_a_row_is_its_skip_record(
+    preparer: Preparer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from teacher_cache import prepare
+    from teacher_cache.records import ImageLayout, View
+
+    sample = row(("user", "<image>\nwhat?"), ("assistant", "red"), images=(png((33, 40)),))
+    whole = View((0, 0, 33, 40), GRID)
+    for views, said in (
+        (None, r"no vision layout is known of its images \(33 × 40 pixels\): ZeroDivisionError"),
+        ((whole, whole), "does not account for the 36 vision tokens"),
+        ((whole, View((0, 0, 33, 40), (0, 6))), "so narrow that a view of it keeps no patch"),
+    ):
+        layouts = lambda *_, v=views: (1 // 0) if v is None else (ImageLayout((33, 40), v),)  # noqa: E731
+        monkeypatch.setattr(prepare, "image_layout", layouts)
+        with pytest.raises(SkipRow, match=f"processor_refused: .*{said}"):
+            preparer.prepare(sample)

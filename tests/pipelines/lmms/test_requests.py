@@ -11,7 +11,7 @@ import PIL.Image
 import pytest
 import torch
 
-from pipelines.lmms.requests import generation, model_arguments, prompt, row, unlikely_note
+from pipelines.lmms.requests import UNLIKELY, generation, lost_note, model_arguments, prompt, row
 from student_train.pruning import Pruning
 from teacher_cache.errors import CompatibilityError, KdcliError
 from teacher_cache.rows import decode_image
@@ -101,7 +101,7 @@ def test_the_package_is_importable_without_lmms_eval() -> None:
 
 def test_continuations_that_cannot_be_rendered_are_counted() -> None:
     lost = [("mmmu", "reserved_token"), ("gqa", "image_corrupt"), ("mmmu", "reserved_token")]
-    assert unlikely_note(lost, 40) == (
+    assert lost_note(lost, 40, UNLIKELY) == (
         "kdcli: 3 of 40 continuations cannot be rendered and count as infinitely unlikely: "
         "2 reserved_token in mmmu, 1 image_corrupt in gqa"
     )
