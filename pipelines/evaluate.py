@@ -130,7 +130,7 @@ def pruning_of(compress: str | None, keep: int | None, layer: int | None) -> Pru
             choices = ", ".join(sorted(operator_modules()))
             raise KdcliError(f"keep and compress-layer need compress: choose from {choices}")
         return None
-    return Pruning(compress, Pruning.layer if layer is None else layer, keep=keep)
+    return Pruning(compress, layer, keep=keep)  # type: ignore[arg-type]
 
 
 def evaluate_folder(

@@ -269,16 +269,19 @@ def check_there(batch: Batch, places: Mapping[str, torch.Tensor]) -> None:
 
 
 def asking_rows(batch: Batch) -> torch.Tensor:
-    """int64 ``[B]``: the column of each sample's last prompt token, which predicts its first response token.
+    """int64 ``[B, Q]``: the columns of each sample's last prompt tokens, which predict the first response token of each turn; -1 where it
+    has fewer turns.
 
-    It sees the prompt only; responses must not choose the vision tokens that they are then predicted from.
+    The first sees the prompt only: responses must not choose the vision tokens that they are then predicted from.
     """
     mask = batch.inputs["attention_mask"]
     columns = mask.cumsum(dim=1).argmax(dim=1)  # the last token, where a sample has no response
+    asking = []
     for sample, rows in enumerate(batch.rows["response"].split(list(batch.counts["response"]))):
-        if len(rows):
-            columns[sample] = rows[0] - sample * mask.shape[1]
-    return columns
+        first = torch.ones_like(rows, dtype=torch.bool)
+        first[1:] = rows.diff() != 1
+        asking.append(rows[first] - sample * mask.shape[1] if len(rows) else columns[sample : sample + 1])
+    return torch.nn.utils.rnn.pad_sequence(asking, batch_first=True, padding_value=-1)
 
 
 def save_student(

@@ -1,7 +1,9 @@
 """Vision tokens removed inside the language model, after its first layers. One file an operator; the folder is the registry.
 
-An operator module defines ``NAME``, ``PAPER``, ``WANTS`` (what of the layer before it ranks by: ``attention``, ``keys``, ``hidden``)
-and ``choose(seen, keep) -> int64 [keep]``; optionally ``STAGES`` and ``DEFAULT_KEPT`` (see ``Pruning``), where it removes in steps.
+An operator module defines ``NAME``, ``PAPER``, ``WANTS`` (what it ranks by, see ``Seen``: ``attention`` and ``keys`` of the layer before,
+``own_attention`` of the pruned layer, ``normed`` states) and ``choose(seen, keep) -> int64 [keep]``. Optionally, see ``Pruning``: ``STAGES``
+and ``DEFAULT_KEPT``, where it removes in steps, ``DEFAULT_LAYER``, ``kept(vision, removed)``, its own rounding of a fraction,
+``EVERY_TURN``, where the last prompt token of every turn ranks, and ``RENUMBERS``, where the tokens that stay are numbered anew.
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ BETWEEN_MARKS = ("idefics3", "smolvlm")
 ATTENTION_IMPLEMENTATIONS = ("eager", "sdpa", "flash_attention_2", "flash_attention_3")
 
 ONE_STAGE = ((0.0, 1.0),)
+USUAL_LAYER = 2
 
 
 def operator_modules() -> dict[str, ModuleType]:
@@ -40,24 +43,28 @@ class Pruning:
     Attributes:
         operator: name of an operator.
         layer: K, counted from 0: layers 0..K-1 see every token, layer K and those after it the kept ones. At K = number of layers
-            nothing is removed. An operator with several ``STAGES`` spreads them over the layers from K on.
-        removed: fraction of each sample's vision tokens that is removed in the end, 0 <= removed < 1; one token at least stays.
+            nothing is removed. An operator with several ``STAGES`` spreads them over the layers from K on. None: the operator's own,
+            which is 2 or, with stages, 0.
+        removed: fraction of each sample's vision tokens that is removed in the end, 0 <= removed < 1; what stays is rounded down, as
+            the released codes do; one token at least stays.
         keep: vision tokens kept in the end for every image of a sample; with fewer there, nothing is removed. The tokens of a
             sample's images are ranked together. Exactly one of ``removed`` and ``keep``, or none where the operator has a
             ``DEFAULT_KEPT`` of its own.
     """
 
     operator: str
-    layer: int = 2
+    layer: int = None  # type: ignore[assignment]  # never None after __post_init__
     removed: float | None = None
     keep: int | None = None
 
     def __post_init__(self) -> None:
         module = operator_module(self.operator)
-        if not isinstance(self.layer, int) or self.layer < 1:
-            raise KdcliError(
-                f"{self.operator}: compression layer must be at least 1 (the layer before it ranks), got {self.layer}"
-            )
+        if self.layer is None:
+            object.__setattr__(self, "layer", getattr(module, "DEFAULT_LAYER", USUAL_LAYER))
+        lowest = 0 if "own_attention" in module.WANTS else 1
+        if not isinstance(self.layer, int) or self.layer < lowest:
+            why = "" if lowest == 0 else " (the layer before it ranks)"
+            raise KdcliError(f"{self.operator}: compression layer must be at least {lowest}{why}, got {self.layer}")
         if self.removed is not None and self.keep is not None:
             raise KdcliError(f"{self.operator}: give the fraction removed or the tokens to keep, not both")
         if self.removed is None and self.keep is None and not hasattr(module, "DEFAULT_KEPT"):
@@ -104,15 +111,18 @@ class Pruning:
 
     def kept(self, vision: int, images: int, multiple: float = 1.0) -> int:
         """Vision tokens of a sample that stay. vision: how many it has; images: of how many images."""
-        if not vision:
-            return 0
+        module = operator_module(self.operator)
+        if not vision or self.removed == 0.0:
+            return vision
         if self.keep is not None:
-            final = float(self.keep * images)
-        elif self.removed is not None:
-            final = float(vision - round(self.removed * vision))
+            stay = int(self.keep * images * multiple)
+        elif self.removed is None:
+            stay = int(module.DEFAULT_KEPT * multiple * vision)
+        elif hasattr(module, "kept"):
+            stay = module.kept(vision, self.removed)
         else:
-            final = operator_module(self.operator).DEFAULT_KEPT * vision
-        return min(vision, max(1, round(final * multiple)))
+            stay = int((1 - self.removed) * multiple * vision)
+        return min(vision, max(1, stay))
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """A model's forward with vision tokens taken out between two of its layers: hooks on its decoder layers, nothing of the model is rewritten.
 
-Kept tokens keep their order and their ORIGINAL position ids. Samples keep different numbers, so they are padded anew, on the side where
-the input is padded. Works around ``model.model(…, use_cache=False)``, with gradients and gradient checkpointing (whose recomputation
+Kept tokens keep their order and, but for operators that renumber them, their ORIGINAL position ids. Samples keep different numbers, so they
+are padded anew, on the side where the input is padded. Works around ``model.model(…, use_cache=False)``, with gradients and gradient checkpointing (whose recomputation
 starts inside a layer, after its hooks), and around ``model.generate(…)``, where each layer's cache has the length of what it saw.
 
 Shapes: B samples, T tokens before, T' after.
@@ -16,9 +16,9 @@ from typing import Any
 
 import torch
 
-from student_train.pruning import ATTENTION_IMPLEMENTATIONS, Pruning
+from student_train.pruning import ATTENTION_IMPLEMENTATIONS, Pruning, operator_module
 from student_train.pruning.masks import attention_mask
-from student_train.pruning.ranking import LayerBefore, Ranking, Tokens
+from student_train.pruning.ranking import LayerInput, Ranking, Tokens
 from teacher_cache.errors import CompatibilityError
 from teacher_cache.teachers.attention import check_attention
 from teacher_cache.teachers.text_vision import language_model
@@ -36,7 +36,8 @@ def prune_vision(
 
     Args:
         query_at: int64 ``[B]``, the row whose attention ranks: in training the one before the first response row, or responses
-            would choose what they are asked about. None: each sample's last token (generation).
+            would choose what they are asked about; or ``[B, Q]``, that of every turn, -1 where a sample has fewer, of which most
+            operators ask the first alone. None: each sample's last token (generation).
         images: images of each sample; None: runs of vision tokens are counted, which takes images without anything between them
             as one. Only ``Pruning.keep`` asks.
         generator: of random choices; None: the global one.
@@ -72,7 +73,7 @@ class PrunedForward:
 
     positions: torch.Tensor
     """int64 ``[B, T']``: the input row of every row of the last hidden states, -1 on padding."""
-    before: LayerBefore
+    before: LayerInput | None
     """What the layer before the next pruned one was given."""
 
     def __init__(
@@ -88,7 +89,7 @@ class PrunedForward:
             text = language_model(self.base)
         except AttributeError as error:
             raise CompatibilityError(f"{error}: it cannot be pruned") from None
-        self.layers = text.layers
+        self.layers, self.rotary = text.layers, text.rotary_emb
         for layer in self.layers:
             check_attention(layer)
             check_recomputation(layer)
@@ -99,12 +100,15 @@ class PrunedForward:
             )
         self.image_token = model.config.image_token_id
         self.depths = pruning.depths(len(self.layers))
-        self.query_at, self.ranking = query_at, Ranking(pruning, images, generator)
+        operator = operator_module(pruning.operator)
+        self.renumbers = getattr(operator, "RENUMBERS", False)
+        self.every_turn = getattr(operator, "EVERY_TURN", False)
+        self.query_at, self.ranking = query_at, Ranking(pruning, images, generator, text.norm)
         self._handles: list[Any] = []
 
     def attach(self) -> None:
         self._handles.append(self.base.register_forward_pre_hook(self._before_model, with_kwargs=True))
-        for number in range(min(self.depths, default=len(self.layers)) - 1, len(self.layers)):
+        for number in range(max(0, min(self.depths, default=len(self.layers)) - 1), len(self.layers)):
             hook = LayerHook(self, number)
             self._handles.append(self.layers[number].register_forward_pre_hook(hook, with_kwargs=True))
 
@@ -144,7 +148,10 @@ class PrunedForward:
         self.vision = (ids == self.image_token) & valid
         # Padding goes where the input has it; where it has none, to the left: generation reads the last column.
         self.pad_left = bool(valid[:, -1].all())
-        self.asking = self.positions.amax(dim=1) if self.query_at is None else self.query_at.to(ids.device)
+        asking = self.positions.amax(dim=1) if self.query_at is None else self.query_at.to(ids.device)
+        asking = asking.reshape(len(ids), -1)
+        self.asking = asking if self.every_turn else asking[:, :1]
+        self.before = None
         self.kept: dict[int, Kept] = {}
         self.newest: Kept | None = None
 
@@ -158,24 +165,40 @@ class PrunedForward:
         """Hidden states and keyword arguments with which layer ``number`` runs."""
         if self.decoding:
             kept = self.kept.get(number)
+            if kept is not None and self.renumbers and "position_embeddings" not in kept.inputs:
+                kept.inputs |= self._renumbered(hidden, kept.valid)
             return hidden, inputs if kept is None else {**inputs, **kept.inputs}
         if number in self.depths:
             tokens = Tokens(self.positions, self.vision, self.asking)
-            keep = self.ranking.staying(self.depths[number], tokens, self.before, hidden)
+            rotary = (inputs if self.newest is None else self.newest.inputs)["position_embeddings"]
+            own = LayerInput(self.layers[number], hidden.detach(), rotary)
+            keep = self.ranking.staying(self.depths[number], tokens, self.before, own)
             if keep is not None:
                 index = self._gathered(keep)
                 hidden = hidden.gather(1, index[:, :, None].expand(-1, -1, hidden.shape[2]))
-                self._keep(index, inputs)
+                self._keep(index, inputs, hidden)
         if self.newest is not None:
             self.kept[number] = self.newest
             inputs = {**inputs, **self.newest.inputs}
         if number + 1 in self.depths:
-            self.before = LayerBefore(self.layers[number], hidden.detach(), inputs["position_embeddings"])
+            self.before = LayerInput(self.layers[number], hidden.detach(), inputs["position_embeddings"])
         return hidden, inputs
 
-    def _keep(self, index: torch.Tensor, inputs: dict[str, Any]) -> None:
+    def _renumbered(self, hidden: torch.Tensor, valid: torch.Tensor) -> dict[str, Any]:
+        """Positions of the last rows of ``valid`` ``[B, T]``, as many as ``hidden`` has: each sample's tokens are counted from 0."""
+        places = (valid.cumsum(dim=1) - 1).clamp_min(0)[:, -hidden.shape[1] :]
+        # Layers turn by position_embeddings; flash kernels read position_ids for packed sequences, which padding is not.
+        flash = self.implementation.startswith("flash")
+        return {"position_embeddings": self.rotary(hidden, places), "position_ids": None if flash else places}
+
+    def _keep(self, index: torch.Tensor, inputs: dict[str, Any], hidden: torch.Tensor) -> None:
         """From here on, layers see rows ``index`` ``[B, T']`` of what they saw before; self.positions is already theirs."""
         before = inputs if self.newest is None else self.newest.inputs
+        if self.renumbers:
+            valid = self.positions >= 0
+            new = {"attention_mask": self._mask(valid, valid.shape[1]), **self._renumbered(hidden, valid)}
+            self.newest = Kept(self.positions, valid, new)
+            return
         at = index[:, :, None]
         cos, sin = (
             one.expand(len(index), -1, -1).gather(1, at.expand(-1, -1, one.shape[2]))

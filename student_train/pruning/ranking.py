@@ -5,7 +5,7 @@ Shapes: B samples, T_0 tokens of the input, T of them (padded) still there.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,8 +17,8 @@ from teacher_cache.teachers.attention import layer_attention, layer_keys
 
 
 @dataclass(frozen=True)
-class LayerBefore:
-    """The layer that ranks. hidden: its input ``[B, T, D]``. rotary: the cos and sin that it got."""
+class LayerInput:
+    """A layer that ranks. hidden: its input ``[B, T, D]``. rotary: the cos and sin that it gets."""
 
     layer: Any
     hidden: torch.Tensor
@@ -31,7 +31,7 @@ class Tokens:
 
     Attributes:
         positions: int64 ``[B, T]``, their rows in the input, -1 on padding. of_vision: bool ``[B, T_0]``, vision tokens of the input.
-        asking: int64 ``[B]``, the input row that ranks.
+        asking: int64 ``[B, Q]``, the input rows that rank, -1 where a sample has fewer.
     """
 
     positions: torch.Tensor
@@ -48,28 +48,39 @@ class Tokens:
         return self.of_vision.gather(1, self.positions.clamp_min(0)) & self.valid
 
     @property
+    def asks(self) -> torch.Tensor:
+        """bool ``[B, Q, T]``: where the asking rows stand."""
+        return (self.positions[:, None] == self.asking[:, :, None]) & self.valid[:, None]
+
+    @property
     def free(self) -> torch.Tensor:
         """bool ``[B, T]``: vision tokens that may go. One that asks (the last before a caption without a prompt) predicts a token: it
         is one of those that stay."""
-        return self.vision & (self.positions != self.asking[:, None])
+        return self.vision & ~self.asks.any(dim=1)
 
 
 @dataclass(frozen=True)
 class Ranking:
-    """How a pruning chooses in this batch. images: of each sample, None: runs of vision tokens. generator: of random choices."""
+    """How a pruning chooses in this batch.
+
+    Attributes:
+        images: of each sample, None: runs of vision tokens. generator: of random choices. norm: the language model's last.
+    """
 
     pruning: Pruning
     images: Sequence[int] | None
     generator: torch.Generator | None
+    norm: Callable[[torch.Tensor], torch.Tensor]
 
     @torch.no_grad()
     def staying(
-        self, multiple: float, tokens: Tokens, before: LayerBefore, hidden: torch.Tensor
+        self, multiple: float, tokens: Tokens, before: LayerInput | None, own: LayerInput
     ) -> torch.Tensor | None:
         """bool ``[B, T]``: the rows that stay; None where all do.
 
         Args:
-            multiple: of the final count, as ``Pruning.depths`` says. hidden: ``[B, T, D]``, what enters the pruned layer.
+            multiple: of the final count, as ``Pruning.depths`` says. before: the layer before the pruned one, if any. own: the pruned
+                layer, and what enters it while all are there.
         """
         have, free = (one.sum(dim=1).tolist() for one in (tokens.vision, tokens.free))
         stay = self._counts(have, tokens.of_vision, multiple)
@@ -77,7 +88,7 @@ class Ranking:
             return None
         keep = tokens.valid.clone()
         choose = operator_module(self.pruning.operator).choose
-        for sample, seen in self._seen(tokens, before, hidden):
+        for sample, seen in self._seen(tokens, before, own):
             if stay[sample] < have[sample]:
                 rows = tokens.free[sample].nonzero()[:, 0]
                 keep[sample, rows] = False
@@ -92,16 +103,25 @@ class Ranking:
         totals = of_vision.sum(dim=1).tolist()
         return [min(now, self.pruning.kept(n, m, multiple)) for now, n, m in zip(have, totals, images, strict=True)]
 
-    def _seen(self, tokens: Tokens, before: LayerBefore, hidden: torch.Tensor) -> Iterator[tuple[int, Seen]]:
+    def _seen(self, tokens: Tokens, before: LayerInput | None, own: LayerInput) -> Iterator[tuple[int, Seen]]:
         wants = operator_module(self.pruning.operator).WANTS
-        given: dict[str, torch.Tensor] = {"vision": tokens.free, "prompt": tokens.positions <= tokens.asking[:, None]}
-        if "attention" in wants:
-            row = (tokens.positions == tokens.asking[:, None]).to(torch.uint8).argmax(dim=1, keepdim=True)
-            probs = layer_attention(before.layer, before.hidden, before.rotary, row, tokens.valid)
-            given["attention"] = probs[:, :, 0].mean(dim=1)
-        if "keys" in wants:
+        given: dict[str, torch.Tensor] = {"vision": tokens.free, "prompt": tokens.positions <= tokens.asking[:, :1]}
+        if "own_attention" in wants:
+            given["own_attention"] = paid(own, tokens)
+        if "normed" in wants:
+            given["normed"] = self.norm(own.hidden)
+        if before is not None and "attention" in wants:
+            given["attention"] = paid(before, tokens)
+        if before is not None and "keys" in wants:
             given["keys"] = layer_keys(before.layer, before.hidden, before.rotary).transpose(1, 2).flatten(2)
-        if "hidden" in wants:
-            given["hidden"] = hidden
         for sample, valid in enumerate(tokens.valid):
             yield sample, Seen(**{name: one[sample, valid] for name, one in given.items()}, generator=self.generator)
+
+
+def paid(ranks: LayerInput, tokens: Tokens) -> torch.Tensor:
+    """float32 ``[B, T]``: what the asking rows pay every row in a layer, mean over its heads and over them."""
+    asks = tokens.asks
+    there = asks.any(dim=2)  # [B, Q]
+    probs = layer_attention(ranks.layer, ranks.hidden, ranks.rotary, asks.to(torch.uint8).argmax(dim=2), tokens.valid)
+    by_row = probs.mean(dim=1) * there[:, :, None]
+    return by_row.sum(dim=1) / there.sum(dim=1).clamp_min(1)[:, None]

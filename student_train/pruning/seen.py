@@ -15,15 +15,18 @@ class Seen:
         vision: bool ``[T]``. prompt: bool ``[T]``, rows up to the one that asks (responses are not looked at: at inference they do
             not exist yet).
         attention: float32 ``[T]``, what the asking row pays each row in the layer before, mean over heads.
-        keys: ``[T, H_kv·d]`` of the layer before, after the rotary embedding. hidden: ``[T, D]``, what enters the layer.
+        own_attention: the same in the pruned layer itself, before anything is removed; of several asking rows the mean.
+        keys: ``[T, H_kv·d]`` of the layer before, after the rotary embedding.
+        normed: ``[T, D]``, what enters the pruned layer, after the language model's last norm.
         generator: of random choices.
     """
 
     vision: torch.Tensor
     prompt: torch.Tensor
     attention: torch.Tensor | None = None
+    own_attention: torch.Tensor | None = None
     keys: torch.Tensor | None = None
-    hidden: torch.Tensor | None = None
+    normed: torch.Tensor | None = None
     generator: torch.Generator | None = None
 
     def need(self, name: str) -> torch.Tensor:

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from teacher_cache.codecs import entropy, row_codec, row_codecs, transform
+from teacher_cache.codecs import encode_rows, entropy, row_codec, row_codecs, transform
 from teacher_cache.codecs.entropy import fit_smooth_table, open_record
 from teacher_cache.codecs.scales import Uniform
 from teacher_cache.codecs.transform import Transform
@@ -70,7 +70,7 @@ class HiddenField:
         return create, (self.name, dict(self.params))
 
     def encode(self, prepared: Prepared, output: TeacherOutput) -> dict[str, torch.Tensor]:
-        return self._codec.encode(output.hidden[self.rows])
+        return encode_rows(self._codec, output.hidden[self.rows], output.device)
 
     def decode(self, stored: dict[str, torch.Tensor]) -> torch.Tensor:
         """float32 ``[R, D]``."""

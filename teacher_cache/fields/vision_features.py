@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from teacher_cache.codecs import row_codec, row_codecs
+from teacher_cache.codecs import encode_rows, row_codec, row_codecs
 from teacher_cache.errors import CacheError
 from teacher_cache.records import Prepared, TeacherOutput
 
@@ -46,7 +46,7 @@ class VisionFeatures:
 
     def encode(self, prepared: Prepared, output: TeacherOutput) -> dict[str, torch.Tensor]:
         assert output.features is not None, "the teacher was asked for features.vision"
-        return self._codec.encode(output.features)
+        return encode_rows(self._codec, output.features, output.device)
 
     def decode(self, stored: dict[str, torch.Tensor]) -> torch.Tensor:
         """float32 ``[R_vision, D]``."""

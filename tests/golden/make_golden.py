@@ -36,7 +36,10 @@ from teacher_cache.shards.storage import Storage
 from teacher_cache.shards.writer import ShardWriter
 
 ROWS, VISION, WIDTH, K = 4, 4, 6, 3
-FIELDS = {"response_topk": {"k": K, "coding": "plain", "value_dtype": "float32"}, "vision_hidden": {"codec": "int8"}}
+FIELDS = {
+    "response_topk": {"k": K, "coding": "plain", "value_dtype": "float32"},
+    "vision_hidden": {"codec": "int8", "codec_version": 1},
+}
 
 
 def png(number: int) -> bytes:

@@ -139,7 +139,7 @@ def by_hand(trainer: Any, batches: list[Any], step: int, student: str) -> dict[s
             pixels += images
             said = []
             for pruning in (passes.student, passes.teacher):
-                states, rows = pruned_states(model, ids, own, pruning, int(asking[sample]), images)
+                states, rows = pruned_states(model, ids, own, pruning, [row for row in asking[sample].tolist() if row >= 0], images)
                 said.append({row: model.lm_head(state).log_softmax(0) for row, state in zip(rows, states)})
             at = {
                 kind: batch.rows[kind].split(list(batch.counts[kind]))[sample] - sample * length
@@ -178,7 +178,7 @@ def test_the_asking_row_predicts_the_first_response_token(stage: Any, tiny_stude
     _, batches = stage("epic-tcd", {"layer": 1})
     batch = batches[0].batch
     starts = torch.tensor([0, *batch.counts["response"]]).cumsum(0)[:-1]
-    following = batch.inputs["input_ids"].gather(1, asking_rows(batch)[:, None] + 1)[:, 0]
+    following = batch.inputs["input_ids"].gather(1, asking_rows(batch)[:, :1] + 1)[:, 0]
     assert torch.equal(following, batch.labels[starts])
     model, _ = load_student(str(tiny_student), "sdpa")
     with pytest.raises(AssertionError, match="may be removed"):

@@ -23,7 +23,8 @@ OPERATORS = sorted(operator_modules())
             {"operator": "fastvv", "keep": 4},
             "unknown compression operator 'fastvv': choose from dart, fastv, pyramiddrop, random",
         ),
-        ({"operator": "dart", "layer": 0, "keep": 4}, "layer must be at least 1"),
+        ({"operator": "dart", "layer": 0, "keep": 4}, r"layer must be at least 1 \(the layer before it ranks\), got 0"),
+        ({"operator": "pyramiddrop", "layer": -1}, "layer must be at least 0, got -1"),
         ({"operator": "dart"}, "say how many vision tokens"),
         ({"operator": "dart", "keep": 4, "removed": 0.5}, "not both"),
         ({"operator": "dart", "keep": 0}, "at least 1 vision token"),
@@ -57,11 +58,11 @@ def test_models_are_checked_by_their_configuration() -> None:
 
 @given(st.integers(0, 700), st.integers(1, 4), st.floats(0.0, 0.999), st.sampled_from([1.0, 2.0, 4.0]))
 def test_counts(vision: int, images: int, removed: float, multiple: float) -> None:
-    """At least one, at most all; the fraction within half a token; more is kept where less is removed."""
+    """At least one, at most all; of the fraction what is whole, as ``int`` has it; more is kept where less is removed."""
     kept = Pruning("random", removed=removed).kept(vision, images, multiple)
     assert kept == 0 if not vision else 1 <= kept <= vision
     if vision and multiple == 1.0:
-        assert abs(kept - max(1.0, (1 - removed) * vision)) <= 0.5 + 1e-9
+        assert kept == max(1, int((1 - removed) * vision))
     assert Pruning("random", removed=removed / 2).kept(vision, images, multiple) >= kept
     assert Pruning("random", keep=64).kept(vision, images) == min(vision, 64 * images)
 
@@ -69,6 +70,9 @@ def test_counts(vision: int, images: int, removed: float, multiple: float) -> No
 def test_depths() -> None:
     assert Pruning("fastv", layer=2, keep=1).depths(32) == {2: 1.0}
     assert Pruning("fastv", layer=32, keep=1).depths(32) == {}
+    assert Pruning("fastv", keep=1).layer == 2 and Pruning("pyramiddrop").layer == 0
+    assert Pruning("pyramiddrop").depths(32) == {8: 4.0, 16: 2.0, 24: 1.0}, "as released"
+    assert Pruning("pyramiddrop").depths(3) == {0: 4.0, 1: 2.0, 2: 1.0}
     assert Pruning("pyramiddrop", layer=2).depths(32) == {9: 4.0, 17: 2.0, 24: 1.0}
     assert Pruning("pyramiddrop", layer=1, keep=3).depths(2) == {1: 1.0}
     assert Pruning("pyramiddrop", layer=2).depths(2) == {}
@@ -77,7 +81,7 @@ def test_depths() -> None:
 def seen_of(vision: list[int], attention: list[float] | None = None, **tensors: torch.Tensor) -> Seen:
     is_vision = torch.tensor(vision).bool()
     paid = None if attention is None else torch.tensor(attention)
-    return Seen(is_vision, torch.ones_like(is_vision), paid, **tensors)
+    return Seen(is_vision, torch.ones_like(is_vision), paid, paid, **tensors)
 
 
 @pytest.mark.parametrize("operator", ["fastv", "pyramiddrop"])
@@ -101,7 +105,7 @@ def test_dart_keeps_pivots_and_drops_their_duplicates() -> None:
     states[10:, 0] = 1.0  # text
     keys = torch.ones(12, 4)
     keys[:4] = 5.0
-    seen = seen_of([1] * 10 + [0] * 2, keys=keys, hidden=states)
+    seen = seen_of([1] * 10 + [0] * 2, keys=keys, normed=states)
     choose = operator_module("dart").choose
     assert sorted(choose(seen, 4).tolist()) == [0, 1, 2, 3]
     assert sorted(choose(seen, 7).tolist()) == [0, 1, 2, 3, 7, 8, 9]
@@ -114,7 +118,7 @@ def test_dart_gives_exactly_what_is_asked(vision: int, text: int, data: Any) -> 
     keep = data.draw(st.integers(1, vision))
     draw = torch.Generator().manual_seed(vision)
     states = torch.randint(-1, 2, (vision + text, 3), generator=draw).float()
-    seen = seen_of([1] * vision + [0] * text, keys=states, hidden=states)
+    seen = seen_of([1] * vision + [0] * text, keys=states, normed=states)
     chosen = operator_module("dart").choose(seen, keep).tolist()
     assert len(chosen) == len(set(chosen)) == keep and set(chosen) <= set(range(vision))
 
