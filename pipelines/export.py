@@ -8,7 +8,7 @@ import secrets
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,8 @@ import torch
 from pipelines.exporting.card import model_card
 from pipelines.exporting.check import check, expected_logits, write_rows
 from pipelines.exporting.package import make_package
-from pipelines.exporting.provenance import find_model, read_object, read_provenance
+from pipelines.exporting.provenance import find_model, read_object, read_provenance, trained_template
+from pipelines.exporting.served import serving_notes
 from pipelines.exporting.weights import round_weights, save_own, save_stock
 from student_train.compression import compressor_of
 from student_train.compressors import CompressorSpec
@@ -52,7 +53,7 @@ def export(request: ExportRequest) -> dict[str, Any]:
     """Write the folder, whole or not at all.
 
     Returns:
-        ``{"folder", "model", "dtype", "compressor", "remote_code", "bytes"}`` and, where it was asked for, ``"check"``.
+        ``{"folder", "model", "dtype", "compressor", "remote_code", "bytes", "notes"}`` and, where it was asked for, ``"check"``.
 
     Raises:
         KdcliError: nothing to export, a folder that is taken, or a check that fails; then nothing is left behind.
@@ -61,7 +62,7 @@ def export(request: ExportRequest) -> dict[str, Any]:
         raise KdcliError(f"{request.out} is there already: choose another --out, or remove it")
     source = find_model(request.source)
     refuse_own_code(source)
-    origin = read_provenance(source, request.scores)
+    origin, template = read_provenance(source, request.scores), known_template(source)
     asked = None if request.vision_tokens is None else CompressorSpec("", request.vision_tokens)
     model, processor = load_student(str(source), "sdpa", compressor=asked)
     model.eval()
@@ -71,7 +72,8 @@ def export(request: ExportRequest) -> dict[str, Any]:
         exact = prepare_check(model, processor, Path(rows)) if request.check else None
         round_weights(model, DTYPES[dtype])
         write_folder(model, processor, spec, draft)
-        (draft / "README.md").write_text(model_card(origin, spec, dtype, request.out.resolve().name, config.model_type))
+        name = request.out.resolve().name
+        (draft / "README.md").write_text(model_card(origin, spec, dtype, name, config.model_type, template))
         result = {
             "folder": str(request.out),
             "model": str(source),
@@ -79,10 +81,26 @@ def export(request: ExportRequest) -> dict[str, Any]:
             "compressor": spec and spec.entry(),
             "remote_code": spec is not None,
             "bytes": sum(file.stat().st_size for file in draft.iterdir()),
+            "notes": [*template_notes(template), *serving_notes(config)],
         }
         if exact is not None:
             result["check"] = run_check(model, processor, draft, Path(rows), exact)
     return result
+
+
+def known_template(source: Path) -> str | None:
+    with suppress(KdcliError):  # trained with several: no single prompt is its own
+        return trained_template(str(source))
+    return None
+
+
+def template_notes(template: str | None) -> list[str]:
+    if template in (None, "chat"):
+        return []
+    return [
+        f"it was trained with template {template}, which is not the chat template of its folder: README.md there shows such a prompt, and "
+        f"`kdcli eval` wants --template {template}"
+    ]
 
 
 def refuse_own_code(source: Path) -> None:

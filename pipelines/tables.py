@@ -36,7 +36,7 @@ def export_lines(result: Mapping[str, Any]) -> str:
         )
         if result["dtype"] != "float32":
             lines.append(f"rounding the weights to {result['dtype']} moved logits by up to {check['rounding']:.2g}")
-    return "\n".join(lines)
+    return "\n".join([*lines, *(f"note: {note}" for note in result["notes"])])
 
 
 def human_bytes(count: float) -> str:

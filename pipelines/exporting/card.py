@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import PurePath
 from typing import Any
@@ -9,6 +10,9 @@ from typing import Any
 from pipelines.exporting.provenance import Provenance
 from pipelines.tables import score_table
 from student_train.compressors import CompressorSpec
+from teacher_cache.records import Turn
+from teacher_cache.rows import PLACEHOLDER
+from teacher_cache.templates import find_template
 
 LICENSE_NOTE = (
     "> **License: not stated.** It is yours to choose, within those of the base student, its vision tower, the teacher and the training "
@@ -16,8 +20,19 @@ LICENSE_NOTE = (
 )
 
 
-def model_card(origin: Provenance, spec: CompressorSpec | None, dtype: str, name: str, family: str) -> str:
-    """Markdown with the YAML block that a model hub reads."""
+CHAT_INPUTS = """picture = Image.open("picture.jpg")
+messages = [{"role": "user", "content": [{"type": "image", "image": picture}, {"type": "text", "text": "What is in the picture?"}]}]
+inputs = processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt")"""
+
+
+def model_card(
+    origin: Provenance, spec: CompressorSpec | None, dtype: str, name: str, family: str, template: str | None = None
+) -> str:
+    """Markdown with the YAML block that a model hub reads.
+
+    Args:
+        template: in which the student was asked while it trained; None: nobody knows, so its chat template.
+    """
     front = [
         "---",
         "library_name: transformers",
@@ -31,7 +46,7 @@ def model_card(origin: Provenance, spec: CompressorSpec | None, dtype: str, name
         f"# {name}",
         summary(origin, spec, dtype),
         LICENSE_NOTE,
-        f"## Loading\n\n{loading(spec, name)}",
+        f"## Loading\n\n{loading(spec, name, template or 'chat')}",
         f"## Training\n\n{training(origin)}",
         f"## Results\n\n{results(origin)}",
     ]
@@ -46,18 +61,23 @@ def summary(origin: Provenance, spec: CompressorSpec | None, dtype: str) -> str:
     return text
 
 
-def loading(spec: CompressorSpec | None, name: str) -> str:
+def loading(spec: CompressorSpec | None, name: str, template: str) -> str:
     trust = ", trust_remote_code=True" if spec else ""
     note = "\n\n`trust_remote_code=True` runs the two Python files of this folder: read them first." if spec else ""
+    prompt = find_template(template).prompt
+    if prompt is None:
+        asked = CHAT_INPUTS
+    else:
+        text = json.dumps(prompt([Turn("user", f"{PLACEHOLDER}\nWhat is in the picture?")]))
+        asked = f"""text = {text}  # it was trained so, not with the chat template of this folder
+inputs = processor(images=[Image.open("picture.jpg")], text=[text], return_tensors="pt")"""
     return f"""```python
 from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 model = AutoModelForImageTextToText.from_pretrained("{name}"{trust})
 processor = AutoProcessor.from_pretrained("{name}"{trust})
-picture = Image.open("picture.jpg")
-messages = [{{"role": "user", "content": [{{"type": "image", "image": picture}}, {{"type": "text", "text": "What is in the picture?"}}]}}]
-inputs = processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt")
+{asked}
 said = model.generate(**inputs.to(model.device, model.dtype), max_new_tokens=64)
 print(processor.batch_decode(said[:, inputs["input_ids"].shape[1]:], skip_special_tokens=True)[0])
 ```{note}"""

@@ -33,7 +33,7 @@ def row_codec(name: str, version: int | None = None) -> ModuleType:
         raise CacheError(f"unknown codec {name!r}: this version of kdcli reads {', '.join(codecs)}")
     if version is None:
         return codecs[name]
-    readable = {module.VERSION: module for module in _modules() if module.NAME == name}
+    readable = {module.VERSION: module for module in _modules() if name == module.NAME}
     if version not in readable:
         known = ", ".join(map(str, sorted(readable)))
         raise CacheError(f"codec {name} version {version} is not readable: this kdcli reads {known}")

@@ -220,6 +220,16 @@ def test_a_model_is_asked_in_the_template_it_was_trained_with(trained_with, tiny
     assert model_arguments({"pretrained": str(tiny_student)}).asking_template() == "chat"
 
 
+def test_an_export_says_how_its_model_is_asked(trained_with, tmp_path: Path) -> None:
+    from pipelines.export import known_template, template_notes
+
+    assert known_template(trained_with(sft="v1")) == "v1" and "--template v1" in template_notes("v1")[0]
+    assert (
+        known_template(trained_with(sft="v1", more="chat")) is None
+        and template_notes(None) == template_notes("chat") == []
+    )
+
+
 def test_several_templates_have_to_be_chosen_from(trained_with) -> None:
     with pytest.raises(KdcliError, match=r"trained with the templates chat and v1: say which one asks \(--template\)"):
         trained_template(str(trained_with(sft="v1", more="chat", caption="plain")))

@@ -159,7 +159,9 @@ def given_of(model: Any, inputs: dict[str, Any], ends: list[int]) -> Given:
 
 
 @torch.no_grad()
-def check(model: Any, inputs: dict[str, Any], pruning: Pruning, ends: list[int] | None, equations: Callable[..., Any]) -> int:
+def check(
+    model: Any, inputs: dict[str, Any], pruning: Pruning, ends: list[int] | None, equations: Callable[..., Any]
+) -> int:
     """The same rows, and states that are equal to what float32 angles of the rotary embedding leave. Returns how many rows are left."""
     query_at = None if ends is None else torch.tensor([ends])
     with prune_vision(model, pruning, query_at) as pruned:
