@@ -130,6 +130,7 @@ def _examine_group(spec: DataSpec, source: Source, group: RowGroup, check: _RowC
         except SkipRow as skip:
             tally.found.append((skip.reason, Example(row.place, row.source_id, skip.detail[:_DETAIL_CHARACTERS])))
             continue
+        tally.found += [(kind, Example(row.place, row.source_id, seen)) for kind, seen in row.notes]
         tally.found += [("extension_differs", note) for note in _extension_notes(row)]
         tally.counts.update(_shape(row))
     return tally
@@ -196,6 +197,8 @@ class _Merged:
     def _note(self, kind: str, example: Example) -> None:
         self.counts[kind] += 1
         kept = self.examples.setdefault(kind, [])
+        if kind == "columns_unused" and any(one.detail == example.detail for one in kept):
+            return  # the first row of every set of columns: most files have one set in all rows
         if len(kept) < self.max_examples:
             kept.append(example)
 

@@ -9,10 +9,11 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from teacher_cache.errors import SKIP_REASONS, printable
+from teacher_cache.errors import ROW_NOTES, SKIP_REASONS, printable
 
 # What is worth knowing but costs no row: the image decodes and is used.
 NOTES = {
+    **ROW_NOTES,
     "extension_differs": "the image's content is of another kind than its file name says (GIF renamed .jpg)",
     "duplicate_ids": "rows whose id was seen before in the part (legal: ids are never keys)",
     "duplicate_images": "images whose bytes were seen before in the part (legal: a cache stores them once a shard)",

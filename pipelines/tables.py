@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from teacher_cache.errors import ROW_NOTES
 from teacher_cache.records import View
 from teacher_cache.shards.verify import Problem
 
@@ -62,7 +63,13 @@ def cache_table(columns: Mapping[str, Mapping[str, Any]], rows: int) -> str:
             text += f"\n{name}: {one['tail']} tails, 1 − Σp of its entries (vLLM's log-probs)"
     listed = ", ".join(f"{count} {reason}" for reason, count in sorted(skipped.items()))
     written = columns["samples"]["written"]
-    return f"{text}\n{rows} rows in the plan: {written} written, {total} skipped" + (f" ({listed})" if listed else "")
+    noted = ((columns["samples"].get("counts", {}).get(kind, 0), words) for kind, words in ROW_NOTES.items())
+    notes = "".join(f"\nnote: {count} rows: {words}; `kdcli doctor` names them" for count, words in noted if count)
+    return (
+        f"{text}\n{rows} rows in the plan: {written} written, {total} skipped"
+        + (f" ({listed})" if listed else "")
+        + notes
+    )
 
 
 def work_lines(work: Mapping[str, Any]) -> str:

@@ -159,6 +159,8 @@ def write_window(
     if "samples" in writers:
         for sample, prepared in zip(window.samples, window.prepared):
             writers["samples"].add(prepared, encode_sample(sample, prepared))
+            for kind, _ in sample.notes:
+                writers["samples"].note(kind)
     with beside_the_teacher(outputs[0].device if outputs else None):
         for sample, prepared, output in zip(window.samples, window.prepared, outputs or ()):
             if not is_finite(output):

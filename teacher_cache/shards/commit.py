@@ -35,7 +35,8 @@ class Commit:
         plan_hash, column_hash: what the bytes were made from; the latter is empty for ``samples``.
         rows: rows of the slice; written + skipped = rows.
         skipped: rows that are not in the tar, with their reasons.
-        counts: totals over the shard (``vision_rows``, ``response_rows``, ``text_tokens``).
+        counts: totals over the shard (``vision_rows``, ``response_rows``, ``text_tokens``), and of ``samples`` rows with each of
+            ``errors.ROW_NOTES``.
     """
 
     shard: int

@@ -67,6 +67,10 @@ class ShardWriter:
         """CacheError where the tars under construction take more local disk than they may."""
         staging.check_bound(self._folder, self._bound)
 
+    def note(self, kind: str) -> None:
+        """Count one row of which ``kind`` (one of ``errors.ROW_NOTES``) is worth knowing."""
+        self._counts[kind] += 1
+
     def skip(self, record: SkipRecord) -> None:
         self._skipped.append(record)
 

@@ -112,7 +112,10 @@ def read_row(value: Any, members: Sequence[str] | None = None) -> Row:
 
 def _messages(row: Mapping[str, Any]) -> tuple[Sequence[Any], bool, frozenset[str]]:
     """(the row's messages, whether images without a placeholder stand before the first question, further columns that were read)."""
-    found = [name for name in TALK[:2] if row.get(name) is not None]
+    prompt, completion = row.get("prompt"), row.get("completion")
+    there = [name for name in TALK[:2] if row.get(name) is not None]
+    # Of an empty list only where nothing else is there: mixtures joined from two have both columns, one of them empty.
+    found = [name for name in there if row[name] != []] or ([] if is_given(completion) else there[:1])
     if found:
         talk = [_list(row[name], repr(name)) for name in found]
         if len(found) == 2 and not _equal(*talk):
@@ -120,7 +123,6 @@ def _messages(row: Mapping[str, Any]) -> tuple[Sequence[Any], bool, frozenset[st
         first = talk[0][0] if talk[0] else None
         is_llava = found[0] == "conversations" and not (isinstance(first, Mapping) and "from" not in first)
         return talk[0], not is_llava, frozenset()
-    prompt, completion = row.get("prompt"), row.get("completion")
     if prompt is None and completion is None:
         columns = ", ".join(repr(str(name)[:40]) for name in list(row)[:12])
         raise SkipRow(

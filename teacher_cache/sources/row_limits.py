@@ -63,8 +63,8 @@ def media_columns(names: Iterable[Any]) -> list[str]:
 def refuse_media_columns(row: Mapping[str, Any]) -> None:
     """SkipRow where one of them is given."""
     for name in media_columns(row):
-        if is_given(row[name]):
-            value = row[name]
+        value = row[name]
+        if isinstance(value, str | bytes | list | Mapping) and is_given(value):
             shown = f": {value[:60]!r}" if isinstance(value, str) else ""
             raise SkipRow("media_unsupported", f"the row has {name!r}{shown}")
 

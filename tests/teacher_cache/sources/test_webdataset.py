@@ -143,7 +143,7 @@ def test_rows_that_cannot_be_used_say_why(tmp_path, members, reason, says):
 
 
 def test_too_many_bytes_are_a_skip(tmp_path, monkeypatch):
-    monkeypatch.setattr("teacher_cache.sources.webdataset.MAX_IMAGE_BYTES", 3)
+    monkeypatch.setattr("teacher_cache.sources.image_folder.MAX_IMAGE_BYTES", 3)
     monkeypatch.setattr("teacher_cache.sources.webdataset.MAX_ROW_BYTES", 200)
     assert only(tmp_path, ("0.jpg", b"abcd"), ("0.txt", "x")).reason == "image_too_large"
     made = only(tmp_path, ("0.jpg", b"a"), ("0.txt", "x" * 201))
