@@ -36,9 +36,8 @@ def refuse_foreign(path: str) -> None:
     start = files.first_bytes(path, 64)
     if _WIDE.match(start) or start[:4] == b"\0\0\xfe\xff":
         to = f"{os.path.splitext(path)[0]}-utf8{os.path.splitext(path)[1]}"
-        raise DataError(
-            f"{path}: the file is UTF-16 or UTF-32; save it as UTF-8 (`iconv -f UTF-16 -t UTF-8 {path} > {to}`)"
-        )
+        kind = "UTF-32" if start[:4] in (b"\xff\xfe\0\0", b"\0\0\xfe\xff") else "UTF-16"
+        raise DataError(f"{path}: the file is {kind}; save it as UTF-8 (`iconv -f {kind} -t UTF-8 {path} > {to}`)")
     for magic, program in _COMPRESSED:
         if start.startswith(magic):
             raise DataError(f"{path} is compressed, and rows are found by seeking: unpack it first ({program})")

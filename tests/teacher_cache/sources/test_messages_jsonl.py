@@ -191,6 +191,24 @@ def test_a_file_that_is_cut_off_is_an_error(tmp_path):
     assert len(rows_of(path, limit=1)) == 1
 
 
+@pytest.mark.parametrize("indent", [0, 1, 4])
+def test_objects_over_many_lines_are_named_as_such(tmp_path, indent):
+    """The file is whole: to fetch it again would not help."""
+    rows = [{"messages": TALK, "id": str(i)} for i in range(2)]
+    pretty = "\n".join(json.dumps(row, indent=indent) for row in rows).encode()
+    later = json.dumps(rows[0]).encode() + b"\n" + pretty
+    for data, line in ((pretty, 2), (later, 3), (json.dumps(rows, indent=indent).encode(), 2)):
+        path = write(tmp_path, data)
+        with pytest.raises(DataError, match=rf"begins before line {line} goes on in it: .*jq -c \."):
+            open_source(DataSpec("sft", path, format="messages-jsonl")).scan(10)
+
+
+def test_two_damaged_lines_are_no_object_over_two_lines(tmp_path):
+    good = json.dumps({"messages": TALK}).encode()
+    rows = rows_of(write(tmp_path, b"\n".join([good, good[:-9], b"hello", good[:-9], good[3:], good])))
+    assert [isinstance(row, Sample) for row in rows] == [True, False, False, False, False, True]
+
+
 def test_a_line_without_end_is_bounded(tmp_path, monkeypatch):
     monkeypatch.setattr("teacher_cache.sources.json_lines.MAX_ROW_BYTES", 3_000_000)
     path = write(tmp_path, b'{"messages": "' + b"x" * 6_000_000)
