@@ -134,6 +134,8 @@ class _Merged:
     def _note(self, kind: str, example: Example) -> None:
         self.counts[kind] += 1
         kept, most = self.examples.setdefault(kind, []), self._most[kind]
+        if kind == "columns_unused" and any(one.detail == example.detail for one in kept):
+            return  # the first row of every set of columns: most files have one set in all rows
         if most is None or len(kept) < most:
             kept.append(example)
 

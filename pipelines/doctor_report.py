@@ -11,11 +11,12 @@ from rich.markup import escape
 from rich.table import Table
 
 from pipelines.tables import table
-from teacher_cache.errors import SKIP_REASONS, printable
+from teacher_cache.errors import ROW_NOTES, SKIP_REASONS, printable
 from teacher_cache.label_ends import END_KINDS
 
 # What is worth knowing but costs no row: the image decodes and is used.
 NOTES = {
+    **ROW_NOTES,
     **END_KINDS,
     "cut": "rows over the length limit, cut at a turn border: their last turns are not used",
     "cut_images": "images that go with the turns that are cut",

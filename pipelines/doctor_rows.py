@@ -94,6 +94,7 @@ class RowExaminer:
         except SkipRow as skip:
             tally.found.append((skip.reason, _example(row, skip.detail)))
             return
+        tally.found += [(kind, _example(row, seen)) for kind, seen in row.notes]
         tally.found += [("extension_differs", note) for note in _extension_notes(row)]
         tally.counts.update(_shape(row))
         if prepared is None or self.reading is None or self.ends is None:

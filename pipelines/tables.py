@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from teacher_cache.errors import ROW_NOTES
 from teacher_cache.records import View
 from teacher_cache.shards.verify import Problem
 
@@ -63,7 +64,11 @@ def cache_table(columns: Mapping[str, Mapping[str, Any]], rows: int) -> str:
     listed = ", ".join(f"{count} {reason}" for reason, count in sorted(skipped.items()))
     written, counts = columns["samples"]["written"], columns["samples"].get("counts", {})
     text += f"\n{rows} rows in the plan: {written} written, {total} skipped" + (f" ({listed})" if listed else "")
-    return text + cut_words(counts.get("cut_rows", 0), counts.get("cut_images", 0))
+    text += cut_words(counts.get("cut_rows", 0), counts.get("cut_images", 0))
+    noted = ((counts.get(kind, 0), words) for kind, words in ROW_NOTES.items())
+    return text + "".join(
+        f"\nnote: {count} rows: {words}; `kdcli doctor` names them" for count, words in noted if count
+    )
 
 
 def cut_words(rows: int, images: int) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
@@ -211,6 +212,7 @@ def write_window(
             members = encode_sample(sample, prepared)
             writers["samples"].add(prepared, members)
             writers["samples"].count(cut_counts(members, sample.place))
+            writers["samples"].count(Counter(kind for kind, _ in sample.notes))
     with beside_the_teacher(outputs[0].device if outputs else None):
         for sample, prepared, output in zip(window.samples, window.prepared, outputs or ()):
             if not is_finite(output):

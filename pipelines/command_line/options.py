@@ -60,7 +60,9 @@ stored_options = several(
 data_options = several(
     click.option("--data", multiple=True, help="Mixture part: file, glob or brace URL. Repeat for more parts."),
     click.option(
-        "--part", multiple=True, help="Name of each --data part, in order (default: the stem of its file name)."
+        "--part",
+        multiple=True,
+        help="Name of each --data part, in order; default: caption where its template is plain, else sft.",
     ),
     click.option("--image-root", multiple=True, help="Folder of relative image paths, once for all or once a --data."),
     links_option,

@@ -36,7 +36,7 @@ class Commit:
         rows: rows of the slice; written + skipped = rows.
         skipped: rows that are not in the tar, with their reasons.
         counts: totals over the shard (``vision_rows``, ``response_rows``, ``text_tokens``); of ``samples`` also ``cut_rows`` and
-            ``cut_images``, what ``over_length = "cut"`` cut and lost, where there is any.
+            ``cut_images``, what ``over_length = "cut"`` cut and lost, and rows with each of ``errors.ROW_NOTES``, where there are any.
     """
 
     shard: int

@@ -14,6 +14,7 @@ from typing import Any, Protocol
 from teacher_cache.errors import DataError
 from teacher_cache.records import RowGroup, Sample, SkipRecord
 from teacher_cache.sources.files import expand_paths
+from teacher_cache.sources.foreign import described, refuse_foreign
 
 
 @dataclass(frozen=True)
@@ -82,11 +83,19 @@ def open_source(spec: DataSpec) -> Source:
     if spec.format is not None and spec.format not in modules:
         raise DataError(f"unknown format {spec.format!r}; valid formats: {', '.join(modules)}")
     paths = expand_paths(spec.path)
+    for path in paths:
+        refuse_foreign(path)
     if spec.format is not None:
         return modules[spec.format].open(spec, paths)
     fitting = [name for name, module in modules.items() if module.matches(paths)]
     if len(fitting) != 1:
-        found = f"fits several formats ({', '.join(fitting)})" if fitting else "is of no known format"
-        more = f" and {len(paths) - 1} more" if len(paths) > 1 else ""
-        raise DataError(f"{paths[0]}{more} {found}; files of a part share one format, say which: {', '.join(modules)}")
+        raise DataError(_no_format(paths, fitting, list(modules)))
     return modules[fitting[0]].open(spec, paths)
+
+
+def _no_format(paths: list[str], fitting: list[str], formats: list[str]) -> str:
+    if not fitting and (what := described(paths[0])):
+        return f"{paths[0]} is of no known format: {what}"
+    found = f"fits several formats ({', '.join(fitting)})" if fitting else "is of no known format"
+    more = f" and {len(paths) - 1} more" if len(paths) > 1 else ""
+    return f"{paths[0]}{more} {found}; files of a part share one format, say which: {', '.join(formats)}"

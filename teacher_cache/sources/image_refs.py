@@ -58,7 +58,10 @@ def _refs(value: Any, what: str) -> list[ImageRef]:
     """Of a column: nothing, one image or a list of them."""
     if value is None or value == "":
         return []
-    return [ref_of(one, what) for one in (value if isinstance(value, list) else [value])]
+    listed = value if isinstance(value, list) else [value]
+    if None in listed:
+        raise SkipRow("image_missing", f"image {listed.index(None)} of {what} is null")
+    return [ref_of(one, what) for one in listed]
 
 
 def part_ref(part: Mapping[str, Any], what: str) -> ImageRef | None:

@@ -25,15 +25,10 @@ from teacher_cache.errors import SkipRow
 from teacher_cache.records import Image, Sample, SkipRecord, Turn
 from teacher_cache.rows import PLACEHOLDER
 from teacher_cache.sources import row_limits as limits
-from teacher_cache.sources.image_refs import IMAGE_COLUMNS, ImageRef, listed_refs, part_ref
+from teacher_cache.sources.image_refs import IMAGE_COLUMNS, ImageRef, listed_refs
 from teacher_cache.sources.row_values import checked_text, extra_of, is_given, kind_of, row_object, source_id_of
+from teacher_cache.sources.turns import Pieces, RawTurns, joined, read_turns
 
-ROLE_OF = {
-    **dict.fromkeys(("human", "user"), "user"),
-    **dict.fromkeys(("gpt", "assistant", "bot", "model", "chatgpt"), "assistant"),
-    "system": "system",
-}
-"""What the speaker of a turn is called, in lower case → the role."""
 TALK = ("messages", "conversations", "prompt", "completion")
 COLUMNS = frozenset({"id", "system", "messages", "conversations", *IMAGE_COLUMNS})
 """What is read of a row whatever else it has; ``prompt`` and ``completion`` may be metadata of another conversation."""
@@ -87,59 +82,56 @@ def read_row(value: Any, members: Sequence[str] | None = None) -> Row:
     listed = listed_refs(row)
     if members is not None:
         listed = _among(listed, members) or [ImageRef(name) for name in members]
-    messages, may_place, talk = _messages(row)
-    read = _read_turns(messages, may_place)
-    pieces, named = read.turns, read.named
+    first, *others = _talks(row)
+    raw = read_turns(first.messages, first.is_chat)
+    named, literal, turns = raw.named, raw.placeholders(), raw.joined()
+    if any(read_turns(other.messages, other.is_chat).joined() != turns for other in others):
+        raise SkipRow("bad_row", "'messages' and 'conversations' are both there and differ: keep one of them")
     if members is not None and named:
         named, listed = _named_members(named, listed, members)
-    literal = sum(text.count(PLACEHOLDER) for _, one in pieces for text in one if text is not None)
     if named and literal:
         raise SkipRow("placeholder_mismatch", f"the text holds {literal} {PLACEHOLDER} beside {len(named)} image parts")
-    turns = tuple(Turn(role, _joined(one)) for role, one in pieces)
     limits.refuse_placeholders(turns, len(listed), bool(named or literal))
     if named:
         listed = _filled(named, listed)
-    elif listed and not literal and may_place:
-        turns = tuple(Turn(role, _joined(one)) for role, one in _before_first_question(pieces, len(listed)))
+    elif listed and not literal and first.is_chat:
+        turns = _before_first_question(raw, len(listed))
     turns = _with_system(turns, row.get("system"))
-    unused = dict.fromkeys([*limits.unused_of_row(row), *read.unused])
-    notes = [("columns_unused", ", ".join(unused))] if unused else []
-    notes += [
-        ("image_in_answer", f"turn {i}") for i, t in enumerate(turns) if t.role == "assistant" and PLACEHOLDER in t.text
-    ]
-    return Row(turns, tuple(listed), extra_of(row, COLUMNS | talk), tuple(notes))
+    notes = _notes(turns, [*limits.unused_of_row(row), *raw.unused])
+    return Row(turns, tuple(listed), extra_of(row, COLUMNS | set(first.columns) if first.columns else COLUMNS), notes)
 
 
-def _messages(row: Mapping[str, Any]) -> tuple[Sequence[Any], bool, frozenset[str]]:
-    """(the row's messages, whether images without a placeholder stand before the first question, further columns that were read)."""
-    found = [name for name in TALK[:2] if row.get(name) is not None]
-    if found:
-        talk = [_list(row[name], repr(name)) for name in found]
-        if len(found) == 2 and not _equal(*talk):
-            raise SkipRow("bad_row", "'messages' and 'conversations' are both there and differ: keep one of them")
-        first = talk[0][0] if talk[0] else None
-        is_llava = found[0] == "conversations" and not (isinstance(first, Mapping) and "from" not in first)
-        return talk[0], not is_llava, frozenset()
+@dataclass(frozen=True)
+class _Talk:
+    """Turns of a row. is_chat: images without a placeholder stand before the first question. columns: further ones that were read."""
+
+    messages: Sequence[Any]
+    is_chat: bool
+    columns: tuple[str, ...] = ()
+
+
+def _talks(row: Mapping[str, Any]) -> list[_Talk]:
+    """At least one; several must say the same."""
     prompt, completion = row.get("prompt"), row.get("completion")
+    there = [name for name in TALK[:2] if row.get(name) is not None]
+    # Of an empty list only where nothing else is there: mixtures joined from two have both columns, one of them empty.
+    found = [name for name in there if row[name] != []] or ([] if is_given(completion) else there[:1])
+    if found:
+        return [_Talk(_list(row[name], repr(name)), name == "messages" or _is_chat(row[name])) for name in found]
     if prompt is None and completion is None:
-        columns = ", ".join(repr(str(name)[:40]) for name in list(row)[:12])
-        raise SkipRow(
-            "bad_row",
-            f"the row has neither 'messages' nor 'conversations' nor 'prompt' and 'completion'; it has {columns or 'nothing'}",
-        )
+        columns = ", ".join(repr(str(name)[:40]) for name in list(row)[:12]) or "nothing"
+        what = "the row has neither 'messages' nor 'conversations' nor 'prompt' and 'completion'"
+        raise SkipRow("bad_row", f"{what}; it has {columns}")
     if completion is None and is_given(row.get("chosen")):
         raise SkipRow("bad_row", "a preference pair ('chosen', 'rejected'): write the answer to learn as 'completion'")
     asked = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else _list(prompt, "'prompt'")
     said = completion
     said = [{"role": "assistant", "content": said}] if isinstance(said, str) else _list(said, "'completion'")
-    return [*asked, *said], True, frozenset(TALK[2:])
+    return [_Talk([*asked, *said], True, TALK[2:])]
 
 
-def _equal(one: Any, other: Any) -> bool:
-    try:
-        return bool(one == other)
-    except RecursionError:
-        return False
+def _is_chat(messages: Any) -> bool:
+    return bool(messages) and isinstance(messages[0], Mapping) and "from" not in messages[0]
 
 
 def _list(value: Any, what: str) -> list[Any]:
@@ -148,64 +140,13 @@ def _list(value: Any, what: str) -> list[Any]:
     return value
 
 
-_LLAVA = ("turn", ("from", "role"), ("value", "content"))
-Pieces = list[str | None]
-"""Of one message: texts, and None for an image."""
-
-
-@dataclass(frozen=True)
-class _Turns:
-    """(role, pieces) of every message, of every image part what it names, and keys that nothing reads."""
-
-    turns: list[tuple[str, Pieces]]
-    named: list[ImageRef | None]
-    unused: list[str]
-
-
-def _read_turns(messages: Sequence[Any], is_chat: bool) -> _Turns:
-    read = _Turns([], [], [])
-    word, by, text = ("message", ("role", "from"), ("content", "value")) if is_chat else _LLAVA
-    for number, message in enumerate(messages):
-        what = f"{word} {number}"
-        if not isinstance(message, Mapping):
-            raise SkipRow("bad_row", f"{what} is {kind_of(message)}, not an object")
-        speaker = next((message[key] for key in by if message.get(key) is not None), None)
-        limits.refuse_tools(message, speaker, what)
-        role = ROLE_OF.get(speaker.strip().lower()) if isinstance(speaker, str) else None
-        if role is None:
-            raise SkipRow("bad_row", f"{what} is by {str(speaker)[:40]!r}, not one of {', '.join(ROLE_OF)}")
-        if role == "assistant":
-            limits.refuse_unlabelled_answer(message, what)
-        key = next(
-            (key for key in text if message.get(key) is not None), text[text[0] not in message and text[1] in message]
-        )
-        read.turns.append((role, _pieces(message.get(key), f"{key!r} of {what}", read.named)))
-        read.unused.extend(limits.unused_of_turn(message))
-    return read
-
-
-def _pieces(content: Any, what: str, found: list[ImageRef | None]) -> Pieces:
-    if not isinstance(content, list):
-        return [checked_text(content, what)]
-    pieces: Pieces = []
-    for part in content:
-        if isinstance(part, str):
-            pieces.append(checked_text(part, what))
-            continue
-        if not isinstance(part, Mapping):
-            raise SkipRow("bad_row", f"{what} holds a part that is {type(part).__name__}, not an object")
-        kind = part.get("type")
-        if kind is None:  # Qwen-VL writes {"image": …} and {"text": …}
-            names = ("image", "image_url", "text", *limits.media_columns(part))
-            kind = next((name for name in names if part.get(name) is not None), None)
-        if kind in ("text", "input_text", "output_text"):
-            pieces.append(checked_text(part.get("text"), f"'text' in {what}"))
-        elif kind in ("image", "image_url", "input_image"):
-            pieces.append(None)
-            found.append(part_ref(part, f"an image in {what}"))
-        else:
-            limits.refuse_part(kind, what)
-    return pieces
+def _notes(turns: tuple[Turn, ...], unused: list[str]) -> tuple[tuple[str, str], ...]:
+    notes = [("columns_unused", ", ".join(dict.fromkeys(unused)))] if unused else []
+    for number, turn in enumerate(turns):
+        if turn.role == "assistant" and PLACEHOLDER in turn.text:
+            notes.append(("image_in_answer", f"turn {number}"))
+            break
+    return tuple(notes)
 
 
 def _with_system(turns: tuple[Turn, ...], system: Any) -> tuple[Turn, ...]:
@@ -252,20 +193,11 @@ def _filled(named: list[ImageRef | None], listed: list[ImageRef]) -> list[ImageR
     return [ref if ref is not None else next(waiting) for ref in named]
 
 
-def _before_first_question(turns: list[tuple[str, Pieces]], images: int) -> list[tuple[str, Pieces]]:
-    first = next((i for i, (role, _) in enumerate(turns) if role == "user"), None)
+def _before_first_question(raw: RawTurns, images: int) -> tuple[Turn, ...]:
+    first = next((i for i, (role, _) in enumerate(raw.pieces) if role == "user"), None)
     if first is None:
         raise SkipRow("placeholder_mismatch", f"{images} images, and no user turn that they could stand in")
-    role, pieces = turns[first]
-    whole: Pieces = [*[None] * images, *pieces]
-    return [*turns[:first], (role, whole), *turns[first + 1 :]]
-
-
-def _joined(pieces: Sequence[str | None]) -> str:
-    """As LLaVA writes it: an image on a line of its own, texts one right behind the other."""
-    text = ""
-    for number, piece in enumerate(pieces):
-        if number and (piece is None or pieces[number - 1] is None) and piece != "":
-            text += "\n"
-        text += PLACEHOLDER if piece is None else piece
-    return text
+    before: Pieces = [None] * images
+    return tuple(
+        Turn(role, joined([*before, *pieces] if i == first else pieces)) for i, (role, pieces) in enumerate(raw.pieces)
+    )

@@ -67,15 +67,23 @@ class MessagesJsonl:
         """Memory: one chunk, one line and the list of groups.
 
         Raises:
-            DataError: the last line is cut off, a line is longer than 64 MB, or rows name image files but there is no image root.
+            DataError: the last line is cut off, objects go on over several lines, a line is longer than 64 MB, or rows name image files
+                but there is no image root.
         """
         return group_rows_of(len(self.paths), self._ranges, group_rows, self.spec.limit)
 
     def _ranges(self, file: int) -> Iterator[RowRange]:
         path = self.paths[file]
+        before = b""  # the line before, where it is no row
         with files.open_binary(path) as stream:
             for offset, line, data, ended in split_lines(stream, path):
                 value, characters, images = _parse(data), 0, 0
+                if before and not isinstance(value, dict) and _goes_on(before, data):
+                    raise DataError(
+                        f"{path}: one JSON object a line is read here, and what begins before line {line} goes on in it: "
+                        f"write it so (`jq -c . {path} > rows.jsonl`; a list: `jq -c '.[]'`)"
+                    )
+                before = data if isinstance(value, Unparsed) and data[:1] in (b"{", b"[") else b""
                 if isinstance(value, Unparsed) and not ended:
                     raise DataError(
                         f"{path}: line {line}, the last, is cut off at byte {offset + len(data)} ({value.why}): fetch the file again"
@@ -107,6 +115,18 @@ class MessagesJsonl:
                 yield read_sample(empty, _parse(data), read_row, self.images.fetch)
         if (count, end) != (group.rows, where["end"]):
             raise DataError(f"{path}: line {where['line']} and what follows is not what the scan saw: the file changed")
+
+
+def _goes_on(line: bytes, following: bytes) -> bool:
+    """True where two lines together are JSON as far as they go, so that neither is merely damaged."""
+    text = (line + b"\n" + following).decode("utf-8", "replace").rstrip(", ")
+    try:
+        json.loads(text)
+    except json.JSONDecodeError as error:
+        return error.pos >= len(text)
+    except (ValueError, RecursionError):
+        return False
+    return True
 
 
 def _parse(data: bytes) -> Any:

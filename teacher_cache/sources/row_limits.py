@@ -45,10 +45,9 @@ _MEDIA_COLUMN = re.compile(r"(?:video|audio)s?(?:_(?:path|file|url|bytes)s?)?", 
 _MEDIA_PART = re.compile(r"(?:input_)?(?:video|audio)(?:_url)?", re.IGNORECASE)
 _MEDIA = ("video", "audio", "speech", "sound")
 _PLACE = re.compile(
-    r"(?!(?-i:<image>))<(?P<left>\|?)(?P<word>image|img|picture|video|audio|speech|sound)"
+    r"<img>[^<\n]+</img>|(?!(?-i:<image>))<(?P<left>\|?)(?P<word>image|img|picture|video|audio|speech|sound)"
     r"(?P<more>(?:[ _-]?(?:\d+|here|pad|placeholder|token|soft_token|context|start|bos))?\|?)>"
-    r"|<start_of_(?P<start>image|audio)>|<\|vision_(?:start|pad)\|>|(?-i:\[(?P<upper>IMG|IMAGE|VIDEO|AUDIO)\])"
-    r"|<img>[^<\n]+</img>",
+    r"|<start_of_(?P<start>image|audio)>|<\|vision_(?:start|pad)\|>|(?-i:\[(?P<upper>IMG|IMAGE|VIDEO|AUDIO)\])",
     re.IGNORECASE,
 )
 _QUOTES = tuple("\"'`“‘«")
@@ -63,8 +62,8 @@ def media_columns(names: Iterable[Any]) -> list[str]:
 def refuse_media_columns(row: Mapping[str, Any]) -> None:
     """SkipRow where one of them is given."""
     for name in media_columns(row):
-        if is_given(row[name]):
-            value = row[name]
+        value = row[name]
+        if isinstance(value, str | bytes | list | Mapping) and is_given(value):
             shown = f": {value[:60]!r}" if isinstance(value, str) else ""
             raise SkipRow("media_unsupported", f"the row has {name!r}{shown}")
 

@@ -184,7 +184,7 @@ def _row(stream: BinaryIO, sample: _Files, value: Any) -> Row:
         found = read_row(row, images)
     else:
         refuse_media_columns(row)
-        found = _caption(_caption_text(stream, dict(sample.members), row), images, extra_of(row, COLUMNS))
+        found = _caption(_caption_text(stream, dict(sample.members), row), images, extra_of(row, COLUMNS - {"system"}))
     return replace(found, extra={name: one for name, one in found.extra.items() if name not in _CAPTIONS})
 
 

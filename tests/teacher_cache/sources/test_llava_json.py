@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import os
 import tracemalloc
@@ -71,7 +72,8 @@ def test_several_images_keep_their_order(tmp_path):
         ("3", "int"),
         ('"row"', "str"),
         ("[]", "list"),
-        ("{}", "'conversations' is absent"),
+        ("{}", "neither 'messages' nor 'conversations'"),
+        ('{"question": "a", "answer": "b"}', "it has 'question', 'answer'"),
         ('{"conversations": "hi"}', "not a list"),
         ('{"conversations": ["hi"]}', "turn 0 is str"),
         ('{"conversations": [{"from": "human"}]}', "'value' of turn 0 is absent"),
@@ -79,7 +81,6 @@ def test_several_images_keep_their_order(tmp_path):
         ('{"conversations": [{"from": "robot", "value": ""}]}', "'robot'"),
         ('{"conversations": [{"from": ["human"], "value": ""}]}', "human"),
         ('{"conversations": [], "image": 3}', "'image' is int"),
-        ('{"conversations": [], "image": [null]}', "'image' is absent or null"),
         ('{"conversations": [], "id": {}}', "'id' is dict"),
         ('{"conversations": [{"from": "gpt", "value": "\\ud800"}]}', "surrogate"),
         ('{"conversations": [], "image": "\\udfff.jpg"}', "surrogate"),
@@ -197,6 +198,44 @@ def test_images_that_must_not_or_cannot_be_read(tmp_path, root, name, reason):
     (row,) = rows_of(write(tmp_path, [image_row(name)]), image_root=str(root))
     assert (type(row), row.reason, row.source_id) == (SkipRecord, reason, "i")
     assert "\0" not in row.detail
+
+
+def test_images_that_no_folder_holds(tmp_path):
+    """Bytes in the row are read; addresses are named as such, and so are paths that only look right."""
+    (tmp_path / "a.png").write_bytes(b"a")
+    text = base64.b64encode(b"\x89PNG\r\n\x1a\n" + b"\0" * 40).decode()
+    for inside in (f"data:image/png;base64,{text}", text, {"bytes": text, "path": None}):
+        (made,) = rows_of(write(tmp_path, [image_row(inside)]))
+        assert made.images[0].data == base64.b64decode(text)
+    (made,) = rows_of(write(tmp_path, [image_row(f"file://{tmp_path}/a.png")]))
+    assert made.images[0].data == b"a"
+    for name, reason, says in (
+        ("https://host/a.png", "image_missing", "is an address"),
+        ("file:///etc/passwd", "image_path_unsafe", "--image-root is the folder that a path must be below"),
+        ("/etc/passwd", "image_path_unsafe", "--image-root is the folder that a path must be below"),
+        (".\\a.png", "image_missing", "folders are parted by /"),
+        (" a.png", "image_missing", "mind the blanks"),
+        (["a.png", None], "image_missing", "image 1 of 'image' is null"),
+        (f"data:image/png;base64,{text[:-2]}", "image_corrupt", "base64"),
+    ):
+        (skip,) = rows_of(write(tmp_path, [image_row(name)]))
+        assert (skip.reason, says in skip.detail, skip.source_id) == (reason, True, "i"), skip
+
+
+def test_memory_is_a_row_where_rows_hold_their_images(tmp_path):
+    text = base64.b64encode(b"\xff\xd8\xff" + b"\0" * 100_000).decode()
+    path = tmp_path / "big.json"
+    path.write_text(json.dumps([image_row(f"data:image/jpeg;base64,{text}")] * 300))
+    source = open_source(DataSpec("sft", str(path)))
+    groups = source.scan(300)
+    tracemalloc.start()
+    try:
+        assert sum(1 for group in groups for _ in source.read(group)) == 300
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert path.stat().st_size > 30e6
+    assert peak < 10e6, f"peak {peak / 1e6:.1f} MB"
 
 
 @pytest.mark.parametrize("name", ["sub/a.jpg", "sub/../sub/a.jpg", "./sub//a.jpg", "inner-link.jpg"])

@@ -115,9 +115,8 @@ def test_small_row_groups_are_joined_and_large_ones_split_evenly():
     assert list(cut_rows([501], 500, 501)) == [(0, 250), (250, 251)]
 
 
-@pytest.mark.parametrize("missing", ["id", "conversations", "image"])
-def test_a_missing_column_names_file_found_and_expected(tmp_path, missing):
-    table = pa.Table.from_pylist([row()], schema=SCHEMA).drop_columns([missing])
+def test_a_missing_column_names_file_found_and_expected(tmp_path):
+    table = pa.Table.from_pylist([row()], schema=SCHEMA).drop_columns(["conversations"])
     path = tmp_path / "a.parquet"
     pq.write_table(table, path)
     with pytest.raises(DataError) as caught:
@@ -125,15 +124,77 @@ def test_a_missing_column_names_file_found_and_expected(tmp_path, missing):
     message = str(caught.value)
     assert str(path) in message
     assert "found " in message and "data_source: string" in message
-    assert "expected id, conversations: list<struct<from, value>>, image: struct<bytes, path>" in message
+    assert "expected conversations: list<struct<from, value>> or messages: list<struct<role, content>>" in message
 
 
-@pytest.mark.parametrize(("column", "kind"), [("conversations", pa.string()), ("image", pa.binary())])
+@pytest.mark.parametrize(("column", "kind"), [("conversations", pa.string()), ("image", pa.int64())])
 def test_a_column_of_another_shape_is_an_error(tmp_path, column, kind):
     schema = SCHEMA.set(SCHEMA.get_field_index(column), pa.field(column, kind))
     path = write(tmp_path, [{"id": "a", "conversations": None, "data_source": None, "image": None}], schema=schema)
     with pytest.raises(DataError, match="columns do not fit"):
         open_source(DataSpec("sft", path)).scan(10)
+
+
+BOTH = {"bytes": b"data", "path": "a.png"}
+KINDS = {  # how the images of a row are stored: (type of the column, value, bytes, counted by a scan)
+    "bytes alone": (pa.struct([("bytes", pa.binary())]), {"bytes": b"data"}, [b"data"], 1),
+    "raw bytes": (pa.binary(), b"data", [b"data"], 1),
+    "a path": (pa.string(), "b.png", [b"b"], 1),
+    "a path without bytes": (IMAGE, {"bytes": None, "path": "b.png"}, [b"b"], 1),
+    "a list": (pa.list_(IMAGE), [BOTH, {"bytes": None, "path": "b.png"}], [b"data", b"b"], 2),
+    "a list of paths": (pa.large_list(pa.string()), ["b.png"] * 3, [b"b"] * 3, 3),
+    "a list of bytes": (pa.list_(pa.binary()), [b"x", b"y"], [b"x", b"y"], 1),
+    "an empty list": (pa.list_(IMAGE), [], [], 0),
+    "always null": (pa.null(), None, [], 0),
+}
+
+
+@pytest.mark.parametrize("column", ["image", "images"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_images_of_every_kind(tmp_path, kind, column):
+    (tmp_path / "b.png").write_bytes(b"b")
+    stored, value, images, counted = KINDS[kind]
+    schema = pa.schema([("conversations", TURNS), (column, stored)])
+    source = open_source(DataSpec("sft", write(tmp_path, [{"conversations": TALK, column: value}], schema=schema)))
+    (group,) = source.scan(10)
+    (made,) = source.read(group)
+    assert [image.data for image in made.images] == images
+    assert (group.images, group.characters) == (counted, len("<image>\nwhät?a cat".encode()))
+
+
+PARTS = pa.list_(pa.struct([("type", pa.string()), ("text", pa.string()), ("image", IMAGE)]))
+SAID = "<image>\nwhät?", "a cat"
+ASKED = [{"type": "image", "text": None, "image": None}, {"type": "text", "text": "whät?", "image": None}]
+OWN = [{"type": "image", "text": None, "image": BOTH}, ASKED[1]]
+SPOKEN = [("completion", pa.string()), ("image", IMAGE)]
+ANSWER = [{"type": "text", "text": "a cat", "image": None}]
+
+
+def chat_of(kind):
+    return pa.list_(pa.struct([("role", pa.dictionary(pa.int8(), pa.string())), ("content", kind)]))
+
+
+@pytest.mark.parametrize(
+    ("columns", "row"),
+    [
+        ([("messages", chat_of(pa.string())), ("image", IMAGE)], {"messages": SAID, "image": BOTH}),
+        ([("messages", chat_of(PARTS)), ("images", pa.list_(IMAGE))], {"messages": (ASKED, ANSWER), "images": [BOTH]}),
+        ([("messages", chat_of(PARTS))], {"messages": (OWN, ANSWER)}),
+        ([("prompt", pa.string()), *SPOKEN], {"prompt": "whät?", "completion": "a cat", "image": BOTH}),
+        ([("prompt", chat_of(PARTS)), *SPOKEN], {"prompt": (ASKED,), "completion": "a cat", "image": BOTH}),
+    ],
+)
+def test_the_shapes_of_trl(tmp_path, columns, row):
+    """Roles may be categories; a scan counts what is said, not the bytes of an image in a part."""
+    roles = ("user", "assistant")
+    for name in ("messages", "prompt"):
+        if isinstance(row.get(name), tuple):
+            row = row | {name: [{"role": role, "content": said} for role, said in zip(roles, row[name])]}
+    source = open_source(DataSpec("sft", write(tmp_path, [row], schema=pa.schema(columns))))
+    (group,) = source.scan(10)
+    (made,) = source.read(group)
+    assert (tuple(turn.text for turn in made.turns), made.images[0].data) == (SAID, b"data")
+    assert len("whät?a cat".encode()) <= group.characters <= len("".join(SAID).encode())
 
 
 @pytest.mark.parametrize("keep", [4, 100, -1])

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import bz2
+import gzip
 import json
+import lzma
 import os
 
 import pyarrow as pa
@@ -94,6 +97,52 @@ def test_the_format_is_found_from_the_content_or_refused_with_the_valid_ones(tmp
         with pytest.raises(DataError) as caught:
             open_source(DataSpec("s", f"{tmp_path}/{pattern}"))
         assert all(name in str(caught.value) for name in source_modules())
+
+
+WHOLE = json.dumps([ROW]).encode()
+FOREIGN = {
+    "a.json": (WHOLE.decode().encode("utf-16"), r"UTF-16; save it as UTF-8 \(`iconv"),
+    "b.jsonl": (json.dumps(ROW).encode("utf-16-le"), "UTF-16; save it as UTF-8"),
+    "c.json": (WHOLE.decode().encode("utf-16-be"), "UTF-16; save it as UTF-8"),
+    "d.json": (WHOLE.decode().encode("utf-32"), "UTF-32; save it as UTF-8"),
+    "e.json.gz": (gzip.compress(WHOLE), r"is compressed.*unpack it first \(gunzip\)"),
+    "f.jsonl.bz2": (bz2.compress(WHOLE), r"is compressed.*\(bunzip2\)"),
+    "g.json": (lzma.compress(WHOLE), r"is compressed.*\(unxz\)"),
+    "h.jsonl.zst": (b"\x28\xb5\x2f\xfd\0", r"is compressed.*\(unzstd\)"),
+    "i.zip": (b"PK\x03\x04\0", r"is compressed.*\(unzip\)"),
+    "j.arrow": (b"ARROW1\0\0", "an Arrow file: write it as parquet"),
+    "k.parquet": (b"version https://git-lfs.github.com/spec/v1\n", "a git-lfs pointer, not the data"),
+    "l.json": (b"<!DOCTYPE html><html>", "a web page, not data"),
+}
+
+
+@pytest.mark.parametrize("name", FOREIGN)
+def test_files_that_no_reader_takes_say_what_they_are(tmp_path, name):
+    data, says = FOREIGN[name]
+    (tmp_path / name).write_bytes(data)
+    for given in (None, "llava-json", "messages-jsonl"):
+        with pytest.raises(DataError, match=says) as caught:
+            open_source(DataSpec("s", f"{tmp_path}/{name}", format=given))
+        assert f"{tmp_path}/{name}" in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("value", "says"),
+    [
+        ({"version": "1", "data": [ROW]}, r"one JSON object with the keys 'version', 'data'; .*`jq \.data "),
+        (
+            {"info": {"list": [1]}, "annotations": [ROW], "more": []},
+            r"'info', 'annotations', 'more'; .*`jq \.annotations ",
+        ),
+        ({"0001": ROW, "0002": ROW}, r"the keys '0001', '0002'; .*`jq '\[\.\[\]\]' "),
+        (ROW, "JSON objects over many lines each; write one a line: `jq -c "),
+        ({}, "one JSON object"),
+    ],
+)
+def test_a_json_object_is_told_what_to_do(tmp_path, value, says):
+    (tmp_path / "a.json").write_text(json.dumps(value, indent=1))
+    with pytest.raises(DataError, match=says):
+        open_source(DataSpec("s", f"{tmp_path}/a.json"))
 
 
 def test_a_given_format_is_taken_and_an_unknown_one_refused(tmp_path):

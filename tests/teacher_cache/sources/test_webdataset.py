@@ -133,6 +133,9 @@ def link(name, kind=tarfile.SYMTYPE):
         ([link("0.jpg", tarfile.LNKTYPE), ("0.txt", "x")], "bad_row", "is a hard link"),
         ([link("0.jpg", tarfile.CHRTYPE), ("0.txt", "x")], "bad_row", "is a device"),
         ([link("0.jpg", tarfile.FIFOTYPE), ("0.txt", "x")], "bad_row", "is a pipe"),
+        ([("0.mp4", b"v"), ("0.txt", "a cat runs")], "media_unsupported", "the sample has '0.mp4'"),
+        ([("0.jpg", b"a"), ("0.wav", b"s"), ("0.json", LOOK)], "media_unsupported", "'0.wav'"),
+        ([("0.jpg", b"a"), ("0.json", {"caption": "x", "video": "x.mp4"})], "media_unsupported", "'video': 'x.mp4'"),
         ([("0.txt", "x"), *[(f"0.{i}.jpg", b"a") for i in range(1100)]], "bad_row", "more than 1000 files"),
     ],
 )
@@ -143,7 +146,7 @@ def test_rows_that_cannot_be_used_say_why(tmp_path, members, reason, says):
 
 
 def test_too_many_bytes_are_a_skip(tmp_path, monkeypatch):
-    monkeypatch.setattr("teacher_cache.sources.webdataset.MAX_IMAGE_BYTES", 3)
+    monkeypatch.setattr("teacher_cache.sources.image_folder.MAX_IMAGE_BYTES", 3)
     monkeypatch.setattr("teacher_cache.sources.webdataset.MAX_ROW_BYTES", 200)
     assert only(tmp_path, ("0.jpg", b"abcd"), ("0.txt", "x")).reason == "image_too_large"
     made = only(tmp_path, ("0.jpg", b"a"), ("0.txt", "x" * 201))
