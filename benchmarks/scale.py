@@ -55,7 +55,7 @@ class Bench:
 
     def command(self, *words: str) -> dict[str, Any]:
         """Seconds and MiB of a ``kdcli`` command."""
-        return self._measure([sys.executable, "-m", "cli", *words])[0]
+        return self._measure([sys.executable, "-P", "-m", "cli", *words])[0]
 
     def _measure(self, command: Sequence[str]) -> tuple[dict[str, Any], str]:
         done = watched(command)

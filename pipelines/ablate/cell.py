@@ -1,4 +1,4 @@
-"""One student of a grid in a process of its own: ``python -m pipelines.ablate.cell CELL/request.json``.
+"""One student of a grid in a process of its own: ``python -P -m pipelines.ablate.cell CELL/request.json``.
 
 Trains what no earlier cell has trained, asks what was not asked yet, and writes ``cell.json`` last.
 """

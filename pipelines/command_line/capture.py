@@ -134,7 +134,8 @@ def submit_to_slurm(capture: Any, dry_run: bool) -> None:
     """The command as it was given, without what says how it is scheduled, as the task of an array."""
     from pipelines.executors.slurm import SlurmJob
 
-    program = [sys.argv[0]] if Path(sys.argv[0]).name == "kdcli" else [sys.executable, "-m", "cli"]
+    # -P: not the cli.py of the folder in which the tasks run.
+    program = [sys.argv[0]] if Path(sys.argv[0]).name == "kdcli" else [sys.executable, "-P", "-m", "cli"]
     words = [*program, "cache-teacher", *given_again(click.get_current_context(), SCHEDULING)]
     folder = Path("slurm")
     job = SlurmJob(words, capture.slurm_tasks, capture.slurm_options, folder, Path.cwd())

@@ -86,7 +86,7 @@ def evaluate(
 
 @command("eval-tasks")
 def evaluation_tasks() -> None:
-    """Print the folder of the task groups for lmms-eval: ``python -m lmms_eval … --include_path "$(kdcli eval-tasks)"``."""
+    """Print the folder of the task groups for lmms-eval: ``python -P -m lmms_eval … --include_path "$(kdcli eval-tasks)"``."""
     from pipelines.lmms import TASKS
 
     say(str(TASKS))

@@ -1,4 +1,4 @@
-"""Scores a shipped teacher folder on held-out questions: ``python -m pipelines.demo.score_teacher``.
+"""Scores a shipped teacher folder on held-out questions: ``python -P -m pipelines.demo.score_teacher``.
 
 Writes ``scores.json`` beside the weights and prints one line a family, with what two blind baselines reach.
 """

@@ -1,4 +1,4 @@
-"""The students' common start: ``python -m pipelines.demo.train_student_start``.
+"""The students' common start: ``python -P -m pipelines.demo.train_student_start``.
 
 As in real life, a vision tower trained on pictures and a language model trained on text that have never met: the tower
 learns patch words through a head of its own, the language model reads the world's text without a single picture, and

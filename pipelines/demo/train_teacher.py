@@ -1,4 +1,4 @@
-"""One command that trains the demo's teacher from nothing: ``python -m pipelines.demo.train_teacher --out FOLDER``."""
+"""One command that trains the demo's teacher from nothing: ``python -P -m pipelines.demo.train_teacher --out FOLDER``."""
 
 from __future__ import annotations
 

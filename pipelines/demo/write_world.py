@@ -1,6 +1,6 @@
 """Writes the demo world in the formats that real mixtures have: LLaVA-1.5 json and LLaVA-NeXT parquet.
 
-``python -m pipelines.demo.write_world FOLDER --captions 500 --train 2000 --heldout 350``
+``python -P -m pipelines.demo.write_world FOLDER --captions 500 --train 2000 --heldout 350``
 """
 
 from __future__ import annotations

@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -41,7 +42,8 @@ def run(make_task: Callable[[int], Callable[[int], Any]], shards: Sequence[int],
         workers, mp_context=context, initializer=_start, initargs=(make_task, numbers, workers)
     ) as pool:
         try:
-            pending = [pool.submit(_run, shard) for shard in shards]
+            with _safe_path():
+                pending = [pool.submit(_run, shard) for shard in shards]
             for done in as_completed(pending):
                 yield done.result()
         except BrokenProcessPool:
@@ -52,6 +54,19 @@ def run(make_task: Callable[[int], Callable[[int], Any]], shards: Sequence[int],
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
+
+
+@contextmanager
+def _safe_path() -> Iterator[None]:
+    """Interpreters that are started here do not begin with the current folder on their path: a user may have a queue.py there."""
+    before = os.environ.get("PYTHONSAFEPATH")
+    os.environ["PYTHONSAFEPATH"] = "1"
+    try:
+        yield
+    finally:
+        os.environ.pop("PYTHONSAFEPATH")
+        if before is not None:
+            os.environ["PYTHONSAFEPATH"] = before
 
 
 def _start(make_task: Callable[[int], Callable[[int], Any]], numbers: Any, workers: int) -> None:

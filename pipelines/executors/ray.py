@@ -9,12 +9,14 @@ import os
 import socket
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
+from contextlib import chdir, suppress
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
 
+import pipelines
 from teacher_cache.errors import KdcliError
 
 MakeTask = Callable[[int], Callable[[int], Any]]
@@ -41,8 +43,14 @@ class Cluster:
 class Worker:
     """The actor."""
 
-    def start(self, make_task: MakeTask, number: int, threads: int) -> None:
-        """Build the task, which loads the teacher. No part of ``__init__``, whose errors Ray tells as the death of the actor."""
+    def start(self, make_task: MakeTask, number: int, threads: int, folder: str) -> None:
+        """Build the task, which loads the teacher. No part of ``__init__``, whose errors Ray tells as the death of the actor.
+
+        Args:
+            folder: of the command, where relative paths begin.
+        """
+        with suppress(OSError):  # another machine may not have it
+            os.chdir(folder)
         if not torch.cuda.is_available():
             torch.set_num_threads(threads)
         self._task = make_task(number)
@@ -60,6 +68,7 @@ class Pool:
     make_task: Any
     size: int
     threads: int
+    folder: str = field(default_factory=os.getcwd)
     starting: dict[Any, Any] = field(default_factory=dict)
     idle: list[Any] = field(default_factory=list)
     running: dict[Any, tuple[Any, int]] = field(default_factory=dict)
@@ -69,7 +78,7 @@ class Pool:
         """Ask for actors in place of those that are lost."""
         while len(self.starting) + len(self.idle) + len(self.running) < self.size:
             worker = self.actor.remote()
-            self.starting[worker.start.remote(self.make_task, self.made, self.threads)] = worker
+            self.starting[worker.start.remote(self.make_task, self.made, self.threads, self.folder)] = worker
             self.made += 1
 
     def give(self, shard: int) -> None:
@@ -126,8 +135,10 @@ def connect(ray: Any, cluster: Cluster) -> None:
     try:
         if address and (place := address.removeprefix("ray://").rpartition(":"))[2].isdecimal():
             socket.create_connection((place[0], int(place[2])), timeout=10).close()  # Ray itself would wait for minutes
-        # Without an address Ray would join whatever cluster ran here last.
-        ray.init(address=address or "local", log_to_driver=False, include_dashboard=None if address else False)
+        # Ray has its workers import from the folder in which it was asked first: a user's own pipelines/ would be taken for ours.
+        with chdir(Path(pipelines.__file__).parents[1]):
+            # Without an address Ray would join whatever cluster ran here last.
+            ray.init(address=address or "local", log_to_driver=False, include_dashboard=None if address else False)
     except (OSError, ValueError, RuntimeError) as error:
         raise KdcliError(f"no Ray cluster at {address or 'this machine'}: {str(error).splitlines()[0]}") from None
 

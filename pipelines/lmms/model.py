@@ -1,4 +1,4 @@
-"""A kdcli student (or teacher) as a model of lmms-eval 0.7: ``python -m lmms_eval --model kdcli --model_args pretrained=FOLDER …``.
+"""A kdcli student (or teacher) as a model of lmms-eval 0.7: ``python -P -m lmms_eval --model kdcli --model_args pretrained=FOLDER …``.
 
 Answers are those of ``kdcli eval``: the same prompts, batches padded on the left, greedy, in the order of the requests.
 """

@@ -163,7 +163,7 @@ def test_the_command_line_finds_the_model_and_gives_the_same_answers(
 ) -> None:
     ours = kdcli_eval(tiny_student, filled)
     arguments = f"pretrained={tiny_student},batch_size=3"
-    command = ["-m", "lmms_eval", "--model", "kdcli", "--model_args", arguments, "--tasks", "kdcli_answers"]
+    command = ["-P", "-m", "lmms_eval", "--model", "kdcli", "--model_args", arguments, "--tasks", "kdcli_answers"]
     where = ["--include_path", str(filled / "tasks"), "--output_path", str(tmp_path / "out"), "--log_samples"]
     done = subprocess.run(
         [sys.executable, *command, *where, "--device", "cpu"],

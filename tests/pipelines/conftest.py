@@ -66,6 +66,19 @@ def preparer(teacher_parts) -> Any:
     return Preparer(*teacher_parts)
 
 
+@pytest.fixture(scope="session")
+def own_modules() -> Callable[[Path], Path]:
+    """``own_modules(folder)``: a user's own modules with names of ours, and of the library, that must not be imported in our place."""
+
+    def write(folder: Path) -> Path:
+        for name in ("cli.py", "teacher_cache.py", "student_train/__init__.py", "pipelines/__init__.py", "queue.py"):
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            (folder / name).write_text(f"raise SystemExit('the user\\'s own {name} was imported')\n")
+        return folder
+
+    return write
+
+
 class Mortal:
     """Storage whose methods ``names`` fail after ``budget`` calls; below 0 nothing fails."""
 

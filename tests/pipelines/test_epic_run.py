@@ -22,8 +22,6 @@ from student_train.config import TrainSettings
 from teacher_cache.errors import KdcliError
 from teacher_cache.sources import DataSpec
 
-ROOT = Path(__file__).parents[2]
-
 
 def settings_for(output: Path, student: Path) -> Settings:
     settings = TrainSettings(student=str(student), output_dir=str(output), per_device_train_batch_size=4, max_steps=5)
@@ -64,11 +62,12 @@ def test_broken_off_and_run_again_ends_with_the_same_bits(
 
 def test_two_processes(tiny_cache: Path, tiny_student: Path, tmp_path: Path) -> None:
     """The teaching pass goes past the gradient averaging, the student's pass through it."""
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "cli"]
+    launch = [sys.executable, "-P", "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    launch += ["--no-python", str(Path(sys.executable).with_name("kdcli"))]
     line = ["train-student", "--method", "epic-tcd", "--student", str(tiny_student), "--cache", str(tiny_cache)]
     line += ["--stages", "DFT", "--output-dir", str(tmp_path / "run"), "--max-steps", "3", "--set", "layer=1"]
     line += ["--per-device-train-batch-size", "2", "--gradient-accumulation-steps", "2", "--report-to", "none"]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run([*launch, *line], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr[-3000:]
     lines = [json.loads(one) for one in (tmp_path / "run/01-DFT/metrics.jsonl").read_text().splitlines()]

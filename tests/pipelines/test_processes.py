@@ -21,7 +21,6 @@ from pipelines.settings import Settings
 from pipelines.train_student import train
 from student_train.config import StageSettings, TrainSettings
 
-ROOT = Path(__file__).parents[2]
 STEPS = 6
 FLAGS = ("student", "output_dir", "max_steps", "save_steps", "per_device_train_batch_size", "report_to")
 FLAGS += ("gradient_accumulation_steps", "compressor")
@@ -37,24 +36,20 @@ def command(cache: Path, train: TrainSettings, stages: str, method: str = "llava
 
 
 def environment() -> dict[str, str]:
-    return {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    return {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 
 
 def torchrun(processes: int, line: list[str], folder: Path, kill_at: tuple[Path, int] | None = None) -> str:
-    """What a run of so many processes printed on stderr.
+    """What a run of so many processes printed on stderr. It is started where a user has modules with names of ours.
 
     Args:
         kill_at: (metrics.jsonl, lines): SIGKILL to all processes once it has so many lines.
     """
-    launch = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        f"--nproc-per-node={processes}",
-        "-m",
-        "cli",
-    ]
+    for name in ("cli.py", "pipelines.py", "teacher_cache.py"):
+        (folder / name).write_text(f"raise SystemExit('the user's own {name} was imported')\n")
+    program = Path(sys.executable).with_name("kdcli")
+    launch = [sys.executable, "-P", "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    launch += ["--no-python", str(program)]
     with (folder / "stderr").open("w+") as errors:
         process = subprocess.Popen(
             [*launch, *line],

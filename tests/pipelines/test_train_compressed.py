@@ -24,7 +24,6 @@ from student_train.metrics_log import StepResult
 from teacher_cache.errors import CompatibilityError, KdcliError
 from teacher_cache.sources import DataSpec
 
-ROOT = Path(__file__).parents[2]
 NAMES = sorted(compressor_modules())
 
 
@@ -183,13 +182,14 @@ def test_two_processes_draw_the_same_count(
     """torchrun, gloo, mqt: the metrics of one process with twice the micro-batches."""
     one = settings_for(tmp_path / "one", "mqt", per_device_train_batch_size=1, gradient_accumulation_steps=4)
     train(str(tiny_cache), "sft", one, "SFT")
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "cli"]
+    launch = [sys.executable, "-P", "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    launch += ["--no-python", str(Path(sys.executable).with_name("kdcli"))]
     line = ["train-student", "--method", "sft", "--student", str(one.train.student), "--cache", str(tiny_cache)]
     line += ["--stages", "SFT", "--output-dir", str(tmp_path / "two"), "--max-steps", "2", "--report-to", "none"]
     line += ["--per-device-train-batch-size", "1", "--gradient-accumulation-steps", "2", "--compressor", "mqt"]
     import os
 
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run([*launch, *line], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr[-3000:]
     ours, theirs = (

@@ -94,7 +94,7 @@ def test_killed_and_run_again_ends_with_the_same_bits(
     killed = settings_for(tmp_path / "killed", student=str(dropout_student))
     stage, at = random.choice(["01-DPT", "02-DFT"]), random.randrange(1, STEPS - 2)
     process = subprocess.Popen(
-        [sys.executable, "-m", "cli", *command(tiny_cache, killed, "DPT,DFT")],
+        [sys.executable, "-P", "-m", "cli", *command(tiny_cache, killed, "DPT,DFT")],
         cwd=tmp_path,
         env=environment(),
         stdout=subprocess.DEVNULL,

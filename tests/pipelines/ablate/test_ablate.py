@@ -53,8 +53,17 @@ def stamps(out: Path, pattern: str) -> dict[Path, int]:
     return {path: path.stat().st_mtime_ns for path in sorted(out.glob(pattern))}
 
 
-def test_a_grid_from_the_command_line_and_again(write_grid: Callable[..., Path], tmp_path: Path) -> None:
-    """Two rows of two seeds side by side; a PT a seed serves both rows; the second call trains nothing and says the same."""
+def test_a_grid_from_the_command_line_and_again(
+    write_grid: Callable[..., Path],
+    own_modules: Callable[[Path], Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Two rows of two seeds side by side; a PT a seed serves both rows; the second call trains nothing and says the same.
+
+    In a folder where the user has modules with names of ours.
+    """
+    monkeypatch.chdir(own_modules(tmp_path / "work"))
     grid, out = write_grid(top='baseline = "sft"\n'), tmp_path / "out"
     arguments = ["ablate", str(grid), "--out", str(out), "--workers", "2"]
     first = CliRunner().invoke(main, arguments)

@@ -122,6 +122,18 @@ def test_a_node_that_goes_away() -> None:
         nodes.shutdown()
 
 
+def place(worker: int) -> Callable[[int], str]:
+    return lambda shard: os.getcwd()
+
+
+def test_from_a_folder_with_modules_of_the_users_own(
+    own_modules: Callable[[Path], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Actors import ours, and relative paths begin where the command was given."""
+    monkeypatch.chdir(own_modules(tmp_path / "work"))
+    assert list(run(place, [0], 1, Cluster())) == [str(tmp_path / "work")]
+
+
 def test_no_cluster_there() -> None:
     with pytest.raises(KdcliError, match=r"no Ray cluster at 127\.0\.0\.1:1"):
         list(run(doubling, [0], 1, Cluster(address="127.0.0.1:1")))

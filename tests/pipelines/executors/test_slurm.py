@@ -47,13 +47,13 @@ def test_a_capture_by_an_array(
     alone: Path,
     cache_files: Callable[[Path], dict[str, bytes]],
     make_request: Callable[..., CaptureRequest],
+    own_modules: Callable[[Path], Path],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """The flags as a user gives them, a kd.toml beside them, relative paths: the cache of one process."""
+    """The flags as a user gives them, a kd.toml and modules of the user's own beside them, relative paths: the cache of one process."""
     request = make_request("cache")
-    (tmp_path / "work").mkdir()
-    monkeypatch.chdir(tmp_path / "work")
+    monkeypatch.chdir(own_modules(tmp_path / "work"))
     lines = [
         f"[fields.{name}]\n" + "".join(f"{k} = {v!r}\n" for k, v in p.items())
         for name, p in request.field_params.items()
