@@ -70,10 +70,10 @@ class Chat:
         """The row as the template writes it. SkipRow (template_refused) where it refuses the row or labels cannot be placed."""
         messages = self.messages(turns)
         if self.version == 1:
-            return replace(spans_by_prefixes(messages, self._write, alone=True), begins=False)
+            return replace(spans_by_prefixes(messages, self._write), begins=False)
         skeleton = self._skeleton(messages)
         text = self._write(messages)
-        made = skeleton.spans(text, messages) or self._looked_into(messages)
+        made = skeleton.spans(text, messages) or self._looked_into(skeleton, text, messages)
         return replace(made, begins=self.begins(text))
 
     def prompt(self, turns: Sequence[Turn]) -> tuple[str, bool]:
@@ -164,14 +164,15 @@ class Chat:
     def _header(self) -> str:
         return user_header(self.messages(_TALK[:3]), self._write)
 
-    def _looked_into(self, messages: Sequence[Message]) -> Rendered:
-        """A row whose texts the template changes by what they say: each must still be there, white space aside."""
-        made = spans_by_prefixes(messages, self._write, alone=False)
-        for number, ((start, stop), message) in enumerate(zip(made.turns, messages)):
-            written = "".join(made.text[start:stop].split())
-            if any("".join(text.split()) not in written for text in texts_of(message)):
-                raise SkipRow("template_refused", f"the chat template rewrites the text of turn {number}")
-        return made
+    def _looked_into(self, skeleton: Skeleton, text: str, messages: Sequence[Message]) -> Rendered:
+        """A row whose last answer the template changes by what it says: all of it must still be there, white space aside."""
+        made = skeleton.spans_but_last(text, messages)
+        if made is not None:
+            start, stop = made.turns[-1]  # the generation prompt may have begun the thought
+            said = "".join("".join(texts_of(messages[-1])).split())
+            if said in "".join(text[start:stop].split()):
+                return made
+        raise SkipRow("template_refused", "the chat template rewrites texts of the row: labels cannot be placed")
 
     def _prompt_fault(self, messages: Sequence[Message]) -> SkipRow | None:
         marked, marks = mark(messages)

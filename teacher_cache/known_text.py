@@ -23,7 +23,7 @@ PROOFS = 8
 
 def same_text_side(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> bool:
     """Whether two ``Preparer.fingerprint`` turn every row into the same text tokens."""
-    return all(ours.get(name) == theirs.get(name) for name in ("tokenizer", "chat_template"))
+    return all(ours.get(name) == theirs.get(name) for name in ("tokenizer", "chat_template", "version", "first_token"))
 
 
 class KnownText:

@@ -80,7 +80,7 @@ class Preparer:
             **processor_fingerprint(self.processor),
             "max_length": self.limits.max_length,
             "over_length": self.limits.over_length,
-            **({"version": self.version} if self.version > 1 else {}),
+            **({"version": self.version, "first_token": self._adds_first()} if self.version > 1 else {}),
         }
 
     def prepare(self, sample: Sample, template: str = "chat", max_image_pixels: int = 89_478_485) -> Prepared:
@@ -88,6 +88,10 @@ class Preparer:
         check_turns(sample)
         images = [decode_image(image, max_image_pixels, self.upright) for image in sample.images]
         return self._prepare(sample, template, images, row_key(sample))
+
+    def _adds_first(self) -> bool:
+        """Whether a chat gets the tokenizer's own first token: it depends on where a model keeps its template."""
+        return self.chat.begins("") and bool(self.tokenizer("")["input_ids"])
 
     def check_template(self, template: str) -> None:
         """Before any row is read: CompatibilityError or KdcliError where ``template`` cannot be used with this model."""

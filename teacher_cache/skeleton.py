@@ -38,8 +38,22 @@ class Skeleton:
     def spans(self, text: str, messages: Sequence[Message]) -> Rendered | None:
         """Turns and answers of a row of this shape; None where ``text`` is not the pieces with the row's texts between them."""
         at = _follow(text, self.pieces, [one for message in messages for one in texts_of(message)])
-        if at is None:
+        return self._placed(text, messages, at) if at and at[-1] + len(self.pieces[-1]) == len(text) else None
+
+    def spans_but_last(self, text: str, messages: Sequence[Message]) -> Rendered | None:
+        """The same where a template looks into the last answer (thoughts between marks): all that stands in its place is label."""
+        if (last := len(messages) - 1) not in self.starts:
             return None
+        piece, into = self.starts[last]
+        before = [*self.pieces[:piece], self.pieces[piece][:into]]
+        at = _follow(text, before, [one for message in messages[:-1] for one in texts_of(message)])
+        behind = len(text) - len(self.pieces[-1])
+        if at is None or not text.endswith(self.pieces[-1]) or behind < at[-1] + into:
+            return None
+        return self._placed(text, messages, [*at, *[behind] * (len(self.pieces) - len(at))])
+
+    def _placed(self, text: str, messages: Sequence[Message], at: Sequence[int]) -> Rendered:
+        """at: where every piece begins."""
         ends = [at[piece] + into for piece, into in self.ends]
         turns = list(zip([0, *ends], ends))
         # White space that the template writes behind the end of a turn is no label.
@@ -110,15 +124,18 @@ def _answer(turn: int, piece: int, whole: list[str], cut: Callable[..., list[str
     """
     asked, last, question = cut(turn, True), cut(turn + 1), cut(turn)[piece]
     if not last[piece].startswith(asked[piece]):
-        raise SkipRow(
-            "template_refused",
-            "the chat template's generation prompt is no prefix of its answers: labels cannot be placed",
-        )
+        raise _no_prefix()
     same = whole[:piece] == last[:piece] == asked[:piece] and last[piece].startswith(whole[piece])
     headless = len(whole[piece]) <= len(question) < len(asked[piece])
     if not same or (headless and whole[piece] != last[piece]):
         raise _rewritten(turn)
     return (piece, min(len(asked[piece]), len(whole[piece]))), last[-1]
+
+
+def _no_prefix() -> SkipRow:
+    return SkipRow(
+        "template_refused", "the chat template's generation prompt is no prefix of its answers: labels cannot be placed"
+    )
 
 
 def _rewritten(turn: int) -> SkipRow:
@@ -194,37 +211,26 @@ def _follow(text: str, pieces: Sequence[str], texts: Sequence[str]) -> list[int]
             return None
         at.append(here + len(found))
         here = at[-1] + len(piece)
-    return at if here == len(text) else None
+    return at
 
 
-def spans_by_prefixes(messages: Sequence[Message], write: Write, alone: bool) -> Rendered:
-    """The same found by writing the row itself turn by turn: for texts that the template looks into (thoughts between marks).
-
-    Args:
-        alone: a system turn is written alone too, as preparation version 1 did.
+def spans_by_prefixes(messages: Sequence[Message], write: Write) -> Rendered:
+    """What preparation version 1 did: the row is written turn by turn, a system turn alone too.
 
     Raises:
         SkipRow: template_refused: what is written of a turn is no prefix of what is written of more.
     """
     text = write(messages, False)
-    turns: list[tuple[int, int]] = []
+    ends = [0]
     answers = []
     for turn, message in enumerate(messages):
-        start = turns[-1][1] if turns else 0
-        if message["role"] == "system" and not alone:
-            system = texts_of(message)[0].strip()
-            turns.append((start, text.find(system) + len(system)))
-            continue
         until = write(messages[: turn + 1], False)
         if not text.startswith(until):
             raise _rewritten(turn)
-        turns.append((start, len(until)))
+        ends.append(len(until))
         if message["role"] == "assistant":
             prompt = write(messages[:turn], True)
             if not until.startswith(prompt):
-                raise SkipRow(
-                    "template_refused",
-                    "the chat template's generation prompt is no prefix of its answers: labels cannot be placed",
-                )
+                raise _no_prefix()
             answers.append((len(prompt), len(until.rstrip())))
-    return Rendered(text, turns, [message["role"] for message in messages], answers)
+    return Rendered(text, list(zip(ends, ends[1:])), [message["role"] for message in messages], answers)

@@ -116,6 +116,8 @@ def test_other_texts_are_other_tokens(tiny_cache: Path, tiny_student: Path) -> N
     preparer = Preparer(*load_processor(TeacherSpec(str(tiny_student))))
     ours = preparer.fingerprint()
     assert not same_text_side({**ours, "chat_template": "another"}, cache.plan.preparation)
+    assert not same_text_side({**ours, "first_token": True}, cache.plan.preparation)
+    assert not same_text_side({**ours, "version": 1}, cache.plan.preparation)
     assert not same_text_side({**ours, "tokenizer": {"sha256": "another", "length": 1}}, cache.plan.preparation)
 
 

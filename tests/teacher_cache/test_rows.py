@@ -11,13 +11,14 @@ from dataclasses import replace
 
 import numpy as np
 import PIL.Image
+import PIL.ImageOps
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from teacher_cache.errors import SkipRow
 from teacher_cache.records import Image, Sample, Turn
-from teacher_cache.rows import check_sample, check_turns, decode_image, image_extension, row_key
+from teacher_cache.rows import check_sample, check_turns, decode_image, image_extension, row_key, stand_up
 
 LIMIT = 1_000_000
 
@@ -158,10 +159,41 @@ def test_floating_point_pixels_are_refused():
         decode_image(Image("x", data), LIMIT)
 
 
-def test_exif_orientation_is_left_alone():
+@pytest.mark.parametrize("orientation", [*range(0, 10), "six"])
+@pytest.mark.parametrize("kind", ["jpeg", "png", "webp", "tiff"])
+def test_exif_orientation_is_applied_as_by_transformers(orientation, kind):
+    from transformers.image_utils import load_image
+
     exif = PIL.Image.Exif()
-    exif[0x0112] = 6  # "rotate by 90 degrees to view"
-    assert decode_image(Image("x.jpg", encode(noise(), "jpeg", exif=exif)), LIMIT).size == (40, 30)
+    if orientation != "six":
+        exif[0x0112] = orientation
+    data = encode(noise(), kind, exif=exif)
+    upright, stored = (decode_image(Image("x", data), LIMIT, upright) for upright in (True, False))
+    theirs = load_image(PIL.Image.open(io.BytesIO(data)))
+    assert np.array_equal(np.asarray(upright), np.asarray(theirs))
+    turned = orientation in (5, 6, 7, 8)
+    assert upright.size == ((30, 40) if turned else (40, 30))
+    if kind != "tiff":  # whose decoder stands pictures up itself
+        assert stored.size == (40, 30)
+        assert (np.asarray(stored) == np.asarray(PIL.Image.open(io.BytesIO(data)).convert("RGB"))).all()
+
+
+def test_an_upright_picture_stands_up_once():
+    exif = PIL.Image.Exif()
+    exif[0x0112] = 6
+    opened = PIL.Image.open(io.BytesIO(encode(noise(), "jpeg", exif=exif)))
+    assert stand_up(opened).size == (30, 40)
+    assert stand_up(PIL.ImageOps.exif_transpose(opened)).size == (30, 40)
+
+
+def test_damaged_exif_data_say_nothing():
+    exif = PIL.Image.Exif()
+    exif[0x0112] = 6
+    data = bytearray(encode(noise(), "jpeg", exif=exif))
+    at = data.index(b"Exif\0\0") + 6
+    for damage in (b"\xff" * 8, b"MM\x00\x2a\xff\xff\xff\xff"):
+        data[at : at + 8] = damage
+        assert decode_image(Image("x.jpg", bytes(data)), LIMIT).size == (40, 30)
 
 
 def test_an_animation_counts_as_its_first_frame_and_a_wrong_extension_is_fine():
