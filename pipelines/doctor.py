@@ -73,7 +73,7 @@ def _examine_part(
     assert counts["rows"] == total, f"{spec.part}: the scan saw {total} rows, reading gave {counts['rows']}"
     shapes = {name: counts[name] for name in ("usable", "with_images", "text_only", "multi_turn", "multi_image")}
     defects = merged.findings(SKIP_REASONS)
-    warnings = failing_alike(spec, total, counts["with_images"], defects)
+    warnings = failing_alike(spec, total, counts["with_images"], defects, merged.pictured)
     if examiner.ends is not None:
         warnings += examiner.ends.warnings(spec.part, spec.template, merged.ends, counts["usable"])
     return PartReport(
@@ -113,6 +113,7 @@ class _Merged:
     def __init__(self, max_defects: int | None, max_notes: int | None, show: int):
         self.counts: Counter[str] = Counter()
         self.examples: dict[str, list[Example]] = {}
+        self.pictured: Counter[str] = Counter()
         self.ends: Counter[tuple[str, int]] = Counter()
         self.shown: list[dict[str, Any]] = []
         self._most = {**dict.fromkeys(SKIP_REASONS, max_defects), **dict.fromkeys(NOTES, max_notes)}
@@ -121,6 +122,7 @@ class _Merged:
 
     def add(self, tally: Tally) -> None:
         self.counts.update(tally.counts)
+        self.pictured.update(tally.pictured)
         self.ends.update(tally.ends)
         self.shown += tally.shown[: self._show - len(self.shown)]
         for kind, example in tally.found:

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from pipelines.doctor_advice import OF_IMAGES
 from pipelines.doctor_report import Example
 from teacher_cache.errors import KdcliError, SkipRow
 from teacher_cache.label_ends import LabelEnds, label_ends
@@ -43,10 +44,12 @@ class Tally:
     """Counts of one group, merged into its part's in file order so that a report is the same on every run.
 
     Attributes:
-        ends: (kind, last label) → rows, of answers that end in no end token. shown: see ``tail_of``.
+        pictured: reason → defective rows that have an image. ends: (kind, last label) → rows, of answers that end in no end token.
+        shown: see ``tail_of``.
     """
 
     counts: Counter[str] = field(default_factory=Counter)
+    pictured: Counter[str] = field(default_factory=Counter)
     found: list[tuple[str, Example]] = field(default_factory=list)
     ids: list[tuple[bytes, Example]] = field(default_factory=list)
     images: list[tuple[bytes, Example]] = field(default_factory=list)
@@ -83,6 +86,7 @@ class RowExaminer:
                 tally.ids.append((_digest(row.source_id.encode()), example))
             if isinstance(row, SkipRecord):
                 tally.found.append((row.reason, _example(row, row.detail)))
+                tally.pictured[row.reason] += row.reason in OF_IMAGES
                 continue
             tally.images += [(_digest(image.data), example) for image in row.images]
             self._look_at(row, self.specs[part], tally)
@@ -93,6 +97,7 @@ class RowExaminer:
             prepared = self._prepared(row, spec)
         except SkipRow as skip:
             tally.found.append((skip.reason, _example(row, skip.detail)))
+            tally.pictured[skip.reason] += bool(row.images)
             return
         tally.found += [(kind, _example(row, seen)) for kind, seen in row.notes]
         tally.found += [("extension_differs", note) for note in _extension_notes(row)]

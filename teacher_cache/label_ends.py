@@ -1,4 +1,4 @@
-"""Whether labels teach a model to stop: the last label of an answer should be a token at which generation ends.
+"""Whether labels teach a model to stop: among those of an answer should be a token at which generation ends.
 
 A student learns to stop only from that label. Some chat templates write none behind an answer (LLaVA-1.5's own), others write one that
 neither the tokenizer nor ``generation_config.json`` names.
@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import torch
+import numpy as np
 
 from teacher_cache.errors import KdcliError
 from teacher_cache.prepare import Preparer
@@ -22,8 +22,8 @@ from teacher_cache.templates import TEMPLATES, check_tokens, find_template
 
 NO_END, NO_STOP = "no_end_token", "end_is_no_stop"
 END_KINDS = {
-    NO_END: "an answer's last label is no end token: students do not learn to stop",
-    NO_STOP: "an answer's last label is a special token at which generation does not stop",
+    NO_END: "no label of an answer is an end token: students do not learn to stop",
+    NO_STOP: "an answer ends in a special token at which generation does not stop",
 }
 
 
@@ -51,15 +51,14 @@ class LabelEnds:
         """What is wrong with the ends of the row's answers, the worst of it; None: nothing. Captions of ``plain`` are never answered."""
         if find_template(template).prompt is None:
             return None
-        lasts = last_labels(row.text)
-        for kind, wrong in (
-            (NO_END, [one for one in lasts if one not in self.stops | self._special]),
-            (NO_STOP, [one for one in lasts if one in self._special - self.stops]),
-        ):
-            if wrong:
-                many = f"{len(wrong)} of {len(lasts)} answers: " if len(lasts) > 1 else ""
-                return OpenEnd(kind, wrong[-1], f"{many}the last label is {self.token(wrong[-1])}")
-        return None
+        answers = answers_of(row.text)
+        lasts = [ids[-1] for ids in answers if self.stops.isdisjoint(ids)]
+        if not lasts:
+            return None
+        unmarked = [one for one in lasts if one not in self._special]
+        last = (unmarked or lasts)[-1]
+        many = f"{len(lasts)} of {len(answers)} answers: " if len(answers) > 1 else ""
+        return OpenEnd(NO_END if unmarked else NO_STOP, last, f"{many}the last label is {self.token(last)}")
 
     def survey(self, rows: Iterable[Prepared], templates: Mapping[str, str]) -> list[str]:
         """``warnings`` of some rows, by part. templates: part → template."""
@@ -135,11 +134,8 @@ def stop_ids(spec: TeacherSpec, tokenizer: Any, config: Any) -> frozenset[int]:
     return frozenset(int(one) for one in ids if one is not None)
 
 
-def last_labels(text: TextTokens) -> list[int]:
-    """Id of the last label of every answer."""
-    turns, ids = text.turn[text.response].to(torch.int64), text.ids[text.response].to(torch.int64)
-    if not len(ids):
-        return []
-    last = torch.ones(len(ids), dtype=torch.bool)
-    last[:-1] = turns[1:] != turns[:-1]
-    return [int(one) for one in ids[last].tolist()]
+def answers_of(text: TextTokens) -> list[list[int]]:
+    """Label ids of every answer."""
+    turns, ids = (column[text.response].numpy() for column in (text.turn, text.ids))
+    borders = np.flatnonzero(turns[1:] != turns[:-1]) + 1
+    return [one.tolist() for one in np.split(ids, borders) if len(one)]

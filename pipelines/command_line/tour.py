@@ -65,7 +65,7 @@ EXAMPLES: Mapping[str, str] = {
     "init": "kdcli init",
     "methods": "kdcli methods",
     "completion": "kdcli completion bash > ~/.kdcli-complete.sh",
-    "doctor": "kdcli doctor train.json --image-root images",
+    "doctor": "kdcli doctor train.json --image-root images --teacher MODEL --show 2",
     "plan": "kdcli plan --rows caption=558128 --rows sft=665298 --gpus 16",
     "preflight": "kdcli preflight --methods llava-kd,kd --rows 256",
     "cache-teacher": "kdcli cache-teacher --teacher MODEL --data train.json --image-root images --out cache --shards 8",

@@ -187,10 +187,14 @@ def test_rows_that_all_fail_for_one_reason_are_said_aloud(mixture, tmp_path):
     (tmp_path / "rows.json").write_text(json.dumps(rows))
     spec = DataSpec("sft", str(tmp_path / "rows.json"))
     (line,) = examine([spec]).warnings
-    assert "20 of 20 rows with images fail for one reason, image_missing" in line
+    assert "part 'sft': 20 of 20 rows with images fail for one reason, image_missing" in line
     assert "rows.json row 0" in line and "--image-root FOLDER" in line
     assert examine([mixture]).warnings == ()
-    (tmp_path / "rows.json").write_text(json.dumps([{"conversations": talk("hi", " ")}] * 9 + rows[20:21]))
+    rows = [{"image": "images/a.png", "conversations": talk("what?", "x")}] * 2 + rows[20:]
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    (line,) = examine([spec]).warnings
+    assert "2 of 2 rows with images fail for one reason, placeholder_mismatch" in line
+    (tmp_path / "rows.json").write_text(json.dumps([{"conversations": talk("hi", " ")}] * 9 + rows[-1:]))
     (line,) = examine([spec]).warnings
     assert "9 of 10 rows fail for one reason, empty_answer" in line
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from teacher_cache.label_ends import NO_END, NO_STOP, LabelEnds, label_ends, last_labels, stop_ids
+from teacher_cache.label_ends import NO_END, NO_STOP, LabelEnds, answers_of, label_ends, stop_ids
 from teacher_cache.prepare import Limits, Preparer
 from teacher_cache.records import Sample, Turn
 from teacher_cache.teachers.transformers import TeacherSpec, load_processor
@@ -62,7 +62,7 @@ def prepared(ends: LabelEnds, template: str, turns: tuple[Turn, ...] = TALK) -> 
 def test_a_template_that_ends_answers_is_fine(make_folder: Callable[..., Path], name: str) -> None:
     ends = opened(make_folder({"demo": None, "qwen": qwen_like(), "llama": llama_like()}[name]))
     row = prepared(ends, "chat")
-    assert [ends.tokenizer.decode([one]) for one in last_labels(row.text)] == [CHAT_ENDS[name]] * 2
+    assert [ends.tokenizer.decode(ids[-1:]) for ids in answers_of(row.text)] == [CHAT_ENDS[name]] * 2
     assert ends.look(row, "chat") is None
     assert ends.survey([row], {"sft": "chat"}) == []
 
@@ -107,6 +107,16 @@ def test_without_a_generation_config_the_configuration_says(make_folder: Callabl
         stop,
         processor.tokenizer.eos_token_id,
     }
+
+
+def test_what_stands_behind_the_end_token_does_no_harm(make_folder: Callable[..., Path]) -> None:
+    tokenizer = qwen_like()
+    template = tokenizer.chat_template.replace("<|im_end|>\n", "<|im_end|>\n--\n")
+    assert template != tokenizer.chat_template
+    ends = opened(make_folder(tokenizer, template))
+    row = prepared(ends, "chat")
+    assert ends.tokenizer.decode(answers_of(row.text)[0]).endswith("<|im_end|>\n--")
+    assert ends.look(row, "chat") is None
 
 
 def test_one_open_answer_of_several_is_named(make_folder: Callable[..., Path]) -> None:

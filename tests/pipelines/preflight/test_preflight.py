@@ -29,7 +29,7 @@ Ask = Callable[..., PreflightRequest]
 
 def test_go_says_what_was_chosen_and_why(flown: Any) -> None:
     _, result = flown
-    assert result["go"] and not result["reasons"]
+    assert result["go"] and not result["reasons"] and not result["warnings"]
     assert result["rows"]["written"] + sum(result["rows"]["skipped"].values()) == result["rows"]["sampled"]
     held = held_out(Cache(result["cache"]).plan)
     assert len(held) == 2 and 0 < result["rows"]["judged"] <= result["rows"]["sampled"] // 3 + 2
@@ -50,6 +50,17 @@ def test_go_says_what_was_chosen_and_why(flown: Any) -> None:
     text = report(result)
     assert text.startswith("GO\n") and "top-4 + sketch" in text and "Whole job: 54 rows" in text
     json.dumps(as_json(result), allow_nan=False)
+
+
+def test_labels_without_an_end_stand_under_the_verdict(
+    ask: Ask, preflight_data: Any, endless_teacher: Path, tmp_path: Path
+) -> None:
+    """Whatever the verdict is: here the student's own template ends its answers, so no row is alike and no weights are loaded."""
+    request = ask(tmp_path / "preflight", data=preflight_data[1:])
+    result = preflight(replace(request, teacher=replace(request.teacher, id=str(endless_teacher))))
+    (line,) = result["warnings"]
+    assert "part 'sft'" in line and "no label ends an answer" in line
+    assert f"\n- WARNING: {line}" in report(as_json(result))
 
 
 def test_its_cache_is_a_cache(flown: Any) -> None:
