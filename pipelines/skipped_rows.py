@@ -111,9 +111,8 @@ def excess(cache: Cache, columns: Sequence[str], allowed: float, of_teacher: boo
             if name not in lines and is_excess(len(skipped), rows, allowed):
                 why = told(Counter(one.reason for one in skipped).most_common(1)[0][0], skipped, part)
                 lines[name] = (
-                    f"part {name!r}: {len(skipped)} of {rows} rows are skipped in {column}, {why}. The cache is kept: "
-                    f"--allow-skips {share(len(skipped), rows)} takes it as it is ({allowed:g} is allowed), --retry-skipped takes rows "
-                    "in whose cause is gone"
+                    f"part {name!r}: {len(skipped)} of {rows} rows are skipped in {column}, {why}; "
+                    f"--allow-skips {share(len(skipped), rows)} takes that ({allowed:g} is allowed)"
                 )
     return list(lines.values())
 

@@ -143,7 +143,8 @@ def test_defects_of_the_data_are_counted_behind_the_job_unless_nearly_all_rows_h
 
     summary = capture(asked(10))
     assert summary["columns"]["samples"]["written"] == 10
-    (line,) = summary["excess"]
+    line, kept = summary["excess"]
+    assert "the cache is kept; --retry-skipped" in kept
     assert "10 of 20 rows are skipped in samples, 10 by empty_answer (10.json row 0" in line
     assert "--allow-skips 0.5 " in line and "kdcli doctor" in line
     with pytest.raises(KdcliError, match=r"of 20 rows .*, 19 are skipped: 19 by empty_answer"):
