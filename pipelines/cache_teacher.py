@@ -208,6 +208,7 @@ def summary_of(
     columns = ["samples", *(f"fields/{name}" for name in fields)]
     settings = request.settings  # a field that is added counts the teacher's skips alone: the others are its samples'
     much = excess(cache, columns, settings.allow_skips, of_teacher=request.from_samples) if complete else []
+    much += ["the cache is kept; --retry-skipped takes rows in whose cause is gone"] if much else []
     return status(cache) | ({"notes": notes} if notes else {}) | ({"excess": much} if much else {})
 
 

@@ -22,8 +22,9 @@ PROBE_ROWS = 128
 """Of every part, spread over its row groups: seconds to prepare, where a job takes hours."""
 DOUBT = 1e-3
 """How seldom a mixture with as many skips as are allowed is refused by chance."""
+NEARLY_ALL = 0.9
 OF_TEACHER = "nonfinite_teacher"
-FIXES = {
+FIXES = {  # reason → what to do about it with a flag
     "image_missing": "check --image-root ({root})",
     "image_path_unsafe": "check --image-root ({root}), or allow your own links with --follow-links",
     "over_length": "raise --max-length, or give --over-length cut",
@@ -31,17 +32,27 @@ FIXES = {
 
 
 def refuse_skips(plan: Plan, preparer: Preparer, allowed: float) -> None:
-    """Before anything is loaded or written: KdcliError where more rows of a part than ``allowed`` (a share) cannot be used."""
+    """Before anything is loaded or written: KdcliError where rows of a part are skipped for a reason that should be mended first.
+
+    That is one that flags mend (``FIXES``), of more rows than ``allowed`` (a share), or any one of nearly all rows. Other defects of the
+    data are counted behind the job (``excess``).
+    """
     for part in plan.parts:
         source = open_source(part.spec)
         rows = list(spread_rows(source.read, groups_of(plan, part.spec.part), PROBE_ROWS))
-        skipped = [one for row in rows if isinstance(one := look_at(row, part, preparer), SkipRecord)]
-        if is_excess(len(skipped), len(rows), allowed):
-            raise KdcliError(
-                f"part {part.spec.part!r}: {len(skipped)} of {len(rows)} rows that were looked at cannot be used, "
-                f"{commonest(skipped, part)}. Nothing is captured; --allow-skips {share(len(skipped), len(rows))} would let it begin "
-                f"({allowed:g} is allowed)"
+        skipped = [one for row in rows if (one := look_at(row, part, preparer))]
+        for reason, count in Counter(one.reason for one in skipped).items():
+            much = (
+                is_excess(count, len(rows), allowed)
+                if reason in FIXES
+                else count > max(NEARLY_ALL, allowed) * len(rows)
             )
+            if much:
+                said = f"{len(skipped)} are skipped: {told(reason, skipped, part)}"
+                raise KdcliError(
+                    f"part {part.spec.part!r}: of {len(rows)} rows that were looked at, {said}. Nothing is captured; "
+                    f"--allow-skips {share(len(skipped), len(rows))} would let it begin ({allowed:g} is allowed)"
+                )
 
 
 def look_at(row: object, part: Part, preparer: Preparer) -> SkipRecord | None:
@@ -70,13 +81,12 @@ def is_excess(skipped: int, rows: int, allowed: float) -> bool:
     return rows * divergence > log(1 / DOUBT)
 
 
-def commonest(skipped: Sequence[SkipRecord], part: Part) -> str:
-    """The reason of most of them, with an example and the fix."""
-    reason, count = Counter(one.reason for one in skipped).most_common(1)[0]
-    example = next(one for one in skipped if one.reason == reason)
+def told(reason: str, skipped: Sequence[SkipRecord], part: Part) -> str:
+    """How many are skipped for a reason, with an example and the fix."""
+    alike = [one for one in skipped if one.reason == reason]
     root = part.spec.image_root if part.spec.image_root is not None else "not given: the folder of the data"
     fix = FIXES.get(reason, "`kdcli doctor` lists them all").format(root=root)
-    return f"{count} of them {reason} ({example.place}: {example.detail}): {fix}"
+    return f"{len(alike)} by {reason} ({alike[0].place}: {alike[0].detail}): {fix}"
 
 
 def share(part: int, whole: int) -> str:
@@ -99,10 +109,10 @@ def excess(cache: Cache, columns: Sequence[str], allowed: float, of_teacher: boo
             rows = sum(one.rows for one in commits)
             skipped = [skip for one in commits for skip in one.skipped if not of_teacher or skip.reason == OF_TEACHER]
             if name not in lines and is_excess(len(skipped), rows, allowed):
+                why = told(Counter(one.reason for one in skipped).most_common(1)[0][0], skipped, part)
                 lines[name] = (
-                    f"part {name!r}: {len(skipped)} of {rows} rows are skipped in {column}, {commonest(skipped, part)}; the cache is kept: "
-                    f"--allow-skips {share(len(skipped), rows)} takes it as it is ({allowed:g} is allowed), --retry-skipped takes rows "
-                    "in whose cause is gone"
+                    f"part {name!r}: {len(skipped)} of {rows} rows are skipped in {column}, {why}; "
+                    f"--allow-skips {share(len(skipped), rows)} takes that ({allowed:g} is allowed)"
                 )
     return list(lines.values())
 

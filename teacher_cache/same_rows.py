@@ -213,21 +213,25 @@ class SteadyRows:
 
     def __init__(self, part: Part, seen: Mapping[str, list[int]]):
         self._part, self._source = part, open_source(part.spec)
-        paths = (path for path in expand_paths(part.spec.path) if not is_remote(path))
-        self._paths = [os.path.abspath(path) for path in paths]
-        self._times = {**self._look(), **{path: seen[path] for path in self._paths if path in seen}}
+        self._paths = ["" if is_remote(path) else os.path.abspath(path) for path in expand_paths(part.spec.path)]
+        self._times = {path: seen.get(path) or _look(path) for path in self._paths}
 
     def read(self, group: RowGroup) -> Rows:
-        """The rows of one group in order; DataError behind the last where the part's files are others than those that were planned."""
+        """The rows of one group in order; DataError behind the last where its file is another than the one that was planned."""
         yield from self._source.read(group)
-        if (now := self._look()) != self._times:
+        path = self._paths[group.locator["file"]]
+        if (now := _look(path)) != self._times[path]:
             here = part_fingerprint(self._part.spec, open_source(self._part.spec))
             if not is_same_data(here, self._part.fingerprint):
                 raise DataError(
-                    f"{self._part.spec.path} changed while it was captured: restore it and run the command again, or choose another --out"
+                    f"{path} changed while it was captured: restore it and run the command again, or choose another --out"
                 )
-            self._times = now
+            self._times[path] = now
 
-    def _look(self) -> dict[str, list[int]]:
-        found = {path: os.stat(path) for path in self._paths}
-        return {path: [one.st_size, one.st_mtime_ns] for path, one in found.items()}
+
+def _look(path: str) -> list[int]:
+    """Size in bytes and modification time in ns; of a file in a store nothing."""
+    if not path:
+        return []
+    found = os.stat(path)
+    return [found.st_size, found.st_mtime_ns]

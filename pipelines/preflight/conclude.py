@@ -11,6 +11,7 @@ from pipelines.estimate.teacher_cost import Speed
 from pipelines.inspect_cache import status
 from pipelines.preflight.request import Notebook, PreflightRequest
 from pipelines.preflight.student_side import StudentRead
+from pipelines.skipped_rows import excess
 from student_train.cache import Cache
 from teacher_cache.errors import KdcliError
 
@@ -36,6 +37,7 @@ def conclude(
     reasons = [reason for choice in found.choices for reason in choice["reasons"]]
     reasons += [f"{one['method']}: {reason}" for one in found.methods for reason in one["reasons"]]
     reasons += read.problems
+    reasons += excess(cache, list(columns), request.settings.capture.allow_skips)
     if request.max_bytes and sum(a_sample.values()) > request.max_bytes:
         reasons.append(
             f"all fields take {sum(a_sample.values()):,.0f} B a sample, over --max-bytes {request.max_bytes:,}"
