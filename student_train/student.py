@@ -20,7 +20,7 @@ from student_train.pruning import Descending, Pruning
 from student_train.pruning.forward import prune_vision
 from student_train.stream import TrainBatch
 from teacher_cache.batch import Batch, keep_vision
-from teacher_cache.errors import CompatibilityError, KdcliError, not_loaded
+from teacher_cache.errors import CompatibilityError, KdcliError, check_reads_images, not_loaded
 from teacher_cache.model_name import check_model_name
 from teacher_cache.records import TextTokens
 from teacher_cache.teachers.head import head_logits
@@ -81,6 +81,7 @@ def open_student(
         config = AutoConfig.from_pretrained(model_id, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, ImportError) as error:
         raise not_loaded(f"student {model_id!r}", error) from None
+    check_reads_images(f"student {model_id!r}", processor, config)
     check_token_ids(processor.tokenizer, config)
     spec = settle(compressor, config, processor, model_id)
     return with_grid(processor, spec), config, spec
@@ -106,6 +107,41 @@ def freeze_except(model: nn.Module, groups: Sequence[str]) -> list[tuple[str, nn
     if not trainable:
         raise CompatibilityError(f"the student has no parameters in {', '.join(groups)}")
     return trainable
+
+
+class _SawIds(Exception):
+    """Args: the largest token id that an embedding was asked for."""
+
+
+@torch.no_grad()
+def check_ids(model: Any, processor: Any) -> None:
+    """CompatibilityError naming both sizes where a token that every batch holds (padding, end, image) has no row in the embedding.
+
+    Some families look an image's token up in no embedding: what theirs is asked for decides.
+    """
+    embedding = model.get_input_embeddings()
+    rows, image = len(embedding.weight), int(model.config.image_token_id)
+    named = {"padding": processor.tokenizer.pad_token_id, "end": processor.tokenizer.eos_token_id}
+
+    def look(module: nn.Module, given: tuple[torch.Tensor, ...]) -> None:
+        raise _SawIds(int(given[0].max()))
+
+    handle = embedding.register_forward_pre_hook(look)
+    try:
+        model.model(input_ids=torch.tensor([[image]], device=embedding.weight.device))
+    except _SawIds as seen:
+        named["image"] = seen.args[0]
+    except Exception:  # it wants more beside an image's token: the first batch shows
+        named["image"] = None
+    finally:
+        handle.remove()
+    for name, number in named.items():
+        if number is not None and number >= rows:
+            token = processor.tokenizer.convert_ids_to_tokens(number)
+            raise CompatibilityError(
+                f"the student's {name} token {token!r} has id {number}, its embedding {rows} rows: "
+                "resize_token_embeddings and save it, or name another token in its tokenizer"
+            )
 
 
 class RowForward(nn.Module):

@@ -7,6 +7,7 @@ import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 _UNPRINTABLE = re.compile(
     "[\x00-\x08\x0b-\x1f\x7f-\x9f"  # control characters that a terminal obeys, but tab and line feed
@@ -55,6 +56,21 @@ def not_loaded(what: str, error: Exception) -> KdcliError:
             "(`pip install 'kdcli[families]'` brings torchvision)"
         )
     return KdcliError(f"{what} cannot be loaded ({reason}): give a model folder or a hub id")
+
+
+def check_reads_images(what: str, processor: Any, config: Any) -> None:
+    """CompatibilityError where a model has no image processor beside its tokenizer, or no image token: a text model, or another task's."""
+    lacks = {
+        "image processor beside its tokenizer": getattr(processor, "image_processor", None),
+        "tokenizer": getattr(processor, "tokenizer", None),
+        "image_token_id in its configuration": getattr(config, "image_token_id", None),
+    }
+    missing = next((name for name, there in lacks.items() if there is None), None)
+    if missing:
+        raise CompatibilityError(
+            f"{what} ({type(config).__name__}, {type(processor).__name__}) has no {missing}: "
+            "give a model that reads images and text (image-text-to-text)"
+        )
 
 
 @contextmanager

@@ -17,7 +17,7 @@ import torch
 from safetensors import SafetensorError
 
 from teacher_cache.batch import Batch, collate
-from teacher_cache.errors import CompatibilityError, KdcliError, not_loaded
+from teacher_cache.errors import CompatibilityError, KdcliError, check_reads_images, not_loaded
 from teacher_cache.fingerprint import processor_fingerprint
 from teacher_cache.layout import COMPRESSED
 from teacher_cache.model_name import check_model_name
@@ -66,15 +66,18 @@ class TeacherSpec:
 
 
 def load_processor(spec: TeacherSpec) -> tuple[Any, Any]:
-    """(processor, config) without any weights; KdcliError where the model folder or hub id is not to be had."""
+    """(processor, config) without any weights; KdcliError where the model folder or hub id is not to be had, or reads no images."""
     from transformers import AutoConfig, AutoProcessor
 
     check_model_name(f"model {spec.id!r}", spec.id, spec.revision)
     arguments = {"revision": spec.revision, "trust_remote_code": spec.trust_remote_code}
     try:
-        return AutoProcessor.from_pretrained(spec.id, **arguments), AutoConfig.from_pretrained(spec.id, **arguments)
+        processor = AutoProcessor.from_pretrained(spec.id, **arguments)
+        config = AutoConfig.from_pretrained(spec.id, **arguments)
     except (OSError, ValueError, ImportError) as error:
         raise not_loaded(f"model {spec.id!r}", error) from None
+    check_reads_images(f"model {spec.id!r}", processor, config)
+    return processor, config
 
 
 def resolve_dtype(spec: TeacherSpec, config: Any) -> torch.dtype:

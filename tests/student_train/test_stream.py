@@ -167,14 +167,14 @@ def narrow_cache(tmp_path_factory: pytest.TempPathFactory, make_request: Callabl
     from pipelines.cache_teacher import capture
     from teacher_cache.sources import DataSpec
 
-    def make(pattern: str) -> Path:
+    def make(pattern: str, text: str = "") -> Path:
         folder = tmp_path_factory.mktemp("narrow")
         rows = []
         for number, letter in enumerate(pattern):
             PIL.Image.new("RGB", NARROW if letter == "n" else (96, 96), (9 * number, 0, 0)).save(
                 folder / f"{number}.png"
             )
-            said = [("human", "<image>\nwhat?"), ("gpt", f"picture {number}")]
+            said = [("human", "<image>\nwhat?"), ("gpt", f"{text}picture {number}")]
             turns = [{"from": who, "value": text} for who, text in said]
             rows.append({"id": str(number), "image": f"{number}.png", "conversations": turns})
         (folder / "rows.json").write_text(json.dumps(rows))
@@ -239,3 +239,20 @@ def test_what_is_left_out_is_told(
     first, last = [note for note in told if "take" in note]
     assert first.startswith("note: row ") and "ZeroDivisionError" in first and "metrics.jsonl" in first
     assert last == f"note: {folder.name} left out 2 rows since its start that the student does not take"
+
+
+def test_a_word_without_a_row_in_the_students_embedding_is_one_line(
+    open_stage: Callable[..., Any], narrow_cache: Any, tiny_student: Path, tmp_path: Path
+) -> None:
+    """A student whose embedding was cut: a device would fail without a word."""
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+
+    model, processor = (one.from_pretrained(tiny_student) for one in (AutoModelForImageTextToText, AutoProcessor))
+    processor.tokenizer.add_tokens(["qwx"])
+    number = processor.tokenizer.convert_tokens_to_ids("qwx")
+    model.resize_token_embeddings(number)
+    for one in (model, processor):
+        one.save_pretrained(tmp_path / "cut")
+    cache = narrow_cache("o", text="qwx ")
+    with pytest.raises(CompatibilityError, match=f"token 'qwx' has id {number}, the student's embedding {number} rows"):
+        open_stage(cache, method="sft", stage="SFT", parts=("sft",), student=tmp_path / "cut")
