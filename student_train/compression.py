@@ -29,9 +29,21 @@ ANYRES = "llava_next"
 
 
 def compressor_of(config: Any) -> CompressorSpec | None:
-    """What a saved student's configuration says; None for a student without compression."""
+    """What a saved student's configuration says; None for a student without compression.
+
+    CompatibilityError where its weights are those of another version of the compressor.
+    """
     entry = getattr(config, COMPRESSED, None)
-    return CompressorSpec.from_entry(entry) if entry else None
+    if not entry:
+        return None
+    spec = CompressorSpec.from_entry(entry)
+    ours = getattr(compressor_module(spec.name), "VERSION", None)
+    if spec.version != ours:
+        raise CompatibilityError(
+            f"the student's compressor {spec.name} is of version {spec.version or 1}, this kdcli has {ours or 1}, which reads its weights "
+            "differently: train the student anew, or keep the kdcli that made it"
+        )
+    return spec
 
 
 def settle(asked: CompressorSpec | None, config: Any, processor: Any, student: str) -> CompressorSpec | None:

@@ -238,13 +238,19 @@ class RowForward(nn.Module):
             )
 
     def draw(self, one: TrainBatch, seed: int, step: int) -> TrainBatch:
-        """The micro-batch as this step trains it: an elastic compressor keeps as many vision tokens of every image as the step draws."""
-        if not hasattr(self.projector, "draw") or "pixel_values" not in one.batch.inputs:
+        """The micro-batch as this step trains it: an elastic compressor keeps as many vision tokens of every image as the step draws,
+        or, while the language model is frozen, all that it can."""
+        if not hasattr(self.projector, "draw") or "pixel_values" not in one.batch.inputs or not self._reads():
             return one
         keep = self.projector.draw(seed, step)
         pad_id = self.model.config.get_text_config().pad_token_id or 0
         layouts = tuple(first_tokens(layout, keep) for layout in one.student_layouts)
         return replace(one, batch=keep_vision(one.batch, keep, pad_id), student_layouts=layouts)
+
+    def _reads(self) -> bool:
+        """Whether the language model trains."""
+        names = (name for name, one in self.model.named_parameters() if one.requires_grad)
+        return any(module_group(name) == "language_model" for name in names)
 
     @property
     def projector(self) -> Any:

@@ -6,6 +6,7 @@ hidden states of the vision tower it reads is a choice) and
 - ``settle(spec, site) -> CompressorSpec``: every open choice made; CompatibilityError naming the counts that can be had;
 - ``build(spec, site, projector) -> nn.Module``: features ``[images, side², layers·D_v]`` → tokens ``[images, vision_tokens, D_t]``,
   starting from the weights of the trained projector where it can use them;
+- ``VERSION``, where weights of an earlier one would say something else;
 - ``grid(spec) -> (rows, columns)`` of the tokens; ``training_grid(spec)``: the largest that a training step can draw.
 
 Shape letters: P patches of an image (side²), M vision tokens after compression, D_v vision width, D_t text width.
@@ -31,6 +32,7 @@ class CompressorSpec:
         layers: hidden states of the vision tower that are read, counted as ``vision_feature_layer`` counts; empty: the compressor's choice.
         largest: most vision tokens that an elastic compressor can give; None: its own choice.
         optional: a method's default, which gives way to the compressor that a student has.
+        version: of a compressor that has changed what its weights say, once settled.
     """
 
     name: str
@@ -38,6 +40,7 @@ class CompressorSpec:
     layers: tuple[int, ...] = ()
     largest: int | None = None
     optional: bool = False
+    version: int | None = None
 
     def entry(self) -> dict[str, Any]:
         """JSON-able, for the model's configuration."""

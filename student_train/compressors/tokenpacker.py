@@ -1,8 +1,8 @@
 """TokenPacker (arXiv 2407.02392): coarse queries that read fine, multi-layer detail, each from its own s×s region, then an MLP.
 
 Queries: the last feature, bilinearly downsampled. Keys, values: several layers of the tower side by side, each through a two-layer
-MLP. Fresh but for the last MLP, which starts as the trained projector's. Layers: the paper's 12, 16, 22 and 23 of CLIP-L, scaled
-to the student's own feature layer (of a tower of three: 2 and 3).
+MLP. Fresh but for the last MLP, which starts as the trained projector's (the released code's is fresh too). Layers: the paper's 12, 16, 22
+and 23 of CLIP-L, scaled to the student's own feature layer (of a tower of three: 2 and 3). Released weights load under their own names.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from student_train.compressors import CompressorSpec, Site
-from student_train.compressors.attention import CrossAttention, start_small
+from student_train.compressors.attention import CrossAttention, start_small, take_released
 from student_train.compressors.windows import settle_windows, split_windows, square_grid
 from teacher_cache.errors import CompatibilityError
 
@@ -24,6 +24,18 @@ PAPER = "TokenPacker, arXiv 2407.02392"
 ELASTIC = False
 CHOOSES_LAYERS = True
 PAPER_LAYERS, PAPER_LAST = (12, 16, 22), 23
+HEAD_WIDTH = 128
+RELEASED = {
+    "q_proj_1": "query",
+    "k_proj_1": "key",
+    "v_proj_1": "value",
+    "ln_q_1": "query_norm",
+    "ln_k_1": "key_norm",
+    "ln_v_1": "value_norm",
+    "clip_attn": "attention",
+    "mlp.0": "linear_1",
+    "mlp.2": "linear_2",
+}
 grid = training_grid = square_grid
 
 
@@ -57,7 +69,7 @@ class TokenPacker(nn.Module):
             nn.Sequential(nn.Linear(layers * width, width), nn.GELU(), nn.Linear(width, width)) for _ in range(2)
         )
         self.query_norm, self.key_norm, self.value_norm = (nn.LayerNorm(width, eps=1e-6) for _ in range(3))
-        self.attention = CrossAttention(width)
+        self.attention = CrossAttention(width, HEAD_WIDTH)
         start_small(self)
         self.linear_1, self.act, self.linear_2 = projector.linear_1, projector.act, projector.linear_2
         if self.linear_1.in_features != width:  # a projector that reads several layers at once
@@ -71,6 +83,10 @@ class TokenPacker(nn.Module):
         )
         read = self.attention(queries.flatten(0, 1)[:, None], keys, values)
         return self.linear_2(self.act(self.linear_1(read.reshape(queries.shape))))
+
+    def _load_from_state_dict(self, state_dict, prefix, *rest):
+        take_released(state_dict, prefix, RELEASED)
+        super()._load_from_state_dict(state_dict, prefix, *rest)
 
     def downsample(self, last: torch.Tensor) -> torch.Tensor:
         """``[N, side², D_v]`` → ``[N, M, D_v]``, bilinear."""

@@ -38,6 +38,21 @@ def forward_kl(teacher: Distribution, student_logits: torch.Tensor, temperature:
     return _rows(written.forward_kl, teacher, student_logits, temperature)
 
 
+def forward_kl_of_standardised(
+    teacher: FullVocabulary, student_logits: torch.Tensor, temperature: float = 1.0
+) -> torch.Tensor:
+    """KL(p_t ‖ p_s) ``[R]`` of logits that are standardised row by row on both sides, over the vocabulary that both have (``standardised``)."""
+    logits = standardised(wide(student_logits)[:, : teacher.vocabulary])
+    # Log-probs are logits but for a constant, which the mean takes along.
+    log_probs = torch.log_softmax(standardised(wide(teacher.log_probs())) / temperature, dim=1)
+    return written.WithGradient.apply(written.forward_kl, (log_probs,), logits, None, temperature)
+
+
+def standardised(logits: torch.Tensor) -> torch.Tensor:
+    """``[R, V]`` less the row's mean, over 1e-7 + its standard deviation (of V − 1), as LLaVADI's released code has it."""
+    return (logits - logits.mean(dim=1, keepdim=True)) / (1e-7 + logits.std(dim=1, keepdim=True))
+
+
 def reverse_kl(teacher: Distribution, student_logits: torch.Tensor, temperature: float = 1.0) -> torch.Tensor:
     """KL(p_s ‖ p_t) ``[R]``: MiniLLM's divergence (arXiv 2306.08543) on given tokens."""
     return _rows(written.reverse_kl, teacher, student_logits, temperature)

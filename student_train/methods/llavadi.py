@@ -11,15 +11,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
 
-from student_train.losses.divergences import forward_kl
+from student_train.losses.divergences import forward_kl, forward_kl_of_standardised
 from student_train.losses.embedding import cosine_distance, squared_distance
 from student_train.losses.terms import HiddenRows, HiddenTerm, RowTerm, Term, Terms, label_loss
 from student_train.needs import Need
-from teacher_cache.errors import KdcliError
+from teacher_cache.errors import CompatibilityError, KdcliError
 
 NAME = "llavadi"
 PAPER = "LLaVADI, arXiv 2407.19409"
@@ -33,7 +34,8 @@ class LLaVADI:
     """alpha, beta, vision: weights of the KL, of hidden states at response rows and at vision rows (0 leaves a term out).
 
     distance: ``mse`` (mean over dimensions) or ``cosine`` (1 − cos). map: ``mlp`` (linear, GELU, linear) or ``linear``, from the
-    student's width to the teacher's; one for both kinds of rows. temperature: of the KL, which is multiplied by its square.
+    student's width to the teacher's; one for both kinds of rows. temperature: of the KL, which is multiplied by its square. norm_logits:
+    standardise every row's logits on both sides before the KL, as the released script does.
     """
 
     alpha: float = 1.0
@@ -42,6 +44,7 @@ class LLaVADI:
     distance: str = "mse"
     map: str = "mlp"
     temperature: float = 1.0
+    norm_logits: bool = False
 
     def __post_init__(self) -> None:
         for knob, choices in (("distance", tuple(DISTANCES)), ("map", MAPS)):
@@ -51,8 +54,10 @@ class LLaVADI:
             raise KdcliError("llavadi: alpha, beta and vision must be at least 0 and temperature above 0")
 
     def needs(self) -> frozenset[Need]:
+        # Standardised, the loss is not linear in the teacher's probabilities: samples of them would not do.
+        direction = "reverse" if self.norm_logits else "forward"
         weights = {
-            Need("response_logits", temperature=self.temperature): self.alpha,
+            Need("response_logits", direction, self.temperature): self.alpha,
             Need("response_hidden"): self.beta,
             Need("vision_hidden"): self.vision,
         }
@@ -66,9 +71,19 @@ class LLaVADI:
             return {"hidden": widen}
         return {"hidden": nn.Sequential(widen, nn.GELU(), nn.Linear(teacher_width, teacher_width))}
 
+    def check_student(self, config: Any, fields: Mapping[str, Any]) -> None:
+        """CompatibilityError where the teacher's logits are known of some tokens alone, and the KL wants their mean and deviation."""
+        if self.norm_logits and self.alpha and "response_hidden" not in fields:
+            raise CompatibilityError(
+                "llavadi: norm_logits needs every token's logit, which response_hidden serves, not "
+                f"{', '.join(sorted(fields))}: capture response_hidden, or --set norm_logits=false"
+            )
+
     def terms(self) -> Terms:
+        divergence: Any = forward_kl_of_standardised if self.norm_logits else forward_kl
+
         def kl(rows):
-            return forward_kl(rows.need_teacher(), rows.logits, self.temperature)
+            return divergence(rows.need_teacher(), rows.logits, self.temperature)
 
         def embedding(rows: HiddenRows) -> torch.Tensor:
             return DISTANCES[self.distance](rows.teacher, rows.maps["hidden"](rows.student))
@@ -82,4 +97,4 @@ class LLaVADI:
         return {name: term for name, term in every.items() if term.weight}
 
 
-PRESETS = {"paper": LLaVADI(), "code": LLaVADI(alpha=5.0, beta=5.0)}
+PRESETS = {"paper": LLaVADI(), "code": LLaVADI(alpha=5.0, beta=5.0, norm_logits=True)}

@@ -126,8 +126,11 @@ def test_every_step_of_mqt_has_its_own_count(
         return forward(self, features)
 
     monkeypatch.setattr(MQT, "forward", watched)
+    train(str(tiny_cache), "sft", settings_for(tmp_path / "projector", "mqt", max_steps=1), "PT")
+    assert set(seen) == {36}, "the projector's stage learns all queries"
+    seen.clear()
     settings = settings_for(tmp_path / "run", "mqt", max_steps=6)
-    train(str(tiny_cache), "sft", settings, "PT")
+    train(str(tiny_cache), "sft", settings, "SFT")
     assert len(seen) == 12 and seen[::2] == seen[1::2], "micro-batches of a step share its count"
     module = MQT(6, 8, 8, 36, 9)
     assert seen[::2] == [module.draw(0, step) for step in range(6)] and len(set(seen)) > 2

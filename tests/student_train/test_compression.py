@@ -61,10 +61,21 @@ def logits_of(model: Any, processor: Any) -> torch.Tensor:
         return model.eval()(**inputs).logits
 
 
+def test_weights_of_an_earlier_version_are_refused_before_they_are_read(saved: Callable[..., Path]) -> None:
+    """mqt of version 1 had no mark, and its weights say something else under today's equations."""
+    config = saved("mqt", 8) / "config.json"
+    body = json.loads(config.read_text())
+    assert body["kdcli_compressor"].pop("version") == 2
+    config.write_text(json.dumps(body))
+    with pytest.raises(CompatibilityError, match="compressor mqt is of version 1, this kdcli has 2.*train the student anew"):
+        load_student(str(config.parent), "sdpa")
+    assert "version" not in json.loads((saved("adaptive_pool", 9) / "config.json").read_text())["kdcli_compressor"]
+
+
 def test_a_saved_student_with_another_count_of_an_elastic_compressor(saved: Callable[..., Path]) -> None:
     folder = saved("mqt", 8)
     model, processor = load_student(str(folder), "sdpa", compressor=CompressorSpec("mqt", 5))
-    assert compressor_of(model.config) == CompressorSpec("mqt", 5, largest=36)
+    assert compressor_of(model.config) == CompressorSpec("mqt", 5, largest=36, version=2)
     assert logits_of(model, processor).shape[1] + 3 == logits_of(*load_student(str(folder), "sdpa")).shape[1]
     same, _ = load_student(str(folder), "sdpa", compressor=CompressorSpec("", 5))
     assert compressor_of(same.config) == compressor_of(model.config)

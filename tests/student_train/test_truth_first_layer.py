@@ -147,7 +147,14 @@ LLAVADI = {
     "paper": {},
     "cosine, linear": {"distance": "cosine", "map": "linear", "alpha": 0.0, "beta": 3.0},
     "vision too, T=2": {"vision": 0.5, "temperature": 2.0, "alpha": 0.5},
+    "standardised": {"norm_logits": True, "alpha": 5.0},
+    "standardised, T=2": {"norm_logits": True, "temperature": 2.0},
 }
+
+
+def normed(logits: torch.Tensor) -> torch.Tensor:
+    """LLaVADI's ``norm_logits``: each row's deviation is that of torch, over V − 1."""
+    return (logits - logits.mean(dim=-1, keepdim=True)) / (1e-7 + logits.std(dim=-1, keepdim=True))
 
 
 @pytest.mark.parametrize("case", LLAVADI)
@@ -160,9 +167,10 @@ def test_llavadi(one_step: Any, tiny_teacher: Path, tiny_student: Path, teacher_
         teacher = Said(load(tiny_teacher), batch, length)
     student = Said(model, batch, length)
     temperature = method.temperature
+    sides = [normed(one.logits) if method.norm_logits else one.logits for one in (teacher, student)]
     terms = {
         "reg": -student_log_probs(model, batch)[torch.arange(len(batch.labels)), batch.labels].mean(),
-        "res": kl((teacher.logits / temperature).softmax(1), (student.logits / temperature).softmax(1)),
+        "res": kl(*((one / temperature).softmax(1) for one in sides)),
         "emb": llavadi(teacher, student, maps, "response", method.distance),
         "emb_vis": llavadi(teacher, student, maps, "vision", method.distance),
     }
@@ -218,6 +226,17 @@ def test_weights_of_zero_need_nothing() -> None:
     assert not bare.needs() and set(bare.terms()) == {"reg"}
     bare = create_method("llavadi", "paper", {"alpha": 0.0, "beta": 0.0})
     assert not bare.needs() and set(bare.terms()) == {"reg"}
+
+
+def test_standardised_logits_need_every_token() -> None:
+    """Of a head and its tail nobody knows the mean: refused before the student's weights are read."""
+    topk = {"response_topk": {"k": 8}}
+    method: Any = create_method("llavadi", "code", {"beta": 0.0})
+    assert method.norm_logits and {need.direction for need in method.needs()} == {"reverse"}, "samples would not do"
+    with pytest.raises(CompatibilityError, match="norm_logits needs every token's logit.*capture response_hidden"):
+        method.check_student(None, topk)
+    method.check_student(None, {**topk, "response_hidden": {}})
+    create_method("llavadi", "paper", {"beta": 0.0}).check_student(None, topk)  # type: ignore[attr-defined]
 
 
 def test_a_cache_without_the_fields_is_refused_with_the_command(open_stage: Open, tiny_cache_standard: Path) -> None:

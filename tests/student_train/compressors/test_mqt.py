@@ -13,7 +13,7 @@ import torch
 from student_train.compression import with_grid
 from student_train.compressors import CompressorSpec, Site
 from student_train.compressors.attention import CrossAttention
-from student_train.compressors.mqt import place_table, settle
+from student_train.compressors.mqt import place_table, resized, settle
 from teacher_cache.batch import collate, keep_vision
 from teacher_cache.errors import CompatibilityError
 
@@ -31,8 +31,9 @@ def test_one_cross_attention(
         torch.nn.init.normal_(parameter)
 
     def reference(features: torch.Tensor) -> torch.Tensor:
-        queries = one.query_norm(one.queries).expand(2, -1, -1)
-        keys = one.key_norm(features + place_table(6, 8))
+        places = place_table(6, 8, features)
+        queries = one.query_norm(one.queries + places).expand(2, -1, -1)
+        keys = one.key_norm(places).expand(2, -1, -1)
         return one.out(attend(one.attention, queries, keys, one.value_norm(features)))[:, :keep]
 
     assert_same(made, reference)
@@ -40,16 +41,18 @@ def test_one_cross_attention(
 
 def test_several_heads(attend: Callable[..., Any]) -> None:
     torch.manual_seed(0)
-    attention = CrossAttention(512).double()
-    assert attention.heads == 4 and CrossAttention(48).heads == 1 and CrossAttention(1152).heads == 9
+    attention = CrossAttention(512, 128).double()
+    assert attention.heads == 4 and CrossAttention(48, 128).heads == 1 and CrossAttention(1152, 128).heads == 9
     queries, keys, values = (torch.randn(2, n, 512, dtype=torch.float64) for n in (3, 5, 5))
     torch.testing.assert_close(attention(queries, keys, values), attend(attention, queries, keys, values))
 
 
 def test_places_are_told_apart() -> None:
-    table = place_table(6, 8)
+    table = place_table(6, 8, torch.zeros(1))
     assert table.shape == (36, 8) and torch.cdist(table, table).fill_diagonal_(9).min() > 0.1
-    assert place_table(6, 10).shape == (36, 10) and not place_table(6, 10)[:, 8:].any()
+    wider = place_table(6, 10, torch.zeros(1, dtype=torch.float64))
+    assert wider.shape == (36, 10) and not wider[:, 8:].any() and wider.dtype == torch.float64
+    assert torch.equal(resized(table, 6), table) and resized(table, 9).shape == (81, 8)
 
 
 def test_draws_are_even_reach_both_ends_and_need_seed_and_step_alone(make_compressor: Callable[..., Any]) -> None:
@@ -66,12 +69,15 @@ def test_counts() -> None:
     settled = settle(CompressorSpec("mqt"), SITE)
     assert (settled.vision_tokens, settled.largest) == (9, 36)
     assert settle(CompressorSpec("mqt"), Site(24, 8, 8, (-1,), 3)).largest == 256
-    assert settle(CompressorSpec("mqt", 8, largest=8), SITE).largest == 8
+    assert settle(CompressorSpec("mqt"), Site(27, 8, 8, (-1,), 3)).largest == 256
+    assert settle(CompressorSpec("mqt"), Site(5, 8, 8, (-1,), 3)).largest == 16
+    assert settle(CompressorSpec("mqt", 8, largest=16), SITE).largest == 16
     for tokens in (0, 36, 40):
         with pytest.raises(CompatibilityError, match=rf"{tokens} vision tokens.*from 1 to 35"):
             settle(CompressorSpec("mqt", tokens), SITE)
-    with pytest.raises(CompatibilityError, match="must be even, from 2 to the 36 patches"):
-        settle(CompressorSpec("mqt", 4, largest=7), SITE)
+    for largest in (7, 8, 9, 64):
+        with pytest.raises(CompatibilityError, match="must be an even square, from 4 to the 36 patches"):
+            settle(CompressorSpec("mqt", 4, largest=largest), SITE)
 
 
 @pytest.fixture(scope="module")
