@@ -17,7 +17,6 @@ from teacher_cache.records import Sample, SkipRecord
 from teacher_cache.rows import check_turns, row_key
 from teacher_cache.sources import DataSpec, open_source, source_modules
 
-
 PICTURES = {"a.png": b"no reader decodes", "b.png": b"what an image holds"}
 
 
