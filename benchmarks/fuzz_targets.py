@@ -468,6 +468,13 @@ def message_rows() -> list[dict[str, Any]]:
             "image": uri,
         },
         {"prompt": "Hi", "completion": "Ho", "family": "x"},
+        {
+            "conversations": [
+                {"from": "Human", "value": "Hi", "weight": 0},
+                {"from": "bot", "value": "Ho", "loss": True},
+            ],
+            **{"system": "Be brief.", "tools": [], "videos": [], "weight": 1.0},
+        },
         {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": uri}}, text]}, said]},
     ]
 

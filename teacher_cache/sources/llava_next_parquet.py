@@ -23,7 +23,7 @@ from teacher_cache.records import RowGroup, Sample, SkipRecord
 from teacher_cache.sources import DataSpec, files
 from teacher_cache.sources.image_folder import ImageFolder
 from teacher_cache.sources.message_rows import read_row, read_sample
-from teacher_cache.sources.parquet_columns import EXPECTED, fits, is_read, measure
+from teacher_cache.sources.parquet_columns import EXPECTED, fits, holds_paths, is_read, measure
 from teacher_cache.sources.row_values import Unparsed
 
 FORMAT = "llava-next-parquet"
@@ -56,7 +56,7 @@ class LlavaNextParquet:
         """Memory: one batch of text columns, and two numbers a row of one file. Image bytes are not read.
 
         Raises:
-            DataError: not parquet, damaged, or without the expected columns.
+            DataError: not parquet, damaged, without the expected columns, or images are paths and there is no image root.
         """
         groups: list[RowGroup] = []
         start = 0
@@ -65,6 +65,8 @@ class LlavaNextParquet:
             if most == 0:
                 break
             with _opened(path) as parquet:
+                if holds_paths(parquet.schema_arrow):
+                    self.images.check()
                 row_groups = [parquet.metadata.row_group(i).num_rows for i in range(parquet.num_row_groups)]
                 characters, images = measure(parquet, most)
             for first, rows in cut_rows(row_groups, group_rows, len(characters)):

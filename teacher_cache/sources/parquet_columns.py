@@ -32,6 +32,12 @@ def fits(schema: pa.Schema) -> bool:
     return len(kinds) == len(schema) and has_talk and turns and images
 
 
+def holds_paths(schema: pa.Schema) -> bool:
+    """True where images are paths and nothing else."""
+    kinds = [field.type for field in schema if field.name in IMAGE_COLUMNS]
+    return any(_is_text(kind.value_type if _is_list(kind) else kind) for kind in kinds)
+
+
 def _is_list(kind: pa.DataType) -> bool:
     return pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
 

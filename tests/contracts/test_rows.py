@@ -8,24 +8,16 @@ import tarfile
 from pathlib import Path
 from typing import Any
 
-import PIL.Image
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
 from teacher_cache.errors import ROW_NOTES, SKIP_REASONS
 from teacher_cache.records import Sample, SkipRecord
-from teacher_cache.rows import check_turns
+from teacher_cache.rows import check_turns, row_key
 from teacher_cache.sources import DataSpec, open_source, source_modules
 
-
-def png(colour: str) -> bytes:
-    buffer = io.BytesIO()
-    PIL.Image.new("RGB", (4, 3), colour).save(buffer, "png")
-    return buffer.getvalue()
-
-
-PICTURES = {"a.png": png("red"), "b.png": png("blue")}
+PICTURES = {"a.png": b"no reader decodes", "b.png": b"what an image holds"}
 
 
 def named(row: dict[str, Any]) -> list[str]:
@@ -217,3 +209,17 @@ def test_rows_that_are_read_with_a_note(tmp_path: Path, case: str) -> None:
     for name, made in read(tmp_path, row).items():
         assert isinstance(made, Sample), (name, made)
         assert made.notes == ((kind, seen),), name
+
+
+KEYS = {
+    "000000000-d7237762": LOOK,
+    "000000000-2734c128": {"image": ["a.png", "b.png"], "conversations": talk("<image><image>", "x", "y ä", "z")},
+    "000000000-c177907a": {"messages": [{"role": "system", "content": "s"}, *chat("Hi", "Ho")]},
+}
+
+
+@pytest.mark.parametrize("key", KEYS)
+def test_keys_are_those_of_the_first_readers(tmp_path: Path, key: str) -> None:
+    """A capture goes on where an older one stopped, and its rows are found by their keys."""
+    for name, made in read(tmp_path, KEYS[key]).items():
+        assert isinstance(made, Sample) and row_key(made) == key, name

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import pickle
 import random
@@ -20,6 +21,7 @@ import torch
 
 from pipelines.cache_teacher import capture
 from pipelines.inspect_cache import check, collect_garbage, inspect, status
+from pipelines.tables import cache_table
 from student_train.cache import Cache, CachedRows
 from teacher_cache.errors import CacheError, CompatibilityError, KdcliError
 from teacher_cache.shards.commit import read_commit
@@ -247,6 +249,20 @@ def test_defects_become_skip_records(world_json, make_request, tmp_path: Path) -
     cache = Cache(str(out))
     assert sum(CachedRows(cache, ["sft"], ["vision_hidden"]).counts) == 24 - len(defects)
     assert check(cache) == []
+
+
+def test_notes_of_rows_are_counted_and_shown(make_request, tmp_path: Path) -> None:
+    said = [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Ho"}]
+    rows = [{"conversations": said}, {"conversations": said, "tools": "[{}]"}, {"conversations": said, "weight": 0.5}]
+    rows += [{"conversations": said, "weight": 0}]
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    spec = DataSpec("sft", str(tmp_path / "rows.json"))
+    summary = capture(make_request(tmp_path / "c", data=[spec], shards=2, store="none", fields=()))
+    assert summary["columns"]["samples"]["counts"]["columns_unused"] == 2
+    assert summary["columns"]["samples"]["skipped"] == {"not_for_training": 1}
+    text = cache_table(summary["columns"], summary["rows"])
+    assert "note: 2 rows: the row has columns or keys that change training elsewhere" in text
+    assert check(Cache(str(tmp_path / "c"))) == []
 
 
 def test_over_length_rows_are_skipped_or_cut(make_request, mixture, tmp_path: Path) -> None:

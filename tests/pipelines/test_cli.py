@@ -237,6 +237,16 @@ def test_options_given_once_or_once_each(arguments, world) -> None:
     refused(run("cache-teacher", *flags, *twice, *rest), "--image-root was given 2 times for 3 --data")
 
 
+def test_help_says_the_names_that_parts_get() -> None:
+    from pipelines.command_line.given import data_specs
+
+    assert [one.part for one in data_specs(("a.json", "b.json"), template=("plain", "chat"))] == ["caption", "sft"]
+    for command in ("doctor", "cache-teacher", "plan"):
+        assert "default: caption where its template is plain, else sft" in " ".join(
+            run(command, "--help").output.split()
+        )
+
+
 def test_help_of_every_command() -> None:
     assert run("--help").exit_code == 0
     for command in main.commands:

@@ -106,6 +106,23 @@ def test_notes_cost_no_row(mixture):
     assert all(len(finding.examples) == 1 for finding in (part.defects | part.notes).values())
 
 
+def test_columns_that_are_not_used_are_named_once_a_set(tmp_path):
+    """A file has one set of columns in most rows: the rare one must not hide behind its first rows."""
+    rows = [{"conversations": talk("hi", "ho"), "tools": "[{}]"}] * 9
+    rows += [{"conversations": talk("hi", "ho"), "tools": "[{}]", "weight": 0.5}, {"conversations": talk("hi", "ho")}]
+    (tmp_path / "mix.json").write_text(json.dumps(rows))
+    (part,) = examine([DataSpec("sft", str(tmp_path / "mix.json"))], max_examples=2).parts
+    found = part.notes["columns_unused"]
+    assert (part.usable, found.count) == (11, 10)
+    assert [(one.place, one.detail) for one in found.examples] == [
+        ("mix.json row 0", "'tools'"),
+        ("mix.json row 9", "'tools', 'weight'"),
+    ]
+    stream = io.StringIO()
+    print_report(examine([DataSpec("sft", str(tmp_path / "mix.json"))]), Console(file=stream, width=200))
+    assert "change training elsewhere and are not used here" in stream.getvalue()
+
+
 def test_duplicate_ids_are_counted_also_among_skipped_rows(tmp_path):
     rows = [{"id": "a", "conversations": talk("hi", "ho")}] * 3 + [{"conversations": talk("hi", "ho")}] * 2
     rows.append({"id": "a", "conversations": talk("hi")})

@@ -162,6 +162,19 @@ def test_images_of_every_kind(tmp_path, kind, column):
     assert (group.images, group.characters) == (counted, len("<image>\nwhät?a cat".encode()))
 
 
+def test_paths_keep_the_rule_of_image_paths(tmp_path):
+    (tmp_path / "secret").write_bytes(b"secret")
+    (tmp_path / "root").mkdir()
+    schema = pa.schema([("conversations", TURNS), ("image", pa.string())])
+    names = ["../secret", "/etc/passwd", "none.png", "https://host/a.png"]
+    path = write(tmp_path, [{"conversations": TALK, "image": name} for name in names], schema=schema)
+    source = open_source(DataSpec("sft", path, image_root=str(tmp_path / "root")))
+    reasons = [row.reason for group in source.scan(10) for row in source.read(group)]
+    assert reasons == ["image_path_unsafe", "image_path_unsafe", "image_missing", "image_missing"]
+    with pytest.raises(DataError, match="pass --image-root"):
+        open_source(DataSpec("sft", path, image_root=str(tmp_path / "nowhere"))).scan(10)
+
+
 PARTS = pa.list_(pa.struct([("type", pa.string()), ("text", pa.string()), ("image", IMAGE)]))
 SAID = "<image>\nwhät?", "a cat"
 ASKED = [{"type": "image", "text": None, "image": None}, {"type": "text", "text": "whät?", "image": None}]
