@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import click
@@ -13,13 +14,19 @@ from pipelines.command_line.tour import TourGroup
 
 
 class Group(TourGroup):
-    """Prints the project's own errors as one line."""
+    """Prints the project's own errors as one line, and the signal that ended a command."""
 
     def invoke(self, ctx: click.Context) -> Any:
+        from teacher_cache import stopping
         from teacher_cache.errors import KdcliError, one_line
 
         try:
-            return super().invoke(ctx)
+            with stopping.listening():
+                return super().invoke(ctx)
+        except stopping.Stopped as stop:
+            if os.environ.get("RANK", "0") == "0":  # under torchrun the first process speaks
+                click.echo(one_line(stop), err=True)
+            raise
         except KdcliError as error:
             raise click.ClickException(one_line(error)) from None
         except OSError as error:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from contextlib import nullcontext
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -23,6 +23,7 @@ from pipelines.profiles import chosen_fields, with_tails
 from pipelines.settings import CaptureSettings
 from pipelines.skipped_rows import excess, refuse_skips, take_in_again
 from student_train.cache import Cache
+from teacher_cache import stopping
 from teacher_cache.cache_shard import CaptureJob, RowReader, Teacher, cache_shard
 from teacher_cache.errors import KdcliError, naming_full_disk
 from teacher_cache.fields import CalibratedField, Field, create_field
@@ -31,10 +32,12 @@ from teacher_cache.fingerprint import PREPARATION, preparation_version
 from teacher_cache.layout import typical_tokens
 from teacher_cache.plan import Plan, content_hash, known_plan, make_plan, parts_with_images, read_plan, write_plan
 from teacher_cache.prepare import Limits, Preparer
+from teacher_cache.records import Prepared, TeacherOutput
 from teacher_cache.same_rows import bind_pictures, refuse_other_pictures
 from teacher_cache.shards.reader import ColumnReader
 from teacher_cache.shards.storage import Storage
 from teacher_cache.sources import DataSpec
+from teacher_cache.stopping import Stopped
 from teacher_cache.stored_rows import StoredPreparer, StoredRows
 from teacher_cache.teachers import null
 from teacher_cache.teachers.backends import (
@@ -328,18 +331,19 @@ class ShardTask:
         preparer = make_preparer(self.request, processor, config)
         row_reader = row_readers(self.request, self.job.storage, self.job.plan)
         needs_teacher = any(column != "samples" for columns in self.left.values() for column in columns)
-        teacher: Teacher | None = open_teacher(spec, processor, config) if needs_teacher else None
+        teacher: Teacher | None = stoppable(open_teacher(spec, processor, config)) if needs_teacher else None
 
         heartbeat = Heartbeat(self.job.storage, self.run) if self.run else None
 
         def advance(rows: int) -> None:
+            stopping.check()
             if heartbeat:
                 heartbeat.advance(rows)
             if self.advance:
                 self.advance(rows)
 
         def task(shard: int) -> int:
-            with heartbeat.on(shard) if heartbeat else nullcontext():
+            with heartbeat.on(shard) if heartbeat else nullcontext(), stopping.held():
                 cache_shard(self.job, shard, self.left[shard], row_reader(shard), preparer, teacher, advance)
             return shard
 
@@ -372,8 +376,24 @@ def run_shards(
         finished = ray.run(task, sorted(left), settings.workers, cluster)
     else:
         finished = local.run(task, sorted(left), workers)
-    for shard in finished:
-        if not inline:
-            advance(job.plan.slices[shard].rows)
-        progress("shard", count, total)
+    try:
+        with closing(finished):
+            for shard in finished:
+                if not inline:
+                    advance(job.plan.slices[shard].rows)
+                progress("shard", count, total)
+    except Stopped as stop:
+        forget(job.storage, run)  # who ended in order is neither lost nor failed
+        what = "what is committed stays, the shard that was begun is dropped: run the same command again to continue"
+        raise Stopped(stop.number, what) from None
     forget(job.storage, run)
+
+
+def stoppable(teacher: Teacher) -> Teacher:
+    """The teacher; before each batch it looks for a signal to stop."""
+
+    def ask(prepared: Sequence[Prepared], wants: frozenset[str]) -> list[TeacherOutput]:
+        stopping.check()
+        return teacher(prepared, wants)
+
+    return ask

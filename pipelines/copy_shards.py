@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from typing import Any
 
@@ -74,9 +75,10 @@ def copy_missing(job: Copying, workers: int, progress: Callable[[str, int, int],
     rows = [len(choice.ordinals) for choice in job.choices]
     done = sum(rows) - sum(rows[shard] for shard in left)
     progress("start", done, sum(rows))
-    for shard in local.run(job, sorted(left), min(workers, len(left))) if left else ():
-        done += rows[shard]
-        progress("shard", done, sum(rows))
+    with closing(local.run(job, sorted(left), max(1, min(workers, len(left))))) as copied:
+        for shard in copied:
+            done += rows[shard]
+            progress("shard", done, sum(rows))
     progress("end", sum(rows), sum(rows))
 
 

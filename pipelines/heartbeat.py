@@ -15,6 +15,7 @@ import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
 from typing import Any
 
 from teacher_cache.errors import CacheError, one_line
@@ -34,6 +35,7 @@ _WORD = {
     **dict.fromkeys(("shard_rows?", "rows?"), COUNT),
     "shard?": (COUNT, None),
     "error?": (str, None),
+    "machine?": (str, None),
 }
 
 
@@ -44,6 +46,7 @@ class Word:
     Attributes:
         shard: in hand, None between two. rows: captured since ``started``, those of the shard in hand (``shard_rows``) included.
         started, updated: seconds since 1970 by the worker's clock. error: one line, after a failure.
+        host: name and process number. machine: where that number means this process; None where nobody can tell.
     """
 
     worker: str
@@ -54,6 +57,7 @@ class Word:
     shard_rows: int = 0
     rows: int = 0
     error: str | None = None
+    machine: str | None = None
 
 
 class Heartbeat:
@@ -66,7 +70,8 @@ class Heartbeat:
     def __init__(self, storage: Storage, run: str, interval: float = INTERVAL):
         now = time.time()
         self._storage, self._interval = storage, interval
-        self._word = Word(f"{run}-{uuid.uuid4().hex[:6]}", f"{socket.gethostname()}:{os.getpid()}", now, now)
+        host = f"{socket.gethostname()}:{os.getpid()}"
+        self._word = Word(f"{run}-{uuid.uuid4().hex[:6]}", host, now, now, machine=this_machine())
         self._lock = threading.Lock()
 
     @contextmanager
@@ -80,7 +85,7 @@ class Heartbeat:
         try:
             yield
             self._change(shard=None, shard_rows=0)
-        except Exception as error:
+        except BaseException as error:  # an interrupt too: nobody works here any more
             self._change(error=one_line(error)[:500] or type(error).__name__)
             raise
         finally:
@@ -132,6 +137,30 @@ def parse_word(data: bytes) -> Word | None:
     return None if misfit(body, _WORD) else Word(**{key: value for key, value in body.items() if key in known})
 
 
+def this_machine() -> str | None:
+    """This boot of this machine, and whose process numbers it counts: containers on it have numbers of their own."""
+    try:
+        return f"{Path('/proc/sys/kernel/random/boot_id').read_text().strip()} {os.readlink('/proc/self/ns/pid')}"
+    except OSError:  # no Linux
+        return None
+
+
+def is_gone(word: Word) -> bool:
+    """Whether the worker's process has surely ended; only the machine that it ran on can tell."""
+    number = word.host.rpartition(":")[2]
+    if not word.machine or word.machine != this_machine() or not number.isdecimal():
+        return False
+    try:
+        os.kill(int(number), 0)
+        return (
+            Path(f"/proc/{number}/stat").read_text().rpartition(")")[2].split()[0] in "ZX"
+        )  # killed, and not fetched yet
+    except ProcessLookupError:
+        return True
+    except (OSError, OverflowError):  # somebody else's
+        return False
+
+
 def forget(storage: Storage, run: str = "") -> None:
     """Remove what the workers of a run have said; of every run where none is named."""
     for name in storage.names(FOLDER):
@@ -149,8 +178,9 @@ def summary(said: Sequence[Word], rows_left: int, now: float | None = None) -> d
     """
     now = time.time() if now is None else now
     failed = [word for word in said if word.error]
-    alive = [word for word in said if not word.error and now - word.updated <= LOST_AFTER]
-    lost = [word for word in said if not word.error and now - word.updated > LOST_AFTER]
+    working = [word for word in said if not word.error]
+    lost = [word for word in working if now - word.updated > LOST_AFTER or is_gone(word)]
+    alive = [word for word in working if word not in lost]
     rate = sum(word.rows / max(1.0, word.updated - word.started) for word in alive)
     left = max(0, rows_left - sum(word.shard_rows for word in alive))
     return {

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from pipelines import heartbeat
+from pipelines.find_row import Asked, find_row
 from pipelines.preflight import canaries
 from student_train.cache import Cache, CachedRow, CachedRows, read_tensors
 from teacher_cache.errors import CacheError
@@ -63,15 +64,15 @@ def tokenizer_of(cache: Cache) -> Any:
     return None
 
 
-def inspect(cache: Cache, number: int = 0, key: str | None = None) -> Decoded:
-    """The ``number``-th sample of the cache, or the one with that key, as words."""
+def inspect(cache: Cache, asked: Asked) -> Decoded:
+    """That row of the cache as words."""
     done = [
         name
         for name in cache.fields
         if len(committed_shards(cache.storage, f"fields/{name}")) == len(cache.plan.slices)
     ]
     rows = CachedRows(cache, cache.parts(), done)
-    position, row = find_key(cache, rows, key) if key else find_number(rows, number)
+    position, row = find_row(cache, rows, asked)
     found = rows.read(position, row)
     tokenizer = tokenizer_of(cache)
     sizes = stored_bytes(cache, rows.shards[position], found.key)
@@ -79,22 +80,6 @@ def inspect(cache: Cache, number: int = 0, key: str | None = None) -> Decoded:
     response = [words(tokenizer, head) for head in heads(cache, found, "response")]
     labels = [token_text(tokenizer, int(i)) for i in found.text.response_ids.tolist()]
     return Decoded(found, vision, list(zip(labels, response)), sizes)
-
-
-def find_number(rows: CachedRows, number: int) -> tuple[int, int]:
-    for position, count in enumerate(rows.counts):
-        if number < count:
-            return position, number
-        number -= count
-    raise CacheError(f"the cache has {sum(rows.counts)} samples: --row counts from 0")
-
-
-def find_key(cache: Cache, rows: CachedRows, key: str) -> tuple[int, int]:
-    for position in range(len(rows.shards)):
-        for row in range(rows.counts[position]):
-            if rows.key(position, row) == key:
-                return position, row
-    raise CacheError(f"{cache.storage}: no sample with key {key}")
 
 
 def heads(cache: Cache, row: CachedRow, kind: str) -> list[tuple[list[int], list[float]]]:

@@ -87,7 +87,9 @@ def work_lines(work: Mapping[str, Any]) -> str:
     for word in work["running"]:
         if word["shard"] is not None:
             lines.append(f"  {word['host']}: shard {word['shard']:06d}, {word['shard_rows']} rows of it")
-    lines += [f"  lost, without a word for a minute or more: {w['host']}{_with_shard(w)}" for w in work["lost"]]
+    lines += [
+        f"  lost, its process gone or without a word for a minute: {w['host']}{_with_shard(w)}" for w in work["lost"]
+    ]
     lines += [f"  failed: {w['host']}{_with_shard(w)}: {w['error']}" for w in work["failed"]]
     return "\n".join(lines)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import signal
 import subprocess
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
@@ -31,9 +32,11 @@ from student_train.stream import BLOCK_SHARDS
 from student_train.student import load_student, save_student
 from student_train.teacher_view import TeacherSignals
 from student_train.trainer import Trainer
+from teacher_cache import stopping
 from teacher_cache.errors import CompatibilityError, KdcliError, naming_full_disk
 from teacher_cache.plan import content_hash, difference
 from teacher_cache.shards.disk_cache import DiskCache
+from teacher_cache.stopping import Stopped
 from teacher_cache.teachers import null
 from teacher_cache.teachers.transformers import TeacherSpec, load_processor
 
@@ -77,12 +80,32 @@ def train(
             say(f"note: {note}")
     processes.barrier()
     model_id, results = train_settings.student, []
-    for plan in plans:
-        with naming_full_disk(output):
-            results.append(run_stage(cache, plan, model_id, output, processes, on_step, open_signals, say))
-        model_id = results[-1]["model"]
+    try:
+        with stopping.held():
+            for plan in plans:
+                stop_together(processes, f"{output}: stage {plan.stage.name} had not begun; {AGAIN}")
+                with naming_full_disk(output):
+                    results.append(run_stage(cache, plan, model_id, output, processes, on_step, open_signals, say))
+                model_id = results[-1]["model"]
+            stop_together(processes, f"{output}: every stage is finished")
+    except Stopped:
+        distributed.stop()
+        raise
     distributed.stop()
     return {"output": str(output), "model": model_id, "stages": results}
+
+
+AGAIN = "run the same command again to continue"
+
+
+def stop_together(processes: Processes, where: str) -> None:
+    """Stopped, in every process, where one of them was asked to: several need not get the same signals.
+
+    Args:
+        where: the run stands, for the line that is printed.
+    """
+    if processes.sum([float(stopping.asked() > 0)])[0]:
+        raise Stopped(stopping.asked() or signal.SIGTERM, where)
 
 
 def settle(cache: Cache, plans: list[StagePlan], student: str) -> tuple[list[StagePlan], list[str]]:
@@ -195,14 +218,17 @@ def run_stage(
     trainer.open_trackers = lambda first: open_trackers(
         plan.settings.trackers(), tracked_stage(cache, plan, folder, first, identity), say
     )
+    stop_together(processes, f"{folder}: no step was made; {AGAIN}")
     left_out = LeftOut(folder, say)
 
     def stepped(step: int, result: StepResult) -> None:
         left_out.count(result)
         on_step(folder.name, step, trainer.total_steps, result)
 
-    trainer.train(batches_from, stepped)
+    made = trainer.train(batches_from, stepped)
     left_out.tell()
+    if made < trainer.total_steps:
+        stop_together(processes, f"{folder}: step {made} of {trainer.total_steps} is in a checkpoint; {AGAIN}")
     result = {"stage": plan.stage.name, "model": str(folder / "model"), "steps": trainer.total_steps, "samples": total}
     finish(folder, trainer, processor, maps_before, {"identity": identity, "result": result})
     return result

@@ -6,6 +6,9 @@ batch still mixes many shards. Position p counts samples over all epochs; any nu
 
 from __future__ import annotations
 
+import os
+import signal
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -304,11 +307,31 @@ def step_batches(
     if workers:
         dataset.rows.pause()
     loader = iter(
-        DataLoader(dataset, batch_sampler=batches, collate_fn=collate_rows, num_workers=workers)  # type: ignore[arg-type]
+        DataLoader(
+            dataset,
+            batch_sampler=batches,  # type: ignore[arg-type]
+            collate_fn=collate_rows,
+            num_workers=workers,
+            worker_init_fn=leave_signals,
+        )
     )
     for step in range(batches.first_step, batches.steps()):
         own = [_next(loader) for _ in batches.of_step(step)]
         yield step, own + [replace(_next(loader), filler=True, refused=()) for _ in range(batches.fillers(step))]
+
+
+def leave_signals(worker: int) -> None:
+    """Schedulers send their signals to every process. A loader process that ended by one would break the step behind which a checkpoint
+    is to be written: it ends by its parent's alone."""
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
+    threading.Thread(target=_end_by_parent, daemon=True).start()
+
+
+def _end_by_parent() -> None:
+    while signal.sigwaitinfo([signal.SIGTERM]).si_pid != os.getppid():
+        pass
+    os._exit(0)
 
 
 def _next(loader: Iterator[TrainBatch | Packed]) -> TrainBatch:

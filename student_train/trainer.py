@@ -25,6 +25,7 @@ from student_train.metrics_log import MetricsLog, OpenTrackers, StepResult, peak
 from student_train.stream import TrainBatch
 from student_train.student import RowForward, module_group
 from student_train.teacher_view import TeacherView
+from teacher_cache import stopping
 from teacher_cache.batch import Batch
 from teacher_cache.errors import KdcliError
 
@@ -53,6 +54,7 @@ class Trainer:
     open_trackers: OpenTrackers = lambda first: ()
 
     def __post_init__(self) -> None:
+        self.stopping = False  # whether any process was asked to: known to all behind a step
         self.terms: Terms = self.method.terms()
         self.matching = hook(self.method, "alignment")()
         self.kinds = sorted(kinds_of(self.terms) | ({"vision"} if self.matching else set()))
@@ -121,8 +123,15 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         sizes = read_sizes([one for one in batches if not one.filler])
         left_out = tuple(line for one in batches for line in one.refused)
-        mine = [loss_sum, float(len(left_out)), *map(float, sizes.values()), *shares.values()]
-        loss_all, refused, *all_of_them = self.processes.sum(mine)
+        mine = [
+            loss_sum,
+            float(stopping.asked() > 0),
+            float(len(left_out)),
+            *map(float, sizes.values()),
+            *shares.values(),
+        ]
+        loss_all, asked, refused, *all_of_them = self.processes.sum(mine)
+        self.stopping = asked > 0
         sizes_all, shares_all = map(int, all_of_them[: len(sizes)]), all_of_them[len(sizes) :]
         terms = dict(zip(shares, shares_all))
         result = StepResult(loss_all, terms, grad_norm, rate, **dict(zip(sizes, sizes_all)))
@@ -191,8 +200,11 @@ class Trainer:
 
     def train(
         self, batches_from: StepBatches, on_step: Callable[[int, StepResult], None] = lambda step, result: None
-    ) -> None:
-        """Run the stage from its newest checkpoint (or the start) to its end."""
+    ) -> int:
+        """Run the stage from its newest checkpoint (or the start) to its end; the number of steps that are made then.
+
+        Where a process was asked to stop that is behind the next step of all, with a checkpoint.
+        """
         keep, folder = self.settings.save_total_limit, self.folder / "checkpoints"
         saved = Checkpoints(folder, self.model, self.optimizer, self.identity, keep, self.processes)
         first = saved.load()
@@ -212,10 +224,15 @@ class Trainer:
                     )
                 log.write(step, result)
                 on_step(step, result)
-                if (step + 1) % self.settings.save_steps == 0 and step + 1 < self.total_steps:
+                due = self.stopping or (step + 1) % self.settings.save_steps == 0
+                if due and step + 1 < self.total_steps:
                     saved.save(step + 1)
+                if self.stopping:
+                    saved.wait()
+                    return step + 1
                 asked = time.perf_counter()
             saved.wait()
+            return self.total_steps
         finally:
             with suppress(KdcliError):  # what stopped the run says more
                 saved.wait()

@@ -29,6 +29,7 @@ from pipelines.report.runs import read_runs
 from pipelines.settings import Settings, build
 from pipelines.train_student import train
 from student_train.config import StageSettings, TrainSettings
+from teacher_cache import stopping
 from teacher_cache.errors import KdcliError, one_line
 
 LAST_STEPS = 10
@@ -156,10 +157,14 @@ def main(arguments: Sequence[str]) -> int:
     quiet_library_bars()  # a log's last line is to be the error
     path = Path(arguments[0])
     try:
-        run_cell(path.parent, json.loads(path.read_text()))
+        with stopping.listening():
+            run_cell(path.parent, json.loads(path.read_text()))
     except KdcliError as error:
         print(f"Error: {one_line(error)}", flush=True)
         return 1
+    except stopping.Stopped as stop:
+        print(one_line(stop), flush=True)
+        return stop.status
     return 0
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import fcntl
 import os
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -17,10 +16,14 @@ from pathlib import Path
 import pipelines
 from pipelines.ablate.cell import write_json
 from pipelines.ablate.cells import FAILED, LOG, REQUEST, Cell, request
+from teacher_cache import stopping
 from teacher_cache.errors import KdcliError
 
 POLL_SECONDS = 0.1
-GRACE_SECONDS = 10.0
+GRACE_SECONDS = 60.0
+"""For a child to write its checkpoint."""
+STOPPED = {code for number in stopping.SIGNALS for code in (128 + number, -number)}
+"""Exit statuses of a cell that somebody stopped: the next run goes on with it."""
 OnEnd = Callable[[Cell, str], None]
 """(cell, its error or "") when a cell ends."""
 
@@ -97,9 +100,12 @@ def run_cells(
     on_end: OnEnd,
     on_poll: Callable[[list[Cell]], None] = lambda cells: None,
 ) -> None:
-    """Run every cell. Whoever shares an unfinished stage with a running cell waits for it. An interrupt ends the children too."""
+    """Run every cell. Whoever shares an unfinished stage with a running cell waits for it.
+
+    An interrupt and a signal (``stopping``) end the children too, each behind a checkpoint.
+    """
     pending, free, running = list(cells), list(slots), list[_Running]()
-    with _terminate_as_interrupt():
+    with stopping.listening():
         try:
             while pending or running:
                 while free and (cell := _next(pending, running)):
@@ -144,12 +150,14 @@ def start(cell: Cell, slot: Slot) -> subprocess.Popen[bytes]:
 
 
 def conclude(cell: Cell, status: int) -> str:
-    """ "" for a finished cell; else its error, also kept as ``failed.json``."""
+    """ "" for a finished cell; else its error, also kept as ``failed.json`` where it is the cell's own."""
     if status == 0 and not cell.missing() and cell.card():
         return ""
     log = cell.folder / LOG
     lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
     said = lines[-1].strip() if lines else "it said nothing"
+    if status in STOPPED:
+        return said
     error = said if status > 0 else f"ended by signal {-status} after: {said}" if status else f"left no result: {said}"
     write_json(cell.folder / FAILED, {"error": error.removeprefix("Error: "), "status": status, "log": str(log)})
     return error.removeprefix("Error: ")
@@ -165,20 +173,6 @@ def stop(processes: Sequence[subprocess.Popen[bytes]]) -> None:
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
-
-
-@contextmanager
-def _terminate_as_interrupt() -> Iterator[None]:
-    """SIGTERM ends the children as Ctrl-C does."""
-
-    def interrupt(*_: object) -> None:
-        raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGTERM, interrupt)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 def prune_models(cells: Sequence[Cell]) -> None:

@@ -10,7 +10,7 @@ import click
 
 from pipelines.command_line.cache_edits import add_field, drop_field, merge, repair, subset
 from pipelines.command_line.given import named_cache, open_cache
-from pipelines.command_line.options import config_option, json_option
+from pipelines.command_line.options import cache_named, column_named, config_option, json_option
 from pipelines.command_line.output import say
 from pipelines.command_line.tour import TourGroup
 
@@ -21,7 +21,7 @@ def cache_group() -> None:
 
 
 @cache_group.command()
-@click.argument("url", required=False)
+@cache_named
 @config_option
 @json_option
 def status(url: str | None, config: str | None, as_json: bool) -> None:
@@ -39,21 +39,25 @@ def status(url: str | None, config: str | None, as_json: bool) -> None:
 
 
 @cache_group.command()
-@click.argument("url", required=False)
-@click.option("--row", default=0, show_default=True, help="Which sample, counted from 0.")
+@cache_named
+@click.option("--row", type=int, help="Which sample, counted from 0 over the cache; default 0.")
 @click.option("--key", help="Which sample, by its key.")
+@click.option("--source-row", type=int, help="Which row of the mixture, counted from 0 over the files of a part.")
+@click.option("--id", help="The first sample with this id of the data.")
+@click.option("--part", help="Of which part, with --source-row or --id.")
 @config_option
-def inspect(url: str | None, row: int, key: str | None, config: str | None) -> None:
+def inspect(url: str | None, config: str | None, **asked: Any) -> None:
     """One sample as words: what each vision patch and each response position says, and its bytes by field."""
     from pipelines import inspect_cache
+    from pipelines.find_row import Asked
     from pipelines.tables import sample_view
 
-    cache = open_cache(url, config)
-    say(sample_view(inspect_cache.inspect(cache, row, key)))
+    which = Asked(**asked)
+    say(sample_view(inspect_cache.inspect(open_cache(url, config), which)))
 
 
 @cache_group.command()
-@click.argument("url", required=False)
+@cache_named
 @config_option
 @json_option
 def verify(url: str | None, config: str | None, as_json: bool) -> None:
@@ -77,9 +81,8 @@ def count_problems(problems: Any) -> str:
 
 
 @cache_group.command()
-@click.argument("url")
-@click.argument("column", default="samples")
-def urls(url: str, column: str) -> None:
+@column_named("column", default="samples")
+def urls(url: str | None, column: str) -> None:
     """Print the tar paths of a column (samples, or a field), ready for the webdataset library."""
     from teacher_cache.shards.commit import committed_shards, read_commit
 
@@ -90,7 +93,7 @@ def urls(url: str, column: str) -> None:
 
 
 @cache_group.command()
-@click.argument("url", required=False)
+@cache_named
 @click.option("--yes", is_flag=True, help="Remove them; without it they are only listed. Never while a capture runs.")
 @config_option
 def gc(url: str | None, yes: bool, config: str | None) -> None:

@@ -23,6 +23,8 @@ from pipelines.command_line.given import (
     teacher_spec,
 )
 from pipelines.command_line.options import (
+    cache_named,
+    column_named,
     config_option,
     data_options,
     json_option,
@@ -33,7 +35,7 @@ from pipelines.command_line.tour import command
 
 
 @command()
-@click.argument("url", metavar="CACHE", required=False)
+@cache_named
 @click.option("--teacher", help="Model folder or hub id that made the cache.")
 @data_options
 @click.option("--dry-run", is_flag=True, help="List what is damaged and from what it would be made again.")
@@ -96,7 +98,7 @@ def repair(
 
 
 @command("add-field")
-@click.argument("url", metavar="CACHE", required=False)
+@cache_named
 @click.option("--field", "names", multiple=True, required=True, help="A field to add; repeat for more.")
 @click.option(
     "--set", "knobs", multiple=True, metavar="[FIELD.]NAME=VALUE", help="Its parameter, e.g. --set codec=int8."
@@ -144,16 +146,15 @@ def add_field(
 
 
 @command("drop-field")
-@click.argument("url", metavar="CACHE")
-@click.argument("name")
+@column_named("name")
 @click.option("--yes", is_flag=True, help="Remove it; without it nothing is touched. Never while something reads it.")
 @json_option
-def drop_field(url: str, name: str, yes: bool, as_json: bool) -> None:
+def drop_field(url: str | None, name: str, yes: bool, as_json: bool) -> None:
     """Remove one field of a cache, or say what would go."""
     from pipelines.edit_cache import drop_field as drop
     from pipelines.tables import human_bytes
 
-    found = drop(url, name, remove=yes)
+    found = drop(named_cache(url, None), name, remove=yes)
     if as_json:
         say(json.dumps({**vars(found), "removed": yes}))
         return
@@ -164,7 +165,7 @@ def drop_field(url: str, name: str, yes: bool, as_json: bool) -> None:
 
 
 @command()
-@click.argument("url", metavar="CACHE")
+@cache_named
 @click.option("--out", required=True, help="Where the new cache goes.")
 @click.option("--parts", help="Only these parts, comma-separated.")
 @click.option("--fields", help="Only these fields, comma-separated; default all.")
@@ -176,7 +177,7 @@ def drop_field(url: str, name: str, yes: bool, as_json: bool) -> None:
 @click.option("--workers", default=1, show_default=True, help="Processes that copy.")
 @json_option
 def subset(
-    url: str,
+    url: str | None,
     out: str,
     parts: str | None,
     fields: str | None,
@@ -192,7 +193,7 @@ def subset(
 
     chosen = RowFilter(keys=read_keys(keys) if keys else None, **rows)
     with capture_progress(console()) as progress:
-        summary = pipeline(url, out, split(parts), split(fields), chosen, workers, progress)
+        summary = pipeline(named_cache(url, None), out, split(parts), split(fields), chosen, workers, progress)
     say_summary(summary, as_json)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import wraps
 from typing import Any
 
 import click
@@ -15,6 +16,41 @@ def several(*options: Callable[[Any], Any]) -> Callable[[Any], Any]:
         for option in reversed(options):
             command = option(command)
         return command
+
+    return give
+
+
+def cache_named(command: Callable[..., Any]) -> Callable[..., Any]:
+    """The cache as ``url``: in its place (``kdcli cache status CACHE``), or by ``--cache`` as the other commands have it."""
+
+    @click.argument("url", metavar="[CACHE]", required=False)
+    @click.option("--cache", "cache_url", help="The cache, in place of CACHE.")
+    @wraps(command)
+    def named(url: str | None, cache_url: str | None, **others: Any) -> Any:
+        if url and cache_url:
+            raise click.UsageError("name the cache once: CACHE or --cache")
+        return command(url=url or cache_url, **others)
+
+    return named
+
+
+def column_named(name: str, default: str | None = None) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """``cache_named`` and behind it one word more as ``name``, a column of the cache; ``default`` where it is left out."""
+
+    def give(command: Callable[..., Any]) -> Callable[..., Any]:
+        @click.argument("url", metavar="[CACHE]", required=False)
+        @click.argument(name, metavar=f"[{name.upper()}]" if default else name.upper(), required=False)
+        @click.option("--cache", "cache_url", help="The cache, in place of CACHE.")
+        @wraps(command)
+        def named(url: str | None, cache_url: str | None, **others: Any) -> Any:
+            words = [word for word in (cache_url, url, others.pop(name)) if word]
+            if len(words) > 2 or not (default or len(words) == 2):
+                raise click.UsageError(f"name one cache (CACHE or --cache) and one {name.upper()}")
+            return command(
+                url=words[0] if words else None, **{name: words[1] if len(words) == 2 else default}, **others
+            )
+
+        return named
 
     return give
 

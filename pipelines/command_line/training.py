@@ -90,6 +90,7 @@ def train_student(
 def ablate(grid: str, out: str | None, dry_run: bool, as_json: bool, **asked: Any) -> None:
     """Train many students over one cache, and compare them in one table; run it again to continue."""
     from pipelines.ablate import run as pipeline
+    from teacher_cache.stopping import Stopped
 
     request = pipeline.AblateRequest(Path(grid), Path(out or Path("ablations") / Path(grid).stem), **asked)
     if dry_run:
@@ -100,6 +101,8 @@ def ablate(grid: str, out: str | None, dry_run: bool, as_json: bool, **asked: An
         result = pipeline.ablate(request, console())
     except KeyboardInterrupt:
         raise click.ClickException("interrupted: run the same command again to continue") from None
+    except Stopped as stop:
+        raise Stopped(stop.number, "run the same command again to continue") from None
     text = result.pop("markdown")
     say(json.dumps(result) if as_json else text)
     for one in result["failed"]:

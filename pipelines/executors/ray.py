@@ -6,9 +6,11 @@ A shard is committed put-if-absent and named by content, so one that was done tw
 from __future__ import annotations
 
 import os
+import signal
 import socket
+import threading
 from collections import Counter, deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import chdir, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,6 +19,7 @@ from typing import Any
 import torch
 
 import pipelines
+from teacher_cache import stopping
 from teacher_cache.errors import KdcliError
 
 MakeTask = Callable[[int], Callable[[int], Any]]
@@ -108,7 +111,7 @@ def import_ray() -> Any:
     return ray
 
 
-def run(make_task: MakeTask, shards: Sequence[int], workers: int, cluster: Cluster) -> Iterator[Any]:
+def run(make_task: MakeTask, shards: Sequence[int], workers: int, cluster: Cluster) -> Generator[Any, None, None]:
     """Results of ``task(shard)`` as they end. An error of a task's own stops the job; a lost actor's shard is tried elsewhere.
 
     Args:
@@ -135,10 +138,14 @@ def connect(ray: Any, cluster: Cluster) -> None:
     try:
         if address and (place := address.removeprefix("ray://").rpartition(":"))[2].isdecimal():
             socket.create_connection((place[0], int(place[2])), timeout=10).close()  # Ray itself would wait for minutes
+        handlers = {number: signal.getsignal(number) for number in stopping.SIGNALS}
         # Ray has its workers import from the folder in which it was asked first: a user's own pipelines/ would be taken for ours.
         with chdir(Path(pipelines.__file__).parents[1]):
             # Without an address Ray would join whatever cluster ran here last.
             ray.init(address=address or "local", log_to_driver=False, include_dashboard=None if address else False)
+        if threading.current_thread() is threading.main_thread():
+            for number, handler in handlers.items():  # Ray has one of its own
+                signal.signal(number, handler)
     except (OSError, ValueError, RuntimeError) as error:
         raise KdcliError(f"no Ray cluster at {address or 'this machine'}: {str(error).splitlines()[0]}") from None
 

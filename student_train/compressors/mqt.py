@@ -102,7 +102,9 @@ class MQT(nn.Module):
         if stored is not None:
             places = place_table(math.isqrt(self.largest), self.width, stored)
             if stored.shape != places.shape or (stored - places).abs().max() > ROUNDED:
-                raise CompatibilityError(f"compressor {NAME}: its weights have other places than {self.largest} queries have")
+                raise CompatibilityError(
+                    f"compressor {NAME}: its weights have other places than {self.largest} queries have"
+                )
         if out is not None:  # the other way round
             state_dict[f"{prefix}out.weight"] = out.T
         super()._load_from_state_dict(state_dict, prefix, *rest)

@@ -20,6 +20,7 @@ import pytest
 import torch
 
 from pipelines.cache_teacher import capture
+from pipelines.find_row import Asked
 from pipelines.inspect_cache import check, collect_garbage, inspect, status
 from pipelines.tables import cache_table
 from student_train.cache import Cache, CachedRows
@@ -394,12 +395,12 @@ def test_inspect_speaks_words(tiny_cache: Path, tiny_cache_bf16: Path) -> None:
     rows = CachedRows(cache, cache.parts(), [])
     key = rows.key(len(rows.counts) - 1, 0)
     for folder in (tiny_cache, tiny_cache_bf16):
-        decoded = inspect(Cache(str(folder)), key=key)
+        decoded = inspect(Cache(str(folder)), Asked(key=key))
         assert decoded.row.key == key
         assert len(decoded.response) == len(decoded.row.text.response_ids)
         assert all(0 <= p <= 1 for _, heads in decoded.response for _, p in heads)
         assert decoded.bytes["samples"] > 0
     with pytest.raises(CacheError, match="31 samples"):
-        inspect(cache, 31)
+        inspect(cache, Asked(row=31))
     with pytest.raises(CacheError, match="no sample with key"):
-        inspect(cache, key="nothing")
+        inspect(cache, Asked(key="nothing"))

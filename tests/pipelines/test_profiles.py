@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from pipelines.cache_teacher import capture
+from pipelines.find_row import Asked
 from pipelines.inspect_cache import check, inspect, status
 from pipelines.profiles import PROFILES, chosen_fields
 from pipelines.settings import Settings
@@ -106,7 +107,7 @@ def test_every_profile_captures_whole(profile_cache: Callable[[str], Path], stor
         expected = len(row.text.response_ids) if kind == "response" else sum(one.tokens() for one in row.layout)
         assert len(record) == expected, name
     if store != "none":
-        shown = inspect(cache)
+        shown = inspect(cache, Asked())
         assert len(shown.response) == len(row.text.response_ids)
 
 

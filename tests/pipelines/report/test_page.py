@@ -9,6 +9,7 @@ from html.parser import HTMLParser
 import pytest
 
 from pipelines import inspect_cache
+from pipelines.find_row import Asked
 from pipelines.report.page import write_report
 from pipelines.tables import human_bytes
 from student_train.cache import Cache
@@ -121,7 +122,9 @@ def test_images_carry_the_words_that_the_cache_tells(full_page, tiny_cache):
     assert 4 <= len(examples) <= 6
     cells = [attributes for attributes in full_page.all("rect") if attributes.get("class") == "cell"]
     assert len(cells) == len(examples) * 36
-    decoded = inspect_cache.inspect(Cache(str(tiny_cache)), key=re.search(r"\d{9}-[0-9a-f]{8}", full_page.text)[0])
+    decoded = inspect_cache.inspect(
+        Cache(str(tiny_cache)), Asked(key=re.search(r"\d{9}-[0-9a-f]{8}", full_page.text)[0])
+    )
     word, probability = decoded.vision[0][0]
     assert f"{word.strip()} {100 * probability:.0f} %" in full_page.text
 

@@ -1,0 +1,95 @@
+"""SIGTERM and SIGUSR1, which schedulers send before they take a machine away: the command ends in order, with one line and 128 + signal.
+
+Where nothing is in hand the signal ends the command at once. Work that has a better place to end (a shard, an optimizer step) holds the
+signal back and looks for it there.
+"""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+_number = 0
+_held = 0
+
+
+class Stopped(SystemExit):
+    """A signal asked this process to end. No ``Exception``: what goes on after an error of its own does not go on after this.
+
+    Attributes:
+        number: of the signal. status: of the process that ends by it, 128 more.
+    """
+
+    def __init__(self, number: int, what: str = ""):
+        super().__init__(number, what)
+        self.number = number
+        self.code = self.status = 128 + number
+        self._what = what
+
+    def __str__(self) -> str:
+        return f"stopped by {signal.Signals(self.number).name}{self._what and ': '}{self._what}"
+
+
+def listen() -> dict[int, Any]:
+    """From here on signals mean ``Stopped``; what they meant before. Nothing happens outside of the main thread, which alone gets them."""
+    global _number
+    if threading.current_thread() is not threading.main_thread():
+        return {}
+    _number = 0
+    before: dict[int, Any] = {number: signal.signal(number, _ask) for number in SIGNALS}
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+    return before
+
+
+@contextmanager
+def listening() -> Iterator[None]:
+    """``listen`` in this block; within another one nothing more."""
+    if signal.getsignal(SIGNALS[0]) is _ask:
+        yield
+        return
+    before = listen()
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def asked() -> int:
+    """The signal that asked to stop, 0 for none."""
+    return _number
+
+
+def check(what: str = "") -> None:
+    """Stopped where a signal has asked for it.
+
+    Args:
+        what: becomes of the work, for the line that is printed.
+    """
+    if _number:
+        raise Stopped(_number, what)
+
+
+@contextmanager
+def held() -> Iterator[None]:
+    """Signals wait in this block, until ``check`` or its end."""
+    global _held
+    _held += 1
+    try:
+        yield
+    finally:
+        _held -= 1
+    if not _held:
+        check()
+
+
+def _ask(number: int, frame: object) -> None:
+    """A second signal changes nothing: schedulers send several, to every process, and what stops already must not be disturbed."""
+    global _number
+    first, _number = not _number, _number or number
+    if first and not _held:
+        raise Stopped(number)
