@@ -77,7 +77,10 @@ def evaluate(
 def usable_questions(
     spec: DataSpec, prompt_suffix: str = "", ask: Callable[[Sample], Any] = lambda row: None
 ) -> tuple[list[Sample], dict[str, int]]:
-    """(rows that can be scored, rows that cannot by reason); DataError where none can. ask: raises SkipRow where a model cannot be asked."""
+    """(rows that can be scored, rows that cannot by reason); DataError where none can.
+
+    ask: raises SkipRow where a model cannot be asked.
+    """
     questions: list[Sample] = []
     skipped: dict[str, int] = defaultdict(int)
     for row in read_questions(spec):

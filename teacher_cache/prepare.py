@@ -187,6 +187,9 @@ class Preparer:
         is_text = ids != self.image_token_id
         columns = (ids[is_text].astype(np.uint32), role[is_text], turn[is_text].astype(np.uint16), response[is_text])
         images = np.flatnonzero(~is_text)
+        if rendered.images and not len(images):
+            token = self.tokenizer.convert_ids_to_tokens(self.image_token_id)
+            raise CompatibilityError(f"the processor writes no {token} for an image: not this model's processor")
         if rendered.images is not None:  # the first image token of each
             images = images[np.searchsorted(spans[images, 0], rendered.images)]
         image_at = tuple(np.cumsum(is_text)[images].tolist())

@@ -18,12 +18,12 @@ from student_train.config import TrainSettings
 from student_train.pruning import Pruning
 from student_train.student import freeze_except, module_group
 from teacher_cache.batch import collate
+from teacher_cache.chat import content
 from teacher_cache.errors import CompatibilityError
 from teacher_cache.prepare import Preparer
 from teacher_cache.records import Image, ImageLayout, Sample, Turn, View
 from teacher_cache.rows import decode_image
 from teacher_cache.teachers.transformers import TeacherSpec, TransformersTeacher, load_processor
-from teacher_cache.chat import content
 from tests.contracts.dense_reference import in_float64, live_view, load64, reference, teacher_batch
 from tests.contracts.test_methods import loss_and_gradients
 from tests.families.models import FAMILIES, SPLIT_TOKENS, Family
