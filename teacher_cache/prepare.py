@@ -106,7 +106,8 @@ class Preparer:
             turns = (Turn("user", f"{PLACEHOLDER}\nWhat is this?"), Turn("assistant", "A fact."))
             self._prepare(Sample("", 0, "", "a probe row", turns), template, [PIL.Image.new("RGB", (64, 64))], "probe")
         except SkipRow as skip:
-            if skip.reason != "over_length":  # how long a row is depends on its image
+            # How long a row is depends on its image; a template may want a system turn, and was tried above.
+            if skip.reason not in ("over_length", "template_refused"):
                 raise CompatibilityError(f"part {part}: no row with an image can be used: {skip.detail}") from None
         except CompatibilityError as error:
             raise CompatibilityError(f"part {part}: {error}") from None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+import pickle
 from typing import Any
 
 import PIL.Image
@@ -177,6 +178,23 @@ def test_a_refused_system_turn_is_a_skipped_row(teacher_parts: Any, template: st
         with pytest.raises(SkipRow, match=rf"template_refused.*{why}"):
             ask(sample(SYSTEM))
     assert said(preparer, preparer.prepare(sample(TALK))) == ["Red?<|end|>", " Yes, red. <|end|>"]
+
+
+def test_a_template_that_wants_a_system_turn_serves_rows_that_have_one(teacher_parts: Any) -> None:
+    wants = "{% if messages[0]['role'] != 'system' %}{{ raise_exception('No system turn') }}{% endif %}"
+    preparer = with_template(teacher_parts, wants + each(BOTH))
+    preparer.check_template("chat")
+    preparer.check_images("sft", "chat")
+    assert said(preparer, preparer.prepare(sample(SYSTEM))) == ["Green.<|end|>"]
+    with pytest.raises(SkipRow, match=r"template_refused.*No system turn"):
+        preparer.prepare(sample(TALK))
+
+
+def test_what_was_learned_of_a_template_travels_to_other_processes(teacher_parts: Any) -> None:
+    chat, turns = with_template(teacher_parts, each(BOTH, "messages if m['role'] != 'system'")).chat, sample(TEXT).turns
+    with pytest.raises(SkipRow):
+        chat.render(sample(SYSTEM).turns)
+    assert pickle.loads(pickle.dumps(chat)).render(turns) == chat.render(turns)
 
 
 def test_a_system_turn_is_never_written_alone(teacher_parts: Any) -> None:
