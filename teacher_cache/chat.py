@@ -25,12 +25,12 @@ from teacher_cache.skeleton import (
     user_header,
 )
 
-STYLES: tuple[tuple[str, Callable[[Turn], bool]], ...] = (
-    ("parts", lambda turn: True),
-    ("parts of users alone", lambda turn: turn.role == "user"),
-    ("parts beside images alone", lambda turn: PLACEHOLDER in turn.text),
-    ("strings", lambda turn: False),
-)
+STYLES: Mapping[str, Callable[[Turn], bool]] = {
+    "parts": lambda turn: True,
+    "parts of users alone": lambda turn: turn.role == "user",
+    "parts beside images alone": lambda turn: PLACEHOLDER in turn.text,
+    "strings": lambda turn: False,
+}
 """Which turns are passed as a list of parts, the others as strings; the first that the template writes rightly is taken."""
 _TALK = (
     Turn("user", "What is\n3 < 4?"),
@@ -40,13 +40,10 @@ _TALK = (
 )
 _SHOWN = (Turn("user", f"{PLACEHOLDER}\nWhat is this?"), *_TALK[1:])
 _SYSTEM = Turn("system", "Be brief.")
-PROBES: Mapping[str, tuple[Turn, ...]] = {
-    "text": _TALK[:2],
-    "image": _SHOWN[:2],
-    "talk": _TALK,
-    "talk about an image": _SHOWN,
-    "system": (_SYSTEM, *_TALK[:2]),
+PROBES: Mapping[str, tuple[tuple[Turn, ...], ...]] = {
+    kind: (turns[:2], turns, (_SYSTEM, *turns[:2])) for kind, turns in (("text", _TALK), ("image", _SHOWN))
 }
+"""An exchange, a talk of two, an exchange behind a system turn; without an image and with one."""
 FIX = 'mend chat_template.jinja in the model\'s folder, or use another template ("v1", "qwen_1_5", "plain")'
 
 
@@ -63,8 +60,9 @@ class Chat:
         self.tokenizer = getattr(processor, "tokenizer", processor)
         self.owner = processor if getattr(processor, "chat_template", None) else self.tokenizer
         self.image = str(getattr(processor, "image_token", PLACEHOLDER))
-        self._skeletons: dict[Any, Skeleton | SkipRow] = {}
-        self._prompts: dict[Any, SkipRow | None] = {}
+        self._skeletons: dict[Any, Skeleton | str] = {}
+        self._prompts: dict[Any, str] = {}
+        """By shape of a row; a text says why rows of this shape are refused."""
 
     def render(self, turns: Sequence[Turn]) -> Rendered:
         """The row as the template writes it. SkipRow (template_refused) where it refuses the row or labels cannot be placed."""
@@ -83,14 +81,13 @@ class Chat:
         if shape not in self._prompts:
             self._prompts[shape] = self._prompt_fault(messages)
         if fault := self._prompts[shape]:
-            raise SkipRow(fault.reason, fault.detail)
+            raise SkipRow("template_refused", fault)
         text = self._write(messages, True)
         return text, self.begins(text)
 
     def messages(self, turns: Sequence[Turn]) -> list[Message]:
         """As the template wants them."""
-        as_parts = self._style[1]
-        return self._messages(turns, as_parts)
+        return self._messages(turns, self._style[0])
 
     def begins(self, text: str) -> bool:
         """Whether the tokenizer's own first token goes before ``text``: as in ``apply_chat_template(tokenize=True)`` of the owner.
@@ -103,43 +100,48 @@ class Chat:
         return self._adds_first and not (first is not None and text.startswith(first))
 
     def check(self, images: bool = False) -> None:
-        """Before any row: CompatibilityError where the template writes no exchange rightly, or, with ``images``, none about an image."""
-        name, _, faults = self._style
-        if self.version > 1 and "image" in faults and (images or "text" in faults):
-            what = "cannot be used" if "text" in faults else "writes no row with an image"
+        """Before any row: CompatibilityError where the template writes no probe rightly, or, with ``images``, none about an image."""
+        name, faults = self._style
+        lost = [kind for kind in PROBES if len(faults[kind]) == len(PROBES[kind])]
+        if lost == list(PROBES) or (images and "image" in lost):
+            what = "writes no row with an image" if lost == ["image"] else "cannot be used"
             raise CompatibilityError(
-                f'template "chat": the model\'s chat template {what} (content as {name}: {faults["image"]}): {FIX}'
+                f'template "chat": the model\'s chat template {what} (content as {name}: {faults[lost[0]][0]}): {FIX}'
             )
 
     @cached_property
-    def _style(self) -> tuple[str, Callable[[Turn], bool], dict[str, str]]:
-        """(name, which turns are parts, what goes wrong by probe)"""
+    def _style(self) -> tuple[str, dict[str, list[str]]]:
+        """(name, what goes wrong with the probes of each kind)"""
         if not self.owner.chat_template:
             raise CompatibilityError('the model has no chat template: use template = "plain" or a model that has one')
+        if self.version == 1:
+            return "parts", {kind: [] for kind in PROBES}
         tried = []
-        for name, as_parts in STYLES:
-            faults = {} if self.version == 1 else self._faults(as_parts)
-            if not faults:
-                return name, as_parts, faults
-            # What single exchanges need comes before talks and system turns: rows of these may be skipped.
-            tried.append(((("text" in faults) + ("image" in faults), len(faults)), name, as_parts, faults))
-        _, name, as_parts, faults = min(tried, key=lambda one: one[0])
-        return name, as_parts, faults
+        for name in STYLES:
+            faults = {kind: self._faults(name, probes) for kind, probes in PROBES.items()}
+            wrong = sum(map(len, faults.values()))
+            if not wrong:
+                return name, faults
+            # Both kinds of rows come before talks and system turns: rows of these may be skipped.
+            lost = sum(len(faults[kind]) == len(PROBES[kind]) for kind in PROBES)
+            tried.append(((lost, wrong), name, faults))
+        return min(tried, key=lambda one: one[0])[1:]
 
-    def _faults(self, as_parts: Callable[[Turn], bool]) -> dict[str, str]:
-        """By probe that is not written rightly, why."""
-        faults = {}
-        for name, turns in PROBES.items():
-            messages = self._messages(turns, as_parts)
+    def _faults(self, style: str, probes: Sequence[Sequence[Turn]]) -> list[str]:
+        """Of the probes that are not written rightly, why."""
+        faults = []
+        for turns in probes:
+            messages = self._messages(turns, style)
             try:
                 skeleton = find_skeleton(messages, self._write, self.image, lambda: "")
                 if skeleton.spans(self._write(messages), messages) is None:
-                    faults[name] = "the chat template writes other texts than it is given"
+                    faults.append("the chat template writes other texts than it is given")
             except SkipRow as skip:
-                faults[name] = skip.detail
+                faults.append(skip.detail)
         return faults
 
-    def _messages(self, turns: Sequence[Turn], as_parts: Callable[[Turn], bool]) -> list[Message]:
+    def _messages(self, turns: Sequence[Turn], style: str) -> list[Message]:
+        as_parts = STYLES[style]
         return [
             {
                 "role": turn.role,
@@ -154,10 +156,10 @@ class Chat:
             try:
                 self._skeletons[shape] = find_skeleton(messages, self._write, self.image, lambda: self._header)
             except SkipRow as skip:
-                self._skeletons[shape] = skip
+                self._skeletons[shape] = skip.detail
         found = self._skeletons[shape]
-        if isinstance(found, SkipRow):
-            raise SkipRow(found.reason, found.detail)
+        if isinstance(found, str):
+            raise SkipRow("template_refused", found)
         return found
 
     @cached_property
@@ -174,13 +176,14 @@ class Chat:
                 return made
         raise SkipRow("template_refused", "the chat template rewrites texts of the row: labels cannot be placed")
 
-    def _prompt_fault(self, messages: Sequence[Message]) -> SkipRow | None:
+    def _prompt_fault(self, messages: Sequence[Message]) -> str:
+        """Why no prompt of this shape can be written; "" where it can."""
         marked, marks = mark(messages)
         try:
             check_images(marked, pieces_of(self._write(marked, True), marks), self.image)
         except SkipRow as skip:
-            return skip
-        return None
+            return skip.detail
+        return ""
 
     def _write(self, messages: Sequence[Message], prompt: bool = False) -> str:
         try:

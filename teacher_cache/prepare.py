@@ -109,7 +109,8 @@ class Preparer:
             turns = (Turn("user", f"{PLACEHOLDER}\nWhat is this?"), Turn("assistant", "A fact."))
             self._prepare(Sample("", 0, "", "a probe row", turns), template, [PIL.Image.new("RGB", (64, 64))], "probe")
         except SkipRow as skip:
-            if skip.reason != "over_length":  # how long a row is depends on its image
+            # How long a row is depends on its image; a template may want a system turn, and was tried above.
+            if skip.reason not in ("over_length", "template_refused"):
                 raise CompatibilityError(f"part {part}: no row with an image can be used: {skip.detail}") from None
         except CompatibilityError as error:
             raise CompatibilityError(f"part {part}: {error}") from None
@@ -195,6 +196,9 @@ class Preparer:
         is_text = ids != self.image_token_id
         columns = (ids[is_text].astype(np.uint32), role[is_text], turn[is_text].astype(np.uint16), response[is_text])
         images = np.flatnonzero(~is_text)
+        if rendered.images and not len(images):
+            token = self.tokenizer.convert_ids_to_tokens(self.image_token_id)
+            raise CompatibilityError(f"the processor writes no {token} for an image: not this model's processor")
         if rendered.images is not None:  # the first image token of each
             images = images[np.searchsorted(spans[images, 0], rendered.images)]
         image_at = tuple(np.cumsum(is_text)[images].tolist())

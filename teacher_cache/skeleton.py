@@ -6,10 +6,10 @@ stands between the marks is the template's own. It is the same for all rows of o
 
 from __future__ import annotations
 
-import os.path
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
+from itertools import pairwise
 from typing import Any
 
 from teacher_cache.errors import SkipRow
@@ -112,7 +112,7 @@ def find_skeleton(messages: Sequence[Message], write: Write, image: str, header:
             found = whole[piece].rfind(header()) if header() else -1
             ends.append((piece, found if found >= 0 else len(whole[piece])))
         else:
-            ends.append((piece, len(os.path.commonprefix([cut(turn + 1)[piece], whole[piece]]))))
+            ends.append((piece, _alike(cut(turn + 1)[piece], whole[piece])))
     return Skeleton(whole, ends, starts)
 
 
@@ -130,6 +130,11 @@ def _answer(turn: int, piece: int, whole: list[str], cut: Callable[..., list[str
     if not same or (headless and whole[piece] != last[piece]):
         raise _rewritten(turn)
     return (piece, min(len(asked[piece]), len(whole[piece]))), last[-1]
+
+
+def _alike(one: str, other: str) -> int:
+    """Characters that both begin with."""
+    return next((at for at, (a, b) in enumerate(zip(one, other)) if a != b), min(len(one), len(other)))
 
 
 def _no_prefix() -> SkipRow:
@@ -233,4 +238,4 @@ def spans_by_prefixes(messages: Sequence[Message], write: Write) -> Rendered:
             if not until.startswith(prompt):
                 raise _no_prefix()
             answers.append((len(prompt), len(until.rstrip())))
-    return Rendered(text, list(zip(ends, ends[1:])), [message["role"] for message in messages], answers)
+    return Rendered(text, list(pairwise(ends)), [message["role"] for message in messages], answers)

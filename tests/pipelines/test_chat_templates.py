@@ -146,7 +146,7 @@ def test_prompts_that_begin_in_two_ways_are_asked_apart(teacher_parts: Any) -> N
 
 def test_a_question_that_cannot_be_asked_is_one_line(teacher_parts: Any) -> None:
     preparer = around(teacher_parts, llama_like(), NO_SYSTEM, True)
-    with pytest.raises(CompatibilityError, match="a question cannot be asked: .*No system role"):
+    with pytest.raises(CompatibilityError, match=r"a question cannot be asked: .*No system role"):
         answer(Asked(), preparer.processor, [Prompt((Turn("system", "s"), Turn("user", "u")))])
 
 

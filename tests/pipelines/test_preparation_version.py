@@ -1,4 +1,4 @@
-"""A cache that an older kdcli began: it is read, trained from, finished, repaired and grown as it was begun; one of a later kdcli is refused."""
+"""A cache that an older kdcli began is read, finished, repaired and grown as it was begun; one of a later kdcli is refused."""
 
 from __future__ import annotations
 

@@ -1,9 +1,10 @@
-"""What other people's chat templates make of rows: how content is passed, what is refused, where labels stand; ids are transformers' own."""
+"""Other people's chat templates: how content is passed, what is refused, where labels stand; ids are transformers' own."""
 
 from __future__ import annotations
 
 import copy
 import io
+import pickle
 from typing import Any
 
 import PIL.Image
@@ -11,7 +12,7 @@ import pytest
 
 from teacher_cache.chat import Chat
 from teacher_cache.errors import CompatibilityError, SkipRow
-from teacher_cache.prepare import Limits, Preparer, token_counter
+from teacher_cache.prepare import Preparer, token_counter
 from teacher_cache.records import Image, Prepared, Sample, Turn
 from teacher_cache.rows import decode_image
 from tests.teacher_cache.tokenizers_by_hand import llama_like, qwen_like
@@ -39,11 +40,11 @@ SYSTEM = (("system", "Be brief."), ("user", "What?\n<image>"), ("assistant", "Gr
 TEXT = (("user", "Say it"), ("assistant", "It."))
 
 
-def with_template(loaded: tuple[Any, Any], template: str, limits: Limits = Limits(), version: int = 2) -> Preparer:
+def with_template(loaded: tuple[Any, Any], template: str, version: int = 2) -> Preparer:
     processor, config = loaded
     processor = copy.copy(processor)
     processor.chat_template = template
-    return Preparer(processor, config, limits, version)
+    return Preparer(processor, config, version=version)
 
 
 def png(size: tuple[int, int] = (96, 96)) -> Image:
@@ -84,7 +85,8 @@ def said(preparer: Preparer, made: Prepared) -> list[str]:
         ),
         (
             each(
-                "{% if m['content'] is string %}{{ m['content'] }}{% elif m['content'][0]['type'] == 'text' and m['content'] | length == 1 %}"
+                "{% if m['content'] is string %}{{ m['content'] }}"
+                "{% elif m['content'] | selectattr('type', 'equalto', 'image') | list | length == 0 %}"
                 + RAISES
                 + "{% else %}"
                 + parts()
@@ -146,17 +148,16 @@ def test_a_template_without_images_serves_rows_without_images(teacher_parts: Any
     preparer = with_template(teacher_parts, each(texts))
     preparer.check_template("chat")
     assert said(preparer, preparer.prepare(sample(TEXT))) == ["It.<|end|>"]
-    with pytest.raises(SkipRow, match="template_refused.*writes 0 times <image> for 1 images"):
+    with pytest.raises(SkipRow, match=r"template_refused.*writes 0 times <image> for 1 images"):
         preparer.prepare(sample(TALK))
-    with pytest.raises(CompatibilityError, match='part sft: template "chat": .*writes no row with an image .*"v1"'):
+    with pytest.raises(CompatibilityError, match=r'part sft: template "chat": .*writes no row with an image .*"v1"'):
         preparer.check_images("sft", "chat")
 
 
 def test_a_processor_that_takes_no_image_of_a_part_is_one_line(teacher_parts: Any) -> None:
     preparer = with_template(teacher_parts, each(BOTH))
-    preparer.processor.image_token = "<|pad|>"  # what it replaces; the model counts another token
-    preparer.chat = Chat(preparer.processor)
-    with pytest.raises(CompatibilityError, match="part sft: "):
+    preparer.image_token_id = preparer.tokenizer.convert_tokens_to_ids("<pad>")
+    with pytest.raises(CompatibilityError, match=r"part sft: .*no <pad> .* not this model's processor"):
         preparer.check_images("sft", "chat")
 
 
@@ -174,15 +175,32 @@ def test_a_refused_system_turn_is_a_skipped_row(teacher_parts: Any, template: st
     preparer = with_template(teacher_parts, template)
     preparer.check_template("chat")
     for ask in (preparer.prepare, lambda row: preparer.chat.prompt(row.turns[:-1])):
-        with pytest.raises(SkipRow, match=f"template_refused.*{why}"):
+        with pytest.raises(SkipRow, match=rf"template_refused.*{why}"):
             ask(sample(SYSTEM))
     assert said(preparer, preparer.prepare(sample(TALK))) == ["Red?<|end|>", " Yes, red. <|end|>"]
+
+
+def test_a_template_that_wants_a_system_turn_serves_rows_that_have_one(teacher_parts: Any) -> None:
+    wants = "{% if messages[0]['role'] != 'system' %}{{ raise_exception('No system turn') }}{% endif %}"
+    preparer = with_template(teacher_parts, wants + each(BOTH))
+    preparer.check_template("chat")
+    preparer.check_images("sft", "chat")
+    assert said(preparer, preparer.prepare(sample(SYSTEM))) == ["Green.<|end|>"]
+    with pytest.raises(SkipRow, match=r"template_refused.*No system turn"):
+        preparer.prepare(sample(TALK))
+
+
+def test_what_was_learned_of_a_template_travels_to_other_processes(teacher_parts: Any) -> None:
+    chat, turns = with_template(teacher_parts, each(BOTH, "messages if m['role'] != 'system'")).chat, sample(TEXT).turns
+    with pytest.raises(SkipRow):
+        chat.render(sample(SYSTEM).turns)
+    assert pickle.loads(pickle.dumps(chat)).render(turns) == chat.render(turns)
 
 
 def test_a_system_turn_is_never_written_alone(teacher_parts: Any) -> None:
     wants = "{% if messages | selectattr('role', 'equalto', 'user') | list | length == 0 %}" + RAISES + "{% endif %}"
     preparer, plain = with_template(teacher_parts, wants + each(BOTH)), with_template(teacher_parts, each(BOTH))
-    for turns in (SYSTEM, SYSTEM[:1] + TALK, SYSTEM[:1] + (("user", "<image>"), ("assistant", "x"))):
+    for turns in (SYSTEM, (SYSTEM[0], *TALK), (SYSTEM[0], ("user", "<image>"), ("assistant", "x"))):
         made, same = preparer.prepare(sample(turns)), plain.prepare(sample(turns))
         assert made.input_ids.tolist() == same.input_ids.tolist()
         assert made.text.turn.tolist() == same.text.turn.tolist() and made.text.role.tolist() == same.text.role.tolist()
@@ -211,7 +229,7 @@ def test_a_system_turn_that_stands_in_the_users_is_told_from_it(teacher_parts: A
 )
 def test_rewritten_earlier_turns_are_skipped_or_refused(teacher_parts: Any, extra: str) -> None:
     preparer = with_template(teacher_parts, each(extra + BOTH))
-    with pytest.raises(SkipRow, match="template_refused.*rewrites earlier turns: turn 1"):
+    with pytest.raises(SkipRow, match=r"template_refused.*rewrites earlier turns: turn 1"):
         preparer.prepare(sample(TALK))
 
 
@@ -221,15 +239,17 @@ def test_an_end_that_the_last_answer_alone_has_is_refused(teacher_parts: Any) ->
     )
     preparer = with_template(teacher_parts, template)
     assert said(preparer, preparer.prepare(sample(TEXT))) == ["It.<|end|>"]
-    with pytest.raises(SkipRow, match="rewrites earlier turns"):
+    with pytest.raises(SkipRow, match=r"rewrites earlier turns"):
         preparer.prepare(sample(TALK))
 
 
 THINKS = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n"
-    "{% if m.role == 'assistant' %}{% set thought = m.content.split('</think>')[0].split('<think>')[-1] if '</think>' in m.content else '' %}"
-    "{% if loop.last %}<think>\n{{ thought.strip('\n') }}\n</think>\n\n{% endif %}{{ m.content.split('</think>')[-1].lstrip('\n') }}"
-    "{% else %}{{ m.content }}{% endif %}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\nOPEN{% endif %}"
+    "{% if m.role == 'assistant' %}{% set cut = m.content.split('</think>') %}"
+    "{% set thought = cut[0].split('<think>')[-1] if cut | length > 1 else '' %}"
+    "{% if loop.last %}<think>\n{{ thought.strip('\n') }}\n</think>\n\n{% endif %}{{ cut[-1].lstrip('\n') }}"
+    "{% else %}{{ m.content }}{% endif %}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\nOPEN{% endif %}"
 )
 
 
@@ -252,7 +272,7 @@ def test_thoughts_belong_to_the_last_answer(opened: str, first: str) -> None:
     thought = ("assistant", "<think>\nhm\n</think>\n\ntwo")
     assert labels(*talk[:3], thought) == ["one<|im_end|>", f"{first}hm\n</think>\n\ntwo<|im_end|>"]
     assert labels(talk[0], thought) == [f"{first}hm\n</think>\n\ntwo<|im_end|>"]
-    with pytest.raises(SkipRow, match="template_refused"):
+    with pytest.raises(SkipRow, match=r"template_refused"):
         labels(talk[0], thought, *talk[2:])
 
 
@@ -279,7 +299,7 @@ def around(loaded: tuple[Any, Any], tokenizer: Any, template: str, on_processor:
         chat_template=template if on_processor else None,
     )
     config = copy.deepcopy(config)
-    config.image_token_id = tokenizer.convert_tokens_to_ids("<image>")
+    config.image_token_id = tokenizer.convert_tokens_to_ids(getattr(tokenizer, "image_token", "<image>"))
     return Preparer(made, config)
 
 
