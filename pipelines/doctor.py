@@ -30,15 +30,15 @@ Progress = Callable[[str, int, int], None]
 def examine(
     specs: Sequence[DataSpec],
     progress: Progress | None = None,
-    max_defects: int | None = 5,
-    max_notes: int | None = 5,
+    max_examples: int = 5,
+    every_defect: bool = False,
     reading: Reading | None = None,
     workers: int | None = None,
 ) -> DoctorReport:
     """Check every row of every part.
 
     Args:
-        max_defects, max_notes: rows named per kind of finding; None: every one.
+        max_examples: rows named per kind of finding. every_defect: of defects, all of them.
         reading: whose tokens the rows become: what its template and processor refuse, lengths and ends of answers are looked at too.
         workers: threads, or processes where rows are read with a tokenizer; default as many as pay.
 
@@ -51,7 +51,7 @@ def examine(
     reports = []
     with working(examiner, rows, workers) as submit:
         for number, groups in enumerate(scanned):
-            merged = _Merged(max_defects, max_notes, reading.show if reading else 0)
+            merged = _Merged(max_examples, every_defect, reading.show if reading else 0)
             reports.append(_examine_part(examiner, number, groups, submit, merged, progress))
     return DoctorReport(tuple(reports))
 
@@ -110,14 +110,13 @@ def _in_order(submit: Submit, number: int, groups: Sequence[RowGroup]) -> Iterat
 class _Merged:
     """A part's counts so far, the first examples of each kind, and what was seen (8 bytes an id or image)."""
 
-    def __init__(self, max_defects: int | None, max_notes: int | None, show: int):
+    def __init__(self, max_examples: int, every_defect: bool, show: int):
         self.counts: Counter[str] = Counter()
         self.examples: dict[str, list[Example]] = {}
         self.pictured: Counter[str] = Counter()
         self.ends: Counter[tuple[str, int]] = Counter()
         self.shown: list[dict[str, Any]] = []
-        self._most = {**dict.fromkeys(SKIP_REASONS, max_defects), **dict.fromkeys(NOTES, max_notes)}
-        self._show = show
+        self._most, self._every, self._show = max_examples, frozenset(SKIP_REASONS if every_defect else ()), show
         self._seen: dict[str, set[bytes]] = {"duplicate_ids": set(), "duplicate_images": set()}
 
     def add(self, tally: Tally) -> None:
@@ -135,10 +134,10 @@ class _Merged:
 
     def _note(self, kind: str, example: Example) -> None:
         self.counts[kind] += 1
-        kept, most = self.examples.setdefault(kind, []), self._most[kind]
+        kept = self.examples.setdefault(kind, [])
         if kind == "columns_unused" and any(one.detail == example.detail for one in kept):
             return  # the first row of every set of columns: most files have one set in all rows
-        if most is None or len(kept) < most:
+        if kind in self._every or len(kept) < self._most:
             kept.append(example)
 
     def findings(self, kinds: dict[str, str]) -> dict[str, Finding]:

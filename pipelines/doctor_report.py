@@ -117,7 +117,7 @@ class DoctorReport:
 
 
 def print_report(report: DoctorReport, console: Console, every_row: bool = False) -> None:
-    """The report as tables, one a part; then what is wrong with whole parts, loud. every_row: with a line for each example, under the
+    """The report as tables, one a part; then what is wrong with whole parts, loud. every_row: with a line for each defect, under the
     tables, which name the first few."""
     for part in report.parts:
         _print_part(part, console)
@@ -138,9 +138,9 @@ def _line(console: Console, text: str, style: str | None = None) -> None:
 
 
 def every_line(report: DoctorReport) -> Iterator[str]:
-    """``part  kind  place  id  detail`` of every example, defects first."""
+    """``part  defect  place  id  detail`` of every defect that is named."""
     for part in report.parts:
-        for kind, finding in (part.defects | part.notes).items():
+        for kind, finding in part.defects.items():
             yield from (f"{part.part}  {kind}  {_example_line(example)}" for example in finding.examples)
 
 

@@ -41,9 +41,7 @@ from pipelines.command_line.tour import command
 @click.option("--max-length", type=int, help="Longest row in tokens (default: as in [capture]).")
 @over_length_option
 @click.option("--show", default=0, metavar="N", type=click.IntRange(0), help="Print the last tokens of N rows a part.")
-@click.option(
-    "--all", "every_row", is_flag=True, help="Name every row that was found, one a line (--json: defects always)."
-)
+@click.option("--all", "every_row", is_flag=True, help="Name every defective row, one a line (--json always does).")
 @click.option(
     "--strict",
     type=click.FloatRange(0, 1),
@@ -89,9 +87,8 @@ def doctor(
     capture = override(settings.capture, max_length=max_length, over_length=over_length)
     limits = Limits(capture.max_length, capture.over_length)
     reading = Reading(spec, limits, show) if spec else None
-    most = None if every_row else 5
     with doctor_progress(console()) as progress:
-        report = examine(specs, progress, None if as_json else most, most, reading)
+        report = examine(specs, progress, every_defect=every_row or as_json, reading=reading)
     if as_json:
         say(json.dumps(report.to_json(), ensure_ascii=False))
     else:

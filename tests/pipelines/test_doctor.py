@@ -96,7 +96,7 @@ def test_every_planted_defect_is_found_and_no_row_is_lost(mixture, reading):
 
 
 def test_notes_cost_no_row(mixture):
-    (part,) = examine([mixture], max_defects=1, max_notes=1).parts
+    (part,) = examine([mixture], max_examples=1).parts
     assert not OF_A_MODEL & set(part.defects)
     assert part.notes["extension_differs"].count == 30
     assert part.notes["extension_differs"].examples[0].detail == "'gif.jpg' holds gif"
@@ -141,7 +141,7 @@ def test_the_report_is_the_same_however_many_threads(mixture):
 
 
 def test_every_row_is_named_on_request(mixture):
-    (part,) = examine([mixture], max_defects=None).parts
+    (part,) = examine([mixture], every_defect=True).parts
     assert all(len(finding.examples) == finding.count for finding in part.defects.values())
     assert all(len(finding.examples) == 5 for finding in part.notes.values())
 
@@ -177,7 +177,7 @@ def test_a_cut_row_is_usable_and_what_it_lost_is_counted(tmp_path, reading):
 def test_the_doctor_refuses_what_a_capture_skips(mixture, reading, tiny_teacher, tmp_path, over):
     """Row by row, for the same reason in the same words; and both count the same cuts."""
     settings = CaptureSettings(shards=1, store="none", max_length=75, over_length=over)
-    (part,) = examine([replace(mixture, limit=32)], max_defects=None, reading=reading(75, over)).parts
+    (part,) = examine([replace(mixture, limit=32)], every_defect=True, reading=reading(75, over)).parts
     summary = capture(
         CaptureRequest(TeacherSpec(str(tiny_teacher)), (replace(mixture, limit=32),), str(tmp_path / "c"), settings, {})
     )
