@@ -28,31 +28,30 @@ FIXES = {  # reason → what to do about it with a flag
     "image_missing": "check --image-root ({root})",
     "image_path_unsafe": "check --image-root ({root}), or allow your own links with --follow-links",
     "over_length": "raise --max-length, or give --over-length cut",
+    OF_TEACHER: "check the teacher's weights, or give another --dtype",
 }
 
 
 def refuse_skips(plan: Plan, preparer: Preparer, allowed: float) -> None:
     """Before anything is loaded or written: KdcliError where rows of a part are skipped for a reason that should be mended first.
 
-    That is one that flags mend (``FIXES``), of more rows than ``allowed`` (a share), or any one of nearly all rows. Other defects of the
-    data are counted behind the job (``excess``).
+    That is one that flags mend (``FIXES``), of more rows than ``allowed`` (a share), or whatever it is where nearly all rows are skipped.
+    Other defects of the data are counted behind the job (``excess``).
     """
     for part in plan.parts:
         source = open_source(part.spec)
         rows = list(spread_rows(source.read, groups_of(plan, part.spec.part), PROBE_ROWS))
         skipped = [one for row in rows if (one := look_at(row, part, preparer))]
-        for reason, count in Counter(one.reason for one in skipped).items():
-            much = (
-                is_excess(count, len(rows), allowed)
-                if reason in FIXES
-                else count > max(NEARLY_ALL, allowed) * len(rows)
+        counts = Counter(one.reason for one in skipped).most_common()
+        stopping = [reason for reason, count in counts if reason in FIXES and is_excess(count, len(rows), allowed)]
+        if len(skipped) > max(NEARLY_ALL, allowed) * len(rows):
+            stopping += [counts[0][0]]
+        if stopping:
+            said = f"{len(skipped)} are skipped: {told(stopping[0], skipped, part)}"
+            raise KdcliError(
+                f"part {part.spec.part!r}: of {len(rows)} rows that were looked at, {said}. Nothing is captured; "
+                f"--allow-skips {share(len(skipped), len(rows))} would let it begin ({allowed:g} is allowed)"
             )
-            if much:
-                said = f"{len(skipped)} are skipped: {told(reason, skipped, part)}"
-                raise KdcliError(
-                    f"part {part.spec.part!r}: of {len(rows)} rows that were looked at, {said}. Nothing is captured; "
-                    f"--allow-skips {share(len(skipped), len(rows))} would let it begin ({allowed:g} is allowed)"
-                )
 
 
 def look_at(row: object, part: Part, preparer: Preparer) -> SkipRecord | None:
