@@ -13,7 +13,7 @@ from teacher_cache.errors import CacheError, KdcliError, SkipRow
 from teacher_cache.plan import Part, Plan
 from teacher_cache.prepare import Preparer
 from teacher_cache.records import SkipRecord
-from teacher_cache.same_rows import groups_of, spread_rows
+from teacher_cache.same_rows import PICTURE_REASONS, groups_of, has_pictures, spread_rows
 from teacher_cache.shards.commit import committed_shards, read_commit, read_commits
 from teacher_cache.shards.mender import ShardReplacer
 from teacher_cache.sources import open_source
@@ -28,31 +28,35 @@ FIXES = {  # reason → what to do about it with a flag
     "image_missing": "check --image-root ({root})",
     "image_path_unsafe": "check --image-root ({root}), or allow your own links with --follow-links",
     "over_length": "raise --max-length, or give --over-length cut",
+    OF_TEACHER: "check the teacher's weights, or give another --dtype",
 }
 
 
 def refuse_skips(plan: Plan, preparer: Preparer, allowed: float) -> None:
     """Before anything is loaded or written: KdcliError where rows of a part are skipped for a reason that should be mended first.
 
-    That is one that flags mend (``FIXES``), of more rows than ``allowed`` (a share), or any one of nearly all rows. Other defects of the
-    data are counted behind the job (``excess``).
+    That is one that flags mend (``FIXES``), of more rows than ``allowed`` (a share; of pictures that are not there: of the rows that have
+    some), or whatever it is where nearly all rows are skipped. Other defects of the data are counted behind the job (``excess``).
     """
     for part in plan.parts:
         source = open_source(part.spec)
         rows = list(spread_rows(source.read, groups_of(plan, part.spec.part), PROBE_ROWS))
         skipped = [one for row in rows if (one := look_at(row, part, preparer))]
-        for reason, count in Counter(one.reason for one in skipped).items():
-            much = (
-                is_excess(count, len(rows), allowed)
-                if reason in FIXES
-                else count > max(NEARLY_ALL, allowed) * len(rows)
-            )
-            if much:
-                said = f"{len(skipped)} are skipped: {told(reason, skipped, part)}"
-                raise KdcliError(
-                    f"part {part.spec.part!r}: of {len(rows)} rows that were looked at, {said}. Nothing is captured; "
-                    f"--allow-skips {share(len(skipped), len(rows))} would let it begin ({allowed:g} is allowed)"
-                )
+        pictured = sum(map(has_pictures, rows))
+        counts = Counter(one.reason for one in skipped).most_common()
+        for reason, count in counts:
+            of = pictured if reason in PICTURE_REASONS else len(rows)
+            if reason in FIXES and (is_excess(count, len(rows), allowed) or surely_more(count, of, allowed)):
+                break
+        else:
+            if len(skipped) <= max(NEARLY_ALL, allowed) * len(rows):
+                continue
+            reason, count, of = *counts[0], len(rows)
+        enough = max(share(len(skipped), len(rows)), share(count, of))
+        raise KdcliError(
+            f"part {part.spec.part!r}: of {len(rows)} rows that were looked at, {len(skipped)} are skipped: "
+            f"{told(reason, skipped, part)}. Nothing is captured; --allow-skips {enough:g} would let it begin ({allowed:g} is allowed)"
+        )
 
 
 def look_at(row: object, part: Part, preparer: Preparer) -> SkipRecord | None:
@@ -67,18 +71,17 @@ def look_at(row: object, part: Part, preparer: Preparer) -> SkipRecord | None:
 
 
 def is_excess(skipped: int, rows: int, allowed: float) -> bool:
-    """Whether so many skips say that more than ``allowed`` of such rows cannot be used.
+    """Whether more than ``allowed`` of such rows cannot be used. Of few rows a few more are let pass, but never all."""
+    return skipped > allowed * rows and (skipped == rows or surely_more(skipped, rows, allowed))
 
-    Of few rows a few more are let pass, as far as chance explains them: P(X ≥ k) ≤ exp(−n·KL(k/n ‖ p)) (Chernoff). None at all is always
-    too few.
-    """
-    if skipped <= allowed * rows:
-        return False
-    if skipped == rows or not allowed:
-        return True
+
+def surely_more(skipped: int, rows: int, allowed: float) -> bool:
+    """The same, where chance does not explain it: P(X ≥ k) ≤ exp(−n·KL(k/n ‖ p)) (Chernoff)."""
+    if skipped <= allowed * rows or not allowed:
+        return skipped > allowed * rows
     seen = skipped / rows
-    divergence = seen * log(seen / allowed) + (1 - seen) * log((1 - seen) / (1 - allowed))
-    return rows * divergence > log(1 / DOUBT)
+    used = (1 - seen) * log((1 - seen) / (1 - allowed)) if seen < 1 else 0.0
+    return rows * (seen * log(seen / allowed) + used) > log(1 / DOUBT)
 
 
 def told(reason: str, skipped: Sequence[SkipRecord], part: Part) -> str:
@@ -89,9 +92,9 @@ def told(reason: str, skipped: Sequence[SkipRecord], part: Part) -> str:
     return f"{len(alike)} by {reason} ({alike[0].place}: {alike[0].detail}): {fix}"
 
 
-def share(part: int, whole: int) -> str:
+def share(part: int, whole: int) -> float:
     """Upwards to a hundredth, so that as many are allowed."""
-    return f"{-(-100 * part // whole) / 100:g}"
+    return -(-100 * part // whole) / 100
 
 
 def excess(cache: Cache, columns: Sequence[str], allowed: float, of_teacher: bool = False) -> list[str]:
@@ -112,7 +115,7 @@ def excess(cache: Cache, columns: Sequence[str], allowed: float, of_teacher: boo
                 why = told(Counter(one.reason for one in skipped).most_common(1)[0][0], skipped, part)
                 lines[name] = (
                     f"part {name!r}: {len(skipped)} of {rows} rows are skipped in {column}, {why}; "
-                    f"--allow-skips {share(len(skipped), rows)} takes that ({allowed:g} is allowed)"
+                    f"--allow-skips {share(len(skipped), rows):g} takes that ({allowed:g} is allowed)"
                 )
     return list(lines.values())
 

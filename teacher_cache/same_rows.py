@@ -38,6 +38,11 @@ def spread_rows(read: Callable[[RowGroup], Rows], groups: Sequence[RowGroup], mo
         yield from islice(read(groups[number * len(groups) // count]), -(-most // len(groups)))
 
 
+def has_pictures(row: Sample | SkipRecord) -> bool:
+    """Whether the row, as a source reads it, names pictures."""
+    return bool(row.images) if isinstance(row, Sample) else row.reason in PICTURE_REASONS
+
+
 def groups_of(plan: Plan, part: str) -> list[RowGroup]:
     """The row groups of a part, in the order of its rows."""
     found = (group for one in plan.slices if one.part == part for group in one.groups)
@@ -60,8 +65,7 @@ def _pictures(plan: Plan, part: Part) -> tuple[str, ...]:
         return ()
 
     def pictured(group: RowGroup) -> Rows:
-        rows = source.read(group)
-        return (row for row in rows if (row.images if isinstance(row, Sample) else row.reason in PICTURE_REASONS))
+        return filter(has_pictures, source.read(group))
 
     groups = [group for group in groups_of(plan, part.spec.part) if group.images]
     rows = spread_rows(pictured, groups, MOST_PICTURED)

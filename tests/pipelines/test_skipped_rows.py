@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from collections.abc import Callable
@@ -37,7 +38,7 @@ FIELDS = ("response_topk", "vision_hidden")
 def test_how_many_skips_are_too_many(skipped: int, rows: int, allowed: float, said: bool) -> None:
     assert is_excess(skipped, rows, allowed) is said
     if rows:
-        assert not is_excess(skipped, rows, float(share(skipped, rows)))
+        assert not is_excess(skipped, rows, share(skipped, rows))
 
 
 @pytest.fixture
@@ -112,6 +113,29 @@ def test_a_forgotten_image_root_stops_before_the_job(world: Any, weightless: Pat
     (tmp_path / "kd.toml").write_text("[capture]\nallow_skips = 1.0\nfields = []\nstore = 'none'\n")
     said = run(*words, "--out", str(tmp_path / "cache"), "--config", str(tmp_path / "kd.toml"))
     assert said.exit_code == 0, said.output
+
+
+@pytest.mark.parametrize(("pictured", "stops"), [(1, False), (2, False), (3, True), (10, True)])
+def test_pictures_are_counted_among_the_rows_that_have_some(
+    make_request, tmp_path: Path, pictured: int, stops: bool
+) -> None:
+    """Among many rows of text a forgotten image root is few rows; one or two bad rows are no verdict."""
+    turns = [{"from": "human", "value": "Is it?"}, {"from": "gpt", "value": "yes"}]
+    seeing = [{"from": "human", "value": "<image>\nIs it?"}, turns[1]]
+    rows: list[dict[str, Any]] = [{"id": str(n), "conversations": turns} for n in range(100)]
+    rows += [{"id": "p", "image": f"{n}.png", "conversations": seeing} for n in range(pictured)]
+    data = tmp_path / "rows.json"
+    data.write_text(json.dumps(sorted(rows, key=lambda row: hash_of(row))))
+    request = make_request(tmp_path / "c", data=[DataSpec("sft", str(data))], shards=1, fields=(), store="none")
+    if stops:
+        with pytest.raises(KdcliError, match=r"image_missing .*--allow-skips 1 would"):
+            capture(request)
+    else:
+        assert capture(request)["columns"]["samples"]["skipped"] == {"image_missing": pictured}
+
+
+def hash_of(row: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(row).encode()).hexdigest()
 
 
 def test_rows_too_long_stop_before_the_job_and_name_the_limit(asked, weightless: Path, tmp_path: Path) -> None:
