@@ -63,7 +63,7 @@ def evaluate(
         said = answers_or_none(model, processor, prompts, max_new_tokens, compression, template=spec.template)
         for row, given, (nats, tokens) in zip(batch, said, answer_nats(student, preparer, batch, spec, forced)):
             if given is None:
-                skipped["processor_refused"] = skipped.get("processor_refused", 0) + 1
+                skipped["processor_refused"] = skipped.get("processor_refused", 0) + 1  # or too large inside it
                 continue
             family, asked, meant = str(row.extra.get("family", row.part)), row.turns[-2].text, row.turns[-1].text
             answers.append(Answer(family, asked, meant, given, nats, tokens, references(row)))

@@ -19,6 +19,7 @@ import torch
 from teacher_cache.errors import CompatibilityError, KdcliError, SkipRow, refusing_row
 from teacher_cache.fingerprint import processor_fingerprint
 from teacher_cache.layout import image_layout
+from teacher_cache.pixels import check_resized
 from teacher_cache.records import KINDS_OF_TOKENS, ROLES, ImageLayout, Prepared, Sample, TextTokens, Turn
 from teacher_cache.rendering import Rendered, expanded, image_text
 from teacher_cache.rows import PLACEHOLDER, check_turns, decode_image, row_key
@@ -69,8 +70,13 @@ class Preparer:
     def prepare(self, sample: Sample, template: str = "chat", max_image_pixels: int = 89_478_485) -> Prepared:
         """Tokens, pixels and row positions of one row; SkipRow with a reason where the row cannot be used."""
         check_turns(sample)
+        return self._prepare(sample, template, self.decode(sample, max_image_pixels), row_key(sample))
+
+    def decode(self, sample: Sample, max_image_pixels: int) -> list[Any]:
+        """The row's images as RGB; SkipRow for one that cannot be used, or grows beyond the limit in the processor."""
         images = [decode_image(image, max_image_pixels) for image in sample.images]
-        return self._prepare(sample, template, images, row_key(sample))
+        check_resized(self.processor.image_processor, images, max_image_pixels)
+        return images
 
     def check_template(self, template: str) -> None:
         """Before any row is read: CompatibilityError or KdcliError where ``template`` cannot be used with this model."""
