@@ -189,6 +189,12 @@ class Preparer:
             raise CompatibilityError(
                 f"{place}: the processor counts other tokens than image tokens to its images; this family is not supported"
             )
+        # PaliGemma's say which tokens may look ahead: of a row without its suffix all, the answer included.
+        for name, value in inputs.items():
+            if tuple(getattr(value, "shape", ())) == (1, len(input_ids)):
+                raise CompatibilityError(
+                    f"{place}: the processor says {name} of every token, which is not known here: this family is not supported"
+                )
 
     @cached_property
     def _image_text(self) -> str:
