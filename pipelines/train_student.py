@@ -245,7 +245,7 @@ class LeftOut:
     def count(self, result: StepResult) -> None:
         if result.refused and not self.rows:
             line = result.left_out[0] if result.left_out else "another process's row: the student does not take it"
-            self.say(f"note: {line}: left out; such rows are counted as `refused` in {self.folder}/metrics.jsonl")
+            self.say(f"note: {line}: left out; {self.folder}/metrics.jsonl counts such rows (refused)")
         self.rows += result.refused
 
     def tell(self) -> None:

@@ -27,6 +27,8 @@ from teacher_cache.prepare import Preparer
 from teacher_cache.records import ImageLayout, Prepared, TextTokens
 
 BLOCK_SHARDS = 16
+OF_THE_PROCESSOR = ("processor_refused", "image_too_large")
+"""Reasons to skip a captured row that are the student's own: its processor's, not the run's template or lengths."""
 MOST_REFUSED = 64
 """Rows one after the other: a student that refuses so many refuses its data."""
 CheckLayouts = Callable[[str, tuple[ImageLayout, ...], tuple[ImageLayout, ...]], None]
@@ -183,7 +185,7 @@ class TrainDataset(Dataset):
             else:
                 prepared = self.preparer.prepare(row.sample, *asked)
         except SkipRow as skip:
-            if skip.reason == "processor_refused":
+            if skip.reason in OF_THE_PROCESSOR:
                 return RefusedRow(f"row {row.key} ({row.sample.place}): the student does not take it ({skip.detail})")
             raise CompatibilityError(
                 f"row {row.key} ({row.sample.place}) was captured, but the student cannot read it ({skip}): "

@@ -15,7 +15,6 @@ import torch
 from teacher_cache.pixels import PlainPixels, is_plain
 from teacher_cache.prepare import Preparer
 from teacher_cache.records import Prepared, Sample, TextTokens
-from teacher_cache.rows import decode_image
 
 PROOFS = 8
 """Rows with images that are prepared both ways before the short way is trusted; another family's processor may do more than count."""
@@ -55,7 +54,7 @@ class KnownText:
 
     def _from_tokens(self, sample: Sample, text: TextTokens, key: str, max_image_pixels: int) -> Prepared | None:
         """None where the processor gives no plain row of image tokens for an image."""
-        images = [decode_image(image, max_image_pixels, self.preparer.upright) for image in sample.images]
+        images = self.preparer.decode(sample, max_image_pixels)
         if len(images) != len(text.image_at):
             return None
         try:

@@ -6,12 +6,14 @@ levels, and looked up ever after. What resizes and crops stays the processor's.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import PIL.Image
 import torch
+
+from teacher_cache.errors import SkipRow
 
 STEPS = (
     "preprocess",
@@ -26,6 +28,27 @@ STEPS = (
 )
 """Methods that a processor must have left as its base class wrote them."""
 LEVELS = 256
+EDGES = ("shortest_edge", "longest_edge")
+"""Entries of a processor's ``size``. With both, they bound the number of pixels (Qwen-VL)."""
+
+
+def check_resized(processor: Any, images: Sequence[PIL.Image.Image], most: int) -> None:
+    """SkipRow where an image at the processor's shortest edge would have more than ``most`` pixels (CLIP crops only behind that).
+
+    1 × 20,000 pixels become 336 × 6,720,000 on their way to 336 × 336: a machine without that memory ends every row's work.
+    """
+    size = getattr(processor, "size", None) or {}
+    edges = [size.get(name) if isinstance(size, Mapping) else getattr(size, name, None) for name in EDGES]
+    if not getattr(processor, "do_resize", False) or not edges[0] or edges[1]:
+        return
+    for image in images:
+        pixels = edges[0] ** 2 * max(image.size) // min(image.size)
+        if pixels > most:
+            width, height = image.size
+            raise SkipRow(
+                "image_too_large",
+                f"{width} × {height} pixels at the processor's shortest edge of {edges[0]} are {pixels:,}, the limit is {most:,}",
+            )
 
 
 class PlainPixels:

@@ -21,6 +21,7 @@ from teacher_cache.chat import Chat
 from teacher_cache.errors import CompatibilityError, KdcliError, SkipRow, refusing_row
 from teacher_cache.fingerprint import PREPARATION, preparation_version, processor_fingerprint
 from teacher_cache.layout import image_layout
+from teacher_cache.pixels import check_resized
 from teacher_cache.records import KINDS_OF_TOKENS, ROLES, ImageLayout, Prepared, Sample, TextTokens, Turn
 from teacher_cache.rendering import Rendered, expanded, image_text
 from teacher_cache.rows import PLACEHOLDER, check_turns, decode_image, row_key
@@ -86,8 +87,13 @@ class Preparer:
     def prepare(self, sample: Sample, template: str = "chat", max_image_pixels: int = 89_478_485) -> Prepared:
         """Tokens, pixels and row positions of one row; SkipRow with a reason where the row cannot be used."""
         check_turns(sample)
+        return self._prepare(sample, template, self.decode(sample, max_image_pixels), row_key(sample))
+
+    def decode(self, sample: Sample, max_image_pixels: int) -> list[Any]:
+        """The row's images as RGB; SkipRow for one that cannot be used, or grows beyond the limit in the processor."""
         images = [decode_image(image, max_image_pixels, self.upright) for image in sample.images]
-        return self._prepare(sample, template, images, row_key(sample))
+        check_resized(self.processor.image_processor, images, max_image_pixels)
+        return images
 
     def _adds_first(self) -> bool:
         """Whether a chat gets the tokenizer's own first token: it depends on where a model keeps its template."""
@@ -225,6 +231,12 @@ class Preparer:
             raise CompatibilityError(
                 f"{place}: the processor counts other tokens than image tokens to its images; this family is not supported"
             )
+        # PaliGemma's say which tokens may look ahead: of a row without its suffix all, the answer included.
+        for name, value in inputs.items():
+            if tuple(getattr(value, "shape", ())) == (1, len(input_ids)):
+                raise CompatibilityError(
+                    f"{place}: the processor says {name} of every token, which is not known here: this family is not supported"
+                )
 
     @cached_property
     def _image_text(self) -> str:

@@ -15,6 +15,7 @@ from student_train.student import RowForward
 from teacher_cache.batch import collate
 from teacher_cache.chat import chat_of
 from teacher_cache.errors import SkipRow, refusing_row
+from teacher_cache.pixels import check_resized
 from teacher_cache.prepare import Preparer
 from teacher_cache.records import Prepared, Sample, Turn
 from teacher_cache.rows import PLACEHOLDER, decode_image
@@ -89,6 +90,7 @@ def answer(
     images = [list(prompt.images) for prompt in prompts if prompt.images or hasattr(processor, "image_seq_len")]
     arguments: dict[str, Any] = {"images": images} if any(images) else {}
     arguments |= {"padding": True, "padding_side": "left", "add_special_tokens": begins.pop()}
+    check_resized(processor.image_processor, [one for each in images for one in each], DataSpec.max_image_pixels)
     with refusing_row("the processor refuses the question"):
         inputs = processor(text=[text for text, _ in written], **arguments, return_tensors="pt")
     inputs = inputs.to(model.device)

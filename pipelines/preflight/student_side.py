@@ -13,7 +13,7 @@ from pipelines.fidelity.student import Student
 from student_train.compression import asked_for
 from student_train.config import TrainSettings
 from student_train.stages import STAGES
-from student_train.stream import check_same_grid, check_same_response
+from student_train.stream import OF_THE_PROCESSOR, check_same_grid, check_same_response
 from student_train.student import load_student, open_student
 from teacher_cache.errors import CompatibilityError, SkipRow
 from teacher_cache.fingerprint import processor_fingerprint
@@ -53,6 +53,7 @@ def read_as_student(
         return StudentRead([], [], f"{student}: another tokenizer than the teacher's: {lines}", "", [])
     preparer = Preparer.like(plan.preparation, processor, config)
     kept: list[tuple[Row, Prepared]] = []
+    left_out: list[str] = []  # as training leaves them out
     bad: dict[str, list[str]] = {"unreadable": [], "response": [], "long": []}
     grids = ""
     for row in rows:
@@ -61,7 +62,7 @@ def read_as_student(
             prepared = preparer.prepare(row.sample, spec.template, spec.max_image_pixels)
             check_same_response(row.key, row.teacher.text, prepared.text)
         except SkipRow as skip:
-            bad["unreadable"].append(str(skip))
+            (left_out if skip.reason in OF_THE_PROCESSOR else bad["unreadable"]).append(str(skip))
             continue
         except CompatibilityError as error:
             bad["response"].append(str(error))
@@ -70,6 +71,7 @@ def read_as_student(
             bad["long"].append(f"the longest kept row has {len(prepared)} tokens")
         kept.append((row, prepared))
         grids = grids or grid_difference(row, prepared)
+    bad["unreadable"] += [] if kept else left_out
     return StudentRead([row for row, _ in kept], [one for _, one in kept], "", grids, lines_of(bad, rows, train_length))
 
 

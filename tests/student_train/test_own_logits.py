@@ -160,3 +160,36 @@ def test_expected_answers_are_as_likely_as_the_model_says(capped_student: Path, 
     want = torch.nn.functional.cross_entropy(logits[0, prepared.response_rows], prepared.labels, reduction="none")
     torch.testing.assert_close(nats, want, rtol=1e-5, atol=1e-5)
     assert logits.abs().max() < CAP
+
+
+@pytest.mark.parametrize("kind", ["cap", "odd scale"])
+def test_fidelity_compares_gradients_of_those_logits(
+    kind: str, tiny_student: Path, capped_student: Path, teacher_parts: Any, world: Any
+) -> None:
+    """What a leaf's gradient means for the head's own parameter, and for the hidden states, in float64."""
+    from pipelines.fidelity.rows import Row
+    from pipelines.fidelity.student import Student
+    from student_train.student import load_student
+    from teacher_cache.prepare import Preparer
+    from teacher_cache.sources import DataSpec, open_source
+
+    model, processor = load_student(str(capped_student if kind == "cap" else tiny_student), "sdpa")
+    model = outer(model, after=lambda z: z / 3) if kind == "odd scale" else model
+    source = open_source(DataSpec("sft", world.train))
+    sample = next(one for group in source.scan(100) for one in source.read(group))
+    prepared = Preparer(processor, model.config).prepare(sample)
+    student = Student(model, [Row(prepared.key, sample, prepared, {})], [prepared], ("language_model",), 0)
+    states, _ = student.forward([0])
+    side = student.side(0, {name: one.detach() for name, one in states.items()})
+    pull = torch.randn(len(prepared.labels), len(side.head), generator=torch.Generator().manual_seed(0))
+    logits = side.logits(side.hidden["response"])
+    at_head, at_states = torch.autograd.grad((logits * pull).sum(), [side.head, side.hidden["response"]])
+    into = student.no_gradient()
+    student.pull_head(at_head, into)
+
+    hidden, weight = side.hidden["response"].detach().double(), model.get_output_embeddings().weight.detach().double()
+    product = (hidden.requires_grad_() @ weight.requires_grad_().T) * student.model.form.scale
+    dense = product if student.cap is None else CAP * torch.tanh(product / CAP)
+    own_head, own_states = torch.autograd.grad((dense * pull.double()).sum(), [weight, hidden])
+    for found, want in ((logits, dense), (into[student._head_at], own_head), (at_states, own_states)):
+        torch.testing.assert_close(found.double(), want, rtol=1e-4, atol=1e-5 * float(want.detach().abs().max()))

@@ -46,3 +46,30 @@ def test_a_processor_with_steps_of_its_own_is_not_plain() -> None:
 
     assert not is_plain(Bordered(size={"shortest_edge": 40}, crop_size=SIDE))
     assert not is_plain(LlavaNextImageProcessorPil())
+
+
+def test_a_sliver_is_skipped_before_the_shortest_edge_makes_it_enormous() -> None:
+    """By both kinds of ``size`` that processors have; never where the longest edge, or both edges, bound the pixels."""
+    from types import SimpleNamespace
+
+    from transformers import CLIPImageProcessorPil, Idefics3ImageProcessorPil
+
+    from teacher_cache.errors import SkipRow
+    from teacher_cache.pixels import check_resized
+
+    sliver, narrow = PIL.Image.new("RGB", (1, 20_000)), PIL.Image.new("RGB", (2000, 3))
+    clip = CLIPImageProcessorPil(size={"shortest_edge": 336})
+    for processor in (clip, SimpleNamespace(size={"shortest_edge": 336}, do_resize=True)):
+        check_resized(processor, [narrow], 89_478_485)
+        with pytest.raises(
+            SkipRow, match=r"image_too_large: 1 × 20000 pixels .* 336 are 2,257,920,000, the limit is 89"
+        ):
+            check_resized(processor, [narrow, sliver], 89_478_485)
+    both = SimpleNamespace(size={"shortest_edge": 3136, "longest_edge": 10**6}, do_resize=True)
+    for processor in (
+        both,
+        Idefics3ImageProcessorPil(),
+        CLIPImageProcessorPil(size={"height": 9, "width": 9}),
+        object(),
+    ):
+        check_resized(processor, [sliver], 1)

@@ -281,6 +281,20 @@ def test_what_is_not_the_rows_own_is_no_skip_record(teacher_parts, error: Except
         )
 
 
+def test_what_a_processor_says_of_every_token_is_refused_where_it_is_not_known(teacher_parts) -> None:
+    """PaliGemma's token types let the whole row, answer and all, be seen from everywhere."""
+    processor, config = teacher_parts
+
+    class Typed(Moody):
+        def __call__(self, **given):
+            said = self._processor(**given)
+            return {**said, "token_type_ids": torch.zeros_like(said["input_ids"])}
+
+    sample = row(("user", "<image>\nwhat?"), ("assistant", "red"), images=(png(),))
+    with pytest.raises(CompatibilityError, match=r"a\.json row 7: the processor says token_type_ids of every token"):
+        Preparer(Typed(processor, ValueError()), config).prepare(sample)
+
+
 def test_a_layout_that_is_wrong_for_a_row_is_its_skip_record(
     preparer: Preparer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
