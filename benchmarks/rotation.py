@@ -21,7 +21,10 @@ from teacher_cache.records import TeacherOutput
 
 BLOCK = 256
 CONFIGURATIONS = [
-    (codec, version, rows) for codec in ("int8", "int4") for version, sizes in ((1, (64,)), (2, (8, 64, 256))) for rows in sizes
+    (codec, version, rows)
+    for codec in ("int8", "int4")
+    for version, sizes in ((1, (64,)), (2, (8, 64, 256)))
+    for rows in sizes
 ]
 
 
@@ -74,16 +77,28 @@ def main() -> None:
     hidden, head = states(options)
     middle = hidden.abs().median(dim=0).values
     body |= {"rows": len(hidden), "width": hidden.shape[1], "vocabulary": len(head)}
-    body["dimensions over the median"] = [round(float(one), 1) for one in (middle / middle.median()).sort(descending=True).values[:8]]
+    body["dimensions over the median"] = [
+        round(float(one), 1) for one in (middle / middle.median()).sort(descending=True).values[:8]
+    ]
     made = [through(hidden, *one) for one in CONFIGURATIONS]
     found = divergences(hidden, head, [one for one, _ in made])
     results = [
-        {"codec": codec, "version": version, "record": rows, "bytes": size, "kl": float(kl.mean()), "kl_p95": float(kl.quantile(0.95))}
+        {
+            "codec": codec,
+            "version": version,
+            "record": rows,
+            "bytes": size,
+            "kl": float(kl.mean()),
+            "kl_p95": float(kl.quantile(0.95)),
+        }
         for (codec, version, rows), (_, size), kl in zip(CONFIGURATIONS, made, found)
     ]
     print_table(
         ["codec", "version", "rows a record", "B/row", "KL nats", "p95"],
-        [[r["codec"], r["version"], r["record"], f"{r['bytes']:.1f}", f"{r['kl']:.5f}", f"{r['kl_p95']:.5f}"] for r in results],
+        [
+            [r["codec"], r["version"], r["record"], f"{r['bytes']:.1f}", f"{r['kl']:.5f}", f"{r['kl_p95']:.5f}"]
+            for r in results
+        ],
     )
     finish("rotation", {**body, "results": results}, options.save)
 

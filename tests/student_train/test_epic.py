@@ -139,7 +139,9 @@ def by_hand(trainer: Any, batches: list[Any], step: int, student: str) -> dict[s
             pixels += images
             said = []
             for pruning in (passes.student, passes.teacher):
-                states, rows = pruned_states(model, ids, own, pruning, [row for row in asking[sample].tolist() if row >= 0], images)
+                states, rows = pruned_states(
+                    model, ids, own, pruning, [row for row in asking[sample].tolist() if row >= 0], images
+                )
                 said.append({row: model.lm_head(state).log_softmax(0) for row, state in zip(rows, states)})
             at = {
                 kind: batch.rows[kind].split(list(batch.counts[kind]))[sample] - sample * length

@@ -233,7 +233,7 @@ def test_standardised_logits_need_every_token() -> None:
     topk = {"response_topk": {"k": 8}}
     method: Any = create_method("llavadi", "code", {"beta": 0.0})
     assert method.norm_logits and {need.direction for need in method.needs()} == {"reverse"}, "samples would not do"
-    with pytest.raises(CompatibilityError, match="norm_logits needs every token's logit.*capture response_hidden"):
+    with pytest.raises(CompatibilityError, match=r"norm_logits needs every token's logit.*capture response_hidden"):
         method.check_student(None, topk)
     method.check_student(None, {**topk, "response_hidden": {}})
     create_method("llavadi", "paper", {"beta": 0.0}).check_student(None, topk)  # type: ignore[attr-defined]

@@ -52,7 +52,10 @@ Weights = dict[str, torch.Tensor]
 
 def values(shapes: dict[str, tuple[int, ...]]) -> Weights:
     draw = torch.Generator().manual_seed(5)
-    return {name: torch.randn(shape, generator=draw, dtype=torch.float64) / shape[-1] ** 0.5 for name, shape in shapes.items()}
+    return {
+        name: torch.randn(shape, generator=draw, dtype=torch.float64) / shape[-1] ** 0.5
+        for name, shape in shapes.items()
+    }
 
 
 def places() -> torch.Tensor:
@@ -111,7 +114,11 @@ def tokenpacker(w: Weights, features: torch.Tensor, scale: int = 2) -> torch.Ten
 def build(name: str, layers: tuple[int, ...] = ()) -> Any:
     module, site = compressor_module(name), Site(SIDE, WIDTH, TEXT, (-2,), 24)
     projector = torch.nn.Module()
-    projector.linear_1, projector.act, projector.linear_2 = torch.nn.Linear(WIDTH, TEXT), torch.nn.GELU(), torch.nn.Linear(TEXT, TEXT)
+    projector.linear_1, projector.act, projector.linear_2 = (
+        torch.nn.Linear(WIDTH, TEXT),
+        torch.nn.GELU(),
+        torch.nn.Linear(TEXT, TEXT),
+    )
     return module.build(module.settle(CompressorSpec(name, 144, layers), site), site, projector).double()
 
 
@@ -161,7 +168,13 @@ def test_fresh_weights_are_drawn_as_the_released_codes_draw_them() -> None:
             assert float(projection.weight.std()) == pytest.approx(float(own.std()), rel=0.01)
             assert float(projection.weight.abs().max()) == pytest.approx(float(own.abs().max()), rel=0.01)
             assert not projection.bias.any()
-    small = [one.queries, one.attention.out.weight, packer.attention.out.weight, packer.query.weight, packer.key[0].weight]
+    small = [
+        one.queries,
+        one.attention.out.weight,
+        packer.attention.out.weight,
+        packer.query.weight,
+        packer.key[0].weight,
+    ]
     for weight in small:
         assert float(weight.std()) == pytest.approx(0.02, rel=0.01) and weight.abs().max() > 0.07
     assert float(one.out.weight.std()) == pytest.approx(TEXT**-0.5, rel=0.02)

@@ -88,7 +88,9 @@ def test_values_are_the_plain_ones(make: Any, operator: str) -> None:
     with prune_vision(fast, pruning) as pruned:
         states = fast.model(input_ids=ids[None], **pixels, use_cache=False).last_hidden_state
     expected, rows = pruned_states(slow, ids, pixels, pruning, len(ids) - 1, 1)
-    assert pruned.positions[0].tolist() == rows and len(rows) == len(ids) - tokens + Pruning("dart" if operator == "dart" else "fastv", removed=0.6).kept(tokens, 1)
+    assert pruned.positions[0].tolist() == rows and len(rows) == len(ids) - tokens + Pruning(
+        "dart" if operator == "dart" else "fastv", removed=0.6
+    ).kept(tokens, 1)
     torch.testing.assert_close(states[0], expected, atol=2e-5, rtol=1e-5)
 
 

@@ -105,6 +105,7 @@ def dart(decoder: Decoder, given: Given, layer: int, ratio: float) -> tuple[torc
     x, positions = given.x, torch.arange(len(given.x))
     start, stop = given.image_at, given.image_at + given.image_tokens
     share = int((1 - ratio) * given.image_tokens / 8)
+    keys = torch.empty(0)
     for number, module in enumerate(decoder.layers):
         if number == layer:
             norms = keys.abs().sum(dim=(0, 2))
@@ -159,7 +160,9 @@ def given_of(model: Any, inputs: dict[str, Any], ends: list[int]) -> Given:
 
 
 @torch.no_grad()
-def check(model: Any, inputs: dict[str, Any], pruning: Pruning, ends: list[int] | None, equations: Callable[..., Any]) -> int:
+def check(
+    model: Any, inputs: dict[str, Any], pruning: Pruning, ends: list[int] | None, equations: Callable[..., Any]
+) -> int:
     """The same rows, and states that are equal to what float32 angles of the rotary embedding leave. Returns how many rows are left."""
     query_at = None if ends is None else torch.tensor([ends])
     with prune_vision(model, pruning, query_at) as pruned:

@@ -1,4 +1,4 @@
-"""The map before rounding: orthogonal at every width, the same everywhere, and what it does to a few dimensions that tower over all others."""
+"""The map before rounding: orthogonal at every width, the same everywhere, and what it does to dimensions that tower over all others."""
 
 from __future__ import annotations
 
@@ -41,7 +41,10 @@ def test_the_map_is_written_down() -> None:
     signs, cosine, left, right = rotation._maps(48, torch.device("cpu"))
     assert "".join("-" if one < 0 else "+" for one in signs[:16]) == SIGNS
     assert left.shape == (4, 4) and right.shape == (4, 4) and cosine.shape == (3, 3)
-    expected = [[math.cos(math.pi * (j + 0.5) * k / 3) * math.sqrt((1 if k == 0 else 2) / 3) for j in range(3)] for k in range(3)]
+    expected = [
+        [math.cos(math.pi * (j + 0.5) * k / 3) * math.sqrt((1 if k == 0 else 2) / 3) for j in range(3)]
+        for k in range(3)
+    ]
     torch.testing.assert_close(cosine, torch.tensor(expected), rtol=1e-6, atol=1e-7)
     hadamard = torch.tensor([[(-1.0) ** (i & j).bit_count() / 4 for j in range(16)] for i in range(16)])
     assert torch.equal(torch.kron(left, right), hadamard)
@@ -76,7 +79,9 @@ def test_a_mean_is_one_row_more_where_rows_are_many(codec: str) -> None:
         assert len(stored["rows"]) == stored_rows(rows) == rows + (rows >= 16)
         assert one.decode(stored).shape == (rows, 192)
     apart = [row_codec(codec).decode(row_codec(codec).encode(part)) for part in states(64).split(8)]
-    errors = [float((read - states(64)).square().mean()) for read in (one.decode(one.encode(states(64))), torch.cat(apart))]
+    errors = [
+        float((read - states(64)).square().mean()) for read in (one.decode(one.encode(states(64))), torch.cat(apart))
+    ]
     assert errors[0] < 0.8 * errors[1]
 
 
