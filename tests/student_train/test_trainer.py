@@ -12,6 +12,7 @@ import torch
 
 from student_train.config import TrainSettings
 from teacher_cache.errors import KdcliError
+from tests.close import assert_all_close
 
 STEP = {"parts": ("caption", "sft"), "max_steps": 2}
 
@@ -42,12 +43,11 @@ def test_micro_batches_make_the_step_of_the_whole_batch(
     theirs, expected = whole_batch
     if size * count != 8:
         theirs, expected = after_step(open_stage(tiny_cache, per_device_train_batch_size=size * count, **STEP))
-    assert ours.loss == pytest.approx(theirs.loss, rel=1e-6)
-    assert ours.terms == pytest.approx(theirs.terms, rel=1e-6)
+    assert ours.loss == pytest.approx(theirs.loss, rel=1e-5)
+    assert ours.terms == pytest.approx(theirs.terms, rel=1e-5)
     assert ours.grad_norm == pytest.approx(theirs.grad_norm, rel=1e-5)
     assert ours.tokens == theirs.tokens
-    for name, weight in weights.items():
-        torch.testing.assert_close(weight, expected[name], rtol=1e-6, atol=1e-7, msg=name)
+    assert_all_close(list(weights.values()), [expected[name] for name in weights], 1e-6)
 
 
 def test_gradient_checkpointing_changes_nothing(
@@ -56,9 +56,8 @@ def test_gradient_checkpointing_changes_nothing(
     opened = open_stage(tiny_cache, per_device_train_batch_size=8, gradient_checkpointing=True, **STEP)
     opened[0].model.train()
     result, weights = after_step(opened)
-    assert result.loss == pytest.approx(whole_batch[0].loss, rel=1e-6)
-    for name, weight in weights.items():
-        torch.testing.assert_close(weight, whole_batch[1][name], rtol=1e-5, atol=1e-6, msg=name)
+    assert result.loss == pytest.approx(whole_batch[0].loss, rel=1e-5)
+    assert_all_close(list(weights.values()), [whole_batch[1][name] for name in weights], 1e-6)
 
 
 def test_bf16_autocast_stays_near_float32(open_stage: Callable[..., Any], tiny_cache: Path, whole_batch: Any) -> None:
