@@ -1,7 +1,7 @@
 """Float comparisons whose tolerance follows the size of what is compared.
 
-Kernels of another processor add in another order: a sum of terms of size s is off by some 1e-16·s, or 1e-7·s in float32, however small the sum
-itself is. An absolute tolerance says nothing of s, and a relative one nothing of a result that is nearly 0.
+Kernels of another processor add in another order: a sum of terms of size s is off by some 1e-16·s, or 1e-7·s in float32, however small
+the sum itself is. An absolute tolerance says nothing of s, and a relative one nothing of a result that is nearly 0.
 """
 
 from __future__ import annotations

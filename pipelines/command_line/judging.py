@@ -32,7 +32,9 @@ from pipelines.command_line.tour import command
 @click.option("--prompt-suffix", default="", help="A line after every question, e.g. how short an answer should be.")
 @click.option("--compress", help="Remove vision tokens inside the language model: dart, fastv, pyramiddrop or random.")
 @click.option("--keep", type=int, help="Vision tokens that stay of every image; pyramiddrop has a default.")
-@click.option("--compress-layer", type=int, help="The first layer that sees the kept tokens only; default 2.")
+@click.option(
+    "--compress-layer", type=int, help="The first layer that sees the kept tokens only; default 2 (pyramiddrop: 0)."
+)
 @click.option("--vision-tokens", type=int, help="Of an image, for a student with compressor mqt; default: as trained.")
 @click.option(
     "--out", type=click.Path(dir_okay=False), help="Also write the scores here; RUN/scores.json is what reports read."

@@ -32,8 +32,10 @@ class CrossAttention(nn.Module):
 
 
 def start_small(module: nn.Module) -> nn.Module:
-    """Fresh weights as the papers' code has them: linear maps N(0, ``INITIAL_STD``), biases zero; of an attention's queries, keys and values,
-    which torch's own module there holds as one matrix, uniform by Xavier's rule for that matrix."""
+    """Fresh weights as the papers' code has them: linear maps N(0, ``INITIAL_STD``), biases zero.
+
+    An attention's queries, keys and values, one matrix in torch's own module there, are uniform by Xavier's rule for that matrix.
+    """
     for one in module.modules():
         if isinstance(one, nn.Linear):
             nn.init.trunc_normal_(one.weight, std=INITIAL_STD)

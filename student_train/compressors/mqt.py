@@ -1,10 +1,11 @@
 """Matryoshka Query Transformer (arXiv 2405.19315): latent queries and one cross-attention; a prefix of the queries is enough.
 
-As the released code has it: keys are places alone (sines and cosines of column and row, made for the queries' square grid and resized to the
-patches'), values are features, queries have places of their own grid; heads of 64. So how much a query takes of a patch does not depend on
-what the patch shows. The stages that train the language model draw an even count 2..largest for every step and keep so many queries from
-the front; a stage of the projector alone uses all of them; inference keeps the first ``vision_tokens``. The map to the language model's
-width is one linear map, all of it fresh (the trained projector is not used). Released weights load under their own names.
+As the released code has it: keys are places alone (sines and cosines of column and row, made for the queries' square grid and resized to
+the patches'), values are features, queries have places of their own grid; heads of 64. So how much a query takes of a patch does not
+depend on what the patch shows. The stages that train the language model draw an even count 2..largest for every step and keep so many
+queries from the front; a stage of the projector alone uses all of them; inference keeps the first ``vision_tokens``. The map to the
+language model's width is one linear map, all of it fresh (the trained projector is not used). Released weights load under their own
+names.
 """
 
 from __future__ import annotations

@@ -41,7 +41,7 @@ def forward_kl(teacher: Distribution, student_logits: torch.Tensor, temperature:
 def forward_kl_of_standardised(
     teacher: FullVocabulary, student_logits: torch.Tensor, temperature: float = 1.0
 ) -> torch.Tensor:
-    """KL(p_t ‖ p_s) ``[R]`` of logits that are standardised row by row on both sides, over the vocabulary that both have (``standardised``)."""
+    """KL(p_t ‖ p_s) ``[R]`` of logits that are ``standardised`` on both sides, over the vocabulary that both have."""
     logits = standardised(wide(student_logits)[:, : teacher.vocabulary])
     # Log-probs are logits but for a constant, which the mean takes along.
     log_probs = torch.log_softmax(standardised(wide(teacher.log_probs())) / temperature, dim=1)

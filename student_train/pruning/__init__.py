@@ -1,8 +1,8 @@
 """Vision tokens removed inside the language model, after its first layers. One file an operator; the folder is the registry.
 
 An operator module defines ``NAME``, ``PAPER``, ``WANTS`` (what it ranks by, see ``Seen``: ``attention`` and ``keys`` of the layer before,
-``own_attention`` of the pruned layer, ``normed`` states) and ``choose(seen, keep) -> int64 [keep]``. Optionally, see ``Pruning``: ``STAGES``
-and ``DEFAULT_KEPT``, where it removes in steps, ``DEFAULT_LAYER``, ``kept(vision, removed)``, its own rounding of a fraction,
+``own_attention`` of the pruned layer, ``normed`` states) and ``choose(seen, keep) -> int64 [keep]``. Optionally, see ``Pruning``:
+``STAGES`` and ``DEFAULT_KEPT``, where it removes in steps, ``DEFAULT_LAYER``, ``kept(vision, removed)``, its own rounding of a fraction,
 ``EVERY_TURN``, where the last prompt token of every turn ranks, and ``RENUMBERS``, where the tokens that stay are numbered anew.
 """
 

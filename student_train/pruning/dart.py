@@ -1,11 +1,12 @@
 """DART (arXiv 2502.11494): keep a few pivots and, for each, the vision tokens that resemble it least; duplicates go.
 
-As EPIC's released code has it. Pivots: the 4 vision tokens, and of the text behind the image the 4, with the largest L1 norm of their keys
-in the layer before. Likeness: cosine of the states that enter the pruned layer after the language model's last norm (keys choose pivots,
-states measure likeness). A fraction r removed of N tokens leaves the 4 image pivots and ⌊(1 − r)·N / 8⌋ tokens for each of the 8.
+As EPIC's released code has it. Pivots: the 4 vision tokens, and of the text behind the image the 4, with the largest L1 norm of their
+keys in the layer before. Likeness: cosine of the states that enter the pruned layer after the language model's last norm (keys choose
+pivots, states measure likeness). A fraction r removed of N tokens leaves the 4 image pivots and ⌊(1 − r)·N / 8⌋ tokens for each of the 8.
 
-Ours: text pivots are prompt tokens (the code's training takes answers too); the pivots' order is fixed (the code's is that of a Python set of
-their places, which decides who chooses first); where there are fewer pivots, the others' shares are larger; a count that is given is exact.
+Ours: text pivots are prompt tokens (the code's training takes answers too); the pivots' order is fixed (the code's is that of a Python
+set of their places, which decides who chooses first); where there are fewer pivots, the others' shares are larger; a count that is given
+is exact.
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
 """A model's forward with vision tokens taken out between two of its layers: hooks on its decoder layers, nothing of the model is rewritten.
 
-Kept tokens keep their order and, but for operators that renumber them, their ORIGINAL position ids. Samples keep different numbers, so they
-are padded anew, on the side where the input is padded. Works around ``model.model(…, use_cache=False)``, with gradients and gradient checkpointing (whose recomputation
-starts inside a layer, after its hooks), and around ``model.generate(…)``, where each layer's cache has the length of what it saw.
+Kept tokens keep their order and, but for operators that renumber them, their ORIGINAL position ids. Samples keep different numbers, so
+they are padded anew, on the side where the input is padded. Works around ``model.model(…, use_cache=False)``, with gradients and gradient
+checkpointing (whose recomputation starts inside a layer, after its hooks), and around ``model.generate(…)``, where each layer's cache has
+the length of what it saw.
 
 Shapes: B samples, T tokens before, T' after.
 """

@@ -68,7 +68,7 @@ def pruned_states(
                 free = [bool(one) and row not in asks for row, one in enumerate(is_vision)]  # what asks stays
                 may_go = [row for row in rows if free[row]]
                 seen = look(before, inputs_of(layer), text.norm(hidden)[0].detach(), rows, free, asks, generator)
-                count = stay - (len(have) - len(may_go))
+                count = max(0, stay - (len(have) - len(may_go)))
                 chosen = {may_go[place] for place in CHOICES[pruning.operator](seen, count)} if count else set()
                 places = [place for place, row in enumerate(rows) if not free[row] or row in chosen]
                 rows = [rows[place] for place in places]

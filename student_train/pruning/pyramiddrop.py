@@ -4,8 +4,8 @@ Each ranks by the attention that layer itself would pay (its own norm and projec
 of the last prompt token; in training the mean over the last prompt token of every turn, though a later turn's has seen the answers
 before it. By default ⌊N/2⌋, ⌊N/4⌋ and ⌊N/8⌋ of N vision tokens are left. After a drop the tokens that stay are numbered anew, without gaps.
 
-Ours, by choice: where the final count is given, the drops before it leave four times and twice as many; where K is given, the drops stand at
-a quarter, half and three quarters of the layers from K on; several images are ranked together, of which the code knows the first alone.
+Ours, by choice: where the final count is given, the drops before it leave four times and twice as many; where K is given, the drops stand
+at a quarter, half and three quarters of the layers from K on; several images are ranked together, of which the code knows the first alone.
 """
 
 from __future__ import annotations

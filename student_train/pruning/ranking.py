@@ -92,7 +92,7 @@ class Ranking:
             if stay[sample] < have[sample]:
                 rows = tokens.free[sample].nonzero()[:, 0]
                 keep[sample, rows] = False
-                if count := stay[sample] - (have[sample] - free[sample]):
+                if (count := stay[sample] - (have[sample] - free[sample])) > 0:
                     keep[sample, rows[choose(seen, count)]] = True
         return keep
 

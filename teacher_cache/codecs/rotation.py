@@ -6,7 +6,11 @@ D = m·p, p the largest power of two that divides D: σ signs of SHAKE-256, H_p 
 Q_m the cosine transform of order m, made in float64. So it is the same map on every machine, and nothing of it is stored.
 
 The rows of a record share a mean, half of their energy, that is stored once where they are many: as a row of its own, first, by the same
-codec, and what follows is less that row as it will be read. On a real language model (SmolLM2-135M, D = 576; benchmarks/rotation.py):
+codec, and what follows is less that row as it will be read.
+
+On a real language model (SmolLM2-135M, D = 576; benchmarks/rotation.py) KL(p‖p̂) of int8 goes from 0.0174 to 0.0002 nats in records of 64
+rows and 0.0004 in records of 8, of int4 from 0.67 to 0.041 and 0.093, at a hundredth more bytes. One core turns 1,000 rows of D = 3,584 in
+some 30 ms, and back in 12.
 """
 
 from __future__ import annotations

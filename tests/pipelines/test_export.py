@@ -191,7 +191,7 @@ def test_eval_of_the_package_is_eval_of_the_student(run: Path, world: Any, tmp_p
         evaluate_folder(str(folder), spec, device="cpu", trust_remote_code=trusted)
         for folder, trusted in ((run / "02-DFT" / "model", False), (tmp_path / "package", True))
     )
-    assert exported["nll"] == pytest.approx(own["nll"], rel=1e-6) and exported["n"] == own["n"] == 7
+    assert exported["nll"] == pytest.approx(own["nll"], rel=1e-5) and exported["n"] == own["n"] == 7
     assert [one.given for one in exported["answers"]] == [one.given for one in own["answers"]]
 
 

@@ -68,7 +68,7 @@ def test_weights_of_an_earlier_version_are_refused_before_they_are_read(saved: C
     assert body["kdcli_compressor"].pop("version") == 2
     config.write_text(json.dumps(body))
     with pytest.raises(
-        CompatibilityError, match="compressor mqt is of version 1, this kdcli has 2.*train the student anew"
+        CompatibilityError, match=r"compressor mqt is of version 1, this kdcli has 2.*train the student anew"
     ):
         load_student(str(config.parent), "sdpa")
     assert "version" not in json.loads((saved("adaptive_pool", 9) / "config.json").read_text())["kdcli_compressor"]

@@ -20,6 +20,7 @@ from student_train.losses.matching import (
 )
 from teacher_cache.errors import KdcliError
 from teacher_cache.teachers.head import topk_rows
+from tests.close import assert_close
 
 VOCABULARY, PADDED, WIDTH, TEACHER_WIDTH = 61, 66, 7, 11
 
@@ -141,7 +142,7 @@ def test_the_match_is_the_best_of_all(seed: int) -> None:
     matched = match(cost)
     best = min(sum(float(cost[t, s]) for s, t in enumerate(chosen)) for chosen in permutations(range(6), 4))
     assert len(set(matched.tolist())) == 4
-    assert float(cost[matched, torch.arange(4)].sum()) == pytest.approx(best, abs=1e-12)
+    assert float(cost[matched, torch.arange(4)].sum()) == pytest.approx(best, rel=1e-12)
 
 
 def test_rows_of_the_teacher_in_another_order_are_found_again() -> None:
@@ -182,8 +183,8 @@ def test_matched_rows_are_distilled(temperature: float) -> None:
     log_t = (teacher.hidden.double() @ teacher.head.double().T / temperature).log_softmax(1)[matched]
     expected = plain.reverse_kl(log_t, wide[:, :VOCABULARY] / temperature)
     expected.sum().backward()
-    torch.testing.assert_close(values.double(), expected, rtol=2e-5, atol=2e-5)
-    torch.testing.assert_close(logits.grad.double(), wide.grad, rtol=2e-4, atol=5e-6)
+    assert_close(values.double(), expected, 2e-5)
+    assert_close(logits.grad.double(), wide.grad, 2e-5)
 
 
 def test_unmatched_rows_have_no_loss() -> None:

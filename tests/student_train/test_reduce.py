@@ -14,6 +14,7 @@ from student_train.losses.reduce import count_rows, total_loss
 from student_train.losses.relation import relation_cosine
 from student_train.losses.terms import Rows, RowTerm, SampleTerm, StudentRows, Terms
 from student_train.teacher_view import TeacherView
+from tests.close import assert_all_close
 
 VOCABULARY, PADDED, WIDTH, TEACHER_WIDTH = 29, 33, 6, 9
 RESPONSE, VISION = (3, 0, 5, 4), (4, 4, 0, 8)
@@ -111,10 +112,9 @@ def test_values_and_gradients_equal_plain_autograd(
     side = Side({"response": RESPONSE, "vision": VISION})
     loss, shares = total_loss(TERMS, side.student(), side.view(), denominators_of(side))
     expected = plain_loss(side, denominators_of(side))
-    torch.testing.assert_close(loss.double(), expected, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(loss.double(), expected, rtol=1e-5, atol=0)
     assert sum(TERMS[name].weight * value for name, value in shares.items()) == pytest.approx(loss.item(), rel=1e-5)
-    for ours, theirs in zip(gradients(loss, side.leaves()), gradients(expected, side.leaves())):
-        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
+    assert_all_close(gradients(loss, side.leaves()), gradients(expected, side.leaves()), 1e-5)
 
 
 def test_saturated_rows_stay_finite_and_exact() -> None:
@@ -158,8 +158,7 @@ def test_empty_kinds(response: tuple[int, ...], vision: tuple[int, ...]) -> None
     torch.testing.assert_close(loss.double(), expected.detach(), rtol=1e-5, atol=1e-6)
     assert set(shares) == set(TERMS)
     if loss.requires_grad:
-        for ours, theirs in zip(gradients(loss, side.leaves()), gradients(expected, side.leaves())):
-            torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
+        assert_all_close(gradients(loss, side.leaves()), gradients(expected, side.leaves()), 1e-5)
 
 
 @pytest.mark.parametrize("frozen", ["head", "hidden"])
@@ -170,8 +169,8 @@ def test_what_is_frozen_gets_no_gradient_and_changes_none(frozen: str) -> None:
         leaf.requires_grad_(False)
     loss, _ = total_loss(TERMS, side.student(), side.view(), denominators_of(side))
     trained = [(leaf, want) for leaf, want in zip(side.leaves(), expected) if leaf.requires_grad]
-    for ours, (_, theirs) in zip(torch.autograd.grad(loss, [leaf for leaf, _ in trained]), trained):
-        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
+    found = torch.autograd.grad(loss, [leaf for leaf, _ in trained])
+    assert_all_close(found, [theirs for _, theirs in trained], 1e-5)
 
 
 def test_rows_without_any_gradient_still_have_a_value() -> None:
@@ -218,8 +217,7 @@ def test_micro_batches_add_up(cut: int) -> None:
     assert totals == denominators_of(side)
     summed = sum(total_loss(TERMS, part.student(), part.view(), totals)[0] for part in parts)
     torch.testing.assert_close(summed, whole)
-    for ours, theirs in zip(gradients(summed, side.leaves()), gradients(whole, side.leaves())):
-        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
+    assert_all_close(gradients(summed, side.leaves()), gradients(whole, side.leaves()), 1e-5)
 
 
 def test_counting() -> None:

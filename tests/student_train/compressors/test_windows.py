@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from student_train.compressors import CompressorSpec, Site
 from student_train.compressors.windows import possible_counts, settle_windows, split_windows
 from teacher_cache.errors import CompatibilityError
+from tests.close import assert_close
 
 
 def windows_of(features: torch.Tensor, side: int, rows: int) -> list[list[torch.Tensor]]:
@@ -40,7 +41,7 @@ def test_adaptive_pool(make_compressor: Callable[..., Any], assert_same: Callabl
     assert_same(made, reference)
     image = made.features.transpose(1, 2).unflatten(2, (6, 6))
     pooled = torch.nn.functional.adaptive_avg_pool2d(image, int(tokens**0.5)).flatten(2).transpose(1, 2)
-    torch.testing.assert_close(made.module(made.features), mlp(made.projector, pooled), rtol=1e-12, atol=1e-12)
+    assert_close(made.module(made.features), mlp(made.projector, pooled), 1e-12)
 
 
 @pytest.mark.parametrize("tokens", [9, 4])
@@ -58,7 +59,7 @@ def test_pixel_shuffle(make_compressor: Callable[..., Any], assert_same: Callabl
 def test_pixel_shuffle_starts_as_adaptive_pool(make_compressor: Callable[..., Any]) -> None:
     pool, shuffle = make_compressor("adaptive_pool"), make_compressor("pixel_shuffle")
     assert pool.module.linear_1 is pool.projector.linear_1, "the trained weights, not a copy"
-    torch.testing.assert_close(shuffle.module(pool.features), pool.module(pool.features), rtol=1e-12, atol=1e-12)
+    assert_close(shuffle.module(pool.features), pool.module(pool.features), 1e-12)
 
 
 @given(st.integers(1, 6), st.integers(1, 5), st.integers(1, 3))

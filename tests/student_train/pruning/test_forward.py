@@ -161,6 +161,14 @@ def test_counts_are_exact_and_text_stays(tiny_llava: Any, samples: Any, batch_of
             assert len(rows) == len(text) + counts[sample]
 
 
+def test_more_vision_tokens_that_ask_than_may_stay(tiny_llava: Any, batch_of: Any) -> None:
+    """Two images, each followed by an answer at once, and room for one token: both that ask stay, nothing else does."""
+    inputs, last_of_each = batch_of(which=[3]), torch.tensor([[17, 36]])
+    _, pruned = run(tiny_llava(), inputs, Pruning("pyramiddrop", keep=1), query_at=last_of_each, images=[1])
+    kept = pruned.positions[0].tolist()
+    assert [row for row in kept if inputs["input_ids"][0, row] == 5] == last_of_each[0].tolist()
+
+
 def test_images_are_counted_by_the_caller_where_runs_mislead(tiny_llava: Any, batch_of: Any) -> None:
     inputs = batch_of(which=[3])
     pruning = Pruning("random", keep=4)

@@ -105,6 +105,7 @@ def dart(decoder: Decoder, given: Given, layer: int, ratio: float) -> tuple[torc
     x, positions = given.x, torch.arange(len(given.x))
     start, stop = given.image_at, given.image_at + given.image_tokens
     share = int((1 - ratio) * given.image_tokens / 8)
+    keys = torch.empty(0)
     for number, module in enumerate(decoder.layers):
         if number == layer:
             norms = keys.abs().sum(dim=(0, 2))

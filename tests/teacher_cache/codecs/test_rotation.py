@@ -1,4 +1,4 @@
-"""The map before rounding: orthogonal at every width, the same everywhere, and what it does to a few dimensions that tower over all others."""
+"""The map before rounding: orthogonal at every width, the same everywhere, and what it does to dimensions that tower over all others."""
 
 from __future__ import annotations
 

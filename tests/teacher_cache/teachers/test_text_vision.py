@@ -16,6 +16,7 @@ from teacher_cache.sources import DataSpec, open_source
 from teacher_cache.teachers import text_vision
 from teacher_cache.teachers.text_vision import decoder_layer, layer_inputs, text_vision_attention
 from teacher_cache.teachers.transformers import TransformersTeacher
+from tests.close import assert_all_close
 
 
 @pytest.fixture(scope="module")
@@ -95,9 +96,8 @@ def test_gradients_are_those_of_eager_attention(teacher_model, eager, rows) -> N
         assert layer.self_attn.o_proj.weight.grad is None or not layer.self_attn.o_proj.weight.grad.any()
         model.zero_grad()
         model.requires_grad_(False)
-    for ours, theirs in zip(*grads):
-        assert theirs.abs().max() > 0
-        torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=2e-3)
+    assert all(theirs.abs().max() > 0 for theirs in grads[1])
+    assert_all_close(*grads, 1e-4)
 
 
 def test_layers_that_cannot_be_read_are_refused_by_name(teacher_model, teacher_parts, rows) -> None:
