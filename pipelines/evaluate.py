@@ -22,7 +22,7 @@ from student_train.pruning import Pruning, operator_modules
 from student_train.student import RowForward, load_student, open_student
 from teacher_cache.errors import KdcliError
 from teacher_cache.prepare import Limits, Preparer
-from teacher_cache.records import Sample
+from teacher_cache.records import Sample, SkipRecord
 from teacher_cache.sources import DataSpec
 from teacher_cache.templates import find_template
 
@@ -61,7 +61,7 @@ def evaluate(
     compression, forced = (
         Compression(pruning, torch.Generator().manual_seed(0)) if pruning else None for _ in range(2)
     )
-    answers: list[Answer] = []
+    answers, skips = list[Answer](), list(questions.skipped)
     nll_skipped: list[str] = []
     for start in range(0, len(questions.asked), batch_size):
         batch = questions.asked[start : start + batch_size]
@@ -72,7 +72,7 @@ def evaluate(
             nll_skipped += [meant.skip.reason] if meant.skip else []
         advance(len(batch))
     how = {"compression": asdict(pruning)} if pruning else {}
-    return {**score(answers, metrics), **how, **uncounted(questions, nll_skipped), "answers": answers}
+    return {**score(answers, metrics), **how, **uncounted(len(answers), skips, nll_skipped), "answers": answers}
 
 
 def answered(row: Sample, given: str, meant: Forced) -> Answer:
@@ -80,13 +80,13 @@ def answered(row: Sample, given: str, meant: Forced) -> Answer:
     return Answer(family, asked, wanted, given, float(meant.nats.sum()), len(meant.nats), references(row))
 
 
-def uncounted(questions: Questions, nll_skipped: Sequence[str]) -> dict[str, Any]:
+def uncounted(answered: int, skips: Sequence[SkipRecord], nll_skipped: Sequence[str]) -> dict[str, Any]:
     """What a result says of the rows that it has no answer, or no nll, of."""
     return {
-        "rows": len(questions.asked) + len(questions.skipped),
-        "skipped": by_reason(one.reason for one in questions.skipped),
+        "rows": answered + len(skips),
+        "skipped": by_reason(one.reason for one in skips),
         "nll_skipped": by_reason(nll_skipped),
-        "skips": [{"place": one.place, "reason": one.reason, "detail": one.detail} for one in questions.skipped],
+        "skips": [{"place": one.place, "reason": one.reason, "detail": one.detail} for one in skips],
     }
 
 
