@@ -84,9 +84,7 @@ def trained_template(model: str) -> str | None:
     stage = Path(model).absolute().parent
     card = stage.parent / "run.json"
     known = stage_cards(read_object(card)).get(stage.name, {}) if card.is_file() else {}
-    asking = sorted(
-        {name for name in known.get("templates", {}).values() if name in TEMPLATES and TEMPLATES[name].prompt}
-    )
+    asking = sorted(set(known.get("templates", {}).values()) & TEMPLATES.keys() - {"plain"})
     if len(asking) > 1:
         raise KdcliError(
             f"{model} was trained with the templates {' and '.join(asking)}: say which one asks (--template)"
