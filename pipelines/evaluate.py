@@ -71,29 +71,23 @@ def evaluate(
     compression, forced = (
         Compression(pruning, torch.Generator().manual_seed(0)) if pruning else None for _ in range(2)
     )
-    answers: list[Answer] = []
-    skipped, nll_skipped = list(questions.skipped), list[str]()
+    answers, skips = list[Answer](), list(questions.skipped)
+    nll_skipped: list[str] = []
     for start in range(0, len(questions.asked), batch_size):
         batch = questions.asked[start : start + batch_size]
         prompts = [prompt_of(row, spec.max_image_pixels) for row in batch]
         said = answers_or_skips(model, processor, prompts, max_new_tokens, compression, template=spec.template)
         for row, given, meant in zip(batch, said, expected(student, preparer, batch, spec, forced)):
             if isinstance(given, SkipRow):
-                skipped.append(skip_record(row, given))
+                skips.append(skip_record(row, given))
                 continue
             answers.append(answered(row, given, meant))
             nll_skipped += [meant.skip.reason] if meant.skip else []
         advance(len(batch))
     if not answers:
-        raise nothing_asked(spec, skipped)
+        raise nothing_asked(spec, skips)
     how = {"compression": asdict(pruning)} if pruning else {}
-    return {
-        **score(answers, metrics),
-        **how,
-        **uncounted(skipped, nll_skipped),
-        "answers": answers,
-        "rows": len(answers) + len(skipped),
-    }
+    return {**score(answers, metrics), **how, **uncounted(len(answers), skips, nll_skipped), "answers": answers}
 
 
 def answered(row: Sample, given: str, meant: Forced) -> Answer:
@@ -101,12 +95,13 @@ def answered(row: Sample, given: str, meant: Forced) -> Answer:
     return Answer(family, asked, wanted, given, float(meant.nats.sum()), len(meant.nats), references(row))
 
 
-def uncounted(skipped: Sequence[SkipRecord], nll_skipped: Sequence[str]) -> dict[str, Any]:
+def uncounted(answered: int, skips: Sequence[SkipRecord], nll_skipped: Sequence[str]) -> dict[str, Any]:
     """What a result says of the rows that it has no answer, or no nll, of."""
     return {
-        "skipped": by_reason(one.reason for one in skipped),
+        "rows": answered + len(skips),
+        "skipped": by_reason(one.reason for one in skips),
         "nll_skipped": by_reason(nll_skipped),
-        "skips": [{"place": one.place, "reason": one.reason, "detail": one.detail} for one in skipped],
+        "skips": [{"place": one.place, "reason": one.reason, "detail": one.detail} for one in skips],
     }
 
 

@@ -175,6 +175,12 @@ def uncounted_lines(results: Mapping[str, Mapping[str, Any]]) -> list[str]:
     return [text if len(told) == 1 else f"{', '.join(names)}: {text}" for text, names in told.items() if text]
 
 
+def lost_rows(rows: int, asked: int, first: Mapping[str, str]) -> str:
+    """Said beside scores that a good part of the file is missing from; first: of its skip records."""
+    left = f"{rows - asked} of {rows} rows were not asked, the scores are of the other {asked}"
+    return f"{left}; the first, {first['place']}: {first['detail']}"
+
+
 def _uncounted(result: Mapping[str, Any]) -> str:
     """Scores of older versions say less: what they do not say is not written."""
     skipped, no_nll = (dict(result.get(name) or {}) for name in ("skipped", "nll_skipped"))

@@ -124,16 +124,17 @@ def build_folder(
 
 
 def ending_as_vicuna(folder: Path, target: Path) -> Path:
-    """A copy of such a folder that template ``v1`` can teach, as LLaVA-1.5's: ``</s>`` is a token, and ends an answer."""
+    """A copy of such a folder that template ``v1`` can teach, as LLaVA-1.5's: ``</s>`` is a token, and ends an answer beside its own."""
     import json
 
     from transformers import AutoProcessor
 
     shutil.copytree(folder, target)
     processor = AutoProcessor.from_pretrained(folder)
+    ends = [processor.tokenizer.eos_token_id]
     processor.tokenizer.add_special_tokens({"eos_token": "</s>"})
     processor.save_pretrained(target)
-    ends = processor.tokenizer.eos_token_id
+    ends.append(processor.tokenizer.eos_token_id)
     for name in ("config.json", "generation_config.json"):
         body = json.loads((target / name).read_text())
         (target / name).write_text(json.dumps({**body, "eos_token_id": ends}))

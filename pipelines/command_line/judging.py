@@ -10,8 +10,11 @@ import click
 
 from pipelines.command_line.given import load, split, teacher_spec, train_settings
 from pipelines.command_line.options import config_option, device_option, json_option, links_option, trust_option
-from pipelines.command_line.output import console, say
+from pipelines.command_line.output import console, note, say
 from pipelines.command_line.tour import command
+
+MOST_ASKED = 0.9
+"""Share of a held-out file below which its scores are of another file than the one that was named."""
 
 
 @command("eval")
@@ -57,15 +60,17 @@ def evaluate(
     as_json: bool,
     **how: Any,
 ) -> None:
-    """Score a student or teacher on held-out questions: exact match and other metrics by family, and nll of the expected answers."""
+    """Score a student or teacher on held-out questions: exact match and other metrics by family, and nll of the expected answers.
+    MODEL: a run (its last stage), a stage, a model folder, or a hub id."""
     from pipelines.evaluate import evaluate_folder, figures
     from pipelines.evaluation.score import answer_row
-    from pipelines.exporting.provenance import trained_template
+    from pipelines.exporting.provenance import find_model, trained_template
     from pipelines.progress import bar
-    from pipelines.tables import score_table
+    from pipelines.tables import lost_rows, score_table
     from teacher_cache.sources import DataSpec
 
     metrics = split(metric) or ()
+    model = str(find_model(Path(model))) if Path(model).is_dir() else model
     template = template or trained_template(model) or DataSpec.template
     with bar(console(), "questions") as progress:
         task = progress.add_task("asking", total=None)
@@ -83,6 +88,8 @@ def evaluate(
         Path(out).write_text(json.dumps({model: scores}, indent=1) + "\n")
     if answers:
         Path(answers).write_text("".join(json.dumps(one, ensure_ascii=False) + "\n" for one in given))
+    if scores["n"] < MOST_ASKED * scores["rows"]:
+        note(f"note: {lost_rows(scores['rows'], scores['n'], result['skips'][0])}")
     say(json.dumps({**result, "answers": given}) if as_json else score_table({model: scores}))
 
 

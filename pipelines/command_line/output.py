@@ -16,10 +16,10 @@ def say(text: str, err: bool = False) -> None:
 
 
 def note(text: str) -> None:
-    """A note beside the progress bars."""
+    """A note beside the progress bars, on one line however wide the terminal is."""
     from teacher_cache.errors import printable
 
-    console().print(printable(text), markup=False, highlight=False)
+    console().print(printable(text), markup=False, highlight=False, soft_wrap=True)
 
 
 def warn(text: str) -> None:

@@ -81,7 +81,7 @@ EXAMPLES: Mapping[str, str] = {
     "cache merge": "kdcli cache merge captions tenth --out small",
     "train-student": "kdcli train-student --method llava-kd --student MODEL --cache cache --output-dir runs/llava-kd",
     "ablate": "kdcli ablate grid.toml --dry-run",
-    "eval": "kdcli eval runs/llava-kd/03-DFT/model --data heldout.json --image-root images",
+    "eval": "kdcli eval runs/llava-kd --data heldout.json --image-root images",
     "eval-tasks": "kdcli eval-tasks",
     "fidelity": "kdcli fidelity --cache cache --teacher MODEL --student MODEL --samples 64",
     "report": "kdcli report runs --cache cache --out report.html",

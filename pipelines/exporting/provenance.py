@@ -40,12 +40,14 @@ def find_model(source: Path) -> Path:
     if (source / "model" / "config.json").is_file():
         return source / "model"
     if not (source / "run.json").is_file():
-        raise KdcliError(f"{source} is no model folder (config.json) and no run (run.json): name one of them")
+        inside = sorted(str(one.parent) for one in source.glob("*/run.json"))
+        advice = f"the runs in it are {', '.join(inside)}" if inside else "name one of them"
+        raise KdcliError(f"{source} is no model folder (config.json) and no run (run.json): {advice}")
     folders = [source / name for name in stage_cards(read_object(source / "run.json"))]
     if folders and (folders[-1] / "done.json").is_file() and (folders[-1] / "model" / "config.json").is_file():
         return folders[-1] / "model"
     ready = [str(one / "model") for one in folders if (one / "model" / "config.json").is_file()]
-    advice = f"or export {', '.join(ready)}" if ready else "no stage has a model yet"
+    advice = f"or take {', '.join(ready)}" if ready else "no stage has a model yet"
     raise KdcliError(f"{source}: its last stage is not finished: run the same `kdcli train-student` again, {advice}")
 
 
@@ -82,9 +84,7 @@ def trained_template(model: str) -> str | None:
     stage = Path(model).absolute().parent
     card = stage.parent / "run.json"
     known = stage_cards(read_object(card)).get(stage.name, {}) if card.is_file() else {}
-    asking = sorted(
-        {name for name in known.get("templates", {}).values() if name in TEMPLATES and TEMPLATES[name].prompt}
-    )
+    asking = sorted(set(known.get("templates", {}).values()) & TEMPLATES.keys() - {"plain"})
     if len(asking) > 1:
         raise KdcliError(
             f"{model} was trained with the templates {' and '.join(asking)}: say which one asks (--template)"

@@ -34,7 +34,7 @@ class Kdcli(lmms):
     def __init__(self, **given: Any) -> None:
         super().__init__()
         self.arguments = arguments = model_arguments(given)
-        self.template = arguments.asking_template()
+        self._template = arguments.asking_template()
         self.accelerator = accelerator = Accelerator()
         self._rank, self._world_size = accelerator.process_index, accelerator.num_processes
         self._device = torch.device(arguments.device or accelerator.device)
@@ -83,7 +83,7 @@ class Kdcli(lmms):
                     way.max_new_tokens,
                     compression,
                     way.stop,
-                    self.template,
+                    self._template,
                 )
                 for (text, options, _, _, task, _), one in zip(batch, given):
                     lost += [(task, one.reason)] if isinstance(one, SkipRow) else []
@@ -102,7 +102,7 @@ class Kdcli(lmms):
         """
         student = RowForward(self.model)
         preparer = Preparer(self.processor, self.model.config, Limits(max_length=1 << 60))
-        spec = DataSpec("lmms", "requests", template=self.template)
+        spec = DataSpec("lmms", "requests", template=self._template)
         compression, found, lost = self._compression(), list[GenerationResult](), list[tuple[str, str]]()
         asked = [one.args for one in requests]
         if any(len(one) != 6 for one in asked):

@@ -225,6 +225,24 @@ def test_where_nothing_can_be_asked_the_command_fails_before_the_weights(
         )
 
 
+def test_a_run_stands_for_its_last_stage(tiny_student: Path, images: Path, tmp_path: Path) -> None:
+    import shutil
+
+    from click.testing import CliRunner
+
+    from cli import main
+
+    run = tmp_path / "runs" / "mine"
+    shutil.copytree(tiny_student, run / "01-SFT" / "model")
+    (run / "run.json").write_text('{"stages": [{"stage": "SFT"}]}')
+    (run / "01-SFT" / "done.json").write_text("{}")
+    command = ["--data", write(tmp_path, [row("text", "how many", 0, "three")], images).path, "--device", "cpu"]
+    result = CliRunner().invoke(main, ["eval", str(run), *command])
+    assert result.exit_code == 0 and "01-SFT/model | questions |" in result.stdout and "note" not in result.stderr
+    result = CliRunner().invoke(main, ["eval", str(run.parent), *command])
+    assert result.exit_code == 1 and f"no run (run.json): the runs in it are {run}" in result.stderr
+
+
 def test_the_command_shows_what_was_not_asked(tiny_student: Path, images: Path, tmp_path: Path) -> None:
     from click.testing import CliRunner
 
@@ -232,8 +250,13 @@ def test_the_command_shows_what_was_not_asked(tiny_student: Path, images: Path, 
 
     spec = write(tmp_path, [row("text", "how many", 0, "three"), row("shape", "<image>\nwhat", 2, "x")], images)
     flags = ["--image-root", str(images), "--device", "cpu", "--out", str(tmp_path / "scores.json")]
-    shown = CliRunner().invoke(main, ["eval", str(tiny_student), "--data", spec.path, *flags]).stdout
-    assert shown.endswith("\n\n1 of 2 rows asked, 1 skipped: 1 placeholder_mismatch\n")
+    shown = CliRunner().invoke(main, ["eval", str(tiny_student), "--data", spec.path, *flags])
+    assert shown.stdout.endswith("\n\n1 of 2 rows asked, 1 skipped: 1 placeholder_mismatch\n")
+    (said,) = [line for line in shown.stderr.splitlines() if line.startswith("note: ")]
+    assert said.startswith(
+        "note: 1 of 2 rows were not asked, the scores are of the other 1; the first, heldout.json row 1:"
+    )
+    assert said.endswith("2 images")
     body = json.loads(
         CliRunner().invoke(main, ["eval", str(tiny_student), "--data", spec.path, *flags, "--json"]).stdout
     )

@@ -260,7 +260,7 @@ def test_what_cannot_be_exported(
     shutil.copy(run / "run.json", half / "run.json")
     refuses("its last stage is not finished.*no stage has a model yet", half)
     shutil.copytree(run / "01-PT" / "model", half / "01-PT" / "model")
-    refuses("or export .*01-PT/model", half)
+    refuses("or take .*01-PT/model", half)
 
     (tmp_path / "scores.json").write_text('{"a": 1}')
     refuses("not the scores of `kdcli eval --out`", tiny_student, scores=tmp_path / "scores.json")
