@@ -24,11 +24,23 @@ UNUSED = frozenset(
     {
         *("tools", "functions", "documents", "chat_template_kwargs", "history", "objects", "loss_mask"),
         *("reasoning_content", "reasoning", "thinking", "chosen", "rejected", "rejected_response", "rejected_messages"),
+        *("system_prompt", "system_message"),
     }
 )
 """Columns of a row that other trainers read. What else is nested is metadata."""
 
-_WEIGHTS = ("weight", "loss_weight", "loss_scale", "sample_weight", "loss", "train", "training", "trainable")
+_WEIGHTS = (
+    "weight",
+    "loss_weight",
+    "loss_scale",
+    "sample_weight",
+    "loss",
+    "train",
+    "training",
+    "trainable",
+    "loss_mask",
+    "calculate_loss",
+)
 _MASKS = ("masked", "mask")
 _ROW_NUMBERS = ("weight", "loss_weight", "sample_weight")
 """Of a whole row; ``loss`` or ``mask`` as a number is somebody's measurement there."""
@@ -166,6 +178,6 @@ def unused_of_turn(turn: Mapping[str, Any]) -> Iterator[str]:
         if name in _WEIGHTS:
             used = _is_plain(value) or _is_off(value)
         else:
-            used = name in _TURN_KEYS or not is_given(value)
+            used = name in _TURN_KEYS or (value is not False and not is_given(value))
         if not used:
             yield f"{str(name)[:40]!r} of a turn"
