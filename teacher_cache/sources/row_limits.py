@@ -1,7 +1,7 @@
 """What a row asks for that a sample cannot hold: skipped where the sample would be another row, noted where it is only poorer.
 
 - **Video and audio**, as a column, a part or a placeholder: the row is skipped. ``<video>`` in a question stands for a video unless the
-  question speaks of the tag: in quotes, before "tag" or "element", or with ``</video>`` somewhere.
+  question speaks of the tag: in quotes, before "tag", "element" or "component", or with ``</video>`` somewhere.
 - **Other tools' image placeholders** (``<image_1>``, ``<|image|>``, ``<IMAGE>``) in a row that places no image by ``<image>`` or by parts:
   skipped, since tools count their images differently.
 - **Answers that are no labels** (``weight: 0``, ``train: false``, ``masked: true``, of the row or of one answer): the row is skipped,
@@ -63,7 +63,7 @@ _PLACE = re.compile(
     re.IGNORECASE,
 )
 _QUOTES = tuple("\"'`“‘«")
-_SPEAKS_OF = re.compile(r"[\"'`”’»]|\W{0,2}(?:html\W)?(?:tag|element)", re.IGNORECASE)
+_SPEAKS_OF = re.compile(r"[\"'`”’»]|\W{0,2}(?:html\W)?(?:tag|element|component)", re.IGNORECASE)
 
 
 def media_columns(names: Iterable[Any]) -> list[str]:
