@@ -52,12 +52,16 @@ def described(path: str) -> str:
     start = files.first_bytes(path, _LOOK_BYTES).removeprefix(b"\xef\xbb\xbf").lstrip()
     if start[:1] != b"{":
         return ""
-    if _is_row(start.partition(b"\n")[0]):
-        return "it is one JSON object a line: give format messages-jsonl, and rows with 'conversations', 'messages' or 'prompt'"
     keys = _top_keys(start)
     names = ", ".join(printable(repr(name[:40])) for name in list(keys)[:8])
+    line, newline, rest = start.partition(b"\n")
+    is_line = not newline or _is_row(line)
     if keys.keys() & {"messages", "conversations", "prompt", "completion"}:
+        if is_line:
+            return "it is one JSON object a line: give format messages-jsonl"
         return f"it is JSON objects over many lines each; write one a line: `jq -c . {path} > rows.jsonl`"
+    if is_line and rest.lstrip()[:1] == b"{":
+        return f"it is one JSON object a line, with the keys {names}; a row needs 'conversations', 'messages' or 'prompt' and 'completion'"
     lists = [name for name, is_list in keys.items() if is_list]
     if lists and re.fullmatch(r"\w+", lists[0]):
         return f"it is one JSON object with the keys {names}; write the list of rows alone: `jq .{lists[0]} {path} > rows.json`"

@@ -104,6 +104,8 @@ def ref_of(value: Any, what: str) -> ImageRef:
     if isinstance(value, Mapping):
         return _struct_ref(value, what)
     name = checked_text(value, what)
+    if name[:10].lower() in ("data:video", "data:audio"):
+        raise SkipRow("media_unsupported", f"{what} is {name[:20]!r}…")
     if inline := _DATA_URI.match(name):
         return ImageRef(f"inline.{(inline[1] or 'bin').lower()}", name[inline.end() :])
     if _BASE64.fullmatch(name):

@@ -146,6 +146,25 @@ def test_a_json_object_is_told_what_to_do(tmp_path, value, says):
             open_source(DataSpec("s", f"{tmp_path}/a.json", format=given))
 
 
+@pytest.mark.parametrize(
+    ("text", "given", "says"),
+    [
+        (json.dumps({"data": [ROW]}), None, r"the keys 'data'; .*`jq \.data "),
+        (json.dumps({"data": [ROW] * 2000}), None, r"the keys 'data'; .*`jq \.data "),
+        (
+            '{"text": "a", "tags": []}\n{"text": "b"}',
+            None,
+            "one JSON object a line, with the keys 'text', 'tags'; a row needs",
+        ),
+        (json.dumps(ROW) + "\n" + json.dumps(ROW), "llava-json", "one JSON object a line: give format messages-jsonl"),
+    ],
+)
+def test_a_json_object_on_one_line_is_told_too(tmp_path, text, given, says):
+    (tmp_path / "a.json").write_text(text)
+    with pytest.raises(DataError, match=says):
+        open_source(DataSpec("s", f"{tmp_path}/a.json", format=given))
+
+
 def test_a_given_format_is_taken_and_an_unknown_one_refused(tmp_path):
     touch(tmp_path, "a.json")
     assert open_source(DataSpec("s", f"{tmp_path}/a.json", format="llava-json")).scan(1) == []
