@@ -88,9 +88,11 @@ def check_turns(sample: Sample) -> None:
     for number, turn in enumerate(turns):
         if turn.role == "assistant" and not turn.text.strip():
             raise SkipRow("empty_answer", f"turn {number} is {turn.text[:20]!r}")
-    placeholders = sum(turn.text.count(PLACEHOLDER) for turn in turns)
-    if placeholders != len(sample.images):
-        raise SkipRow("placeholder_mismatch", f"{placeholders} {PLACEHOLDER} in the text, {len(sample.images)} images")
+    places = [number for number, turn in enumerate(turns) for _ in range(turn.text.count(PLACEHOLDER))]
+    if len(places) != len(sample.images):
+        where = f" (turn {', '.join(map(str, places[:9]))})" if places else ""
+        what = f"{len(places)} {PLACEHOLDER} in the text{where}, {len(sample.images)} images"
+        raise SkipRow("placeholder_mismatch", what)
 
 
 def _check_order(turns: tuple[Turn, ...]) -> None:

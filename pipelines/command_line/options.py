@@ -98,7 +98,7 @@ data_options = several(
     click.option(
         "--part",
         multiple=True,
-        help="Name of each --data part, in order; default: caption where its template is plain, else sft.",
+        help="Name of each --data, in order (default: caption with --template plain, else sft).",
     ),
     click.option("--image-root", multiple=True, help="Folder of relative image paths, once for all or once a --data."),
     links_option,

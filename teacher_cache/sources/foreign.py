@@ -19,6 +19,7 @@ _COMPRESSED = (
 )
 _OTHERS = (
     (b"ARROW1", "an Arrow file", "write it as parquet (`Dataset.to_parquet`)"),
+    (b"\xff\xff\xff\xff", "an Arrow stream, as `save_to_disk` writes it", "write it as parquet (`Dataset.to_parquet`)"),
     (b"version https://git-lfs", "a git-lfs pointer, not the data", "fetch the data (`git lfs pull`)"),
     (b"<!doctype html", "a web page, not data", "fetch the file itself"),
     (b"<html", "a web page, not data", "fetch the file itself"),
@@ -47,18 +48,31 @@ def refuse_foreign(path: str) -> None:
 
 
 def described(path: str) -> str:
-    """What a file that no format fits seems to be, with the fix; empty: nothing to say."""
+    """What a file that no format fits seems to be, with the fix; empty: nothing is known."""
     start = files.first_bytes(path, _LOOK_BYTES).removeprefix(b"\xef\xbb\xbf").lstrip()
     if start[:1] != b"{":
         return ""
     keys = _top_keys(start)
     names = ", ".join(printable(repr(name[:40])) for name in list(keys)[:8])
+    line, newline, rest = start.partition(b"\n")
+    is_line = not newline or _is_row(line)
     if keys.keys() & {"messages", "conversations", "prompt", "completion"}:
+        if is_line:
+            return "it is one JSON object a line: give format messages-jsonl"
         return f"it is JSON objects over many lines each; write one a line: `jq -c . {path} > rows.jsonl`"
+    if is_line and rest.lstrip()[:1] == b"{":
+        return f"it is one JSON object a line, with the keys {names}; a row needs 'conversations', 'messages' or 'prompt' and 'completion'"
     lists = [name for name, is_list in keys.items() if is_list]
     if lists and re.fullmatch(r"\w+", lists[0]):
         return f"it is one JSON object with the keys {names}; write the list of rows alone: `jq .{lists[0]} {path} > rows.json`"
     return f"it is one JSON object with the keys {names}; rows are the elements of a JSON list: `jq '[.[]]' {path} > rows.json`"
+
+
+def _is_row(line: bytes) -> bool:
+    try:
+        return isinstance(json.loads(line), dict)
+    except (ValueError, RecursionError):
+        return False
 
 
 def _top_keys(start: bytes) -> dict[str, bool]:

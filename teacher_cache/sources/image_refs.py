@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from teacher_cache.errors import SkipRow
-from teacher_cache.sources.row_values import checked_text
+from teacher_cache.sources.row_values import checked_text, is_given
 
 IMAGE_COLUMNS = ("image", "images")
 
@@ -21,6 +21,11 @@ _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):")
 _BASE64 = re.compile(
     r"(?:/9j/|iVBORw0KGgo|R0lGOD|UklGR|Qk[0-3][A-Za-z0-9+/]{5}AAAA|SUkqA|TU0AK)[A-Za-z0-9+/\r\n]{40,}={0,2}\s*"
 )
+
+
+_OTHER_COLUMN = re.compile(r"(?:image|img|picture|photo)s?(?:_(?:path|file|url|bytes|base64)s?)?", re.IGNORECASE)
+MEDIA = frozenset({*("mp4", "webm", "mkv", "mov", "avi", "m4v"), *("mp3", "wav", "flac", "ogg", "opus", "m4a")})
+"""Extensions of videos and sounds."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +59,20 @@ def listed_refs(row: Mapping[str, Any]) -> list[ImageRef]:
     return one if one == more else one + more
 
 
+def refuse_other_columns(row: Mapping[str, Any]) -> None:
+    """SkipRow where a row without images names some in a column that is not read: it would be trained on as text."""
+    for name in row:
+        if (
+            isinstance(name, str)
+            and _OTHER_COLUMN.fullmatch(name)
+            and name not in IMAGE_COLUMNS
+            and is_given(row[name])
+        ):
+            raise SkipRow(
+                "image_missing", f"the row names images in {name!r}, which is not read: call it 'image' or 'images'"
+            )
+
+
 def _refs(value: Any, what: str) -> list[ImageRef]:
     """Of a column: nothing, one image or a list of them."""
     if value is None or value == "":
@@ -78,13 +97,15 @@ def ref_of(value: Any, what: str) -> ImageRef:
     """A path, a ``data:`` URI, base64 text, bytes, or ``{bytes, path}`` of which one may be null.
 
     Raises:
-        SkipRow: bad_row, image_missing.
+        SkipRow: bad_row, image_missing, media_unsupported.
     """
     if isinstance(value, bytes):
         return ImageRef("", value)
     if isinstance(value, Mapping):
         return _struct_ref(value, what)
     name = checked_text(value, what)
+    if name[:10].lower() in ("data:video", "data:audio"):
+        raise SkipRow("media_unsupported", f"{what} is {name[:20]!r}…")
     if inline := _DATA_URI.match(name):
         return ImageRef(f"inline.{(inline[1] or 'bin').lower()}", name[inline.end() :])
     if _BASE64.fullmatch(name):
@@ -96,6 +117,8 @@ def ref_of(value: Any, what: str) -> ImageRef:
             "image_missing",
             f"{name[:80]!r} is an address, and rows cannot name what is fetched: download it and write its path below the image root",
         )
+    if name.rpartition(".")[2].lower() in MEDIA:
+        raise SkipRow("media_unsupported", f"{what} is {name[-80:]!r}")
     return ImageRef(name)
 
 

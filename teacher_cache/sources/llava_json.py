@@ -11,9 +11,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, BinaryIO, cast
 
-from teacher_cache.errors import SkipRow
+from teacher_cache.errors import DataError, SkipRow
 from teacher_cache.records import RowGroup, Sample, SkipRecord
 from teacher_cache.sources import DataSpec, files
+from teacher_cache.sources.foreign import described
 from teacher_cache.sources.image_folder import ImageFolder
 from teacher_cache.sources.json_list import broken_json, split_json_list
 from teacher_cache.sources.message_rows import read_row, read_sample
@@ -33,6 +34,9 @@ def _looks_like_list(path: str) -> bool:
 
 
 def open(spec: DataSpec, paths: list[str]) -> LlavaJson:
+    """DataError where the format was given and a file begins with an object."""
+    if files.first_bytes(paths[0], 1) == b"{" and (what := described(paths[0])):
+        raise DataError(f"{paths[0]} is no JSON list: {what}")
     root = spec.image_root if spec.image_root is not None else os.path.dirname(paths[0]) or "."
     return LlavaJson(spec, tuple(paths), ImageFolder(root, spec.follow_links))
 

@@ -25,7 +25,7 @@ from teacher_cache.errors import SkipRow
 from teacher_cache.records import Image, Sample, SkipRecord, Turn
 from teacher_cache.rows import PLACEHOLDER
 from teacher_cache.sources import row_limits as limits
-from teacher_cache.sources.image_refs import IMAGE_COLUMNS, ImageRef, listed_refs
+from teacher_cache.sources.image_refs import IMAGE_COLUMNS, ImageRef, listed_refs, refuse_other_columns
 from teacher_cache.sources.row_values import checked_text, extra_of, is_given, kind_of, row_object, source_id_of
 from teacher_cache.sources.turns import Pieces, RawTurns, joined, read_turns
 
@@ -91,6 +91,8 @@ def read_row(value: Any, members: Sequence[str] | None = None) -> Row:
         named, listed = _named_members(named, listed, members)
     if named and literal:
         raise SkipRow("placeholder_mismatch", f"the text holds {literal} {PLACEHOLDER} beside {len(named)} image parts")
+    if not named and not listed:
+        refuse_other_columns(row)
     limits.refuse_placeholders(turns, len(listed), bool(named or literal))
     if named:
         listed = _filled(named, listed)

@@ -1,7 +1,7 @@
 """What a row asks for that a sample cannot hold: skipped where the sample would be another row, noted where it is only poorer.
 
 - **Video and audio**, as a column, a part or a placeholder: the row is skipped. ``<video>`` in a question stands for a video unless the
-  question speaks of the tag: in quotes, before "tag" or "element", or with ``</video>`` somewhere.
+  question speaks of the tag: in quotes, before "tag", "element" or "component", or with ``</video>`` somewhere.
 - **Other tools' image placeholders** (``<image_1>``, ``<|image|>``, ``<IMAGE>``) in a row that places no image by ``<image>`` or by parts:
   skipped, since tools count their images differently.
 - **Answers that are no labels** (``weight: 0``, ``train: false``, ``masked: true``, of the row or of one answer): the row is skipped,
@@ -24,11 +24,23 @@ UNUSED = frozenset(
     {
         *("tools", "functions", "documents", "chat_template_kwargs", "history", "objects", "loss_mask"),
         *("reasoning_content", "reasoning", "thinking", "chosen", "rejected", "rejected_response", "rejected_messages"),
+        *("system_prompt", "system_message"),
     }
 )
 """Columns of a row that other trainers read. What else is nested is metadata."""
 
-_WEIGHTS = ("weight", "loss_weight", "loss_scale", "sample_weight", "loss", "train", "training", "trainable")
+_WEIGHTS = (
+    "weight",
+    "loss_weight",
+    "loss_scale",
+    "sample_weight",
+    "loss",
+    "train",
+    "training",
+    "trainable",
+    "loss_mask",
+    "calculate_loss",
+)
 _MASKS = ("masked", "mask")
 _ROW_NUMBERS = ("weight", "loss_weight", "sample_weight")
 """Of a whole row; ``loss`` or ``mask`` as a number is somebody's measurement there."""
@@ -51,7 +63,7 @@ _PLACE = re.compile(
     re.IGNORECASE,
 )
 _QUOTES = tuple("\"'`“‘«")
-_SPEAKS_OF = re.compile(r"[\"'`”’»]|\W{0,2}(?:html\W)?(?:tag|element)", re.IGNORECASE)
+_SPEAKS_OF = re.compile(r"[\"'`”’»]|\W{0,2}(?:html\W)?(?:tag|element|component)", re.IGNORECASE)
 
 
 def media_columns(names: Iterable[Any]) -> list[str]:
@@ -166,6 +178,6 @@ def unused_of_turn(turn: Mapping[str, Any]) -> Iterator[str]:
         if name in _WEIGHTS:
             used = _is_plain(value) or _is_off(value)
         else:
-            used = name in _TURN_KEYS or not is_given(value)
+            used = name in _TURN_KEYS or (value is not False and not is_given(value))
         if not used:
             yield f"{str(name)[:40]!r} of a turn"

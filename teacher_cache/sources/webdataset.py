@@ -27,7 +27,7 @@ from teacher_cache.rows import PLACEHOLDER
 from teacher_cache.sources import DataSpec, files
 from teacher_cache.sources.grouping import RowRange, group_rows_of
 from teacher_cache.sources.image_folder import check_size
-from teacher_cache.sources.image_refs import ImageRef
+from teacher_cache.sources.image_refs import MEDIA, ImageRef
 from teacher_cache.sources.json_list import MAX_ROW_BYTES
 from teacher_cache.sources.message_rows import COLUMNS, TALK, Row, read_row, read_sample
 from teacher_cache.sources.row_limits import refuse_media_columns
@@ -41,7 +41,6 @@ MAX_FILES = 1000
 """Of one sample; more are not remembered, and the row is skipped."""
 
 _CAPTIONS = ("caption", "text")
-_MEDIA = frozenset({*("mp4", "webm", "mkv", "mov", "avi", "m4v"), *("mp3", "wav", "flac", "ogg", "opus", "m4a")})
 _KEY = re.compile(r"((?:.*/)?[^./][^./]*)\.([^/]+)", re.DOTALL)
 _DIGITS = re.compile(r"([0-9]+)")
 
@@ -193,7 +192,7 @@ def _check_files(sample: _Files) -> None:
         raise SkipRow("bad_row", f"more than {MAX_FILES} files share the key")
     seen = set()
     for suffix, member in sample.members:
-        if suffix.rpartition(".")[2] in _MEDIA:
+        if suffix.rpartition(".")[2] in MEDIA:
             raise SkipRow("media_unsupported", f"the sample has {member.name[:80]!r}")
         if member.kind:
             raise SkipRow("bad_row", f"{member.name[:80]!r} is {member.kind} in the tar, no plain file")

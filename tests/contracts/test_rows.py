@@ -36,7 +36,7 @@ def write_lines(folder: Path, row: dict[str, Any]) -> str:
 
 
 def write_tar(folder: Path, row: dict[str, Any]) -> str:
-    members = [("k.json", json.dumps(row).encode()), *((f"k.{name}", PICTURES[name]) for name in named(row))]
+    members = [("k.json", json.dumps(row).encode()), *((f"k.{name}", PICTURES.get(name, b"")) for name in named(row))]
     with tarfile.open(folder / "rows.tar", "w") as tar:
         for name, data in members:
             info = tarfile.TarInfo(name)
@@ -49,7 +49,7 @@ def write_parquet(folder: Path, row: dict[str, Any]) -> str:
     def stored(value: Any) -> Any:
         if isinstance(value, list):
             return [stored(one) for one in value]
-        return {"bytes": PICTURES[value], "path": value} if value else None
+        return {"bytes": PICTURES.get(value), "path": value} if value else None
 
     written = {name: stored(value) if name in ("image", "images") else value for name, value in row.items()}
     pq.write_table(pa.Table.from_pylist([written]), folder / "rows.parquet")
@@ -164,6 +164,8 @@ SKIPPED: dict[str, tuple[dict[str, Any], str, str]] = {
     "<IMAGE>": (asked("<IMAGE>\nHi", image="a.png"), "placeholder_mismatch", "'<IMAGE>'"),
     "[IMG]": ({"messages": chat("[IMG]Hi", "x"), "image": "a.png"}, "placeholder_mismatch", "'[IMG]'"),
     "<img>path</img>": (asked("Picture 1: <img>a.png</img> Hi"), "placeholder_mismatch", "'<img>a.png</img>'"),
+    "a video as image": (asked("<image>\nHi", image="a.mp4"), "media_unsupported", "a.mp4'"),
+    "images in another column": ({"messages": chat("Hi", "x"), "image_path": "a.png"}, "image_missing", "'image_path', which is not read"),
     "function_call": ({"conversations": talk("Hi", "{}", by=("human", "function_call"))}, "tools_unsupported", "by 'function_call'"),
     "observation": ({"conversations": talk("{}", "x", by=("observation", "gpt"))}, "tools_unsupported", "'observation'"),
     "tool": ({"messages": talk("Hi", "x", by=("user", "tool"), keys=("role", "content"))}, "tools_unsupported", "message 1 is by 'tool'"),
@@ -194,6 +196,8 @@ NOTED: dict[str, tuple[dict[str, Any], str, str]] = {
     "tools": (asked("Hi", tools="[]"), "columns_unused", "'tools'"),
     "tools as a list": ({"messages": chat("Hi", "Ho"), "tools": [{"name": "f"}]}, "columns_unused", "'tools'"),
     "reasoning": ({"messages": last(chat("Hi", "Ho"), reasoning_content="so")}, "columns_unused", "'reasoning_content' of a turn"),
+    "a flag": ({"messages": last(chat("Hi", "Ho"), learn=False)}, "columns_unused", "'learn' of a turn"),
+    "system_prompt": (asked("Hi", system_prompt="Be brief."), "columns_unused", "'system_prompt'"),
     "name": ({"messages": last(chat("Hi", "Ho"), name="Ann")}, "columns_unused", "'name' of a turn"),
     "a weight": ({"messages": last(chat("Hi", "Ho"), weight=0.5)}, "columns_unused", "'weight' of a turn"),
     "weight of the row": (asked("Hi", weight=2), "columns_unused", "'weight'"),

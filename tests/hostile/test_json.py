@@ -68,7 +68,7 @@ def test_a_further_column_of_a_mixture(tmp_path: Path, kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", ODD)
-@pytest.mark.parametrize("key", ["id", "image", "conversations"])
+@pytest.mark.parametrize("key", ["id", "image", "conversations", "messages", "system", "weight"])
 def test_a_column_of_the_format(tmp_path: Path, key: str, kind: str) -> None:
     """A row or a skip record with a reason; never another error, never a lost row."""
     row = {"id": '"b"', "conversations": TALK} | {key: ODD[kind]}

@@ -242,9 +242,7 @@ def test_help_says_the_names_that_parts_get() -> None:
 
     assert [one.part for one in data_specs(("a.json", "b.json"), template=("plain", "chat"))] == ["caption", "sft"]
     for command in ("doctor", "cache-teacher", "plan"):
-        assert "default: caption where its template is plain, else sft" in " ".join(
-            run(command, "--help").output.split()
-        )
+        assert "default: caption with --template plain, else sft)" in " ".join(run(command, "--help").output.split())
 
 
 def test_help_of_every_command() -> None:

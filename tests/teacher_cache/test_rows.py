@@ -99,6 +99,14 @@ def test_placeholders_are_counted_over_all_turns(turns, count, reason):
     assert reason_of(sample(*turns, images=(encode(noise()),) * count)) == reason
 
 
+def test_a_mismatch_says_in_which_turns_the_placeholders_stand():
+    turns = [("user", "<image><image>"), A, U, ("assistant", "the tag <image>")]
+    with pytest.raises(SkipRow, match=r"3 <image> in the text \(turn 0, 0, 3\), 1 images"):
+        check_turns(sample(*turns, images=(encode(noise()),)))
+    with pytest.raises(SkipRow, match=r"0 <image> in the text, 1 images"):
+        check_turns(sample(U, A, images=(encode(noise()),)))
+
+
 def test_one_bad_image_among_good_ones_is_found():
     good = encode(noise())
     row = sample(("user", "<image><image>"), A, images=(good, good[:-200]))

@@ -215,6 +215,7 @@ def test_images_that_no_folder_holds(tmp_path):
         ("/etc/passwd", "image_path_unsafe", "--image-root is the folder that a path must be below"),
         (".\\a.png", "image_missing", "folders are parted by /"),
         (" a.png", "image_missing", "mind the blanks"),
+        (f"data:video/mp4;base64,{text}", "media_unsupported", "data:video"),
         (["a.png", None], "image_missing", "image 1 of 'image' is null"),
         (f"data:image/png;base64,{text[:-2]}", "image_corrupt", "base64"),
     ):

@@ -110,6 +110,7 @@ FOREIGN = {
     "g.json": (lzma.compress(WHOLE), r"is compressed.*\(unxz\)"),
     "h.jsonl.zst": (b"\x28\xb5\x2f\xfd\0", r"is compressed.*\(unzstd\)"),
     "i.zip": (b"PK\x03\x04\0", r"is compressed.*\(unzip\)"),
+    "m.arrow": (b"\xff\xff\xff\xff\0", "an Arrow stream.*write it as parquet"),
     "j.arrow": (b"ARROW1\0\0", "an Arrow file: write it as parquet"),
     "k.parquet": (b"version https://git-lfs.github.com/spec/v1\n", "a git-lfs pointer, not the data"),
     "l.json": (b"<!DOCTYPE html><html>", "a web page, not data"),
@@ -136,13 +137,32 @@ def test_files_that_no_reader_takes_say_what_they_are(tmp_path, name):
         ),
         ({"0001": ROW, "0002": ROW}, r"the keys '0001', '0002'; .*`jq '\[\.\[\]\]' "),
         (ROW, "JSON objects over many lines each; write one a line: `jq -c "),
-        ({}, "one JSON object"),
     ],
 )
 def test_a_json_object_is_told_what_to_do(tmp_path, value, says):
     (tmp_path / "a.json").write_text(json.dumps(value, indent=1))
+    for given in (None, "llava-json"):
+        with pytest.raises(DataError, match=says):
+            open_source(DataSpec("s", f"{tmp_path}/a.json", format=given))
+
+
+@pytest.mark.parametrize(
+    ("text", "given", "says"),
+    [
+        (json.dumps({"data": [ROW]}), None, r"the keys 'data'; .*`jq \.data "),
+        (json.dumps({"data": [ROW] * 2000}), None, r"the keys 'data'; .*`jq \.data "),
+        (
+            '{"text": "a", "tags": []}\n{"text": "b"}',
+            None,
+            "one JSON object a line, with the keys 'text', 'tags'; a row needs",
+        ),
+        (json.dumps(ROW) + "\n" + json.dumps(ROW), "llava-json", "one JSON object a line: give format messages-jsonl"),
+    ],
+)
+def test_a_json_object_on_one_line_is_told_too(tmp_path, text, given, says):
+    (tmp_path / "a.json").write_text(text)
     with pytest.raises(DataError, match=says):
-        open_source(DataSpec("s", f"{tmp_path}/a.json"))
+        open_source(DataSpec("s", f"{tmp_path}/a.json", format=given))
 
 
 def test_a_given_format_is_taken_and_an_unknown_one_refused(tmp_path):
