@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -53,7 +53,7 @@ def load_student(
         if compressor_of(config) and spec:
             return load_compressed(model_id, spec, **arguments), processor
         model = AutoModelForImageTextToText.from_pretrained(model_id, trust_remote_code=trust_remote_code, **arguments)
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+    except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
         raise not_loaded(f"student {model_id!r}", error) from None
     if spec:
         install(model, spec)
@@ -234,3 +234,13 @@ def save_student(
     """
     model.save_pretrained(folder, state_dict=weights)  # type: ignore[operator]
     processor.save_pretrained(folder)
+    share(folder.glob("*.safetensors"))
+
+
+def share(files: Iterable[Path]) -> None:
+    """Give files that safetensors wrote, for their owner alone, the permissions that the umask gives any new file there."""
+    for file in files:
+        fresh = file.with_name(f".{file.name}.mode")
+        fresh.touch()
+        file.chmod(fresh.stat().st_mode)
+        fresh.unlink()
