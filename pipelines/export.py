@@ -23,7 +23,7 @@ from pipelines.exporting.served import serving_notes
 from pipelines.exporting.weights import round_weights, save_own, save_stock
 from student_train.compression import compressor_of
 from student_train.compressors import CompressorSpec
-from student_train.student import load_student
+from student_train.student import load_student, share
 from teacher_cache.errors import KdcliError, naming_full_disk
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -72,6 +72,7 @@ def export(request: ExportRequest) -> dict[str, Any]:
         exact = prepare_check(model, processor, Path(rows)) if request.check else None
         round_weights(model, DTYPES[dtype])
         write_folder(model, processor, spec, draft)
+        share(draft.glob("*.safetensors"))
         name = request.out.resolve().name
         (draft / "README.md").write_text(model_card(origin, spec, dtype, name, config.model_type, template))
         result = {

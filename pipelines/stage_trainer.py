@@ -18,7 +18,7 @@ from student_train.distributed import Processes
 from student_train.methods import hook
 from student_train.needs import Served
 from student_train.stream import MicroBatches, Order, TrainBatch, TrainDataset, step_batches
-from student_train.student import RowForward, check_ids, freeze_except
+from student_train.student import RowForward, check_ids, freeze_except, share
 from student_train.teacher_view import TeacherSignals
 from student_train.trainer import Trainer
 from teacher_cache.errors import CompatibilityError, KdcliError
@@ -119,6 +119,7 @@ def save_maps(file: Path, maps: Mapping[str, torch.Tensor], before: Path) -> Non
         shutil.copyfile(before, file)
     if tensors := {name: one.detach().cpu().contiguous() for name, one in maps.items()}:
         save_file(tensors, file)
+        share([file])
 
 
 def read_tensors(path: Path) -> dict[str, torch.Tensor]:

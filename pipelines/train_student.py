@@ -28,6 +28,7 @@ from student_train.distributed import Processes, gathered
 from student_train.losses.liger import check_liger
 from student_train.methods import hook
 from student_train.metrics_log import StepResult
+from student_train.savable import check_savable, refuse_quantized
 from student_train.stream import BLOCK_SHARDS
 from student_train.student import load_student, save_student
 from student_train.teacher_view import TeacherSignals
@@ -112,6 +113,7 @@ def settle(cache: Cache, plans: list[StagePlan], student: str) -> tuple[list[Sta
     """The plans as this student can have them, and notes for the user; refuses a student that cannot, before its weights are read."""
     trusted = plans[0].settings.trust_remote_code
     processor, config = load_processor(TeacherSpec(student, trust_remote_code=trusted))
+    refuse_quantized(config, student)
     made_up: set[str] = set()
     for plan in plans:
         fields = {name: cache.fields[name] for name in plan.served.names}
@@ -210,6 +212,8 @@ def run_stage(
     model, processor = load_student(
         model_id, plan.settings.attn_implementation, plan.settings.trust_remote_code, plan.compressor
     )
+    if processes.is_main:
+        check_savable(model, processor, folder, model_id)
     maps_before = Path(model_id).parent / MAPS
     trainer, batches_from = make_trainer(
         cache, plan, rows, model, processor, total, global_batch, processes, folder, open_signals, maps_before

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import cache
@@ -62,7 +62,7 @@ def load_student(
         if attn_implementation != "sdpa" or 'attn_implementation="eager"' not in str(error):
             raise not_loaded(f"student {model_id!r}", error) from None
         return load_student(model_id, "eager", trust_remote_code, compressor)
-    except (OSError, RuntimeError, SafetensorError) as error:
+    except (OSError, RuntimeError, ImportError, SafetensorError) as error:
         raise not_loaded(f"student {model_id!r}", error) from None
     if spec:
         install(model, spec)
@@ -336,3 +336,13 @@ def save_student(
     """
     model.save_pretrained(folder, state_dict=weights)  # type: ignore[operator]
     processor.save_pretrained(folder)
+    share(folder.glob("*.safetensors"))
+
+
+def share(files: Iterable[Path]) -> None:
+    """Give files that safetensors wrote, for their owner alone, the permissions that the umask gives any new file there."""
+    for file in files:
+        fresh = file.with_name(f".{file.name}.mode")
+        fresh.touch()
+        file.chmod(fresh.stat().st_mode)
+        fresh.unlink()

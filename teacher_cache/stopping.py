@@ -48,6 +48,7 @@ def listen() -> dict[int, Any]:
 @contextmanager
 def listening() -> Iterator[None]:
     """``listen`` in this block; within another one nothing more."""
+    global _number
     if signal.getsignal(SIGNALS[0]) is _ask:
         yield
         return
@@ -57,6 +58,7 @@ def listening() -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+        _number = 0
 
 
 def asked() -> int:

@@ -18,6 +18,7 @@ from transformers import (
 
 from pipelines.demo.scenes import IMAGE_SIZE, PATCH
 from pipelines.demo.tokenizer import CHAT_TEMPLATE, load_tokenizer
+from student_train.student import share
 
 
 @dataclass(frozen=True)
@@ -133,3 +134,4 @@ def export(model: LlavaForConditionalGeneration, folder: Path, dtype: torch.dtyp
     model.to(dtype=dtype).save_pretrained(folder)  # type: ignore[call-arg]
     model.float().load_state_dict(state)  # the caller goes on training in full precision
     build_processor().save_pretrained(folder)
+    share(folder.glob("*.safetensors"))

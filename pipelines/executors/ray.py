@@ -44,16 +44,18 @@ class Cluster:
 
 
 class Worker:
-    """The actor."""
+    """The actor.
 
-    def start(self, make_task: MakeTask, number: int, threads: int, folder: str) -> None:
-        """Build the task, which loads the teacher. No part of ``__init__``, whose errors Ray tells as the death of the actor.
+    Args:
+        folder: of the command, where relative paths begin; those in a task do when it is unpickled.
+    """
 
-        Args:
-            folder: of the command, where relative paths begin.
-        """
+    def __init__(self, folder: str):
         with suppress(OSError):  # another machine may not have it
             os.chdir(folder)
+
+    def start(self, make_task: MakeTask, number: int, threads: int) -> None:
+        """Build the task, which loads the teacher. No part of ``__init__``, whose errors Ray tells as the death of the actor."""
         if not torch.cuda.is_available():
             torch.set_num_threads(threads)
         self._task = make_task(number)
@@ -80,8 +82,8 @@ class Pool:
     def fill(self) -> None:
         """Ask for actors in place of those that are lost."""
         while len(self.starting) + len(self.idle) + len(self.running) < self.size:
-            worker = self.actor.remote()
-            self.starting[worker.start.remote(self.make_task, self.made, self.threads, self.folder)] = worker
+            worker = self.actor.remote(self.folder)
+            self.starting[worker.start.remote(self.make_task, self.made, self.threads)] = worker
             self.made += 1
 
     def give(self, shard: int) -> None:
@@ -89,8 +91,11 @@ class Pool:
         self.running[worker.run.remote(shard)] = (worker, shard)
 
     def wait(self) -> Any:
-        """The next of ``starting`` or ``running`` that is done."""
-        done, _ = self.ray.wait([*self.running, *self.starting], num_returns=1)
+        """The next of ``starting`` or ``running`` that is done. Ray would take an exception that a signal raises for a death of its own."""
+        done: list[Any] = []
+        while not done:
+            stopping.check()
+            done, _ = self.ray.wait([*self.running, *self.starting], num_returns=1, timeout=1.0)
         return done[0]
 
     def drop(self, worker: Any) -> None:
@@ -117,7 +122,13 @@ def run(make_task: MakeTask, shards: Sequence[int], workers: int, cluster: Clust
     Args:
         make_task: pickled to every actor. workers: actors; 0: as many as the cluster has GPUs, else CPUs for.
     """
-    ray = import_ray()
+    with stopping.held():
+        yield from _run(import_ray(), make_task, shards, workers, cluster)
+
+
+def _run(
+    ray: Any, make_task: MakeTask, shards: Sequence[int], workers: int, cluster: Cluster
+) -> Generator[Any, None, None]:
     started = not ray.is_initialized()
     if started:
         connect(ray, cluster)

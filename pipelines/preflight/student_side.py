@@ -12,6 +12,7 @@ from pipelines.fidelity.rows import Row
 from pipelines.fidelity.student import Student
 from student_train.compression import asked_for
 from student_train.config import TrainSettings
+from student_train.savable import refuse_quantized
 from student_train.stages import STAGES
 from student_train.stream import OF_THE_PROCESSOR, check_same_grid, check_same_response
 from student_train.student import load_student, open_student
@@ -44,6 +45,7 @@ def read_as_student(
 ) -> StudentRead:
     """teacher: its fingerprint. settings: ``[train]``, whose ``max_length`` (tokens) and compressor count."""
     processor, config, _ = open_student(student, settings.trust_remote_code, asked_for(settings))
+    refuse_quantized(config, student)
     train_length = settings.max_length
     ours = processor_fingerprint(processor)
     if teacher["tokenizer"] != ours["tokenizer"]:

@@ -179,7 +179,7 @@ class TransformersTeacher:
                 trust_remote_code=spec.trust_remote_code,
                 use_safetensors=True,  # other checkpoints are pickles
             )
-        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             raise KdcliError(f"the weights of {spec.id!r} cannot be loaded ({reason})") from None
         self._adopt(processor)

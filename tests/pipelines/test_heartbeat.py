@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 import threading
+import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -68,6 +72,31 @@ def test_rate_time_left_and_who_is_lost() -> None:
     assert "2 workers running, 20.0 rows/s, 40 s left" in text
     assert "one:1: shard 000004, 50 rows" in text and "three:3, shard 000006" in text
     assert summary(said[2:], 850, now)["seconds_left"] is None
+
+
+def test_a_worker_whose_process_is_gone_is_lost_at_once() -> None:
+    """On its own machine; a number means nothing elsewhere, nor in another container. A killed one that nobody fetched is gone too."""
+    now, ours = time.time(), heartbeat.this_machine()
+    child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    word = Word("w", f"here:{child.pid}", now, now, shard=3, machine=ours)
+    assert ours and len(summary([word], 10)["running"]) == 1
+    child.kill()
+    while not heartbeat.is_gone(word):
+        time.sleep(0.01)
+    assert child.returncode is None, "a zombie: this process has not asked for it"
+    assert summary([word], 10)["lost"] and "lost, its process gone" in work_lines(summary([word], 10))
+    child.wait()
+    assert heartbeat.is_gone(word)
+    for machine in (None, "another boot pid:[1]"):
+        assert summary([replace(word, machine=machine)], 10)["running"]
+
+
+def test_an_interrupted_worker_does_not_work(tmp_path: Path) -> None:
+    storage = Storage(tmp_path)
+    with pytest.raises(KeyboardInterrupt), Heartbeat(storage, "run").on(3):
+        raise KeyboardInterrupt
+    found = summary(words(storage), 10)
+    assert not found["running"] and found["failed"][0]["error"] == "KeyboardInterrupt"
 
 
 def test_a_finished_capture_leaves_no_words(make_request, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

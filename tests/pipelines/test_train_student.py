@@ -232,6 +232,24 @@ BEFORE_MODEL: dict[str, tuple[type[KdcliError], str, dict[str, Any]]] = {
 }
 
 
+def test_a_student_that_cannot_be_saved_is_refused_before_its_first_step(
+    tiny_cache: Path, tiny_student: Path, settings_for: Callable[..., Settings], tmp_path: Path
+) -> None:
+    quantized = no_model(tmp_path / "quantized", tiny_student)
+    body = json.loads((quantized / "config.json").read_text()) | {"quantization_config": {"quant_method": "fp8"}}
+    (quantized / "config.json").write_text(json.dumps(body))
+
+    def run(settings: Settings) -> Any:
+        return train(str(tiny_cache), "sft", settings, "SFT")
+
+    whole = settings_for(tmp_path / "a", student=str(quantized))
+    refused(CompatibilityError, "its weights are quantized", lambda: run(whole))
+    (tmp_path / "b" / "01-SFT").mkdir(parents=True)
+    (tmp_path / "b" / "01-SFT" / "model").write_text("")
+    refused(KdcliError, "model is a file, and the student goes there", lambda: run(settings_for(tmp_path / "b")))
+    assert not list(tmp_path.rglob("metrics.jsonl"))
+
+
 @pytest.mark.parametrize("case", BEFORE_MODEL)
 def test_refused_before_any_model_loads(
     tiny_cache: Path, tiny_student: Path, settings_for: Callable[..., Settings], tmp_path: Path, case: str

@@ -6,6 +6,7 @@ import fcntl
 import io
 import json
 import os
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,9 +20,10 @@ from pipelines.ablate.cell import run_cell
 from pipelines.ablate.cells import Cell, make_cells, request
 from pipelines.ablate.grid import load_grid
 from pipelines.ablate.run import AblateRequest, ablate, dry_run
-from pipelines.ablate.runner import Slot, make_slots, prune_models, run_cells
+from pipelines.ablate.runner import Slot, conclude, make_slots, prune_models, run_cells
 from pipelines.report.runs import read_runs
 from teacher_cache.errors import KdcliError
+from teacher_cache.stopping import Stopped
 
 MORE = """
 [[variants]]
@@ -114,7 +116,8 @@ def test_a_changed_grid_runs_only_what_is_new(write_grid: Callable[..., Path], t
 def test_an_interrupt_ends_the_children_and_the_next_run_continues(
     write_grid: Callable[..., Path], tmp_path: Path
 ) -> None:
-    """Stopped between two checkpoints of the first stage: the child is gone, the next one starts from the checkpoint."""
+    """Stopped between two checkpoints of the first stage: the child is gone, the next one starts from the checkpoint. The second time
+    by a signal; the child has time for a checkpoint of its last step."""
     out, grid = tmp_path / "out", write_grid()
     grid.write_text(grid.read_text().replace("max_steps = 1\n", "max_steps = 400\nsave_steps = 2\n"))
     (cell,) = (one for one in make_cells(load_grid(grid), out) if one.name == "sft/seed-0")
@@ -134,13 +137,16 @@ def test_an_interrupt_ends_the_children_and_the_next_run_continues(
     logged = (first / "metrics.jsonl").read_text().splitlines()[:step]
     # Fewer steps from here on would be another stage: only the time of the test is saved, by stopping once more.
 
-    def interrupt_later(running: list[Cell]) -> None:
+    def stop_later(running: list[Cell]) -> None:
         if len((first / "metrics.jsonl").read_text().splitlines()) > step + 2:
-            raise KeyboardInterrupt
+            os.kill(os.getpid(), signal.SIGUSR1)
 
-    with pytest.raises(KeyboardInterrupt):
-        run_cells([cell], [Slot("cpu", 1)], lambda one, error: None, interrupt_later)
-    assert (first / "metrics.jsonl").read_text().splitlines()[:step] == logged
+    with pytest.raises(Stopped, match="stopped by SIGUSR1"):
+        run_cells([cell], [Slot("cpu", 1)], lambda one, error: None, stop_later)
+    lines = (first / "metrics.jsonl").read_text().splitlines()
+    assert lines[:step] == logged and (first / "checkpoints" / f"step-{len(lines):07d}" / "state.json").is_file()
+    assert conclude(cell, 143) and cell.state() == "started", "no failure of its own: the next run goes on with it"
+    assert conclude(cell, -9) and cell.state() == "failed"
 
 
 def test_a_failing_student_does_not_stop_the_others(write_grid: Callable[..., Path], tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import os
 import signal
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -14,7 +15,9 @@ import pytest
 from pipelines.cache_teacher import CaptureRequest, capture
 from pipelines.executors import ray as executor
 from pipelines.executors.ray import Cluster, run
+from teacher_cache import stopping
 from teacher_cache.errors import DataError, KdcliError
+from teacher_cache.stopping import Stopped
 
 ray = pytest.importorskip("ray")
 
@@ -122,16 +125,31 @@ def test_a_node_that_goes_away() -> None:
         nodes.shutdown()
 
 
-def place(worker: int) -> Callable[[int], str]:
-    return lambda shard: os.getcwd()
+@dataclass(frozen=True)
+class Placed:
+    """A task that knows the folder in which it was unpickled, as a cache's storage does."""
+
+    folder: str = ""
+
+    def __setstate__(self, state: object) -> None:
+        object.__setattr__(self, "folder", os.getcwd())
+
+    def __call__(self, worker: int) -> Callable[[int], tuple[str, str]]:
+        return lambda shard: (self.folder, os.getcwd())
 
 
 def test_from_a_folder_with_modules_of_the_users_own(
     own_modules: Callable[[Path], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Actors import ours, and relative paths begin where the command was given."""
+    """Actors import ours, and relative paths begin where the command was given. A signal ends the run at its next look."""
     monkeypatch.chdir(own_modules(tmp_path / "work"))
-    assert list(run(place, [0], 1, Cluster())) == [str(tmp_path / "work")]
+    here = str(tmp_path / "work")
+    with stopping.listening(), pytest.raises(Stopped):
+        for number, found in enumerate(run(Placed(), range(99), 1, Cluster())):
+            assert found == (here, here)
+            if number == 3:
+                os.kill(os.getpid(), signal.SIGTERM)
+    assert number < 90
 
 
 def test_no_cluster_there() -> None:
