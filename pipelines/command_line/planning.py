@@ -46,7 +46,7 @@ from pipelines.command_line.tour import command
     "--strict",
     type=click.FloatRange(0, 1),
     metavar="SHARE",
-    help="Exit status 1 where more of a part is defective: 0.01.",
+    help="Exit status 1 where a larger share of any part is defective, e.g. 0.01.",
 )
 @trust_option
 @config_option
