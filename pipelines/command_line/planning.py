@@ -46,7 +46,7 @@ from pipelines.command_line.tour import command
     "--strict",
     type=click.FloatRange(0, 1),
     metavar="SHARE",
-    help="Exit status 1 where more of a part is defective: 0.01.",
+    help="Exit status 1 where a larger share of any part is defective, e.g. 0.01.",
 )
 @trust_option
 @config_option
@@ -82,8 +82,9 @@ def doctor(
             "no data: name files (`kdcli doctor rows.json --image-root images`), or run `kdcli init` for a kd.toml"
         )
     spec = teacher_spec(teacher, None if given else settings.teacher, trust_remote_code)
-    if show and spec is None:
-        raise KdcliError("--show prints tokens: name the model that they are of with --teacher")
+    of_tokens = {"--show": show, "--max-length": max_length, "--over-length": over_length}
+    if spec is None and (flags := [flag for flag, value in of_tokens.items() if value]):
+        raise KdcliError(f"{flags[0]} is about tokens: name the model that they are of with --teacher")
     capture = override(settings.capture, max_length=max_length, over_length=over_length)
     limits = Limits(capture.max_length, capture.over_length)
     reading = Reading(spec, limits, show) if spec else None

@@ -88,7 +88,9 @@ def test_show_prints_tokens_with_labels(folder: Path, tiny_teacher: Path) -> Non
     shown = json.loads(run("doctor", "rows.json", *IMAGES, "--teacher", tiny_teacher, "--show", "1", "--json").stdout)
     (row,) = shown["parts"][0]["shown"]
     assert row["tail"][-1] == {"token": "<|end|>", "id": 4, "role": "assistant", "label": True, "end": True}
-    assert "name the model that they are of with --teacher" in run("doctor", "rows.json", *IMAGES, "--show", "1").stderr
+    for flag, value in (("--show", "1"), ("--max-length", "9"), ("--over-length", "cut")):
+        refused = run("doctor", "rows.json", *IMAGES, flag, value)
+        assert refused.exit_code == 1 and f"Error: {flag} is about tokens: name the model" in refused.stderr
 
 
 @pytest.mark.parametrize("command", ["doctor", "plan", "cache-teacher"])
