@@ -12,7 +12,7 @@ import torch
 
 from pipelines import finished
 from pipelines.calibrate import calibrate, mixture_reader
-from pipelines.describe import describe, new_calibrated
+from pipelines.describe import as_begun, describe, new_calibrated
 from pipelines.executors import local, ray
 from pipelines.heartbeat import Heartbeat, forget, new_run
 from pipelines.inspect_cache import status
@@ -107,6 +107,7 @@ def capture(
     storage = Storage(request.out)
     wanted = chosen_fields(request.settings.store, request.settings.fields, request.field_params)
     fields = {name: create_field(name, params) for name, params in with_tails(wanted, request.teacher).items()}
+    fields = as_begun(storage, fields, wanted)
     job = finished.Job(request.out, request.teacher, request.data, request.settings, fields)
     files = job.files()
     if not request.retry_skipped and job.is_finished(files):

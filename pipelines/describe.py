@@ -13,7 +13,7 @@ import torch
 from student_train.cache import read_field
 from teacher_cache.codecs import container
 from teacher_cache.errors import CacheError
-from teacher_cache.fields import CalibratedField, Field
+from teacher_cache.fields import CalibratedField, Field, create_field
 from teacher_cache.fields.calibration import Calibration
 from teacher_cache.plan import Plan, content_hash, difference
 from teacher_cache.shards.sealed import seal, unseal
@@ -115,6 +115,23 @@ def bound(storage: Storage, name: str, one: Field) -> Field:
         return one
     body = unseal(storage.read(field_path(name)), f"{storage}/{field_path(name)}")
     return read_field(storage, name, body)
+
+
+def as_begun(storage: Storage, fields: Mapping[str, Field], asked: Mapping[str, Mapping[str, Any]]) -> dict[str, Field]:
+    """The same fields, each with the codec version that the cache has begun it with: a newer program goes on as the older one did.
+
+    Args:
+        asked: field → parameters that were given; a version among them stays.
+    """
+    settled = dict(fields)
+    for name, one in fields.items():
+        path = field_path(name)
+        if "codec_version" not in one.params or "codec_version" in asked[name] or not storage.exists(path):
+            continue
+        there = unseal(storage.read(path), f"{storage}/{path}").get("params")
+        if isinstance(there, dict) and there == {**one.params, "codec_version": there.get("codec_version")}:
+            settled[name] = create_field(name, there)
+    return settled
 
 
 def refuse_other_settings(storage: Storage, name: str, body: Mapping[str, Any]) -> None:

@@ -1,6 +1,7 @@
 """FastV (arXiv 2403.06764): keep the vision tokens that the last prompt token looks at most, in the layer before, mean over heads.
 
-A vision token behind the asking row (an image of a later turn, in training) is paid nothing and goes first.
+A vision token behind the asking row (an image of a later turn, in training) is paid nothing and goes first. EPIC's released training asks
+the last token of all, answers and padding included, which does not exist when a student answers.
 """
 
 from __future__ import annotations

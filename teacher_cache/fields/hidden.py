@@ -1,7 +1,7 @@
 """``vision_hidden`` and ``response_hidden``: post-final-norm hidden states h, with logits = W·h (W: the teacher's head).
 
-Codecs: ``bf16`` (exact for a bfloat16 teacher), ``fp32``, ``int8``, ``int4`` give h back and serve every logit loss over the full
-vocabulary at any temperature. ``sketch`` keeps what h says about the logits: transform-coded in the head's metric
+Codecs: ``bf16`` (exact for a bfloat16 teacher), ``fp32``, ``int8``, ``int4`` (rotated before they are rounded) give h back and serve every
+logit loss over the full vocabulary at any temperature. ``sketch`` keeps what h says about the logits: transform-coded in the head's metric
 (``codecs.transform``), with the mean logit m of every row, at a few per cent of the bytes; a reader gets ẑ = y·W′ᵀ + b + m through a
 low-rank head that is written once.
 """

@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -352,6 +353,26 @@ def test_another_template_or_mixture_is_refused(tiny_cache: Path, copy_of, make_
             capture(make_request(folder, data=data))
         assert said in str(caught.value)
     assert tree(folder) == before
+
+
+def test_a_field_goes_on_with_the_codec_version_that_it_was_begun_with(make_request, tmp_path: Path) -> None:
+    """As after an upgrade: the same command finds everything done; a version that was asked for is another setting."""
+    folder, field = tmp_path / "cache", "vision_hidden"
+    request = make_request(folder, codec="int8", fields=(field,))
+
+    def of_version(version: int) -> Any:
+        return replace(request, field_params={field: {"codec": "int8", "codec_version": version}})
+
+    capture(of_version(1))
+    before = tree(folder)
+    capture(request)
+    assert tree(folder) == before
+    assert Cache(str(folder)).fields[field]["params"] == {"codec": "int8", "codec_version": 1}
+    (folder / f"fields/{field}/commits/000000.json").unlink()
+    capture(request)
+    assert tree(folder).keys() == before.keys(), "what was lost is made again, by the same version"
+    with pytest.raises(CacheError, match=r"params.codec_version: cache 1, here 2"):
+        capture(of_version(2))
 
 
 def test_another_teacher_or_codec_is_refused(tiny_cache: Path, copy_of, make_request, tiny_student: Path) -> None:
