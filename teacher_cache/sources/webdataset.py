@@ -30,7 +30,7 @@ from teacher_cache.sources.image_folder import check_size
 from teacher_cache.sources.image_refs import MEDIA, ImageRef
 from teacher_cache.sources.json_list import MAX_ROW_BYTES
 from teacher_cache.sources.message_rows import COLUMNS, TALK, Row, read_row, read_sample
-from teacher_cache.sources.row_limits import refuse_media_columns
+from teacher_cache.sources.row_limits import refuse_media_columns, refuse_unlabelled_row
 from teacher_cache.sources.row_values import Unparsed, checked_text, extra_of, row_object
 from teacher_cache.sources.tar_members import BLOCK, Member, read_members
 
@@ -183,6 +183,7 @@ def _row(stream: BinaryIO, sample: _Files, value: Any) -> Row:
         found = read_row(row, images)
     else:
         refuse_media_columns(row)
+        refuse_unlabelled_row(row)
         found = _caption(_caption_text(stream, dict(sample.members), row), images, extra_of(row, COLUMNS - {"system"}))
     return replace(found, extra={name: one for name, one in found.extra.items() if name not in _CAPTIONS})
 

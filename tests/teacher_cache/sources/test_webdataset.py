@@ -133,6 +133,7 @@ def link(name, kind=tarfile.SYMTYPE):
         ([link("0.jpg", tarfile.LNKTYPE), ("0.txt", "x")], "bad_row", "is a hard link"),
         ([link("0.jpg", tarfile.CHRTYPE), ("0.txt", "x")], "bad_row", "is a device"),
         ([link("0.jpg", tarfile.FIFOTYPE), ("0.txt", "x")], "bad_row", "is a pipe"),
+        ([("0.jpg", b"a"), ("0.json", {"caption": "x", "weight": 0})], "not_for_training", "'weight': 0"),
         ([("0.mp4", b"v"), ("0.txt", "a cat runs")], "media_unsupported", "the sample has '0.mp4'"),
         ([("0.jpg", b"a"), ("0.wav", b"s"), ("0.json", LOOK)], "media_unsupported", "'0.wav'"),
         ([("0.jpg", b"a"), ("0.json", {"caption": "x", "video": "x.mp4"})], "media_unsupported", "'video': 'x.mp4'"),
