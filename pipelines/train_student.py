@@ -89,10 +89,14 @@ def train(
                     results.append(run_stage(cache, plan, model_id, output, processes, on_step, open_signals, say))
                 model_id = results[-1]["model"]
             stop_together(processes, f"{output}: every stage is finished")
-    except Stopped:
-        distributed.stop()
-        raise
+        stopped = None
+    except Stopped as stop:
+        stopped = stop.with_traceback(
+            None
+        )  # whose frames hold the trainer: it must be gone before the processes' group is
     distributed.stop()
+    if stopped:
+        raise stopped
     return {"output": str(output), "model": model_id, "stages": results}
 
 

@@ -35,6 +35,7 @@ FAMILIES = Path(__file__).parent / "families"
 LONG = (
     "test_docs.py",
     "test_processes.py",
+    "test_stopped.py",
     "test_cache_teacher.py",
     "test_preflight.py",
     "test_ablate.py",

@@ -123,4 +123,6 @@ def _ending() -> Iterator[None]:
     try:
         yield
     except Stopped as stop:
+        for one in multiprocessing.active_children():  # of a teacher that has processes of its own
+            one.terminate()
         os._exit(stop.status)

@@ -211,6 +211,7 @@ def test_two_processes_stop_at_one_step(tiny_cache: Path, tiny_student: Path, tm
             send(process)
             assert process.wait(100) != 0 and len(numbers) == 2 and all(ended(number) for number in numbers)
         said = (tmp_path / "stderr").read_text()
+        assert "SIGKILL" not in said, "none of them had to be killed"
         newest = checkpoints(tmp_path / "run" / "01-SFT" / "checkpoints")[-1]
         assert int(newest.name.removeprefix("step-")) == steps_logged(tmp_path / "run") > made
         made = steps_logged(tmp_path / "run")
