@@ -18,7 +18,7 @@ from student_train.distributed import Processes
 from student_train.methods import hook
 from student_train.needs import Served
 from student_train.stream import MicroBatches, Order, TrainBatch, TrainDataset, step_batches
-from student_train.student import RowForward, check_ids, freeze_except, share
+from student_train.student import RowForward, freeze_except, share
 from student_train.teacher_view import TeacherSignals
 from student_train.trainer import Trainer
 from teacher_cache.errors import CompatibilityError, KdcliError
@@ -53,7 +53,6 @@ def make_trainer(
     Args:
         maps_before: learned maps that the stage goes on with, where they are its own ones.
     """
-    check_ids(model, processor)
     tower = plan.settings.vision_tower_learning_rate and "language_model" in plan.stage.trains
     freeze_except(model, (*plan.stage.trains, "vision_tower") if tower else plan.stage.trains)
     if plan.settings.gradient_checkpointing:

@@ -109,41 +109,6 @@ def freeze_except(model: nn.Module, groups: Sequence[str]) -> list[tuple[str, nn
     return trainable
 
 
-class _SawIds(Exception):
-    """Args: the largest token id that an embedding was asked for."""
-
-
-@torch.no_grad()
-def check_ids(model: Any, processor: Any) -> None:
-    """CompatibilityError naming both sizes where a token that every batch holds (padding, end, image) has no row in the embedding.
-
-    Some families look an image's token up in no embedding: what theirs is asked for decides.
-    """
-    embedding = model.get_input_embeddings()
-    rows, image = len(embedding.weight), int(model.config.image_token_id)
-    named = {"padding": processor.tokenizer.pad_token_id, "end": processor.tokenizer.eos_token_id}
-
-    def look(module: nn.Module, given: tuple[torch.Tensor, ...]) -> None:
-        raise _SawIds(int(given[0].max()))
-
-    handle = embedding.register_forward_pre_hook(look)
-    try:
-        model.model(input_ids=torch.tensor([[image]], device=embedding.weight.device))
-    except _SawIds as seen:
-        named["image"] = seen.args[0]
-    except Exception:  # it wants more beside an image's token: the first batch shows
-        named["image"] = None
-    finally:
-        handle.remove()
-    for name, number in named.items():
-        if number is not None and number >= rows:
-            token = processor.tokenizer.convert_ids_to_tokens(number)
-            raise CompatibilityError(
-                f"the student's {name} token {token!r} has id {number}, its embedding {rows} rows: "
-                "resize_token_embeddings and save it, or name another token in its tokenizer"
-            )
-
-
 class RowForward(nn.Module):
     """One forward that returns the hidden states of the wanted rows (and so is what DDP wraps).
 

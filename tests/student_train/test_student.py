@@ -9,9 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from student_train.student import RowForward, check_ids, freeze_except, load_student, module_group, save_student
+from student_train.student import RowForward, freeze_except, load_student, module_group, save_student
 from teacher_cache.errors import CompatibilityError, KdcliError
-from tests.capped_model import capped_config
 
 
 def test_a_trained_and_saved_student_loads_in_plain_transformers(
@@ -80,29 +79,3 @@ def test_head_gram_follows_the_head(tiny_student: Path) -> None:
     gram = student.head_gram(100)
     (gradient,) = torch.autograd.grad(gram.sum(), student.head)
     assert gradient[:100].any() and not gradient[100:].any()
-
-
-@pytest.mark.parametrize("name", ["padding", "end", "image"])
-def test_tokens_without_a_row_in_the_embedding_are_one_line(tiny_student: Path, name: str) -> None:
-    model, processor = load_student(str(tiny_student), "sdpa")
-    check_ids(model, processor)
-    rows, tokenizer = len(model.get_input_embeddings().weight), processor.tokenizer
-    tokenizer.add_tokens([f"<extra_{number}>" for number in range(rows - len(tokenizer) + 1)])
-    beyond = tokenizer.convert_ids_to_tokens(rows)
-    if name == "image":
-        model.config.image_token_id = rows
-    else:
-        setattr(tokenizer, {"padding": "pad_token", "end": "eos_token"}[name], beyond)
-    with pytest.raises(
-        CompatibilityError, match=f"the student's {name} token '{beyond}' has id {rows}, its embedding {rows}"
-    ):
-        check_ids(model, processor)
-
-
-def test_an_image_token_that_is_never_looked_up_needs_no_row(tiny_student: Path) -> None:
-    """PaliGemma puts the padding's in its place."""
-    from transformers import AutoConfig, AutoProcessor, PaliGemmaForConditionalGeneration
-
-    config = capped_config(AutoConfig.from_pretrained(tiny_student))
-    config.image_token_id = config.text_config.vocab_size
-    check_ids(PaliGemmaForConditionalGeneration(config), AutoProcessor.from_pretrained(tiny_student))
