@@ -162,6 +162,8 @@ def user_header(messages: Sequence[Message], write: Write) -> str:
 
 def pieces_of(text: str, marks: Sequence[tuple[str, str]]) -> list[str]:
     """What stands around the marks, which are (mark, whose); SkipRow unless each stands there once, in order."""
+    if "\\nof kdcli." in text:
+        raise SkipRow("template_refused", "the chat template writes content as a Python or JSON list")
     pieces, at = [], 0
     for mark, whose in marks:
         if (times := text.count(mark)) != 1:

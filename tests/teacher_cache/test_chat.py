@@ -72,6 +72,7 @@ def said(preparer: Preparer, made: Prepared) -> list[str]:
         (each(parts("p['text'] | trim")), "parts", ["Red?<|end|>", "Yes, red.<|end|>"]),
         (each(STRING), "strings", ["Red?<|end|>", " Yes, red. <|end|>"]),
         (each("{{ m['content'] | trim }}"), "strings", ["Red?<|end|>", "Yes, red.<|end|>"]),
+        (each("{{ m['content'][0]['text'] }}{{ m['content'] }}"), "strings", ["Red?<|end|>", " Yes, red. <|end|>"]),
         (
             each("{% if m['content'] is string %}{{ m['content'] }}{% endif %}"),
             "strings",
@@ -122,7 +123,7 @@ def test_content_is_passed_as_the_template_wants_it(
         ("{{ raise_exception('Not for you') }}", "Not for you"),
         ("{{ messages[9].role.x }}", "template refuses it"),
         ("{% for m in messages %}{{ m.role + 1 }}{% endfor %}", "template refuses it: can only concatenate"),
-        (each("{{ m['content'] | tojson }}"), "writes the text of turn 0 .user. 0 times"),
+        (each("{{ m['content'] | tojson }}"), "writes content as a Python or JSON list"),
         (each(parts("p['text'] | upper")), "0 times"),
         (each(parts("p['text'] | lower")), "other texts than it is given|0 times"),
         (each(BOTH + BOTH), "2 times"),
