@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import io
 from collections.abc import Mapping
 from pathlib import Path
@@ -63,9 +62,13 @@ def picture(seed: int) -> bytes:
     return file.getvalue()
 
 
-def head_hash(head: torch.Tensor) -> str:
-    """Of W ``[V, D]``: whether a contract was recorded with these weights."""
-    return hashlib.sha256(head.to(torch.float32).contiguous().numpy().tobytes()).hexdigest()
+def head_numbers(head: torch.Tensor) -> list[float]:
+    """Of W ``[V, D]``, the mean magnitude and some entries: whether a contract was recorded with these weights.
+
+    No hash: torch's normal numbers differ in their last bits by the vector instructions of the processor.
+    """
+    flat = head.double().flatten()
+    return [float(flat.abs().mean()), *flat[:: len(flat) // 7].tolist()]
 
 
 class Flat:

@@ -29,7 +29,7 @@ from tests.contracts.vllm_rows import (
     WANTS,
     build_teacher,
     contract_rows,
-    head_hash,
+    head_numbers,
     tensors_of_flat,
 )
 
@@ -256,7 +256,7 @@ def described(spec, teacher_parts) -> dict[str, Any]:
     return {
         "versions": {name: version(name) for name in ("torch", "transformers", "tokenizers")}
         | {"vllm": vllm_version()},
-        "head_sha256": head_hash(load_head(spec, *teacher_parts)),
+        "head": head_numbers(load_head(spec, *teacher_parts)),
         "bound": BOUND,
     }
 
