@@ -18,7 +18,7 @@ from teacher_cache.prepare import Preparer
 from teacher_cache.records import Prepared, TextTokens
 from teacher_cache.teachers.null import folder_of
 from teacher_cache.teachers.transformers import TeacherSpec
-from teacher_cache.templates import TEMPLATES, check_tokens, find_template
+from teacher_cache.templates import TEMPLATES, check_tokens
 
 NO_END, NO_STOP = "no_end_token", "end_is_no_stop"
 END_KINDS = {
@@ -49,7 +49,7 @@ class LabelEnds:
 
     def look(self, row: Prepared, template: str) -> OpenEnd | None:
         """What is wrong with the ends of the row's answers, the worst of it; None: nothing. Captions of ``plain`` are never answered."""
-        if find_template(template).prompt is None:
+        if template == "plain":
             return None
         answers = answers_of(row.text)
         lasts = [ids[-1] for ids in answers if self.stops.isdisjoint(ids)]

@@ -12,7 +12,7 @@ import pytest
 
 from teacher_cache.chat import Chat
 from teacher_cache.errors import CompatibilityError, SkipRow
-from teacher_cache.prepare import Preparer, token_counter
+from teacher_cache.prepare import Preparer
 from teacher_cache.records import Image, Prepared, Sample, Turn
 from teacher_cache.rows import decode_image
 from tests.teacher_cache.tokenizers_by_hand import llama_like, qwen_like
@@ -140,8 +140,6 @@ def test_a_template_that_writes_no_exchange_rightly_is_one_line(teacher_parts: A
     with pytest.raises(CompatibilityError, match=why) as caught:
         preparer.check_template("chat")
     assert "\n" not in str(caught.value) and "template" in str(caught.value)
-    with pytest.raises(CompatibilityError, match=why):
-        token_counter(preparer.processor, preparer.config, {"sft": "chat"})
 
 
 def test_a_template_without_images_serves_rows_without_images(teacher_parts: Any) -> None:
