@@ -14,7 +14,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from pipelines.cache_teacher import CaptureRequest, capture
+from pipelines.cache_teacher import capture
+from pipelines.capture_shards import CaptureRequest
 from pipelines.demo.run import TEACHER, Recipe, make_world
 from pipelines.settings import CaptureSettings
 from pipelines.tables import cache_table

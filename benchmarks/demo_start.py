@@ -15,7 +15,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from pipelines.cache_teacher import CaptureRequest, capture
+from pipelines.cache_teacher import capture
+from pipelines.capture_shards import CaptureRequest
 from pipelines.demo.run import STUDENT_START, TEACHER, Recipe, make_world
 from pipelines.settings import CaptureSettings, Settings
 from pipelines.train_student import train

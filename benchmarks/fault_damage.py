@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.fault_jobs import PARAMS, Events, files, forked, fresh, identities, tree, wait
-from pipelines.cache_teacher import CaptureRequest
+from pipelines.capture_shards import CaptureRequest
 from pipelines.inspect_cache import survey
 from pipelines.repair import RepairRequest, repair
 

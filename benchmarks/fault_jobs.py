@@ -23,7 +23,8 @@ import transformers.models.llava.modeling_llava
 import transformers.models.qwen2.modeling_qwen2
 import transformers.models.siglip.modeling_siglip  # noqa: F401 (what a child would import)
 
-from pipelines.cache_teacher import CaptureRequest, capture
+from pipelines.cache_teacher import capture
+from pipelines.capture_shards import CaptureRequest
 from pipelines.demo.run import Recipe, make_world
 from pipelines.settings import CaptureSettings, Settings
 from pipelines.train_student import train

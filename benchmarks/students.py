@@ -24,7 +24,8 @@ from safetensors.torch import load_file
 from scipy.stats import t as student_t
 
 from benchmarks.live_teacher import LiveTeacher
-from pipelines.cache_teacher import CaptureRequest, capture
+from pipelines.cache_teacher import capture
+from pipelines.capture_shards import CaptureRequest
 from pipelines.demo.run import STUDENT_START, TEACHER, Recipe, heldout, make_world, score, student_settings
 from pipelines.settings import CaptureSettings, Settings
 from pipelines.tables import table

@@ -2,43 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import closing, nullcontext
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
-import torch
-
 from pipelines import finished
-from pipelines.calibrate import calibrate, mixture_reader
+from pipelines.calibrate import calibrate
+from pipelines.capture_shards import CaptureRequest, make_preparer, row_readers, run_shards
 from pipelines.describe import as_begun, describe, new_calibrated
-from pipelines.executors import local, ray
-from pipelines.heartbeat import Heartbeat, forget, new_run
+from pipelines.executors import local
+from pipelines.heartbeat import forget
 from pipelines.inspect_cache import status
 from pipelines.label_warnings import label_warnings
 from pipelines.preflight import canaries
 from pipelines.preflight.adopt import calibrations
 from pipelines.profiles import chosen_fields, with_tails
-from pipelines.settings import CaptureSettings
 from pipelines.skipped_rows import excess, refuse_skips, take_in_again
 from student_train.cache import Cache
-from teacher_cache import stopping
-from teacher_cache.cache_shard import CaptureJob, RowReader, Teacher, cache_shard
+from teacher_cache.cache_shard import CaptureJob
 from teacher_cache.errors import KdcliError, naming_full_disk
 from teacher_cache.fields import CalibratedField, Field, create_field
 from teacher_cache.fields.calibration import Calibration
-from teacher_cache.fingerprint import PREPARATION, preparation_version
+from teacher_cache.fingerprint import preparation_version
 from teacher_cache.layout import typical_tokens
 from teacher_cache.plan import Plan, content_hash, known_plan, make_plan, parts_with_images, read_plan, write_plan
-from teacher_cache.prepare import Limits, Preparer
-from teacher_cache.records import Prepared, TeacherOutput
+from teacher_cache.prepare import Preparer
 from teacher_cache.same_rows import bind_pictures, refuse_other_pictures
-from teacher_cache.shards.reader import ColumnReader
 from teacher_cache.shards.storage import Storage
-from teacher_cache.sources import DataSpec
-from teacher_cache.stopping import Stopped
-from teacher_cache.stored_rows import StoredPreparer, StoredRows
 from teacher_cache.teachers import null
 from teacher_cache.teachers.backends import (
     linear_head,
@@ -46,47 +37,10 @@ from teacher_cache.teachers.backends import (
     load_processor,
     open_teacher,
     refuse_wants,
-    release,
     teacher_fingerprint,
 )
 from teacher_cache.teachers.text_vision import check_layers
-from teacher_cache.teachers.transformers import TeacherSpec, resolve_device
-
-
-@dataclass(frozen=True)
-class CaptureRequest:
-    """One capture as the user asked for it; pickles to worker processes.
-
-    Attributes:
-        from_samples: the rows come from the cache's own ``samples``, not from ``data``.
-        part_of_shards: (i, n): only shards that leave the remainder i when divided by n, for a job that n others do beside it.
-        prepare_only: plan, calibrate and describe, and leave all shards to others.
-        version: of the preparation; that of the cache where there is one.
-        retry_skipped: shards that skip rows which can be used now are made again.
-        seen: sizes and times of the mixture's files from before they were hashed, as ``SteadyRows`` takes them.
-    """
-
-    teacher: TeacherSpec
-    data: tuple[DataSpec, ...]
-    out: str
-    settings: CaptureSettings
-    field_params: Mapping[str, Mapping[str, Any]]
-    from_samples: bool = False
-    part_of_shards: tuple[int, int] | None = None
-    prepare_only: bool = False
-    version: int = PREPARATION
-    retry_skipped: bool = False
-    seen: Mapping[str, list[int]] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        number, count = self.part_of_shards or (0, 1)
-        if not 0 <= number < count:
-            raise KdcliError(f"--part-of-shards {number}/{count}: the number must be from 0 to {count - 1}")
-
-    def mine(self, left: Mapping[int, list[str]]) -> dict[int, list[str]]:
-        """Of these shards, those that this capture is to make."""
-        number, count = self.part_of_shards or (0, 1)
-        return {shard: columns for shard, columns in left.items() if shard % count == number and not self.prepare_only}
+from teacher_cache.teachers.transformers import resolve_device
 
 
 def capture(
@@ -114,20 +68,8 @@ def capture(
         forget(storage)  # a run that was killed behind its last commit
         progress("end", *[sum(one.rows for one in read_plan(storage).slices)] * 2)
         return summary_of(request, fields, made_up(request, fields), complete=True)
-    refuse_wants(request.teacher, wants_of(fields))
-    processor, config = load_processor(request.teacher)
-    parts = [spec.part for spec in request.data]
-    if unknown := set(request.settings.parts_without_fields) - set(parts):
-        raise KdcliError(
-            f"parts_without_fields names {', '.join(sorted(unknown))}, but the parts are {', '.join(parts)}"
-        )
-    if known := known_plan(storage):  # what an older kdcli began is finished as it was begun
-        request = replace(request, version=preparation_version(known.preparation, storage))
-    preparer = make_preparer(request, processor, config)
-    for template in sorted({spec.template for spec in request.data}):
-        preparer.check_template(template)
-    local.worker_count(request.settings.workers)
-    resolve_device(request.teacher)
+    request, preparer = prepared_request(request, storage, fields)
+    processor, config = preparer.processor, preparer.config
     fingerprint = teacher_fingerprint(request.teacher, processor, config)
     plan = plan_for(request, storage, preparer, config)
     for part in parts_with_images(plan.slices):
@@ -149,6 +91,30 @@ def capture(
     summary = capture_fields(request, plan, fields, fingerprint, (processor, config), (preflight, taken), progress)
     job.remember(files)
     return summary | ({"notes": [*warnings, *summary.get("notes", [])]} if warnings else {})
+
+
+def prepared_request(
+    request: CaptureRequest, storage: Storage, fields: Mapping[str, Field]
+) -> tuple[CaptureRequest, Preparer]:
+    """(the request with the preparation version of a cache that is there, what prepares its rows).
+
+    Refuses what needs no row to be refused.
+    """
+    refuse_wants(request.teacher, wants_of(fields))
+    processor, config = load_processor(request.teacher)
+    parts = [spec.part for spec in request.data]
+    if unknown := set(request.settings.parts_without_fields) - set(parts):
+        raise KdcliError(
+            f"parts_without_fields names {', '.join(sorted(unknown))}, but the parts are {', '.join(parts)}"
+        )
+    if known := known_plan(storage):  # what an older kdcli began is finished as it was begun
+        request = replace(request, version=preparation_version(known.preparation, storage))
+    preparer = make_preparer(request, processor, config)
+    for template in sorted({spec.template for spec in request.data}):
+        preparer.check_template(template)
+    local.worker_count(request.settings.workers)
+    resolve_device(request.teacher)
+    return request, preparer
 
 
 def capture_fields(
@@ -252,11 +218,6 @@ def adopted(
     return preflight, calibrations(preflight, new_calibrated(storage, fields), fingerprint)
 
 
-def make_preparer(request: CaptureRequest, processor: Any, config: Any) -> Preparer:
-    kind = StoredPreparer if request.from_samples else Preparer
-    return kind(processor, config, Limits(request.settings.max_length, request.settings.over_length), request.version)
-
-
 def plan_for(request: CaptureRequest, storage: Storage, preparer: Preparer, config: Any) -> Plan:
     """The plan that these flags mean: a changed mixture, template or tokenizer does not pass for that of the cache that is there."""
     settings, known = request.settings, known_plan(storage)
@@ -304,97 +265,3 @@ def ask_canaries(request: CaptureRequest, preflight: Cache, storage: Storage, fi
     note = canaries.check(preflight, folder, processor, config, load)
     canaries.copy(preflight.storage, storage, folder)
     return [note]
-
-
-def row_readers(request: CaptureRequest, storage: Storage, plan: Plan) -> Callable[[int], RowReader]:
-    """Shard → where its rows are read."""
-    if request.from_samples:
-        samples = ColumnReader(storage, "samples", plan.plan_hash, "")
-        return lambda shard: StoredRows(samples, shard)
-    return mixture_reader(plan, request.seen)
-
-
-@dataclass(frozen=True)
-class ShardTask:
-    """Builds a worker's task: ``ShardTask(...)(worker number)`` loads the teacher once and returns ``task(shard)``."""
-
-    request: CaptureRequest
-    job: CaptureJob
-    left: Mapping[int, list[str]]
-    advance: Callable[[int], None] | None = None
-    run: str = ""
-
-    def __call__(self, worker: int) -> Callable[[int], int]:
-        spec = self.request.teacher
-        if spec.device == "auto" and torch.cuda.is_available():
-            spec = replace(spec, device=f"cuda:{worker % torch.cuda.device_count()}")
-        processor, config = load_processor(spec)
-        preparer = make_preparer(self.request, processor, config)
-        row_reader = row_readers(self.request, self.job.storage, self.job.plan)
-        needs_teacher = any(column != "samples" for columns in self.left.values() for column in columns)
-        teacher: Teacher | None = stoppable(open_teacher(spec, processor, config)) if needs_teacher else None
-
-        heartbeat = Heartbeat(self.job.storage, self.run) if self.run else None
-
-        def advance(rows: int) -> None:
-            stopping.check()
-            if heartbeat:
-                heartbeat.advance(rows)
-            if self.advance:
-                self.advance(rows)
-
-        def task(shard: int) -> int:
-            with heartbeat.on(shard) if heartbeat else nullcontext(), stopping.held():
-                cache_shard(self.job, shard, self.left[shard], row_reader(shard), preparer, teacher, advance)
-            return shard
-
-        return task
-
-
-def run_shards(
-    request: CaptureRequest,
-    job: CaptureJob,
-    left: Mapping[int, list[str]],
-    done: int,
-    total: int,
-    progress: Callable[[str, int, int], None],
-) -> None:
-    count = done
-
-    def advance(rows: int) -> None:
-        nonlocal count
-        count += rows
-        progress("rows", count, total)
-
-    settings, run = request.settings, new_run()
-    workers = min(local.worker_count(settings.workers), len(left))
-    inline = workers == 1 and settings.executor != "ray"
-    if not inline:
-        release()
-    task = ShardTask(request, job, left, advance if inline else None, run)
-    if settings.executor == "ray":
-        cluster = ray.Cluster(settings.ray_address, settings.gpus_per_worker, settings.cpus_per_worker)
-        finished = ray.run(task, sorted(left), settings.workers, cluster)
-    else:
-        finished = local.run(task, sorted(left), workers)
-    try:
-        with closing(finished):
-            for shard in finished:
-                if not inline:
-                    advance(job.plan.slices[shard].rows)
-                progress("shard", count, total)
-    except Stopped as stop:
-        forget(job.storage, run)  # who ended in order is neither lost nor failed
-        what = "what is committed stays, the shard that was begun is dropped: run the same command again to continue"
-        raise Stopped(stop.number, what) from None
-    forget(job.storage, run)
-
-
-def stoppable(teacher: Teacher) -> Teacher:
-    """The teacher; before each batch it looks for a signal to stop."""
-
-    def ask(prepared: Sequence[Prepared], wants: frozenset[str]) -> list[TeacherOutput]:
-        stopping.check()
-        return teacher(prepared, wants)
-
-    return ask

@@ -6,7 +6,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from pipelines.cache_teacher import CaptureRequest, adopted, capture_fields, make_preparer, wants_of
+from pipelines.cache_teacher import adopted, capture_fields, wants_of
+from pipelines.capture_shards import CaptureRequest, make_preparer
 from pipelines.executors import local
 from pipelines.profiles import with_tails
 from pipelines.settings import CaptureSettings

@@ -12,7 +12,8 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
-from pipelines.cache_teacher import CaptureRequest, adopted, ask_canaries, make_preparer, plan_for, run_shards
+from pipelines.cache_teacher import adopted, ask_canaries, plan_for
+from pipelines.capture_shards import CaptureRequest, make_preparer, run_shards
 from pipelines.edit_cache import as_described, check_preparation
 from pipelines.heartbeat import forget
 from pipelines.inspect_cache import check_descriptions, hashes, survey

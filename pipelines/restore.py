@@ -13,7 +13,8 @@ from dataclasses import dataclass, replace
 from itertools import product
 from typing import Any
 
-from pipelines.cache_teacher import CaptureRequest, fit_fields, make_preparer, plan_for
+from pipelines.cache_teacher import fit_fields, plan_for
+from pipelines.capture_shards import CaptureRequest, make_preparer
 from pipelines.describe import (
     HEAD,
     calibration_files,

@@ -226,7 +226,7 @@ def mixture(world: Any) -> tuple[Any, ...]:
 @pytest.fixture(scope="session")
 def make_request(tiny_teacher: Path, mixture: tuple[Any, ...]) -> Callable[..., Any]:
     """``make_request(out, codec="fp32", data=None, teacher=None, device="cpu", **capture settings)`` → CaptureRequest; 5 shards, k 8."""
-    from pipelines.cache_teacher import CaptureRequest
+    from pipelines.capture_shards import CaptureRequest
     from pipelines.settings import CaptureSettings
     from teacher_cache.teachers.transformers import TeacherSpec
 

@@ -15,7 +15,8 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from pipelines.cache_teacher import CaptureRequest, capture
+from pipelines.cache_teacher import capture
+from pipelines.capture_shards import CaptureRequest
 from pipelines.demo.write_world import WorldPaths, write_world
 from pipelines.doctor import examine, print_report
 from pipelines.evaluate import evaluate_folder, figures

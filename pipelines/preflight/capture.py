@@ -6,8 +6,8 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from pipelines.cache_teacher import CaptureRequest, ShardTask
 from pipelines.calibrate import calibrate
+from pipelines.capture_shards import CaptureRequest, ShardTask
 from pipelines.describe import describe
 from pipelines.preflight.live import LiveTeacher
 from pipelines.preflight.request import PreflightRequest

@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 
 from pipelines import cache_teacher, finished
-from pipelines.cache_teacher import CaptureRequest, capture
+from pipelines.cache_teacher import capture
+from pipelines.capture_shards import CaptureRequest
 from teacher_cache.sources import DataSpec
 
 

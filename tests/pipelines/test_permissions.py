@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from pipelines.cache_teacher import CaptureRequest, capture
+from pipelines.cache_teacher import capture
+from pipelines.capture_shards import CaptureRequest
 from pipelines.demo.model import STUDENT, build_model
 from pipelines.demo.model import export as export_demo
 from pipelines.demo.tokenizer import load_tokenizer

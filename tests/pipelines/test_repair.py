@@ -14,7 +14,8 @@ import torch
 from click.testing import CliRunner
 
 from cli import main
-from pipelines.cache_teacher import CaptureRequest, capture
+from pipelines.cache_teacher import capture
+from pipelines.capture_shards import CaptureRequest
 from pipelines.derive_cache import subset
 from pipelines.inspect_cache import check, collect_garbage, survey
 from pipelines.preflight import canaries

@@ -18,7 +18,8 @@ import torch
 from safetensors.torch import load_file
 
 from pipelines import heartbeat
-from pipelines.cache_teacher import CaptureRequest, capture
+from pipelines.cache_teacher import capture
+from pipelines.capture_shards import CaptureRequest
 from pipelines.inspect_cache import check, status
 from pipelines.settings import Settings
 from pipelines.train_student import train

@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from pipelines.cache_teacher import CaptureRequest, capture
+from pipelines.cache_teacher import capture
+from pipelines.capture_shards import CaptureRequest
 from pipelines.executors import ray as executor
 from pipelines.executors.ray import Cluster, run
 from teacher_cache import stopping

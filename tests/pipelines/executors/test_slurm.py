@@ -10,7 +10,8 @@ import pytest
 from click.testing import CliRunner
 
 from cli import main
-from pipelines.cache_teacher import CaptureRequest, capture
+from pipelines.cache_teacher import capture
+from pipelines.capture_shards import CaptureRequest
 from pipelines.executors.slurm import SlurmJob
 from teacher_cache.errors import KdcliError
 from teacher_cache.plan import parse_plan

@@ -13,7 +13,8 @@ import pytest
 import torch
 
 from pipelines import cache_teacher
-from pipelines.cache_teacher import CaptureRequest, capture
+from pipelines.cache_teacher import capture
+from pipelines.capture_shards import CaptureRequest
 from pipelines.inspect_cache import check
 from pipelines.preflight.report import as_json, report
 from pipelines.preflight.request import PreflightRequest

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from pipelines.cache_teacher import CaptureRequest, capture
+from pipelines.cache_teacher import capture
+from pipelines.capture_shards import CaptureRequest
 from student_train.cache import Cache, CachedRows
 from teacher_cache.errors import KdcliError
 from teacher_cache.fields import create_field, field_kinds

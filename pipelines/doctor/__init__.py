@@ -10,10 +10,10 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import BrokenExecutor, Future
 from typing import Any
 
-from pipelines.doctor_advice import failing_alike
-from pipelines.doctor_report import NOTES, DoctorReport, Example, Finding, PartReport, print_report
-from pipelines.doctor_rows import Reading, RowExaminer, Tally
-from pipelines.doctor_workers import Submit, working
+from pipelines.doctor.advice import failing_alike
+from pipelines.doctor.report import NOTES, DoctorReport, Example, Finding, PartReport, print_report
+from pipelines.doctor.rows import Reading, RowExaminer, Tally
+from pipelines.doctor.workers import Submit, working
 from teacher_cache.errors import SKIP_REASONS, KdcliError
 from teacher_cache.records import RowGroup
 from teacher_cache.sources import DataSpec

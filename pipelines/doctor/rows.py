@@ -9,8 +9,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from pipelines.doctor_advice import OF_IMAGES
-from pipelines.doctor_report import Example
+from pipelines.doctor.advice import OF_IMAGES
+from pipelines.doctor.report import Example
 from teacher_cache.errors import KdcliError, SkipRow
 from teacher_cache.label_ends import LabelEnds, label_ends
 from teacher_cache.prepare import Limits, Preparer

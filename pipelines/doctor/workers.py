@@ -11,7 +11,7 @@ from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any
 
-from pipelines.doctor_rows import RowExaminer, Tally
+from pipelines.doctor.rows import RowExaminer, Tally
 from teacher_cache.records import RowGroup
 
 ROWS_A_PROCESS = 4_000

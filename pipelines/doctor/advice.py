@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from pipelines.doctor_report import Finding
+from pipelines.doctor.report import Finding
 from teacher_cache.sources import DataSpec
 
 ALIKE = 0.9

@@ -11,7 +11,7 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
-from pipelines.doctor_rows import Reading, RowExaminer
+from pipelines.doctor.rows import Reading, RowExaminer
 from teacher_cache.prepare import Limits
 from teacher_cache.sources import DataSpec
 from teacher_cache.teachers.transformers import TeacherSpec
@@ -19,8 +19,8 @@ from teacher_cache.teachers.transformers import TeacherSpec
 ROOT = Path(__file__).parents[2]
 KILLED = """
 import multiprocessing, os, signal, sys
-from pipelines.doctor_rows import Reading, RowExaminer
-from pipelines.doctor_workers import working
+from pipelines.doctor.rows import Reading, RowExaminer
+from pipelines.doctor.workers import working
 from teacher_cache.prepare import Limits
 from teacher_cache.sources import DataSpec
 from teacher_cache.teachers.transformers import TeacherSpec

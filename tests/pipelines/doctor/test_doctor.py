@@ -11,7 +11,8 @@ import PIL.Image
 import pytest
 from rich.console import Console
 
-from pipelines.cache_teacher import CaptureRequest, capture
+from pipelines.cache_teacher import capture
+from pipelines.capture_shards import CaptureRequest
 from pipelines.doctor import Reading, examine, print_report
 from pipelines.settings import CaptureSettings
 from teacher_cache.errors import DataError
