@@ -88,10 +88,16 @@ def with_gradient(values: torch.Tensor, logits: torch.Tensor) -> tuple[torch.Ten
     return values.double(), gradient.double()
 
 
-def check(found: tuple[torch.Tensor, torch.Tensor], expected: tuple[torch.Tensor, torch.Tensor]) -> None:
-    """float32 arithmetic is all that differs: a large value's rounding is in its row's gradient too."""
-    torch.testing.assert_close(found[0], expected[0], rtol=2e-5, atol=2e-5)
-    torch.testing.assert_close(found[1], expected[1], rtol=2e-4, atol=5e-6)
+def check(
+    found: tuple[torch.Tensor, torch.Tensor], expected: tuple[torch.Tensor, torch.Tensor], kind: str = "ordinary"
+) -> None:
+    """float32 arithmetic is all that differs: a large value's rounding is in its row's gradient too.
+
+    Shifted by 500, logits carry the rounding of numbers of that size, and probabilities the share of it.
+    """
+    shift = 500 * 2.0**-23 if kind == "shifted" else 0.0
+    torch.testing.assert_close(found[0], expected[0], rtol=2e-5, atol=2e-5 + shift)
+    torch.testing.assert_close(found[1], expected[1], rtol=2e-4, atol=1e-5 + shift)
 
 
 @each_divergence
@@ -115,7 +121,7 @@ def test_the_written_gradient_is_its_twins(name: str, kind: str, temperature: fl
     expected = twin(name)((teacher.double() / temperature).log_softmax(1), wide / temperature)
     assert torch.isfinite(expected).all()
     found = product(name)(dense(teacher), student, temperature=temperature)
-    check(with_gradient(found, student), with_gradient(expected, wide))
+    check(with_gradient(found, student), with_gradient(expected, wide), kind)
 
 
 @each_divergence
@@ -165,7 +171,7 @@ def test_top_k_sees_everything_outside_the_head_as_one_outcome(name: str, kind: 
     merged = plain.merge_tail(signal.topk.ids, teacher.double()).log_softmax(1)
     expected = twin(name)(merged, plain.merge_tail(signal.topk.ids, wide))
     assert torch.isfinite(expected).all()
-    check(with_gradient(product(name)(signal, student), student), with_gradient(expected, wide))
+    check(with_gradient(product(name)(signal, student), student), with_gradient(expected, wide), kind)
 
 
 @each_divergence
@@ -176,7 +182,7 @@ def test_top_k_with_the_whole_vocabulary_is_dense(name: str, kind: str) -> None:
     signal = head_and_tail(teacher, VOCABULARY)
     assert torch.isneginf(signal.topk.log_tail).all()
     found = with_gradient(product(name)(signal, student), student)
-    check(found, with_gradient(product(name)(dense(teacher), student), student))
+    check(found, with_gradient(product(name)(dense(teacher), student), student), kind)
 
 
 @each_divergence

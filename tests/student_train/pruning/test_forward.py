@@ -13,6 +13,7 @@ from student_train.pruning import Pruning, operator_modules
 from student_train.pruning.forward import prune_vision
 from student_train.pruning.plain import CHOICES, pruned_states
 from teacher_cache.errors import CompatibilityError
+from tests.close import assert_close
 
 OPERATORS = sorted(operator_modules())
 ASKING = torch.tensor([20, 24, 8, 38, 19])
@@ -60,7 +61,7 @@ def test_values_are_the_plain_ones(
     for sample, (values, rows) in enumerate(expected):
         there = pruned.positions[sample] >= 0
         assert pruned.positions[sample, there].tolist() == rows == sorted(rows)
-        torch.testing.assert_close(states[sample, there], values, atol=2e-5, rtol=1e-5)
+        assert_close(states[sample, there], values, 5e-5)
 
 
 @pytest.mark.parametrize("operator", OPERATORS)
@@ -79,7 +80,7 @@ def test_a_vision_token_that_asks_stays(
     for sample, (values, rows) in enumerate(expected):
         there = pruned.positions[sample] >= 0
         assert pruned.positions[sample, there].tolist() == rows and int(asking[sample]) in rows
-        torch.testing.assert_close(states[sample, there], values, atol=2e-5, rtol=1e-5)
+        assert_close(states[sample, there], values, 5e-5)
 
 
 @pytest.mark.parametrize("family", ["Llama", "Qwen3"])
@@ -93,7 +94,7 @@ def test_other_families(
     for sample, (values, rows) in enumerate(expected):
         there = pruned.positions[sample] >= 0
         assert pruned.positions[sample, there].tolist() == rows
-        torch.testing.assert_close(states[sample, there], values, atol=2e-5, rtol=1e-5)
+        assert_close(states[sample, there], values, 5e-5)
 
 
 @pytest.mark.parametrize("operator", OPERATORS)
@@ -122,7 +123,7 @@ def test_gradients_are_the_plain_ones(
     for (name, ours), theirs in zip(fast.named_parameters(), slow.parameters(), strict=True):
         if theirs.grad is not None and theirs.grad.abs().max() > 0:
             scale = float(theirs.grad.abs().max())
-            torch.testing.assert_close(ours.grad, theirs.grad, atol=2e-5 * max(scale, 1.0), rtol=1e-4, msg=name)
+            assert_close(ours.grad, theirs.grad, 1e-4, max(scale, 1.0), name)
             compared += 1
     assert compared > 80
 
@@ -202,7 +203,7 @@ def test_a_batch_is_its_rows_one_by_one(tiny_llava: Any, samples: Any, batch_of:
         alone, single = run(model, batch_of(which=[one]), pruning, query_at=ASKING[one : one + 1])
         there = pruned.positions[one] >= 0
         assert torch.equal(pruned.positions[one, there], single.positions[0])
-        torch.testing.assert_close(together[one, there], alone[0], atol=2e-5, rtol=1e-5)
+        assert_close(together[one, there], alone[0], 5e-5)
 
 
 @pytest.mark.parametrize("operator", ["fastv", "dart", "pyramiddrop"])
