@@ -78,7 +78,7 @@ def run(
 
 @contextmanager
 def _starting() -> Iterator[None]:
-    """Around the start of interpreters: the current folder is not on their path, where a user may have a queue.py, and signals wait
+    """Around the start of interpreters: the current folder is not on their path, where a user may have a socket.py, and signals wait
     until they listen."""
     before = os.environ.get("PYTHONSAFEPATH")
     os.environ["PYTHONSAFEPATH"] = "1"

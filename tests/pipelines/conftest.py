@@ -71,7 +71,7 @@ def own_modules() -> Callable[[Path], Path]:
     """``own_modules(folder)``: a user's own modules with names of ours, and of the library, that must not be imported in our place."""
 
     def write(folder: Path) -> Path:
-        for name in ("cli.py", "teacher_cache.py", "student_train/__init__.py", "pipelines/__init__.py", "queue.py"):
+        for name in ("cli.py", "teacher_cache.py", "student_train/__init__.py", "pipelines/__init__.py", "socket.py"):
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             (folder / name).write_text(f"raise SystemExit('the user\\'s own {name} was imported')\n")
         return folder

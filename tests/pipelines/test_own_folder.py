@@ -1,4 +1,4 @@
-"""The program in a folder where the user has a cli.py, a pipelines/ and a queue.py of their own: nothing of theirs is imported."""
+"""The program in a folder where the user has a cli.py, a pipelines/ and a socket.py of their own: nothing of theirs is imported."""
 
 from __future__ import annotations
 
