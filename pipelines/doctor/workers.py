@@ -5,13 +5,14 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
-import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any
 
 from pipelines.doctor.rows import RowExaminer, Tally
+from pipelines.spawned import end_with_parent, starting
+from teacher_cache import stopping
 from teacher_cache.records import RowGroup
 
 ROWS_A_PROCESS = 4_000
@@ -35,22 +36,27 @@ def working(examiner: RowExaminer, rows: int, workers: int | None) -> Iterator[S
         return
     count = workers or max(1, min(cores, rows // ROWS_A_PROCESS))
     if count == 1:
-        with ThreadPoolExecutor(
-            1
-        ) as one:  # one alone: a tokenizer raises "Already borrowed" where two threads meet in it
+        # One alone: a tokenizer raises "Already borrowed" where two threads meet in it.
+        with ThreadPoolExecutor(1) as one:
             yield lambda part, group: one.submit(examiner, part, group)
         return
     context = multiprocessing.get_context("spawn")
     started = (examiner.specs, examiner.reading)
     with ProcessPoolExecutor(count, mp_context=context, initializer=_start, initargs=started) as processes:
-        yield lambda part, group: processes.submit(_examine, part, group)
+
+        def submit(part: int, group: RowGroup) -> Future[Tally]:
+            with starting():  # a pool starts a process when it has work for it
+                return processes.submit(_examine, part, group)
+
+        yield submit
 
 
 def _start(*arguments: Any) -> None:
     """In a new process."""
     global _examiner
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to all; the parent says what happens
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, stopping.SIGNALS)
+    end_with_parent()
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     import torch
     from transformers.utils import logging
@@ -58,14 +64,6 @@ def _start(*arguments: Any) -> None:
     torch.set_num_threads(1)
     logging.set_verbosity_error()  # the parent has loaded the same model, and said it once
     _examiner = RowExaminer(*arguments)
-
-
-def _end_with_parent() -> None:
-    """A process that waits for work would wait for ever where its parent was killed."""
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    parent.join()
-    os._exit(1)
 
 
 def _examine(part: int, group: RowGroup) -> Tally:

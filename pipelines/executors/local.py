@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
-import multiprocessing.connection
 import os
-import signal
-import threading
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
@@ -15,6 +12,7 @@ from typing import Any
 
 import torch
 
+from pipelines.spawned import end_with_parent, starting
 from teacher_cache import stopping
 from teacher_cache.errors import KdcliError
 from teacher_cache.stopping import Stopped
@@ -46,7 +44,7 @@ def run(
         return
     context, others = multiprocessing.get_context("spawn"), set(multiprocessing.active_children())
     own: set[Any] = set()
-    with _starting():  # the process that keeps count of semaphores
+    with starting():  # the process that keeps count of semaphores
         numbers = context.Queue()
     for number in range(workers):
         numbers.put(number)
@@ -54,7 +52,7 @@ def run(
         workers, mp_context=context, initializer=_start, initargs=(make_task, numbers, workers)
     ) as pool:
         try:
-            with _starting():
+            with starting():
                 pending = [pool.submit(_run, shard) for shard in shards]
                 own = set(multiprocessing.active_children()) - others
             for done in as_completed(pending):
@@ -76,27 +74,11 @@ def run(
             raise
 
 
-@contextmanager
-def _starting() -> Iterator[None]:
-    """Around the start of interpreters: the current folder is not on their path, where a user may have a socket.py, and signals wait
-    until they listen."""
-    before = os.environ.get("PYTHONSAFEPATH")
-    os.environ["PYTHONSAFEPATH"] = "1"
-    mask = signal.pthread_sigmask(signal.SIG_BLOCK, stopping.SIGNALS)
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-        os.environ.pop("PYTHONSAFEPATH")
-        if before is not None:
-            os.environ["PYTHONSAFEPATH"] = before
-
-
 def _start(make_task: Callable[[int], Callable[[int], Any]], numbers: Any, workers: int) -> None:
     global _task
     with _ending():
         stopping.listen()
-        threading.Thread(target=_end_with_parent, daemon=True).start()
+        end_with_parent()
         number = numbers.get()
         if not torch.cuda.is_available():
             torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // workers))
@@ -107,14 +89,6 @@ def _run(shard: int) -> Any:
     with _ending(), stopping.held():
         stopping.check()
         return _task(shard)
-
-
-def _end_with_parent() -> None:
-    """A parent that was killed shuts no pool down."""
-    parent = multiprocessing.parent_process()
-    if parent:
-        multiprocessing.connection.wait([parent.sentinel])
-        os.kill(os.getpid(), signal.SIGTERM)
 
 
 @contextmanager

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from teacher_cache.prepare import Limits
 from teacher_cache.sources import DataSpec
 from teacher_cache.teachers.transformers import TeacherSpec
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 KILLED = """
 import multiprocessing, os, signal, sys
 from pipelines.doctor.rows import Reading, RowExaminer
@@ -47,13 +48,15 @@ def rows_of(folder: Path, count: int) -> str:
     return str(file)
 
 
-def test_two_processes_find_what_one_does_and_end_with_their_parent(tiny_teacher: Path, tmp_path: Path) -> None:
-    """Also where the parent is killed, and can tell nobody."""
-    rows = rows_of(tmp_path, 100)
+def test_two_processes_find_what_one_does_and_end_with_their_parent(
+    own_modules: Callable[[Path], Path], tiny_teacher: Path, tmp_path: Path
+) -> None:
+    """Also where the parent is killed, and can tell nobody; and in a folder where the user has modules with names of ours."""
+    rows, here = rows_of(tmp_path, 100), own_modules(tmp_path / "here")
     script = tmp_path / "killed.py"
     script.write_text(KILLED)
     words = [sys.executable, str(script), rows, str(tiny_teacher)]
-    done = subprocess.run(words, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    done = subprocess.run(words, capture_output=True, text=True, cwd=here, env={**os.environ, "PYTHONPATH": str(ROOT)})
     assert done.returncode == -signal.SIGKILL, done.stderr
     *tallies, children = done.stdout.splitlines()
     examiner = RowExaminer([DataSpec("sft", rows)], Reading(TeacherSpec(str(tiny_teacher)), Limits(90), show=3))
