@@ -81,7 +81,8 @@ def capture(
     if not complete or request.retry_skipped:
         refuse_skips(plan, preparer, request.settings.allow_skips)
     preflight, taken = adopted(request, storage, fields, fingerprint)
-    warnings = [f"WARNING: {line}" for line in label_warnings(request.teacher, preparer, plan)]
+    ends = [] if complete else label_warnings(request.teacher, preparer, plan)
+    warnings = [f"WARNING: {line}" for line in ends]
     for line in warnings:
         warn(line)
     with naming_full_disk(storage):

@@ -1,6 +1,6 @@
 """``docs/kd_toml.md``: every key of kd.toml with its type, default and flag, and the sentence that its dataclass has of it.
 
-``python -m pipelines.settings_page`` writes it again, in the project's own tree.
+``python -P -m pipelines.settings_page`` writes it again, in the project's own tree.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ FIELDS = """Parameters of a field, over those of the profile (`store`); with `fi
 they mean is said in [fidelity](fidelity.md) and [FORMAT.md](../teacher_cache/shards/FORMAT.md). `--k` and `--codec` set them for all
 fields that have them.
 """
-FOOT = """This page is made of what the settings' own classes say: `python -m pipelines.settings_page` writes it again.
+FOOT = """This page is made of what the settings' own classes say: `python -P -m pipelines.settings_page` writes it again.
 """
 
 

@@ -27,6 +27,8 @@ from teacher_cache.prepare import Preparer
 from teacher_cache.records import ImageLayout, Prepared, TextTokens
 
 BLOCK_SHARDS = 16
+FIXES = {"unknown_token": "resize_token_embeddings and save it, or take the tokenizer that belongs to it"}
+"""By skip reason, where it is not the usual one."""
 OF_THE_PROCESSOR = ("processor_refused", "image_too_large")
 """Reasons to skip a captured row that are the student's own: its processor's, not the run's template or lengths."""
 MOST_REFUSED = 64
@@ -189,9 +191,8 @@ class TrainDataset(Dataset):
                 return RefusedRow(f"row {row.key} ({row.sample.place}): the student does not take it ({skip.detail})")
             raise CompatibilityError(
                 f"row {row.key} ({row.sample.place}) was captured, but the student cannot read it ({skip}): "
-                "give the student the capture's max_length and template"
+                + FIXES.get(skip.reason, "give the student the capture's max_length and template")
             ) from None
-        check_embedded(prepared, self.preparer)
         if row.fields:
             check_same_response(row.key, row.text, prepared.text)
             if self.same_grid:
@@ -199,16 +200,6 @@ class TrainDataset(Dataset):
             if self.check_layouts:
                 self.check_layouts(row.key, row.layout, prepared.layout)
         return TrainRow(prepared, row.text, row.fields, row.layout)
-
-
-def check_embedded(prepared: Prepared, preparer: Preparer) -> None:
-    """CompatibilityError where a text token of the row has no row in the student's embedding (a device would fail without a word)."""
-    ids, rows = prepared.input_ids[prepared.text_positions], preparer.config.get_text_config().vocab_size
-    if len(ids) and (largest := int(ids.max())) >= rows:
-        raise CompatibilityError(
-            f"row {prepared.key}: token {preparer.tokenizer.convert_ids_to_tokens(largest)!r} has id {largest}, the student's "
-            f"embedding {rows} rows: resize_token_embeddings and save it, or take the tokenizer that belongs to it"
-        )
 
 
 def check_same_response(key: str, teacher: TextTokens, student: TextTokens) -> None:

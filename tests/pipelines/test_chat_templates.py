@@ -14,10 +14,10 @@ import torch
 from click.testing import CliRunner
 
 from cli import main
-from pipelines.evaluation.answers import Prompt, answer, prompt_of
+from pipelines.evaluation.answers import Prompt, answer, answers_or_skips, prompt_of
 from pipelines.lmms.requests import prompt as lmms_prompt
 from teacher_cache.chat import Chat
-from teacher_cache.errors import CompatibilityError
+from teacher_cache.errors import SkipRow
 from teacher_cache.records import Sample, Turn
 from tests.teacher_cache.test_chat import (
     BOTH,
@@ -144,10 +144,11 @@ def test_prompts_that_begin_in_two_ways_are_asked_apart(teacher_parts: Any) -> N
     assert model.ids[0].tolist().count(preparer.tokenizer.bos_token_id) == 1
 
 
-def test_a_question_that_cannot_be_asked_is_one_line(teacher_parts: Any) -> None:
+def test_a_question_that_cannot_be_asked_costs_the_others_of_its_batch_nothing(teacher_parts: Any) -> None:
     preparer = around(teacher_parts, llama_like(), NO_SYSTEM, True)
-    with pytest.raises(CompatibilityError, match=r"a question cannot be asked: .*No system role"):
-        answer(Asked(), preparer.processor, [Prompt((Turn("system", "s"), Turn("user", "u")))])
+    prompts = [Prompt((Turn("system", "s"), Turn("user", "u"))), Prompt((Turn("user", "u"),))]
+    refused, said = answers_or_skips(Asked(), preparer.processor, prompts)
+    assert isinstance(refused, SkipRow) and "No system role" in refused.detail and isinstance(said, str)
 
 
 def test_lmms_eval_shows_pictures_upright() -> None:

@@ -38,7 +38,7 @@ def lines_of(title: str) -> Iterator[list[str]]:
 
 
 def test_the_page_is_what_the_settings_say() -> None:
-    assert PAGE.read_text() == page(), "write it again: python -m pipelines.settings_page"
+    assert PAGE.read_text() == page(), "write it again: python -P -m pipelines.settings_page"
 
 
 @pytest.mark.parametrize("title", SECTIONS)

@@ -151,14 +151,14 @@ def test_expected_answers_are_as_likely_as_the_model_says(capped_student: Path, 
     row = next(one for group in source.scan(100) for one in source.read(group))
     row = replace(row, turns=row.turns[:2])
     preparer = Preparer(processor, model.config)
-    ((nats, _),) = expected(RowForward(model.eval()), preparer, [row], spec)
+    (found,) = expected(RowForward(model.eval()), preparer, [row], spec)
     prepared = preparer.prepare(row)
     with torch.no_grad():
         logits = model.double()(
             input_ids=prepared.input_ids[None], pixel_values=prepared.pixels["pixel_values"].double()
         ).logits
     want = torch.nn.functional.cross_entropy(logits[0, prepared.response_rows], prepared.labels, reduction="none")
-    torch.testing.assert_close(nats, want, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(found.nats, want, rtol=1e-5, atol=1e-5)
     assert logits.abs().max() < CAP
 
 

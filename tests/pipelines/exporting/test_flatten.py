@@ -40,7 +40,7 @@ SHARED = {
     name: text
     for file in ("compression.py", "compressors/__init__.py", "compressors/windows.py", "compressors/attention.py")
     for name, text in definitions((HOUSE / file).read_text()).items()
-}
+} | definitions((ROOT / "teacher_cache" / "errors.py").read_text())
 
 
 @pytest.mark.parametrize("name", NAMES)
