@@ -200,13 +200,8 @@ def run_stage(
     there = begun(folder)
     started, total, global_batch = settled_budget(plan, sum(rows.counts), processes.world, there)
     identity = stage_identity(cache, plan, total, global_batch, model_id, started)
-    done = folder / "done.json"
-    if done.is_file():
-        finished = read_card(done, DONE)
-        if finished["identity"] != identity:
-            lines = "; ".join(difference(finished["identity"], identity)).replace("cache ", "there ")
-            raise KdcliError(f"{folder} holds another finished stage: {lines}: choose another --output-dir")
-        return {**finished["result"], "model": str(folder / "model")}  # the folder may have been moved since
+    if (folder / "done.json").is_file():
+        return finished_result(folder, identity)
     if there and started != processes.world and processes.is_main:
         say(
             f"note: stage {plan.stage.name} was begun with {started} processes and continues with {processes.world}: "
@@ -240,6 +235,15 @@ def run_stage(
     result = {"stage": plan.stage.name, "model": str(folder / "model"), "steps": trainer.total_steps, "samples": total}
     finish(folder, trainer, processor, maps_before, {"identity": identity, "result": result})
     return result
+
+
+def finished_result(folder: Path, identity: Mapping[str, Any]) -> dict[str, Any]:
+    """What ``run_stage`` returned when it ended; KdcliError where that was another stage."""
+    finished = read_card(folder / "done.json", DONE)
+    if finished["identity"] != identity:
+        lines = "; ".join(difference(finished["identity"], identity)).replace("cache ", "there ")
+        raise KdcliError(f"{folder} holds another finished stage: {lines}: choose another --output-dir")
+    return {**finished["result"], "model": str(folder / "model")}  # the folder may have been moved since
 
 
 @dataclass
