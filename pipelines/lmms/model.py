@@ -47,7 +47,7 @@ class Kdcli(lmms):
             arguments.trust_remote_code,
             dtype,
         )
-        check_asking(self.processor, self.template)
+        check_asking(self.processor, self._template)
         self.model.eval()
 
     @classmethod
