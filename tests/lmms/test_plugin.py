@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -244,6 +245,26 @@ def test_choices_are_taken_by_the_nats_that_kdcli_eval_measures(filled: Path, ti
         assert losses == pytest.approx(own, rel=1e-4)
     right = sum(own.index(min(own)) == 1 for own in nats) / len(nats)
     assert result["results"]["kdcli_choices"]["acc,none"] == pytest.approx(right)
+
+
+def test_a_question_that_cannot_be_asked_is_answered_with_nothing_and_counted(
+    filled: Path, tiny_student: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The others of its batch are answered as ever."""
+    student = Path(shutil.copytree(tiny_student, tmp_path / "student"))
+    template = student / "chat_template.jinja"
+    refusing = "{% for m in messages %}{% for p in m['content'] %}{% if 'circle' in (p['text'] or '') %}"
+    refusing += "{{ raise_exception('no circles') }}{% endif %}{% endfor %}{% endfor %}"
+    template.write_text(refusing + template.read_text())
+    whole, partly = (
+        given(asked_in_process(one, filled, "kdcli_answers", batch_size=5)) for one in (tiny_student, student)
+    )
+    (lost,) = [number for number, (question, _) in enumerate(QUESTIONS) if "circle" in question]
+    assert partly == [*whole[:lost], "", *whole[lost + 1 :]] and all(whole)
+    assert (
+        "1 of 5 questions cannot be asked and count as answered with nothing: 1 template_refused"
+        in capsys.readouterr().err
+    )
 
 
 def test_several_rounds_are_refused_by_name(tiny_student: Path) -> None:
