@@ -7,6 +7,7 @@ signal back and looks for it there.
 from __future__ import annotations
 
 import signal
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,6 +16,9 @@ from typing import Any
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 _number = 0
 _held = 0
+_lost = False
+AGAIN = 0.01
+"""Seconds after which a signal comes again that fell into a finalizer."""
 
 
 class Stopped(SystemExit):
@@ -40,6 +44,9 @@ def listen() -> dict[int, Any]:
     if threading.current_thread() is not threading.main_thread():
         return {}
     _number = 0
+    if sys.unraisablehook is not _unraisable:
+        _hooks.append(sys.unraisablehook)
+        sys.unraisablehook = _unraisable
     before: dict[int, Any] = {number: signal.signal(number, _ask) for number in SIGNALS}
     signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
     return before
@@ -58,6 +65,8 @@ def listening() -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+        if before and _hooks:
+            sys.unraisablehook = _hooks.pop()
         _number = 0
 
 
@@ -91,7 +100,23 @@ def held() -> Iterator[None]:
 
 def _ask(number: int, frame: object) -> None:
     """A second signal changes nothing: schedulers send several, to every process, and what stops already must not be disturbed."""
-    global _number
-    first, _number = not _number, _number or number
+    global _number, _lost
+    first, _number, _lost = _lost or not _number, _number or number, False
     if first and not _held:
         raise Stopped(number)
+
+
+_hooks: list[Any] = []
+"""``sys.unraisablehook`` as it was."""
+
+
+def _unraisable(told: Any) -> None:
+    """Python drops what is raised inside a finalizer: there the signal waits until that is over, and nothing is printed."""
+    global _lost
+    if not isinstance(told.exc_value, Stopped):
+        _hooks[-1](told)
+        return
+    _lost = True
+    again = threading.Timer(AGAIN, signal.pthread_kill, (threading.main_thread().ident, told.exc_value.number))
+    again.daemon = True
+    again.start()

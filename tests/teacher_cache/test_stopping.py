@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 import pickle
 import signal
+import sys
 import threading
+import time
 from collections.abc import Iterator
 
 import click
@@ -83,3 +85,19 @@ def test_the_program_says_it_in_one_line(rank: str | None, said: str, monkeypatc
     command = click.Command("wait", callback=lambda: os.kill(os.getpid(), signal.SIGTERM))
     result = CliRunner().invoke(Group("program", commands={"wait": command}), ["wait"])
     assert (result.exit_code, result.stderr, result.stdout) == (143, said, "")
+
+
+def test_a_signal_inside_a_finalizer_is_not_lost(capfd: pytest.CaptureFixture[str]) -> None:
+    """Python drops what a ``__del__`` raises, and tells of it in a traceback."""
+
+    class Dying:
+        def __del__(self) -> None:
+            signal.raise_signal(signal.SIGTERM)
+
+    before = sys.unraisablehook
+    with stopping.listening():
+        with pytest.raises(Stopped) as caught:
+            Dying()
+            time.sleep(10)
+        assert caught.value.number == signal.SIGTERM
+    assert sys.unraisablehook is before and capfd.readouterr().err == ""
