@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -15,8 +15,9 @@ from teacher_cache.fields import CalibratedField
 from teacher_cache.fields.calibration import Calibration
 from teacher_cache.plan import Plan, Slice
 from teacher_cache.prepare import Preparer
-from teacher_cache.records import Prepared, SkipRecord, TeacherOutput
+from teacher_cache.records import Prepared, Sample, SkipRecord, TeacherOutput
 from teacher_cache.same_rows import SteadyRows
+from teacher_cache.sources import DataSpec
 
 MOST_ROWS = 1 << 16
 """Rows of one kind that a fit looks at: enough for any width, and a bound on its memory."""
@@ -123,15 +124,19 @@ def mixture_reader(plan: Plan, seen: Mapping[str, list[int]] | None = None) -> C
 
 
 def _usable_rows(plan: Plan, preparer: Preparer, reader: RowReader, shard: int) -> Iterator[Prepared]:
-    spec = plan.spec(plan.slices[shard].part)
-    for group in plan.slices[shard].groups:
-        for row in reader.read(group):
-            if isinstance(row, SkipRecord):
-                continue
-            try:
-                yield preparer.prepare(row, spec.template, spec.max_image_pixels)
-            except SkipRow:
-                continue
+    rows = (row for group in plan.slices[shard].groups for row in reader.read(group))
+    return usable_rows(rows, preparer, plan.spec(plan.slices[shard].part))
+
+
+def usable_rows(rows: Iterable[Sample | SkipRecord], preparer: Preparer, spec: DataSpec) -> Iterator[Prepared]:
+    """Those of a part's rows that a capture would not skip."""
+    for row in rows:
+        if isinstance(row, SkipRecord):
+            continue
+        try:
+            yield preparer.prepare(row, spec.template, spec.max_image_pixels)
+        except SkipRow:
+            continue
 
 
 def ask(

@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from itertools import islice
 
-from pipelines.calibrate import mixture_reader
-from teacher_cache.errors import SkipRow
+from pipelines.calibrate import mixture_reader, usable_rows
 from teacher_cache.label_ends import label_ends
 from teacher_cache.plan import Plan
 from teacher_cache.prepare import Preparer
-from teacher_cache.records import Prepared, SkipRecord
+from teacher_cache.records import Prepared
 from teacher_cache.teachers.transformers import TeacherSpec
 
 ROWS_OF_A_PART = 16
@@ -28,12 +27,5 @@ def first_rows(plan: Plan, preparer: Preparer) -> Iterator[Prepared]:
     reader_of = mixture_reader(plan)
     first = {one.part: shard for shard, one in reversed(list(enumerate(plan.slices)))}
     for part, shard in first.items():
-        spec = plan.spec(part)
         rows = (row for group in plan.slices[shard].groups for row in reader_of(shard).read(group))
-        for row in islice(rows, ROWS_OF_A_PART):
-            if isinstance(row, SkipRecord):
-                continue
-            try:
-                yield preparer.prepare(row, spec.template, spec.max_image_pixels)
-            except SkipRow:
-                continue
+        yield from usable_rows(islice(rows, ROWS_OF_A_PART), preparer, plan.spec(part))

@@ -120,9 +120,7 @@ class RowExaminer:
             return self.preparer.prepare(row, spec.template, spec.max_image_pixels)
         except (SkipRow, KdcliError, MemoryError):
             raise
-        except (
-            Exception
-        ) as error:  # a model's own template or processor: whatever it raises, the row is what a person can look at
+        except Exception as error:  # of a model's own code: the row is what a person can look at
             raise KdcliError(f"{row.place}: cannot be prepared ({type(error).__name__}: {error})") from error
 
 
