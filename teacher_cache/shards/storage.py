@@ -9,15 +9,12 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
-import fsspec
-
 from teacher_cache.errors import CacheError
+from teacher_cache.places import place_of
 from teacher_cache.shards import staging
-from teacher_cache.shards.remote import READ_ONLY, exactly, options, persistently
+from teacher_cache.shards.remote import READ_ONLY, all_persistently, exactly, persistently
 
 T = TypeVar("T")
-EXTRA = ("s3", "s3a", *READ_ONLY)
-"""URL schemes whose libraries come with the extra ``s3``."""
 
 
 class Storage:
@@ -27,15 +24,12 @@ class Storage:
     """
 
     def __init__(self, url: str | Path):
-        self.url = str(url).rstrip("/") or "/"
-        self.scheme = self.url.split("://")[0] if "://" in self.url else "file"
-        try:
-            self.fs, self.root = fsspec.core.url_to_fs(self.url, **options(self.scheme))
-        except (ImportError, ValueError) as error:
-            advice = ": pip install 'kdcli[s3]'" if isinstance(error, ImportError) and self.scheme in EXTRA else ""
-            raise CacheError(f"{self.url}: cannot be opened ({error}){advice}") from None
-        self.root = str(self.root).rstrip("/") or "/"
-        self.local = "file" in (self.fs.protocol if isinstance(self.fs.protocol, tuple) else (self.fs.protocol,))
+        place = place_of(url)
+        self.url, self.scheme, self.local = place.text, place.scheme, place.local
+        if self.scheme in READ_ONLY and "?" in self.url:
+            raise CacheError(f"{self.url}: a cache is a folder of a web server: name it without ?")
+        self.fs, self.root = place.open()
+        self.root = self.root.rstrip("/") or "/"
         self._process = os.getpid()
         if hasattr(self.fs, "retries"):
             self.fs.retries = 2  # s3fs's own, around botocore's and within ours
@@ -90,22 +84,30 @@ class Storage:
             return [self.read(relative) for relative in relatives]
         # s3fs asks for the size first where it may read a file in several pieces.
         whole = {"max_concurrency": 1} if self.scheme in ("s3", "s3a") else {}
-
-        def call(fs: Any) -> list[bytes]:
-            found = fs.cat([self.path(relative) for relative in relatives], on_error="return", **whole)
-            return _none_failed([found[fs._strip_protocol(self.path(relative))] for relative in relatives])
-
-        return self._ask(relatives[0], call)
+        # Not fs.cat: it reads * ? [ in a name as a pattern.
+        return self._ask_all(
+            relatives, lambda fs, paths, numbers: fs.cat_ranges(paths, None, None, on_error="return", **whole)
+        )
 
     def read_ranges(self, ranges: Sequence[tuple[str, int, int]]) -> list[bytes]:
         """Bytes start … stop − 1 of each (file, start, stop), all requested at once; never fewer or others."""
-        paths, starts, stops = ([self.path(name) for name, _, _ in ranges], *zip(*(one[1:] for one in ranges)))
 
-        def call(fs: Any) -> list[bytes]:
-            found = _none_failed(fs.cat_ranges(paths, list(starts), list(stops), on_error="return"))
-            return [exactly(data, stop - start) for data, start, stop in zip(found, starts, stops)]
+        def call(fs: Any, paths: list[str], numbers: list[int]) -> list[Any]:
+            _, starts, stops = zip(*(ranges[number] for number in numbers))
+            found = fs.cat_ranges(paths, list(starts), list(stops), on_error="return")
+            return [exactly(one, stop - start) for one, start, stop in zip(found, starts, stops)]
 
-        return self._ask(ranges[0][0], call)
+        return self._ask_all([name for name, _, _ in ranges], call)
+
+    def _ask_all(self, relatives: Sequence[str], call: Callable[[Any, list[str], list[int]], list[Any]]) -> list[Any]:
+        """``call(file system, paths, their numbers in relatives)``, again for those alone that failed; its answers in order."""
+
+        def ask(numbers: list[int]) -> list[Any]:
+            return call(self.fs, [self.path(relatives[number]) for number in numbers], numbers)
+
+        if self._process != os.getpid():
+            self.__init__(self.url)  # type: ignore[misc]  # connections do not survive a fork
+        return all_persistently([f"{self.url}/{relative}" for relative in relatives], ask)
 
     def download(self, relative: str, target: Path) -> None:
         """The whole file as a local one, as the store sends it; its reader checks it."""
@@ -231,14 +233,6 @@ class Storage:
 def _is_inside(folder: str, root: str) -> bool:
     real, inside = os.path.realpath(folder), os.path.realpath(root)
     return os.path.commonpath([real, inside]) == inside
-
-
-def _none_failed(found: list[Any]) -> list[bytes]:
-    """What came, where everything came; else the first error."""
-    for one in found:
-        if isinstance(one, BaseException):
-            raise one
-    return found
 
 
 def sync_folder(folder: Path) -> None:
