@@ -17,6 +17,7 @@ from teacher_cache.shards.storage import Storage
 
 FORMAT_VERSION = 1
 _FILE_NAME = re.compile(r"[0-9A-Za-z][0-9A-Za-z._-]{0,199}")
+_SHA256 = re.compile(r"[0-9a-f]{64}")
 _SKIP = {**dict.fromkeys(("part", "source_id", "place", "reason", "detail"), str), "ordinal": COUNT}
 _SHAPE = {
     **dict.fromkeys(("plan_hash", "column_hash", "tar", "tar_sha256", "index", "index_sha256"), str),
@@ -119,5 +120,8 @@ def _check(commit: Commit) -> None:
     for name in (commit.tar, commit.index):
         if not _FILE_NAME.fullmatch(name):
             raise ValueError(f"{name[:60]!r} is no name of a tar or index")
+    for digest in (commit.tar_sha256, commit.index_sha256):  # a local cache names files by the first
+        if not _SHA256.fullmatch(digest):
+            raise ValueError(f"{digest[:70]!r} is no sha256")
     if commit.rows != commit.written + len(commit.skipped):
         raise ValueError(f"{commit.rows} rows are not {commit.written} written + {len(commit.skipped)} skipped")

@@ -12,6 +12,7 @@ from typing import Any, BinaryIO, TypeVar
 from teacher_cache.errors import CacheError
 from teacher_cache.places import place_of
 from teacher_cache.shards import staging
+from teacher_cache.shards.local_disk import give_name, make_folder, move, sync_file, sync_folder
 from teacher_cache.shards.remote import READ_ONLY, all_persistently, exactly, persistently
 
 T = TypeVar("T")
@@ -31,6 +32,7 @@ class Storage:
         self.fs, self.root = place.open()
         self.root = self.root.rstrip("/") or "/"
         self._process = os.getpid()
+        self._synced: set[Path] = set()
         if hasattr(self.fs, "retries"):
             self.fs.retries = 2  # s3fs's own, around botocore's and within ours
 
@@ -166,11 +168,10 @@ class Storage:
         """
         if self.local:
             target = Path(self.path(relative))
-            target.parent.mkdir(parents=True, exist_ok=True)
+            self._make_folder(target.parent, durable)
             if durable:
-                with source.open("rb") as written:
-                    os.fsync(written.fileno())
-            os.replace(source, target)
+                sync_file(source)
+            move(source, target)
             if durable:
                 sync_folder(target.parent)
         else:
@@ -192,16 +193,14 @@ class Storage:
         if not self.local:
             return self._put_new_remote(relative, data)
         target = Path(self.path(relative))
-        target.parent.mkdir(parents=True, exist_ok=True)
+        self._make_folder(target.parent)
         draft = target.parent / f".{target.name}.{uuid.uuid4().hex}"
         try:
             with draft.open("wb") as written:
                 written.write(data)
                 written.flush()
                 os.fsync(written.fileno())
-            try:
-                os.link(draft, target)
-            except FileExistsError:
+            if not give_name(draft, target):
                 return False
         finally:
             draft.unlink(missing_ok=True)
@@ -226,19 +225,24 @@ class Storage:
         if not self.local:
             return staging.own_folder()
         folder = Path(self.root) / ".staging"
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder.parent)
+        folder.mkdir(exist_ok=True)
         return folder
+
+    def _make_folder(self, folder: Path, durable: bool = True) -> None:
+        """A folder of the cache, that survives a power cut with all above it: another process may have made it a moment ago."""
+        if not durable:
+            folder.mkdir(parents=True, exist_ok=True)
+            return
+        make_folder(folder)
+        if folder not in self._synced:
+            root = Path(self.root)
+            for one in (root.parent, *reversed([one for one in folder.parents if one.is_relative_to(root)])):
+                with suppress(PermissionError):  # what stands above a cache need not be readable
+                    sync_folder(one)
+            self._synced.add(folder)
 
 
 def _is_inside(folder: str, root: str) -> bool:
     real, inside = os.path.realpath(folder), os.path.realpath(root)
     return os.path.commonpath([real, inside]) == inside
-
-
-def sync_folder(folder: Path) -> None:
-    """Make a rename or link in ``folder`` survive a power cut."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
