@@ -29,6 +29,7 @@ from teacher_cache.layout import typical_tokens
 from teacher_cache.plan import Plan, content_hash, known_plan, make_plan, parts_with_images, read_plan, write_plan
 from teacher_cache.prepare import Preparer
 from teacher_cache.same_rows import bind_pictures, refuse_other_pictures
+from teacher_cache.shards.commit import await_listed
 from teacher_cache.shards.storage import Storage
 from teacher_cache.teachers import null
 from teacher_cache.teachers.backends import (
@@ -162,6 +163,8 @@ def capture_fields(
         notes += made_up(request, fields)
         if left:
             run_shards(request, job, left, done, total, progress)
+        await_listed(storage, left, fields)
+        if left:
             missing = job.missing()
         if request.retry_skipped:
             notes += retry_skipped(request, job, loaded, progress)

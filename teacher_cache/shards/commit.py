@@ -6,7 +6,8 @@ A shard is done when its commit is there, readable and bound to the same plan an
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 
 from teacher_cache.errors import CacheError
@@ -16,6 +17,7 @@ from teacher_cache.shards.sealed import seal, unseal
 from teacher_cache.shards.storage import Storage
 
 FORMAT_VERSION = 1
+LONGEST_LAG_S = 60.0
 _FILE_NAME = re.compile(r"[0-9A-Za-z][0-9A-Za-z._-]{0,199}")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _SKIP = {**dict.fromkeys(("part", "source_id", "place", "reason", "detail"), str), "ordinal": COUNT}
@@ -114,6 +116,39 @@ def committed_shards(storage: Storage, column: str) -> list[int]:
     """Numbers of the shards that have a commit file, sorted; one listing, nothing is opened."""
     names = storage.names(f"{column}/commits")
     return sorted(int(name[:-5]) for name in names if name.endswith(".json") and name[:-5].isdecimal())
+
+
+def await_listed(storage: Storage, left: Mapping[int, Iterable[str]], fields: Iterable[str] = ()) -> None:
+    """Behind a run: wait until listings show what it wrote, where those of an object store lag. A cache is opened by its listings.
+
+    Args:
+        left: shard → columns that the run was to write; what it did not write is not waited for. fields: that it described.
+
+    Raises:
+        CacheError: the store does not list in ``LONGEST_LAG_S`` what it holds.
+    """
+    wanted: dict[str, set[int]] = {f"fields/{name}": set() for name in fields}
+    for shard, columns in left.items():
+        for column in columns:
+            wanted.setdefault(column, set()).add(shard)
+    started = time.monotonic()
+    while hidden := next(_hidden(storage, wanted), None) if not storage.local else None:
+        if time.monotonic() - started > LONGEST_LAG_S:
+            raise CacheError(
+                f"{storage}/{hidden} is there, and its store has not listed it for {LONGEST_LAG_S:.0f} seconds: what was written is "
+                "complete; run the command again when `kdcli cache status` counts it"
+            )
+        time.sleep(0.5)
+
+
+def _hidden(storage: Storage, wanted: Mapping[str, Iterable[int]]) -> Iterator[str]:
+    """Files of these columns that can be read and are not listed."""
+    described = storage.names("fields")
+    for column, shards in wanted.items():
+        unseen = [commit_path(column, shard) for shard in sorted(set(shards) - set(committed_shards(storage, column)))]
+        if column.startswith("fields/") and column.removeprefix("fields/") not in described:
+            unseen.append(f"{column}/field.json")
+        yield from filter(storage.exists, unseen)
 
 
 def _check(commit: Commit) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import Callable, Iterable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,8 +15,12 @@ from pipelines.cache_teacher import capture
 from pipelines.capture_shards import CaptureRequest
 from pipelines.inspect_cache import check
 from student_train.cache import Cache
+from teacher_cache.errors import CacheError
+from teacher_cache.shards.commit import await_listed
+from teacher_cache.shards.storage import Storage
 
-LAG_S = 5.0
+LAG_S = 1.0
+COLUMNS = ("samples", "fields/response_topk", "fields/relation")
 
 
 class Lagging:
@@ -47,14 +50,37 @@ class Lagging:
         return "" if young else found[0]
 
 
+@pytest.fixture
+def lagging(healthy: Any, monkeypatch: pytest.MonkeyPatch) -> Lagging:
+    store = Lagging(healthy.application)
+    monkeypatch.setattr(healthy, "application", store)
+    return store
+
+
 @pytest.mark.usefixtures("one_thread")
-def test_a_capture_ends_well(make_request: Callable[..., CaptureRequest], tmp_path: Path, healthy: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    lagging = Lagging(healthy.application)
-    monkeypatch.setattr(healthy, "application", lagging)
-    url = "s3://bucket/lagging"
-    few: dict[str, Any] = {"shards": 2, "fields": ("response_hidden", "relation")}
+def test_a_capture_ends_well_and_so_does_what_follows(
+    make_request: Callable[..., CaptureRequest], lagging: Lagging
+) -> None:
+    url = "s3://bucket/lagging/one"
+    few: dict[str, Any] = {"shards": 2, "fields": ("response_topk", "relation")}
     summary = capture(make_request(url, **few))
-    assert lagging.hidden
-    print(summary)
-    assert all(one["done"] == 2 for one in summary["columns"].values()) and len(summary["columns"]) == 3
+    assert lagging.hidden and summary["work"] is None
+    assert {name: one["done"] for name, one in summary["columns"].items()} == dict.fromkeys(COLUMNS, 2)
     assert check(Cache(url)) == []
+    run = CliRunner().invoke(
+        main, ["cache", "subset", url, "--out", "s3://bucket/lagging/two", "--parts", "sft", "--json"]
+    )
+    assert run.exit_code == 0, run.output
+    assert check(Cache("s3://bucket/lagging/two")) == [] and set(Cache("s3://bucket/lagging/two").fields) == {
+        "response_topk",
+        "relation",
+    }
+
+
+def test_what_is_never_listed_is_said(lagging: Lagging, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("teacher_cache.shards.commit.LONGEST_LAG_S", 0.5)
+    storage = Storage("s3://bucket/lagging/never")
+    assert storage.put_new("samples/commits/000000.json", b"x")
+    with pytest.raises(CacheError, match=r"samples/commits/000000.json is there, and its store has not listed it"):
+        await_listed(storage, {0: ["samples"]})
+    await_listed(storage, {1: ["samples"]}, ["relation"])  # another run's: not waited for
