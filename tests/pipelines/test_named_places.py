@@ -46,7 +46,7 @@ def test_a_new_cache_goes_where_out_says(caches: Path) -> None:
     before = everything(caches)
     run = kdcli("cache", "subset", "c", "--out", "run::2024/cache", "--parts", "sft", "--fields", "relation")
     assert run.exit_code == 0, run.output
-    assert Cache(caches / "run::2024" / "cache").parts() == ["sft"]
+    assert Cache(str(caches / "run::2024" / "cache")).parts() == ["sft"]
     after = everything(caches)
     assert {name: after[name] for name in before} == before
     assert {Path(name).parts[0] for name in after} == {"c", "c::v2", "run::2024"}

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from teacher_cache.errors import KdcliError, SkipRow
 from teacher_cache.places import is_remote, local_path, place_of
+from teacher_cache.records import Sample
 from teacher_cache.shards.storage import Storage
 from teacher_cache.sources import DataSpec, open_source
 from teacher_cache.sources.files import expand_paths, open_binary
@@ -187,7 +188,7 @@ def test_rows_and_pictures_in_folders_with_colons(here: Path) -> None:
     source = open_source(DataSpec("sft", "rows::v2/train.json"))
     (group,) = source.scan(500)
     (sample,) = source.read(group)
-    assert sample.images
+    assert isinstance(sample, Sample) and sample.images
 
 
 @given(st.text(min_size=1, max_size=30))

@@ -100,13 +100,18 @@ def dead(folder: Path, name: str = "4194305-00000000") -> Path:
     return left
 
 
+def folder_of_mode(base: Path, mode: int) -> None:
+    base.mkdir()
+    base.chmod(mode)
+
+
 FOREIGN: dict[str, tuple[Callable[[Path], object], str]] = {
     "a link": (lambda base: base.symlink_to(base.parent / "victim"), "is a link"),
     "a file": (lambda base: base.write_text("x"), "is no folder"),
     "a pipe": (lambda base: os.mkfifo(base), "is no folder"),
     "a dead link": (lambda base: base.symlink_to("nowhere"), "is a link"),
-    "written to by all": (lambda base: (base.mkdir(), base.chmod(0o777)), "can be written to by others"),
-    "written to by its group": (lambda base: (base.mkdir(), base.chmod(0o770)), "can be written to by others"),
+    "written to by all": (lambda base: folder_of_mode(base, 0o777), "can be written to by others"),
+    "written to by its group": (lambda base: folder_of_mode(base, 0o770), "can be written to by others"),
 }
 
 
