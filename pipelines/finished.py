@@ -9,6 +9,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
+import uuid
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass
@@ -33,6 +35,7 @@ from teacher_cache.teachers.transformers import TeacherSpec
 FOLDER = "KDCLI_MEMORY"
 """Environment variable: where to remember; default ``~/.cache/kdcli``."""
 MOST = 200
+_MEMORY = re.compile(r"[0-9a-f]{64}\.json")
 BY_WHOM = ("executor", "ray_address", "gpus_per_worker", "cpus_per_worker", "slurm_tasks", "slurm_options", "workers")
 NO_MATTER = (*BY_WHOM, "allow_skips")
 """Settings that do not change what is made."""
@@ -82,10 +85,11 @@ class Job:
         path = self._memory(storage)
         with suppress(OSError):  # a home that cannot be written to: the long way is always there
             path.parent.mkdir(parents=True, exist_ok=True)
-            draft = path.with_name(f".{path.name}.{os.getpid()}")
+            draft = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
             draft.write_text(json.dumps(body))
             os.replace(draft, path)
-            for old in sorted(path.parent.glob("*.json"), key=os.path.getmtime)[:-MOST]:
+            own = [one for one in path.parent.iterdir() if _MEMORY.fullmatch(one.name)]  # others may keep theirs there
+            for old in sorted(own, key=os.path.getmtime)[:-MOST]:
                 old.unlink(missing_ok=True)
 
     def _missing(self, storage: Storage, plan: Plan) -> bool:

@@ -78,7 +78,7 @@ def test_a_capture_ends_well_and_so_does_what_follows(
 
 
 def test_what_is_never_listed_is_said(lagging: Lagging, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("teacher_cache.shards.commit.LONGEST_LAG_S", 0.5)
+    monkeypatch.setattr("teacher_cache.shards.commit.LONGEST_LAG_S", 0.1)
     storage = Storage("s3://bucket/lagging/never")
     assert storage.put_new("samples/commits/000000.json", b"x")
     with pytest.raises(CacheError, match=r"samples/commits/000000.json is there, and its store has not listed it"):
