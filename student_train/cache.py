@@ -48,6 +48,7 @@ _FIELD = {
     "low_rank_head?": (_FILE, None),
 }
 """What ``field.json`` holds."""
+MOST_FIELDS = 256
 
 
 @dataclass(frozen=True)
@@ -89,7 +90,9 @@ class Cache:
     def _folders(self) -> list[str]:
         """Names below ``fields``; CacheError where a web server keeps them to itself."""
         if self.storage.scheme not in READ_ONLY:
-            return self.storage.names("fields")
+            if len(names := self.storage.names("fields")) > MOST_FIELDS:
+                raise CacheError(f"{self.storage}/fields holds {len(names):,} folders, at most {MOST_FIELDS} are read")
+            return names
         advice = (
             "its web server does not list its folders: turn that on, or copy the cache to a disk or an object store"
         )
@@ -121,11 +124,12 @@ class Cache:
 
     def column(self, name: str, disk: DiskCache | None = None) -> ColumnReader:
         """``samples``, or a field by its name. disk: where tars of an object store are kept."""
+        rows = self.plan.slice_rows
         if name == "samples":
-            return ColumnReader(self.storage, "samples", self.plan_hash, "", disk)
+            return ColumnReader(self.storage, "samples", self.plan_hash, "", disk, rows)
         if name not in self.fields:
             raise CacheError(f"{self.storage}: no field {name}; it has {', '.join(sorted(self.fields)) or 'none'}")
-        return ColumnReader(self.storage, f"fields/{name}", self.plan_hash, self.fields[name]["sha256"], disk)
+        return ColumnReader(self.storage, f"fields/{name}", self.plan_hash, self.fields[name]["sha256"], disk, rows)
 
     def open_field(self, name: str) -> Field:
         """The field as it was written, with its calibration; read once."""
@@ -166,6 +170,27 @@ class Cache:
         if weight is None or weight.ndim != 2:
             raise CacheError(f"{self.storage}: {file['path']} is no head: run `kdcli cache verify`")
         return weight
+
+    def processor_files(self, folder: str) -> dict[str, str]:
+        """Files of a teacher's processor (tokenizer, chat template, image settings) → sha256, as their receipt says; empty without one."""
+        path = f"{folder}/processor.json"
+        try:
+            return require(
+                unseal(self.storage.read(path), f"{self.storage}/{path}"), {...: str}, f"{self.storage}/{path}"
+            )
+        except FileNotFoundError:
+            return {}
+
+    def processor_file(self, folder: str, name: str) -> bytes:
+        """Content of one of ``processor_files``; CacheError where it is missing, or not what the receipt says."""
+        path = f"{folder}/processor/{name}"
+        try:
+            data = self.storage.read(path)
+        except FileNotFoundError:
+            raise CacheError(f"{self.storage}/{path} is missing: `kdcli cache repair` makes it again") from None
+        if hashlib.sha256(data).hexdigest() != self.processor_files(folder)[name]:
+            raise CacheError(f"{self.storage}/{path} does not have its checksum: `kdcli cache repair` makes it again")
+        return data
 
     def low_rank_head(self, field: str) -> LowRankHead:
         """W′ and b of a sketched field: all that training needs of its teacher."""
@@ -322,6 +347,10 @@ class CachedRows:
             return {skip.ordinal for skip in commit.skipped}
 
         extra = set().union(*(skipped(other) for other in others)) - skipped(samples)
+        if len(extra) > samples.written:
+            raise CacheError(
+                f"{self._storage}: shard {shard:06d}: a field skips more rows than samples has; run `kdcli cache verify`"
+            )
         return samples.written - len(extra)
 
     def _join(self, shard: int) -> np.ndarray:
@@ -334,7 +363,7 @@ class CachedRows:
                 by_key = [{key: row for row, key in enumerate(one)} for one in keys]
                 common = [key for key in keys[0] if all(key in one for one in by_key)]
                 rows = np.array([[one[key] for one in by_key] for key in common], dtype=np.int64).reshape(-1, len(keys))
-            self._rows.keep(shard, rows)
+            self._rows.keep_rows(shard, rows, len)
         return rows
 
     def key(self, position: int, row: int) -> str:
