@@ -6,7 +6,7 @@ Opening reads the manifest, the field descriptions and the commits only; a shard
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from student_train.row_checks import check_head, check_numbers, check_shapes
 from teacher_cache.codecs import container
 from teacher_cache.errors import CacheError
 from teacher_cache.fields import Field, decode_records, open_field
@@ -169,6 +170,7 @@ class Cache:
         weight = read_tensors(self.storage, file, field).get("weight")
         if weight is None or weight.ndim != 2:
             raise CacheError(f"{self.storage}: {file['path']} is no head: run `kdcli cache verify`")
+        check_head(weight, body["teacher"], body["teacher"].get("hidden_size"), f"{self.storage}: {file['path']}")
         return weight
 
     def processor_files(self, folder: str) -> dict[str, str]:
@@ -198,6 +200,8 @@ class Cache:
         weight, bias = tensors.get("weight"), tensors.get("bias")
         if weight is None or bias is None or weight.ndim != 2 or bias.shape != weight.shape[:1]:
             raise CacheError(f"{self.storage}: the low-rank head of field {field} is none: run `kdcli cache verify`")
+        place = f"{self.storage}: the low-rank head of field {field}"
+        check_head(weight, self.fields[field]["teacher"], getattr(self.open_field(field), "rank", None), place)
         return LowRankHead(weight, bias)
 
 
@@ -228,20 +232,6 @@ def read_tensors(storage: Storage, file: Mapping[str, Any] | None, field: str) -
     return container.unpack(data, path)
 
 
-def check_shapes(
-    fields: Mapping[str, Any], text: TextTokens, layout: Sequence[ImageLayout], place: Callable[[str], str]
-) -> None:
-    """CacheError where a field has not as many rows as the sample has tokens to which they belong. place: of a field's record."""
-    vision, response = sum(one.tokens() for one in layout), int(torch.count_nonzero(text.response))
-    tokens = len(text.ids)
-    pairs = {"affinity": (vision, tokens), "attention": (tokens, vision), "relation": (vision, vision)}
-    for name, decoded in fields.items():
-        found: tuple[int, ...] = tuple(decoded.shape[-2:]) if name in pairs else (len(decoded),)
-        wanted = pairs.get(name, (response if name.startswith("response") else vision,))
-        if found != wanted:
-            raise CacheError(f"{place(name)}: rows {found} where the sample has {wanted}: run `kdcli cache verify`")
-
-
 class CachedRows:
     """The rows of some parts that ``samples`` and all the asked fields hold, by (shard number in ``shards``, row).
 
@@ -254,6 +244,8 @@ class CachedRows:
         self._storage, self._disk = cache.storage, disk
         self._columns = {name: cache.column(name, disk) for name in ("samples", *fields)}
         self._fields = {name: cache.open_field(name) for name in fields}
+        self._described = {name: cache.fields[name] for name in fields}
+        self._parts = [one.part for one in cache.plan.slices]
         self._rows: Recent[np.ndarray] = Recent()
         for column in self._columns.values():
             column.load_commits(self.shards)
@@ -300,8 +292,14 @@ class CachedRows:
             ]
             for one, decoded in zip(fields, decode_records(field, records), strict=True):
                 one[name] = decoded
-        for (shard, key, _), (_, text, layout), decoded in zip(found, samples, fields):
-            check_shapes(decoded, text, layout, partial(self._record_place, shard, key=key))
+        for (shard, key, _), (sample, text, layout), decoded in zip(found, samples, fields):
+            if sample.part != self._parts[shard]:
+                raise CacheError(
+                    f"{self._record_place(shard, 'samples', key)}: its part {sample.part[:60]!r} is not the shard's"
+                )
+            place = partial(self._record_place, shard, key=key)
+            check_shapes(decoded, text, layout, place)
+            check_numbers(decoded, self._described, place)
         return [CachedRow(key, *sample, decoded) for (_, key, _), sample, decoded in zip(found, samples, fields)]
 
     def read(self, position: int, row: int) -> CachedRow:
