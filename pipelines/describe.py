@@ -218,23 +218,29 @@ def is_whole(storage: Storage, path: str) -> bool:
 
 
 def lost_files(storage: Storage, names: Iterable[str]) -> list[str]:
-    """Files that these fields are read with and that are not there, or cut off; nothing is hashed."""
-    found = []
+    """Files that these fields are read with and that are not there, or cut off; only receipts are looked into.
+
+    Raises:
+        CacheError: a description or a receipt is damaged.
+    """
+    found: list[str] = []
     for name in names:
         body = unseal(storage.read(field_path(name)), f"{storage}/{field_path(name)}")
-        folder = body["teacher_folder"]
+        folder, head = body["teacher_folder"], body.get("head_sha256")
         files = [body[role]["path"] for role in CALIBRATION_ROLES if body.get(role)]
-        receipts = [f"{folder}/processor.json"]
-        if body.get("head_sha256"):
-            files.append(f"{folder}/{HEAD}")
-            receipts.append(f"{folder}/head.json")
+        files += [f"{folder}/{HEAD}"] if head else []
         found += [path for path in files if not is_whole(storage, path)]
-        found += [path for path in receipts if not storage.exists(path)]
-        if storage.exists(receipts[0]):
-            there = storage.sizes(f"{folder}/processor")
-            promised = unseal(storage.read(receipts[0]), f"{storage}/{receipts[0]}")
-            found += [f"{folder}/processor/{one}" for one in promised if not there.get(one)]
+        if head and said_of(storage, f"{folder}/head.json") != {"head_sha256": head}:
+            found.append(f"{folder}/head.json")
+        promised, there = said_of(storage, f"{folder}/processor.json"), storage.sizes(f"{folder}/processor")
+        found += [f"{folder}/processor.json"] if promised is None else []
+        found += [f"{folder}/processor/{one}" for one in promised or () if not there.get(one)]
     return list(dict.fromkeys(found))
+
+
+def said_of(storage: Storage, path: str) -> dict[str, Any] | None:
+    """What a receipt says; None where it is not there, CacheError where it is damaged."""
+    return unseal(storage.read(path), f"{storage}/{path}") if storage.exists(path) else None
 
 
 def processor_files(processor: Any) -> dict[str, bytes]:

@@ -56,6 +56,17 @@ def refuse_long(place: str, size: int, most: int) -> None:
         )
 
 
+def is_there(path: str | Path) -> bool:
+    """Whether anything stands at a path, whatever it is; not behind a link to nothing."""
+    try:
+        os.stat(path)
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    except OSError:
+        return True
+    return True
+
+
 def regular_size(path: str | Path) -> int:
     """Bytes of a regular file, or of the one that a link leads to.
 

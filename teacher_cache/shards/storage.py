@@ -69,6 +69,9 @@ class Storage:
         return persistently(f"{self.url}/{relative}".rstrip("/"), lambda: call(self.fs))
 
     def exists(self, relative: str) -> bool:
+        """Whether anything stands there, also what cannot be read."""
+        if self.local:
+            return plain_files.is_there(self.path(relative))
         try:
             self._ask(relative, lambda fs: fs.info(self.path(relative)))
         except (FileNotFoundError, NotADirectoryError):

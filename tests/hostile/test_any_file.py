@@ -23,7 +23,8 @@ from pipelines.inspect_cache import survey
 from student_train.cache import Cache, CachedRows
 from student_train.needs import Served
 from student_train.teacher_view import TeacherSignals
-from teacher_cache.errors import KdcliError
+from teacher_cache.errors import CacheError, KdcliError
+from teacher_cache.shards.sealed import seal, unseal
 
 FIELDS = ("response_topk", "vision_hidden")
 Damage = Callable[[Path], Any]
@@ -87,26 +88,43 @@ def within(seconds: int) -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
-def whole(make_request, mixture, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two shards, one of each part; calibrations, a low-rank head, a whole head."""
-    out = tmp_path_factory.mktemp("caches") / "whole"
-    capture(make_request(out, data=[replace(part, limit=3) for part in mixture], shards=2, fields=FIELDS))
-    shutil.rmtree(out / ".staging", ignore_errors=True)
-    return out
+def again(make_request, mixture) -> Callable[[Path], Any]:
+    """The capture of ``whole``."""
+    data = [replace(part, limit=3) for part in mixture]
+    return lambda out: make_request(out, data=data, shards=2, fields=FIELDS)
 
 
 @pytest.fixture(scope="module")
-def standard(make_request, mixture, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def again_standard(make_request, mixture) -> Callable[[Path], Any]:
+    return lambda out: make_request(out, data=mixture, shards=2, store="standard", fields=())
+
+
+def captured(request: Any) -> Path:
+    capture(request)
+    shutil.rmtree(Path(request.out) / ".staging", ignore_errors=True)
+    return Path(request.out)
+
+
+@pytest.fixture(scope="module")
+def whole(again, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two shards, one of each part, and a whole head."""
+    return captured(again(tmp_path_factory.mktemp("caches") / "whole"))
+
+
+@pytest.fixture(scope="module")
+def standard(again_standard, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Calibrations and low-rank heads in place of the head."""
-    out = tmp_path_factory.mktemp("caches") / "standard"
-    capture(make_request(out, data=mixture, shards=2, store="standard", fields=()))
-    shutil.rmtree(out / ".staging", ignore_errors=True)
-    return out
+    return captured(again_standard(tmp_path_factory.mktemp("caches") / "standard"))
+
+
+def each_kind(files: set[str]) -> set[str]:
+    """One shard, and of the processor what is read: every other file has a twin among these."""
+    return {one for one in files if "/000001" not in one and ("/processor/" not in one or "tokenizer.json" in one)}
 
 
 def damaged_copies(folder: Path, target: Path, damage: Damage) -> Iterator[tuple[str, Path]]:
     """(file, copy of the cache in which it is damaged), one after the other."""
-    for file in sorted(files_of(folder)):
+    for file in sorted(each_kind(files_of(folder))):
         shutil.copytree(folder, target, copy_function=os.link)
         damage(target / file)
         yield file, target
@@ -135,8 +153,10 @@ def one_line(*words: str) -> Result:
     return result
 
 
-@pytest.mark.parametrize("kind", DAMAGES)
-@pytest.mark.parametrize("which", ["whole", "standard"])
+CASES = [*(("whole", kind) for kind in DAMAGES), *(("standard", kind) for kind in ("lost", "cut in half", "a pipe"))]
+
+
+@pytest.mark.parametrize(("which", "kind"), CASES)
 def test_whatever_stands_in_a_file_s_place(
     request: pytest.FixtureRequest, which: str, tmp_path: Path, kind: str
 ) -> None:
@@ -153,9 +173,63 @@ def test_whatever_stands_in_a_file_s_place(
             except KdcliError as error:
                 said = str(error)
             assert said, f"verify finds nothing: {file}"
-            for command in (("status", str(copy)), ("gc", str(copy)), ("gc", str(copy), "--yes")):
-                one_line("cache", *command)
+            one_line("cache", "status", str(copy))
+            one_line("cache", "gc", str(copy), "--yes")
         gone = files_of(folder) - files_of(copy) - {file}
         if "/commits/" in file and kind == "lost":  # as after a kill before the commit: nothing names these
             gone = {one for one in gone if not one.startswith(file.partition("commits/")[0])}
         assert not gone, f"gc took more than {file}"
+
+
+def captured_again(folder: Path, make: Callable[[Path], Any], target: Path, damage: Damage, *skip: str) -> None:
+    """The same capture again makes whole what was damaged, or says which file is gone; it never says done of less."""
+    for file, copy in damaged_copies(folder, target, damage):
+        if any(one in file for one in skip):
+            continue
+        with within(60):
+            try:
+                capture(make(copy))
+            except KdcliError as error:
+                assert Path(file).name in str(error), f"{file}: {error}"
+            else:
+                assert survey(str(copy))[1] == [], f"done without {file}"
+
+
+@pytest.mark.parametrize("kind", ["lost", "cut in half", "a pipe"])
+def test_a_capture_again_looks_at_every_file(whole: Path, again, tmp_path: Path, kind: str) -> None:
+    """Bits are for ``verify``: nothing is hashed, so a tokenizer that is cut passes."""
+    captured_again(
+        whole, again, tmp_path / "cache", DAMAGES[kind], *(("/processor/",) if kind == "cut in half" else ())
+    )
+
+
+def test_a_capture_again_looks_at_calibrations(standard: Path, again_standard, tmp_path: Path) -> None:
+    captured_again(standard, again_standard, tmp_path / "cache", Path.unlink, "samples/", "fields/", "manifest")
+
+
+def test_what_is_gone_comes_back(whole: Path, again, tmp_path: Path) -> None:
+    """The bytes that the commit names, though nothing was asked for but the same capture; and it says so."""
+    folder = tmp_path / "cache"
+    shutil.copytree(whole, folder)
+    gone = [next((folder / name).glob("000000*")) for name in ("samples/data", "fields/response_topk/index")]
+    gone += [next(folder.glob("teacher/*/head.safetensors")), next(folder.glob("teacher/*/processor/tokenizer.json"))]
+    before = [one.read_bytes() for one in gone]
+    for one in gone:
+        one.unlink()
+    summary = capture(again(folder))
+    assert summary["notes"] == ["1 committed shard had lost files and was made again"]
+    assert [one.read_bytes() for one in gone] == before and survey(str(folder))[1] == []
+
+
+def test_other_bytes_than_those_that_are_gone_are_refused(whole: Path, again, tmp_path: Path) -> None:
+    """A machine of another kind makes others: nothing is replaced, and the fix is named."""
+    folder = tmp_path / "cache"
+    shutil.copytree(whole, folder)
+    tar = next((folder / "fields" / "vision_hidden" / "data").glob("000000*"))
+    commit = folder / "fields" / "vision_hidden" / "commits" / "000000.json"
+    other = {**unseal(commit.read_bytes(), ""), "tar": "000000-ffffffff.tar", "tar_sha256": "f" * 64}
+    tar.unlink()
+    commit.write_bytes(seal(other))
+    with pytest.raises(CacheError, match=r"data/000000-ffffffff.tar is missing; made again here .* repair --replace"):
+        capture(again(folder))
+    assert unseal(commit.read_bytes(), "") == unseal(seal(other), "")
