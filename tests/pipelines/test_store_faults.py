@@ -142,7 +142,7 @@ def test_a_quarter_of_the_answers_breaks_and_a_batch_arrives(monkeypatch: pytest
     assert asked[0] == 200 and sum(asked) < 200 * 1.6
     monkeypatch.undo()
     with pytest.raises(FileNotFoundError):
-        storage.read_all(["data/x.tar"] * 9 + ["data/none.tar"])
+        list(storage.read_each(["data/x.tar"] * 9 + ["data/none.tar"]))
 
 
 def test_rows_arrive_without_a_local_cache_at_a_quarter_of_faults(uploaded: str, shaky: Any, tiny_cache: Path) -> None:
