@@ -19,6 +19,7 @@ from typing import Any, Protocol
 
 from student_train.metrics_log import Tracker
 from teacher_cache.errors import KdcliError, one_line
+from teacher_cache.whole_file import write_whole
 
 MEMORY = "trackers.json"
 """In a stage's folder, by tracker: the run it goes on with, and the first step that it has not seen."""
@@ -181,9 +182,8 @@ class Watched:
             self._try(backend.finish)
 
     def _remember(self) -> None:
-        draft = self.file.with_name(f".{MEMORY}")
-        draft.write_text(json.dumps({**_read(self.file), self.name: self.known}) + "\n")
-        os.replace(draft, self.file)
+        # A step's worth is never waited for: at worst a tracker sees a step twice behind a power cut.
+        write_whole(self.file, json.dumps({**_read(self.file), self.name: self.known}) + "\n", durable=False)
 
     def _try(self, action: Callable[[], None]) -> None:
         """What a tracker prints goes to stderr: stdout is the command's own."""

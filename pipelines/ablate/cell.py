@@ -31,6 +31,7 @@ from pipelines.train_student import train
 from student_train.config import StageSettings, TrainSettings
 from teacher_cache import stopping
 from teacher_cache.errors import KdcliError, one_line
+from teacher_cache.whole_file import write_whole
 
 LAST_STEPS = 10
 """A stage's final loss is the mean over so many of its last logged steps."""
@@ -148,9 +149,7 @@ def write_scores(folder: Path, card: Mapping[str, Any]) -> None:
 
 
 def write_json(path: Path, body: Any) -> None:
-    draft = path.with_name(f".{path.name}.draft")
-    draft.write_text(json.dumps(body, indent=1) + "\n")
-    os.replace(draft, path)
+    write_whole(path, json.dumps(body, indent=1) + "\n")
 
 
 def main(arguments: Sequence[str]) -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +13,7 @@ from pipelines.ablate.results import LEGEND, Section, interval, sections, writte
 from pipelines.report.charts import run_styles, stage_charts
 from pipelines.report.page import duration, header, settings_table, template
 from pipelines.report.runs import Run, read_runs
+from teacher_cache.whole_file import write_whole
 
 
 def write_page(
@@ -35,9 +35,7 @@ def write_page(
         width=plot.WIDTH,
         line=plot.LINE,
     )
-    draft = out.with_name(f".{out.name}.draft")
-    draft.write_text(page, encoding="utf-8")
-    os.replace(draft, out)
+    write_whole(out, page)
     return out
 
 

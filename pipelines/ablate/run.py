@@ -19,6 +19,7 @@ from pipelines.ablate.page import write_page
 from pipelines.ablate.runner import alone, make_slots, prune_models, run_cells
 from pipelines.tables import table
 from teacher_cache.errors import KdcliError
+from teacher_cache.whole_file import write_whole
 
 
 @dataclass(frozen=True)
@@ -120,7 +121,7 @@ def write_results(cells: Sequence[Cell], grid: Grid, request: AblateRequest) -> 
     """``results.md``, ``results.json`` and ``results.html`` in the output folder."""
     text = results.markdown(cells, grid.baseline, request.losses)
     body = {"grid": str(grid.path), **results.as_json(cells, grid.baseline), "failed": failures(cells)}
-    (request.out / "results.md").write_text(f"# {grid.path.stem}\n\n{text}\n")
+    write_whole(request.out / "results.md", f"# {grid.path.stem}\n\n{text}\n")
     write_json(request.out / "results.json", body)
     write_page(cells, grid.baseline, body["failed"], grid.path.stem, request.out / "results.html")
     return {**body, "markdown": text}

@@ -14,6 +14,7 @@ from rich.console import Console
 from pipelines.fidelity.plot import write_plot
 from pipelines.progress import bar
 from pipelines.tables import table
+from teacher_cache.whole_file import write_whole
 
 DIRECTIONS = ("forward", "reverse")
 
@@ -165,10 +166,10 @@ def write_files(result: Mapping[str, Any], plot: str | None, out: str | None) ->
     if plot:
         write_plot(result, Path(plot))
     if out and out.endswith(".json"):
-        Path(out).write_text(json.dumps(as_json(result), indent=1) + "\n")
+        write_whole(Path(out), json.dumps(as_json(result), indent=1) + "\n")
     elif out:
         picture = f"\n\n![bytes a row against gradient angle]({plot})" if plot else ""
-        Path(out).write_text(f"# Fidelity\n\n{report(result)}{picture}\n")
+        write_whole(Path(out), f"# Fidelity\n\n{report(result)}{picture}\n")
 
 
 @contextmanager
