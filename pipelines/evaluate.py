@@ -25,6 +25,7 @@ from pipelines.evaluation.answers import (
 from pipelines.evaluation.metrics import DEFAULT, metric_module
 from pipelines.evaluation.questions import Questions, by_reason, nothing_asked, questions_of, references
 from pipelines.evaluation.score import Answer, score
+from pipelines.run_records import finite
 from student_train.compressors import CompressorSpec
 from student_train.pruning import Pruning, operator_modules
 from student_train.student import RowForward, load_student, open_student
@@ -106,8 +107,8 @@ def uncounted(answered: int, skips: Sequence[SkipRecord], nll_skipped: Sequence[
 
 
 def figures(result: Mapping[str, Any]) -> dict[str, Any]:
-    """A result without its single rows: what score files keep."""
-    return {name: value for name, value in result.items() if name not in ("answers", "skips")}
+    """A result without its single rows: what score files keep. The nll of a student that diverged is no number: null."""
+    return finite({name: value for name, value in result.items() if name not in ("answers", "skips")})
 
 
 def check_metrics(names: Sequence[str]) -> None:

@@ -17,12 +17,15 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Protocol
 
+from pipelines.run_records import fits, read_record
 from student_train.metrics_log import Tracker
 from teacher_cache.errors import KdcliError, one_line
+from teacher_cache.shards.schema import COUNT, misfit
 from teacher_cache.whole_file import write_whole
 
 MEMORY = "trackers.json"
 """In a stage's folder, by tracker: the run it goes on with, and the first step that it has not seen."""
+_KNOWN = {"identity": str, "run": str, "next_step": COUNT}
 
 
 @dataclass(frozen=True)
@@ -197,8 +200,9 @@ class Watched:
 
 
 def _read(file: Path) -> dict[str, Any]:
+    """What trackers remember; one whose memory is damaged remembers nothing, and begins a run of its own."""
     try:
-        body = json.loads(file.read_text())
-    except (OSError, ValueError, RecursionError):
+        body = read_record(file, fits({}), "")
+    except KdcliError:
         return {}
-    return {name: one for name, one in body.items() if isinstance(one, dict)} if isinstance(body, dict) else {}
+    return {name: one for name, one in body.items() if not misfit(one, _KNOWN)}

@@ -102,6 +102,11 @@ def _full(error: Exception) -> int | None:
     return next((one for one in _TAKES_NOTHING if os.strerror(one) in words), None)
 
 
+def is_of_disk(error: Exception) -> bool:
+    """Whether work ended because a disk takes no more: it is as good as before, and can be run again."""
+    return isinstance(error, DiskError) or any(os.strerror(one) in str(error) for one in FULL)
+
+
 def advice(error: OSError) -> str:
     """What helps against an error of a disk that something was to be written to."""
     if error.errno in FULL:

@@ -6,7 +6,6 @@ Trains what no earlier cell has trained, asks what was not asked yet, and writes
 from __future__ import annotations
 
 import fcntl
-import json
 import os
 import shutil
 import sys
@@ -20,19 +19,24 @@ from typing import Any
 import pipelines.quiet_threads  # noqa: F401 (before torch)
 
 # isort: split
-from pipelines.ablate.cells import CARD, shared_folder
+from pipelines.ablate.cells import CARD, read_card, shared_folder
 from pipelines.ablate.grid import EvalFile
 from pipelines.evaluate import evaluate_folder, figures
 from pipelines.exporting.provenance import trained_template
 from pipelines.progress import quiet_library_bars
 from pipelines.report.runs import read_runs
+from pipelines.run_records import fits, read_record, write_record
 from pipelines.settings import Settings, build
+from pipelines.spawned import end_with_starter
+from pipelines.stage_identity import DONE
 from pipelines.train_student import train
+from student_train.checkpoint import read_card as stage_record
 from student_train.config import StageSettings, TrainSettings
 from teacher_cache import stopping
-from teacher_cache.errors import KdcliError, one_line
-from teacher_cache.whole_file import write_whole
+from teacher_cache.errors import KdcliError, is_of_disk, one_line
 
+DISK = 75
+"""Exit status (sysexits' "try again") of a cell whose disk took no more: no failure of its own."""
 LAST_STEPS = 10
 """A stage's final loss is the mean over so many of its last logged steps."""
 
@@ -40,52 +44,79 @@ LAST_STEPS = 10
 def run_cell(folder: Path, request: Mapping[str, Any]) -> dict[str, Any]:
     """Train, evaluate, write ``scores.json`` and ``cell.json``; the card."""
     started = time.perf_counter()
-    card_path = folder / CARD
-    known = json.loads(card_path.read_text())["results"] if card_path.is_file() else {}
+    there, wrong = read_card(folder)
+    if wrong:
+        print(f"note: {wrong}", flush=True)
+    known = there.get("results", {})
     wanted = {one["label"]: one for one in request["evaluations"]}
     results = {label: one for label, one in known.items() if label in wanted and one["key"] == wanted[label]["key"]}
     model = folder / request["stage_folders"][-1]["name"] / "model"
-    if not card_path.is_file() or (len(results) < len(wanted) and not model.is_dir()):
+    if not there or (len(results) < len(wanted) and not model.is_dir()):
         link_stages(folder, request["stage_folders"])
         with ExitStack() as locks:
             claim([shared_folder(folder, one["shared"]) for one in request["stage_folders"]], locks)
             train_cell(folder, request)
     trained = time.perf_counter()
+
+    def keep() -> dict[str, Any]:
+        card = {
+            **{name: request[name] for name in ("row", "seed", "cache", "method", "preset", "stages", "knobs")},
+            "stage_folders": request["stage_folders"],
+            "results": {label: results[label] for label in wanted if label in results},
+            "losses": final_losses(folder),
+            "seconds": {"train": round(trained - started, 1), "evaluate": round(time.perf_counter() - trained, 1)},
+        }
+        write_scores(folder, card)
+        write_record(folder / CARD, card)
+        return card
+
+    card = keep()
     for label, one in wanted.items():
         if label not in results:
             print(f"evaluating: {label}", flush=True)
             trusted = request["settings"]["train"]["trust_remote_code"]
             results[label] = {"key": one["key"], "scores": ask(model, one, trusted)}
-    card = {
-        **{name: request[name] for name in ("row", "seed", "cache", "method", "preset", "stages", "knobs")},
-        "stage_folders": request["stage_folders"],
-        "results": {label: results[label] for label in wanted},
-        "losses": final_losses(folder),
-        "seconds": {"train": round(trained - started, 1), "evaluate": round(time.perf_counter() - trained, 1)},
-    }
-    write_scores(folder, card)
-    write_json(card_path, card)
+            card = keep()  # what was asked is not asked again, whatever happens to the rest
     return card
 
 
 def claim(stages: Sequence[Path], locks: ExitStack) -> None:
     """Keep every stage that is to be trained for this process alone; whoever waited finds it done.
 
-    A finished stage whose model was removed to save space is trained again, and so are those after it: they belong to its weights.
+    A finished stage whose model was removed to save space, or whose record is damaged, is trained again, and so are those after it: they
+    belong to its weights.
     """
     lost = False
     for stage in stages:
         stage.mkdir(parents=True, exist_ok=True)
         lock = locks.enter_context((stage / ".lock").open("w"))
         fcntl.flock(lock, fcntl.LOCK_EX)  # it ends with the file, and the file with the process
-        done, has_model = (stage / "done.json").is_file(), (stage / "model").is_dir()
-        lost = lost or (done and not has_model)
+        done = os.path.lexists(stage / "done.json")
+        lost = lost or (done and not _is_whole(stage))
         if lost:
-            (stage / "done.json").unlink(missing_ok=True)
+            _remove(stage / "done.json")
             for name in ("model", "checkpoints"):
-                shutil.rmtree(stage / name, ignore_errors=True)
+                _remove(stage / name)
         elif done:
             lock.close()
+
+
+def _is_whole(stage: Path) -> bool:
+    """Whether a finished stage can be started from; says what is damaged."""
+    try:
+        stage_record(stage / "done.json", DONE)
+    except (KdcliError, OSError) as error:
+        print(f"note: {one_line(error)}: the stage is trained again", flush=True)
+        return False
+    return (stage / "model").is_dir()
+
+
+def _remove(path: Path) -> None:
+    """Whatever it is; of a link the link alone."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def link_stages(folder: Path, stages: Sequence[Mapping[str, str]]) -> None:
@@ -128,7 +159,11 @@ def ask(model: Path, evaluation: Mapping[str, Any], trust_remote_code: bool) -> 
 
 def final_losses(folder: Path) -> dict[str, dict[str, float]]:
     """Stage → term → mean over its last logged steps."""
-    (run,) = read_runs([folder])
+    try:
+        (run,) = read_runs([folder])
+    except KdcliError as error:
+        print(f"note: no final losses: {error}", flush=True)  # a student is not worth less for that
+        return {}
     found = {}
     for number, stage in enumerate(run.stages, start=1):
         last = stage.points[-LAST_STEPS:]
@@ -145,11 +180,7 @@ def write_scores(folder: Path, card: Mapping[str, Any]) -> None:
         f"{card['row']}: {label}" if several else card["row"]: one["scores"] for label, one in card["results"].items()
     }
     if scores:
-        write_json(folder / "scores.json", scores)
-
-
-def write_json(path: Path, body: Any) -> None:
-    write_whole(path, json.dumps(body, indent=1) + "\n")
+        write_record(folder / "scores.json", scores)
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -157,10 +188,11 @@ def main(arguments: Sequence[str]) -> int:
     path = Path(arguments[0])
     try:
         with stopping.listening():
-            run_cell(path.parent, json.loads(path.read_text()))
-    except KdcliError as error:
+            end_with_starter()
+            run_cell(path.parent, read_record(path, fits({}), "run `kdcli ablate`, which writes it"))
+    except (KdcliError, OSError) as error:
         print(f"Error: {one_line(error)}", flush=True)
-        return 1
+        return DISK if is_of_disk(error) else 1
     except stopping.Stopped as stop:
         print(one_line(stop), flush=True)
         return stop.status

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from pipelines.ablate.results import LEGEND, Section, interval, sections, writte
 from pipelines.report.charts import run_styles, stage_charts
 from pipelines.report.page import duration, header, settings_table, template
 from pipelines.report.runs import Run, read_runs
+from teacher_cache.errors import KdcliError
 from teacher_cache.whole_file import write_whole
 
 
@@ -45,8 +47,11 @@ def first_runs(cells: Sequence[Cell]) -> list[Run]:
     for cell in cells:
         if cell.row not in first and (cell.folder / "run.json").is_file():
             first[cell.row] = cell
-    runs = read_runs([cell.folder for cell in first.values()]) if first else []
-    return [replace(run, name=row, group=row) for run, row in zip(runs, first)]
+    runs = []
+    for row, cell in first.items():
+        with suppress(KdcliError):  # a damaged log has no curve; the numbers of the tables are its card's
+            runs += [replace(run, name=row, group=row) for run in read_runs([cell.folder])]
+    return runs
 
 
 def section_body(section: Section, baseline: str | None) -> dict[str, Any]:

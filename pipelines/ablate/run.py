@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import fnmatch
-import json
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from pipelines.ablate import results
-from pipelines.ablate.cell import write_json
-from pipelines.ablate.cells import FAILED, LOG, Cell, make_cells
+from pipelines.ablate.cells import LOG, Cell, make_cells
 from pipelines.ablate.grid import Grid, load_grid
 from pipelines.ablate.page import write_page
 from pipelines.ablate.runner import alone, make_slots, prune_models, run_cells
+from pipelines.run_records import write_record
 from pipelines.tables import table
 from teacher_cache.errors import KdcliError
 from teacher_cache.whole_file import write_whole
@@ -51,11 +50,15 @@ def ablate(request: AblateRequest, console: Any) -> dict[str, Any]:
         key=lambda cell: seeds.index(cell.seed)
     )  # every row of one seed first: an early table compares all rows
     waiting = [cell for cell in chosen if cell.state() != "done" and (request.retry_failed or cell.state() != "failed")]
+    errors: dict[str, str] = {}
     with alone(request.out):
+        for cell in chosen:
+            if damage := cell.damage():
+                console.print(f"note: {damage}", highlight=False, markup=False)
         try:
-            run_shown(waiting[: request.limit], slots, grid, cells, console)
+            errors = run_shown(waiting[: request.limit], slots, grid, cells, console)
         finally:
-            written = write_results(cells, grid, request)
+            written = write_results(cells, grid, request, errors)
     return written
 
 
@@ -69,19 +72,23 @@ def choose(cells: Sequence[Cell], request: AblateRequest) -> list[Cell]:
     return chosen
 
 
-def run_shown(waiting: Sequence[Cell], slots: Sequence[Any], grid: Grid, cells: Sequence[Cell], console: Any) -> None:
-    """Run cells under a bar, a line for each that ends."""
+def run_shown(
+    waiting: Sequence[Cell], slots: Sequence[Any], grid: Grid, cells: Sequence[Cell], console: Any
+) -> dict[str, str]:
+    """Run cells under a bar, a line for each that ends; the errors of those that did not end well, by name."""
     from pipelines.progress import bar
 
     if not waiting:
-        return
+        return {}
     ended: list[Cell] = []
+    errors: dict[str, str] = {}
     with bar(console, "students") as progress:
         task = progress.add_task("ablate", total=len(waiting))
         began = time.perf_counter()
 
         def on_end(cell: Cell, error: str) -> None:
             ended.append(cell)
+            errors.update({cell.name: error} if error else {})
             progress.update(task, advance=1)
             progress.console.print(
                 ended_line(cell, error, f"{len(ended)}/{len(waiting)}"), highlight=False, markup=False
@@ -94,6 +101,7 @@ def run_shown(waiting: Sequence[Cell], slots: Sequence[Any], grid: Grid, cells: 
 
         run_cells(waiting, slots, on_end, on_poll)
     console.print(f"{len(ended)} students in {time.perf_counter() - began:.0f} s", highlight=False)
+    return errors
 
 
 def ended_line(cell: Cell, error: str, count: str) -> str:
@@ -105,24 +113,29 @@ def ended_line(cell: Cell, error: str, count: str) -> str:
     return f"{count} {cell.name} {'; '.join(told)}"
 
 
-def failures(cells: Sequence[Cell]) -> list[dict[str, str]]:
-    """Failed cells with the last line of their error and their log."""
-    return [
+def failures(cells: Sequence[Cell], errors: Mapping[str, str]) -> list[dict[str, str]]:
+    """Failed cells with the last line of their error and their log; those too that only this time did not end (``errors``)."""
+    failed = [
         {
             "name": cell.name,
-            **{key: str(value) for key, value in json.loads((cell.folder / FAILED).read_text()).items()},
+            **{key: str(value) for key, value in cell.failure().items()},
         }
         for cell in cells
         if cell.state() == "failed"
     ]
+    known = {one["name"] for one in failed}
+    stopped = [cell for cell in cells if cell.name in errors.keys() - known]
+    return failed + [{"name": cell.name, "error": errors[cell.name], "log": str(cell.folder / LOG)} for cell in stopped]
 
 
-def write_results(cells: Sequence[Cell], grid: Grid, request: AblateRequest) -> dict[str, Any]:
+def write_results(
+    cells: Sequence[Cell], grid: Grid, request: AblateRequest, errors: Mapping[str, str]
+) -> dict[str, Any]:
     """``results.md``, ``results.json`` and ``results.html`` in the output folder."""
     text = results.markdown(cells, grid.baseline, request.losses)
-    body = {"grid": str(grid.path), **results.as_json(cells, grid.baseline), "failed": failures(cells)}
+    body = {"grid": str(grid.path), **results.as_json(cells, grid.baseline), "failed": failures(cells, errors)}
     write_whole(request.out / "results.md", f"# {grid.path.stem}\n\n{text}\n")
-    write_json(request.out / "results.json", body)
+    write_record(request.out / "results.json", body)
     write_page(cells, grid.baseline, body["failed"], grid.path.stem, request.out / "results.html")
     return {**body, "markdown": text}
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -14,16 +15,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pipelines
-from pipelines.ablate.cell import write_json
+from pipelines.ablate.cell import DISK
 from pipelines.ablate.cells import FAILED, LOG, REQUEST, Cell, request
+from pipelines.run_records import write_record
+from pipelines.spawned import GRACE_SECONDS
 from teacher_cache import stopping
 from teacher_cache.errors import KdcliError
 
 POLL_SECONDS = 0.1
-GRACE_SECONDS = 60.0
-"""For a child to write its checkpoint."""
-STOPPED = {code for number in stopping.SIGNALS for code in (128 + number, -number)}
-"""Exit statuses of a cell that somebody stopped: the next run goes on with it."""
+STOPPED = {DISK, *(code for number in stopping.SIGNALS for code in (128 + number, -number))}
+"""Exit statuses of a cell that somebody stopped, or a full disk: the next run goes on with it."""
 OnEnd = Callable[[Cell, str], None]
 """(cell, its error or "") when a cell ends."""
 
@@ -114,6 +115,7 @@ def run_cells(
                     running.append(_Running(cell, start(cell, slot), slot))
                 for one in [one for one in running if one.process.poll() is not None]:
                     running.remove(one)
+                    _let_go(one.process)
                     free.append(one.slot)
                     on_end(one.cell, conclude(one.cell, one.process.returncode))
                 on_poll([one.cell for one in running])
@@ -136,12 +138,12 @@ def start(cell: Cell, slot: Slot) -> subprocess.Popen[bytes]:
     """A process of its own session: an interrupt at the terminal reaches this program alone, which then ends its children."""
     cell.folder.mkdir(parents=True, exist_ok=True)
     (cell.folder / FAILED).unlink(missing_ok=True)
-    write_json(cell.folder / REQUEST, request(cell))
+    write_record(cell.folder / REQUEST, request(cell))
     command = [sys.executable, "-P", "-m", "pipelines.ablate.cell", str(cell.folder / REQUEST)]
     with (cell.folder / LOG).open("wb") as log:
         return subprocess.Popen(
             command,
-            stdin=subprocess.DEVNULL,
+            stdin=subprocess.PIPE,  # it ends with this process: the child then ends, too
             stdout=log,
             stderr=subprocess.STDOUT,
             env=slot.environment(),
@@ -159,7 +161,7 @@ def conclude(cell: Cell, status: int) -> str:
     if status in STOPPED:
         return said
     error = said if status > 0 else f"ended by signal {-status} after: {said}" if status else f"left no result: {said}"
-    write_json(cell.folder / FAILED, {"error": error.removeprefix("Error: "), "status": status, "log": str(log)})
+    write_record(cell.folder / FAILED, {"error": error.removeprefix("Error: "), "status": status, "log": str(log)})
     return error.removeprefix("Error: ")
 
 
@@ -171,8 +173,14 @@ def stop(processes: Sequence[subprocess.Popen[bytes]]) -> None:
         try:
             process.wait(GRACE_SECONDS)
         except subprocess.TimeoutExpired:
-            process.kill()
+            os.killpg(process.pid, signal.SIGKILL)  # its loader processes, too
             process.wait()
+        _let_go(process)
+
+
+def _let_go(process: subprocess.Popen[bytes]) -> None:
+    if process.stdin:
+        process.stdin.close()
 
 
 def prune_models(cells: Sequence[Cell]) -> None:

@@ -135,6 +135,7 @@ def fidelity(
     """Cached losses and gradients against the live teacher, per method, with the live-vs-live noise floor beside them."""
     from pipelines import fidelity as pipeline
     from pipelines.fidelity import show
+    from pipelines.run_records import finite
     from teacher_cache.errors import KdcliError
 
     settings = load(config)
@@ -149,7 +150,7 @@ def fidelity(
     with show.fidelity_progress(console()) as progress:
         result = pipeline.fidelity(request, progress)
     pipeline.write_files(result, plot, out)
-    say(json.dumps(show.as_json(result)) if as_json else show.report(result))
+    say(json.dumps(finite(result)) if as_json else show.report(result))
 
 
 @command()

@@ -201,6 +201,7 @@ def preflight(
     from pipelines.preflight import report
     from pipelines.preflight.request import PreflightRequest
     from pipelines.preflight.run import preflight as run
+    from pipelines.run_records import finite
     from pipelines.settings import FILE, override
 
     settings = load(config)
@@ -215,6 +216,6 @@ def preflight(
     request = PreflightRequest(spec, specs, settings, split(methods) or (), kd_file=kd_file, **asked)
     with report.preflight_progress(console()) as progress:
         result = run(request, progress)
-    say(json.dumps(report.as_json(result), ensure_ascii=False) if as_json else report.report(result))
+    say(json.dumps(finite(result), ensure_ascii=False) if as_json else report.report(result))
     if not result["go"]:
         sys.exit(1)

@@ -6,7 +6,6 @@ Every step is the product's own pipeline with small numbers; nothing here knows 
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -22,6 +21,7 @@ from pipelines.doctor import examine, print_report
 from pipelines.evaluate import evaluate_folder, figures
 from pipelines.progress import bar, capture_progress, train_progress
 from pipelines.report.page import write_report
+from pipelines.run_records import write_record
 from pipelines.settings import CaptureSettings, Settings
 from pipelines.tables import cache_table, score_table
 from pipelines.train_student import train
@@ -29,7 +29,6 @@ from student_train.config import StageSettings, TrainSettings
 from teacher_cache.errors import naming_full_disk
 from teacher_cache.sources import DataSpec
 from teacher_cache.teachers.transformers import TeacherSpec
-from teacher_cache.whole_file import write_whole
 
 ASSETS = Path(str(files("pipelines.demo") / "assets"))
 TEACHER = ASSETS / "teacher"
@@ -140,9 +139,9 @@ def whole_loop(out: Path, seed: int, console: Any, recipe: Recipe) -> dict[str, 
 
 def save_scores(out: Path, scores: Mapping[str, Any]) -> None:
     """``scores.json`` of the demo, and of every run, where a later report finds it."""
-    write_whole(out / "scores.json", json.dumps(scores, indent=1) + "\n")
+    write_record(out / "scores.json", scores)
     for name in RUNS:
-        write_whole(out / "runs" / name / "scores.json", json.dumps({name: scores[name]}, indent=1) + "\n")
+        write_record(out / "runs" / name / "scores.json", {name: scores[name]})
 
 
 @contextmanager

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import os
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -10,9 +10,24 @@ from pathlib import Path
 from typing import Any
 
 from pipelines.report.runs import stage_cards
+from pipelines.run_records import DONE, TRAIN_AGAIN, fits, read_record, read_run_card, read_scores
 from student_train.cache import Cache
 from teacher_cache.errors import KdcliError
+from teacher_cache.shards.schema import misfit
 from teacher_cache.templates import TEMPLATES
+
+TOLD = {
+    "cache": str,
+    "plan_hash": str,
+    "stages": [
+        {
+            "method": str,
+            "parts": [str],
+            "settings": {"student": str, "learning_rate": float, "seed": int, "bf16": bool},
+        }
+    ],
+}
+"""What a model card says of ``run.json``."""
 
 
 @dataclass(frozen=True)
@@ -39,11 +54,11 @@ def find_model(source: Path) -> Path:
         return source
     if (source / "model" / "config.json").is_file():
         return source / "model"
-    if not (source / "run.json").is_file():
+    if not os.path.lexists(source / "run.json"):
         inside = sorted(str(one.parent) for one in source.glob("*/run.json"))
         advice = f"the runs in it are {', '.join(inside)}" if inside else "name one of them"
         raise KdcliError(f"{source} is no model folder (config.json) and no run (run.json): {advice}")
-    folders = [source / name for name in stage_cards(read_object(source / "run.json"))]
+    folders = [source / name for name in stage_cards(read_run_card(source / "run.json"))]
     if folders and (folders[-1] / "done.json").is_file() and (folders[-1] / "model" / "config.json").is_file():
         return folders[-1] / "model"
     ready = [str(one / "model") for one in folders if (one / "model" / "config.json").is_file()]
@@ -55,23 +70,26 @@ def read_provenance(model: Path, scores: Path | None) -> Provenance:
     """scores: file of ``kdcli eval --out``; None: the run's ``scores.json``, if there is one."""
     stage = model.absolute().parent
     run = stage.parent
-    card = read_object(run / "run.json") if (run / "run.json").is_file() else None
+    card = read_run_card(run / "run.json") if os.path.lexists(run / "run.json") else None
     if card is not None and stage.name not in stage_cards(card):
         card = None
-    if scores is None and card is not None and (run / "scores.json").is_file():
+    if scores is None and card is not None and os.path.lexists(run / "scores.json"):
         scores = run / "scores.json"
-    results = read_object(scores) if scores else {}
+    results = read_scores(scores) if scores else {}
     if "families" in results:
         results = {model.name: results}
-    if any(not isinstance(one, dict) or "families" not in one for one in results.values()):
-        raise KdcliError(f"{scores}: not the scores of `kdcli eval --out`")
+    if any(isinstance(one, list) for one in results.values()):
+        raise KdcliError(f"{scores}: it has several results of one name: name a file of `kdcli eval --out`")
     if card is None:
         return Provenance(model, None, (), None, results)
+    if wrong := misfit(card, TOLD):
+        raise KdcliError(f"{run / 'run.json'}: {wrong}: {TRAIN_AGAIN}")
     names = list(stage_cards(card))
     used = []
     for name, one in list(zip(names, card["stages"]))[: names.index(stage.name) + 1]:
         done = run / name / "done.json"
-        used.append({**one, "result": read_object(done).get("result", {}) if done.is_file() else {}})
+        ended = read_record(done, fits(DONE), TRAIN_AGAIN) if os.path.lexists(done) else {}
+        used.append({**one, "result": ended.get("result", {})})
     return Provenance(model, card, tuple(used), read_cache(card), results)
 
 
@@ -83,7 +101,7 @@ def trained_template(model: str) -> str | None:
     """
     stage = Path(model).absolute().parent
     card = stage.parent / "run.json"
-    known = stage_cards(read_object(card)).get(stage.name, {}) if card.is_file() else {}
+    known = stage_cards(read_run_card(card)).get(stage.name, {}) if os.path.lexists(card) else {}
     asking = sorted(set(known.get("templates", {}).values()) & TEMPLATES.keys() - {"plain"})
     if len(asking) > 1:
         raise KdcliError(
@@ -103,10 +121,4 @@ def read_cache(card: Mapping[str, Any]) -> dict[str, Any] | None:
 
 
 def read_object(path: Path) -> dict[str, Any]:
-    try:
-        body = json.loads(path.read_text())
-    except (OSError, ValueError, RecursionError) as error:
-        raise KdcliError(f"{path}: not readable as JSON ({error})") from None
-    if not isinstance(body, dict):
-        raise KdcliError(f"{path}: a JSON object is expected, this is a {type(body).__name__}")
-    return body
+    return read_record(path, fits({}), "save the model again")

@@ -83,7 +83,7 @@ def test_a_device_or_a_pipe_is_written_to_and_stays(tmp_path: Path) -> None:
     assert stat.S_ISCHR(os.stat("/dev/null").st_mode)
     full = tmp_path / "full"
     full.symlink_to("/dev/full")
-    with pytest.raises(KdcliError, match="No space left on device.*make room"):
+    with pytest.raises(KdcliError, match=r"No space left on device.*make room"):
         write_whole(full, "x")
 
 
