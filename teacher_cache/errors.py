@@ -104,7 +104,8 @@ def _full(error: Exception) -> int | None:
 
 def is_of_disk(error: Exception) -> bool:
     """Whether work ended because a disk takes no more: it is as good as before, and can be run again."""
-    return isinstance(error, DiskError) or any(os.strerror(one) in str(error) for one in FULL)
+    words = str(error)
+    return isinstance(error, DiskError) or any(os.strerror(one) in words for one in _TAKES_NOTHING)
 
 
 def advice(error: OSError) -> str:

@@ -33,7 +33,7 @@ def write_whole(path: Path, content: bytes | str, durable: bool = True) -> None:
     """
     data = content.encode("utf-8", "backslashreplace") if isinstance(content, str) else content
     with naming_file(path):
-        if _is_special(path):
+        if is_special(path):
             _write_special(path, data)
             return
         place = Path(os.path.realpath(path))
@@ -59,7 +59,7 @@ def write_whole(path: Path, content: bytes | str, durable: bool = True) -> None:
 def refuse_unwritable(path: Path) -> None:
     """Before long work whose result goes to ``path``: DiskError where it could not be written now, for another reason than its size."""
     with naming_file(path):
-        if _is_special(path):
+        if is_special(path):
             return
         place = Path(os.path.realpath(path))
         if place.is_dir():
@@ -80,18 +80,21 @@ def naming_file(path: Path) -> Iterator[None]:
         raise DiskError(f"{path}: cannot be written ({reason}): {advice(error)}") from None
 
 
-def _is_special(path: Path) -> bool:
-    """Whether something stands there that is neither a file nor a folder: it cannot be replaced, and must not be."""
+def is_special(path: Path) -> bool:
+    """Whether something stands there that cannot be replaced, and must not be: a device, a pipe, what another process has open
+    (``/dev/stdout``)."""
     try:
         mode = path.stat().st_mode
     except FileNotFoundError:
         return False
-    return not stat.S_ISREG(mode) and not stat.S_ISDIR(mode)
+    parts = Path(os.path.abspath(path)).parts[1:3]
+    opened = parts[:1] == ("proc",) or (parts[:1] == ("dev",) and parts[1:] != ("shm",))
+    return not stat.S_ISDIR(mode) and (opened or not stat.S_ISREG(mode))
 
 
 def _write_special(path: Path, data: bytes) -> None:
     """A pipe that nobody reads is an error (ENXIO), not a wait without end."""
-    handle = os.open(path, os.O_WRONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    handle = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_NONBLOCK | os.O_CLOEXEC)
     os.set_blocking(handle, True)
     with os.fdopen(handle, "wb", buffering=0) as opened:
         while data:

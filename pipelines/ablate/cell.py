@@ -22,6 +22,7 @@ import pipelines.quiet_threads  # noqa: F401 (before torch)
 from pipelines.ablate.cells import CARD, read_card, shared_folder
 from pipelines.ablate.grid import EvalFile
 from pipelines.evaluate import evaluate_folder, figures
+from pipelines.evaluation.kept import SUFFIX, KeepIn
 from pipelines.exporting.provenance import trained_template
 from pipelines.progress import quiet_library_bars
 from pipelines.report.runs import read_runs
@@ -75,7 +76,7 @@ def run_cell(folder: Path, request: Mapping[str, Any]) -> dict[str, Any]:
         if label not in results:
             print(f"evaluating: {label}", flush=True)
             trusted = request["settings"]["train"]["trust_remote_code"]
-            results[label] = {"key": one["key"], "scores": ask(model, one, trusted)}
+            results[label] = {"key": one["key"], "scores": ask(folder, model, one, trusted)}
             card = keep()  # what was asked is not asked again, whatever happens to the rest
     return card
 
@@ -150,11 +151,14 @@ def train_cell(folder: Path, request: Mapping[str, Any]) -> None:
         shutil.rmtree(shared_folder(folder, one["shared"]) / "checkpoints", ignore_errors=True)
 
 
-def ask(model: Path, evaluation: Mapping[str, Any], trust_remote_code: bool) -> dict[str, Any]:
+def ask(folder: Path, model: Path, evaluation: Mapping[str, Any], trust_remote_code: bool) -> dict[str, Any]:
     """Scores of the trained model on one held-out file, without the single answers."""
     file = EvalFile(**evaluation["file"])
     spec = replace(file, template=file.template or trained_template(str(model))).spec
-    return figures(evaluate_folder(str(model), spec, **evaluation["options"], trust_remote_code=trust_remote_code))
+    kept_in = KeepIn(folder / f".answers-{evaluation['key'][:8]}{SUFFIX}", anew=True)
+    asked = evaluate_folder(str(model), spec, **evaluation["options"], trust_remote_code=trust_remote_code, kept_in=kept_in)
+    kept_in.path.unlink(missing_ok=True)
+    return figures(asked)
 
 
 def final_losses(folder: Path) -> dict[str, dict[str, float]]:

@@ -30,7 +30,7 @@ from pipelines.command_line.options import (
     teacher_options,
     trust_option,
 )
-from pipelines.command_line.output import console, say
+from pipelines.command_line.output import console, naming_stdout, say
 from pipelines.command_line.tour import command
 
 
@@ -93,7 +93,8 @@ def doctor(
     if as_json:
         say(json.dumps(report.to_json(), ensure_ascii=False))
     else:
-        print_report(report, Console(), every_row)
+        with naming_stdout():
+            print_report(report, Console(), every_row)
     if strict is not None and report.worst().defective_share > strict:
         worst = report.worst()
         raise KdcliError(f"--strict {strict:g}: {worst.defective_share:.2%} of part {worst.part!r} is defective")

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import os
-import resource
 import signal
 import stat
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -17,15 +16,6 @@ from teacher_cache.errors import KdcliError
 from teacher_cache.whole_file import _draft, refuse_unwritable, write_whole
 
 BIG = b"x" * 100_000
-
-
-@pytest.fixture
-def small_files() -> Iterator[None]:
-    """The system takes no file over 4 KiB from this process: writing fails in the middle, as on a full disk."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, before[1]))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 def names(folder: Path) -> list[str]:
