@@ -35,8 +35,10 @@ Check = Callable[[Any], str]
 """What is wrong with a document, in words; "" for nothing."""
 
 STAGE_NAME = re.compile(r"[\w+-]{1,80}")
+"""What a stage, and its folder, can be called: no path."""
 STAGE = {
     "stage": str,
+    "folder?": str,
     "method?": str,
     "knobs?": dict,
     "parts?": [str],
@@ -157,7 +159,7 @@ def read_run_card(path: Path) -> dict[str, Any]:
 def misfit_of_run(body: Any) -> str:
     if wrong := misfit(body, RUN):
         return wrong
-    names = [one["stage"] for one in body.get("stages", [])]
+    names = [one[key] for one in body.get("stages", []) for key in ("stage", "folder") if key in one]
     return next((f"stage {name[:80]!r} is no name of a stage" for name in names if not STAGE_NAME.fullmatch(name)), "")
 
 

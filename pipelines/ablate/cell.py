@@ -5,13 +5,12 @@ Trains what no earlier cell has trained, asks what was not asked yet, and writes
 
 from __future__ import annotations
 
-import fcntl
 import os
 import shutil
 import sys
 import time
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,20 +23,23 @@ from pipelines.ablate.grid import EvalFile
 from pipelines.evaluate import evaluate_folder, figures
 from pipelines.evaluation.kept import SUFFIX, KeepIn
 from pipelines.exporting.provenance import trained_template
+from pipelines.output_lock import Held, alone
 from pipelines.progress import quiet_library_bars
 from pipelines.report.runs import read_runs
 from pipelines.run_records import fits, read_record, write_record
 from pipelines.settings import Settings, build
 from pipelines.spawned import end_with_starter
-from pipelines.stage_identity import DONE
 from pipelines.train_student import train
-from student_train.checkpoint import read_card as stage_record
 from student_train.config import StageSettings, TrainSettings
+from student_train.whole import DONE_FILE, finished_damage, read_done
 from teacher_cache import stopping
 from teacher_cache.errors import KdcliError, is_of_disk, one_line
 
 DISK = 75
 """Exit status (sysexits' "try again") of a cell whose disk took no more: no failure of its own."""
+WHAT, CHOOSE = "kdcli ablate", "--out"
+"""In the line that whoever comes second gets (``output_lock``)."""
+WAIT_SECONDS = 0.5
 LAST_STEPS = 10
 """A stage's final loss is the mean over so many of its last logged steps."""
 
@@ -51,8 +53,8 @@ def run_cell(folder: Path, request: Mapping[str, Any]) -> dict[str, Any]:
     known = there.get("results", {})
     wanted = {one["label"]: one for one in request["evaluations"]}
     results = {label: one for label, one in known.items() if label in wanted and one["key"] == wanted[label]["key"]}
-    model = folder / request["stage_folders"][-1]["name"] / "model"
-    if not there or (len(results) < len(wanted) and not model.is_dir()):
+    last = folder / request["stage_folders"][-1]["name"]
+    if not there or (len(results) < len(wanted) and not is_whole(last)):
         link_stages(folder, request["stage_folders"])
         with ExitStack() as locks:
             claim([shared_folder(folder, one["shared"]) for one in request["stage_folders"]], locks)
@@ -76,7 +78,7 @@ def run_cell(folder: Path, request: Mapping[str, Any]) -> dict[str, Any]:
         if label not in results:
             print(f"evaluating: {label}", flush=True)
             trusted = request["settings"]["train"]["trust_remote_code"]
-            results[label] = {"key": one["key"], "scores": ask(folder, model, one, trusted)}
+            results[label] = {"key": one["key"], "scores": ask(folder, last / "model", one, trusted)}
             card = keep()  # what was asked is not asked again, whatever happens to the rest
     return card
 
@@ -84,32 +86,50 @@ def run_cell(folder: Path, request: Mapping[str, Any]) -> dict[str, Any]:
 def claim(stages: Sequence[Path], locks: ExitStack) -> None:
     """Keep every stage that is to be trained for this process alone; whoever waited finds it done.
 
-    A finished stage whose model was removed to save space, or whose record is damaged, is trained again, and so are those after it: they
-    belong to its weights.
+    A finished stage whose model was removed to save space, or that is damaged, is trained again, and so are those after it: they belong
+    to its weights.
     """
     lost = False
     for stage in stages:
-        stage.mkdir(parents=True, exist_ok=True)
-        lock = locks.enter_context((stage / ".lock").open("w"))
-        fcntl.flock(lock, fcntl.LOCK_EX)  # it ends with the file, and the file with the process
-        done = os.path.lexists(stage / "done.json")
-        lost = lost or (done and not _is_whole(stage))
-        if lost:
-            _remove(stage / "done.json")
-            for name in ("model", "checkpoints"):
-                _remove(stage / name)
-        elif done:
-            lock.close()
+        with ExitStack() as held:
+            held.enter_context(waited_for(stage))
+            done = os.path.lexists(stage / DONE_FILE)
+            lost = lost or (done and not is_whole(stage))
+            if lost:
+                for name in (DONE_FILE, "model", "checkpoints"):
+                    _remove(stage / name)
+            if lost or not done:
+                locks.enter_context(held.pop_all())
 
 
-def _is_whole(stage: Path) -> bool:
-    """Whether a finished stage can be started from; says what is damaged."""
-    try:
-        stage_record(stage / "done.json", DONE)
-    except (KdcliError, OSError) as error:
-        print(f"note: {one_line(error)}: the stage is trained again", flush=True)
+@contextmanager
+def waited_for(stage: Path) -> Iterator[None]:
+    """``alone`` in a stage's folder, once nobody else is; says who that is meanwhile."""
+    with ExitStack() as lock:
+        told = False
+        while True:
+            try:
+                lock.enter_context(alone(stage, WHAT, CHOOSE, print))
+                break
+            except Held as error:
+                if not told:
+                    print(f"waiting: {one_line(error)}", flush=True)
+                told = True
+                time.sleep(WAIT_SECONDS)
+        yield
+
+
+def is_whole(stage: Path) -> bool:
+    """Whether a finished stage's model can be started from, or asked; says what is damaged."""
+    if not (stage / "model").is_dir():
         return False
-    return (stage / "model").is_dir()
+    try:
+        wrong = finished_damage(stage, read_done(stage))
+    except (KdcliError, OSError) as error:
+        wrong = str(error)
+    if wrong:
+        print(f"note: {stage}: {one_line(wrong)}: the stage is trained again", flush=True)
+    return not wrong
 
 
 def _remove(path: Path) -> None:
@@ -156,7 +176,9 @@ def ask(folder: Path, model: Path, evaluation: Mapping[str, Any], trust_remote_c
     file = EvalFile(**evaluation["file"])
     spec = replace(file, template=file.template or trained_template(str(model))).spec
     kept_in = KeepIn(folder / f".answers-{evaluation['key'][:8]}{SUFFIX}", anew=True)
-    asked = evaluate_folder(str(model), spec, **evaluation["options"], trust_remote_code=trust_remote_code, kept_in=kept_in)
+    asked = evaluate_folder(
+        str(model), spec, **evaluation["options"], trust_remote_code=trust_remote_code, kept_in=kept_in
+    )
     kept_in.path.unlink(missing_ok=True)
     return figures(asked)
 

@@ -5,16 +5,18 @@ from __future__ import annotations
 import fnmatch
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from pipelines.ablate import results
+from pipelines.ablate.cell import CHOOSE, WHAT
 from pipelines.ablate.cells import LOG, Cell, make_cells
 from pipelines.ablate.grid import Grid, load_grid
 from pipelines.ablate.page import write_page
-from pipelines.ablate.runner import alone, make_slots, prune_models, run_cells
+from pipelines.ablate.runner import Slot, make_slots, prune_models, run_cells
+from pipelines.output_lock import NAME, alone
 from pipelines.run_records import write_record
 from pipelines.tables import table
 from teacher_cache.errors import KdcliError
@@ -43,7 +45,27 @@ def ablate(request: AblateRequest, console: Any) -> dict[str, Any]:
     """Run the grid; ``{"cells", "tables", "failed": [{"name", "error", "log"}], "markdown"}``. Tables are written whatever happens."""
     grid = load_grid(request.grid)
     slots = make_slots(request.devices, request.workers)
+
+    def say(text: str) -> None:
+        console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+    if (request.out / NAME).is_file():
+        with alone(request.out, WHAT, CHOOSE, say):
+            pass  # who comes second is told at once, before hundreds of cells are planned
     cells = make_cells(grid, request.out)
+    with alone(request.out, WHAT, CHOOSE, say):
+        return run_grid(request, grid, cells, slots, console, say)
+
+
+def run_grid(
+    request: AblateRequest,
+    grid: Grid,
+    cells: Sequence[Cell],
+    slots: Sequence[Slot],
+    console: Any,
+    say: Callable[[str], None],
+) -> dict[str, Any]:
+    """``ablate`` in a folder that nobody else writes to."""
     chosen = choose(cells, request)
     seeds = list(dict.fromkeys(cell.seed for cell in chosen))
     chosen.sort(
@@ -51,14 +73,13 @@ def ablate(request: AblateRequest, console: Any) -> dict[str, Any]:
     )  # every row of one seed first: an early table compares all rows
     waiting = [cell for cell in chosen if cell.state() != "done" and (request.retry_failed or cell.state() != "failed")]
     errors: dict[str, str] = {}
-    with alone(request.out):
-        for cell in chosen:
-            if damage := cell.damage():
-                console.print(f"note: {damage}", highlight=False, markup=False)
-        try:
-            errors = run_shown(waiting[: request.limit], slots, grid, cells, console)
-        finally:
-            written = write_results(cells, grid, request, errors)
+    for cell in chosen:
+        if damage := cell.damage():
+            say(f"note: {damage}")
+    try:
+        errors = run_shown(waiting[: request.limit], slots, grid, cells, console)
+    finally:
+        written = write_results(cells, grid, request, errors)
     return written
 
 
@@ -73,7 +94,7 @@ def choose(cells: Sequence[Cell], request: AblateRequest) -> list[Cell]:
 
 
 def run_shown(
-    waiting: Sequence[Cell], slots: Sequence[Any], grid: Grid, cells: Sequence[Cell], console: Any
+    waiting: Sequence[Cell], slots: Sequence[Slot], grid: Grid, cells: Sequence[Cell], console: Any
 ) -> dict[str, str]:
     """Run cells under a bar, a line for each that ends; the errors of those that did not end well, by name."""
     from pipelines.progress import bar
@@ -96,10 +117,13 @@ def run_shown(
             if not grid.keep_models and not error:
                 prune_models(cells)
 
+        def say(text: str) -> None:
+            progress.console.print(text, highlight=False, markup=False, soft_wrap=True)
+
         def on_poll(running: list[Cell]) -> None:
             progress.update(task, description=", ".join(cell.name for cell in running) or "ablate")
 
-        run_cells(waiting, slots, on_end, on_poll)
+        run_cells(waiting, slots, on_end, on_poll, say)
     console.print(f"{len(ended)} students in {time.perf_counter() - began:.0f} s", highlight=False)
     return errors
 

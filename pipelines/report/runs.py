@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from pipelines.run_records import DONE, TRAIN_AGAIN, fits, read_points, read_record, read_run_card, read_scores
+from pipelines.stage_records import folder_of
 from teacher_cache.errors import KdcliError
 
 SEED = re.compile(r"^(?P<group>.*?)[-_./]*seed[-_=]?\d+(-[0-9a-f]{8})?$")
@@ -111,7 +112,7 @@ def _read_run(folder: Path, name: str) -> Run:
 
 def stage_cards(card: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
     """Name of a stage's folder → what the run card says of the stage, in order."""
-    return {f"{i:02d}-{one['stage']}": one for i, one in enumerate(card.get("stages", []), start=1)}
+    return {folder_of(number, one): one for number, one in enumerate(card.get("stages", []), start=1)}
 
 
 def _read_stage(folder: Path, method: str) -> Stage:
