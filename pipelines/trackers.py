@@ -10,6 +10,7 @@ import contextlib
 import json
 import os
 import sys
+import threading
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -76,6 +77,7 @@ class TensorBoard:
     def __init__(self, stage: TrackedStage, run: str):
         from torch.utils.tensorboard import SummaryWriter
 
+        _quiet_writer_threads()
         self.board = SummaryWriter(str(stage.folder / "tensorboard"), purge_step=stage.first_step)
         if not stage.first_step:
             self.board.add_text("config", f"```json\n{json.dumps(stage.config, indent=1)}\n```")
@@ -86,6 +88,20 @@ class TensorBoard:
 
     def finish(self) -> None:
         self.board.close()
+
+
+def _quiet_writer_threads() -> None:
+    """TensorBoard's writer thread keeps what went wrong for the next call, which is told of it; Python would print a traceback besides."""
+    before = threading.excepthook
+    if getattr(before, "quiet", False):
+        return
+
+    def hook(told: threading.ExceptHookArgs) -> None:
+        if not type(told.thread).__module__.startswith("tensorboard."):
+            before(told)
+
+    hook.quiet = True  # type: ignore[attr-defined]
+    threading.excepthook = hook
 
 
 class Wandb:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -86,6 +87,21 @@ def test_a_tracker_that_finds_no_room_is_a_note(
     said: list[str] = []
     open_trackers(["wandb"], TrackedStage(tmp_path, 0, "identity", {}), said.append)
     assert len(said) == 1 and "trackers.json: cannot be written (File too large)" in said[0] and not seen(tmp_path)
+
+
+def test_tensorboard_on_a_full_disk_is_a_note_and_no_traceback(
+    tmp_path: Path, small_files: Callable[[int], None], capfd: pytest.CaptureFixture[str]
+) -> None:
+    said: list[str] = []
+    (tracker,) = open_trackers(["tensorboard"], TrackedStage(tmp_path, 0, "identity", {}), said.append)
+    small_files(100)
+    for step in range(1000):
+        tracker.log(step, {"loss": 1.0})
+        if said:
+            break
+        time.sleep(0.002)
+    tracker.finish()
+    assert len(said) == 1 and "File too large" in said[0] and "Traceback" not in capfd.readouterr().err
 
 
 def kdcli(line: str, folder: Path) -> subprocess.CompletedProcess[str]:
