@@ -42,7 +42,7 @@ def alone(folder: Path, what: str, choose: str, say: Callable[[str], None] = lam
         say: gets a note where another machine's word has to be watched.
 
     Raises:
-        KdcliError: somebody holds it: who, where, and since when.
+        Held: somebody holds it: who, where, and since when.
     """
     make_folder(folder)
     with _open(folder / NAME) as file, _let_go_in_children(file):
@@ -100,8 +100,12 @@ def _take(file: BinaryIO, folder: Path, choose: str, say: Callable[[str], None])
                 return
 
 
-def _refusal(folder: Path, word: dict[str, Any], choose: str) -> KdcliError:
-    return KdcliError(f"{folder}: {_holder(word)} writes there: wait for it, end it, or choose another {choose}")
+class Held(KdcliError):
+    """Somebody else writes there, who may come to an end."""
+
+
+def _refusal(folder: Path, word: dict[str, Any], choose: str) -> Held:
+    return Held(f"{folder}: {_holder(word)} writes there: wait for it, end it, or choose another {choose}")
 
 
 def _holder(word: dict[str, Any]) -> str:

@@ -6,11 +6,16 @@ import multiprocessing
 import multiprocessing.connection
 import os
 import signal
+import stat
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 from teacher_cache import stopping
+
+GRACE_SECONDS = 60.0
+"""For a child to end in order: to write its checkpoint."""
 
 
 @contextmanager
@@ -32,6 +37,23 @@ def starting() -> Iterator[None]:
 def end_with_parent() -> None:
     """To be called in the new process: it gets SIGTERM once its parent is gone. A parent that was killed shuts no pool down."""
     threading.Thread(target=_wait_for_parent, daemon=True).start()
+
+
+def end_with_starter() -> None:
+    """To be called in a program whose stdin is a pipe that its starter holds open: it gets SIGTERM once that one is gone, however it
+    ended, and is killed with its own session where it does not end in time."""
+    if stat.S_ISFIFO(os.fstat(0).st_mode):
+        threading.Thread(target=_wait_for_starter, daemon=True).start()
+
+
+def _wait_for_starter() -> None:
+    while os.read(0, 1):
+        pass
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(GRACE_SECONDS)
+    if os.getpgrp() == os.getpid():
+        os.killpg(os.getpid(), signal.SIGKILL)
+    os.kill(os.getpid(), signal.SIGKILL)
 
 
 def _wait_for_parent() -> None:

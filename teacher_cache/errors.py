@@ -38,6 +38,10 @@ class CacheError(KdcliError):
     """A cache is damaged, incomplete, of another plan, or lacks what was asked of it."""
 
 
+class DiskError(KdcliError):
+    """A disk does not take what is to be written; nothing is wrong with the work itself, which can be run again."""
+
+
 class CompatibilityError(KdcliError):
     """Two sides that must agree (teacher, student, tokenizer, template, cache) do not."""
 
@@ -79,18 +83,38 @@ def naming_full_disk(place: object) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        words = f"{error} {error.__cause__ or ''}"
-        if getattr(error, "errno", None) in FULL or (not isinstance(error, KdcliError) and "No space left" in words):
-            reason = (
-                os.strerror(error.errno) if isinstance(error, OSError) and error.errno else "No space left on device"
-            )
-            raise KdcliError(
-                f"{place}: {reason}: what is complete stays; make room and run the same command again"
-            ) from None
+        if (number := _full(error)) is not None:
+            raise DiskError(f"{place}: {os.strerror(number)}: {advice(OSError(number, ''))}") from None
         raise
 
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_TAKES_NOTHING = (*FULL, errno.EROFS)
+_NOT_ALLOWED = (errno.EROFS, errno.EACCES, errno.EPERM)
+
+
+def _full(error: Exception) -> int | None:
+    """The number of an error that says that a disk takes nothing (more); libraries that are not Python's say it in words alone."""
+    number = error.errno if isinstance(error, OSError) else None
+    if number in _TAKES_NOTHING or isinstance(error, KdcliError):
+        return number
+    words = f"{error} {error.__cause__ or ''}"
+    return next((one for one in _TAKES_NOTHING if os.strerror(one) in words), None)
+
+
+def is_of_disk(error: Exception) -> bool:
+    """Whether work ended because a disk takes no more: it is as good as before, and can be run again."""
+    words = str(error)
+    return isinstance(error, DiskError) or any(os.strerror(one) in words for one in _TAKES_NOTHING)
+
+
+def advice(error: OSError) -> str:
+    """What helps against an error of a disk that something was to be written to."""
+    if error.errno in FULL:
+        return "what is complete stays; make room and run the same command again"
+    if error.errno in _NOT_ALLOWED:
+        return "name a place that you may write to"
+    return "name another place, or mend this one, and run the same command again"
 
 
 class SkipRow(Exception):

@@ -7,9 +7,10 @@ Everything is real (stock Hugging Face folders, the shipped tokenizer, the whole
 from __future__ import annotations
 
 import os
+import resource
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -291,3 +292,17 @@ def copy_of(tmp_path: Path) -> Callable[[Path], Path]:
         return Path(shutil.copytree(folder, target))
 
     return copy
+
+
+@pytest.fixture
+def small_files() -> Iterator[Callable[[int], None]]:
+    """The system takes no file over 4 KiB from this process: writing fails in the middle, as on a full disk. ``small_files(n)``: over n
+    bytes."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def limit(size: int) -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+
+    limit(4096)
+    yield limit
+    limit(before[0])

@@ -70,13 +70,19 @@ def evaluate(
     """Score a student or teacher on held-out questions: exact match and other metrics by family, and nll of the expected answers.
     MODEL: a run (its last stage), a stage, a model folder, or a hub id."""
     from pipelines.evaluate import evaluate_folder, figures
+    from pipelines.evaluation.kept import partial_of
     from pipelines.evaluation.score import answer_row
     from pipelines.exporting.provenance import find_model, trained_template
     from pipelines.progress import bar
+    from pipelines.run_records import finite, write_record
     from pipelines.tables import lost_rows, score_table
     from teacher_cache.sources import DataSpec
+    from teacher_cache.whole_file import refuse_unwritable, write_whole
 
     metrics = split(metric) or ()
+    for path in filter(None, (out, answers)):
+        refuse_unwritable(Path(path))
+    kept_in = partial_of(answers, out)
     model = str(find_model(Path(model))) if Path(model).is_dir() else model
     template = template or trained_template(model) or DataSpec.template
     with bar(console(), "questions") as progress:
@@ -88,16 +94,19 @@ def evaluate(
             trust_remote_code=bool(trust_remote_code),
             metrics=metrics,
             advance=lambda rows: progress.advance(task, rows),
+            kept_in=kept_in,
             **how,
         )
     given, scores = [answer_row(one, metrics) for one in result["answers"]], figures(result)
     if out:
-        Path(out).write_text(json.dumps({model: scores}, indent=1) + "\n")
+        write_record(Path(out), {model: scores})
     if answers:
-        Path(answers).write_text("".join(json.dumps(one, ensure_ascii=False) + "\n" for one in given))
+        write_whole(Path(answers), "".join(json.dumps(finite(one), ensure_ascii=False) + "\n" for one in given))
+    if kept_in:
+        kept_in.path.unlink(missing_ok=True)
     if scores["n"] < MOST_ASKED * scores["rows"]:
         note(f"note: {lost_rows(scores['rows'], scores['n'], result['skips'][0])}")
-    say(json.dumps({**result, "answers": given}) if as_json else score_table({model: scores}))
+    say(json.dumps(finite({**result, "answers": given})) if as_json else score_table({model: scores}))
 
 
 @command("eval-tasks")
@@ -140,6 +149,7 @@ def fidelity(
     """Cached losses and gradients against the live teacher, per method, with the live-vs-live noise floor beside them."""
     from pipelines import fidelity as pipeline
     from pipelines.fidelity import show
+    from pipelines.run_records import finite
     from teacher_cache.errors import KdcliError
 
     settings = load(config)
@@ -154,7 +164,7 @@ def fidelity(
     with show.fidelity_progress(console()) as progress:
         result = pipeline.fidelity(request, progress)
     pipeline.write_files(result, plot, out)
-    say(json.dumps(show.as_json(result)) if as_json else show.report(result))
+    say(json.dumps(finite(result)) if as_json else show.report(result))
 
 
 @command()

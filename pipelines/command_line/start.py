@@ -56,4 +56,4 @@ def completion(shell: str) -> None:
     """
     from pipelines.command_line.completion import script
 
-    click.echo(script(click.get_current_context().find_root().command, shell))
+    say(script(click.get_current_context().find_root().command, shell))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import os
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -10,11 +10,26 @@ from pathlib import Path
 from typing import Any
 
 from pipelines.report.runs import stage_cards
+from pipelines.run_records import TRAIN_AGAIN, fits, read_record, read_run_card, read_scores
 from pipelines.stage_records import last_card
 from student_train.cache import Cache
 from student_train.whole import DONE_FILE, read_done
 from teacher_cache.errors import KdcliError
+from teacher_cache.shards.schema import misfit
 from teacher_cache.templates import TEMPLATES
+
+TOLD = {
+    "cache": str,
+    "plan_hash": str,
+    "stages": [
+        {
+            "method": str,
+            "parts": [str],
+            "settings": {"student": str, "learning_rate": float, "seed": int, "bf16": bool},
+        }
+    ],
+}
+"""What a model card says of ``run.json``."""
 
 
 @dataclass(frozen=True)
@@ -41,11 +56,11 @@ def find_model(source: Path) -> Path:
         return source
     if (source / "model" / "config.json").is_file():
         return source / "model"
-    if not (source / "run.json").is_file():
+    if not os.path.lexists(source / "run.json"):
         inside = sorted(str(one.parent) for one in source.glob("*/run.json"))
         advice = f"the runs in it are {', '.join(inside)}" if inside else "name one of them"
         raise KdcliError(f"{source} is no model folder (config.json) and no run (run.json): {advice}")
-    folders = [source / name for name in stage_cards(read_object(source / "run.json"))]
+    folders = [source / name for name in stage_cards(read_run_card(source / "run.json"))]
     if folders and (folders[-1] / "done.json").is_file() and (folders[-1] / "model" / "config.json").is_file():
         return folders[-1] / "model"
     ready = [str(one / "model") for one in folders if (one / "model" / "config.json").is_file()]
@@ -57,15 +72,17 @@ def read_provenance(model: Path, scores: Path | None) -> Provenance:
     """scores: file of ``kdcli eval --out``; None: the run's ``scores.json``, if there is one."""
     run = model.absolute().parent.parent
     card, stages = read_stages(model.absolute().parent)
-    if scores is None and card is not None and (run / "scores.json").is_file():
+    if scores is None and card is not None and os.path.lexists(run / "scores.json"):
         scores = run / "scores.json"
-    results = read_object(scores) if scores else {}
+    results = read_scores(scores) if scores else {}
     if "families" in results:
         results = {model.name: results}
-    if any(not isinstance(one, dict) or "families" not in one for one in results.values()):
-        raise KdcliError(f"{scores}: not the scores of `kdcli eval --out`")
+    if any(isinstance(one, list) for one in results.values()):
+        raise KdcliError(f"{scores}: it has several results of one name: name a file of `kdcli eval --out`")
     if card is None:
         return Provenance(model, None, (), None, results)
+    if wrong := next(filter(None, (misfit({**card, "stages": [one]}, TOLD) for one in stages)), ""):
+        raise KdcliError(f"{run / 'run.json'}: {wrong}: {TRAIN_AGAIN}")
     return Provenance(model, card, stages, read_cache(card), results)
 
 
@@ -79,7 +96,7 @@ def read_stages(stage: Path) -> tuple[Mapping[str, Any] | None, tuple[Mapping[st
         before = [{**one["card"], "result": one["result"]} for one in done.get("before", ()) if one.get("card")]
         return own, (*before, {**own, "result": done["result"]})
     path = stage.parent / "run.json"
-    card = read_object(path) if path.is_file() else {}
+    card = read_run_card(path) if os.path.lexists(path) else {}
     cards = stage_cards(card)
     if stage.name not in cards:
         return None, ()
@@ -117,10 +134,4 @@ def read_cache(card: Mapping[str, Any]) -> dict[str, Any] | None:
 
 
 def read_object(path: Path) -> dict[str, Any]:
-    try:
-        body = json.loads(path.read_text())
-    except (OSError, ValueError, RecursionError) as error:
-        raise KdcliError(f"{path}: not readable as JSON ({error})") from None
-    if not isinstance(body, dict):
-        raise KdcliError(f"{path}: a JSON object is expected, this is a {type(body).__name__}")
-    return body
+    return read_record(path, fits({}), "save the model again")

@@ -16,6 +16,7 @@ from student_train.methods import method_module
 from teacher_cache.errors import CacheError, KdcliError
 from teacher_cache.places import place_of
 from teacher_cache.plan import difference
+from teacher_cache.shards.schema import require
 from teacher_cache.shards.sealed import seal, unseal
 from teacher_cache.shards.storage import Storage
 from teacher_cache.sources import DataSpec
@@ -145,7 +146,7 @@ class Notebook:
         place = f"{out}/{NOTEBOOK}"
         self.found: dict[str, Any] = {}
         if self.storage.exists(NOTEBOOK):
-            body = unseal(self.storage.read(NOTEBOOK), place)
+            body = require(unseal(self.storage.read(NOTEBOOK), place), {"identity": dict, "found": dict}, place)
             if body["identity"] != wanted:
                 lines = "; ".join(difference(body["identity"], wanted)).replace("cache ", "there ")
                 raise CacheError(f"{out} holds another preflight: {lines}: choose another --out, or remove that folder")

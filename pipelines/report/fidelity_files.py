@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -11,6 +10,7 @@ from typing import Any
 
 from pipelines.fidelity.plot import family_of
 from pipelines.preflight.request import NOTEBOOK
+from pipelines.run_records import fits, parse_record, read_plain
 from teacher_cache.errors import KdcliError
 from teacher_cache.places import local_path, place_of
 from teacher_cache.shards.storage import Storage
@@ -78,14 +78,13 @@ def _read(path: Path | str) -> Measured:
     place = f"{found.text}/{NOTEBOOK}" if found.local and Path(found.path).is_dir() else found.text
     folder, _, name = place.rpartition("/")
     try:
-        body = json.loads(local_path(place).read_bytes() if found.local else Storage(folder).read(name))
+        data = read_plain(local_path(place), FIX) if found.local else Storage(folder).read(name)
     except OSError:
         raise KdcliError(f"{place} cannot be read: {FIX}") from None
-    except (ValueError, RecursionError) as error:
-        raise KdcliError(f"{place}: not JSON ({error}): {FIX}") from None
+    body = parse_record(data, place, fits({}), FIX)
     try:
         return _of_fidelity(place, body) if "distributions" in body else _of_preflight(place, body)
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
+    except (LookupError, TypeError, AttributeError, ValueError, ArithmeticError) as error:
         raise KdcliError(f"{place} holds no measurement ({type(error).__name__}: {error}): {FIX}") from None
 
 
@@ -116,8 +115,8 @@ def _of_fidelity(place: str, body: Mapping[str, Any]) -> Measured:
 def _stored(kind: str, label: str, family: str, size: float, one: Mapping[str, Any]) -> Stored:
     measured = {direction: one[direction] for direction in ("forward", "reverse") if one.get(direction)}
     return Stored(
-        kind,
-        label,
+        _text(kind),
+        _text(label),
         family,
         float(size),
         _number((one.get("kl") or {}).get("mean")),
@@ -152,7 +151,8 @@ def _of_preflight(place: str, body: Mapping[str, Any]) -> Measured:
                 own = one["label"] == choice["label"]
                 whole = any(params.get("codec") not in (None, "sketch") for params in one["fields"].values())
                 family = "hidden" if whole else family_of(one["fields"])
-                stored.append(Stored(one["kind"], one["label"], family, one["bytes_per_row"], kl, angles, chosen=own))
+                kind, label, size = _text(one["kind"]), _text(one["label"]), float(one["bytes_per_row"])
+                stored.append(Stored(kind, label, family, size, kl, angles, chosen=own))
     terms = [
         LossTerm(
             f"{method['method']}: {name}",
@@ -172,6 +172,12 @@ def _of_preflight(place: str, body: Mapping[str, Any]) -> Measured:
 
 def _number(value: Any) -> float:
     return math.nan if value is None else float(value)
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str):
+        raise TypeError(f"{value!r} is no text")
+    return value
 
 
 def _short(field: str) -> str:
