@@ -17,7 +17,7 @@ class Group(TourGroup):
     """Prints the project's own errors as one line, and the signal that ended a command."""
 
     def invoke(self, ctx: click.Context) -> Any:
-        from teacher_cache import stopping
+        from teacher_cache import parent, stopping  # noqa: F401 (parent: who it is, while it is there)
         from teacher_cache.errors import KdcliError, one_line
 
         try:
