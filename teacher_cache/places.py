@@ -118,7 +118,10 @@ def is_remote(given: str) -> bool:
 
 
 def _local(path: Path) -> Place:
-    absolute = str(Path.cwd() / path)
+    try:
+        absolute = str(path if path.is_absolute() else Path.cwd() / path)
+    except FileNotFoundError:
+        raise KdcliError(f"{path}: the folder in which this was typed is gone: name the whole path") from None
     return Place(absolute if _OTHERWISE.match(str(path)) else str(path), "file", absolute)
 
 

@@ -153,6 +153,14 @@ def test_what_would_be_another_place_is_refused_in_a_line(here: Path, name: str)
     assert sorted(path.name for path in here.iterdir()) == ["x"]
 
 
+def test_a_working_folder_that_is_gone(here: Path) -> None:
+    here.joinpath("x").rmdir()
+    here.rmdir()
+    assert place_of("/tmp").path == "/tmp"
+    with pytest.raises(KdcliError, match="c: the folder in which this was typed is gone"):
+        Storage("c")
+
+
 def test_a_url_is_no_local_path() -> None:
     with pytest.raises(KdcliError, match="--output-dir s3://bucket/run: must lie on a disk"):
         local_path("s3://bucket/run", "--output-dir")
