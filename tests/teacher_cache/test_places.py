@@ -149,6 +149,8 @@ REFUSED = {
     "s3://": "no bucket",
     "s3:///x": "no bucket",
     "http://": "no host",
+    "memory://": "no bucket",
+    "memory:///": "no bucket",
     "s3://bucket/a/../b": r"\.\. mean",
     "http://host/./x": r"\.\. mean",
     "http://host/a#b": "%23",
