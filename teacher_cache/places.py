@@ -23,6 +23,8 @@ from teacher_cache.shards.remote import READ_ONLY, options
 LOCAL = ("file", "local")
 BUCKETS = ("s3", "s3a", "gs", "gcs", "hf", *READ_ONLY)
 """Schemes whose URLs begin with a bucket or a host."""
+THROUGH_OTHERS = ("reference", "generic", "data")
+"""Schemes without bytes of their own, beside those that say so by their class."""
 EXTRA = ("s3", "s3a", *READ_ONLY)
 """Schemes whose libraries come with the extra ``s3``."""
 _URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
@@ -54,11 +56,7 @@ class Place:
         """(fsspec file system, path in it); KdcliError where there is no such file system."""
         try:
             kind = fsspec.get_filesystem_class(self.scheme)
-            if issubclass(kind, ChainedFileSystem | AbstractArchiveFileSystem) or self.scheme in (
-                "reference",
-                "generic",
-                "data",
-            ):
+            if issubclass(kind, ChainedFileSystem | AbstractArchiveFileSystem) or self.scheme in THROUGH_OTHERS:
                 raise KdcliError(
                     f"{self.text}: {self.scheme}:// is read through another place, which kdcli does not: {_COPY}"
                 )
@@ -118,7 +116,10 @@ def is_remote(given: str) -> bool:
 
 
 def _local(path: Path) -> Place:
-    absolute = str(Path.cwd() / path)
+    try:
+        absolute = str(path if path.is_absolute() else Path.cwd() / path)
+    except FileNotFoundError:
+        raise KdcliError(f"{path}: the folder in which this was typed is gone: name the whole path") from None
     return Place(absolute if _OTHERWISE.match(str(path)) else str(path), "file", absolute)
 
 
@@ -139,7 +140,7 @@ def _checked_url(url: str, scheme: str, before: str) -> str:
     rest = url[len(scheme) + 3 :]
     if re.search(r"::[A-Za-z][A-Za-z0-9+.-]*://", rest):
         raise KdcliError(f"{before}: URLs are not chained with :: here: {_COPY}")
-    if scheme in BUCKETS and not rest.split("/")[0]:
+    if not rest.strip("/") or (scheme in BUCKETS and rest.startswith("/")):
         raise KdcliError(f"{before}: names no {'host' if scheme in READ_ONLY else 'bucket'}: write {scheme}://NAME/…")
     if {".", ".."} & set(rest.split("/")):
         raise KdcliError(f"{before}: . and .. mean nothing in a store: write the URL without them")

@@ -149,7 +149,12 @@ def link_stages(folder: Path, stages: Sequence[Mapping[str, str]]) -> None:
             continue
         if link.is_symlink() or link.exists():
             raise KdcliError(f"{link} is not this cell's stage: remove it, or choose another --out")
-        link.symlink_to(target, target_is_directory=True)
+        try:
+            link.symlink_to(target, target_is_directory=True)
+        except OSError as error:
+            raise KdcliError(
+                f"{link}: cannot be linked to {target} ({error.strerror}): choose an --out on a disk that has symbolic links"
+            ) from None
 
 
 def train_cell(folder: Path, request: Mapping[str, Any]) -> None:

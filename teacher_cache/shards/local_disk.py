@@ -34,7 +34,8 @@ def give_name(draft: Path, target: Path) -> bool:
     try:
         os.link(draft, target)
     except FileExistsError:
-        return os.stat(draft).st_nlink > 1  # a network disk lost its answer and asked again: the name is ours
+        # A network disk may lose its answer and ask again: then the name is ours. A link to nothing is somebody's.
+        return os.path.exists(target) and os.path.samefile(draft, target)
     except OSError as error:
         if error.errno not in NO_LINKS:
             raise

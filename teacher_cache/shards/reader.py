@@ -157,8 +157,9 @@ class ColumnReader:
             given = self._bytes(shard, row, start, stop) if data is None else data
             return self._checked(shard, row, members, start, given)
         except CacheError:
-            if not self._forget_cached(shard):
+            if self.storage.local:
                 raise
+            self._forget(shard)  # a store is asked once more: bytes may have been damaged on their way
             return self._checked(shard, row, members, start, self._bytes(shard, row, start, stop))
 
     def _checked(self, shard: int, row: int, members: Sequence[Member], start: int, data: bytes) -> dict[str, bytes]:
@@ -216,13 +217,12 @@ class ColumnReader:
                 old.close()
         return opened
 
-    def _forget_cached(self, shard: int) -> bool:
-        """Drop a tar from the disk cache, whose bytes are wrong; False where it is not from there."""
-        if not self.disk or shard not in self._open:
-            return False
-        self._open.pop(shard).close()
-        self.disk.discard(self.commit(shard))
-        return True
+    def _forget(self, shard: int) -> None:
+        """Drop what is kept of a tar, in memory and in the disk cache: its bytes are wrong."""
+        self._ahead = (-1, -1, 0, b"")
+        if self.disk and shard in self._open:
+            self._open.pop(shard).close()
+            self.disk.discard(self.commit(shard))
 
     def _span(self, shard: int, row: int, members: Sequence[Member]) -> tuple[int, int]:
         """First byte and last byte + 1 of a sample's members in its tar; 0, 0 for one without members."""

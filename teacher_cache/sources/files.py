@@ -30,31 +30,46 @@ def expand_paths(pattern: str) -> list[str]:
     # A file may really be called ``a[1].json``: what exists by its literal name is never taken for a pattern.
     if _is_file(pattern):
         return [pattern]
+    if not is_remote(pattern):
+        _refuse_folder(pattern)
+    folder = _folder_as_it_stands(pattern)
     try:
         # braceexpand reads a backslash as an escape; paths mean it literally.
-        names = list(braceexpand.braceexpand(pattern, escape=False))
+        names = list(braceexpand.braceexpand(pattern.removeprefix(folder), escape=False))
     except ValueError as error:
         raise DataError(f"{pattern}: unbalanced braces; write x-{{000..003}}.parquet") from error
-    found = {path for name in names for path in _expand_one(name, pattern)}
+    found = {path for name in names for path in _expand_one(folder, name, pattern)}
     return sorted(found)
 
 
-def _expand_one(name: str, pattern: str) -> list[str]:
+def _folder_as_it_stands(pattern: str) -> str:
+    """The beginning that is a folder by its literal name, up to its slash: ``run[1]/`` of ``run[1]/*.json`` where there is one."""
+    end = 0
+    for slash in re.finditer("/", "" if is_remote(pattern) else pattern):
+        if not os.path.isdir(pattern[: slash.end()]):
+            break
+        end = slash.end()
+    return pattern[:end]
+
+
+def _expand_one(folder: str, rest: str, pattern: str) -> list[str]:
+    name = folder + rest
     if _is_file(name):
         return [name]
     named_by = "" if name == pattern else f" (named by {pattern})"
-    if _GLOB.search(name):
-        matches = _glob(name)
+    if _GLOB.search(rest):
+        matches = _glob(folder, rest)
         if not matches:
             raise DataError(f"{name}: no file matches{named_by}; check the path and quote the pattern in the shell")
         return matches
-    if _is_folder(name):
-        raise DataError(f"{name} is a folder; name its files, as in {os.path.join(name, '*.parquet')}")
+    _refuse_folder(name)
     raise DataError(f"{name}: no such file{named_by}; check the path given to --data")
 
 
-def _glob(name: str) -> list[str]:
+def _glob(folder: str, rest: str) -> list[str]:
+    name = folder + rest
     if not is_remote(name):
+        name = glob.escape(folder) + rest
         # Not fsspec's glob: it makes paths absolute, and ``{a.json,*.json}`` would then name one file in two ways.
         return [str(local_path(Path(path))) for path in glob.glob(name, recursive=True) if os.path.isfile(path)]
     filesystem, inner = place_of(name).open()
@@ -68,11 +83,10 @@ def _is_file(path: str) -> bool:
     return bool(filesystem.isfile(inner))
 
 
-def _is_folder(path: str) -> bool:
-    if not is_remote(path):
-        return os.path.isdir(path)
+def _refuse_folder(path: str) -> None:
     filesystem, inner = place_of(path).open()
-    return bool(filesystem.isdir(inner))
+    if filesystem.isdir(inner):
+        raise DataError(f"{path} is a folder; name its files, as in {os.path.join(path, '*.parquet')}")
 
 
 def open_binary(path: str) -> BinaryIO:

@@ -150,3 +150,27 @@ def test_rows_arrive_without_a_local_cache_at_a_quarter_of_faults(uploaded: str,
     shaky.rate = 0.25
     assert all_keys(rows) == all_keys(CachedRows(Cache(str(tiny_cache)), ["sft"], FIELDS))
     assert sum(shaky.broken.values()) > 5
+
+
+def test_bytes_damaged_on_their_way_are_asked_for_once_more(tiny_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    files = fsspec.filesystem("memory")
+    files.put(str(tiny_cache), "/flipped", recursive=True)
+    keys = all_keys(CachedRows(Cache(str(tiny_cache)), ["sft"], FIELDS))
+    cat_ranges, flips = type(files).cat_ranges, [3]
+
+    def flipping(self: Any, *given: Any, **named: Any) -> list[bytes]:
+        answers = cat_ranges(self, *given, **named)
+        if given[0][0].endswith(".tar") and flips[0]:
+            flips[0] -= 1
+            answers = [bytes([answers[0][0]]) + bytes(len(answers[0]) - 1), *answers[1:]]
+        return answers
+
+    monkeypatch.setattr(type(files), "cat_ranges", flipping)
+    rows = CachedRows(Cache("memory://flipped"), ["sft"], FIELDS)
+    places = [(position, row) for position, count in enumerate(rows.counts) for row in range(count)]
+    flips[0] = 1
+    assert [row.key for row in rows.read_many(places)] == keys and not flips[0]
+    flips[0] = 1000  # damaged in the store
+    with pytest.raises(CacheError, match="fails its checksum"):
+        rows.read_many(places[:1])
+    files.rm("/flipped", recursive=True)

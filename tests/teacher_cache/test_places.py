@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from teacher_cache.errors import KdcliError, SkipRow
+from teacher_cache.errors import DataError, KdcliError, SkipRow
 from teacher_cache.places import is_remote, local_path, place_of
 from teacher_cache.records import Sample
 from teacher_cache.shards.storage import Storage
@@ -104,6 +104,22 @@ def test_a_glob_finds_odd_names_and_opens_those(here: Path) -> None:
     assert {open_binary(path).read().decode() for path in found} == {"~", "s3:", "a::b", "file:"}
 
 
+@pytest.mark.parametrize("name", ["run[1]", "run*", "set{a,b}", "half{", "a?"])
+def test_a_pattern_in_a_folder_that_looks_like_one(here: Path, name: str) -> None:
+    for folder in (name, "run1", "run2", "seta", "setb", "ab"):
+        (here / folder / "in").mkdir(parents=True)
+        for number in range(2):
+            (here / folder / "in" / f"{number}.json").write_text(folder)
+    wanted = [f"{name}/in/0.json", f"{name}/in/1.json"]
+    for pattern in (f"{name}/in/*.json", f"{name}/in/{{0,1}}.json", f"{name}/*/*.json", f"{name}/**/[01].json"):
+        assert expand_paths(pattern) == wanted
+        assert expand_paths(str(here / pattern)) == [str(here / one) for one in wanted]
+    (here / "runa").write_text("x")
+    for pattern in (name, f"{name}/in"):
+        with pytest.raises(DataError, match="is a folder"):
+            expand_paths(pattern)
+
+
 def test_home_is_home_everywhere(here: Path) -> None:
     home = here.parent / "home"
     (home / "rows.json").write_text("[]")
@@ -133,6 +149,8 @@ REFUSED = {
     "s3://": "no bucket",
     "s3:///x": "no bucket",
     "http://": "no host",
+    "memory://": "no bucket",
+    "memory:///": "no bucket",
     "s3://bucket/a/../b": r"\.\. mean",
     "http://host/./x": r"\.\. mean",
     "http://host/a#b": "%23",
@@ -151,6 +169,14 @@ def test_what_would_be_another_place_is_refused_in_a_line(here: Path, name: str)
     with pytest.raises(KdcliError):
         expand_paths(name)
     assert sorted(path.name for path in here.iterdir()) == ["x"]
+
+
+def test_a_working_folder_that_is_gone(here: Path) -> None:
+    here.joinpath("x").rmdir()
+    here.rmdir()
+    assert place_of("/tmp").path == "/tmp"
+    with pytest.raises(KdcliError, match="c: the folder in which this was typed is gone"):
+        Storage("c")
 
 
 def test_a_url_is_no_local_path() -> None:
