@@ -14,7 +14,7 @@ from student_train.cache import Cache
 from teacher_cache.derived import Choice, copy_shard
 from teacher_cache.errors import CacheError
 from teacher_cache.plan import difference
-from teacher_cache.shards.commit import committed_shards
+from teacher_cache.shards.commit import await_listed, committed_shards
 from teacher_cache.shards.sealed import seal, unseal
 from teacher_cache.shards.storage import Storage
 from teacher_cache.shards.writer import ShardWriter
@@ -79,6 +79,7 @@ def copy_missing(job: Copying, workers: int, progress: Callable[[str, int, int],
         for shard in copied:
             done += rows[shard]
             progress("shard", done, sum(rows))
+    await_listed(job.storage, {shard: map(folder, columns) for shard, columns in left.items()}, job.hashes)
     progress("end", sum(rows), sum(rows))
 
 

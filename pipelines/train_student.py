@@ -37,6 +37,7 @@ from student_train.trainer import Trainer
 from student_train.whole import DONE_FILE, FILES, check_model, files_below, sums, sync_files, write_sealed
 from teacher_cache import stopping
 from teacher_cache.errors import CompatibilityError, KdcliError, naming_full_disk
+from teacher_cache.places import local_path
 from teacher_cache.plan import content_hash
 from teacher_cache.shards.disk_cache import DiskCache
 from teacher_cache.shards.storage import sync_folder
@@ -73,7 +74,7 @@ def train(
     check_trackers(train_settings.trackers())
     plans = plan_stages(cache, method, settings, stages, preset, knobs)
     plans, notes = settle(cache, plans, train_settings.student)
-    output = Path(train_settings.output_dir)
+    output = local_path(train_settings.output_dir, "--output-dir")
     processes = distributed.start()
     if any(plan.settings.use_liger_kernel for plan in plans):
         check_liger(processes.device)

@@ -7,6 +7,7 @@ from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from teacher_cache.errors import KdcliError
+from teacher_cache.places import local_path
 
 TRACKERS = ("tensorboard", "wandb", "trackio")
 
@@ -96,6 +97,9 @@ class TrainSettings:
             raise KdcliError(f"save_total_limit must be at least 0, got {self.save_total_limit}")
         if not self.local_cache_gb > 0:
             raise KdcliError(f"local_cache_gb must be above 0, got {self.local_cache_gb}")
+        local_path(self.output_dir, "--output-dir")
+        if self.local_cache is not None:
+            local_path(self.local_cache, "--local-cache")
         self.trackers()
 
     def trackers(self) -> tuple[str, ...]:

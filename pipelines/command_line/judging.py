@@ -9,7 +9,16 @@ from typing import Any
 import click
 
 from pipelines.command_line.given import load, split, teacher_spec, train_settings
-from pipelines.command_line.options import config_option, device_option, json_option, links_option, trust_option
+from pipelines.command_line.options import (
+    A_FILE,
+    A_FOLDER,
+    A_PATH,
+    config_option,
+    device_option,
+    json_option,
+    links_option,
+    trust_option,
+)
 from pipelines.command_line.output import console, note, say
 from pipelines.command_line.tour import command
 
@@ -39,10 +48,8 @@ MOST_ASKED = 0.9
     "--compress-layer", type=int, help="The first layer that sees the kept tokens only; default 2 (pyramiddrop: 0)."
 )
 @click.option("--vision-tokens", type=int, help="Of an image, for a student with compressor mqt; default: as trained.")
-@click.option(
-    "--out", type=click.Path(dir_okay=False), help="Also write the scores here; RUN/scores.json is what reports read."
-)
-@click.option("--answers", type=click.Path(dir_okay=False), help="Write every answer here, one JSON object a line.")
+@click.option("--out", type=A_FILE, help="Also write the scores here; RUN/scores.json is what reports read.")
+@click.option("--answers", type=A_FILE, help="Write every answer here, one JSON object a line.")
 @trust_option
 @device_option
 @json_option
@@ -120,10 +127,8 @@ def evaluation_tasks() -> None:
 @click.option("--dtype", help="Of the live teacher; default: as in the capture.")
 @click.option("--seed", default=0, show_default=True)
 @click.option("--sweep", is_flag=True, help="Also fit many other fields on other rows, and measure the frontier.")
-@click.option("--plot", type=click.Path(dir_okay=False), help="Write bytes against gradient angle as a PNG.")
-@click.option(
-    "--out", type=click.Path(dir_okay=False), help="Also write the tables here, as Markdown; *.json: all numbers."
-)
+@click.option("--plot", type=A_FILE, help="Write bytes against gradient angle as a PNG.")
+@click.option("--out", type=A_FILE, help="Also write the tables here, as Markdown; *.json: all numbers.")
 @trust_option
 @device_option
 @config_option
@@ -163,11 +168,11 @@ def fidelity(
 
 
 @command()
-@click.argument("runs", nargs=-1, required=True)
+@click.argument("runs", nargs=-1, required=True, type=A_PATH)
 @click.option("--cache", "cache_url", help="Its sizes and decoded images too; default: that of kd.toml; '': none.")
 @click.option("--fidelity", multiple=True, help="A file of `kdcli fidelity --out X.json`, or a preflight's folder.")
 @click.option("--matching/--no-matching", default=True, show_default=True, help="Match the tokens of em-kd students.")
-@click.option("--out", default="report.html", show_default=True)
+@click.option("--out", type=A_FILE, default="report.html", show_default=True)
 @config_option
 def report(
     runs: tuple[str, ...],
@@ -190,9 +195,9 @@ def report(
 
 
 @command("export")
-@click.argument("source")
+@click.argument("source", type=A_PATH)
 @click.option("--to", "target", type=click.Choice(["hf"]), default="hf", show_default=True, help="Kind of folder.")
-@click.option("--out", required=True, help="Folder to write; it must not be there yet, or be empty.")
+@click.option("--out", required=True, type=A_FOLDER, help="Folder to write; it must not be there yet, or be empty.")
 @click.option(
     "--dtype",
     type=click.Choice(["float32", "bfloat16", "float16"]),
@@ -204,9 +209,7 @@ def report(
     is_flag=True,
     help="Load it in a fresh process and compare; exit status 1 where it differs.",
 )
-@click.option(
-    "--scores", type=click.Path(dir_okay=False), help="Of `kdcli eval --out`, for the card; default: RUN/scores.json."
-)
+@click.option("--scores", type=A_FILE, help="Of `kdcli eval --out`, for the card; default: RUN/scores.json.")
 @json_option
 def export_model(
     source: str,

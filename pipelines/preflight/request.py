@@ -14,6 +14,7 @@ from pipelines.stage_identity import start_hash
 from student_train.compression import asked_for
 from student_train.methods import method_module
 from teacher_cache.errors import CacheError, KdcliError
+from teacher_cache.places import place_of
 from teacher_cache.plan import difference
 from teacher_cache.shards.schema import require
 from teacher_cache.shards.sealed import seal, unseal
@@ -52,6 +53,7 @@ class PreflightRequest:
     kd_file: Path | None = None
 
     def __post_init__(self) -> None:
+        place_of(self.out, "--out")
         if self.rows < LEAST_ROWS:
             raise KdcliError(
                 f"--rows must be at least {LEAST_ROWS}, a third of them is held out to judge, got {self.rows}"
@@ -78,7 +80,7 @@ class PreflightRequest:
 
     @property
     def cache_url(self) -> str:
-        return f"{self.out.rstrip('/')}/cache"
+        return f"{place_of(self.out).text.rstrip('/')}/cache"
 
     def base_fields(self) -> dict[str, dict[str, Any]]:
         """Field → parameters before any choice."""

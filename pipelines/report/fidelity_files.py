@@ -12,6 +12,7 @@ from pipelines.fidelity.plot import family_of
 from pipelines.preflight.request import NOTEBOOK
 from pipelines.run_records import fits, parse_record, read_plain
 from teacher_cache.errors import KdcliError
+from teacher_cache.places import local_path, place_of
 from teacher_cache.shards.storage import Storage
 
 FIX = "give the file of `kdcli fidelity --out FILE.json`, or the folder of a `kdcli preflight`"
@@ -62,24 +63,22 @@ class Measured:
 
 def read_fidelity(paths: Sequence[Path | str]) -> list[Measured]:
     """KdcliError naming a file that is none of the two."""
-    return [_read(str(path)) for path in paths]
+    return [_read(path) for path in paths]
 
 
 def beside(cache_url: str) -> list[str]:
     """The preflight whose own cache this is: ``preflight/cache`` lies in its folder."""
-    folder = cache_url.rstrip("/").removesuffix("/cache")
-    found = folder != cache_url.rstrip("/") and Storage(folder).exists(NOTEBOOK)
-    return [f"{folder}/{NOTEBOOK}"] if found else []
+    folder, _, name = place_of(cache_url).text.rpartition("/")
+    beside_it = name == "cache" and folder and not folder.endswith("/")
+    return [f"{folder}/{NOTEBOOK}"] if beside_it and Storage(folder).exists(NOTEBOOK) else []
 
 
-def _read(path: str) -> Measured:
-    folder, _, name = path.rpartition("/")
-    if Path(path).is_dir():
-        folder, name = path, NOTEBOOK
-    place = f"{folder}/{name}" if folder else name
-    storage = Storage(folder or ".")
+def _read(path: Path | str) -> Measured:
+    found = place_of(path)
+    place = f"{found.text}/{NOTEBOOK}" if found.local and Path(found.path).is_dir() else found.text
+    folder, _, name = place.rpartition("/")
     try:
-        data = read_plain(Path(storage.path(name)), FIX) if storage.local else storage.read(name)
+        data = read_plain(local_path(place), FIX) if found.local else Storage(folder).read(name)
     except OSError:
         raise KdcliError(f"{place} cannot be read: {FIX}") from None
     body = parse_record(data, place, fits({}), FIX)

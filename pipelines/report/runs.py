@@ -111,7 +111,7 @@ def _read_run(folder: Path, name: str) -> Run:
 
 
 def stage_cards(card: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
-    """Name of a stage's folder → what the run card says of the stage, in order."""
+    """Name of a stage's folder → what the run card says of the stage, in order; the last is the newest command's last."""
     return {folder_of(number, one): one for number, one in enumerate(card.get("stages", []), start=1)}
 
 

@@ -6,21 +6,16 @@ import glob
 import hashlib
 import os
 import re
+from pathlib import Path
 from typing import Any, BinaryIO, cast
 
 import braceexpand
-import fsspec
 
 from teacher_cache.errors import DataError
+from teacher_cache.places import is_remote, local_path, place_of
 
-_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 _GLOB = re.compile(r"[*?\[]")
 _HASH_CHUNK_BYTES = 1 << 20
-
-
-def is_remote(path: str) -> bool:
-    """True for ``s3://…`` and the like; a plain path or ``file://`` is local."""
-    return bool(_URL.match(path)) and not path.startswith("file://")
 
 
 def expand_paths(pattern: str) -> list[str]:
@@ -28,9 +23,10 @@ def expand_paths(pattern: str) -> list[str]:
 
     Raises:
         DataError: nothing is there, a folder is named, or one of the brace's files is absent.
+        KdcliError: of ``place_of``.
     """
     if not is_remote(pattern):
-        pattern = os.path.expanduser(pattern.removeprefix("file://"))
+        pattern = str(local_path(pattern))
     # A file may really be called ``a[1].json``: what exists by its literal name is never taken for a pattern.
     if _is_file(pattern):
         return [pattern]
@@ -52,8 +48,7 @@ def _expand_one(name: str, pattern: str) -> list[str]:
         if not matches:
             raise DataError(f"{name}: no file matches{named_by}; check the path and quote the pattern in the shell")
         return matches
-    filesystem, inner = fsspec.core.url_to_fs(name)
-    if filesystem.isdir(inner):
+    if _is_folder(name):
         raise DataError(f"{name} is a folder; name its files, as in {os.path.join(name, '*.parquet')}")
     raise DataError(f"{name}: no such file{named_by}; check the path given to --data")
 
@@ -61,16 +56,23 @@ def _expand_one(name: str, pattern: str) -> list[str]:
 def _glob(name: str) -> list[str]:
     if not is_remote(name):
         # Not fsspec's glob: it makes paths absolute, and ``{a.json,*.json}`` would then name one file in two ways.
-        return [path for path in glob.glob(name, recursive=True) if os.path.isfile(path)]
-    filesystem, inner = fsspec.core.url_to_fs(name)
+        return [str(local_path(Path(path))) for path in glob.glob(name, recursive=True) if os.path.isfile(path)]
+    filesystem, inner = place_of(name).open()
     return [filesystem.unstrip_protocol(path) for path in map(str, filesystem.glob(inner)) if filesystem.isfile(path)]
 
 
 def _is_file(path: str) -> bool:
     if not is_remote(path):
         return os.path.isfile(path)
-    filesystem, inner = fsspec.core.url_to_fs(path)
+    filesystem, inner = place_of(path).open()
     return bool(filesystem.isfile(inner))
+
+
+def _is_folder(path: str) -> bool:
+    if not is_remote(path):
+        return os.path.isdir(path)
+    filesystem, inner = place_of(path).open()
+    return bool(filesystem.isdir(inner))
 
 
 def open_binary(path: str) -> BinaryIO:
@@ -81,8 +83,9 @@ def open_binary(path: str) -> BinaryIO:
     """
     try:
         if is_remote(path):
-            return cast(BinaryIO, fsspec.open(path, "rb").open())
-        return open(path, "rb")
+            filesystem, inner = place_of(path).open()
+            return cast(BinaryIO, filesystem.open(inner, "rb"))
+        return open(local_path(path), "rb")
     except OSError as error:
         reason = error.strerror or error
         raise DataError(f"{path} cannot be opened: {reason}; check that it exists and is readable") from error

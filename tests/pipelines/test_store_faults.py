@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -119,3 +120,33 @@ def test_what_will_not_pass_is_said_at_once(uploaded: str, healthy: Any, monkeyp
         monkeypatch.setenv(name, "/nowhere")
     assert "AWS_ACCESS_KEY_ID" in status_of(uploaded)
     fsspec.filesystem("s3").clear_instance_cache()
+
+
+def test_a_quarter_of_the_answers_breaks_and_a_batch_arrives(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of two hundred ranges none is asked for again that came."""
+    storage, shaken = Storage("memory://quarter"), random.Random(7)
+    storage.fs.pipe_file(storage.path("data/x.tar"), bytes(range(256)) * 4)
+    asked: list[int] = []
+    cat_ranges = type(storage.fs).cat_ranges
+
+    def breaking(self: Any, paths: list[str], starts: Any, stops: Any, **named: Any) -> list[Any]:
+        asked.append(len(paths))
+        answers = cat_ranges(self, paths, starts, stops, **named)
+        kinds = (ConnectionResetError("reset"), b"")  # broken off, or fewer bytes than asked for
+        return [shaken.choice(kinds) if shaken.random() < 0.25 else one for one in answers]
+
+    monkeypatch.setattr(type(storage.fs), "cat_ranges", breaking)
+    monkeypatch.setattr("time.sleep", lambda seconds: None)
+    ranges = [("data/x.tar", start, start + 3) for start in range(200)]
+    assert storage.read_ranges(ranges) == [bytes(range(256))[start : start + 3] for start in range(200)]
+    assert asked[0] == 200 and sum(asked) < 200 * 1.6
+    monkeypatch.undo()
+    with pytest.raises(FileNotFoundError):
+        list(storage.read_each(["data/x.tar"] * 9 + ["data/none.tar"]))
+
+
+def test_rows_arrive_without_a_local_cache_at_a_quarter_of_faults(uploaded: str, shaky: Any, tiny_cache: Path) -> None:
+    rows = CachedRows(Cache(uploaded), ["sft"], FIELDS)
+    shaky.rate = 0.25
+    assert all_keys(rows) == all_keys(CachedRows(Cache(str(tiny_cache)), ["sft"], FIELDS))
+    assert sum(shaky.broken.values()) > 5
