@@ -40,6 +40,7 @@ LONG = (
     "test_cache_teacher.py",
     "test_preflight.py",
     "test_ablate.py",
+    "test_durable.py",
     "test_estimate.py",
 )
 """Files that take minutes: begun first, they do not keep one process busy when the other has nothing left."""

@@ -20,6 +20,7 @@ import pipelines.quiet_threads  # noqa: F401 (before torch)
 # isort: split
 from pipelines.ablate.cells import CARD, read_card, shared_folder
 from pipelines.ablate.grid import EvalFile
+from pipelines.command_line.output import give_up_stdout
 from pipelines.evaluate import evaluate_folder, figures
 from pipelines.evaluation.kept import SUFFIX, KeepIn
 from pipelines.exporting.provenance import trained_template
@@ -217,12 +218,20 @@ def main(arguments: Sequence[str]) -> int:
             end_with_starter()
             run_cell(path.parent, read_record(path, fits({}), "run `kdcli ablate`, which writes it"))
     except (KdcliError, OSError) as error:
-        print(f"Error: {one_line(error)}", flush=True)
+        last_word(f"Error: {one_line(error)}")
         return DISK if is_of_disk(error) else 1
     except stopping.Stopped as stop:
-        print(one_line(stop), flush=True)
+        last_word(one_line(stop))
         return stop.status
     return 0
+
+
+def last_word(text: str) -> None:
+    """Into the log, which may lie on the disk that is full."""
+    try:
+        print(text, flush=True)
+    except OSError:
+        give_up_stdout()
 
 
 if __name__ == "__main__":
