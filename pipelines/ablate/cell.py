@@ -79,8 +79,10 @@ def run_cell(folder: Path, request: Mapping[str, Any]) -> dict[str, Any]:
         if label not in results:
             print(f"evaluating: {label}", flush=True)
             trusted = request["settings"]["train"]["trust_remote_code"]
-            results[label] = {"key": one["key"], "scores": ask(folder, last / "model", one, trusted)}
+            kept_in = KeepIn(folder / f".answers-{one['key'][:8]}{SUFFIX}", anew=True)
+            results[label] = {"key": one["key"], "scores": ask(last / "model", one, trusted, kept_in)}
             card = keep()  # what was asked is not asked again, whatever happens to the rest
+            kept_in.path.unlink(missing_ok=True)
     return card
 
 
@@ -172,16 +174,14 @@ def train_cell(folder: Path, request: Mapping[str, Any]) -> None:
         shutil.rmtree(shared_folder(folder, one["shared"]) / "checkpoints", ignore_errors=True)
 
 
-def ask(folder: Path, model: Path, evaluation: Mapping[str, Any], trust_remote_code: bool) -> dict[str, Any]:
+def ask(
+    model: Path, evaluation: Mapping[str, Any], trust_remote_code: bool, kept_in: KeepIn | None = None
+) -> dict[str, Any]:
     """Scores of the trained model on one held-out file, without the single answers."""
     file = EvalFile(**evaluation["file"])
     spec = replace(file, template=file.template or trained_template(str(model))).spec
-    kept_in = KeepIn(folder / f".answers-{evaluation['key'][:8]}{SUFFIX}", anew=True)
-    asked = evaluate_folder(
-        str(model), spec, **evaluation["options"], trust_remote_code=trust_remote_code, kept_in=kept_in
-    )
-    kept_in.path.unlink(missing_ok=True)
-    return figures(asked)
+    how = {**evaluation["options"], "trust_remote_code": trust_remote_code, "kept_in": kept_in}
+    return figures(evaluate_folder(str(model), spec, **how))
 
 
 def final_losses(folder: Path) -> dict[str, dict[str, float]]:

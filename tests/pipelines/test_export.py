@@ -263,7 +263,11 @@ def test_what_cannot_be_exported(
     refuses("or take .*01-PT/model", half)
 
     (tmp_path / "scores.json").write_text('{"a": 1}')
-    refuses("not the scores of `kdcli eval --out`", tiny_student, scores=tmp_path / "scores.json")
+    refuses(
+        "scores.json: the result 'a' must be an object: write it anew with `kdcli eval --out`",
+        tiny_student,
+        scores=tmp_path / "scores.json",
+    )
     assert {one.name for one in tmp_path.iterdir()} <= {"taken", "odd", "strange", "half", "scores.json", "modules"}
     assert [one.name for one in taken.iterdir()] == ["mine.txt"]
 
