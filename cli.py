@@ -27,7 +27,7 @@ class Group(TourGroup):
             sys.exit(1)
 
     def invoke(self, ctx: click.Context) -> Any:
-        from teacher_cache import stopping
+        from teacher_cache import parent, stopping  # noqa: F401 (parent: who it is, while it is there)
         from teacher_cache.errors import KdcliError, advice, is_of_disk, one_line
 
         try:

@@ -1,9 +1,7 @@
-"""Processes that are started anew: not from the user's folder, and not for longer than who started them."""
+"""Processes that are started anew: not from the user's folder, and deaf to signals until they listen."""
 
 from __future__ import annotations
 
-import multiprocessing
-import multiprocessing.connection
 import os
 import signal
 import stat
@@ -21,22 +19,17 @@ GRACE_SECONDS = 60.0
 @contextmanager
 def starting() -> Iterator[None]:
     """Around the start of interpreters: the current folder is not on their path, where a user may have a socket.py, and signals wait
-    until they listen."""
+    until they listen; Ctrl-C is for who started them."""
     before = os.environ.get("PYTHONSAFEPATH")
     os.environ["PYTHONSAFEPATH"] = "1"
-    mask = signal.pthread_sigmask(signal.SIG_BLOCK, stopping.SIGNALS)
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, [*stopping.SIGNALS, signal.SIGINT])
     try:
         yield
     finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         os.environ.pop("PYTHONSAFEPATH")
         if before is not None:
             os.environ["PYTHONSAFEPATH"] = before
-
-
-def end_with_parent() -> None:
-    """To be called in the new process: it gets SIGTERM once its parent is gone. A parent that was killed shuts no pool down."""
-    threading.Thread(target=_wait_for_parent, daemon=True).start()
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)  # the last: a signal that has waited comes now
 
 
 def end_with_starter() -> None:
@@ -54,10 +47,3 @@ def _wait_for_starter() -> None:
     if os.getpgrp() == os.getpid():
         os.killpg(os.getpid(), signal.SIGKILL)
     os.kill(os.getpid(), signal.SIGKILL)
-
-
-def _wait_for_parent() -> None:
-    parent = multiprocessing.parent_process()
-    if parent:
-        multiprocessing.connection.wait([parent.sentinel])
-        os.kill(os.getpid(), signal.SIGTERM)

@@ -20,9 +20,12 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from teacher_cache.errors import CompatibilityError
+from teacher_cache.parent import end_with_parent
 from teacher_cache.teachers.text_vision import language_model
 
 T = TypeVar("T")
+GRACE = 300.0
+"""Seconds for the checkpoint that a run writes whose torchrun was killed."""
 
 
 @dataclass(frozen=True)
@@ -83,7 +86,9 @@ class Processes:
 
 
 def start() -> Processes:
-    """Join the group that torchrun describes, or stand alone."""
+    """Join the group that torchrun describes, or stand alone. What torchrun started ends with it, as by SIGTERM."""
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        end_with_parent(GRACE)
     world = int(os.environ.get("WORLD_SIZE", "1"))
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     device = torch.device(f"cuda:{local_rank}" if torch.cuda.is_available() else "cpu")

@@ -6,6 +6,7 @@ batch still mixes many shards. Position p counts samples over all epochs; any nu
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import signal
 import threading
@@ -24,6 +25,7 @@ from student_train.packed import Packed, pack, unpack
 from teacher_cache.batch import Batch, collate
 from teacher_cache.errors import CompatibilityError, KdcliError, SkipRow, one_line
 from teacher_cache.known_text import KnownText
+from teacher_cache.parent import end_with_parent
 from teacher_cache.prepare import Preparer
 from teacher_cache.records import ImageLayout, Prepared, TextTokens
 
@@ -327,14 +329,16 @@ def _own_child_signals() -> Iterator[None]:
 
 def leave_signals(worker: int) -> None:
     """Schedulers send their signals to every process. A loader process that ended by one would break the step behind which a checkpoint
-    is to be written: it ends by its parent's alone."""
+    is to be written: it ends by its parent's alone, and with its parent."""
+    end_with_parent()
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
     threading.Thread(target=_end_by_parent, daemon=True).start()
 
 
 def _end_by_parent() -> None:
-    while signal.sigwaitinfo([signal.SIGTERM]).si_pid != os.getppid():
+    started = multiprocessing.parent_process()  # under forkserver none that getppid knows
+    while signal.sigwaitinfo([signal.SIGTERM]).si_pid != (started.pid if started else os.getppid()):
         pass
     os._exit(0)
 

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import nn
 
 from student_train.compression import compressor_of, first_tokens, install, load_compressed, settle, with_grid
@@ -21,8 +20,10 @@ from student_train.pruning.forward import prune_vision
 from student_train.stream import TrainBatch
 from student_train.whole import check_model
 from teacher_cache.batch import Batch, keep_vision
-from teacher_cache.errors import CompatibilityError, KdcliError, check_reads_images, not_loaded
-from teacher_cache.model_name import check_model_name
+from teacher_cache.errors import CompatibilityError, KdcliError, check_reads_images
+from teacher_cache.model_files import check_model_files
+from teacher_cache.model_load import naming_what_fails, try_tokenizer
+from teacher_cache.model_weights import check_weights, refuse_missing
 from teacher_cache.records import TextTokens
 from teacher_cache.teachers.head import head_logits
 from teacher_cache.teachers.head_form import check_rows, head_form
@@ -55,16 +56,21 @@ def load_student(
     processor, config, spec = open_student(model_id, trust_remote_code, compressor)
     # Other checkpoints than safetensors are pickles.
     arguments = {"dtype": torch.float32, "attn_implementation": attn_implementation, "use_safetensors": True}
-    try:
-        if compressor_of(config) and spec:
-            return load_compressed(model_id, spec, **arguments), processor
-        model = AutoModelForImageTextToText.from_pretrained(model_id, trust_remote_code=trust_remote_code, **arguments)
-    except ValueError as error:
-        if attn_implementation != "sdpa" or 'attn_implementation="eager"' not in str(error):
-            raise not_loaded(f"student {model_id!r}", error) from None
-        return load_student(model_id, "eager", trust_remote_code, compressor)
-    except (OSError, RuntimeError, ImportError, SafetensorError) as error:
-        raise not_loaded(f"student {model_id!r}", error) from None
+    what = f"student {model_id!r}"
+    check_weights(what, model_id, config, trust_remote_code)
+    with naming_what_fails(what):
+        try:
+            if compressor_of(config) and spec:
+                return load_compressed(model_id, spec, **arguments), processor
+            loaded: Any = AutoModelForImageTextToText.from_pretrained(
+                model_id, trust_remote_code=trust_remote_code, output_loading_info=True, **arguments
+            )
+        except ValueError as error:
+            if attn_implementation != "sdpa" or 'attn_implementation="eager"' not in str(error):
+                raise
+            return load_student(model_id, "eager", trust_remote_code, compressor)
+        model, found = loaded
+        refuse_missing(what, found)
     if spec:
         install(model, spec)
     return model, processor
@@ -76,16 +82,16 @@ def open_student(
     """(processor, configuration, settled compressor) without any weights; the processor writes the compressed count."""
     from transformers import AutoConfig, AutoProcessor
 
-    check_model_name(f"student {model_id!r}", model_id)
-    check_model(Path(model_id))
-    try:
+    what = f"student {model_id!r}"
+    check_model(Path(model_id))  # of a run: a damaged file is named as such, not by what it became
+    check_model_files(what, model_id, trusted=trust_remote_code)
+    with naming_what_fails(what):
         processor = AutoProcessor.from_pretrained(model_id, trust_remote_code=trust_remote_code)
         config = AutoConfig.from_pretrained(model_id, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, ImportError) as error:
-        raise not_loaded(f"student {model_id!r}", error) from None
-    check_reads_images(f"student {model_id!r}", processor, config)
-    check_token_ids(processor.tokenizer, config)
-    spec = settle(compressor, config, processor, model_id)
+        check_reads_images(what, processor, config)
+        try_tokenizer(processor.tokenizer)
+        check_token_ids(processor.tokenizer, config)
+        spec = settle(compressor, config, processor, model_id)
     return with_grid(processor, spec), config, spec
 
 

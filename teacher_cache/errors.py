@@ -46,6 +46,25 @@ class CompatibilityError(KdcliError):
     """Two sides that must agree (teacher, student, tokenizer, template, cache) do not."""
 
 
+def is_panic(error: BaseException) -> bool:
+    """Whether a library in Rust gave up (tokenizers, safetensors): no ``Exception`` to Python, and no reason to end a job."""
+    return not isinstance(error, Exception) and type(error).__name__ == "PanicException"
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether this is a lack of memory, in Python's words, torch's of the CPU, or a GPU's."""
+    said = str(error)
+    return isinstance(error, MemoryError) or (
+        isinstance(error, RuntimeError)
+        and (
+            type(error).__name__ == "OutOfMemoryError"
+            or any(
+                one in said for one in ("allocate memory", "out of memory", "not enough memory", "DefaultCPUAllocator")
+            )
+        )
+    )
+
+
 def not_loaded(what: str, error: Exception) -> KdcliError:
     """The one line for a model that transformers does not load; names the flag where its folder wants to run code of its own."""
     if "trust_remote_code" in str(error):
@@ -141,12 +160,12 @@ def refusing_row(what: str) -> Iterator[None]:
     """
     try:
         yield
-    except (KdcliError, SkipRow, MemoryError):
+    except (KdcliError, SkipRow):
         raise
-    except Exception as error:
-        said = one_line(error)
-        if "allocate memory" in said:  # torch's own way to say MemoryError
+    except BaseException as error:
+        if out_of_memory(error) or not (isinstance(error, Exception) or is_panic(error)):
             raise
+        said = one_line(error)
         told = said if isinstance(error, ValueError) and said else f"{type(error).__name__}: {said}".rstrip(": ")
         raise SkipRow("processor_refused", f"{what}: {told}") from None
 

@@ -14,13 +14,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 
 from teacher_cache.batch import Batch, collate
-from teacher_cache.errors import CompatibilityError, KdcliError, check_reads_images, not_loaded
+from teacher_cache.errors import CompatibilityError, KdcliError, check_reads_images
 from teacher_cache.fingerprint import processor_fingerprint
 from teacher_cache.layout import COMPRESSED
-from teacher_cache.model_name import check_model_name
+from teacher_cache.model_files import check_model_files
+from teacher_cache.model_load import naming_what_fails, try_tokenizer
+from teacher_cache.model_weights import check_weights, refuse_missing
 from teacher_cache.records import Prepared, TeacherOutput
 from teacher_cache.teachers.head import head_logits
 from teacher_cache.teachers.head_form import check_rows, head_form
@@ -69,14 +70,14 @@ def load_processor(spec: TeacherSpec) -> tuple[Any, Any]:
     """(processor, config) without any weights; KdcliError where the model folder or hub id is not to be had, or reads no images."""
     from transformers import AutoConfig, AutoProcessor
 
-    check_model_name(f"model {spec.id!r}", spec.id, spec.revision)
+    what = f"model {spec.id!r}"
+    check_model_files(what, spec.id, spec.revision, spec.trust_remote_code)
     arguments = {"revision": spec.revision, "trust_remote_code": spec.trust_remote_code}
-    try:
+    with naming_what_fails(what):
         processor = AutoProcessor.from_pretrained(spec.id, **arguments)
         config = AutoConfig.from_pretrained(spec.id, **arguments)
-    except (OSError, ValueError, ImportError) as error:
-        raise not_loaded(f"model {spec.id!r}", error) from None
-    check_reads_images(f"model {spec.id!r}", processor, config)
+        check_reads_images(what, processor, config)
+        try_tokenizer(processor.tokenizer)
     return processor, config
 
 
@@ -170,18 +171,20 @@ class TransformersTeacher:
 
         refuse_compressed(spec, config)
         self.device = resolve_device(spec)
-        try:
-            self.model: Any = AutoModelForImageTextToText.from_pretrained(
+        what = f"model {spec.id!r}"
+        check_weights(what, spec.id, config, spec.trust_remote_code)
+        with naming_what_fails(f"the weights of {spec.id!r}"):
+            loaded: Any = AutoModelForImageTextToText.from_pretrained(
                 spec.id,
                 dtype=resolve_dtype(spec, config),
                 attn_implementation=spec.attn_implementation,
                 revision=spec.revision,
                 trust_remote_code=spec.trust_remote_code,
                 use_safetensors=True,  # other checkpoints are pickles
+                output_loading_info=True,
             )
-        except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
-            reason = (str(error).splitlines() or [type(error).__name__])[0]
-            raise KdcliError(f"the weights of {spec.id!r} cannot be loaded ({reason})") from None
+            refuse_missing(what, loaded[1])
+        self.model: Any = loaded[0]
         self._adopt(processor)
 
     @classmethod
