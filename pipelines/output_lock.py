@@ -73,9 +73,7 @@ def _open(path: Path) -> BinaryIO:
             os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666), "r+b", buffering=0
         )
     except OSError as error:
-        raise KdcliError(
-            f"{path}: {error.strerror}: it keeps writers of this folder apart: make it writable"
-        ) from None
+        raise KdcliError(f"{path}: {error.strerror}: it keeps writers of this folder apart: make it writable") from None
 
 
 def _take(file: BinaryIO, folder: Path, choose: str, say: Callable[[str], None]) -> None:

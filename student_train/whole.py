@@ -153,6 +153,14 @@ def finished_damage(stage: Path, done: Mapping[str, Any]) -> str:
     return model_unreadable(stage / "model")  # of a version without sums
 
 
+def is_whole(stage: Path) -> bool:
+    """Whether a stage is finished, by a record that can be read, and its model is what it wrote."""
+    try:
+        return (stage / DONE_FILE).is_file() and not finished_damage(stage, read_done(stage))
+    except KdcliError:
+        return False
+
+
 def added_files(stage: Path, done: Mapping[str, Any]) -> list[str]:
     """Files in a finished stage's model folder that it did not write and that a loader may read."""
     if FILES not in done:
