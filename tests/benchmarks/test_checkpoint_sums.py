@@ -16,5 +16,5 @@ def test_shares_of_what_is_written(
     checkpoint_sums.main()
     body = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert [one["what"] for one in body["results"]] == ["checkpoint", "model"]
-    assert all(0 < one["share_of_sums"] and one["megabytes"] > 0 for one in body["results"])
+    assert all(one["share_of_sums"] > 0 and one["megabytes"] > 0 for one in body["results"])
     assert not list(tmp_path.iterdir())
