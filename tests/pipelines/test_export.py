@@ -16,7 +16,7 @@ from safetensors import safe_open
 
 import cli
 from pipelines.evaluate import evaluate_folder
-from pipelines.export import ExportRequest, export
+from pipelines.export import ExportRequest, draft_of, export
 from pipelines.exporting import check, loaded
 from pipelines.settings import Settings
 from pipelines.train_student import train
@@ -146,6 +146,18 @@ def test_shards_keep_their_index(tiny_student: Path, tmp_path: Path, monkeypatch
             assert sorted(opened.keys()) == sorted(name for name, where in index.items() if where == file.name)
     found = compare_here(tiny_student, tmp_path / "shards", tmp_path / "rows")
     assert found["difference"] == 0.0
+
+
+def test_two_exports_into_one_folder(tmp_path: Path) -> None:
+    """Both found it free; the first one's stays, and nothing is left of the second."""
+    out = tmp_path / "out"
+    with draft_of(out) as first:
+        (first / "config.json").write_text("first")
+        with pytest.raises(KdcliError, match=r"out was made meanwhile"), draft_of(out) as second:
+            (second / "config.json").write_text("second")
+            shutil.copytree(first, out)
+        shutil.rmtree(out)
+    assert (out / "config.json").read_text() == "first" and [one.name for one in tmp_path.iterdir()] == ["out"]
 
 
 def test_a_run_is_exported_checked_and_described(run: Path, tiny_cache: Path, tmp_path: Path) -> None:
