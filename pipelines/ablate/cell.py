@@ -18,7 +18,8 @@ from typing import Any
 import pipelines.quiet_threads  # noqa: F401 (before torch)
 
 # isort: split
-from pipelines.ablate.cells import CARD, read_card, shared_folder
+from pipelines.ablate.cards import CARD, read_card
+from pipelines.ablate.cells import shared_folder
 from pipelines.ablate.grid import EvalFile
 from pipelines.command_line.output import give_up_stdout
 from pipelines.evaluate import evaluate_folder, figures
