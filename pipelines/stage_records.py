@@ -20,8 +20,9 @@ import torch
 from pipelines.stage_plans import StagePlan
 from student_train.cache import Cache
 from student_train.checkpoint import newest_state
-from student_train.whole import DONE_FILE, make_folder, read_done, write_durably
+from student_train.whole import DONE_FILE, make_folder, read_done
 from teacher_cache.errors import KdcliError
+from teacher_cache.whole_file import write_whole
 
 STAGE_FOLDER = re.compile(r"\d\d+-\w+")
 
@@ -94,7 +95,7 @@ def write_run_card(output: Path, cards: Sequence[Mapping[str, Any]], say: Callab
         "stages": [told[name] for name in [*kept, *asked]],
         **{name: last[name] for name in ("versions", "git")},
     }
-    write_durably(output / "run.json", (json.dumps(body, indent=1) + "\n").encode())
+    write_whole(output / "run.json", json.dumps(body, indent=1) + "\n")
 
 
 def has_weights(stage: Path) -> bool:

@@ -78,14 +78,14 @@ def train(
     processes = distributed.start()
     if any(plan.settings.use_liger_kernel for plan in plans):
         check_liger(processes.device)
-    told = say if processes.is_main else lambda text: None
-    run = Run(cache, output, processes, on_step, open_signals, told)
+    run = Run(cache, output, processes, on_step, open_signals, say)
     with ExitStack() as held:
         with naming_full_disk(output):
-            processes.main_alone(lambda: held.enter_context(alone(output, "kdcli train-student", "--output-dir", told)))
+            processes.main_alone(lambda: held.enter_context(alone(output, "kdcli train-student", "--output-dir", say)))
             run.prepare(plans, train_settings.student)
         for note in dict.fromkeys(notes + [note for plan in plans for note in plan.served.notes]):
-            told(f"note: {note}")
+            if processes.is_main:
+                say(f"note: {note}")
         model_id, results = train_settings.student, []
         try:
             with stopping.held():
@@ -154,7 +154,7 @@ class Run:
     """One command in its folder, which it holds alone.
 
     Attributes:
-        say: gets notes, on the main process. there: what each stage's folder holds.
+        say: gets notes. there: what each stage's folder holds.
         start: hash of what the next stage begins with; before: the finished stages so far, as the next one remembers them.
     """
 
@@ -201,7 +201,7 @@ class Run:
             self.start = next_start(folder, there)
             done = there.body
         else:
-            if there and started != world:
+            if there and started != world and self.processes.is_main:
                 self.say(
                     f"note: stage {plan.stage.name} was begun with {started} processes and continues with {world}: "
                     f"{global_batch} samples a step as before"

@@ -17,6 +17,7 @@ from teacher_cache.errors import CacheError, KdcliError
 from teacher_cache.shards.schema import misfit
 from teacher_cache.shards.sealed import SEAL, seal, unseal
 from teacher_cache.shards.storage import sync_folder
+from teacher_cache.whole_file import write_whole
 
 Sums = Mapping[str, Any]
 """Path below a folder, with ``/`` → ``[bytes, sha256]``."""
@@ -36,23 +37,8 @@ def make_folder(folder: Path) -> None:
         sync_folder(one.parent)
 
 
-def write_durably(path: Path, data: bytes) -> None:
-    """The whole file or the one before it, also behind a power cut. One writer at a time: the draft's name is fixed, so none pile up."""
-    draft = path.with_name(f".{path.name}.draft")
-    try:
-        with draft.open("wb") as written:
-            written.write(data)
-            written.flush()
-            os.fsync(written.fileno())
-        os.replace(draft, path)
-    except OSError:
-        draft.unlink(missing_ok=True)
-        raise
-    sync_folder(path.parent)
-
-
 def write_sealed(path: Path, body: Mapping[str, Any]) -> None:
-    write_durably(path, seal(json.loads(json.dumps(body))))
+    write_whole(path, seal(json.loads(json.dumps(body))))
 
 
 def sync_files(folder: Path) -> None:

@@ -16,7 +16,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from teacher_cache.errors import DiskError, advice
-from teacher_cache.shards.storage import sync_folder
+from teacher_cache.shards.local_disk import sync_folder
 
 
 def write_whole(path: Path, content: bytes | str, durable: bool = True) -> None:
@@ -51,8 +51,7 @@ def write_whole(path: Path, content: bytes | str, durable: bool = True) -> None:
         except BaseException:
             draft.unlink(missing_ok=True)
             raise
-    if durable:
-        with suppress(OSError):  # the file is there; not every file system can be asked for more
+        if durable:
             sync_folder(place.parent)
 
 

@@ -11,6 +11,7 @@ import resource
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -40,6 +41,7 @@ LONG = (
     "test_cache_teacher.py",
     "test_preflight.py",
     "test_ablate.py",
+    "test_durable.py",
     "test_estimate.py",
 )
 """Files that take minutes: begun first, they do not keep one process busy when the other has nothing left."""
@@ -295,14 +297,16 @@ def copy_of(tmp_path: Path) -> Callable[[Path], Path]:
 
 
 @pytest.fixture
-def small_files() -> Iterator[Callable[[int], None]]:
-    """The system takes no file over 4 KiB from this process: writing fails in the middle, as on a full disk. ``small_files(n)``: over n
-    bytes."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+def small_files() -> Callable[[int], AbstractContextManager[None]]:
+    """``with small_files(n)``: the system takes no file over n bytes from this process: writing fails in the middle, as on a full disk."""
 
-    def limit(size: int) -> None:
+    @contextmanager
+    def limited(size: int) -> Iterator[None]:
+        before = resource.getrlimit(resource.RLIMIT_FSIZE)
         resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+        try:
+            yield
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
-    limit(4096)
-    yield limit
-    limit(before[0])
+    return limited

@@ -18,8 +18,10 @@ from typing import Any
 import pipelines.quiet_threads  # noqa: F401 (before torch)
 
 # isort: split
-from pipelines.ablate.cells import CARD, read_card, shared_folder
+from pipelines.ablate.cards import CARD, read_card
+from pipelines.ablate.cells import shared_folder
 from pipelines.ablate.grid import EvalFile
+from pipelines.command_line.output import give_up_stdout
 from pipelines.evaluate import evaluate_folder, figures
 from pipelines.evaluation.kept import SUFFIX, KeepIn
 from pipelines.exporting.provenance import trained_template
@@ -78,8 +80,10 @@ def run_cell(folder: Path, request: Mapping[str, Any]) -> dict[str, Any]:
         if label not in results:
             print(f"evaluating: {label}", flush=True)
             trusted = request["settings"]["train"]["trust_remote_code"]
-            results[label] = {"key": one["key"], "scores": ask(folder, last / "model", one, trusted)}
+            kept_in = KeepIn(folder / f".answers-{one['key'][:8]}{SUFFIX}", anew=True)
+            results[label] = {"key": one["key"], "scores": ask(last / "model", one, trusted, kept_in)}
             card = keep()  # what was asked is not asked again, whatever happens to the rest
+            kept_in.path.unlink(missing_ok=True)
     return card
 
 
@@ -176,16 +180,14 @@ def train_cell(folder: Path, request: Mapping[str, Any]) -> None:
         shutil.rmtree(shared_folder(folder, one["shared"]) / "checkpoints", ignore_errors=True)
 
 
-def ask(folder: Path, model: Path, evaluation: Mapping[str, Any], trust_remote_code: bool) -> dict[str, Any]:
+def ask(
+    model: Path, evaluation: Mapping[str, Any], trust_remote_code: bool, kept_in: KeepIn | None = None
+) -> dict[str, Any]:
     """Scores of the trained model on one held-out file, without the single answers."""
     file = EvalFile(**evaluation["file"])
     spec = replace(file, template=file.template or trained_template(str(model))).spec
-    kept_in = KeepIn(folder / f".answers-{evaluation['key'][:8]}{SUFFIX}", anew=True)
-    asked = evaluate_folder(
-        str(model), spec, **evaluation["options"], trust_remote_code=trust_remote_code, kept_in=kept_in
-    )
-    kept_in.path.unlink(missing_ok=True)
-    return figures(asked)
+    how = {**evaluation["options"], "trust_remote_code": trust_remote_code, "kept_in": kept_in}
+    return figures(evaluate_folder(str(model), spec, **how))
 
 
 def final_losses(folder: Path) -> dict[str, dict[str, float]]:
@@ -222,12 +224,20 @@ def main(arguments: Sequence[str]) -> int:
             end_with_starter()
             run_cell(path.parent, read_record(path, fits({}), "run `kdcli ablate`, which writes it"))
     except (KdcliError, OSError) as error:
-        print(f"Error: {one_line(error)}", flush=True)
+        last_word(f"Error: {one_line(error)}")
         return DISK if is_of_disk(error) else 1
     except stopping.Stopped as stop:
-        print(one_line(stop), flush=True)
+        last_word(one_line(stop))
         return stop.status
     return 0
+
+
+def last_word(text: str) -> None:
+    """Into the log, which may lie on the disk that is full."""
+    try:
+        print(text, flush=True)
+    except OSError:
+        give_up_stdout()
 
 
 if __name__ == "__main__":

@@ -7,7 +7,6 @@ stages share the folders ``OUT/stages/STAGE-KEY``; a cell's folder links to them
 from __future__ import annotations
 
 import itertools
-import os
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
@@ -15,9 +14,9 @@ from functools import cache as remember
 from pathlib import Path
 from typing import Any
 
+from pipelines.ablate.cards import read_card, read_failure
 from pipelines.ablate.grid import EvalFile, Grid, resolved_train
 from pipelines.evaluate import pruning_of
-from pipelines.run_records import Check, fits, misfit_of_result, read_record
 from pipelines.settings import Settings
 from pipelines.stage_identity import budget, stage_identity, start_hash
 from pipelines.stage_plans import StagePlan, plan_stages
@@ -26,12 +25,11 @@ from student_train.cache import Cache, CachedRows
 from student_train.student import open_student
 from teacher_cache.errors import KdcliError
 from teacher_cache.plan import content_hash
-from teacher_cache.shards.schema import misfit
 from teacher_cache.sources import open_source
 
 KEY = 8
 """Hexadecimal digits of a key in a folder's name."""
-CARD, FAILED, REQUEST, LOG = "cell.json", "failed.json", "request.json", "log.txt"
+REQUEST, LOG = "request.json", "log.txt"
 
 
 @dataclass(frozen=True)
@@ -89,7 +87,7 @@ class Cell:
 
     def failure(self) -> dict[str, Any]:
         """``failed.json`` of a cell that failed; empty where there is none, or a damaged one: then it is tried again."""
-        return _known(self.folder / FAILED, fits({"error": str, "log": str}))[0]
+        return read_failure(self.folder)
 
     def missing(self) -> list[Evaluation]:
         """Evaluations that ``cell.json`` does not hold."""
@@ -103,32 +101,6 @@ class Cell:
         if self.failure():
             return "failed"
         return "started" if any((one / "metrics.jsonl").is_file() for one in self.stage_folders()) else "new"
-
-
-def read_card(folder: Path) -> tuple[dict[str, Any], str]:
-    """(``cell.json``, "") of a cell's folder; ({}, "") where there is none, ({}, what is wrong with it) where it is damaged."""
-    return _known(folder / CARD, _misfit_of_card)
-
-
-def _known(path: Path, check: Check) -> tuple[dict[str, Any], str]:
-    try:
-        return (read_record(path, check, "it is made again"), "") if os.path.lexists(path) else ({}, "")
-    except KdcliError as error:
-        return {}, str(error)
-
-
-_CARD = {
-    "results": {...: {"key": str, "scores": dict}},
-    "losses?": {...: {...: (float, None)}},
-    "seconds": {"train": float, "evaluate": float},
-}
-
-
-def _misfit_of_card(body: Any) -> str:
-    results = body["results"].items() if not (wrong := misfit(body, _CARD)) else ()
-    return wrong or next(
-        filter(None, (misfit_of_result(one["scores"], f"results.{name}") for name, one in results)), ""
-    )
 
 
 def shared_folder(cell: Path, shared: str) -> Path:

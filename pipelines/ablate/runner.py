@@ -14,8 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pipelines
+from pipelines.ablate.cards import FAILED
 from pipelines.ablate.cell import CHOOSE, DISK, WHAT
-from pipelines.ablate.cells import FAILED, LOG, REQUEST, Cell, request
+from pipelines.ablate.cells import LOG, REQUEST, Cell, request
 from pipelines.output_lock import NAME, Held, alone
 from pipelines.run_records import write_record
 from pipelines.spawned import GRACE_SECONDS

@@ -151,11 +151,14 @@ def fidelity(
     from pipelines.fidelity import show
     from pipelines.run_records import finite
     from teacher_cache.errors import KdcliError
+    from teacher_cache.whole_file import refuse_unwritable
 
     settings = load(config)
     url, spec = cache_url or settings.cache, teacher_spec(teacher, settings.teacher, trust_remote_code, device=device)
     if not url or not spec:
         raise KdcliError("name both sides: --cache and --teacher, or run `kdcli init` and edit kd.toml")
+    for path in filter(None, (plot, out)):
+        refuse_unwritable(Path(path))
     names = tuple(one.strip() for one in parts.split(",")) if parts else None
     trained = train_settings(settings.train, student, trust_remote_code)
     request = pipeline.FidelityRequest(

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from pipelines.report.runs import stage_cards
-from pipelines.run_records import TRAIN_AGAIN, fits, read_record, read_run_card, read_scores
+from pipelines.run_records import DONE, TRAIN_AGAIN, fits, misfit_of_run, odd, read_record, read_run_card, read_scores
 from pipelines.stage_records import last_card
 from student_train.cache import Cache
 from student_train.whole import DONE_FILE, read_done
@@ -70,8 +70,9 @@ def find_model(source: Path) -> Path:
 
 def read_provenance(model: Path, scores: Path | None) -> Provenance:
     """scores: file of ``kdcli eval --out``; None: the run's ``scores.json``, if there is one."""
-    run = model.absolute().parent.parent
-    card, stages = read_stages(model.absolute().parent)
+    stage = model.absolute().parent
+    run = stage.parent
+    card, stages = read_stages(stage)
     if scores is None and card is not None and os.path.lexists(run / "scores.json"):
         scores = run / "scores.json"
     results = read_scores(scores) if scores else {}
@@ -81,8 +82,8 @@ def read_provenance(model: Path, scores: Path | None) -> Provenance:
         raise KdcliError(f"{scores}: it has several results of one name: name a file of `kdcli eval --out`")
     if card is None:
         return Provenance(model, None, (), None, results)
-    if wrong := next(filter(None, (misfit({**card, "stages": [one]}, TOLD) for one in stages)), ""):
-        raise KdcliError(f"{run / 'run.json'}: {wrong}: {TRAIN_AGAIN}")
+    if wrong := misfit({**card, "stages": list(stages)}, TOLD):
+        raise KdcliError(f"{stage}: what is known of its training does not fit: {wrong}: {TRAIN_AGAIN}")
     return Provenance(model, card, stages, read_cache(card), results)
 
 
@@ -91,10 +92,14 @@ def read_stages(stage: Path) -> tuple[Mapping[str, Any] | None, tuple[Mapping[st
 
     The stage's own record was written with the weights, so it is asked first; ``run.json`` speaks for versions that wrote none.
     """
-    done = read_done(stage) if (stage / DONE_FILE).is_file() else None
+    done = _ended(stage)
     if done and (own := last_card(done)):
         before = [{**one["card"], "result": one["result"]} for one in done.get("before", ()) if one.get("card")]
-        return own, (*before, {**own, "result": done["result"]})
+        stages = [*before, {**own, "result": done["result"]}]
+        body = {**own, "stages": stages}
+        if wrong := misfit_of_run(body) or odd(body):
+            raise KdcliError(f"{stage / DONE_FILE}: {wrong}: {TRAIN_AGAIN}")
+        return own, tuple(stages)
     path = stage.parent / "run.json"
     card = read_run_card(path) if os.path.lexists(path) else {}
     cards = stage_cards(card)
@@ -102,9 +107,18 @@ def read_stages(stage: Path) -> tuple[Mapping[str, Any] | None, tuple[Mapping[st
         return None, ()
     used = []
     for name in list(cards)[: list(cards).index(stage.name) + 1]:
-        there = stage.parent / name / DONE_FILE
-        used.append({**cards[name], "result": read_done(there.parent)["result"] if there.is_file() else {}})
+        ended = _ended(stage.parent / name)
+        used.append({**cards[name], "result": ended["result"] if ended else {}})
     return card, tuple(used)
+
+
+def _ended(stage: Path) -> dict[str, Any] | None:
+    """A stage's ``done.json``, as far as cards tell of it; None where it is not finished."""
+    done = read_done(stage) if (stage / DONE_FILE).is_file() else None
+    shape = {**DONE, "before?": [{"card?": (dict, None), "result": dict}]}
+    if wrong := misfit(done, shape) if done else "":
+        raise KdcliError(f"{stage / DONE_FILE}: {wrong}: {TRAIN_AGAIN}")
+    return done
 
 
 def trained_template(model: str) -> str | None:

@@ -137,6 +137,11 @@ def identity(request: PreflightRequest, plan_hash: str, fingerprint: Mapping[str
     }
 
 
+_MEASURED = {"label": str, "error": str, "angles": dict, "head_angles": dict}
+_CHOICE = {"kind": str, "label": str, "fields": {...: dict}, "ladder": [_MEASURED], "reasons": [str]}
+_NOTES = {"identity": dict, "found": {"choices?": [_CHOICE], "tokens_per_second?": float}}
+
+
 class Notebook:
     """``OUT/preflight.json``: the identity of this preflight and what it has found so far, so that a re-run goes on."""
 
@@ -146,7 +151,7 @@ class Notebook:
         place = f"{out}/{NOTEBOOK}"
         self.found: dict[str, Any] = {}
         if self.storage.exists(NOTEBOOK):
-            body = require(unseal(self.storage.read(NOTEBOOK), place), {"identity": dict, "found": dict}, place)
+            body = require(unseal(self.storage.read(NOTEBOOK), place), _NOTES, place)
             if body["identity"] != wanted:
                 lines = "; ".join(difference(body["identity"], wanted)).replace("cache ", "there ")
                 raise CacheError(f"{out} holds another preflight: {lines}: choose another --out, or remove that folder")

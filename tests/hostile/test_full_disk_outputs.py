@@ -41,37 +41,37 @@ def seen(folder: Path) -> dict[str, bytes]:
 
 
 @pytest.mark.parametrize("name", WRITERS)
-def test_one_line_and_what_was_there_stays(tmp_path: Path, small_files: Callable[[int], None], name: str) -> None:
+def test_one_line_and_what_was_there_stays(tmp_path: Path, small_files: Callable[[int], Any], name: str) -> None:
     if name == "metrics.jsonl":
         (tmp_path / name).write_text("".join(f'{{"step": {step}}}\n' for step in range(100)))
     elif name != "kd.toml":
         (tmp_path / name).write_text("before")
     before = seen(tmp_path)
-    small_files(64)
-    with pytest.raises(DiskError, match=rf"{name}: cannot be written \(File too large\): .*make room") as caught:
+    said = rf"{name}: cannot be written \(File too large\): .*make room"
+    with pytest.raises(DiskError, match=said) as caught, small_files(64):
         WRITERS[name](tmp_path)
     assert "\n" not in str(caught.value) and seen(tmp_path) == before
 
 
-def test_a_report(make_run: Callable[..., Path], tmp_path: Path, small_files: Callable[[int], None]) -> None:  # noqa: F811
+def test_a_report(make_run: Callable[..., Path], tmp_path: Path, small_files: Callable[[int], Any]) -> None:  # noqa: F811
     run, out = make_run("kd"), tmp_path / "pages" / "report.html"
-    with pytest.raises(DiskError, match=r"report\.html: cannot be written \(File too large\)"):
+    with pytest.raises(DiskError, match=r"report\.html: cannot be written \(File too large\)"), small_files(4096):
         write_report([run], None, out)
     assert not seen(out.parent)
 
 
-def test_what_a_preflight_chose_is_told_all_the_same(tmp_path: Path, small_files: Callable[[int], None]) -> None:
+def test_what_a_preflight_chose_is_told_all_the_same(tmp_path: Path, small_files: Callable[[int], Any]) -> None:
     path = tmp_path / "kd.toml"
     path.write_text("# mine\n[capture]\nstore = 'compact'\n")
     before = seen(tmp_path)
-    small_files(16)
-    body = kd_toml.write(path, {"capture": {"store": "standard"}})
+    with small_files(16):
+        body = kd_toml.write(path, {"capture": {"store": "standard"}})
     assert not body["written"] and "File too large" in body["why"] and 'store = "standard"' in body["block"]
     assert seen(tmp_path) == before
 
 
 def test_a_tracker_that_finds_no_room_is_a_note(
-    tmp_path: Path, small_files: Callable[[int], None], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, small_files: Callable[[int], Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class Silent:
         replaces = False
@@ -83,24 +83,24 @@ def test_a_tracker_that_finds_no_room_is_a_note(
         def finish(self) -> None: ...
 
     monkeypatch.setitem(trackers.BACKENDS, "wandb", Silent)
-    small_files(16)
     said: list[str] = []
-    open_trackers(["wandb"], TrackedStage(tmp_path, 0, "identity", {}), said.append)
+    with small_files(16):
+        open_trackers(["wandb"], TrackedStage(tmp_path, 0, "identity", {}), said.append)
     assert len(said) == 1 and "trackers.json: cannot be written (File too large)" in said[0] and not seen(tmp_path)
 
 
 def test_tensorboard_on_a_full_disk_is_a_note_and_no_traceback(
-    tmp_path: Path, small_files: Callable[[int], None], capfd: pytest.CaptureFixture[str]
+    tmp_path: Path, small_files: Callable[[int], Any], capfd: pytest.CaptureFixture[str]
 ) -> None:
     said: list[str] = []
     (tracker,) = open_trackers(["tensorboard"], TrackedStage(tmp_path, 0, "identity", {}), said.append)
-    small_files(100)
-    for step in range(1000):
-        tracker.log(step, {"loss": 1.0})
-        if said:
-            break
-        time.sleep(0.002)
-    tracker.finish()
+    with small_files(100):
+        for step in range(1000):
+            tracker.log(step, {"loss": 1.0})
+            if said:
+                break
+            time.sleep(0.002)
+        tracker.finish()
     assert len(said) == 1 and "File too large" in said[0] and "Traceback" not in capfd.readouterr().err
 
 

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -32,12 +33,13 @@ def test_new_content_stands_there_whole(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("before", [None, b"before"])
 def test_a_full_disk_is_one_line_and_leaves_what_was_there(
-    tmp_path: Path, small_files: None, before: bytes | None
+    tmp_path: Path, small_files: Callable[[int], Any], before: bytes | None
 ) -> None:
     path = tmp_path / "scores.json"
     if before:
         path.write_bytes(before)
-    with pytest.raises(KdcliError, match=r"scores\.json: cannot be written \(File too large\): .*make room") as caught:
+    said = r"scores\.json: cannot be written \(File too large\): .*make room"
+    with pytest.raises(KdcliError, match=said) as caught, small_files(4096):
         write_whole(path, BIG)
     assert "\n" not in str(caught.value)
     assert names(tmp_path) == (["scores.json"] if before else [])

@@ -20,8 +20,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from rich.console import Console
 
+from pipelines.ablate.cards import FAILED, read_card
 from pipelines.ablate.cell import DISK, claim, run_cell
-from pipelines.ablate.cells import FAILED, Cell, make_cells, read_card, request
+from pipelines.ablate.cells import Cell, make_cells, request
 from pipelines.ablate.grid import load_grid
 from pipelines.ablate.results import as_json, markdown
 from pipelines.ablate.run import AblateRequest, ablate, ended_line, write_results
