@@ -28,10 +28,21 @@ from benchmarks.common import finish, machine, print_table
 from benchmarks.fault_damage import damages
 from benchmarks.fault_jobs import Events, capture_job, capture_request, mixture
 from benchmarks.fault_kills import capture_kills, teacher_name, training_kills, undisturbed
+from benchmarks.fault_runs import run_damages, two_trainings
 from benchmarks.fault_storage import disk_full, tested, two_jobs
 from pipelines.demo.run import STUDENT_START, TEACHER
 
-SECTIONS = ("capture-kills", "training-kills", "bit-flips", "disk-full", "two-jobs", "ray-node", "s3")
+SECTIONS = (
+    "capture-kills",
+    "training-kills",
+    "bit-flips",
+    "disk-full",
+    "two-jobs",
+    "training-damage",
+    "two-trainings",
+    "ray-node",
+    "s3",
+)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -46,6 +57,8 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--truncations", type=int, default=200)
     made.add_argument("--full-disks", type=int, default=10, help="of capture, and as many of training")
     made.add_argument("--races", type=int, default=10)
+    made.add_argument("--run-damages", type=int, default=50, help="of files of a training run")
+    made.add_argument("--run-races", type=int, default=50, help="two trainings in one folder")
     made.add_argument("--seed", type=int, default=0)
     made.add_argument("--save", action="store_true", help="write benchmarks/results/faults-<machine>.json")
     return made
@@ -70,6 +83,8 @@ def run_sections(given: argparse.Namespace) -> dict[str, dict[str, Any]]:
         "bit-flips": lambda: damages(events, work, whole_cache, request, given.flips, given.truncations, seed),
         "disk-full": lambda: disk_full(events, work, (teacher, student), whole_cache, given.full_disks, seed),
         "two-jobs": lambda: two_jobs(events, work, teacher, whole_cache, given.races, seed),
+        "training-damage": lambda: run_damages(events, work, whole_cache, student, given.run_damages, seed),
+        "two-trainings": lambda: two_trainings(events, work, whole_cache, student, given.run_races, seed),
         "ray-node": lambda: tested("ray-node"),
         "s3": lambda: tested("s3"),
     }

@@ -9,11 +9,20 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-FEW = {"capture-kills": 3, "training-kills": 1, "flips": 12, "truncations": 6, "full-disks": 1, "races": 1}
+FEW = {
+    "capture-kills": 3,
+    "training-kills": 1,
+    "flips": 12,
+    "truncations": 6,
+    "full-disks": 1,
+    "races": 1,
+    "run-damages": 2,
+    "run-races": 1,
+}
 
 
 def test_a_few_of_each(tiny_teacher: Path, tiny_student: Path, tmp_path: Path) -> None:
-    sections = "capture-kills,training-kills,bit-flips,disk-full,two-jobs"
+    sections = "capture-kills,training-kills,bit-flips,disk-full,two-jobs,training-damage,two-trainings"
     flags = [word for name, count in FEW.items() for word in (f"--{name}", str(count))]
     command = [sys.executable, "-m", "benchmarks.faults", "--work", str(tmp_path), "--only", sections, *flags]
     command += ["--teacher", str(tiny_teacher), "--student", str(tiny_student)]
@@ -34,3 +43,12 @@ def test_a_few_of_each(tiny_teacher: Path, tiny_student: Path, tmp_path: Path) -
     full = found["disk-full"]
     assert full["ran out of room"] == {"capture": 1, "training": 1} and full["drafts left behind"] == 0
     assert full["one clear line"] == full["nothing half committed"] == full["the same bytes once there was room"] == 2
+    runs, races = found["training-damage"], found["two-trainings"]
+    assert runs["damages"] == 2 == runs["ended with the same weights"] + runs["refused in one line"]
+    assert runs["trained on in silence"] == 0
+    assert (
+        races["races"]
+        == 1
+        == races["one run, wholly one of the two"]
+        == races["the other told who holds it, or what is there"]
+    )

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file, save_file
 
-from pipelines import stage_records, train_student
+from pipelines import stage_records, stage_run
 from pipelines.cache_teacher import capture
 from pipelines.export import ExportRequest, export
 from pipelines.exporting.provenance import read_provenance
@@ -187,7 +187,7 @@ def test_a_kill_between_run_json_and_training(asked: Asked, monkeypatch: pytest.
         raise Killed
 
     with monkeypatch.context() as patch:
-        patch.setattr(train_student, "load_student", killed)
+        patch.setattr(stage_run, "load_student", killed)
         with pytest.raises(Killed):
             asked("PT,DFT", "kd", learning_rate=0.5)
     assert rates(json.loads((asked.output / "run.json").read_text())) == {"01-PT": 0.5, "02-DFT": 0.5}
