@@ -180,7 +180,7 @@ def test_a_kill_between_any_two_writes(whole: Path, copy_of, mend, make_mortal) 
         assert bool(survey(str(folder))[1]) == (now != good)
 
     mortal = make_mortal("put_file", "put_new")
-    assert mortal.until_done(lambda: mend(folder), 7, looks_no_better_than_it_is) >= 3
+    assert mortal.until_done(lambda: mend(folder), 4, looks_no_better_than_it_is) >= 3
     collect_garbage(Cache(str(folder)), remove=True)
     assert tree(folder) == tree(whole)
 
