@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -91,7 +92,12 @@ def cut(file: Path) -> None:
     file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
 
 
-DAMAGES = {"flip": flip, "cut": cut, "loss": Path.unlink}
+def pipe(file: Path) -> None:
+    file.unlink()
+    os.mkfifo(file)
+
+
+DAMAGES = {"flip": flip, "cut": cut, "loss": Path.unlink, "pipe": pipe}
 SHARDS = [
     f"{column}/{folder}/*"
     for column in ("samples", "fields/response_topk", "fields/vision_hidden")
