@@ -175,7 +175,7 @@ def write_head(
     )
     promised = said | set(named)
     if said and len(promised) == 1 and is_whole(storage, path):
-        return promised.pop()
+        return str(promised.pop())
     data = container.pack({"weight": load_head().cpu()})
     digest = hashlib.sha256(data).hexdigest()
     if promised - {digest}:

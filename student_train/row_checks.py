@@ -11,8 +11,10 @@ import torch
 from teacher_cache.errors import CacheError
 from teacher_cache.records import ImageLayout, Sampled, TextTokens, TopK
 
-DIMENSIONS = {"affinity": 2, "relation": 2, "attention": 3}
-"""Of what fields decode to; rows of all others have two."""
+WIDE = ("vision_hidden", "response_hidden", "vision_features")
+"""Fields of rows as wide as the teacher's hidden states."""
+DIMENSIONS = {"affinity": 2, "relation": 2, "attention": 3, **dict.fromkeys(WIDE, 2)}
+"""Of what fields decode to; one that is not here is somebody's own, and may give anything."""
 
 
 def check_shapes(
@@ -47,10 +49,10 @@ def _misfit(name: str, decoded: Any, params: Mapping[str, Any], teacher: Mapping
     """What is wrong, in words; "" where nothing is. A teacher that is not described (``{}``) says nothing."""
     vocabulary = vocabulary_of(teacher)
     if isinstance(decoded, torch.Tensor):
-        if decoded.ndim != DIMENSIONS.get(name, 2):
+        if decoded.ndim != DIMENSIONS.get(name, decoded.ndim):
             return f"{decoded.ndim} dimensions"
         width = teacher.get("hidden_size")
-        wrong = name not in DIMENSIONS and width is not None and decoded.shape[1] != width
+        wrong = name in WIDE and width is not None and decoded.shape[1] != width
         return f"rows {decoded.shape[1]} wide, the teacher's are {width}" if wrong else ""
     if not isinstance(decoded, TopK | Sampled):
         return ""

@@ -73,7 +73,7 @@ def repair(
     as_json: bool,
     **flags: Any,
 ) -> None:
-    """Make damaged shards and files again, those alone, with the flags of the capture. Never while a capture runs.
+    """Make damaged shards and files again, those alone, with the flags of the capture. Refused beside a capture.
 
     Exit status 1 where something stays damaged, with the reason.
     """

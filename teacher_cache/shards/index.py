@@ -18,6 +18,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from teacher_cache.errors import CacheError
+from teacher_cache.shards.parquet_pages import unpacked_bytes
 
 MEMBER = pa.struct([("ext", pa.string()), ("offset", pa.int64()), ("size", pa.int64()), ("crc32", pa.uint32())])
 SCHEMA = pa.schema(
@@ -161,7 +162,7 @@ def _read_batches(data: bytes, rows: int) -> Iterator[pa.RecordBatch]:
         raise ValueError(f"columns {parquet.schema_arrow.names}")
     if parquet.metadata.num_rows != rows:
         raise ValueError(f"{parquet.metadata.num_rows} samples, not {rows}")
-    if sum(parquet.metadata.row_group(i).total_byte_size for i in range(parquet.num_row_groups)) > MOST_BYTES:
+    if unpacked_bytes(data, parquet.metadata) > MOST_BYTES:
         raise ValueError(f"more than {MOST_BYTES:,} bytes")
     total = 0
     for batch in parquet.iter_batches(BATCH_ROWS):

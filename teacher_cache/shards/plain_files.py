@@ -6,10 +6,10 @@ looked at before a byte is read. Links to regular files are followed: what is be
 
 from __future__ import annotations
 
+import io
 import os
 import stat
 from pathlib import Path
-from typing import BinaryIO
 
 from teacher_cache.errors import CacheError
 
@@ -80,7 +80,7 @@ def regular_size(path: str | Path) -> int:
         raise _unreadable(path, error) from None
 
 
-def open_plain(path: str | Path) -> BinaryIO:
+def open_plain(path: str | Path) -> io.BufferedReader:
     """A regular file to read and seek in; raises what ``regular_size`` does, and never waits for a writer."""
     regular_size(path)  # first: to open a device can do something already
     try:

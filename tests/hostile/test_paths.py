@@ -15,6 +15,7 @@ import PIL.Image
 import pytest
 
 from benchmarks.fuzz_targets import Folder, joined, shard_of, small_cache
+from pipelines.derive_cache import subset
 from pipelines.edit_cache import drop_field
 from pipelines.inspect_cache import check, collect_garbage
 from student_train.cache import Cache
@@ -229,3 +230,20 @@ def test_the_option_reaches_the_source_and_the_reason_names_it(root: Path, tmp_p
     refused = row()
     assert isinstance(refused, SkipRecord) and "--follow-links" in refused.detail
     assert isinstance(row(follow_links=True), Sample)
+
+
+def test_a_subset_copies_what_is_named_and_nothing_behind_a_link(tiny_cache: Path, copy_of, tmp_path: Path) -> None:
+    """Whoever publishes a subset of a stranger's cache does not publish a file of their own with it."""
+    (secret := tmp_path / "secret").write_bytes(b"mine")
+    folder = copy_of(tiny_cache)
+    (teacher,) = (folder / "teacher").iterdir()
+    (teacher / "processor" / "notes.txt").symlink_to(secret)
+    (teacher / "calibration").mkdir(exist_ok=True)
+    (teacher / "calibration" / "x-calibration-0.safetensors").symlink_to(secret)
+    subset(str(folder), str(tmp_path / "small"), parts=("caption",))
+    assert check(Cache(str(tmp_path / "small"))) == []
+    assert not [one for one in (tmp_path / "small").rglob("*") if one.is_file() and one.read_bytes() == b"mine"]
+    (teacher / "head.safetensors").unlink()
+    (teacher / "head.safetensors").symlink_to(secret)
+    with pytest.raises(CacheError, match=r"head\.safetensors does not have its checksum"):
+        subset(str(folder), str(tmp_path / "other"), parts=("caption",))

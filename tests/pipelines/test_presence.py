@@ -193,3 +193,43 @@ def test_commands_stay_said_when_workers_are_forgotten(cache: Path) -> None:
         (word,) = heartbeat.all_words(storage).values()
         assert word.doing == "cache-teacher" and not words(storage)
     assert not (cache / FOLDER).exists()
+
+
+@pytest.mark.usefixtures("healthy")
+def test_in_an_object_store(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ages by the times that the store gives."""
+    storage = Storage("s3://bucket/presence")
+    with at_work(storage, "cache-teacher"):
+        with at_work(Storage("s3://bucket/presence"), "cache add-field"):
+            pass
+        with (
+            pytest.raises(CacheError, match="`kdcli cache-teacher` is at work"),
+            at_work(storage, "cache gc", alone=True),
+        ):
+            pass
+    monkeypatch.setattr(presence, "is_here", lambda word: False)
+    said = json.dumps(asdict(Word("w", "node7:31", 0.0, 0.0, machine="another", doing="cache-teacher"))).encode()
+    path = f"{FOLDER}/{new_run()}-000000.json"
+    storage.put_bytes(said, path)
+    with pytest.raises(CacheError, match="on node7:31"), at_work(storage, "cache gc", alone=True):
+        pass
+    monkeypatch.setattr(presence, "GONE_AFTER", -10.0)
+    with at_work(storage, "cache gc", alone=True):
+        assert presence.dead_words(storage)
+    storage.remove(path)
+    assert storage.names(FOLDER) == []
+
+
+@pytest.mark.usefixtures("healthy")
+def test_what_a_store_holds_is_read_within_limits(monkeypatch: pytest.MonkeyPatch) -> None:
+    storage = Storage("s3://bucket/limits")
+    for name, data in {"a.json": b"", "b.json": b"12345", "c.json": b"x" * 70_000}.items():
+        storage.put_bytes(data, f"{FOLDER}/{name}")
+    assert storage.sizes(FOLDER) == {"a.json": 0, "b.json": 5, "c.json": 70_000}
+    assert list(storage.read_each([f"{FOLDER}/{name}" for name in ("a.json", "b.json")])) == [b"", b"12345"]
+    with pytest.raises(CacheError, match=r"c\.json: more than 65,536 bytes"):
+        storage.read(f"{FOLDER}/c.json")
+    with pytest.raises(FileNotFoundError):
+        storage.read(f"{FOLDER}/d.json")
+    assert storage.head(f"{FOLDER}/c.json", 3) == b"xxx" and storage.modified(f"{FOLDER}/d.json") is None
+    assert abs((storage.modified(f"{FOLDER}/b.json") or 0.0) - time.time()) < 60
