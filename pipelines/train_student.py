@@ -3,26 +3,27 @@
 from __future__ import annotations
 
 import json
-import os
-import platform
+import shutil
 import signal
-import subprocess
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from contextlib import ExitStack
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from pipelines.output_lock import alone
 from pipelines.settings import Settings
-from pipelines.stage_identity import DONE, begun, settled_budget, stage_identity
+from pipelines.stage_check import Checked, chain_of, check_stages, check_whole, next_start
+from pipelines.stage_identity import Found, begun, check_same, settled_budget, stage_identity, start_hash, start_of
 from pipelines.stage_plans import StagePlan, plan_stages, settle_compressor
+from pipelines.stage_records import last_card, stage_card, write_run_card
 from pipelines.stage_trainer import MAPS, OpenSignals, make_trainer, save_maps
 from pipelines.token_ids import check_vocabulary
 from pipelines.trackers import TrackedStage, check_trackers, open_trackers
 from student_train import distributed
 from student_train.cache import Cache, CachedRows
-from student_train.checkpoint import read_card
 from student_train.config import TrainSettings
 from student_train.distributed import Processes, gathered
 from student_train.losses.liger import check_liger
@@ -33,10 +34,12 @@ from student_train.stream import BLOCK_SHARDS
 from student_train.student import load_student, save_student
 from student_train.teacher_view import TeacherSignals
 from student_train.trainer import Trainer
+from student_train.whole import DONE_FILE, FILES, check_model, files_below, sums, sync_files, write_sealed
 from teacher_cache import stopping
 from teacher_cache.errors import CompatibilityError, KdcliError, naming_full_disk
-from teacher_cache.plan import content_hash, difference
+from teacher_cache.plan import content_hash
 from teacher_cache.shards.disk_cache import DiskCache
+from teacher_cache.shards.storage import sync_folder
 from teacher_cache.stopping import Stopped
 from teacher_cache.teachers import null
 from teacher_cache.teachers.transformers import TeacherSpec, load_processor
@@ -74,26 +77,28 @@ def train(
     processes = distributed.start()
     if any(plan.settings.use_liger_kernel for plan in plans):
         check_liger(processes.device)
-    if processes.is_main:
+    told = say if processes.is_main else lambda text: None
+    run = Run(cache, output, processes, on_step, open_signals, told)
+    with ExitStack() as held:
         with naming_full_disk(output):
-            write_run_card(output, cache, plans)
+            processes.main_alone(lambda: held.enter_context(alone(output, "kdcli train-student", "--output-dir", told)))
+            run.prepare(plans, train_settings.student)
         for note in dict.fromkeys(notes + [note for plan in plans for note in plan.served.notes]):
-            say(f"note: {note}")
-    processes.barrier()
-    model_id, results = train_settings.student, []
-    try:
-        with stopping.held():
-            for plan in plans:
-                stop_together(processes, f"{output}: stage {plan.stage.name} had not begun; {AGAIN}")
-                with naming_full_disk(output):
-                    results.append(run_stage(cache, plan, model_id, output, processes, on_step, open_signals, say))
-                model_id = results[-1]["model"]
-            stop_together(processes, f"{output}: every stage is finished")
-        stopped = None
-    except Stopped as stop:
-        stopped = stop.with_traceback(
-            None
-        )  # whose frames hold the trainer: it must be gone before the processes' group is
+            told(f"note: {note}")
+        model_id, results = train_settings.student, []
+        try:
+            with stopping.held():
+                for plan in plans:
+                    stop_together(processes, f"{output}: stage {plan.stage.name} had not begun; {AGAIN}")
+                    with naming_full_disk(output):
+                        results.append(run.stage(plan, model_id))
+                    model_id = results[-1]["model"]
+                stop_together(processes, f"{output}: every stage is finished")
+            stopped = None
+        except Stopped as stop:
+            stopped = stop.with_traceback(
+                None
+            )  # whose frames hold the trainer: it must be gone before the processes' group is
     distributed.stop()
     if stopped:
         raise stopped
@@ -116,6 +121,7 @@ def stop_together(processes: Processes, where: str) -> None:
 def settle(cache: Cache, plans: list[StagePlan], student: str) -> tuple[list[StagePlan], list[str]]:
     """The plans as this student can have them, and notes for the user; refuses a student that cannot, before its weights are read."""
     trusted = plans[0].settings.trust_remote_code
+    check_model(Path(student))
     processor, config = load_processor(TeacherSpec(student, trust_remote_code=trusted))
     refuse_quantized(config, student)
     made_up: set[str] = set()
@@ -142,108 +148,122 @@ def check_head(config: Any, fields: Mapping[str, Any], student: str) -> None:
             )
 
 
-def write_run_card(output: Path, cache: Cache, plans: list[StagePlan]) -> None:
-    """``run.json``: the resolved settings, versions and git commit, beside the results they explain."""
-    import transformers
+@dataclass
+class Run:
+    """One command in its folder, which it holds alone.
 
-    output.mkdir(parents=True, exist_ok=True)
-    body = {
-        "cache": str(cache.storage),
-        "plan_hash": cache.plan_hash,
-        "stages": [stage_card(cache, plan) for plan in plans],
-        "versions": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-        },
-        "git": git_commit(),
-    }
-    (output / "run.json").write_text(json.dumps(body, indent=1) + "\n")
+    Attributes:
+        say: gets notes, on the main process. there: what each stage's folder holds.
+        start: hash of what the next stage begins with; before: the finished stages so far, as the next one remembers them.
+    """
 
+    cache: Cache
+    output: Path
+    processes: Processes
+    on_step: OnStep
+    open_signals: OpenSignals
+    say: Callable[[str], None]
+    start: str = ""
+    there: dict[str, Found | None] = field(default_factory=dict)
+    before: list[dict[str, Any]] = field(default_factory=list)
 
-def stage_card(cache: Cache, plan: StagePlan) -> dict[str, Any]:
-    """What a stage was told, resolved."""
-    return {
-        "stage": plan.stage.name,
-        "method": plan.method_name,
-        "knobs": asdict(plan.method),  # type: ignore[call-overload]
-        "parts": plan.parts,
-        "templates": {part: cache.template(part) for part in plan.parts},
-        "fields": {need: list(fields) for need, fields in plan.served.fields.items()},
-        "settings": asdict(plan.settings),
-        "compressor": plan.compressor and plan.compressor.entry(),
-    }
+    def rows_of(self, plan: StagePlan) -> CachedRows:
+        return CachedRows(self.cache, plan.parts, plan.served.names, local_cache(plan.settings))
 
+    def prepare(self, plans: list[StagePlan], student: str) -> None:
+        """Every stage against what its folder holds; behind that, the first writes: ``run.json``."""
+        self.start = start_hash(student)
+        checked = check_stages(self.cache, plans, self.start, self.output, self.processes.world, self.rows_of)
+        again = self.processes.told(self.processes.main_alone(lambda: self._settle(checked)))[0]
+        self.there = {one.folder.name: begun(one.folder) if one.folder.name in again else one.there for one in checked}
 
-def git_commit() -> str | None:
-    """Commit of the program's own checkout, None where it is installed without one."""
-    done = subprocess.run(
-        ["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True, check=False
-    )
-    return done.stdout.strip() or None
+    def _settle(self, checked: list[Checked]) -> list[str]:
+        """The folders of finished stages that are made again: they are finished no more."""
+        again = check_whole(checked, self.say)
+        for one in again:
+            (one.folder / DONE_FILE).unlink()
+            sync_folder(one.folder)
+        write_run_card(self.output, [stage_card(self.cache, one.plan) for one in checked], self.say)
+        return [one.folder.name for one in again]
 
+    def stage(self, plan: StagePlan, model_id: str) -> dict[str, Any]:
+        """Train one stage, or find it done. Its folder holds metrics, checkpoints, and the model as a Hugging Face folder."""
+        folder, there = plan.folder(self.output), self.there[plan.folder(self.output).name]
+        rows = self.rows_of(plan)
+        check_local_cache(rows, plan.settings)
+        world = self.processes.world
+        started, total, global_batch = settled_budget(plan, sum(rows.counts), world, there.identity if there else None)
+        identity = stage_identity(self.cache, plan, total, global_batch, self.start, started)
+        if there:
+            check_same(folder, there, identity, self.before)
+        if there and there.finished:
+            self.start = next_start(folder, there)
+            done = there.body
+        else:
+            if there and started != world:
+                self.say(
+                    f"note: stage {plan.stage.name} was begun with {started} processes and continues with {world}: "
+                    f"{global_batch} samples a step as before"
+                )
+            done = self.train_stage(plan, folder, model_id, rows, total, global_batch, identity)
+            self.start = done["weights"]
+        self.before = [*self.before, chain_of(done, folder, last_card(done) or {})]
+        return {**done["result"], "model": str(folder / "model")}  # the folder may have been moved since
 
-def run_stage(
-    cache: Cache,
-    plan: StagePlan,
-    model_id: str,
-    output: Path,
-    processes: Processes,
-    on_step: OnStep,
-    open_signals: OpenSignals = TeacherSignals.open,
-    say: Callable[[str], None] = lambda text: None,
-) -> dict[str, Any]:
-    """Train one stage, or find it done. Its folder holds metrics, checkpoints, and the model as a Hugging Face folder."""
-    folder = plan.folder(output)
-    rows = CachedRows(cache, plan.parts, plan.served.names, local_cache(plan.settings))
-    check_local_cache(rows, plan.settings)
-    there = begun(folder)
-    started, total, global_batch = settled_budget(plan, sum(rows.counts), processes.world, there)
-    identity = stage_identity(cache, plan, total, global_batch, model_id, started)
-    if (folder / "done.json").is_file():
-        return finished_result(folder, identity)
-    if there and started != processes.world and processes.is_main:
-        say(
-            f"note: stage {plan.stage.name} was begun with {started} processes and continues with {processes.world}: "
-            f"{global_batch} samples a step as before"
+    def train_stage(
+        self,
+        plan: StagePlan,
+        folder: Path,
+        model_id: str,
+        rows: CachedRows,
+        total: int,
+        global_batch: int,
+        identity: dict[str, Any],
+    ) -> dict[str, Any]:
+        """From its start or its newest checkpoint to its end; what ``done.json`` then says. Stopped where a signal came before."""
+        processes, s = self.processes, plan.settings
+        torch.manual_seed(s.seed)
+        model, processor = load_student(model_id, s.attn_implementation, s.trust_remote_code, plan.compressor)
+        if processes.is_main:
+            check_savable(model, processor, folder, model_id)
+        maps_before = Path(model_id).parent / MAPS
+        trainer, batches_from = make_trainer(
+            self.cache,
+            plan,
+            rows,
+            model,
+            processor,
+            total,
+            global_batch,
+            processes,
+            folder,
+            self.open_signals,
+            maps_before,
         )
-    torch.manual_seed(plan.settings.seed)
-    model, processor = load_student(
-        model_id, plan.settings.attn_implementation, plan.settings.trust_remote_code, plan.compressor
-    )
-    if processes.is_main:
-        check_savable(model, processor, folder, model_id)
-    maps_before = Path(model_id).parent / MAPS
-    trainer, batches_from = make_trainer(
-        cache, plan, rows, model, processor, total, global_batch, processes, folder, open_signals, maps_before
-    )
-    trainer.identity = identity
-    trainer.open_trackers = lambda first: open_trackers(
-        plan.settings.trackers(), tracked_stage(cache, plan, folder, first, identity), say
-    )
-    stop_together(processes, f"{folder}: no step was made; {AGAIN}")
-    left_out = LeftOut(folder, say)
+        trainer.identity, trainer.before, trainer.say = identity, self.before, self.say
+        trainer.card = stage_card(self.cache, plan)
+        trainer.open_trackers = lambda first: open_trackers(
+            s.trackers(), TrackedStage(folder, first, content_hash(plain(identity)), trainer.card), self.say
+        )
+        stop_together(processes, f"{folder}: no step was made; {AGAIN}")
+        left_out = LeftOut(folder, self.say)
 
-    def stepped(step: int, result: StepResult) -> None:
-        left_out.count(result)
-        on_step(folder.name, step, trainer.total_steps, result)
+        def stepped(step: int, result: StepResult) -> None:
+            left_out.count(result)
+            self.on_step(folder.name, step, trainer.total_steps, result)
 
-    made = trainer.train(batches_from, stepped)
-    left_out.tell()
-    if made < trainer.total_steps:
-        stop_together(processes, f"{folder}: step {made} of {trainer.total_steps} is in a checkpoint; {AGAIN}")
-    result = {"stage": plan.stage.name, "model": str(folder / "model"), "steps": trainer.total_steps, "samples": total}
-    finish(folder, trainer, processor, maps_before, {"identity": identity, "result": result})
-    return result
-
-
-def finished_result(folder: Path, identity: Mapping[str, Any]) -> dict[str, Any]:
-    """What ``run_stage`` returned when it ended; KdcliError where that was another stage."""
-    finished = read_card(folder / "done.json", DONE)
-    if finished["identity"] != identity:
-        lines = "; ".join(difference(finished["identity"], identity)).replace("cache ", "there ")
-        raise KdcliError(f"{folder} holds another finished stage: {lines}: choose another --output-dir")
-    return {**finished["result"], "model": str(folder / "model")}  # the folder may have been moved since
+        made = trainer.train(batches_from, stepped)
+        left_out.tell()
+        if made < trainer.total_steps:
+            stop_together(processes, f"{folder}: step {made} of {trainer.total_steps} is in a checkpoint; {AGAIN}")
+        result = {
+            "stage": plan.stage.name,
+            "model": str(folder / "model"),
+            "steps": trainer.total_steps,
+            "samples": total,
+        }
+        card = {"identity": identity, "result": result, "starts": trainer.starts, "before": self.before}
+        return finish(folder, trainer, processor, maps_before, card)
 
 
 @dataclass
@@ -267,30 +287,38 @@ class LeftOut:
             )
 
 
-def tracked_stage(cache: Cache, plan: StagePlan, folder: Path, first: int, identity: Mapping[str, Any]) -> TrackedStage:
-    config = {"cache": str(cache.storage), "plan_hash": cache.plan_hash, **stage_card(cache, plan)}
-    return TrackedStage(folder, first, content_hash(plain(identity)), plain(config))
-
-
 def plain(body: Any) -> Any:
     """As JSON has it: tuples are lists."""
     return json.loads(json.dumps(body, default=str))
 
 
-def finish(folder: Path, trainer: Trainer, processor: Any, maps_before: Path, card: dict[str, Any]) -> None:
-    """Maps, the model folder, then ``done.json``: a stage is finished when that file is there."""
+def finish(folder: Path, trainer: Trainer, processor: Any, maps_before: Path, card: dict[str, Any]) -> dict[str, Any]:
+    """Maps, the model folder, then ``done.json``, which knows them by their sums: a stage is finished when that file is there.
+
+    All of it is on the disk before it gets its name. Returns what ``done.json`` says, on every process.
+    """
     student = trainer.model
     whole = gathered(student)  # None: every process has the whole student
-    if trainer.processes.is_main:
+
+    def write() -> dict[str, Any]:
         weights = whole or student.state_dict()
         maps = {name.removeprefix("maps."): one for name, one in weights.items() if name.startswith("maps.")}
         save_maps(folder / MAPS, maps, maps_before)
         own = {name.removeprefix("model."): one for name, one in weights.items() if name.startswith("model.")}
-        save_student(student.model, processor, folder / "model", own if whole else None)
-        draft = folder / ".done.json"
-        draft.write_text(json.dumps(card, indent=1) + "\n")
-        os.replace(draft, folder / "done.json")
-    trainer.processes.barrier()
+        model, draft = folder / "model", folder / ".model-draft"
+        for left in (draft, model):  # of a run that was killed here, or whose model was damaged
+            shutil.rmtree(left, ignore_errors=True)
+        save_student(student.model, processor, draft, own if whole else None)
+        sync_files(draft)
+        draft.rename(model)
+        sync_folder(folder)
+        kept = [MAPS] if (folder / MAPS).is_file() else []
+        files = sums(folder, [*(f"model/{name}" for name in files_below(model)), *kept])
+        done = plain({**card, "weights": start_of(folder, files), FILES: files})
+        write_sealed(folder / DONE_FILE, done)
+        return done
+
+    return trainer.processes.told(trainer.processes.main_alone(write))[0]
 
 
 def local_cache(settings: TrainSettings) -> DiskCache | None:

@@ -19,6 +19,7 @@ from student_train.losses.terms import FIRST_LAYER, StudentRows
 from student_train.pruning import Descending, Pruning
 from student_train.pruning.forward import prune_vision
 from student_train.stream import TrainBatch
+from student_train.whole import check_model
 from teacher_cache.batch import Batch, keep_vision
 from teacher_cache.errors import CompatibilityError, KdcliError, check_reads_images, not_loaded
 from teacher_cache.model_name import check_model_name
@@ -42,7 +43,7 @@ def load_student(
     trust_remote_code: bool = False,
     compressor: CompressorSpec | None = None,
 ) -> tuple[nn.Module, Any]:
-    """(model in float32, processor); KdcliError where the folder or hub id is not to be had.
+    """(model in float32, processor); KdcliError where the folder or hub id is not to be had, or is a stage's model that is damaged.
 
     Args:
         attn_implementation: ``sdpa`` gives way to ``eager`` where the architecture has none (Gemma 2), as in transformers.
@@ -76,6 +77,7 @@ def open_student(
     from transformers import AutoConfig, AutoProcessor
 
     check_model_name(f"student {model_id!r}", model_id)
+    check_model(Path(model_id))
     try:
         processor = AutoProcessor.from_pretrained(model_id, trust_remote_code=trust_remote_code)
         config = AutoConfig.from_pretrained(model_id, trust_remote_code=trust_remote_code)

@@ -40,6 +40,8 @@ class Trainer:
     Args:
         model: the student, its parameters frozen as the stage says. see_teacher: micro-batch → the teacher's side of it.
         folder: metrics and checkpoints. identity: what a checkpoint must agree with to be resumed.
+        card: what the stage was told; before: the stages that it began from, with theirs. Both are kept in checkpoints.
+        say: gets a note of each damaged checkpoint that was left out.
         open_trackers: first step of this start → where metrics go besides; asked of the main process alone.
     """
 
@@ -52,9 +54,13 @@ class Trainer:
     total_steps: int
     identity: dict[str, Any] = field(default_factory=dict)
     open_trackers: OpenTrackers = lambda first: ()
+    card: dict[str, Any] = field(default_factory=dict)
+    before: list[dict[str, Any]] = field(default_factory=list)
+    say: Callable[[str], None] = lambda text: None
 
     def __post_init__(self) -> None:
         self.stopping = False  # whether any process was asked to: known to all behind a step
+        self.starts: list[dict[str, Any]] = []  # of ``Checkpoints``, once it has loaded
         self.terms: Terms = self.method.terms()
         self.matching = hook(self.method, "alignment")()
         self.kinds = sorted(kinds_of(self.terms) | ({"vision"} if self.matching else set()))
@@ -206,8 +212,9 @@ class Trainer:
         Where a process was asked to stop that is behind the next step of all, with a checkpoint.
         """
         keep, folder = self.settings.save_total_limit, self.folder / "checkpoints"
-        saved = Checkpoints(folder, self.model, self.optimizer, self.identity, keep, self.processes)
-        first = saved.load()
+        told = (self.card, self.before, self.say)
+        saved = Checkpoints(folder, self.model, self.optimizer, self.identity, keep, self.processes, *told)
+        first, self.starts = saved.load(), saved.starts
         self.model.train()
         log = MetricsLog(self.folder, first, self.settings.logging_steps, self.processes, self.open_trackers)
         try:

@@ -31,7 +31,9 @@ def end_with_parent(grace: float = 0.0) -> None:
     global _watching
     if _watching != os.getpid():  # a fork has no threads
         _watching = os.getpid()
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())  # which the thread inherits: signals are for others
         threading.Thread(target=_watch, args=(grace,), name="parent", daemon=True).start()
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
 
 def _watch(grace: float) -> None:

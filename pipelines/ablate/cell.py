@@ -29,6 +29,7 @@ from pipelines.report.runs import read_runs
 from pipelines.settings import Settings, build
 from pipelines.train_student import train
 from student_train.config import StageSettings, TrainSettings
+from student_train.whole import is_whole
 from teacher_cache import stopping
 from teacher_cache.errors import KdcliError, one_line
 
@@ -44,7 +45,7 @@ def run_cell(folder: Path, request: Mapping[str, Any]) -> dict[str, Any]:
     wanted = {one["label"]: one for one in request["evaluations"]}
     results = {label: one for label, one in known.items() if label in wanted and one["key"] == wanted[label]["key"]}
     model = folder / request["stage_folders"][-1]["name"] / "model"
-    if not card_path.is_file() or (len(results) < len(wanted) and not model.is_dir()):
+    if not card_path.is_file() or (len(results) < len(wanted) and not is_whole(model.parent)):
         link_stages(folder, request["stage_folders"])
         with ExitStack() as locks:
             claim([shared_folder(folder, one["shared"]) for one in request["stage_folders"]], locks)
@@ -70,15 +71,16 @@ def run_cell(folder: Path, request: Mapping[str, Any]) -> dict[str, Any]:
 def claim(stages: Sequence[Path], locks: ExitStack) -> None:
     """Keep every stage that is to be trained for this process alone; whoever waited finds it done.
 
-    A finished stage whose model was removed to save space is trained again, and so are those after it: they belong to its weights.
+    A finished stage whose model was removed to save space, or is damaged, is trained again, and so are those after it: they belong to
+    its weights.
     """
     lost = False
     for stage in stages:
         stage.mkdir(parents=True, exist_ok=True)
         lock = locks.enter_context((stage / ".lock").open("w"))
         fcntl.flock(lock, fcntl.LOCK_EX)  # it ends with the file, and the file with the process
-        done, has_model = (stage / "done.json").is_file(), (stage / "model").is_dir()
-        lost = lost or (done and not has_model)
+        done = (stage / "done.json").is_file()
+        lost = lost or (done and not is_whole(stage))
         if lost:
             (stage / "done.json").unlink(missing_ok=True)
             for name in ("model", "checkpoints"):

@@ -16,7 +16,8 @@ from pipelines.ablate.cell import write_json
 from pipelines.ablate.cells import FAILED, LOG, Cell, make_cells
 from pipelines.ablate.grid import Grid, load_grid
 from pipelines.ablate.page import write_page
-from pipelines.ablate.runner import alone, make_slots, prune_models, run_cells
+from pipelines.ablate.runner import make_slots, prune_models, run_cells
+from pipelines.output_lock import alone
 from pipelines.tables import table
 from teacher_cache.errors import KdcliError
 
@@ -50,7 +51,7 @@ def ablate(request: AblateRequest, console: Any) -> dict[str, Any]:
         key=lambda cell: seeds.index(cell.seed)
     )  # every row of one seed first: an early table compares all rows
     waiting = [cell for cell in chosen if cell.state() != "done" and (request.retry_failed or cell.state() != "failed")]
-    with alone(request.out):
+    with alone(request.out, "kdcli ablate", "--out", lambda text: console.print(text, highlight=False, markup=False)):
         try:
             run_shown(waiting[: request.limit], slots, grid, cells, console)
         finally:

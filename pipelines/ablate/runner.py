@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -73,18 +71,6 @@ def make_slots(devices: str | None, workers: int | None) -> list[Slot]:
     on_cpu = names.count("cpu")
     threads = max(1, len(os.sched_getaffinity(0)) // on_cpu) if on_cpu else 0
     return [Slot(name, threads if name == "cpu" else 0) for name in names]
-
-
-@contextmanager
-def alone(out: Path) -> Iterator[None]:
-    """One ablation a folder at a time."""
-    out.mkdir(parents=True, exist_ok=True)
-    with (out / ".lock").open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise KdcliError(f"{out}: another ablation runs there: wait for it, or choose another --out") from None
-        yield
 
 
 @dataclass

@@ -20,6 +20,7 @@ from pipelines.capture_shards import CaptureRequest
 from pipelines.demo.write_world import WorldPaths, write_world
 from pipelines.doctor import examine, print_report
 from pipelines.evaluate import evaluate_folder, figures
+from pipelines.output_lock import alone
 from pipelines.progress import bar, capture_progress, train_progress
 from pipelines.report.page import write_report
 from pipelines.settings import CaptureSettings, Settings
@@ -103,7 +104,11 @@ def score(model: str, spec: DataSpec, console: Any = None, name: str = "") -> di
 
 def run_demo(out: Path, seed: int, console: Any, recipe: Recipe | None = None) -> dict[str, Any]:
     """The whole loop; prints what it does and returns ``{"scores", "report", "seconds"}``."""
-    recipe = recipe or Recipe()
+    with alone(out, "kdcli demo", "--out", lambda text: console.print(text, highlight=False, markup=False)):
+        return _run(out, seed, console, recipe or Recipe())
+
+
+def _run(out: Path, seed: int, console: Any, recipe: Recipe) -> dict[str, Any]:
     started = time.perf_counter()
     with stage(
         console, "1/6 a world of rendered rows: LLaVA-1.5 json with captions, LLaVA-NeXT parquet with questions"

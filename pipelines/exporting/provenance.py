@@ -10,7 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from pipelines.report.runs import stage_cards
+from pipelines.stage_records import last_card
 from student_train.cache import Cache
+from student_train.whole import DONE_FILE, read_done
 from teacher_cache.errors import KdcliError
 from teacher_cache.templates import TEMPLATES
 
@@ -20,8 +22,8 @@ class Provenance:
     """What the model card says.
 
     Attributes:
-        model: the folder that is exported. card: ``run.json`` of its run, None where it stands alone.
-        stages: of the card, up to the exported one, each with ``result`` of its ``done.json``.
+        model: the folder that is exported. card: cache, versions and commit that it was trained with, None where it stands alone.
+        stages: that its weights went through, the exported one last, each with the ``result`` of its ``done.json``.
         cache: ``plan_hash``, ``rows`` by part, ``fields`` with the teacher's fingerprint; None where it could not be opened.
         scores: results by name.
     """
@@ -53,11 +55,8 @@ def find_model(source: Path) -> Path:
 
 def read_provenance(model: Path, scores: Path | None) -> Provenance:
     """scores: file of ``kdcli eval --out``; None: the run's ``scores.json``, if there is one."""
-    stage = model.absolute().parent
-    run = stage.parent
-    card = read_object(run / "run.json") if (run / "run.json").is_file() else None
-    if card is not None and stage.name not in stage_cards(card):
-        card = None
+    run = model.absolute().parent.parent
+    card, stages = read_stages(model.absolute().parent)
     if scores is None and card is not None and (run / "scores.json").is_file():
         scores = run / "scores.json"
     results = read_object(scores) if scores else {}
@@ -67,12 +66,28 @@ def read_provenance(model: Path, scores: Path | None) -> Provenance:
         raise KdcliError(f"{scores}: not the scores of `kdcli eval --out`")
     if card is None:
         return Provenance(model, None, (), None, results)
-    names = list(stage_cards(card))
+    return Provenance(model, card, stages, read_cache(card), results)
+
+
+def read_stages(stage: Path) -> tuple[Mapping[str, Any] | None, tuple[Mapping[str, Any], ...]]:
+    """(card, stages) of ``Provenance`` for the model of a stage's folder.
+
+    The stage's own record was written with the weights, so it is asked first; ``run.json`` speaks for versions that wrote none.
+    """
+    done = read_done(stage) if (stage / DONE_FILE).is_file() else None
+    if done and (own := last_card(done)):
+        before = [{**one["card"], "result": one["result"]} for one in done.get("before", ()) if one.get("card")]
+        return own, (*before, {**own, "result": done["result"]})
+    path = stage.parent / "run.json"
+    card = read_object(path) if path.is_file() else {}
+    cards = stage_cards(card)
+    if stage.name not in cards:
+        return None, ()
     used = []
-    for name, one in list(zip(names, card["stages"]))[: names.index(stage.name) + 1]:
-        done = run / name / "done.json"
-        used.append({**one, "result": read_object(done).get("result", {}) if done.is_file() else {}})
-    return Provenance(model, card, tuple(used), read_cache(card), results)
+    for name in list(cards)[: list(cards).index(stage.name) + 1]:
+        there = stage.parent / name / DONE_FILE
+        used.append({**cards[name], "result": read_done(there.parent)["result"] if there.is_file() else {}})
+    return card, tuple(used)
 
 
 def trained_template(model: str) -> str | None:
@@ -81,9 +96,8 @@ def trained_template(model: str) -> str | None:
     Raises:
         KdcliError: it was asked in several.
     """
-    stage = Path(model).absolute().parent
-    card = stage.parent / "run.json"
-    known = stage_cards(read_object(card)).get(stage.name, {}) if card.is_file() else {}
+    _, stages = read_stages(Path(model).absolute().parent)
+    known = stages[-1] if stages else {}
     asking = sorted(set(known.get("templates", {}).values()) & TEMPLATES.keys() - {"plain"})
     if len(asking) > 1:
         raise KdcliError(

@@ -109,8 +109,10 @@ def _read_run(folder: Path, name: str) -> Run:
 
 
 def stage_cards(card: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
-    """Name of a stage's folder → what the run card says of the stage, in order."""
-    return {f"{i:02d}-{one['stage']}": one for i, one in enumerate(card.get("stages", []), start=1)}
+    """Name of a stage's folder → what the run card says of the stage, in order; the last is the newest command's last."""
+    return {
+        one.get("folder") or f"{i:02d}-{one['stage']}": one for i, one in enumerate(card.get("stages", []), start=1)
+    }
 
 
 def _json(path: Path) -> dict[str, Any]:
