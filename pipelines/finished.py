@@ -17,9 +17,10 @@ from pathlib import Path
 
 import torch
 
+from pipelines.describe import lost_files
 from pipelines.settings import CaptureSettings
 from teacher_cache.cache_shard import CaptureJob
-from teacher_cache.errors import KdcliError
+from teacher_cache.errors import CacheError, KdcliError
 from teacher_cache.fields import Field
 from teacher_cache.plan import FORMAT_VERSION, Plan, content_hash, read_plan
 from teacher_cache.shards.schema import misfit
@@ -65,7 +66,10 @@ class Job:
             return False
         if (plan.plan_hash, described) != (known["plan_hash"], known["fields"]):
             return False
-        return not self._missing(storage, plan)
+        try:
+            return not self._missing(storage, plan)
+        except CacheError:  # damage: the long way says which
+            return False
 
     def remember(self, files: Mapping[str, list[int]]) -> None:
         """Behind a capture, if nothing is missing now. Nothing is remembered of a teacher or a mixture that is not on a disk.
@@ -88,8 +92,10 @@ class Job:
                 old.unlink(missing_ok=True)
 
     def _missing(self, storage: Storage, plan: Plan) -> bool:
+        """Whether a shard, or any file that something names, is not there or cut off; nothing is hashed."""
         without = frozenset(self.settings.parts_without_fields)
-        return bool(CaptureJob(storage, plan, dict.fromkeys(self.fields, ""), self.fields, without).missing())
+        job = CaptureJob(storage, plan, self._described(storage), self.fields, without)
+        return bool(job.missing() or job.lost() or lost_files(storage, self.fields))
 
     def files(self) -> dict[str, list[int]]:
         """Absolute path → size in bytes and modification time in ns, of all that the teacher and the mixture are read from; empty where

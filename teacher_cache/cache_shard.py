@@ -23,6 +23,7 @@ from teacher_cache.same_rows import NOTHING, RecordedRows
 from teacher_cache.samples import cut_counts, encode_sample
 from teacher_cache.shards.commit import committed_shards
 from teacher_cache.shards.storage import Storage
+from teacher_cache.shards.verify import lost
 from teacher_cache.shards.writer import ShardWriter
 from teacher_cache.sources import DataSpec
 from teacher_cache.window_bytes import WINDOW_BYTES, Weigh, input_bytes, weigher
@@ -76,6 +77,15 @@ class CaptureJob:
             for shard in range(len(self.plan.slices))
         }
         return {shard: columns for shard, columns in left.items() if columns}
+
+    def lost(self) -> dict[int, dict[str, str]]:
+        """Shards with columns that are committed and of which a file is gone: shard → column → what, in words."""
+        found: dict[int, dict[str, str]] = {}
+        for column in ("samples", *(f"fields/{name}" for name in self.fields)):
+            column_hash = self.fields.get(column.removeprefix("fields/"), "")
+            for shard, what in lost(self.storage, self.plan, column, column_hash).items():
+                found.setdefault(shard, {})[column] = what
+        return dict(sorted(found.items()))
 
 
 @dataclass

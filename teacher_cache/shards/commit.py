@@ -11,11 +11,13 @@ from dataclasses import asdict, dataclass
 
 from teacher_cache.errors import CacheError
 from teacher_cache.records import SkipRecord
+from teacher_cache.shards.plain_files import MOST_COMMIT
 from teacher_cache.shards.schema import COUNT, require
 from teacher_cache.shards.sealed import seal, unseal
 from teacher_cache.shards.storage import Storage
 
 FORMAT_VERSION = 1
+_COMMIT_NAME = re.compile(r"([0-9]{6}|[1-9][0-9]{6,9})\.json")
 _FILE_NAME = re.compile(r"[0-9A-Za-z][0-9A-Za-z._-]{0,199}")
 _SKIP = {**dict.fromkeys(("part", "source_id", "place", "reason", "detail"), str), "ordinal": COUNT}
 _SHAPE = {
@@ -53,7 +55,14 @@ class Commit:
     counts: dict[str, int]
 
     def to_bytes(self) -> bytes:
-        return seal({"format_version": FORMAT_VERSION, **asdict(self)})
+        """CacheError where nobody could read it again."""
+        data = seal({"format_version": FORMAT_VERSION, **asdict(self)})
+        if len(data) > MOST_COMMIT:
+            raise CacheError(
+                f"shard {self.shard:06d} skips {len(self.skipped):,} rows, more than a commit can hold: mend the mixture (`kdcli doctor`), "
+                "or make the cache with more --shards"
+            )
+        return data
 
 
 def parse_commit(data: bytes, place: str) -> Commit:
@@ -89,12 +98,12 @@ def read_commit(storage: Storage, column: str, shard: int) -> Commit:
 
 
 def read_commits(storage: Storage, column: str, shards: Sequence[int]) -> list[Commit]:
-    """``read_commit`` of several shards, asked for all at once."""
+    """``read_commit`` of several shards, asked for many at once."""
     try:
-        every = storage.read_all([commit_path(column, shard) for shard in shards])
+        every = storage.read_each([commit_path(column, shard) for shard in shards])
+        return [_parse_of_shard(storage, column, shard, data) for shard, data in zip(shards, every)]
     except FileNotFoundError:
         return [read_commit(storage, column, shard) for shard in shards]  # one of them says which is missing
-    return [_parse_of_shard(storage, column, shard, data) for shard, data in zip(shards, every)]
 
 
 def commit_path(column: str, shard: int) -> str:
@@ -111,8 +120,8 @@ def _parse_of_shard(storage: Storage, column: str, shard: int, data: bytes) -> C
 
 def committed_shards(storage: Storage, column: str) -> list[int]:
     """Numbers of the shards that have a commit file, sorted; one listing, nothing is opened."""
-    names = storage.names(f"{column}/commits")
-    return sorted(int(name[:-5]) for name in names if name.endswith(".json") and name[:-5].isdecimal())
+    found = (_COMMIT_NAME.fullmatch(name) for name in storage.names(f"{column}/commits"))
+    return sorted(int(name[1]) for name in found if name)
 
 
 def _check(commit: Commit) -> None:
@@ -121,3 +130,5 @@ def _check(commit: Commit) -> None:
             raise ValueError(f"{name[:60]!r} is no name of a tar or index")
     if commit.rows != commit.written + len(commit.skipped):
         raise ValueError(f"{commit.rows} rows are not {commit.written} written + {len(commit.skipped)} skipped")
+    if len({skip.ordinal for skip in commit.skipped}) != len(commit.skipped):
+        raise ValueError("a row is skipped twice")

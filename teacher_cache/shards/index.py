@@ -36,7 +36,7 @@ _READ_SCHEMA = pa.schema(
 )
 
 
-MOST_BYTES, BATCH_ROWS, MOST_BATCH_BYTES, MOST_CHARACTERS = 1 << 30, 256, 1 << 24, 200
+MOST_BYTES, BATCH_ROWS, MOST_BATCH_BYTES, MOST_CHARACTERS = 1 << 29, 256, 1 << 24, 200
 """Of an index, unpacked; rows looked at together, and the bytes of these (a sample takes about 200); of a key or an extension."""
 _KEY, _EXT = re.compile(r"[0-9A-Za-z_-]+"), re.compile(r"[0-9A-Za-z_][0-9A-Za-z_.-]*")
 
@@ -163,7 +163,10 @@ def _read_batches(data: bytes, rows: int) -> Iterator[pa.RecordBatch]:
         raise ValueError(f"{parquet.metadata.num_rows} samples, not {rows}")
     if sum(parquet.metadata.row_group(i).total_byte_size for i in range(parquet.num_row_groups)) > MOST_BYTES:
         raise ValueError(f"more than {MOST_BYTES:,} bytes")
+    total = 0
     for batch in parquet.iter_batches(BATCH_ROWS):
+        if (total := total + batch.nbytes) > MOST_BYTES:  # the footer may say less
+            raise ValueError(f"more than {MOST_BYTES:,} bytes")
         lists = batch.column("members")
         flat = lists.flatten()
         if any(column.null_count for column in (*batch.columns, flat, *flat.flatten())):

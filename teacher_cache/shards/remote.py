@@ -74,6 +74,13 @@ def exactly(data: bytes, count: int) -> bytes:
     return data
 
 
+def is_empty(answer: object) -> bool:
+    """Whether what came for a range from byte 0 says that the file has no bytes."""
+    if not isinstance(answer, Exception):
+        return False
+    return getattr(answer, "status", None) == 416 or "InvalidRange" in f"{answer} {_code(answer)}"
+
+
 def _for_good(error: Exception) -> str:
     """The fix of an error that would be the same next time; empty where it may pass."""
     kind = type(error).__name__

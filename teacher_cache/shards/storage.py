@@ -6,14 +6,16 @@ import os
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
 import fsspec
 
 from teacher_cache.errors import CacheError
-from teacher_cache.shards import staging
-from teacher_cache.shards.remote import READ_ONLY, exactly, options, persistently
+from teacher_cache.shards import plain_files, staging
+from teacher_cache.shards.plain_files import AT_ONCE, most_bytes, refuse_long
+from teacher_cache.shards.remote import READ_ONLY, exactly, is_empty, options, persistently
 
 T = TypeVar("T")
 EXTRA = ("s3", "s3a", *READ_ONLY)
@@ -67,6 +69,9 @@ class Storage:
         return persistently(f"{self.url}/{relative}".rstrip("/"), lambda: call(self.fs))
 
     def exists(self, relative: str) -> bool:
+        """Whether anything stands there, also what cannot be read."""
+        if self.local:
+            return plain_files.is_there(self.path(relative))
         try:
             self._ask(relative, lambda fs: fs.info(self.path(relative)))
         except (FileNotFoundError, NotADirectoryError):
@@ -74,28 +79,68 @@ class Storage:
         return True
 
     def size(self, relative: str) -> int:
+        """Bytes; FileNotFoundError where it is absent, CacheError where it is no regular file."""
+        if self.local:
+            return plain_files.regular_size(self.path(relative))
         return int(self._ask(relative, lambda fs: fs.size(self.path(relative))))
 
+    def sizes(self, folder: str) -> dict[str, int]:
+        """Base name → bytes of the files directly in ``folder``; empty where it does not exist. Of a store one listing."""
+        if self.local:
+            found = {}
+            for name in self.names(folder):
+                with suppress(FileNotFoundError, NotADirectoryError, CacheError):
+                    found[name] = self.size(f"{folder}/{name}")
+            return found
+        self.fs.invalidate_cache(self.path(folder))
+        try:
+            entries = self._ask(folder, lambda fs: fs.ls(self.path(folder), detail=True))
+        except (FileNotFoundError, NotADirectoryError):
+            return {}
+        return {str(one["name"]).rstrip("/").rsplit("/", 1)[-1]: int(one["size"] or 0) for one in entries}
+
+    def modified(self, relative: str) -> float | None:
+        """When a file was written, in seconds since 1970 by the storage's own clock; None where it is absent, or nobody tells."""
+        self.fs.invalidate_cache(self.path(relative))
+        try:
+            return self._ask(relative, lambda fs: fs.modified(self.path(relative)).timestamp())
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+
     def open(self, relative: str) -> BinaryIO:
-        """A file of a local cache to seek in."""
-        return self.fs.open(self.path(relative), "rb")
+        """A file of a local cache to seek in; CacheError where it is no regular file."""
+        return plain_files.open_plain(self.path(relative))
 
     def read(self, relative: str) -> bytes:
-        """Whole content; FileNotFoundError where it is absent."""
-        return self._ask(relative, lambda fs: fs.cat_file(self.path(relative)))
+        """Whole content; FileNotFoundError where it is absent, CacheError where it is no regular file, or longer than its kind can be."""
+        return next(self.read_each([relative]))
 
-    def read_all(self, relatives: Sequence[str]) -> list[bytes]:
-        """Whole content of several small files, at once where the store takes it; FileNotFoundError where one is absent."""
-        if self.local or not relatives:
-            return [self.read(relative) for relative in relatives]
-        # s3fs asks for the size first where it may read a file in several pieces.
-        whole = {"max_concurrency": 1} if self.scheme in ("s3", "s3a") else {}
+    def read_each(self, relatives: Sequence[str]) -> Iterator[bytes]:
+        """Whole content of several files of one kind, one after the other; of a store as many at once as memory takes for certain.
+        Raises what ``read`` does."""
+        most = max(map(most_bytes, relatives), default=0)
+        if self.local:
+            yield from (plain_files.read_plain(self.path(relative), most) for relative in relatives)
+            return
+        step = max(1, AT_ONCE // most) if relatives else 1
+        for start in range(0, len(relatives), step):
+            names = relatives[start : start + step]
+            for name, data in zip(names, self._ask(names[0], partial(self._whole, relatives=names, most=most))):
+                refuse_long(f"{self.url}/{name}", len(data), most)
+                yield data
 
-        def call(fs: Any) -> list[bytes]:
-            found = fs.cat([self.path(relative) for relative in relatives], on_error="return", **whole)
-            return _none_failed([found[fs._strip_protocol(self.path(relative))] for relative in relatives])
+    def _whole(self, fs: Any, relatives: Sequence[str], most: int) -> list[bytes]:
+        """At most one byte more than the limit of each: the store is not asked for sizes first, and is not believed either."""
+        paths = [self.path(relative) for relative in relatives]
+        found = fs.cat_ranges(paths, [0] * len(paths), [most + 1] * len(paths), on_error="return")
+        return _none_failed([b"" if is_empty(one) else one for one in found])
 
-        return self._ask(relatives[0], call)
+    def head(self, relative: str, count: int) -> bytes:
+        """The first ``count`` bytes of a file, or all of a shorter one; raises what ``read`` does."""
+        if self.local:
+            with self.open(relative) as opened:
+                return opened.read(count)
+        return self._ask(relative, lambda fs: fs.cat_file(self.path(relative), start=0, end=count))
 
     def read_ranges(self, ranges: Sequence[tuple[str, int, int]]) -> list[bytes]:
         """Bytes start … stop − 1 of each (file, start, stop), all requested at once; never fewer or others."""
@@ -115,6 +160,7 @@ class Storage:
     def local_copy(self, relative: str) -> Iterator[Path]:
         """The file on a local disk: itself, or a copy that is removed afterwards."""
         if self.local:
+            self.size(relative)  # there, and a regular file
             yield Path(self.path(relative))
             return
         copy = self.staging() / f"{uuid.uuid4().hex}-{Path(relative).name}"

@@ -154,7 +154,8 @@ def test_nothing_behind_a_link_is_removed(folder: Folder, tmp_path: Path) -> Non
     """A cache from elsewhere, whose data folder is a link to one's photographs."""
     photographs = tmp_path / "photographs"
     photographs.mkdir()
-    (photographs / "a.jpg").write_bytes(b"dear to me")
+    for name in ("a.jpg", "000000-00000000.tar", "000000-00000000.parquet"):
+        (photographs / name).write_bytes(b"dear to me")
     for name in ("vision_hidden/data", "vision_topk/index"):
         place = folder.path / "fields" / name
         for file in place.iterdir():
@@ -164,7 +165,7 @@ def test_nothing_behind_a_link_is_removed(folder: Folder, tmp_path: Path) -> Non
     with pytest.raises(CacheError, match="outside of the cache, behind a link"):
         collect_garbage(Cache(str(folder.path)), remove=True)
     drop_field(str(folder.path), "vision_hidden", remove=True)
-    assert (photographs / "a.jpg").read_bytes() == b"dear to me"
+    assert [one.read_bytes() for one in photographs.iterdir()] == [b"dear to me"] * 3
     assert not (folder.path / "fields" / "vision_hidden").exists()
 
 

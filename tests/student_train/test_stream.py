@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
 import pickle
+import signal
 import tarfile
+import time
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import PIL.Image
@@ -15,9 +19,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils.data import Dataset
 
+from student_train import stream
 from student_train.stream import BLOCK_SHARDS, MicroBatches, Order
-from teacher_cache.errors import CacheError, CompatibilityError
+from teacher_cache.errors import CacheError, CompatibilityError, KdcliError
 
 COUNTS = st.lists(st.integers(0, 5), min_size=1, max_size=40).filter(any)
 
@@ -258,3 +264,27 @@ def test_a_word_without_a_row_in_the_students_embedding_is_one_line(
         CompatibilityError, match=rf"'qwx' \(id {number}\) is beyond the {number} rows .*: resize_token_embeddings"
     ):
         open_stage(cache, method="sft", stage="SFT", parts=("sft",), student=tmp_path / "cut")
+
+
+class Deadly(Dataset):
+    """Rows that end the process that reads the third of them."""
+
+    rows = SimpleNamespace(pause=lambda: None)
+
+    def __getitem__(self, position: int) -> int:
+        if position == 2:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return position
+
+
+def test_a_killed_loader_process_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Wherever this process is meanwhile: nothing is raised in the middle of a step."""
+    monkeypatch.setattr("torch.utils.data._utils.MP_STATUS_CHECK_INTERVAL", 0.2)
+    monkeypatch.setattr(stream, "Join", lambda pad_id: list)
+    before = signal.getsignal(signal.SIGCHLD)
+    steps = stream.step_batches(Deadly(), MicroBatches(6, 1, 1, 0, 1, 0), 0, workers=1)  # type: ignore[arg-type]
+    assert next(steps)[0] == 0
+    time.sleep(0.5)  # the process is dead by now, and this one is at its step
+    with pytest.raises(KdcliError, match=r"a loader process died .*fewer --dataloader-num-workers"):
+        list(steps)
+    assert signal.getsignal(signal.SIGCHLD) == before
