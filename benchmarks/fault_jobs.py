@@ -29,6 +29,7 @@ from pipelines.demo.run import Recipe, make_world
 from pipelines.settings import CaptureSettings, Settings
 from pipelines.train_student import train
 from student_train.config import TrainSettings
+from teacher_cache.parent import end_with_parent
 from teacher_cache.sources import DataSpec
 from teacher_cache.teachers.transformers import TeacherSpec
 
@@ -155,11 +156,12 @@ def forked(run: Callable[[], None], output: Path | None = None) -> int:
     """Start ``run`` in a child; its pid. Its exit status is 1 after an error, whose traceback goes to ``output`` with all it prints."""
     sys.stdout.flush()
     sys.stderr.flush()
-    child = os.fork()
+    parent, child = os.getpid(), os.fork()
     if child:
         return child
     status = 1
     try:
+        end_with_parent(number=parent)
         target = os.open(output or os.devnull, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
         os.dup2(target, 1)
         os.dup2(target, 2)
