@@ -41,7 +41,7 @@ def end_with_parent(grace: float = 0.0, number: int | None = None) -> None:
 
 def _watch(grace: float, number: int | None) -> None:
     started = None if number else multiprocessing.parent_process()
-    _wait(started, number or (started.pid if started else _started_by))
+    _wait(started, number or (started and started.pid) or _started_by)
     if not grace:
         os._exit(128 + signal.SIGTERM)
     signal.setitimer(
