@@ -26,23 +26,16 @@ import torch
 
 from benchmarks.common import finish, machine, print_table
 from benchmarks.fault_damage import damages
+from benchmarks.fault_gc import gc_races
 from benchmarks.fault_jobs import Events, capture_job, capture_request, mixture
 from benchmarks.fault_kills import capture_kills, teacher_name, training_kills, undisturbed
-from benchmarks.fault_runs import run_damages, two_trainings
+from benchmarks.fault_parents import parent_kills
 from benchmarks.fault_storage import disk_full, tested, two_jobs
+from benchmarks.fault_trainings import two_trainings, weights
 from pipelines.demo.run import STUDENT_START, TEACHER
 
-SECTIONS = (
-    "capture-kills",
-    "training-kills",
-    "bit-flips",
-    "disk-full",
-    "two-jobs",
-    "training-damage",
-    "two-trainings",
-    "ray-node",
-    "s3",
-)
+SECTIONS = ("capture-kills", "training-kills", "bit-flips", "disk-full", "two-jobs", "ray-node", "s3")
+SECTIONS += ("parent-kills", "two-trainings", "weights", "gc-race")
 
 
 def parser() -> argparse.ArgumentParser:
@@ -57,8 +50,12 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--truncations", type=int, default=200)
     made.add_argument("--full-disks", type=int, default=10, help="of capture, and as many of training")
     made.add_argument("--races", type=int, default=10)
-    made.add_argument("--run-damages", type=int, default=50, help="of files of a training run")
-    made.add_argument("--run-races", type=int, default=50, help="two trainings in one folder")
+    made.add_argument("--parent-kills", type=int, default=50, help="of a capture by two workers, or of one of these")
+    made.add_argument("--two-trainings", type=int, default=50)
+    made.add_argument(
+        "--weights", type=int, default=50, help="damages inside a training, and as many of a finished one"
+    )
+    made.add_argument("--gc-races", type=int, default=50)
     made.add_argument("--seed", type=int, default=0)
     made.add_argument("--save", action="store_true", help="write benchmarks/results/faults-<machine>.json")
     return made
@@ -83,10 +80,12 @@ def run_sections(given: argparse.Namespace) -> dict[str, dict[str, Any]]:
         "bit-flips": lambda: damages(events, work, whole_cache, request, given.flips, given.truncations, seed),
         "disk-full": lambda: disk_full(events, work, (teacher, student), whole_cache, given.full_disks, seed),
         "two-jobs": lambda: two_jobs(events, work, teacher, whole_cache, given.races, seed),
-        "training-damage": lambda: run_damages(events, work, whole_cache, student, given.run_damages, seed),
-        "two-trainings": lambda: two_trainings(events, work, whole_cache, student, given.run_races, seed),
         "ray-node": lambda: tested("ray-node"),
         "s3": lambda: tested("s3"),
+        "parent-kills": lambda: parent_kills(events, work, teacher, given.parent_kills, seed),
+        "two-trainings": lambda: two_trainings(events, work, whole_cache, student, given.two_trainings, seed),
+        "weights": lambda: weights(events, work, whole_cache, student, given.weights, seed),
+        "gc-race": lambda: gc_races(events, work, teacher, given.gc_races, seed),
     }
     chosen = given.only.split(",")
     if unknown := sorted(set(chosen) - set(run)):

@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from multiprocessing import resource_tracker
 
 from teacher_cache import stopping
 
@@ -22,8 +23,10 @@ def starting() -> Iterator[None]:
     until they listen; Ctrl-C is for who started them."""
     before = os.environ.get("PYTHONSAFEPATH")
     os.environ["PYTHONSAFEPATH"] = "1"
-    mask = signal.pthread_sigmask(signal.SIG_BLOCK, [*stopping.SIGNALS, signal.SIGINT])
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, ())
     try:
+        resource_tracker.ensure_running()  # whose own start lets SIGTERM and SIGINT through again
+        signal.pthread_sigmask(signal.SIG_BLOCK, [*stopping.SIGNALS, signal.SIGINT])
         yield
     finally:
         os.environ.pop("PYTHONSAFEPATH")

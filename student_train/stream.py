@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from multiprocessing import resource_tracker
 from typing import Any
 
 import numpy as np
@@ -302,7 +303,7 @@ def step_batches(
     collate_rows: Callable[[Sequence[TrainRow | RefusedRow]], TrainBatch | Packed] = Join(pad_id)
     if workers:
         dataset.rows.pause()
-    with _own_child_signals():
+    with _own_child_signals(), held_back():
         loader = iter(
             DataLoader(
                 dataset,
@@ -325,6 +326,18 @@ def _own_child_signals() -> Iterator[None]:
     yield
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGCHLD, before or signal.SIG_DFL)
+
+
+@contextmanager
+def held_back() -> Iterator[None]:
+    """Around the start of loader processes: SIGTERM waits in each of their threads, those of libraries that they import too."""
+    if multiprocessing.get_start_method() != "fork":
+        resource_tracker.ensure_running()  # whose own start lets SIGTERM through again
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
 
 def leave_signals(worker: int) -> None:

@@ -21,21 +21,27 @@ _started_by = os.getppid()
 _watching = 0
 
 
-def end_with_parent(grace: float = 0.0) -> None:
+def end_with_parent(grace: float = 0.0, number: int | None = None) -> None:
     """Watch the parent from here on, whichever way this process was started (spawn, fork, forkserver, or a program of its own).
 
     Args:
         grace: once the parent is gone this process gets SIGTERM, and the system ends it so many seconds later, whatever it is at then;
             0: it ends at once.
+        number: of the parent's process, where this one is a bare fork.
     """
     global _watching
     if _watching != os.getpid():  # a fork has no threads
         _watching = os.getpid()
-        threading.Thread(target=_watch, args=(grace,), name="parent", daemon=True).start()
+        mask = signal.pthread_sigmask(
+            signal.SIG_BLOCK, signal.valid_signals()
+        )  # which the thread inherits: signals are for others
+        threading.Thread(target=_watch, args=(grace, number), name="parent", daemon=True).start()
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
 
-def _watch(grace: float) -> None:
-    _wait(multiprocessing.parent_process())
+def _watch(grace: float, number: int | None) -> None:
+    started = None if number else multiprocessing.parent_process()
+    _wait(started, number or (started and started.pid) or _started_by)
     if not grace:
         os._exit(128 + signal.SIGTERM)
     signal.setitimer(
@@ -44,12 +50,11 @@ def _watch(grace: float) -> None:
     os.kill(os.getpid(), signal.SIGTERM)
 
 
-def _wait(started: Any) -> None:
+def _wait(started: Any, number: int) -> None:
     """Until the parent is gone: the pipe that it held is closed, or this process has another one.
 
     A pipe alone is not enough: a child that was forked later holds it, too. Under forkserver the parent is nobody's parent.
     """
-    number = started.pid if started else _started_by
     direct = not started or os.getppid() == number
     while os.getppid() == number if direct else _exists(number):
         if not started:

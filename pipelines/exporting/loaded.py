@@ -1,7 +1,7 @@
 """Loads an exported folder as its users will, with transformers alone, and says how far it is from what was expected.
 
 Run as a script of its own: ``python loaded.py FOLDER ROWS``; nothing of the project is imported. ROWS holds ``rows.json``, the pictures
-that it names, and ``expected.safetensors``. Prints one JSON object. It ends with the end of its input, which comes when its parent is killed.
+that it names, and ``expected.safetensors``. Prints one JSON object. Ends with its input, which ends when its parent is killed.
 """
 
 from __future__ import annotations

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import pickle
 import signal
+import subprocess
 import tarfile
 import time
 from collections import Counter
@@ -22,7 +24,7 @@ from hypothesis import strategies as st
 from torch.utils.data import Dataset
 
 from student_train import stream
-from student_train.stream import BLOCK_SHARDS, MicroBatches, Order
+from student_train.stream import BLOCK_SHARDS, MicroBatches, Order, held_back
 from teacher_cache.errors import CacheError, CompatibilityError, KdcliError
 
 COUNTS = st.lists(st.integers(0, 5), min_size=1, max_size=40).filter(any)
@@ -288,3 +290,37 @@ def test_a_killed_loader_process_is_one_line(monkeypatch: pytest.MonkeyPatch) ->
     with pytest.raises(KdcliError, match=r"a loader process died .*fewer --dataloader-num-workers"):
         list(steps)
     assert signal.getsignal(signal.SIGCHLD) == before
+
+
+LOADER = """
+import time
+from student_train.stream import leave_signals
+leave_signals(0)
+open(ready, "w").write("ready")
+time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn", "forkserver"])
+def test_a_loader_process_is_ended_by_its_parent_alone(
+    method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Under forkserver its parent is none that ``getppid`` knows."""
+    ready = tmp_path / "ready"
+    process = multiprocessing.get_context(method).Process(target=exec, args=(LOADER, {"ready": str(ready)}))
+    monkeypatch.setattr(multiprocessing, "get_start_method", lambda: method)
+    with held_back():
+        process.start()
+    try:
+        deadline = time.monotonic() + 60
+        while not ready.is_file() and time.monotonic() < deadline:
+            time.sleep(0.02)
+        subprocess.run(["sh", "-c", f"kill {process.pid}"], check=True)
+        process.join(0.3)
+        assert process.is_alive(), "somebody else's signal"
+        process.terminate()
+        process.join(10)
+        assert process.exitcode == 0
+    finally:
+        process.kill()
+        process.join()
