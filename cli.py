@@ -18,7 +18,7 @@ class Group(TourGroup):
 
     def invoke(self, ctx: click.Context) -> Any:
         from teacher_cache import stopping
-        from teacher_cache.errors import KdcliError, one_line
+        from teacher_cache.errors import KdcliError, one_line, out_of_memory
 
         try:
             with stopping.listening():
@@ -33,6 +33,13 @@ class Group(TourGroup):
             if error.filename is None or not error.strerror:
                 raise
             raise click.ClickException(one_line(f"{error.filename}: {error.strerror}")) from None
+        except (MemoryError, RuntimeError) as error:
+            if not out_of_memory(error):
+                raise
+            raise click.ClickException(
+                f"out of memory ({one_line(error)[:200] or 'MemoryError'}): work in smaller batches, with fewer processes, or on a machine "
+                "with more; what is written stays"
+            ) from None
 
 
 COMMANDS = (

@@ -34,7 +34,7 @@ from student_train.student import load_student, save_student
 from student_train.teacher_view import TeacherSignals
 from student_train.trainer import Trainer
 from teacher_cache import stopping
-from teacher_cache.errors import CompatibilityError, KdcliError, naming_full_disk
+from teacher_cache.errors import CompatibilityError, KdcliError, naming_full_disk, stripped
 from teacher_cache.plan import content_hash, difference
 from teacher_cache.shards.disk_cache import DiskCache
 from teacher_cache.stopping import Stopped
@@ -158,7 +158,7 @@ def write_run_card(output: Path, cache: Cache, plans: list[StagePlan]) -> None:
         },
         "git": git_commit(),
     }
-    (output / "run.json").write_text(json.dumps(body, indent=1) + "\n")
+    (output / "run.json").write_text(json.dumps(stripped(plain(body)), indent=1) + "\n")
 
 
 def stage_card(cache: Cache, plan: StagePlan) -> dict[str, Any]:
@@ -269,7 +269,7 @@ class LeftOut:
 
 def tracked_stage(cache: Cache, plan: StagePlan, folder: Path, first: int, identity: Mapping[str, Any]) -> TrackedStage:
     config = {"cache": str(cache.storage), "plan_hash": cache.plan_hash, **stage_card(cache, plan)}
-    return TrackedStage(folder, first, content_hash(plain(identity)), plain(config))
+    return TrackedStage(folder, first, content_hash(plain(identity)), stripped(plain(config)))
 
 
 def plain(body: Any) -> Any:

@@ -41,7 +41,7 @@ SMALL = 1024
 SOURCE = 1 << 20
 """Characters of a template."""
 MADE_ONE_BY_ONE = (GeneratorType, map, filter, zip)
-LISTS = (list, tuple, type({}.keys()), type({}.values()), type({}.items()))
+LISTS: tuple[type, ...] = (list, tuple, type({}.keys()), type({}.values()), type({}.items()))
 DEEPEST = 64
 """Lists in lists."""
 GATHERED = 64
@@ -132,7 +132,7 @@ def install() -> None:
     """Exchange transformers' environment of chat templates; CompatibilityError where it has none to exchange."""
     from transformers.utils import chat_template_utils as used
 
-    used.ImmutableSandboxedEnvironment = BoundedEnvironment  # type: ignore[attr-defined]
+    used.ImmutableSandboxedEnvironment = BoundedEnvironment  # type: ignore[attr-defined, misc]
     with_bounds = False
     if hasattr(used._compile_jinja_template, "cache_clear"):
         used._compile_jinja_template.cache_clear()
@@ -369,7 +369,7 @@ def _guarded_filter(name: str, function: Callable[..., Any]) -> Callable[..., An
             args = tuple(taken(one) for one in args)
         given = [*args, *kwargs.values()]
         _check_given(given)
-        texts = [one for one in given if isinstance(one, (str, bytes))]
+        texts: list[Any] = [one for one in given if isinstance(one, (str, bytes))]
         numbers = [abs(one) for one in given if isinstance(one, int)]
         if name in LAZY and texts and isinstance(args[1 if len(args) > 1 else 0], str) and len(texts[0]) > SLOW_INPUT:
             raise TooMuch(f"its filter {name} goes through a long text")
@@ -414,7 +414,7 @@ def _check_join(given: list[Any]) -> None:
 
 
 def _check_method(name: str, text: Any, args: tuple[Any, ...]) -> None:
-    texts = [one for one in args if isinstance(one, (str, bytes))]
+    texts: list[Any] = [one for one in args if isinstance(one, (str, bytes))]
     if name == "replace" and len(texts) > 1:
         found = text.count(texts[0]) if len(texts[0]) else len(text) + 1
         limit(len(text) + found * len(texts[1]))
@@ -503,9 +503,18 @@ class _Counted(NodeTransformer):
         return _filtered(node, KEPT) if _pieces(node) > PIECES else node
 
 
-def _looked_at(node: nodes.Expr, written: bool = False) -> nodes.Expr:
+def _looked_at(node: Any, written: bool = False) -> Any:
     """An expression that makes a text or a list, with a look at it; filters and calls look themselves."""
-    kinds = (nodes.Add, nodes.Concat, nodes.List, nodes.Tuple, nodes.Dict, nodes.CondExpr, nodes.Or, nodes.And)
+    kinds: tuple[type, ...] = (
+        nodes.Add,
+        nodes.Concat,
+        nodes.List,
+        nodes.Tuple,
+        nodes.Dict,
+        nodes.CondExpr,
+        nodes.Or,
+        nodes.And,
+    )
     if written:
         kinds = (*kinds, nodes.Name, nodes.Getattr, nodes.Getitem, nodes.Filter)
     if not isinstance(node, kinds) or (isinstance(node, nodes.Add) and _is_count(node.right)):
@@ -531,7 +540,7 @@ def _is_count(node: nodes.Expr) -> bool:
     return isinstance(node, nodes.Const) and isinstance(node.value, int)
 
 
-def _filtered(node: nodes.Expr, name: str) -> nodes.Filter:
+def _filtered(node: Any, name: str) -> nodes.Filter:
     # Of the context, so that nothing is computed while the template is compiled.
     return nodes.Filter(node, name, [], [], None, None, lineno=node.lineno)
 

@@ -11,7 +11,7 @@ from typing import Any, BinaryIO, TypeVar
 
 import fsspec
 
-from teacher_cache.errors import CacheError
+from teacher_cache.errors import CacheError, without_secrets
 from teacher_cache.shards import staging
 from teacher_cache.shards.remote import READ_ONLY, exactly, options, persistently
 
@@ -33,7 +33,7 @@ class Storage:
             self.fs, self.root = fsspec.core.url_to_fs(self.url, **options(self.scheme))
         except (ImportError, ValueError) as error:
             advice = ": pip install 'kdcli[s3]'" if isinstance(error, ImportError) and self.scheme in EXTRA else ""
-            raise CacheError(f"{self.url}: cannot be opened ({error}){advice}") from None
+            raise CacheError(f"{self}: cannot be opened ({error}){advice}") from None
         self.root = str(self.root).rstrip("/") or "/"
         self.local = "file" in (self.fs.protocol if isinstance(self.fs.protocol, tuple) else (self.fs.protocol,))
         self._process = os.getpid()
@@ -50,7 +50,8 @@ class Storage:
         return f"{self.root}/{relative}" if relative else self.root
 
     def __str__(self) -> str:
-        return self.url
+        """To be shown and written down; ``url`` opens it."""
+        return without_secrets(self.url)
 
     def __getstate__(self) -> dict[str, Any]:
         return {"url": self.url}
@@ -64,7 +65,7 @@ class Storage:
             return call(self.fs)
         if self._process != os.getpid():
             self.__init__(self.url)  # type: ignore[misc]  # connections do not survive a fork
-        return persistently(f"{self.url}/{relative}".rstrip("/"), lambda: call(self.fs))
+        return persistently(f"{self}/{relative}".rstrip("/"), lambda: call(self.fs))
 
     def exists(self, relative: str) -> bool:
         try:
@@ -217,7 +218,7 @@ class Storage:
 
     def _refuse_read_only(self) -> None:
         if self.scheme in READ_ONLY:
-            raise CacheError(f"{self.url} can only be read: write to a folder or an object store")
+            raise CacheError(f"{self} can only be read: write to a folder or an object store")
 
     def staging(self) -> Path:
         """A local folder for files under construction: beside their target where that is local, so that the move is atomic."""

@@ -11,7 +11,7 @@ from typing import Any, BinaryIO, cast
 import braceexpand
 import fsspec
 
-from teacher_cache.errors import DataError
+from teacher_cache.errors import DataError, without_secrets
 
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 _GLOB = re.compile(r"[*?\[]")
@@ -29,6 +29,11 @@ def expand_paths(pattern: str) -> list[str]:
     Raises:
         DataError: nothing is there, a folder is named, or one of the brace's files is absent.
     """
+    if is_remote(pattern) and without_secrets(pattern) != pattern:
+        raise DataError(
+            f"{without_secrets(pattern)}: a password, signature or key in an address would stand in the cache's manifest: give it by the "
+            "environment or the configuration of the store's client, and leave it out here"
+        )
     if not is_remote(pattern):
         pattern = os.path.expanduser(pattern.removeprefix("file://"))
     # A file may really be called ``a[1].json``: what exists by its literal name is never taken for a pattern.

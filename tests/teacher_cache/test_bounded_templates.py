@@ -69,6 +69,7 @@ def test_honest_templates_write_the_same(name: str, prompt: bool) -> None:
     assert wanted and render(HONEST[name], add_generation_prompt=prompt) == wanted
 
 
+LIST = "{% set n = namespace(x=[1]) %}{% for i in range(60) %}"
 HOSTILE = {
     "loops": "{% for a in range(100000) %}{% for b in range(100000) %}{% for c in range(100000) %}{% endfor %}{% endfor %}{% endfor %}",
     "silent loops": "{% for a in range(100000) %}{% for b in range(100000) if false %}{% endfor %}{% endfor %}",
@@ -83,13 +84,14 @@ HOSTILE = {
     "squares": "{% set n = namespace(x=3) %}{% for i in range(99) %}{% set n.x = n.x * n.x %}{% endfor %}",
     "doubling by ~": "{% set n = namespace(x='aaaa') %}{% for i in range(60) %}{% set n.x = n.x ~ n.x %}{% endfor %}",
     "doubling by +": "{% set n = namespace(x='aaaa') %}{% for i in range(60) %}{% set n.x = n.x + n.x %}{% endfor %}",
-    "doubling lists": "{% set n = namespace(x=[1]) %}{% for i in range(60) %}{% set n.x = n.x + n.x %}{% endfor %}",
-    "nested lists": "{% set n = namespace(x=[1]) %}{% for i in range(60) %}{% set n.x = [n.x, n.x] %}{% endfor %}{{ n.x }}",
-    "nested dicts": "{% set n = namespace(x={}) %}{% for i in range(60) %}{% set n.x = {'a': n.x, 'b': n.x} %}{% endfor %}{{ n.x | tojson }}",
-    "nested by map": "{% set n = namespace(x=[1]) %}{% for i in range(60) %}{% set n.x = ['', ''] | map('default', n.x, true) | list %}{% endfor %}{{ n.x }}",
+    "doubling lists": LIST + "{% set n.x = n.x + n.x %}{% endfor %}",
+    "nested lists": LIST + "{% set n.x = [n.x, n.x] %}{% endfor %}{{ n.x }}",
+    "nested dicts": LIST + "{% set n.x = {'a': n.x, 'b': n.x} %}{% endfor %}{{ n.x | tojson }}",
+    "nested by map": LIST + "{% set n.x = ['', ''] | map('default', n.x, true) | list %}{% endfor %}{{ n.x }}",
     "namespaces in lists": "{% set n = namespace(x=1) %}{% set l = [n, n] %}{% set n.x = l %}{{ l }}",
     "in a block": "{% set x %}{% for i in range(100000) %}{{ messages[0].content * 1000 }}{% endfor %}{% endset %}",
-    "blocks of blocks": "{% set n = namespace(x='aaaa') %}{% for i in range(60) %}{% set b %}{{ n.x }}{{ n.x }}{% endset %}{% set n.x = b %}{% endfor %}",
+    "blocks of blocks": "{% set n = namespace(x='aaaa') %}{% for i in range(60) %}"
+    "{% set b %}{{ n.x }}{{ n.x }}{% endset %}{% set n.x = b %}{% endfor %}",
     "a macro that calls itself": "{% macro f(x) %}{{ f(x ~ x) }}{% endmacro %}{{ f('aaaa') }}",
     "a tree of macros": "{% macro f(n) %}{% if n %}{{ f(n - 1) }}{{ f(n - 1) }}{% endif %}{% endmacro %}{{ f(60) }}",
     "a caller": "{% macro f(x) %}{{ caller() }}{{ caller() }}{% endmacro %}"
@@ -131,7 +133,8 @@ HOSTILE = {
     "quotes of quotes": "{% set n = namespace(x='\"') %}{% for i in range(60) %}{% set n.x = n.x | tojson %}{% endfor %}",
     "one long expression": "{% set a = 'x' * 3000000 %}{{ " + "a ~ " * 3000 + "a }}",
     "one long sum": "{% set a = 'x' * 3000000 %}{% set b = " + "a + " * 200 + "a %}",
-    "comparisons": "{% set n = namespace(x=[1], y=[1]) %}{% for i in range(60) %}{% set n.x = [n.x, n.x] %}{% set n.y = [n.y, n.y] %}{% endfor %}{{ n.x == n.y }}",
+    "comparisons": "{% set n = namespace(x=[1], y=[1]) %}{% for i in range(60) %}{% set n.x = [n.x, n.x] %}{% set n.y = [n.y, n.y] %}"
+    "{% endfor %}{{ n.x == n.y }}",
     "stripping": "{{ ('a' * 3000000).strip('b' * 3000000 ~ 'a') }}",
     "the filter trim": "{{ ('a' * 3000000) | trim('b' * 3000000 ~ 'a') }}",
     "a long number": "{{ ('f' * 3000000) | int(base=16) // 3 }}",
