@@ -28,7 +28,7 @@ class Group(TourGroup):
 
     def invoke(self, ctx: click.Context) -> Any:
         from teacher_cache import parent, stopping  # noqa: F401 (parent: who it is, while it is there)
-        from teacher_cache.errors import KdcliError, advice, is_of_disk, one_line
+        from teacher_cache.errors import KdcliError, advice, is_of_disk, one_line, out_of_memory
 
         try:
             with stopping.listening():
@@ -45,6 +45,13 @@ class Group(TourGroup):
                 raise
             place = "a file or standard output" if error.filename is None else error.filename
             raise click.ClickException(one_line(f"{place}: {error.strerror}{told}")) from None
+        except (MemoryError, RuntimeError) as error:
+            if not out_of_memory(error):
+                raise
+            raise click.ClickException(
+                f"out of memory ({one_line(error)[:200] or 'MemoryError'}): work in smaller batches, with fewer processes, or on a machine "
+                "with more; what is written stays"
+            ) from None
 
 
 COMMANDS = (

@@ -21,7 +21,7 @@ from pipelines.stage_plans import StagePlan
 from student_train.cache import Cache
 from student_train.checkpoint import newest_state
 from student_train.whole import DONE_FILE, make_folder, read_done
-from teacher_cache.errors import KdcliError
+from teacher_cache.errors import KdcliError, stripped
 from teacher_cache.whole_file import write_whole
 
 STAGE_FOLDER = re.compile(r"\d\d+-\w+")
@@ -50,7 +50,7 @@ def stage_card(cache: Cache, plan: StagePlan) -> dict[str, Any]:
         },
         "git": git_commit(),
     }
-    return json.loads(json.dumps(body, default=str))
+    return stripped(json.loads(json.dumps(body, default=str)))
 
 
 def git_commit() -> str | None:

@@ -16,9 +16,46 @@ _UNPRINTABLE = re.compile(
 )
 
 
+_SECRETS = (
+    (re.compile(r"([a-z][a-z0-9+.-]*://)[^/\s?#'\"<>]*:[^/\s?#'\"<>]*@", re.I), r"\1***@"),
+    (re.compile(r"(https?://)[^/\s?#'\"<>@]+@", re.I), r"\1***@"),
+    (
+        re.compile(
+            r"([?&;](?:[\w.%-]*(?:signature|token|secret|passw|pwd|credential|apikey|accesskey)[\w.%-]*|(?:[\w.-]*[-_])?(?:key|sig|auth|sas))=)"
+            r"[^&#\s'\"<>]+",
+            re.I,
+        ),
+        r"\1***",
+    ),
+    (
+        re.compile(r"\b([A-Z][A-Z0-9_]*(?:TOKEN|SECRET|PASSWORD|ACCESS_KEY|API_KEY)[A-Z0-9_]*\s*[=:]\s*)[^\s'\",]+"),
+        r"\1***",
+    ),
+    (re.compile(r"\b(hf_|ghp_|AKIA)[A-Za-z0-9]{12,}"), r"\1***"),
+)
+"""Of an address: user and password, signatures and keys of its query; of other text: what keys look like."""
+
+
+def without_secrets(text: str) -> str:
+    """The text with ``***`` in place of passwords, signatures and tokens: whatever is shown or written for others goes through here."""
+    for pattern, instead in _SECRETS:
+        text = pattern.sub(instead, text)
+    return text
+
+
+def stripped(body: Any) -> Any:
+    """The same of every text of a JSON document, keys aside."""
+    if isinstance(body, dict):
+        return {key: stripped(one) for key, one in body.items()}
+    if isinstance(body, (list, tuple)):
+        return [stripped(one) for one in body]
+    return without_secrets(body) if isinstance(body, str) else body
+
+
 def printable(text: str) -> str:
-    """What came out of data, safe to show: characters that a terminal obeys become ``\\u001b`` (also valid inside JSON text)."""
-    return _UNPRINTABLE.sub(lambda found: f"\\u{ord(found.group()):04x}", text)
+    """What came out of data, safe to show: characters that a terminal obeys become ``\\u001b`` (also valid inside JSON text), secrets
+    ``***``."""
+    return _UNPRINTABLE.sub(lambda found: f"\\u{ord(found.group()):04x}", without_secrets(text))
 
 
 def one_line(error: object) -> str:
@@ -44,6 +81,10 @@ class DiskError(KdcliError):
 
 class CompatibilityError(KdcliError):
     """Two sides that must agree (teacher, student, tokenizer, template, cache) do not."""
+
+
+class OutOfMemory(KdcliError):
+    """The machine or GPU has too little memory for what was asked of it at a time; the line names the setting."""
 
 
 def is_panic(error: BaseException) -> bool:

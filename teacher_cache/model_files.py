@@ -1,4 +1,4 @@
-"""What stands in a model's JSON files, looked at before transformers obeys it: sizes, and keys that reach other models, modules and kernels.
+"""What a model's JSON files say, looked at before transformers obeys it: sizes, and keys that reach other models and kernels.
 
 A folder or repository is a stranger's. transformers builds what a configuration says (a billion layers too), and some of its keys load
 from a hub: attention kernels, backbones, adapters, tokenizers of sound. Where ``--trust-remote-code`` was given those keys are obeyed.
@@ -82,11 +82,11 @@ def check_model_files(what: str, name: str, revision: str | None = None, trusted
     check_model_name(what, name, revision)
     folder = Path(name)
     if folder.is_dir():
-        for path in (folder / one for one in (*TEXT_FILES, *TEMPLATES)):
-            _check_plain(path, folder)
+        for one in (*TEXT_FILES, *TEMPLATES):
+            _check_plain(folder / one, folder)
     _refuse_adapter(what, name, revision)
     for file in JSON_FILES:
-        path = folder / file if folder.is_dir() else _of_hub(name, file, revision)
+        path: Path | None = folder / file if folder.is_dir() else _of_hub(name, file, revision)
         if path is not None and path.exists():
             try:
                 _check_body(what, file, read_json(path), trusted)

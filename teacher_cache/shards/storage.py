@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
-from teacher_cache.errors import CacheError
+from teacher_cache.errors import CacheError, without_secrets
 from teacher_cache.places import place_of
 from teacher_cache.shards import plain_files, staging
 from teacher_cache.shards.local_disk import give_name, make_folder, move, sync_file, sync_folder
@@ -48,7 +48,8 @@ class Storage:
         return f"{self.root}/{relative}" if relative else self.root
 
     def __str__(self) -> str:
-        return self.url
+        """To be shown and written down; ``url`` opens it."""
+        return without_secrets(self.url)
 
     def __getstate__(self) -> dict[str, Any]:
         return {"url": self.url}
@@ -62,7 +63,7 @@ class Storage:
             return call(self.fs)
         if self._process != os.getpid():
             self.__init__(self.url)  # type: ignore[misc]  # connections do not survive a fork
-        return persistently(f"{self.url}/{relative}".rstrip("/"), lambda: call(self.fs))
+        return persistently(f"{self}/{relative}".rstrip("/"), lambda: call(self.fs))
 
     def exists(self, relative: str) -> bool:
         """Whether anything stands there, also what cannot be read."""
@@ -268,7 +269,7 @@ class Storage:
 
     def _refuse_read_only(self) -> None:
         if self.scheme in READ_ONLY:
-            raise CacheError(f"{self.url} can only be read: write to a folder or an object store")
+            raise CacheError(f"{self} can only be read: write to a folder or an object store")
 
     def staging(self) -> Path:
         """A local folder for files under construction: beside their target where that is local, so that the move is atomic."""

@@ -11,7 +11,7 @@ from typing import Any, BinaryIO, cast
 
 import braceexpand
 
-from teacher_cache.errors import DataError
+from teacher_cache.errors import DataError, without_secrets
 from teacher_cache.places import is_remote, local_path, place_of
 
 _GLOB = re.compile(r"[*?\[]")
@@ -25,6 +25,11 @@ def expand_paths(pattern: str) -> list[str]:
         DataError: nothing is there, a folder is named, or one of the brace's files is absent.
         KdcliError: of ``place_of``.
     """
+    if is_remote(pattern) and without_secrets(pattern) != pattern:
+        raise DataError(
+            f"{without_secrets(pattern)}: a password, signature or key in an address would stand in the cache's manifest: give it by the "
+            "environment or the configuration of the store's client, and leave it out here"
+        )
     if not is_remote(pattern):
         pattern = str(local_path(pattern))
     # A file may really be called ``a[1].json``: what exists by its literal name is never taken for a pattern.
