@@ -122,6 +122,7 @@ def weights(
     keep(job.out, work / "run-inside")
     for state in ("inside", "finished"):
         section, files = f"weights {state}", whereof(work / f"run-{state}")
+        random.Random(seed).shuffle(files)  # a small count sees all kinds
         while (number := len(events.of(section))) < count:
             shutil.copytree(work / f"run-{state}", fresh(job.out), symlinks=True)
             file = job.out / files[number % len(files)]
@@ -178,7 +179,7 @@ def verdict(file: Path, status: int, log: Path, made: dict[str, bytes], goal: di
     """What became of a damage. ``silent``: the command is content with another student than the undisturbed one's, and says nothing."""
     line, clear = one_line(log)
     text = log.read_text(errors="replace")
-    named = file.name in text or file.parent.name in text
+    named = file.name in text or (file.parent.name.startswith("step-") and file.parent.name in text)
     if status:
         kind = "refused by name" if clear and named else "unclear"
     elif made == goal:
