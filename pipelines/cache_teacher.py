@@ -38,6 +38,7 @@ from teacher_cache.teachers.backends import (
     open_teacher,
     refuse_wants,
     teacher_fingerprint,
+    teacher_reads_images,
 )
 from teacher_cache.teachers.text_vision import check_layers
 from teacher_cache.teachers.transformers import resolve_device
@@ -59,7 +60,8 @@ def capture(
         KdcliError: before anything is written, where so many rows of a part cannot be used.
     """
     storage = Storage(request.out)
-    wanted = chosen_fields(request.settings.store, request.settings.fields, request.field_params)
+    images = teacher_reads_images(request.teacher)
+    wanted = chosen_fields(request.settings.store, request.settings.fields, request.field_params, images)
     fields = {name: create_field(name, params) for name, params in with_tails(wanted, request.teacher).items()}
     fields = as_begun(storage, fields, wanted)
     job = finished.Job(request.out, request.teacher, request.data, request.settings, fields)

@@ -74,7 +74,7 @@ def export(request: ExportRequest) -> dict[str, Any]:
         write_folder(model, processor, spec, draft)
         share(draft.glob("*.safetensors"))
         name = request.out.resolve().name
-        (draft / "README.md").write_text(model_card(origin, spec, dtype, name, config.model_type, template))
+        (draft / "README.md").write_text(model_card(origin, spec, dtype, name, config, template))
         result = {
             "folder": str(request.out),
             "model": str(source),

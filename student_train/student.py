@@ -20,8 +20,8 @@ from student_train.pruning import Descending, Pruning
 from student_train.pruning.forward import prune_vision
 from student_train.stream import TrainBatch
 from teacher_cache.batch import Batch, keep_vision
-from teacher_cache.errors import CompatibilityError, KdcliError, check_reads_images, not_loaded
-from teacher_cache.model_name import check_model_name
+from teacher_cache.errors import CompatibilityError, KdcliError, not_loaded
+from teacher_cache.model_kind import auto_model, decoder_of, open_processor, reads_images
 from teacher_cache.records import TextTokens
 from teacher_cache.teachers.head import head_logits
 from teacher_cache.teachers.head_form import check_rows, head_form
@@ -49,15 +49,13 @@ def load_student(
         compressor: of its vision tokens; None: as the folder is. One that the folder has not yet is installed, its fresh weights
             drawn from torch's generator.
     """
-    from transformers import AutoModelForImageTextToText
-
     processor, config, spec = open_student(model_id, trust_remote_code, compressor)
     # Other checkpoints than safetensors are pickles.
     arguments = {"dtype": torch.float32, "attn_implementation": attn_implementation, "use_safetensors": True}
     try:
         if compressor_of(config) and spec:
             return load_compressed(model_id, spec, **arguments), processor
-        model = AutoModelForImageTextToText.from_pretrained(model_id, trust_remote_code=trust_remote_code, **arguments)
+        model = auto_model(config).from_pretrained(model_id, trust_remote_code=trust_remote_code, **arguments)
     except ValueError as error:
         if attn_implementation != "sdpa" or 'attn_implementation="eager"' not in str(error):
             raise not_loaded(f"student {model_id!r}", error) from None
@@ -73,22 +71,17 @@ def open_student(
     model_id: str, trust_remote_code: bool = False, compressor: CompressorSpec | None = None
 ) -> tuple[Any, Any, CompressorSpec | None]:
     """(processor, configuration, settled compressor) without any weights; the processor writes the compressed count."""
-    from transformers import AutoConfig, AutoProcessor
-
-    check_model_name(f"student {model_id!r}", model_id)
-    try:
-        processor = AutoProcessor.from_pretrained(model_id, trust_remote_code=trust_remote_code)
-        config = AutoConfig.from_pretrained(model_id, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, ImportError) as error:
-        raise not_loaded(f"student {model_id!r}", error) from None
-    check_reads_images(f"student {model_id!r}", processor, config)
+    processor, config = open_processor(f"student {model_id!r}", model_id, trust_remote_code=trust_remote_code)
     check_token_ids(processor.tokenizer, config)
     spec = settle(compressor, config, processor, model_id)
     return with_grid(processor, spec), config, spec
 
 
-def module_group(parameter: str) -> str:
-    """``projector``, ``language_model`` or ``vision_tower`` of a parameter's path."""
+def module_group(parameter: str, config: Any = None) -> str:
+    """``projector``, ``language_model`` or ``vision_tower`` of a parameter's path. config: of a model that may read text alone: then it is
+    all language model."""
+    if config is not None and not reads_images(config):
+        return "language_model"
     path = parameter.split(".")
     # The projector is asked first: in some families it stands inside the vision module.
     for group, names in MODULES.items():
@@ -101,7 +94,7 @@ def freeze_except(model: nn.Module, groups: Sequence[str]) -> list[tuple[str, nn
     """Train the given groups, freeze the rest. Returns the trainable parameters by name."""
     trainable = []
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(module_group(name) in groups)
+        parameter.requires_grad_(module_group(name, model.config) in groups)
         if parameter.requires_grad:
             trainable.append((name, parameter))
     if not trainable:
@@ -184,7 +177,8 @@ class RowForward(nn.Module):
     ) -> tuple[torch.Tensor, Callable[[torch.Tensor], torch.Tensor]]:
         """(hidden states ``[rows, D]``, what turns rows of the batch into rows of them)"""
         if pruning is None:
-            return self.model.model(**batch.inputs, use_cache=False).last_hidden_state.flatten(0, 1), lambda rows: rows
+            states = decoder_of(self.model)(**batch.inputs, use_cache=False).last_hidden_state
+            return states.flatten(0, 1), lambda rows: rows
         layers = self.model.config.get_text_config().num_hidden_layers
         with prune_vision(self.model, pruning.at(layers), **{"query_at": asking_rows(batch), **how}) as pruned:
             states = self.model.model(**batch.inputs, use_cache=False).last_hidden_state
@@ -194,7 +188,7 @@ class RowForward(nn.Module):
     def _check_head(self, batch: Batch) -> None:
         """CompatibilityError where the losses would see other logits than the whole model says."""
         with _in_eval(self.model):  # dropout says something else every time
-            states = self.model.model(**batch.inputs, use_cache=False).last_hidden_state
+            states = decoder_of(self.model)(**batch.inputs, use_cache=False).last_hidden_state
             if torch.is_autocast_enabled(states.device.type):
                 states = states.to(torch.get_autocast_dtype(states.device.type))
             head = self.head.to(states.dtype)
@@ -215,11 +209,11 @@ class RowForward(nn.Module):
     def _reads(self) -> bool:
         """Whether the language model trains."""
         names = (name for name, one in self.model.named_parameters() if one.requires_grad)
-        return any(module_group(name) == "language_model" for name in names)
+        return any(module_group(name, self.model.config) == "language_model" for name in names)
 
     @property
     def projector(self) -> Any:
-        return getattr(self.model.model, "multi_modal_projector", None)
+        return getattr(decoder_of(self.model), "multi_modal_projector", None)
 
     def _expect(self, batch: Batch) -> None:
         """An elastic compressor gives as many tokens an image as the batch has places for."""

@@ -10,6 +10,7 @@ from typing import Any
 from pipelines.exporting.provenance import Provenance
 from pipelines.tables import score_table
 from student_train.compressors import CompressorSpec
+from teacher_cache.model_kind import reads_images
 from teacher_cache.records import Turn
 from teacher_cache.rows import PLACEHOLDER
 from teacher_cache.templates import find_template
@@ -20,42 +21,45 @@ LICENSE_NOTE = (
 )
 
 
+TEXT_INPUTS = """messages = [{"role": "user", "content": "What is the capital of France?"}]
+inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt")"""
 CHAT_INPUTS = """picture = Image.open("picture.jpg")
 messages = [{"role": "user", "content": [{"type": "image", "image": picture}, {"type": "text", "text": "What is in the picture?"}]}]
 inputs = processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt")"""
 
 
 def model_card(
-    origin: Provenance, spec: CompressorSpec | None, dtype: str, name: str, family: str, template: str | None = None
+    origin: Provenance, spec: CompressorSpec | None, dtype: str, name: str, config: Any, template: str | None = None
 ) -> str:
     """Markdown with the YAML block that a model hub reads.
 
     Args:
-        template: in which the student was asked while it trained; None: nobody knows, so its chat template.
+        config: the student's. template: in which the student was asked while it trained; None: nobody knows, so its chat template.
     """
+    images = reads_images(config)
     front = [
         "---",
         "library_name: transformers",
-        "pipeline_tag: image-text-to-text",
+        f"pipeline_tag: {'image-text-to-text' if images else 'text-generation'}",
         "tags:",
-        f"- {family}",
+        f"- {config.model_type}",
         "- distillation",
     ]
     sections = [
         "\n".join([*front, "---"]),
         f"# {name}",
-        summary(origin, spec, dtype),
+        summary(origin, spec, dtype, images),
         LICENSE_NOTE,
-        f"## Loading\n\n{loading(spec, name, template or 'chat')}",
+        f"## Loading\n\n{loading(spec, name, template or 'chat') if images else loading_text(name, template or 'chat')}",
         f"## Training\n\n{training(origin)}",
         f"## Results\n\n{results(origin)}",
     ]
     return "\n\n".join(sections) + "\n"
 
 
-def summary(origin: Provenance, spec: CompressorSpec | None, dtype: str) -> str:
+def summary(origin: Provenance, spec: CompressorSpec | None, dtype: str, images: bool) -> str:
     base = f", trained from `{place(origin.stages[0]['settings']['student'])}`" if origin.stages else ""
-    text = f"A vision-language student{base}, exported by kdcli. Weights: {dtype}, safetensors."
+    text = f"A {'vision-language' if images else 'language model'} student{base}, exported by kdcli. Weights: {dtype}, safetensors."
     if spec:
         text += f" Vision tokens: {spec.count} an image, by the compressor `{spec.name}`; the classes that load it are in this folder."
     return text
@@ -81,6 +85,25 @@ processor = AutoProcessor.from_pretrained("{name}"{trust})
 said = model.generate(**inputs.to(model.device, model.dtype), max_new_tokens=64)
 print(processor.batch_decode(said[:, inputs["input_ids"].shape[1]:], skip_special_tokens=True)[0])
 ```{note}"""
+
+
+def loading_text(name: str, template: str) -> str:
+    """The same for a student that reads text alone."""
+    prompt = find_template(template).prompt
+    asked = TEXT_INPUTS
+    if prompt is not None:
+        text = json.dumps(prompt([Turn("user", "What is the capital of France?")]))
+        asked = f"""text = {text}  # it was trained so, not with the chat template of this folder
+inputs = tokenizer([text], return_tensors="pt")"""
+    return f"""```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("{name}")
+tokenizer = AutoTokenizer.from_pretrained("{name}")
+{asked}
+said = model.generate(**inputs.to(model.device), max_new_tokens=64)
+print(tokenizer.batch_decode(said[:, inputs["input_ids"].shape[1]:], skip_special_tokens=True)[0])
+```"""
 
 
 def training(origin: Provenance) -> str:

@@ -17,7 +17,7 @@ from student_train.needs import Need, Served, served_by
 from student_train.student import load_student
 from student_train.student import open_student as load_student_processor
 from teacher_cache.errors import KdcliError
-from teacher_cache.fingerprint import processor_fingerprint
+from teacher_cache.fingerprint import is_text_alone, processor_fingerprint
 from teacher_cache.prepare import Preparer
 from teacher_cache.teachers.transformers import TeacherSpec, resolve_device
 
@@ -108,6 +108,8 @@ def open_student(
 def comparable(opened: Opened, student: Student) -> tuple[list[str], dict[str, str]]:
     """(terms that can be compared, term → why not)."""
     unserved = {name: not_served(opened.cache, need) for name, need in opened.unserved.items()}
+    if is_text_alone(opened.cache.plan.preparation):
+        unserved |= {name: "its teacher reads text alone" for name, term in TERMS.items() if term.rows == "vision"}
     if not student.aligned:
         why = "the student's vision tokens are not the teacher's: rows cannot be compared one by one"
         unserved |= {name: why for name, term in TERMS.items() if term.aligned}

@@ -1,4 +1,5 @@
-"""Teacher-forced forward of any Hugging Face image-text-to-text model; vision and response rows leave, everything else stays.
+"""Teacher-forced forward of any Hugging Face image-text-to-text or causal language model; vision and response rows leave, everything
+else stays.
 
 One uniform way for every family: post-final-norm hidden states h = ``model.model(…).last_hidden_state``, head W =
 ``get_output_embeddings().weight``; logits are h·Wᵀ by a scale and a soft cap (``head_form``). That is compared with the model's own
@@ -17,10 +18,10 @@ import torch
 from safetensors import SafetensorError
 
 from teacher_cache.batch import Batch, collate
-from teacher_cache.errors import CompatibilityError, KdcliError, check_reads_images, not_loaded
+from teacher_cache.errors import CompatibilityError, KdcliError
 from teacher_cache.fingerprint import processor_fingerprint
 from teacher_cache.layout import COMPRESSED
-from teacher_cache.model_name import check_model_name
+from teacher_cache.model_kind import auto_model, decoder_of, open_config, open_processor, reads_images
 from teacher_cache.records import Prepared, TeacherOutput
 from teacher_cache.teachers.head import head_logits
 from teacher_cache.teachers.head_form import check_rows, head_form
@@ -66,18 +67,13 @@ class TeacherSpec:
 
 
 def load_processor(spec: TeacherSpec) -> tuple[Any, Any]:
-    """(processor, config) without any weights; KdcliError where the model folder or hub id is not to be had, or reads no images."""
-    from transformers import AutoConfig, AutoProcessor
+    """(processor, config) without any weights; errors as of ``open_processor``."""
+    return open_processor(f"model {spec.id!r}", spec.id, spec.revision, spec.trust_remote_code)
 
-    check_model_name(f"model {spec.id!r}", spec.id, spec.revision)
-    arguments = {"revision": spec.revision, "trust_remote_code": spec.trust_remote_code}
-    try:
-        processor = AutoProcessor.from_pretrained(spec.id, **arguments)
-        config = AutoConfig.from_pretrained(spec.id, **arguments)
-    except (OSError, ValueError, ImportError) as error:
-        raise not_loaded(f"model {spec.id!r}", error) from None
-    check_reads_images(f"model {spec.id!r}", processor, config)
-    return processor, config
+
+def teacher_reads_images(spec: TeacherSpec) -> bool:
+    """Whether it is a model of images and text, by its configuration alone; KdcliError where there is none to be had."""
+    return reads_images(open_config(f"model {spec.id!r}", spec.id, spec.revision, spec.trust_remote_code))
 
 
 def resolve_dtype(spec: TeacherSpec, config: Any) -> torch.dtype:
@@ -166,12 +162,10 @@ class TransformersTeacher:
     """
 
     def __init__(self, spec: TeacherSpec, processor: Any, config: Any):
-        from transformers import AutoModelForImageTextToText
-
         refuse_compressed(spec, config)
         self.device = resolve_device(spec)
         try:
-            self.model: Any = AutoModelForImageTextToText.from_pretrained(
+            self.model: Any = auto_model(config).from_pretrained(
                 spec.id,
                 dtype=resolve_dtype(spec, config),
                 attn_implementation=spec.attn_implementation,
@@ -211,7 +205,7 @@ class TransformersTeacher:
     @torch.inference_mode()
     def hidden(self, batch: Batch) -> torch.Tensor:
         """Post-final-norm hidden states, flattened ``[B·T, D]``."""
-        states = self.model.model(**batch.inputs, use_cache=False).last_hidden_state
+        states = decoder_of(self.model)(**batch.inputs, use_cache=False).last_hidden_state
         if not self._head_checked:
             self._check_head(batch, states)
         return states.flatten(0, 1)
