@@ -18,7 +18,7 @@ from pipelines.label_warnings import label_warnings
 from pipelines.preflight import canaries
 from pipelines.preflight.adopt import calibrations
 from pipelines.profiles import chosen_fields, with_tails
-from pipelines.skipped_rows import excess, refuse_skips, take_in_again
+from pipelines.skipped_rows import excess, refuse_skips, take_in_again, unread_images
 from student_train.cache import Cache
 from teacher_cache.cache_shard import CaptureJob
 from teacher_cache.errors import KdcliError, naming_full_disk
@@ -83,8 +83,8 @@ def capture(
     if not complete or request.retry_skipped:
         refuse_skips(plan, preparer, request.settings.allow_skips)
     preflight, taken = adopted(request, storage, fields, fingerprint)
-    ends = [] if complete else label_warnings(request.teacher, preparer, plan)
-    warnings = [f"WARNING: {line}" for line in ends]
+    said = [] if complete else label_warnings(request.teacher, preparer, plan)
+    warnings = [f"WARNING: {line}" for line in [*unread_images(plan, preparer), *said]]
     for line in warnings:
         warn(line)
     with naming_full_disk(storage):

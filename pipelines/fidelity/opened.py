@@ -78,6 +78,8 @@ def open_cache(request: FidelityRequest) -> Opened:
     spec = teacher_spec(cache, complete, request.teacher, request.dtype)
     fields, notes, processor, config = same_teacher(cache, complete, spec)
     needs = {**{name: term.needs for name, term in TERMS.items()}, MATCHING: MATCHING_NEEDS}
+    if is_text_alone(cache.plan.preparation):
+        needs = {name: term.needs for name, term in TERMS.items() if term.rows == "response"}
     served, unserved = serve_terms(cache, needs, fields)
     if not served:
         missing = "; ".join(dict.fromkeys(not_served(cache, need) for need in unserved.values()))
@@ -108,9 +110,7 @@ def open_student(
 def comparable(opened: Opened, student: Student) -> tuple[list[str], dict[str, str]]:
     """(terms that can be compared, term → why not)."""
     unserved = {name: not_served(opened.cache, need) for name, need in opened.unserved.items()}
-    if is_text_alone(opened.cache.plan.preparation):
-        unserved |= {name: "its teacher reads text alone" for name, term in TERMS.items() if term.rows == "vision"}
     if not student.aligned:
         why = "the student's vision tokens are not the teacher's: rows cannot be compared one by one"
         unserved |= {name: why for name, term in TERMS.items() if term.aligned}
-    return [name for name in TERMS if name not in unserved], unserved
+    return [name for name in TERMS if name in opened.served and name not in unserved], unserved
