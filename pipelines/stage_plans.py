@@ -54,6 +54,10 @@ def plan_stages(
     blind = blind_side(cache, settings.train)
     if blind.startswith("student"):
         listed = stages_of_text(listed, bool(stages), blind)
+    if blind:
+        for stage in (one for one in listed if one.distils):
+            own = settings.stages.get(stage.name, StageSettings())
+            refuse_blind(create_method(method, preset, {**shared, **(own.knobs or {})}), method, blind)
     plans = []
     for number, stage in enumerate(listed, start=1):
         own = settings.stages.get(stage.name, StageSettings())
@@ -64,8 +68,6 @@ def plan_stages(
         if own.knobs and not stage.distils:
             raise KdcliError(f"stage {stage.name} is plain SFT: it has no knobs; give them to DPT or DFT")
         used = create_method(method, preset, {**shared, **(own.knobs or {})}) if stage.distils else plain
-        if blind:
-            refuse_blind(used, method, blind)
         params = {name: cache.fields[name]["params"] for name in complete_fields(cache, parts)}
         served = serve(used.needs(), params, method, str(cache.storage))
         compressor = asked_for(merged, getattr(module, "COMPRESSOR", None))
