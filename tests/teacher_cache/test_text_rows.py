@@ -73,7 +73,7 @@ def test_templates_written_here_serve_base_models(template: str, tmp_path: Path)
     """A tokenizer that knows their tokens is enough; it needs no chat template, no image token."""
     processor, config = load_processor(TeacherSpec(str(build_text_folder(tmp_path / "base", chat=False))))
     preparer = Preparer(processor, config)
-    with pytest.raises(CompatibilityError, match="needs .* as one token each"):
+    with pytest.raises(CompatibilityError, match=r"needs .* as one token each"):
         preparer.check_template(template)
     ends = {"v1": ["</s>"], "qwen_1_5": ["<|im_start|>", "<|im_end|>"]}[template]
     processor.tokenizer.add_special_tokens({"additional_special_tokens": ends})
@@ -84,7 +84,9 @@ def test_templates_written_here_serve_base_models(template: str, tmp_path: Path)
 def test_a_base_model_is_told_what_to_give(tmp_path: Path) -> None:
     folder = build_text_folder(tmp_path / "base", chat=False)
     preparer = Preparer(*load_processor(TeacherSpec(str(folder))))
-    with pytest.raises(CompatibilityError, match=r'no chat template.*chat_template.jinja.*"plain".*"qwen_1_5"') as found:
+    with pytest.raises(
+        CompatibilityError, match=r'no chat template.*chat_template.jinja.*"plain".*"qwen_1_5"'
+    ) as found:
         preparer.check_template("chat")
     assert "\n" not in str(found.value)
     (folder / "chat_template.jinja").write_text(
@@ -126,14 +128,18 @@ def test_every_text_format_becomes_the_same_rows(parts: Any, tmp_path: Path) -> 
         {
             "id": row["id"],
             "conversations": [
-                {"from": {"user": "human", "assistant": "gpt"}[m["role"]], "value": m["content"]} for m in row["messages"]
+                {"from": {"user": "human", "assistant": "gpt"}[m["role"]], "value": m["content"]}
+                for m in row["messages"]
             ],
         }
         for row in rows
     ]
     (tmp_path / "rows.json").write_text(json.dumps(talk))
     single = [row for row in rows if len(row["messages"]) == 2]
-    pairs = [{"id": r["id"], "prompt": r["messages"][0]["content"], "completion": r["messages"][1]["content"]} for r in single]
+    pairs = [
+        {"id": r["id"], "prompt": r["messages"][0]["content"], "completion": r["messages"][1]["content"]}
+        for r in single
+    ]
     (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(one) + "\n" for one in pairs))
     preparer = Preparer(*parts)
 
