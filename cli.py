@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
+import sys
 from typing import Any
 
 import click
 
 import pipelines.quiet_threads  # noqa: F401 (before any command imports torch)
-from pipelines.command_line import capture, judging, planning, start, training
+from pipelines.command_line import capture, judging, output, planning, start, training
 from pipelines.command_line.cache import cache_group
 from pipelines.command_line.tour import TourGroup
 
@@ -16,9 +17,18 @@ from pipelines.command_line.tour import TourGroup
 class Group(TourGroup):
     """Prints the project's own errors as one line, and the signal that ended a command."""
 
+    def main(self, *arguments: Any, **named: Any) -> Any:
+        output.hold_streams()
+        try:
+            return super().main(*arguments, **named)
+        except OSError as error:  # --help on a full disk, or an error that stderr does not take
+            output.give_up_stdout()
+            output.say(f"Error: a file or standard output: {error.strerror}", err=True)
+            sys.exit(1)
+
     def invoke(self, ctx: click.Context) -> Any:
-        from teacher_cache import stopping
-        from teacher_cache.errors import KdcliError, one_line
+        from teacher_cache import parent, stopping  # noqa: F401 (parent: who it is, while it is there)
+        from teacher_cache.errors import KdcliError, advice, is_of_disk, one_line, out_of_memory
 
         try:
             with stopping.listening():
@@ -30,9 +40,18 @@ class Group(TourGroup):
         except KdcliError as error:
             raise click.ClickException(one_line(error)) from None
         except OSError as error:
-            if error.filename is None or not error.strerror:
+            told = f": {advice(error)}" if is_of_disk(error) else ""
+            if not error.strerror or (error.filename is None and not told):
                 raise
-            raise click.ClickException(one_line(f"{error.filename}: {error.strerror}")) from None
+            place = "a file or standard output" if error.filename is None else error.filename
+            raise click.ClickException(one_line(f"{place}: {error.strerror}{told}")) from None
+        except (MemoryError, RuntimeError) as error:
+            if not out_of_memory(error):
+                raise
+            raise click.ClickException(
+                f"out of memory ({one_line(error)[:200] or 'MemoryError'}): work in smaller batches, with fewer processes, or on a machine "
+                "with more; what is written stays"
+            ) from None
 
 
 COMMANDS = (

@@ -29,6 +29,7 @@ from pipelines.demo.run import Recipe, make_world
 from pipelines.settings import CaptureSettings, Settings
 from pipelines.train_student import train
 from student_train.config import TrainSettings
+from teacher_cache.parent import end_with_parent
 from teacher_cache.sources import DataSpec
 from teacher_cache.teachers.transformers import TeacherSpec
 
@@ -70,9 +71,9 @@ def mixture(work: Path, captions: int = 6, rows: int = 12) -> tuple[DataSpec, ..
     return tuple(replace(part, image_root=part.image_root or str(work / "world")) for part in made)
 
 
-def capture_request(teacher: str, data: tuple[DataSpec, ...], out: Path, shards: int = 4) -> CaptureRequest:
-    """In one process."""
-    settings = CaptureSettings(shards=shards, workers=1, calibration_rows=8, batch_tokens=2048)
+def capture_request(teacher: str, data: tuple[DataSpec, ...], out: Path, workers: int = 1) -> CaptureRequest:
+    """In one process, where no workers are asked for."""
+    settings = CaptureSettings(shards=4, workers=workers, calibration_rows=8, batch_tokens=2048)
     return CaptureRequest(TeacherSpec(teacher, dtype="float32", device="cpu"), data, str(out), settings, PARAMS)
 
 
@@ -86,7 +87,8 @@ def capture_flags(request: CaptureRequest) -> list[str]:
     """The same capture as a command line, with ``write_config``."""
     settings = request.settings
     flags = ["--teacher", request.teacher.id, "--dtype", "float32", "--device", "cpu", "--out", request.out]
-    flags += ["--shards", str(settings.shards), "--workers", "1", "--calibration-rows", str(settings.calibration_rows)]
+    flags += ["--shards", str(settings.shards), "--workers", str(settings.workers)]
+    flags += ["--calibration-rows", str(settings.calibration_rows)]
     flags += ["--batch-tokens", str(settings.batch_tokens)]
     for part in request.data:
         flags += ["--data", part.path, "--part", part.part, "--template", part.template]
@@ -117,6 +119,35 @@ def training_job(cache: Path, out: Path, student: str) -> Job:
     return Job(out, lambda: void(train(str(cache), "llava-kd", settings, "DFT")))
 
 
+def run_main(command: list[str]) -> None:
+    """A command line of kdcli; processes that it starts import what kdcli's own do."""
+    import cli
+
+    sys.modules["__main__"] = cli
+    cli.main(command)
+
+
+def training_command(student: str, cache: Path, stages: str = "DFT") -> Callable[[Path, Path], list[str]]:
+    """(folder, kd.toml) → the command of ``training_settings``."""
+    settings = training_settings(Path(), student).train
+
+    def command(out: Path, config: Path) -> list[str]:
+        line = ["train-student", "--method", "llava-kd", "--student", str(settings.student), "--cache", str(cache)]
+        line += ["--stages", stages, "--output-dir", str(out), "--max-steps", str(settings.max_steps)]
+        line += ["--save-steps", "2", "--per-device-train-batch-size", "2", "--report-to", "none"]
+        return [*line, "--config", str(config)]
+
+    return command
+
+
+def one_line(log: Path) -> tuple[str, bool]:
+    """(the last line that a user sees, whether it is the only error and there is no traceback)."""
+    lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
+    last = lines[-1] if lines else ""
+    errors = [line for line in lines if line.startswith("Error: ")]
+    return last, errors == [last] and not any("Traceback" in line for line in lines)
+
+
 def void(result: Any) -> None:
     """A job's result is what it leaves on disk."""
 
@@ -125,11 +156,12 @@ def forked(run: Callable[[], None], output: Path | None = None) -> int:
     """Start ``run`` in a child; its pid. Its exit status is 1 after an error, whose traceback goes to ``output`` with all it prints."""
     sys.stdout.flush()
     sys.stderr.flush()
-    child = os.fork()
+    parent, child = os.getpid(), os.fork()
     if child:
         return child
     status = 1
     try:
+        end_with_parent(number=parent)
         target = os.open(output or os.devnull, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
         os.dup2(target, 1)
         os.dup2(target, 2)

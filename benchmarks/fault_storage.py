@@ -23,7 +23,9 @@ from benchmarks.fault_jobs import (
     forked,
     fresh,
     mixture,
-    training_settings,
+    one_line,
+    run_main,
+    training_command,
     tree,
     wait,
     write_config,
@@ -68,12 +70,10 @@ class Disk:
         """A ``kdcli`` command on this disk."""
 
         def run() -> None:
-            from cli import main
-
             if not self.mounted:
                 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # a write fails instead
                 resource.setrlimit(resource.RLIMIT_FSIZE, (self.limit, resource.RLIM_INFINITY))
-            main(command)
+            run_main(command)
 
         return wait(forked(run, log))
 
@@ -105,7 +105,7 @@ def disk_full(
                 room = int(rng.uniform(0.02, 0.95) * size)
                 disk.resize(max(room, 1 << 14))
                 status = disk.run(command, work / "full.log")
-                first = {"room": room, "status": status, **one_line(work / "full.log")}
+                first = {"room": room, "status": status, **said(work / "full.log")}
                 first["drafts"] = len(list(out.rglob(".staging/*")))
                 first["half committed"] = [] if job == "training" else half_committed(out)
                 disk.resize(ENOUGH)
@@ -126,24 +126,6 @@ def disk_full(
     }
 
 
-def run_main(command: list[str]) -> None:
-    from cli import main
-
-    main(command)
-
-
-def training_command(student: str, cache: Path) -> Callable[[Path, Path], list[str]]:
-    settings = training_settings(Path(), student).train
-
-    def command(out: Path, config: Path) -> list[str]:
-        line = ["train-student", "--method", "llava-kd", "--student", str(settings.student), "--cache", str(cache)]
-        line += ["--stages", "DFT", "--output-dir", str(out), "--max-steps", str(settings.max_steps)]
-        line += ["--save-steps", "2", "--per-device-train-batch-size", "2", "--report-to", "none"]
-        return [*line, "--config", str(config)]
-
-    return command
-
-
 def used(folder: Path) -> int:
     """Bytes that a folder takes in pages."""
     return sum(4096 * -(-file.stat().st_size // 4096) for file in folder.rglob("*") if file.is_file())
@@ -159,12 +141,10 @@ def clear(disk: Disk) -> None:
         shutil.rmtree(one)
 
 
-def one_line(log: Path) -> dict[str, Any]:
+def said(log: Path) -> dict[str, Any]:
     """The error that a user sees, and whether it is one line of ours that says what is wrong."""
-    lines = [line for line in log.read_text().splitlines() if line.strip()]
-    errors = [line for line in lines if line.startswith("Error: ")]
-    alone = len(errors) == 1 and lines[-1] == errors[0] and not any("Traceback" in line for line in lines)
-    return {"clear": alone and any(words in errors[0] for words in FULL), "line": lines[-1] if lines else ""}
+    line, alone = one_line(log)
+    return {"clear": alone and any(words in line for words in FULL), "line": line}
 
 
 def half_committed(out: Path) -> list[str]:
@@ -193,8 +173,8 @@ def two_jobs(
         time.sleep(rng.choice([0.0, rng.uniform(0, seconds / 2)]))
         second = forked(job.run, work / "second.log")
         statuses = [wait(first), wait(second)]
-        said = [log.read_text()[-500:] for log, s in zip((work / "first.log", work / "second.log"), statuses) if s]
-        events.add(section, statuses=statuses, said=said, **ended(job, goal, max(statuses)))
+        told = [log.read_text()[-500:] for log, s in zip((work / "first.log", work / "second.log"), statuses) if s]
+        events.add(section, statuses=statuses, said=told, **ended(job, goal, max(statuses)))
     found = events.of(section)
     return {
         "races": len(found),

@@ -26,12 +26,16 @@ import torch
 
 from benchmarks.common import finish, machine, print_table
 from benchmarks.fault_damage import damages
+from benchmarks.fault_gc import gc_races
 from benchmarks.fault_jobs import Events, capture_job, capture_request, mixture
 from benchmarks.fault_kills import capture_kills, teacher_name, training_kills, undisturbed
+from benchmarks.fault_parents import parent_kills
 from benchmarks.fault_storage import disk_full, tested, two_jobs
+from benchmarks.fault_trainings import two_trainings, weights
 from pipelines.demo.run import STUDENT_START, TEACHER
 
 SECTIONS = ("capture-kills", "training-kills", "bit-flips", "disk-full", "two-jobs", "ray-node", "s3")
+SECTIONS += ("parent-kills", "two-trainings", "weights", "gc-race")
 
 
 def parser() -> argparse.ArgumentParser:
@@ -46,6 +50,12 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--truncations", type=int, default=200)
     made.add_argument("--full-disks", type=int, default=10, help="of capture, and as many of training")
     made.add_argument("--races", type=int, default=10)
+    made.add_argument("--parent-kills", type=int, default=50, help="of a capture by two workers, or of one of these")
+    made.add_argument("--two-trainings", type=int, default=50)
+    made.add_argument(
+        "--weights", type=int, default=50, help="damages inside a training, and as many of a finished one"
+    )
+    made.add_argument("--gc-races", type=int, default=50)
     made.add_argument("--seed", type=int, default=0)
     made.add_argument("--save", action="store_true", help="write benchmarks/results/faults-<machine>.json")
     return made
@@ -72,6 +82,10 @@ def run_sections(given: argparse.Namespace) -> dict[str, dict[str, Any]]:
         "two-jobs": lambda: two_jobs(events, work, teacher, whole_cache, given.races, seed),
         "ray-node": lambda: tested("ray-node"),
         "s3": lambda: tested("s3"),
+        "parent-kills": lambda: parent_kills(events, work, teacher, given.parent_kills, seed),
+        "two-trainings": lambda: two_trainings(events, work, whole_cache, student, given.two_trainings, seed),
+        "weights": lambda: weights(events, work, whole_cache, student, given.weights, seed),
+        "gc-race": lambda: gc_races(events, work, teacher, given.gc_races, seed),
     }
     chosen = given.only.split(",")
     if unknown := sorted(set(chosen) - set(run)):

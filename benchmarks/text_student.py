@@ -17,7 +17,8 @@ import random
 import re
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -93,7 +94,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--teacher", type=Path, default=Path("runs/smollm2"), help="folder of a language model")
     parser.add_argument(
-        "--work", type=Path, default=Path("runs/text_student"), help="rows, cache, students; begun anew"
+        "--work", type=Path, default=Path("runs/text_student"), help="rows, cache, students; again to continue"
     )
     parser.add_argument("--layers", type=int, default=15, help="of the student")
     parser.add_argument("--rows", type=int, default=400)
@@ -116,15 +117,16 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     from teacher_cache.sources import DataSpec
     from teacher_cache.teachers.transformers import TeacherSpec
 
-    shutil.rmtree(options.work, ignore_errors=True)
-    options.work.mkdir(parents=True)
+    options.work.mkdir(parents=True, exist_ok=True)
     rows, held_out = write_mixture(options.work, options.rows, options.held_out)
-    student = write_student(options.teacher, options.work / "student", options.layers)
+    student = options.work / "student"
+    if not (student / "tokenizer.json").is_file():
+        write_student(options.teacher, student, options.layers)
     data, cache = (DataSpec("sft", str(rows)),), options.work / "cache"
     settings = CaptureSettings(shards=8, store=options.store, workers=1)
-    started = time.perf_counter()
-    said = capture(CaptureRequest(TeacherSpec(str(options.teacher)), data, str(cache), settings, {}))
-    seconds = {"capture": time.perf_counter() - started}
+    seconds = Seconds(options.work / "seconds.json")
+    with seconds.of("capture"):
+        said = capture(CaptureRequest(TeacherSpec(str(options.teacher)), data, str(cache), settings, {}))
     columns = {name: one for name, one in said["columns"].items() if name != "samples"}
     opened = Cache(str(cache))
     read = CachedRows(opened, ["sft"], [])
@@ -133,25 +135,43 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
 
     def asked(folder: Path) -> dict[str, Any]:
         one = evaluate_folder(str(folder), question, batch_size=8, max_new_tokens=24)
-        return {"nll": one["nll"], "answers": [answer.answer for answer in one["answers"][:2]]}
+        return {"nll": one["nll"], "answers": [answer.given for answer in one["answers"][:2]]}
 
     scores = {"teacher": asked(options.teacher), "start": asked(student)}
     for method in METHODS:
         run = options.work / method
-        started = time.perf_counter()
-        train_one(cache, method, student, run, options)
-        seconds[method] = time.perf_counter() - started
+        with seconds.of(method):
+            train_one(cache, method, student, run, options)
         (stage,) = [one for one in run.iterdir() if one.is_dir()]
         scores[method] = asked(stage / "model")
+    shutil.rmtree(options.work / "exported", ignore_errors=True)
     made = export(ExportRequest(options.work / "kd", options.work / "exported", check=True))
     return {
         "bytes_per_response_token": {name: one["bytes"] / tokens for name, one in columns.items()},
         "response_tokens": tokens,
-        "seconds": seconds,
+        "seconds": seconds.told,
         "scores": scores,
         "export": {name: made[name] for name in ("dtype", "bytes", "check")},
         "generates": generated(options.work / "exported"),
     }
+
+
+class Seconds:
+    """How long steps took, the interrupted tries of a run included; in a file, since what is finished is not done again."""
+
+    def __init__(self, file: Path):
+        self._file = file
+        self.told: dict[str, float] = json.loads(file.read_text()) if file.is_file() else {}
+
+    @contextmanager
+    def of(self, name: str) -> Iterator[None]:
+        """Around a step."""
+        started = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.told[name] = self.told.get(name, 0.0) + time.perf_counter() - started
+            self._file.write_text(json.dumps(self.told))
 
 
 def train_one(cache: Path, method: str, student: Path, run: Path, options: argparse.Namespace) -> None:

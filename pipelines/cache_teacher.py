@@ -17,11 +17,12 @@ from pipelines.inspect_cache import status
 from pipelines.label_warnings import label_warnings
 from pipelines.preflight import canaries
 from pipelines.preflight.adopt import calibrations
+from pipelines.presence import at_work
 from pipelines.profiles import chosen_fields, with_tails
 from pipelines.skipped_rows import excess, refuse_skips, take_in_again, unread_images
 from student_train.cache import Cache
 from teacher_cache.cache_shard import CaptureJob
-from teacher_cache.errors import KdcliError, naming_full_disk
+from teacher_cache.errors import CacheError, KdcliError, naming_full_disk
 from teacher_cache.fields import CalibratedField, Field, create_field
 from teacher_cache.fields.calibration import Calibration
 from teacher_cache.fingerprint import preparation_version
@@ -29,6 +30,8 @@ from teacher_cache.layout import typical_tokens
 from teacher_cache.plan import Plan, content_hash, known_plan, make_plan, parts_with_images, read_plan, write_plan
 from teacher_cache.prepare import Preparer
 from teacher_cache.same_rows import bind_pictures, refuse_other_pictures
+from teacher_cache.shards.commit import await_listed
+from teacher_cache.shards.mender import ShardMender
 from teacher_cache.shards.storage import Storage
 from teacher_cache.teachers import null
 from teacher_cache.teachers.backends import (
@@ -78,7 +81,7 @@ def capture(
         preparer.check_images(part, plan.spec(part).template)
     if storage.exists("manifest.json"):
         write_plan(storage, plan)  # nothing is written: another plan is refused before its rows are looked at
-    complete = not missing_of(request, storage, plan, fields)
+    complete = not missing_of(request, storage, plan, fields)  # or only files of committed shards are
     plan = bind_pictures(storage, plan, complete)
     if not complete or request.retry_skipped:
         refuse_skips(plan, preparer, request.settings.allow_skips)
@@ -87,11 +90,12 @@ def capture(
     warnings = [f"WARNING: {line}" for line in [*unread_images(plan, preparer), *said]]
     for line in warnings:
         warn(line)
-    with naming_full_disk(storage):
-        write_plan(storage, plan)  # the first write: what can be refused is refused above
-    refuse_other_pictures(storage, read_plan(storage), plan, complete)  # another writer may have been first
-    request = replace(request, seen=files)
-    summary = capture_fields(request, plan, fields, fingerprint, (processor, config), (preflight, taken), progress)
+    # The first write: what can be refused is refused above.
+    with naming_full_disk(storage), at_work(storage, "cache-teacher"):
+        write_plan(storage, plan)
+        refuse_other_pictures(storage, read_plan(storage), plan, complete)  # another writer may have been first
+        request = replace(request, seen=files)
+        summary = capture_fields(request, plan, fields, fingerprint, (processor, config), (preflight, taken), progress)
     job.remember(files)
     return summary | ({"notes": [*warnings, *summary.get("notes", [])]} if warnings else {})
 
@@ -155,22 +159,55 @@ def capture_fields(
             batch_tokens=request.settings.batch_tokens,
             staging_bytes=int(request.settings.staging_gb * 1e9),
         )
-        missing = job.missing()
+        missing, gone = job.missing(), lost_columns(job)
         left = request.mine(missing)
         total = sum(one.rows for one in plan.slices)
         done = total - sum(plan.slices[shard].rows for shard in missing)
         progress("start", done, total)
-        notes = ask_canaries(request, preflight, storage, fingerprint) if left and fields and preflight else []
+        asking = bool(request.mine(missing | gone) and fields and preflight)
+        notes = ask_canaries(request, preflight, storage, fingerprint) if asking and preflight else []
         notes += made_up(request, fields)
+        if again := request.mine(gone):
+            notes.append(make_lost_again(request, job, again, progress))
+            gone = lost_columns(job)
         if left:
             run_shards(request, job, left, done, total, progress)
+        await_listed(storage, left, fields)
+        if left:
             missing = job.missing()
         if request.retry_skipped:
             notes += retry_skipped(request, job, loaded, progress)
-        if not missing:
+        if not missing and not gone:
             forget(storage)  # of killed runs too: nobody works here any more
         progress("end", total - sum(plan.slices[shard].rows for shard in missing), total)
-        return summary_of(request, fields, notes, complete=not missing)
+        return summary_of(request, fields, notes, complete=not missing and not gone)
+
+
+def lost_columns(job: CaptureJob) -> dict[int, list[str]]:
+    """Shards with columns of which a file is gone, though they are committed."""
+    return {shard: list(columns) for shard, columns in job.lost().items()}
+
+
+def make_lost_again(
+    request: CaptureRequest,
+    job: CaptureJob,
+    again: dict[int, list[str]],
+    progress: Callable[[str, int, int], None],
+) -> str:
+    """Capture shards again of which files are gone; they are taken where they are what the commits promise. Returns a note.
+
+    Raises:
+        CacheError: naming a file that is still gone.
+    """
+    total = sum(job.plan.slices[shard].rows for shard in again)
+    run_shards(request, replace(job, writer=ShardMender), again, 0, total, progress)
+    still = {shard: whats for shard, whats in job.lost().items() if shard in again}
+    for whats in still.values():
+        raise CacheError(
+            f"{job.storage}: {next(iter(whats.values()))}; made again here it is other bytes: `kdcli cache repair --replace`, with the "
+            "flags of the capture, takes those"
+        )
+    return f"{len(again)} committed shard{'s' * (len(again) != 1)} had lost files and {'were' if len(again) != 1 else 'was'} made again"
 
 
 def summary_of(

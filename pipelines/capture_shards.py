@@ -73,7 +73,7 @@ def make_preparer(request: CaptureRequest, processor: Any, config: Any) -> Prepa
 def row_readers(request: CaptureRequest, storage: Storage, plan: Plan) -> Callable[[int], RowReader]:
     """Shard → where its rows are read."""
     if request.from_samples:
-        samples = ColumnReader(storage, "samples", plan.plan_hash, "")
+        samples = ColumnReader(storage, "samples", plan.plan_hash, "", slice_rows=plan.slice_rows)
         return lambda shard: StoredRows(samples, shard)
     return mixture_reader(plan, request.seen)
 

@@ -6,17 +6,17 @@ import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
-from typing import Any
 
+from pipelines.describe import HEAD
 from pipelines.executors import local
-from pipelines.inspect_cache import is_read
 from student_train.cache import Cache
 from teacher_cache.derived import Choice, copy_shard
 from teacher_cache.errors import CacheError
 from teacher_cache.plan import difference
-from teacher_cache.shards.commit import committed_shards
+from teacher_cache.shards.commit import await_listed, committed_shards
 from teacher_cache.shards.sealed import seal, unseal
 from teacher_cache.shards.storage import Storage
+from teacher_cache.shards.verify import CALIBRATION_ROLES
 from teacher_cache.shards.writer import ShardWriter
 
 
@@ -79,12 +79,13 @@ def copy_missing(job: Copying, workers: int, progress: Callable[[str, int, int],
         for shard in copied:
             done += rows[shard]
             progress("shard", done, sum(rows))
+    await_listed(job.storage, {shard: map(folder, columns) for shard, columns in left.items()}, job.hashes)
     progress("end", sum(rows), sum(rows))
 
 
 def copy_descriptions(cache: Cache, storage: Storage, plan_hash: str, fields: Sequence[str]) -> dict[str, str]:
     """What reading needs of the teachers, then ``field.json`` of every field bound to the new plan. Returns field → its sha256."""
-    copy_teachers(cache.storage, storage, [cache.fields[name] for name in fields])
+    copy_teachers(cache, storage, fields)
     hashes = {}
     for name in fields:
         path = f"fields/{name}/field.json"
@@ -99,14 +100,34 @@ def copy_descriptions(cache: Cache, storage: Storage, plan_hash: str, fields: Se
     return hashes
 
 
-def copy_teachers(source: Storage, target: Storage, bodies: Sequence[Mapping[str, Any]]) -> None:
+def copy_teachers(cache: Cache, target: Storage, fields: Sequence[str]) -> None:
     """Every file that these fields read of their teachers; the receipts, which say that the others are there, last.
 
-    Canaries stay behind: they speak of rows that the new cache may not have. So do drafts of killed writers.
+    Only what a description or a receipt names is copied, and with the checksum that it names: nothing that somebody else put there, nor a
+    link to it. Canaries stay behind: they speak of rows that the new cache may not have.
+
+    Raises:
+        CacheError: a file is missing or damaged.
     """
-    files = [file for file in source.files("teacher") if is_read(file, bodies)]
-    files = [file for file in files if not file.rsplit("/", 1)[1].startswith((".", "canaries."))]
-    receipts = [file for file in files if file.endswith(".json") and file.count("/") == 2]
-    for file in [*(file for file in files if file not in receipts), *receipts]:
-        if not target.exists(file):
-            target.put_bytes(source.read(file), file)
+    named: dict[str, str] = {}
+    receipts: dict[str, None] = {}
+    for body in (cache.fields[name] for name in fields):
+        folder = body["teacher_folder"]
+        named |= {body[role]["path"]: body[role]["sha256"] for role in CALIBRATION_ROLES if body.get(role)}
+        named |= {f"{folder}/processor/{one}": digest for one, digest in cache.processor_files(folder).items()}
+        receipts[f"{folder}/processor.json"] = None
+        if body["head_sha256"]:
+            named[f"{folder}/{HEAD}"] = body["head_sha256"]
+            receipts[f"{folder}/head.json"] = None
+    for path, digest in {**named, **receipts}.items():
+        if target.exists(path):
+            continue
+        try:
+            data = cache.storage.read(path)
+        except FileNotFoundError:
+            raise CacheError(f"{cache.storage}/{path} is missing: `kdcli cache repair` it first") from None
+        if digest is None:
+            unseal(data, f"{cache.storage}/{path}")
+        elif hashlib.sha256(data).hexdigest() != digest:
+            raise CacheError(f"{cache.storage}/{path} does not have its checksum: `kdcli cache repair` it first")
+        target.put_bytes(data, path)

@@ -9,6 +9,7 @@ from pipelines.choose_rows import ALL_ROWS, RowFilter, check_samples, choose, di
 from pipelines.copy_shards import Copying, copy_descriptions, copy_missing
 from pipelines.executors import local
 from pipelines.inspect_cache import status
+from pipelines.presence import at_work
 from student_train.cache import Cache
 from teacher_cache.derived import Choice, derived_plan
 from teacher_cache.errors import CacheError, CompatibilityError, KdcliError, naming_full_disk
@@ -99,8 +100,9 @@ def derive(
     names = common_fields(caches, fields, choices)
     plan = derived_plan([cache.plan for cache in caches], choices, by, chosen_by)
     storage = Storage(out)
-    with naming_full_disk(storage):
-        write_plan(storage, plan)  # the first write: what can be refused is refused above
+    # The first write: what can be refused is refused above.
+    with naming_full_disk(storage), at_work(storage, f"cache {by}"):
+        write_plan(storage, plan)
         hashes = copy_descriptions(caches[0], storage, plan.plan_hash, list(names))
         copy_missing(Copying(caches, storage, plan.plan_hash, choices, hashes, names), workers, progress)
     return status(Cache(out))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -16,10 +16,13 @@ from teacher_cache.errors import CacheError
 from teacher_cache.fields import CalibratedField, Field, create_field
 from teacher_cache.fields.calibration import Calibration
 from teacher_cache.plan import Plan, content_hash, difference
+from teacher_cache.shards.schema import require
 from teacher_cache.shards.sealed import seal, unseal
 from teacher_cache.shards.storage import Storage
+from teacher_cache.shards.verify import CALIBRATION_ROLES
 
 HEAD = "head.safetensors"
+LOST = "`kdcli cache repair`, with the flags of the capture, makes it again or says what does"
 
 
 def describe(
@@ -46,7 +49,7 @@ def describe(
     if fields:
         write_processor(storage, folder, processor)
     with_head = [name for name, one in fields.items() if reads_with_head(one)]
-    head_sha = write_head(storage, folder, load_head) if with_head else None
+    head_sha = write_head(storage, folder, load_head, heads_named(storage, with_head)) if with_head else None
     new = new_calibrated(storage, fields)
     fitted = calibrate(new) if new else {}
     for name, body in bodies.items():
@@ -56,8 +59,17 @@ def describe(
         data = seal({**body, "head_sha256": head_sha if name in with_head else None, **files})
         if not storage.put_new(field_path(name), data):
             refuse_other_settings(storage, name, body)  # another writer was first: its calibration is the cache's
+    if lost := lost_files(storage, fields):
+        raise CacheError(f"{storage}/{lost[0]} is lost: {LOST}")
     hashes = {name: hashlib.sha256(storage.read(field_path(name))).hexdigest() for name in fields}
     return hashes, {name: bound(storage, name, one) for name, one in fields.items()}
+
+
+def heads_named(storage: Storage, names: Iterable[str]) -> set[str]:
+    """sha256 of the heads that these fields, where they are there, are read with."""
+    there = (name for name in names if storage.exists(field_path(name)))
+    bodies = (unseal(storage.read(field_path(name)), f"{storage}/{field_path(name)}") for name in there)
+    return {body["head_sha256"] for body in bodies if body.get("head_sha256")}
 
 
 def new_calibrated(storage: Storage, fields: Mapping[str, Field]) -> dict[str, CalibratedField]:
@@ -146,27 +158,90 @@ def refuse_other_settings(storage: Storage, name: str, body: Mapping[str, Any]) 
         raise CacheError(f"{storage}: field {name} was made with other settings: {lines}: choose another --out")
 
 
-def write_head(storage: Storage, folder: str, load_head: Callable[[], torch.Tensor]) -> str:
-    """The teacher's head W, for fields of hidden states. Returns its file's sha256; ``head.json`` says it is complete."""
-    receipt = f"{folder}/head.json"
-    if storage.exists(receipt):
-        return unseal(storage.read(receipt), f"{storage}/{receipt}")["head_sha256"]
+def write_head(
+    storage: Storage, folder: str, load_head: Callable[[], torch.Tensor], named: Collection[str] = ()
+) -> str:
+    """The teacher's head W, for fields of hidden states. Returns its file's sha256; ``head.json`` says it is complete.
+
+    Args:
+        named: what fields that are there read it by. A file that is gone is written again where it comes out as it was.
+
+    Raises:
+        CacheError: it comes out otherwise.
+    """
+    path, receipt = f"{folder}/{HEAD}", f"{folder}/head.json"
+    said = (
+        {unseal(storage.read(receipt), f"{storage}/{receipt}").get("head_sha256")} if storage.exists(receipt) else set()
+    )
+    promised = said | set(named)
+    if said and len(promised) == 1 and is_whole(storage, path):
+        return str(promised.pop())
     data = container.pack({"weight": load_head().cpu()})
     digest = hashlib.sha256(data).hexdigest()
-    storage.put_bytes(data, f"{folder}/{HEAD}")
+    if promised - {digest}:
+        raise CacheError(f"{storage}/{path} is lost, and the teacher's head is another one here: {LOST}")
+    storage.put_bytes(data, path)
     storage.put_new(receipt, seal({"head_sha256": digest}))
     return digest
 
 
 def write_processor(storage: Storage, folder: str, processor: Any) -> None:
-    """Tokenizer, chat template and image settings of the teacher; ``processor.json`` lists them when all are there."""
+    """Tokenizer, chat template and image settings of the teacher; ``processor.json`` lists them when all are there.
+
+    A file that is gone is written again where it comes out as it was; CacheError where it does not.
+    """
     receipt = f"{folder}/processor.json"
-    if storage.exists(receipt):
+    if not storage.exists(receipt):
+        files = processor_files(processor)
+        for name, data in files.items():
+            storage.put_bytes(data, f"{folder}/processor/{name}")
+        storage.put_new(receipt, processor_receipt(files))
         return
-    files = processor_files(processor)
-    for name, data in files.items():
-        storage.put_bytes(data, f"{folder}/processor/{name}")
-    storage.put_new(receipt, processor_receipt(files))
+    promised = require(unseal(storage.read(receipt), f"{storage}/{receipt}"), {...: str}, f"{storage}/{receipt}")
+    there = storage.sizes(f"{folder}/processor", promised)
+    lost = [name for name in promised if not there.get(name)]
+    files = processor_files(processor) if lost else {}
+    for name in lost:
+        path = f"{folder}/processor/{name}"
+        if name not in files or hashlib.sha256(files[name]).hexdigest() != promised[name]:
+            raise CacheError(f"{storage}/{path} is lost, and becomes another file here: {LOST}")
+        storage.put_bytes(files[name], path)
+
+
+def is_whole(storage: Storage, path: str) -> bool:
+    """Whether a file of tensors is there and as long as it says of itself; nothing is hashed."""
+    try:
+        size = storage.size(path)
+        return size > 0 and size == container.said_bytes(storage.head(path, container.MOST_HEADER))
+    except (FileNotFoundError, CacheError):
+        return False
+
+
+def lost_files(storage: Storage, names: Iterable[str]) -> list[str]:
+    """Files that these fields are read with and that are not there, or cut off; only receipts are looked into.
+
+    Raises:
+        CacheError: a description or a receipt is damaged.
+    """
+    found: list[str] = []
+    for name in names:
+        body = unseal(storage.read(field_path(name)), f"{storage}/{field_path(name)}")
+        folder, head = body["teacher_folder"], body.get("head_sha256")
+        files = [body[role]["path"] for role in CALIBRATION_ROLES if body.get(role)]
+        files += [f"{folder}/{HEAD}"] if head else []
+        found += [path for path in files if not is_whole(storage, path)]
+        if head and said_of(storage, f"{folder}/head.json") != {"head_sha256": head}:
+            found.append(f"{folder}/head.json")
+        promised = said_of(storage, f"{folder}/processor.json")
+        there = storage.sizes(f"{folder}/processor", promised or ())
+        found += [f"{folder}/processor.json"] if promised is None else []
+        found += [f"{folder}/processor/{one}" for one in promised or () if not there.get(one)]
+    return list(dict.fromkeys(found))
+
+
+def said_of(storage: Storage, path: str) -> dict[str, Any] | None:
+    """What a receipt says; None where it is not there, CacheError where it is damaged."""
+    return unseal(storage.read(path), f"{storage}/{path}") if storage.exists(path) else None
 
 
 def processor_files(processor: Any) -> dict[str, bytes]:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
 from pipelines.cache_teacher import adopted, capture_fields, wants_of
 from pipelines.capture_shards import CaptureRequest, make_preparer
 from pipelines.executors import local
+from pipelines.presence import at_work
 from pipelines.profiles import refuse_fields_of_images, with_tails
 from pipelines.settings import CaptureSettings
 from student_train.cache import Cache
@@ -61,7 +63,8 @@ def add_fields(
     fingerprint = teacher_fingerprint(spec, processor, config)
     check_teacher(cache, spec, fingerprint, other_teacher, tuple(fields))
     adoption = adopted(request, cache.storage, fields, fingerprint)
-    return capture_fields(request, cache.plan, fields, fingerprint, (processor, config), adoption, progress)
+    with at_work(cache.storage, "cache add-field"):
+        return capture_fields(request, cache.plan, fields, fingerprint, (processor, config), adoption, progress)
 
 
 def refuse_other_params(cache: Cache, fields: Mapping[str, Field]) -> None:
@@ -151,16 +154,24 @@ def drop_field(url: str, name: str, remove: bool) -> Dropped:
     """Remove a field's folder, or only say what would go; CacheError listing the fields where it has no such one.
 
     A kill leaves a field of fewer shards, never one whose commits name what is gone, and the same command finishes the work:
-    commits go first, the description last. The cache itself is not opened: a damaged description is no obstacle.
+    commits go first, the description last. The cache itself is not opened: a damaged description is no obstacle. A capture that is
+    at work is.
     """
     storage = Storage(url)
     read_plan(storage)
+    with at_work(storage, "cache drop-field", alone=True) if remove else nullcontext():
+        return _drop_field(storage, name, remove)
+
+
+def _drop_field(storage: Storage, name: str, remove: bool) -> Dropped:
     folder = f"fields/{name}"
     choices = [one for one in storage.names("fields") if not one.startswith(".") and storage.files(f"fields/{one}")]
     if name not in choices:
         raise CacheError(f"{storage}: no field {name}; it has {', '.join(choices) or 'none'}")
     files = storage.files(folder)
-    found = Dropped(name, len(committed_shards(storage, folder)), len(files), sum(map(storage.size, files)))
+    folders = {file.rpartition("/")[0] for file in files}
+    size = sum(count for one in folders for count in storage.sizes(one).values())
+    found = Dropped(name, len(committed_shards(storage, folder)), len(files), size)
     if remove:
         for file in sorted(files, key=lambda file: removal_rank(folder, file)):
             storage.remove(file)

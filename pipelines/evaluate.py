@@ -7,7 +7,9 @@ for an answer to flip.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict
 from typing import Any
 
@@ -22,9 +24,11 @@ from pipelines.evaluation.answers import (
     expected,
     prompt_of,
 )
+from pipelines.evaluation.kept import KeepIn, KeptAnswers, identity_of, keeping, set_states, states_of
 from pipelines.evaluation.metrics import DEFAULT, metric_module
 from pipelines.evaluation.questions import Questions, by_reason, nothing_asked, questions_of, references
 from pipelines.evaluation.score import Answer, score
+from pipelines.run_records import finite
 from student_train.compressors import CompressorSpec
 from student_train.pruning import Pruning, operator_modules
 from student_train.student import RowForward, load_student, open_student
@@ -47,6 +51,7 @@ def evaluate(
     max_new_tokens: int = MAX_NEW_TOKENS,
     prompt_suffix: str = "",
     read: Questions | None = None,
+    kept: KeptAnswers | None = None,
 ) -> dict[str, Any]:
     """``score`` of the answers, and what could not be scored: no row of the file is left uncounted.
 
@@ -55,6 +60,7 @@ def evaluate(
     Args:
         prompt_suffix: a line appended to every question, for the answer and for nll.
         read: the questions of ``spec``, where they were read already, suffix included.
+        kept: answers of before, which are not asked again, and where new ones go.
 
     Returns:
         ``score``'s figures; ``"rows"`` of the file = ``"n"`` + those of ``"skipped": {reason: rows}``, each of them in ``"skips"``;
@@ -73,16 +79,25 @@ def evaluate(
     )
     answers, skips = list[Answer](), list(questions.skipped)
     nll_skipped: list[str] = []
-    for start in range(0, len(questions.asked), batch_size):
+    generators = [one.generator for one in (compression, forced) if one]
+    before = kept.batches if kept else []
+    set_states(generators, kept.draws if kept else ())
+    for number, start in enumerate(range(0, len(questions.asked), batch_size)):
         batch = questions.asked[start : start + batch_size]
-        prompts = [prompt_of(row, spec.max_image_pixels) for row in batch]
-        said = answers_or_skips(model, processor, prompts, max_new_tokens, compression, template=spec.template)
-        for row, given, meant in zip(batch, said, expected(student, preparer, batch, spec, forced)):
-            if isinstance(given, SkipRow):
-                skips.append(skip_record(row, given))
+        if number < len(before):
+            rows = before[number]
+        else:
+            prompts = [prompt_of(row, spec.max_image_pixels) for row in batch]
+            said = answers_or_skips(model, processor, prompts, max_new_tokens, compression, template=spec.template)
+            rows = [plain(*pair) for pair in zip(said, expected(student, preparer, batch, spec, forced))]
+            if kept:
+                kept.add(rows, states_of(generators))
+        for row, one in zip(batch, rows):
+            if "skip" in one:
+                skips.append(skip_record(row, SkipRow(*one["skip"])))
                 continue
-            answers.append(answered(row, given, meant))
-            nll_skipped += [meant.skip.reason] if meant.skip else []
+            answers.append(answered(row, one))
+            nll_skipped += [one["nll_skip"]] if one["nll_skip"] else []
         advance(len(batch))
     if not answers:
         raise nothing_asked(spec, skips)
@@ -90,9 +105,23 @@ def evaluate(
     return {**score(answers, metrics), **how, **uncounted(len(answers), skips, nll_skipped), "answers": answers}
 
 
-def answered(row: Sample, given: str, meant: Forced) -> Answer:
+def plain(given: str | SkipRow, meant: Forced) -> dict[str, Any]:
+    """What is kept of one question."""
+    if isinstance(given, SkipRow):
+        return {"skip": [given.reason, given.detail]}
+    nats = float(meant.nats.sum())
+    return {
+        "given": given,
+        "nats": nats if math.isfinite(nats) else None,  # of a student that diverged
+        "tokens": len(meant.nats),
+        "nll_skip": meant.skip and meant.skip.reason,
+    }
+
+
+def answered(row: Sample, one: Mapping[str, Any]) -> Answer:
     family, asked, wanted = str(row.extra.get("family", row.part)), row.turns[-2].text, row.turns[-1].text
-    return Answer(family, asked, wanted, given, float(meant.nats.sum()), len(meant.nats), references(row))
+    nats = math.nan if one["nats"] is None else one["nats"]
+    return Answer(family, asked, wanted, one["given"], nats, one["tokens"], references(row))
 
 
 def uncounted(answered: int, skips: Sequence[SkipRecord], nll_skipped: Sequence[str]) -> dict[str, Any]:
@@ -106,8 +135,8 @@ def uncounted(answered: int, skips: Sequence[SkipRecord], nll_skipped: Sequence[
 
 
 def figures(result: Mapping[str, Any]) -> dict[str, Any]:
-    """A result without its single rows: what score files keep."""
-    return {name: value for name, value in result.items() if name not in ("answers", "skips")}
+    """A result without its single rows: what score files keep. The nll of a student that diverged is no number: null."""
+    return finite({name: value for name, value in result.items() if name not in ("answers", "skips")})
 
 
 def check_metrics(names: Sequence[str]) -> None:
@@ -141,6 +170,7 @@ def evaluate_folder(
     metrics: Sequence[str] = DEFAULT,
     max_new_tokens: int = MAX_NEW_TOKENS,
     prompt_suffix: str = "",
+    kept_in: KeepIn | None = None,
     **kwargs: Any,
 ) -> dict[str, Any]:
     """``evaluate`` on a model folder.
@@ -150,15 +180,19 @@ def evaluate_folder(
             ``keep`` tokens an image.
         trust_remote_code: run the code that the folder brings.
         vision_tokens: of an image, for a compressor that serves several counts; None: as the folder says.
+        kept_in: where answers are kept while they are made: the same call goes on from them.
     """
     find_template(spec.template)  # a name that is none shows before anything is loaded
     check_metrics(metrics)
     pruning = pruning_of(compress, keep, compress_layer)
     check_answering(model_id, pruning, vision_tokens, trust_remote_code)
     read = questions_of(spec, prompt_suffix)
-    model, processor = load_answering(model_id, pruning, vision_tokens, device, trust_remote_code)
-    asked: dict[str, Any] = {"metrics": metrics, "max_new_tokens": max_new_tokens, "prompt_suffix": prompt_suffix}
-    return evaluate(model, processor, spec, batch_size, pruning=pruning, read=read, **asked, **kwargs)
+    how = {"template": spec.template, "max_new_tokens": max_new_tokens, "batch_size": batch_size}
+    how |= {"compression": pruning and asdict(pruning), "vision_tokens": vision_tokens}
+    with keeping(kept_in, identity_of(model_id, read.asked, how)) if kept_in else nullcontext() as kept:
+        model, processor = load_answering(model_id, pruning, vision_tokens, device, trust_remote_code)
+        asked: dict[str, Any] = {"metrics": metrics, "max_new_tokens": max_new_tokens, "prompt_suffix": prompt_suffix}
+        return evaluate(model, processor, spec, batch_size, pruning=pruning, read=read, kept=kept, **asked, **kwargs)
 
 
 def load_answering(

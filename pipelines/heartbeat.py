@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import socket
 import threading
 import time
@@ -19,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from teacher_cache.errors import CacheError, one_line
+from teacher_cache.shards.plain_files import StrangeFile
 from teacher_cache.shards.schema import COUNT, misfit
 from teacher_cache.shards.storage import Storage
 
@@ -27,6 +29,9 @@ INTERVAL = 10.0
 """Seconds between two words of a worker."""
 LOST_AFTER = 6 * INTERVAL
 """Seconds of silence after which a worker counts as lost: clocks of two machines differ, and object stores take their time."""
+CLOCK_SLACK = 5.0
+LONG_AGO = 3600.0
+"""Seconds; a command that lives renews its word in any case."""
 
 
 _WORD = {
@@ -36,7 +41,10 @@ _WORD = {
     "shard?": (COUNT, None),
     "error?": (str, None),
     "machine?": (str, None),
+    "doing?": str,
+    "alone?": bool,
 }
+_NAME = re.compile(r"[0-9]{8}-[0-9]{6}-[0-9a-f]{6}-[0-9a-f]{6}\.json")
 
 
 @dataclass(frozen=True)
@@ -47,6 +55,7 @@ class Word:
         shard: in hand, None between two. rows: captured since ``started``, those of the shard in hand (``shard_rows``) included.
         started, updated: seconds since 1970 by the worker's clock. error: one line, after a failure.
         host: name and process number. machine: where that number means this process; None where nobody can tell.
+        doing: of a whole command (``presence``), which is no worker: its name. alone: nobody else may be at work.
     """
 
     worker: str
@@ -58,6 +67,8 @@ class Word:
     rows: int = 0
     error: str | None = None
     machine: str | None = None
+    doing: str = ""
+    alone: bool = False
 
 
 class Heartbeat:
@@ -65,33 +76,48 @@ class Heartbeat:
 
     Args:
         run: names the run, so that its end can remove what its workers said.
+        doing, alone: of a whole command, as ``Word`` has them.
     """
 
-    def __init__(self, storage: Storage, run: str, interval: float = INTERVAL):
+    def __init__(self, storage: Storage, run: str, interval: float = INTERVAL, doing: str = "", alone: bool = False):
         now = time.time()
         self._storage, self._interval = storage, interval
         host = f"{socket.gethostname()}:{os.getpid()}"
-        self._word = Word(f"{run}-{uuid.uuid4().hex[:6]}", host, now, now, machine=this_machine())
+        name = f"{run}-{uuid.uuid4().hex[:6]}"
+        self._word = Word(name, host, now, now, machine=this_machine(), doing=doing, alone=alone)
         self._lock = threading.Lock()
+
+    @property
+    def path(self) -> str:
+        """Of the word, in the cache."""
+        return f"{FOLDER}/{self._word.worker}.json"
 
     @contextmanager
     def on(self, shard: int) -> Iterator[None]:
         """Around the work on a shard."""
         self._change(shard=shard, shard_rows=0, error=None)
         self._say()
-        done = threading.Event()
-        beating = threading.Thread(target=self._beat, args=(done,), name="heartbeat", daemon=True)
-        beating.start()
         try:
-            yield
+            with self.beating():
+                yield
             self._change(shard=None, shard_rows=0)
         except BaseException as error:  # an interrupt too: nobody works here any more
             self._change(error=one_line(error)[:500] or type(error).__name__)
             raise
         finally:
-            done.set()
-            beating.join()  # nothing is said any more once the run's words are removed
             self._say()
+
+    @contextmanager
+    def beating(self) -> Iterator[None]:
+        """The word is renewed, by a thread; behind this nothing is said any more, so that it can be removed."""
+        done = threading.Event()
+        thread = threading.Thread(target=self._beat, args=(done,), name="heartbeat", daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            done.set()
+            thread.join()
 
     def advance(self, rows: int) -> None:
         with self._lock:
@@ -99,10 +125,19 @@ class Heartbeat:
 
     def _say(self) -> None:
         """Write the word. A store that does not take it, for whatever reason of its own, is asked again at the next beat."""
-        self._change(updated=time.time())
         with suppress(Exception):  # a word is never worth a shard
-            said = json.dumps(asdict(self._word)).encode()
-            self._storage.put_bytes(said, f"{FOLDER}/{self._word.worker}.json", durable=False)
+            self.say()
+
+    def say(self) -> None:
+        """Write the word, or raise what the storage raises."""
+        self._change(updated=time.time())
+        said = json.dumps(asdict(self._word)).encode()
+        for last in (False, False, True):
+            try:
+                return self._storage.put_bytes(said, self.path, durable=False)
+            except FileNotFoundError:  # somebody removed the folder, which was empty
+                if last:
+                    raise
 
     def _change(self, **values: Any) -> None:
         with self._lock:
@@ -120,11 +155,21 @@ def new_run() -> str:
 
 def words(storage: Storage) -> list[Word]:
     """The last word of every worker; what cannot be read (half gone, or nobody's) is left out."""
-    found = []
+    return sorted((word for word in all_words(storage).values() if not word.doing), key=lambda word: word.worker)
+
+
+def all_words(storage: Storage) -> dict[str, Word]:
+    """Path in the cache → word, those of whole commands included."""
+    found = {}
     for name in storage.names(FOLDER):
-        with suppress(OSError):
-            found.append(parse_word(storage.read(f"{FOLDER}/{name}")))
-    return sorted((word for word in found if word), key=lambda word: word.worker)
+        with suppress(OSError, StrangeFile):
+            found[f"{FOLDER}/{name}"] = parse_word(storage.read(f"{FOLDER}/{name}"))
+    return {path: word for path, word in found.items() if word}
+
+
+def word_files(storage: Storage) -> list[str]:
+    """Paths of what is named as words are, readable or not."""
+    return [f"{FOLDER}/{name}" for name in storage.names(FOLDER) if _NAME.fullmatch(name)]
 
 
 def parse_word(data: bytes) -> Word | None:
@@ -145,26 +190,39 @@ def this_machine() -> str | None:
         return None
 
 
+def is_here(word: Word) -> bool:
+    """Whether this machine can tell if the worker's process lives."""
+    return bool(word.machine) and word.machine == this_machine() and word.host.rpartition(":")[2].isdecimal()
+
+
 def is_gone(word: Word) -> bool:
     """Whether the worker's process has surely ended; only the machine that it ran on can tell."""
     number = word.host.rpartition(":")[2]
-    if not word.machine or word.machine != this_machine() or not number.isdecimal():
+    if not is_here(word):
         return False
     try:
         os.kill(int(number), 0)
-        return (
-            Path(f"/proc/{number}/stat").read_text().rpartition(")")[2].split()[0] in "ZX"
-        )  # killed, and not fetched yet
+        status = Path(f"/proc/{number}/stat").read_text().rpartition(")")[2].split()
+        # Killed, and not fetched yet; or another one by now, which has the number of the one that was.
+        return status[0] in "ZX" or _begun(int(status[19])) > word.updated + CLOCK_SLACK
     except ProcessLookupError:
         return True
-    except (OSError, OverflowError):  # somebody else's
+    except (OSError, OverflowError, ValueError, IndexError):  # somebody else's
         return False
 
 
+def _begun(ticks: int) -> float:
+    """Seconds since 1970 at which a process began that says so in ticks since this machine did."""
+    (booted,) = (line.split()[1] for line in Path("/proc/stat").read_text().splitlines() if line.startswith("btime"))
+    return int(booted) + ticks / os.sysconf("SC_CLK_TCK")
+
+
 def forget(storage: Storage, run: str = "") -> None:
-    """Remove what the workers of a run have said; of every run where none is named."""
+    """Remove what the workers of a run have said; of every run where none is named. What whole commands say stays for ``LONG_AGO``."""
+    recent = time.time() - LONG_AGO
+    commands = {path for path, word in all_words(storage).items() if word.doing and word.updated > recent}
     for name in storage.names(FOLDER):
-        if name.startswith(run):
+        if name.startswith(run) and f"{FOLDER}/{name}" not in commands:
             with suppress(OSError, CacheError):  # somebody else was first
                 storage.remove(f"{FOLDER}/{name}")
     storage.remove_empty_folders(FOLDER)

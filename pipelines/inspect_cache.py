@@ -16,13 +16,16 @@ import torch
 from pipelines import heartbeat
 from pipelines.find_row import Asked, find_row
 from pipelines.preflight import canaries
+from pipelines.presence import at_work, dead_words
 from student_train.cache import Cache, CachedRow, CachedRows, read_tensors
 from teacher_cache.errors import CacheError
+from teacher_cache.plan import read_plan
 from teacher_cache.records import Sketch, TopK
 from teacher_cache.shards.commit import committed_shards, read_commit
+from teacher_cache.shards.schema import require
 from teacher_cache.shards.sealed import unseal
 from teacher_cache.shards.storage import Storage
-from teacher_cache.shards.verify import CALIBRATION_ROLES, Problem, orphans, verify
+from teacher_cache.shards.verify import CALIBRATION_ROLES, OWN, Problem, orphans, verify
 from teacher_cache.teachers.head import topk_rows
 
 WORDS = 3
@@ -50,18 +53,27 @@ def hashes(cache: Cache) -> dict[str, str]:
 
 def tokenizer_of(cache: Cache) -> Any:
     """The teacher's tokenizer, from the cache itself; None where no field stored it."""
-    from transformers import PreTrainedTokenizerFast
-
     for body in cache.fields.values():
-        folder = f"{body['teacher_folder']}/processor"
-        names = cache.storage.names(folder)
+        folder = body["teacher_folder"]
+        names = [name for name in cache.processor_files(folder) if name.startswith(("tokenizer", "special_tokens"))]
         if "tokenizer.json" in names:
             with tempfile.TemporaryDirectory() as copied:
                 for name in names:
-                    if name.startswith(("tokenizer", "special_tokens")):
-                        (Path(copied) / name).write_bytes(cache.storage.read(f"{folder}/{name}"))
-                return PreTrainedTokenizerFast.from_pretrained(copied)
+                    (Path(copied) / name).write_bytes(cache.processor_file(folder, name))
+                return loaded_tokenizer(copied, f"{cache.storage}/{folder}/processor")
     return None
+
+
+def loaded_tokenizer(copied: str, place: str) -> Any:
+    """CacheError naming ``place`` where the library does not take the files, whatever it raises."""
+    from transformers import PreTrainedTokenizerFast
+
+    try:
+        return PreTrainedTokenizerFast.from_pretrained(copied)
+    except BaseException as error:  # the tokenizers library panics, too
+        if isinstance(error, KeyboardInterrupt | SystemExit):
+            raise
+        raise CacheError(f"{place}: no tokenizer ({type(error).__name__}: {error}): run `kdcli cache verify`") from None
 
 
 def inspect(cache: Cache, asked: Asked) -> Decoded:
@@ -149,17 +161,22 @@ def status(cache: Cache) -> dict[str, Any]:
 def survey(url: str) -> tuple[Cache | None, list[Problem]]:
     """A cache that may be damaged anywhere, opened as far as it can be (None: its manifest cannot be read), and all its problems."""
     storage = Storage(url)
+    refuse_no_cache(storage)
     try:
         cache = Cache(url, tolerant=True)
     except CacheError as error:
-        if not any(storage.names(folder) for folder in ("samples", "fields")):
-            raise  # no cache at all
         return None, [Problem("manifest.json", None, str(error))]
     return cache, check(cache)
 
 
+def refuse_no_cache(storage: Storage) -> None:
+    """CacheError where neither a manifest nor a column is there."""
+    if not storage.exists("manifest.json") and not any(storage.names(folder) for folder in ("samples", "fields")):
+        read_plan(storage)
+
+
 def check(cache: Cache) -> list[Problem]:
-    """Every problem of the cache: damage, and shards that are not there."""
+    """Every problem of the cache: damage, and what is not there."""
     columns = hashes(cache)
     columns |= {f"fields/{name}": promised_hash(cache.storage, f"fields/{name}") for name in cache.unreadable}
     problems = verify(cache.storage, columns)
@@ -214,34 +231,61 @@ def missing_shards(cache: Cache, column: str) -> list[int]:
     missing = []
     for part in cache.parts():
         shards = set(cache.shards([part]))
-        if column == "samples" or shards & (done | begun):
+        if column == "samples" or shards & (done | begun) or not done | begun:
             missing += sorted(shards - done)
     return missing
 
 
 def teacher_problems(cache: Cache, folder: str) -> Iterator[str]:
     """What is wrong with the teacher's receipts and processor files. The head is checked against each field's description."""
-    try:
-        receipts = [name for name in ("processor.json", "head.json") if cache.storage.exists(f"{folder}/{name}")]
-        bodies = {name: unseal(cache.storage.read(f"{folder}/{name}"), f"{folder}/{name}") for name in receipts}
-        if "processor.json" not in bodies:
-            yield "processor.json is missing: run `kdcli cache-teacher` again"
-        for name, digest in bodies.get("processor.json", {}).items():
+    promised = receipt(cache.storage, f"{folder}/processor.json")
+    if isinstance(promised, str):
+        yield promised
+    for name, digest in promised.items() if isinstance(promised, dict) else ():
+        try:
             if hashlib.sha256(cache.storage.read(f"{folder}/processor/{name}")).hexdigest() != digest:
                 yield f"processor/{name} does not have its checksum"
-    except FileNotFoundError as error:
-        yield f"a file is missing ({error.filename or error})"
+        except FileNotFoundError:
+            yield f"processor/{name} is missing"
+        except CacheError as error:
+            yield str(error)
+    heads = {one["head_sha256"] for one in cache.fields.values() if one["teacher_folder"] == folder} - {None}
+    said = receipt(cache.storage, f"{folder}/head.json") if heads else {}
+    if isinstance(said, str):
+        yield said
+    elif heads and said.get("head_sha256") not in heads:
+        yield "head.json names another head than the fields that are read with it"
+
+
+def receipt(storage: Storage, path: str) -> dict[str, str] | str:
+    """What a receipt of the teacher's files says; what is wrong with it, in words, where it is."""
+    try:
+        return require(unseal(storage.read(path), path), {...: str}, path)
+    except FileNotFoundError:
+        return f"{path.rpartition('/')[2]} is missing"
     except CacheError as error:
-        yield str(error)
+        return str(error)
 
 
 def collect_garbage(cache: Cache, remove: bool) -> list[str]:
-    """Files that no commit names, and what no field reads any more; removed where ``remove``."""
-    found = list(dict.fromkeys([*orphans(cache.storage, hashes(cache)), *left_by_fields(cache)]))
-    if remove:
+    """Files that no commit names, and what no field reads any more; removed where ``remove``.
+
+    Only what has a name that kdcli gives is garbage, and nothing is removed while anybody else is at work in the cache.
+    """
+    if not remove:
+        return garbage(cache)
+    with at_work(cache.storage, "cache gc", alone=True):
+        # Looked at again: a capture may have described a field since the cache was opened.
+        found = garbage(Cache(cache.storage.url))
         for name in found:
             cache.storage.remove(name)
     return found
+
+
+def garbage(cache: Cache) -> list[str]:
+    """What ``collect_garbage`` would remove."""
+    found = [*orphans(cache.storage, hashes(cache)), *left_by_fields(cache), *dead_words(cache.storage)]
+    return list(dict.fromkeys(found))
 
 
 def left_by_fields(cache: Cache) -> list[str]:
@@ -249,7 +293,8 @@ def left_by_fields(cache: Cache) -> list[str]:
     bodies = list(cache.fields.values())
     left = [file for file in cache.storage.files("teacher") if not is_read(file, bodies)]
     undescribed = [name for name in cache.storage.names("fields") if name not in cache.fields]
-    return left + [file for name in undescribed for file in cache.storage.files(f"fields/{name}")]
+    left += [file for name in undescribed for file in cache.storage.files(f"fields/{name}")]
+    return [file for file in left if OWN.fullmatch(file)]
 
 
 def is_read(file: str, bodies: Sequence[Mapping[str, Any]]) -> bool:

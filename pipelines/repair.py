@@ -16,13 +16,14 @@ from pipelines.cache_teacher import adopted, ask_canaries, plan_for
 from pipelines.capture_shards import CaptureRequest, make_preparer, run_shards
 from pipelines.edit_cache import as_described, check_preparation
 from pipelines.heartbeat import forget
-from pipelines.inspect_cache import check_descriptions, hashes, survey
+from pipelines.inspect_cache import check_descriptions, hashes, refuse_no_cache, survey
+from pipelines.presence import at_work
 from pipelines.profiles import chosen_fields
 from pipelines.restore import Descriptions, LoadedTeacher, restore_manifest
 from pipelines.settings import CaptureSettings
 from student_train.cache import Cache
 from teacher_cache.cache_shard import CaptureJob
-from teacher_cache.errors import CacheError, CompatibilityError, KdcliError, naming_full_disk
+from teacher_cache.errors import FULL, CacheError, CompatibilityError, KdcliError, naming_full_disk
 from teacher_cache.fingerprint import preparation_version
 from teacher_cache.plan import Plan, difference
 from teacher_cache.same_rows import refuse_other_pictures, with_pictures
@@ -67,10 +68,19 @@ def repair(request: RepairRequest, dry_run: bool = False, progress: Progress = l
     Args:
         dry_run: only find. ``left`` is then all of it, without reasons.
     """
+    if dry_run:
+        _, found = survey(request.url)
+        left = [as_json(one) | {"how": how(one)} for one in found]
+        return {"cache": request.url, "problems": list(map(as_json, found)), "left": left, "notes": []}
+    refuse_no_cache(storage := Storage(request.url))
+    with at_work(storage, "cache repair", alone=True):
+        return mend(request, progress)
+
+
+def mend(request: RepairRequest, progress: Progress) -> dict[str, Any]:
+    """``repair`` of a cache in which nobody else is at work."""
     cache, found = survey(request.url)
     result: dict[str, Any] = {"cache": request.url, "problems": list(map(as_json, found)), "left": [], "notes": []}
-    if dry_run:
-        return result | {"left": [as_json(one) | {"how": how(one)} for one in found]}
     if found and request.teacher is None:
         raise KdcliError(f"{len(found)} problems: name the teacher that made the cache with --teacher to redo them")
     if cache is None:
@@ -164,10 +174,12 @@ class Repairing:
             self._try([(column, n) for column, shards in columns.items() for n in shards], self._fields, columns)
 
     def _try(self, places: Sequence[Place], mend: Callable[..., None], *arguments: Any) -> None:
-        """Errors that the user can mend become the reason why these places are left."""
+        """Errors that the user can mend (a folder in a file's place) become the reason why these places are left."""
         try:
             mend(*arguments)
-        except KdcliError as error:
+        except (KdcliError, OSError) as error:
+            if getattr(error, "errno", None) in FULL:
+                raise
             for place in places:
                 self.reasons.setdefault(place, str(error))
 

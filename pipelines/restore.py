@@ -24,7 +24,7 @@ from pipelines.describe import (
     processor_receipt,
     reads_with_head,
 )
-from pipelines.inspect_cache import teacher_problems
+from pipelines.inspect_cache import receipt, teacher_problems
 from pipelines.preflight import canaries
 from pipelines.preflight.adopt import calibration_of
 from student_train.cache import Cache
@@ -35,7 +35,9 @@ from teacher_cache.fields.calibration import Calibration
 from teacher_cache.fingerprint import PREPARATION
 from teacher_cache.plan import Plan, content_hash
 from teacher_cache.same_rows import refuse_other_rows, with_pictures
-from teacher_cache.shards.sealed import seal, unseal
+from teacher_cache.shards.commit import commit_path, committed_shards
+from teacher_cache.shards.plain_files import StrangeFile
+from teacher_cache.shards.sealed import seal
 from teacher_cache.shards.storage import Storage
 from teacher_cache.shards.verify import CALIBRATION_ROLES
 from teacher_cache.teachers.backends import load_head
@@ -68,9 +70,12 @@ def is_named(digest: str, documents: Iterable[bytes]) -> bool:
 
 
 def commits_of(storage: Storage, column: str) -> Iterator[bytes]:
-    for name in storage.names(f"{column}/commits"):
-        if not name.startswith("."):
-            yield storage.read(f"{column}/commits/{name}")
+    """Content of every commit; of one that cannot be read at all nothing, which names no hash."""
+    for shard in committed_shards(storage, column):
+        try:
+            yield storage.read(commit_path(column, shard))
+        except StrangeFile:
+            yield b""
 
 
 def restore_manifest(request: CaptureRequest, teacher: LoadedTeacher) -> Plan:
@@ -131,10 +136,8 @@ class Descriptions:
         """Files that are not as their receipt says; a receipt that cannot be read goes with the files that are made now."""
         files = processor_files(self.teacher.processor)
         receipt = f"{folder}/processor.json"
-        try:
-            promised = unseal(self.storage.read(receipt), receipt)
-        except (FileNotFoundError, CacheError):
-            promised = {name: hashlib.sha256(data).hexdigest() for name, data in files.items()}
+        said = receipt_of(self.storage, receipt)
+        promised = said or {name: hashlib.sha256(data).hexdigest() for name, data in files.items()}
         for name, digest in promised.items():
             path = f"{folder}/processor/{name}"
             if self._hash(path) == digest:
@@ -145,7 +148,7 @@ class Descriptions:
                 )
                 return
             self.storage.put_bytes(files[name], path)
-        if not self._is_sealed(receipt):
+        if not said:
             self.storage.put_bytes(processor_receipt(files), receipt)
 
     def _canaries(self, folder: str) -> None:
@@ -168,9 +171,8 @@ class Descriptions:
         if not readers and not lost:
             return None
         path, receipt = f"{folder}/{HEAD}", f"{folder}/head.json"
-        promised = {self.own[name]["head_sha256"] for name in readers}
-        if self._is_sealed(receipt):
-            promised |= {unseal(self.storage.read(receipt), receipt)["head_sha256"]}
+        said = receipt_of(self.storage, receipt).get("head_sha256")
+        promised = {self.own[name]["head_sha256"] for name in readers} or {one for one in (said,) if one}
         digest = self._hash(path)
         if digest not in promised:
             data = container.pack({"weight": load_head(self.request.teacher, *self._loaded).cpu()})
@@ -179,7 +181,7 @@ class Descriptions:
                 self.say(folder, "the teacher's head is another one here")
                 return None
             self.storage.put_bytes(data, path)
-        if not self._is_sealed(receipt):
+        if said != digest:
             self.storage.put_bytes(seal({"head_sha256": digest}), receipt)
         return digest
 
@@ -288,14 +290,14 @@ class Descriptions:
         return self._hash(file["path"]) == file["sha256"]
 
     def _hash(self, path: str) -> str | None:
-        """sha256 of a file, None where it is missing."""
+        """sha256 of a file, None where it is missing, or none."""
         try:
             return hashlib.sha256(self.storage.read(path)).hexdigest()
-        except FileNotFoundError:
+        except (FileNotFoundError, StrangeFile):
             return None
 
-    def _is_sealed(self, path: str) -> bool:
-        with suppress(FileNotFoundError, CacheError):
-            unseal(self.storage.read(path), path)
-            return True
-        return False
+
+def receipt_of(storage: Storage, path: str) -> dict[str, str]:
+    """What a receipt of the teacher's files says; nothing where it is lost or damaged."""
+    said = receipt(storage, path)
+    return said if isinstance(said, dict) else {}

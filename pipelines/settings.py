@@ -16,6 +16,7 @@ from teacher_cache.errors import KdcliError
 from teacher_cache.fields import field_kinds
 from teacher_cache.sources import DataSpec
 from teacher_cache.teachers.transformers import TeacherSpec
+from teacher_cache.whole_file import write_whole
 
 FILE = "kd.toml"
 MOST = 1 << 62
@@ -237,7 +238,7 @@ def write_template(folder: Path) -> Path:
     target = folder / FILE
     if target.exists():
         raise KdcliError(f"{target} already exists: edit it, or move it away first")
-    target.write_text((files("pipelines") / "kd_template.toml").read_text())
+    write_whole(target, (files("pipelines") / "kd_template.toml").read_bytes())
     return target
 
 

@@ -3,31 +3,90 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
-from dataclasses import asdict
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from pipelines.stage_plans import StagePlan
 from pipelines.stage_trainer import MAPS
 from student_train.cache import Cache
-from student_train.checkpoint import checkpoints, read_card, read_state
+from student_train.checkpoint import newest_state
 from student_train.draws import VERSION as DRAWS
 from student_train.methods import hook
+from student_train.whole import DONE_FILE, read_done
 from teacher_cache.errors import KdcliError
-from teacher_cache.plan import content_hash
+from teacher_cache.plan import content_hash, difference
+from teacher_cache.shards.schema import misfit
 from teacher_cache.teachers.transformers import TeacherSpec, weights_hash
 
-DONE = {"identity": dict, "result": dict}
-"""What ``done.json`` of a finished stage holds."""
+UNKNOWN = "unknown"
+"""Where a stage starts from whose weights are not trained yet."""
 
 
-def begun(folder: Path) -> dict[str, Any] | None:
-    """Identity of what a stage's folder holds, finished or to be continued; None where nothing is."""
-    done, saved = folder / "done.json", checkpoints(folder / "checkpoints")
-    if done.is_file():
-        return read_card(done, DONE)["identity"]
-    return read_state(saved[-1])["identity"] if saved else None
+@dataclass(frozen=True)
+class Found:
+    """What a stage's folder holds, by its own record.
+
+    Attributes:
+        finished: else it is to be continued from a checkpoint.
+        before: ``[{"folder", "identity", …}]`` of the stages that it began from; None: a version of before did not write it.
+        body: the whole ``done.json`` or ``state.json``.
+    """
+
+    finished: bool
+    identity: dict[str, Any]
+    before: list[dict[str, Any]] | None
+    body: dict[str, Any]
+
+
+def begun(folder: Path) -> Found | None:
+    """What a stage's folder holds; None where nothing of it is trained yet. KdcliError where its record is damaged."""
+    done = (folder / DONE_FILE).is_file()
+    body = read_done(folder) if done else newest_state(folder / "checkpoints")
+    return Found(done, body["identity"], _chain(body), body) if body else None
+
+
+def _chain(body: Mapping[str, Any]) -> list[dict[str, Any]] | None:
+    found = body.get("before")
+    good = isinstance(found, list) and not misfit(found, [{"folder": str, "identity": dict}])
+    return found if good else None
+
+
+def check_same(folder: Path, there: Found, identity: Mapping[str, Any], before: Sequence[Mapping[str, Any]]) -> None:
+    """KdcliError with the difference where a folder holds another stage than is asked for, or one that began from others.
+
+    Args:
+        identity, before: as asked for. ``start`` may be ``UNKNOWN``: then it is not compared.
+    """
+    old, new = _comparable(there.identity, there.before, identity, before)
+    if old == new:
+        return
+    lines = "; ".join(difference(old, new))
+    if there.finished:
+        lines = lines.replace("cache ", "there ")
+        raise KdcliError(f"{folder} holds another finished stage: {lines}: choose another --output-dir")
+    lines = lines.replace("cache ", "checkpoint ")
+    raise KdcliError(f"{folder} was made by another run: {lines}: choose another --output-dir, or remove the folder")
+
+
+def _comparable(
+    old: Mapping[str, Any],
+    old_before: Sequence[Mapping[str, Any]] | None,
+    new: Mapping[str, Any],
+    new_before: Sequence[Mapping[str, Any]],
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Both sides as flat documents: the stage's identity, and under ``start FOLDER`` those of the stages before it."""
+    sides = dict(old), dict(new)
+    if old_before is not None:
+        for side, chain in zip(sides, (old_before, new_before)):
+            side.update({f"start {one['folder']}": dict(one["identity"]) for one in chain})
+    for name in ("", *(name for name in sides[1] if name.startswith("start "))):
+        pair = [side.get(name, {}) if name else side for side in sides]
+        if pair[1].get("start") == UNKNOWN:
+            for one in pair:
+                one.pop("start", None)
+    return sides
 
 
 def settled_budget(plan: StagePlan, rows: int, world: int, there: Mapping[str, Any] | None) -> tuple[int, int, int]:
@@ -60,7 +119,7 @@ def budget(plan: StagePlan, rows: int, world: int) -> tuple[int, int]:
 
 
 def stage_identity(
-    cache: Cache, plan: StagePlan, total: int, global_batch: int, model_id: str, processes: int = 1
+    cache: Cache, plan: StagePlan, total: int, global_batch: int, start: str, processes: int = 1
 ) -> dict[str, Any]:
     """What must be equal for a checkpoint of this stage to be continued.
 
@@ -68,7 +127,7 @@ def stage_identity(
     counts too. With another number of processes it draws others.
 
     Args:
-        processes: that the stage was begun with.
+        start: ``start_hash`` of what it starts from. processes: that the stage was begun with.
     """
     return {
         "plan_hash": cache.plan_hash,
@@ -97,7 +156,7 @@ def stage_identity(
         **({"compressor": plan.compressor.entry()} if plan.compressor else {}),
         **({"processes": processes} if processes > 1 else {}),
         **(drawn(plan.settings.per_device_train_batch_size, processes) if draws(plan.method) else {}),
-        "start": start_hash(model_id),
+        "start": start,
     }
 
 
@@ -119,3 +178,13 @@ def start_hash(model_id: str) -> str:
     parts = [(folder / "config.json").read_text(), weights_hash(TeacherSpec(model_id), None)]
     maps = folder.parent / MAPS
     return content_hash([*parts, hashlib.sha256(maps.read_bytes()).hexdigest()] if maps.is_file() else parts)
+
+
+def start_of(stage: Path, files: Mapping[str, Any]) -> str:
+    """``start_hash`` of a stage's model by the sums of its files, none of which is read again."""
+    total = hashlib.sha256()
+    for name in sorted(name for name in files if name.startswith("model/") and name.endswith(".safetensors")):
+        if name.count("/") == 1:
+            total.update(name.removeprefix("model/").encode() + bytes.fromhex(files[name][1]))
+    parts = [(stage / "model/config.json").read_text(), total.hexdigest()]
+    return content_hash([*parts, files[MAPS][1]] if MAPS in files else parts)

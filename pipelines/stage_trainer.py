@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -119,6 +120,9 @@ def save_maps(file: Path, maps: Mapping[str, torch.Tensor], before: Path) -> Non
     if tensors := {name: one.detach().cpu().contiguous() for name, one in maps.items()}:
         save_file(tensors, file)
         share([file])
+    if file.is_file():
+        with file.open("rb") as written:
+            os.fsync(written.fileno())
 
 
 def read_tensors(path: Path) -> dict[str, torch.Tensor]:

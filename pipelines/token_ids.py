@@ -44,14 +44,16 @@ def check_tokenizer(cache: Cache, field: str, tokenizer: Any, ours: Mapping[str,
 
 def stored_description(cache: Cache, field: str) -> dict[str, Any] | None:
     """``tokenizer.json`` as the cache keeps it beside the teacher's processor; None where it has none."""
-    path = f"{cache.fields[field]['teacher_folder']}/processor"
-    if "tokenizer.json" not in cache.storage.names(path):
+    folder = cache.fields[field]["teacher_folder"]
+    if "tokenizer.json" not in cache.processor_files(folder):
         return None
     try:
-        body: dict[str, Any] = json.loads(cache.storage.read(f"{path}/tokenizer.json"))
+        body: dict[str, Any] = json.loads(cache.processor_file(folder, "tokenizer.json"))
         tokens_by_id(body)
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
-        raise CacheError(f"{cache.storage}/{path}/tokenizer.json: not a tokenizer's description, or damaged") from None
+        raise CacheError(
+            f"{cache.storage}/{folder}/processor/tokenizer.json: not a tokenizer's description, or damaged"
+        ) from None
     return body
 
 

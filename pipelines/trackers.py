@@ -10,6 +10,7 @@ import contextlib
 import json
 import os
 import sys
+import threading
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,11 +18,15 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Protocol
 
+from pipelines.run_records import fits, read_record
 from student_train.metrics_log import Tracker
 from teacher_cache.errors import KdcliError, one_line
+from teacher_cache.shards.schema import COUNT, misfit
+from teacher_cache.whole_file import write_whole
 
 MEMORY = "trackers.json"
 """In a stage's folder, by tracker: the run it goes on with, and the first step that it has not seen."""
+_KNOWN = {"identity": str, "run": str, "next_step": COUNT}
 
 
 @dataclass(frozen=True)
@@ -72,6 +77,7 @@ class TensorBoard:
     def __init__(self, stage: TrackedStage, run: str):
         from torch.utils.tensorboard import SummaryWriter
 
+        _quiet_writer_threads()
         self.board = SummaryWriter(str(stage.folder / "tensorboard"), purge_step=stage.first_step)
         if not stage.first_step:
             self.board.add_text("config", f"```json\n{json.dumps(stage.config, indent=1)}\n```")
@@ -82,6 +88,20 @@ class TensorBoard:
 
     def finish(self) -> None:
         self.board.close()
+
+
+def _quiet_writer_threads() -> None:
+    """TensorBoard's writer thread keeps what went wrong for the next call, which is told of it; Python would print a traceback besides."""
+    before = threading.excepthook
+    if getattr(before, "quiet", False):
+        return
+
+    def hook(told: threading.ExceptHookArgs) -> None:
+        if not type(told.thread).__module__.startswith("tensorboard."):
+            before(told)
+
+    hook.quiet = True  # type: ignore[attr-defined]
+    threading.excepthook = hook
 
 
 class Wandb:
@@ -181,9 +201,8 @@ class Watched:
             self._try(backend.finish)
 
     def _remember(self) -> None:
-        draft = self.file.with_name(f".{MEMORY}")
-        draft.write_text(json.dumps({**_read(self.file), self.name: self.known}) + "\n")
-        os.replace(draft, self.file)
+        # A step's worth is never waited for: at worst a tracker sees a step twice behind a power cut.
+        write_whole(self.file, json.dumps({**_read(self.file), self.name: self.known}) + "\n", durable=False)
 
     def _try(self, action: Callable[[], None]) -> None:
         """What a tracker prints goes to stderr: stdout is the command's own."""
@@ -197,8 +216,9 @@ class Watched:
 
 
 def _read(file: Path) -> dict[str, Any]:
+    """What trackers remember; one whose memory is damaged remembers nothing, and begins a run of its own."""
     try:
-        body = json.loads(file.read_text())
-    except (OSError, ValueError, RecursionError):
+        body = read_record(file, fits({}), "")
+    except KdcliError:
         return {}
-    return {name: one for name, one in body.items() if isinstance(one, dict)} if isinstance(body, dict) else {}
+    return {name: one for name, one in body.items() if not misfit(one, _KNOWN)}

@@ -6,7 +6,7 @@ Opening reads the manifest, the field descriptions and the commits only; a shard
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from student_train.row_checks import check_head, check_numbers, check_shapes
 from teacher_cache.codecs import container
 from teacher_cache.errors import CacheError
 from teacher_cache.fields import Field, decode_records, open_field
@@ -48,6 +49,7 @@ _FIELD = {
     "low_rank_head?": (_FILE, None),
 }
 """What ``field.json`` holds."""
+MOST_FIELDS = 256
 
 
 @dataclass(frozen=True)
@@ -89,7 +91,9 @@ class Cache:
     def _folders(self) -> list[str]:
         """Names below ``fields``; CacheError where a web server keeps them to itself."""
         if self.storage.scheme not in READ_ONLY:
-            return self.storage.names("fields")
+            if len(names := self.storage.names("fields")) > MOST_FIELDS:
+                raise CacheError(f"{self.storage}/fields holds {len(names):,} folders, at most {MOST_FIELDS} are read")
+            return names
         advice = (
             "its web server does not list its folders: turn that on, or copy the cache to a disk or an object store"
         )
@@ -121,11 +125,12 @@ class Cache:
 
     def column(self, name: str, disk: DiskCache | None = None) -> ColumnReader:
         """``samples``, or a field by its name. disk: where tars of an object store are kept."""
+        rows = self.plan.slice_rows
         if name == "samples":
-            return ColumnReader(self.storage, "samples", self.plan_hash, "", disk)
+            return ColumnReader(self.storage, "samples", self.plan_hash, "", disk, rows)
         if name not in self.fields:
             raise CacheError(f"{self.storage}: no field {name}; it has {', '.join(sorted(self.fields)) or 'none'}")
-        return ColumnReader(self.storage, f"fields/{name}", self.plan_hash, self.fields[name]["sha256"], disk)
+        return ColumnReader(self.storage, f"fields/{name}", self.plan_hash, self.fields[name]["sha256"], disk, rows)
 
     def open_field(self, name: str) -> Field:
         """The field as it was written, with its calibration; read once."""
@@ -165,7 +170,29 @@ class Cache:
         weight = read_tensors(self.storage, file, field).get("weight")
         if weight is None or weight.ndim != 2:
             raise CacheError(f"{self.storage}: {file['path']} is no head: run `kdcli cache verify`")
+        check_head(weight, body["teacher"], body["teacher"].get("hidden_size"), f"{self.storage}: {file['path']}")
         return weight
+
+    def processor_files(self, folder: str) -> dict[str, str]:
+        """Files of a teacher's processor (tokenizer, chat template, image settings) → sha256, as their receipt says; empty without one."""
+        path = f"{folder}/processor.json"
+        try:
+            return require(
+                unseal(self.storage.read(path), f"{self.storage}/{path}"), {...: str}, f"{self.storage}/{path}"
+            )
+        except FileNotFoundError:
+            return {}
+
+    def processor_file(self, folder: str, name: str) -> bytes:
+        """Content of one of ``processor_files``; CacheError where it is missing, or not what the receipt says."""
+        path = f"{folder}/processor/{name}"
+        try:
+            data = self.storage.read(path)
+        except FileNotFoundError:
+            raise CacheError(f"{self.storage}/{path} is missing: `kdcli cache repair` makes it again") from None
+        if hashlib.sha256(data).hexdigest() != self.processor_files(folder)[name]:
+            raise CacheError(f"{self.storage}/{path} does not have its checksum: `kdcli cache repair` makes it again")
+        return data
 
     def low_rank_head(self, field: str) -> LowRankHead:
         """W′ and b of a sketched field: all that training needs of its teacher."""
@@ -173,6 +200,8 @@ class Cache:
         weight, bias = tensors.get("weight"), tensors.get("bias")
         if weight is None or bias is None or weight.ndim != 2 or bias.shape != weight.shape[:1]:
             raise CacheError(f"{self.storage}: the low-rank head of field {field} is none: run `kdcli cache verify`")
+        place = f"{self.storage}: the low-rank head of field {field}"
+        check_head(weight, self.fields[field]["teacher"], getattr(self.open_field(field), "rank", None), place)
         return LowRankHead(weight, bias)
 
 
@@ -203,20 +232,6 @@ def read_tensors(storage: Storage, file: Mapping[str, Any] | None, field: str) -
     return container.unpack(data, path)
 
 
-def check_shapes(
-    fields: Mapping[str, Any], text: TextTokens, layout: Sequence[ImageLayout], place: Callable[[str], str]
-) -> None:
-    """CacheError where a field has not as many rows as the sample has tokens to which they belong. place: of a field's record."""
-    vision, response = sum(one.tokens() for one in layout), int(torch.count_nonzero(text.response))
-    tokens = len(text.ids)
-    pairs = {"affinity": (vision, tokens), "attention": (tokens, vision), "relation": (vision, vision)}
-    for name, decoded in fields.items():
-        found: tuple[int, ...] = tuple(decoded.shape[-2:]) if name in pairs else (len(decoded),)
-        wanted = pairs.get(name, (response if name.startswith("response") else vision,))
-        if found != wanted:
-            raise CacheError(f"{place(name)}: rows {found} where the sample has {wanted}: run `kdcli cache verify`")
-
-
 class CachedRows:
     """The rows of some parts that ``samples`` and all the asked fields hold, by (shard number in ``shards``, row).
 
@@ -229,6 +244,8 @@ class CachedRows:
         self._storage, self._disk = cache.storage, disk
         self._columns = {name: cache.column(name, disk) for name in ("samples", *fields)}
         self._fields = {name: cache.open_field(name) for name in fields}
+        self._described = {name: cache.fields[name] for name in fields}
+        self._parts = [one.part for one in cache.plan.slices]
         self._rows: Recent[np.ndarray] = Recent()
         for column in self._columns.values():
             column.load_commits(self.shards)
@@ -275,8 +292,14 @@ class CachedRows:
             ]
             for one, decoded in zip(fields, decode_records(field, records), strict=True):
                 one[name] = decoded
-        for (shard, key, _), (_, text, layout), decoded in zip(found, samples, fields):
-            check_shapes(decoded, text, layout, partial(self._record_place, shard, key=key))
+        for (shard, key, _), (sample, text, layout), decoded in zip(found, samples, fields):
+            if sample.part != self._parts[shard]:
+                raise CacheError(
+                    f"{self._record_place(shard, 'samples', key)}: its part {sample.part[:60]!r} is not the shard's"
+                )
+            place = partial(self._record_place, shard, key=key)
+            check_shapes(decoded, text, layout, place)
+            check_numbers(decoded, self._described, place)
         return [CachedRow(key, *sample, decoded) for (_, key, _), sample, decoded in zip(found, samples, fields)]
 
     def read(self, position: int, row: int) -> CachedRow:
@@ -322,6 +345,10 @@ class CachedRows:
             return {skip.ordinal for skip in commit.skipped}
 
         extra = set().union(*(skipped(other) for other in others)) - skipped(samples)
+        if len(extra) > samples.written:
+            raise CacheError(
+                f"{self._storage}: shard {shard:06d}: a field skips more rows than samples has; run `kdcli cache verify`"
+            )
         return samples.written - len(extra)
 
     def _join(self, shard: int) -> np.ndarray:
@@ -334,7 +361,7 @@ class CachedRows:
                 by_key = [{key: row for row, key in enumerate(one)} for one in keys]
                 common = [key for key in keys[0] if all(key in one for one in by_key)]
                 rows = np.array([[one[key] for one in by_key] for key in common], dtype=np.int64).reshape(-1, len(keys))
-            self._rows.keep(shard, rows)
+            self._rows.keep_rows(shard, rows, len)
         return rows
 
     def key(self, position: int, row: int) -> str:

@@ -1,15 +1,16 @@
 """Checkpoints: a folder a step, written by all processes in the background and renamed into place when complete.
 
 The tensors are safetensors files of torch's distributed checkpoints, one a process and no pickle among them: any number of processes,
-sharded or not, reads what any other number wrote. Beside them ``state.json``: the step, and what the run must agree with.
+sharded or not, reads what any other number wrote. Beside them ``state.json``, sealed: the step, what the run must agree with, what it
+was told, and every file's size and sha256, which are looked at before a checkpoint is continued.
 """
 
 from __future__ import annotations
 
-import json
+import re
 import shutil
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -21,42 +22,75 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from student_train.distributed import Processes
+from student_train.whole import FILES, damage, make_folder, read_card, sums, unreadable, write_sealed
 from teacher_cache.errors import KdcliError
 from teacher_cache.plan import difference
-from teacher_cache.shards.schema import COUNT, misfit
+from teacher_cache.shards.schema import COUNT
 from teacher_cache.shards.storage import sync_folder
 
 # What one process is told of every checkpoint, and by a thread: there is nothing to do about it.
 warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
 
+STATE = "state.json"
+NAME = re.compile(r"step-\d{7,}")
 WEIGHTS, OPTIMIZER = "weights.", "optimizer."
 
 
 def checkpoints(folder: Path) -> list[Path]:
-    """Complete checkpoints, oldest first."""
-    return sorted(path for path in folder.glob("step-*") if (path / "state.json").is_file())
+    """Folders of checkpoints, oldest first: each was complete when it got its name."""
+    return sorted(path for path in folder.glob("step-*") if NAME.fullmatch(path.name) and path.is_dir())
 
 
 def read_state(path: Path) -> dict[str, Any]:
-    """``step`` and ``identity`` of a checkpoint; KdcliError where its ``state.json`` is damaged."""
-    return read_card(path / "state.json", {"step": COUNT, "identity": dict})
+    """``step``, ``identity`` and what else ``save`` wrote of a checkpoint; KdcliError where its ``state.json`` is damaged."""
+    state = read_card(path / STATE, {"step": COUNT, "identity": dict}, f"remove {path.name} to go on without it")
+    if path.name != f"step-{state['step']:07d}":
+        raise KdcliError(
+            f"{path / STATE}: damaged (it is of step {state['step']}): remove {path.name} to go on without it"
+        )
+    return state
 
 
-def read_card(path: Path, shape: dict[str, Any]) -> dict[str, Any]:
-    """A JSON document that a run left beside its files; KdcliError naming it where it is damaged or of another shape."""
+def newest_state(folder: Path) -> dict[str, Any] | None:
+    """State of the newest checkpoint that has a readable one; None where there is no checkpoint.
+
+    Raises:
+        KdcliError: there are checkpoints, and none is readable.
+    """
+    first: KdcliError | None = None
+    for path in reversed(checkpoints(folder)):
+        try:
+            return read_state(path)
+        except KdcliError as error:
+            first = first or error
+    if first:
+        raise first
+    return None
+
+
+def checkpoint_damage(path: Path) -> str:
+    """What is wrong with a checkpoint, by its own sums; "" where nothing is, or where a version without sums wrote it."""
+    if not (path / STATE).is_file():
+        return f"{STATE} is missing"
     try:
-        body = json.loads(path.read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise KdcliError(f"{path}: damaged ({error}): remove its folder to do that part again") from None
-    if wrong := misfit(body, shape):
-        raise KdcliError(f"{path}: {wrong}: it was not written by kdcli; remove its folder to do that part again")
-    return body
+        known = read_state(path).get(FILES)
+    except KdcliError:
+        return f"{STATE} is not what was written"
+    if known is None:
+        return unreadable(path.glob("*.safetensors"))
+    added = sorted(one.name for one in path.glob("*.safetensors") if one.name not in known)  # which would be read, too
+    return damage(path, known) or (f"{added[0]} is no part of it" if added else "")
 
 
 class Checkpoints:
     """Reads and writes ``folder/step-N`` of one run; every process has one, and calls its methods in the same order.
+
     Args:
-        identity: what a checkpoint must agree with to be continued. keep: how many stay.
+        identity: what a checkpoint must agree with to be continued. keep: how many stay; 0: all.
+        card: what the run was told this time. before: of the stages that it began from; both are only kept.
+        say: gets a note of each checkpoint that was left out since it is damaged, on the main process.
+    Attributes:
+        starts: ``[{"step", "card"}]``: with what the weights were trained from which step on; a start like the one before adds none.
     """
 
     def __init__(
@@ -67,9 +101,14 @@ class Checkpoints:
         identity: dict[str, Any],
         keep: int,
         processes: Processes,
+        card: Mapping[str, Any] | None = None,
+        before: list[Any] | None = None,
+        say: Callable[[str], None] = lambda text: None,
     ):
         self.folder, self.model, self.optimizer = folder, model, optimizer
         self.identity, self.keep, self.processes = identity, keep, processes
+        self.card, self.before, self.say = dict(card or {}), before or [], say
+        self.starts: list[dict[str, Any]] = []
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._written: Future[None] | None = None
 
@@ -77,8 +116,8 @@ class Checkpoints:
         """Copy weights, optimizer state and step aside, and write them while training goes on; first waits for the one before."""
         self.wait()
         draft = self.folder / f".draft-{step:07d}"
-        draft.mkdir(parents=True, exist_ok=True)
-        writer = dcp.HuggingFaceStorageWriter(str(draft), save_distributed=True)
+        make_folder(draft)
+        writer = dcp.HuggingFaceStorageWriter(str(draft), save_distributed=True)  # which syncs its files
         saving = dcp.async_save(
             dict(self._tensors()),
             storage_writer=writer,
@@ -102,22 +141,53 @@ class Checkpoints:
                 ) from None
 
     def load(self) -> int:
-        """Restore the newest checkpoint and return the step to continue with; 0 where there is none.
+        """Restore the newest checkpoint that is whole and return the step to continue with; 0 where there is none.
+
+        Damaged ones behind it are set aside as ``.damaged-step-N``, with a note.
 
         Raises:
-            KdcliError: it is damaged, or of another run.
+            KdcliError: it is of another run; or there are checkpoints, and all are damaged.
         """
-        if self.processes.is_main:
-            for draft in self.folder.glob(".draft-*"):  # of a killed run
-                shutil.rmtree(draft)
-        found = checkpoints(self.folder)
-        step = self.processes.of_main(read_state(found[-1])["step"] if found else 0)
-        if not step:
-            return 0
-        path = self.folder / f"step-{step:07d}"
-        self._agree(path, read_state(path)["identity"])
-        self._read(path)
+        step = self.processes.main_alone(self._choose)
+        step = self.processes.told(step)[0]
+        if step:
+            path = self.folder / f"step-{step:07d}"
+            self.starts = list(read_state(path).get("starts", []))
+            self._read(path)
+        if not self.starts or self.starts[-1]["card"] != self.card:
+            self.starts.append({"step": step, "card": self.card})
         return step
+
+    def _choose(self) -> int:
+        """The step of the newest whole checkpoint, 0 for none."""
+        for draft in self.folder.glob(".draft-*"):  # of a killed run
+            shutil.rmtree(draft)
+        found, damaged = checkpoints(self.folder), []
+        for path in reversed(found):
+            if wrong := checkpoint_damage(path):
+                damaged.append((path, wrong))
+                continue
+            state = read_state(path)
+            self._agree(path, state["identity"])
+            if FILES not in state:
+                self.say(f"note: {path} is of a version that wrote no sums: its files are not checked")
+            for one, reason in damaged:
+                self._set_aside(one, reason, path.name)
+            return state["step"]
+        if damaged:
+            path, reason = damaged[0]
+            raise KdcliError(
+                f"{path}: damaged ({reason}), and no other checkpoint is whole: restore it from a copy, or remove {self.folder} "
+                "to begin the stage again"
+            )
+        return 0
+
+    def _set_aside(self, path: Path, reason: str, instead: str) -> None:
+        """It must neither be counted as kept nor be taken for whole; what is in it may still be wanted."""
+        aside = path.with_name(f".damaged-{path.name}")
+        shutil.rmtree(aside, ignore_errors=True)
+        path.rename(aside)
+        self.say(f"note: {path} is damaged ({reason}): set aside as {aside.name}, the run goes on from {instead}")
 
     # ---- how
 
@@ -132,18 +202,26 @@ class Checkpoints:
                 yield f"{OPTIMIZER}{key}.{name}", value.reshape(1) if value.dim() == 0 else value
 
     def _publish(self, saving: Future[Any], draft: Path, step: int) -> None:
-        """Behind the background write, which ends on the main process only when it has ended on all."""
+        """Behind the background write: every process sums what it wrote, and the main one publishes when all have."""
         saving.result()
+        own = f"shard-{self.processes.rank + 1:05d}-*"
+        try:
+            said: dict[str, Any] = {FILES: sums(draft, [one.name for one in draft.glob(own)])}
+        except OSError as error:
+            said = {"error": str(error)}
+        told = self.processes.told(said)
         if not self.processes.is_main:
             return
+        if errors := [one["error"] for one in told if "error" in one]:
+            raise OSError(errors[0])
+        files = {name: one for each in told for name, one in each[FILES].items()}
+        body = {"step": step, "identity": self.identity, "starts": self.starts, "before": self.before, FILES: files}
+        write_sealed(draft / STATE, body)
         target = self.folder / f"step-{step:07d}"
-        (draft / "state.json").write_text(
-            json.dumps({"step": step, "identity": self.identity}, indent=1, sort_keys=True)
-        )
         shutil.rmtree(target, ignore_errors=True)
         draft.rename(target)
         sync_folder(self.folder)
-        for old in checkpoints(self.folder)[: -self.keep]:
+        for old in checkpoints(self.folder)[: -self.keep] if self.keep else []:
             shutil.rmtree(old)
 
     def _agree(self, path: Path, there: dict[str, Any]) -> None:

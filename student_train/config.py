@@ -7,6 +7,7 @@ from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from teacher_cache.errors import KdcliError
+from teacher_cache.places import local_path
 
 TRACKERS = ("tensorboard", "wandb", "trackio")
 
@@ -37,7 +38,7 @@ class TrainSettings:
         dataloader_num_workers: loader processes; 0: none.
         logging_steps: steps between two lines of ``metrics.jsonl``.
         save_steps: steps between two checkpoints.
-        save_total_limit: checkpoints that are kept.
+        save_total_limit: checkpoints that are kept, 0: all; a damaged one gives way to the one before it, so keep two.
         report_to: trackers, a list or comma-separated: ``tensorboard``, ``wandb``, ``trackio``, or ``none`` beside ``metrics.jsonl``.
         attn_implementation: of the student: ``sdpa``, ``eager``, ``flash_attention_2``.
         compressor: of vision tokens, ``none``: as the student is; without it the method's own choice, if it has one.
@@ -92,8 +93,13 @@ class TrainSettings:
         for name in positive:
             if getattr(self, name) < 1:
                 raise KdcliError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.save_total_limit < 0:
+            raise KdcliError(f"save_total_limit must be at least 0, got {self.save_total_limit}")
         if not self.local_cache_gb > 0:
             raise KdcliError(f"local_cache_gb must be above 0, got {self.local_cache_gb}")
+        local_path(self.output_dir, "--output-dir")
+        if self.local_cache is not None:
+            local_path(self.local_cache, "--local-cache")
         self.trackers()
 
     def trackers(self) -> tuple[str, ...]:

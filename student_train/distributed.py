@@ -5,11 +5,13 @@ Losses are divided by counts over all processes before they are differentiated, 
 
 from __future__ import annotations
 
+import json
 import os
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import distributed as dist
@@ -19,7 +21,12 @@ from torch.nn.parallel import DistributedDataParallel
 
 from teacher_cache.errors import CompatibilityError
 from teacher_cache.model_kind import decoder_of
+from teacher_cache.parent import end_with_parent
 from teacher_cache.teachers.text_vision import language_model
+
+T = TypeVar("T")
+GRACE = 300.0
+"""Seconds for the checkpoint that a run writes whose torchrun was killed."""
 
 
 @dataclass(frozen=True)
@@ -48,9 +55,31 @@ class Processes:
         dist.all_reduce(total)
         return total.tolist()
 
-    def of_main(self, value: int) -> int:
-        """What the main process says, so that all act on one look at a folder."""
-        return round(self.sum([float(value if self.is_main else 0)])[0])
+    def told(self, body: Any) -> list[Any]:
+        """What every process says (anything that JSON can say), in their order. All call it."""
+        if self.world == 1:
+            return [body]
+        mine = torch.frombuffer(bytearray(json.dumps(body).encode()), dtype=torch.uint8)
+        lengths = [torch.zeros(1, dtype=torch.int64) for _ in range(self.world)]
+        dist.all_gather(lengths, torch.tensor([len(mine)]), group=self.files)
+        padded = [torch.zeros(int(max(lengths)), dtype=torch.uint8) for _ in lengths]
+        dist.all_gather(padded, torch.nn.functional.pad(mine, (0, len(padded[0]) - len(mine))), group=self.files)
+        return [json.loads(bytes(one[: int(n)].tolist())) for one, n in zip(padded, lengths)]
+
+    def main_alone(self, call: Callable[[], T]) -> T | None:
+        """``call()`` on the main process while the others wait, which get None. Where it fails all end, the others without a word."""
+        failed, result = None, None
+        if self.is_main:
+            try:
+                result = call()
+            except Exception as error:
+                failed = error
+        ended = any(self.told(failed is not None))
+        if failed:
+            raise failed
+        if ended:
+            raise SystemExit(1)
+        return result
 
     def barrier(self) -> None:
         if self.world > 1:
@@ -58,7 +87,9 @@ class Processes:
 
 
 def start() -> Processes:
-    """Join the group that torchrun describes, or stand alone."""
+    """Join the group that torchrun describes, or stand alone. What torchrun started ends with it, as by SIGTERM."""
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        end_with_parent(GRACE)
     world = int(os.environ.get("WORLD_SIZE", "1"))
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     device = torch.device(f"cuda:{local_rank}" if torch.cuda.is_available() else "cpu")

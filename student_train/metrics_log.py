@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,7 +12,9 @@ import torch
 
 from student_train.distributed import Processes
 from student_train.stream import TrainBatch
+from teacher_cache.errors import KdcliError
 from teacher_cache.records import ImageLayout
+from teacher_cache.whole_file import naming_file, write_whole
 
 SIZES = ("tokens", "samples", "images", "vision_tokens", "cached_vision_tokens")
 """Of a step's rows, as they are logged."""
@@ -96,7 +97,7 @@ OpenTrackers = Callable[[int], Sequence[Tracker]]
 """First step of this start (0, or that of the checkpoint) → trackers."""
 
 
-def _step_of(line: str, other: int) -> int:
+def _step_of(line: bytes | str, other: int) -> int:
     """The step of a line of metrics; ``other`` where it is none (half written, or damaged): it is dropped."""
     try:
         return int(json.loads(line)["step"])
@@ -112,27 +113,27 @@ class MetricsLog:
         self.trackers: Sequence[Tracker] = ()
         if not processes.is_main:
             return
-        folder.mkdir(parents=True, exist_ok=True)
-        path = folder / "metrics.jsonl"
-        kept = path.read_text().splitlines() if path.is_file() else []
-        lines = [line for line in kept if _step_of(line, first_step) < first_step]
-        draft = folder / ".metrics.jsonl"
-        draft.write_text("".join(f"{line}\n" for line in lines))
-        os.replace(draft, path)
-        self.file = path.open("a")
+        path = self.path = folder / "metrics.jsonl"
+        if path.exists() and not path.is_file():
+            raise KdcliError(f"{path} is no file: remove it, and run the same command again")
+        kept = path.read_bytes().split(b"\n") if path.is_file() else []
+        write_whole(path, b"".join(line + b"\n" for line in kept if _step_of(line, first_step) < first_step))
+        self.file = path.open("ab")
         self.trackers = open_trackers(first_step)
 
     def write(self, step: int, result: StepResult) -> None:
         if not self.file or step % self.every:
             return
         values = result.values()
-        self.file.write(json.dumps({"step": step, **values}) + "\n")
-        self.file.flush()
+        with naming_file(self.path):
+            self.file.write(json.dumps({"step": step, **values}).encode() + b"\n")
+            self.file.flush()
         for tracker in self.trackers:
             tracker.log(step, values)
 
     def close(self) -> None:
         if self.file:
-            self.file.close()
+            with naming_file(self.path):
+                self.file.close()
         for tracker in self.trackers:
             tracker.finish()

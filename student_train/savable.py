@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from student_train.whole import make_folder
 from teacher_cache.errors import CompatibilityError, KdcliError
 
 
@@ -42,9 +43,12 @@ def check_savable(model: Any, processor: Any, folder: Path, student: str) -> Non
     Args:
         student: names it in the line.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    if (folder / "model").exists() and not (folder / "model").is_dir():
-        raise KdcliError(f"{folder / 'model'} is a file, and the student goes there: move it away")
+    make_folder(folder)
+    place = folder / "model"
+    if place.is_symlink() or (place.exists() and not place.is_dir()):
+        raise KdcliError(
+            f"{place} is a {'link' if place.is_symlink() else 'file'}, and the student goes there: move it away"
+        )
     size = sum(one.numel() * one.element_size() for one in model.parameters())
     if (free := shutil.disk_usage(folder).free) < size:
         raise KdcliError(

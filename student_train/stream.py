@@ -6,12 +6,15 @@ batch still mixes many shards. Position p counts samples over all epochs; any nu
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import signal
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from multiprocessing import resource_tracker
 from typing import Any
 
 import numpy as np
@@ -21,8 +24,9 @@ from torch.utils.data import DataLoader, Dataset, get_worker_info
 from student_train.cache import CachedRow, CachedRows
 from student_train.packed import Packed, pack, unpack
 from teacher_cache.batch import Batch, collate
-from teacher_cache.errors import CompatibilityError, KdcliError, SkipRow
+from teacher_cache.errors import CompatibilityError, KdcliError, SkipRow, one_line
 from teacher_cache.known_text import KnownText
+from teacher_cache.parent import end_with_parent
 from teacher_cache.prepare import Preparer
 from teacher_cache.records import ImageLayout, Prepared, TextTokens
 
@@ -299,30 +303,55 @@ def step_batches(
     collate_rows: Callable[[Sequence[TrainRow | RefusedRow]], TrainBatch | Packed] = Join(pad_id)
     if workers:
         dataset.rows.pause()
-    loader = iter(
-        DataLoader(
-            dataset,
-            batch_sampler=batches,  # type: ignore[arg-type]
-            collate_fn=collate_rows,
-            num_workers=workers,
-            worker_init_fn=leave_signals,
+    with _own_child_signals(), held_back():
+        loader = iter(
+            DataLoader(
+                dataset,
+                batch_sampler=batches,  # type: ignore[arg-type]
+                collate_fn=collate_rows,
+                num_workers=workers,
+                worker_init_fn=leave_signals,
+            )
         )
-    )
     for step in range(batches.first_step, batches.steps()):
         own = [_next(loader) for _ in batches.of_step(step)]
         yield step, own + [replace(_next(loader), filler=True, refused=()) for _ in range(batches.fillers(step))]
 
 
+@contextmanager
+def _own_child_signals() -> Iterator[None]:
+    """PyTorch's loader installs a handler that raises wherever this process is when one of its processes dies, in the middle of a step or
+    of a checkpoint. ``_next`` notices that itself, within seconds."""
+    before = signal.getsignal(signal.SIGCHLD)
+    yield
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGCHLD, before or signal.SIG_DFL)
+
+
+@contextmanager
+def held_back() -> Iterator[None]:
+    """Around the start of loader processes: SIGTERM waits in each of their threads, those of libraries that they import too."""
+    if multiprocessing.get_start_method() != "fork":
+        resource_tracker.ensure_running()  # whose own start lets SIGTERM through again
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+
+
 def leave_signals(worker: int) -> None:
     """Schedulers send their signals to every process. A loader process that ended by one would break the step behind which a checkpoint
-    is to be written: it ends by its parent's alone."""
+    is to be written: it ends by its parent's alone, and with its parent."""
+    end_with_parent()
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
     threading.Thread(target=_end_by_parent, daemon=True).start()
 
 
 def _end_by_parent() -> None:
-    while signal.sigwaitinfo([signal.SIGTERM]).si_pid != os.getppid():
+    started = multiprocessing.parent_process()  # under forkserver none that getppid knows
+    while signal.sigwaitinfo([signal.SIGTERM]).si_pid != (started.pid if started else os.getppid()):
         pass
     os._exit(0)
 
@@ -335,3 +364,10 @@ def _next(loader: Iterator[TrainBatch | Packed]) -> TrainBatch:
     except KdcliError as error:
         last = str(error).strip().splitlines()[-1]
         raise type(error)(last.removeprefix(f"{type(error).__module__}.{type(error).__name__}: ")) from None
+    except RuntimeError as error:
+        if not str(error).startswith("DataLoader worker"):
+            raise
+        raise KdcliError(
+            f"a loader process died ({one_line(error).rstrip('. ')}): it was killed, often for want of memory (or of /dev/shm): run the "
+            "command again, with fewer --dataloader-num-workers where memory was short; it goes on from its newest checkpoint"
+        ) from None

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import nn
 
 from student_train.compression import compressor_of, first_tokens, install, load_compressed, settle, with_grid
@@ -19,9 +18,12 @@ from student_train.losses.terms import FIRST_LAYER, StudentRows
 from student_train.pruning import Descending, Pruning
 from student_train.pruning.forward import prune_vision
 from student_train.stream import TrainBatch
+from student_train.whole import check_model
 from teacher_cache.batch import Batch, keep_vision
-from teacher_cache.errors import CompatibilityError, KdcliError, not_loaded
+from teacher_cache.errors import CompatibilityError, KdcliError
 from teacher_cache.model_kind import auto_model, decoder_of, open_processor, reads_images
+from teacher_cache.model_load import naming_what_fails
+from teacher_cache.model_weights import check_weights, refuse_missing
 from teacher_cache.records import TextTokens
 from teacher_cache.teachers.head import head_logits
 from teacher_cache.teachers.head_form import check_rows, head_form
@@ -42,7 +44,7 @@ def load_student(
     trust_remote_code: bool = False,
     compressor: CompressorSpec | None = None,
 ) -> tuple[nn.Module, Any]:
-    """(model in float32, processor); KdcliError where the folder or hub id is not to be had.
+    """(model in float32, processor); KdcliError where the folder or hub id is not to be had, or is a stage's model that is damaged.
 
     Args:
         attn_implementation: ``sdpa`` gives way to ``eager`` where the architecture has none (Gemma 2), as in transformers.
@@ -52,16 +54,21 @@ def load_student(
     processor, config, spec = open_student(model_id, trust_remote_code, compressor)
     # Other checkpoints than safetensors are pickles.
     arguments = {"dtype": torch.float32, "attn_implementation": attn_implementation, "use_safetensors": True}
-    try:
-        if compressor_of(config) and spec:
-            return load_compressed(model_id, spec, **arguments), processor
-        model = auto_model(config).from_pretrained(model_id, trust_remote_code=trust_remote_code, **arguments)
-    except ValueError as error:
-        if attn_implementation != "sdpa" or 'attn_implementation="eager"' not in str(error):
-            raise not_loaded(f"student {model_id!r}", error) from None
-        return load_student(model_id, "eager", trust_remote_code, compressor)
-    except (OSError, RuntimeError, ImportError, SafetensorError) as error:
-        raise not_loaded(f"student {model_id!r}", error) from None
+    what = f"student {model_id!r}"
+    check_weights(what, model_id, config, trust_remote_code)
+    with naming_what_fails(what):
+        try:
+            if compressor_of(config) and spec:
+                return load_compressed(model_id, spec, **arguments), processor
+            loaded: Any = auto_model(config).from_pretrained(
+                model_id, trust_remote_code=trust_remote_code, output_loading_info=True, **arguments
+            )
+        except ValueError as error:
+            if attn_implementation != "sdpa" or 'attn_implementation="eager"' not in str(error):
+                raise
+            return load_student(model_id, "eager", trust_remote_code, compressor)
+        model, found = loaded
+        refuse_missing(what, found)
     if spec:
         install(model, spec)
     return model, processor
@@ -71,9 +78,12 @@ def open_student(
     model_id: str, trust_remote_code: bool = False, compressor: CompressorSpec | None = None
 ) -> tuple[Any, Any, CompressorSpec | None]:
     """(processor, configuration, settled compressor) without any weights; the processor writes the compressed count."""
-    processor, config = open_processor(f"student {model_id!r}", model_id, trust_remote_code=trust_remote_code)
-    check_token_ids(processor.tokenizer, config)
-    spec = settle(compressor, config, processor, model_id)
+    what = f"student {model_id!r}"
+    check_model(Path(model_id))  # of a run: a damaged file is named as such, not by what it became
+    processor, config = open_processor(what, model_id, trust_remote_code=trust_remote_code)
+    with naming_what_fails(what):
+        check_token_ids(processor.tokenizer, config)
+        spec = settle(compressor, config, processor, model_id)
     return with_grid(processor, spec), config, spec
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ from student_train.student import RowForward, module_group
 from student_train.teacher_view import TeacherView
 from teacher_cache import stopping
 from teacher_cache.batch import Batch
-from teacher_cache.errors import KdcliError
+from teacher_cache.errors import KdcliError, OutOfMemory, one_line, out_of_memory
 
 StepBatches = Callable[[int], Iterator[tuple[int, list[TrainBatch]]]]
 SeeTeacher = Callable[[TrainBatch], TeacherView]
@@ -40,6 +40,8 @@ class Trainer:
     Args:
         model: the student, its parameters frozen as the stage says. see_teacher: micro-batch → the teacher's side of it.
         folder: metrics and checkpoints. identity: what a checkpoint must agree with to be resumed.
+        card: what the stage was told; before: the stages that it began from, with theirs. Both are kept in checkpoints.
+        say: gets a note of each damaged checkpoint that was left out.
         open_trackers: first step of this start → where metrics go besides; asked of the main process alone.
     """
 
@@ -52,9 +54,13 @@ class Trainer:
     total_steps: int
     identity: dict[str, Any] = field(default_factory=dict)
     open_trackers: OpenTrackers = lambda first: ()
+    card: dict[str, Any] = field(default_factory=dict)
+    before: list[dict[str, Any]] = field(default_factory=list)
+    say: Callable[[str], None] = lambda text: None
 
     def __post_init__(self) -> None:
         self.stopping = False  # whether any process was asked to: known to all behind a step
+        self.starts: list[dict[str, Any]] = []  # of ``Checkpoints``, once it has loaded
         self.terms: Terms = self.method.terms()
         self.matching = hook(self.method, "alignment")()
         self.kinds = sorted(kinds_of(self.terms) | ({"vision"} if self.matching else set()))
@@ -198,6 +204,22 @@ class Trainer:
             return nullcontext()
         return torch.autocast(self.processes.device.type, dtype=torch.bfloat16)
 
+    @contextmanager
+    def _naming_memory(self, step: int, batches: Sequence[TrainBatch]) -> Iterator[None]:
+        """OutOfMemory of one line that names the step's micro-batches and the settings that make them smaller."""
+        try:
+            yield
+        except (MemoryError, RuntimeError) as error:
+            if not out_of_memory(error):
+                raise
+            rows, tokens = zip(*(one.batch.inputs["input_ids"].shape for one in batches))
+            raise OutOfMemory(
+                f"{self.folder}: out of memory at step {step}, with {len(batches)} micro-batches of up to {max(rows)} rows × "
+                f"{max(tokens):,} tokens ({one_line(error)[:160] or type(error).__name__}): give a smaller "
+                "--per-device-train-batch-size and more gradient_accumulation_steps, gradient_checkpointing = true, or bf16 = true; "
+                "the last checkpoint is intact"
+            ) from None
+
     def train(
         self, batches_from: StepBatches, on_step: Callable[[int, StepResult], None] = lambda step, result: None
     ) -> int:
@@ -206,8 +228,9 @@ class Trainer:
         Where a process was asked to stop that is behind the next step of all, with a checkpoint.
         """
         keep, folder = self.settings.save_total_limit, self.folder / "checkpoints"
-        saved = Checkpoints(folder, self.model, self.optimizer, self.identity, keep, self.processes)
-        first = saved.load()
+        told = (self.card, self.before, self.say)
+        saved = Checkpoints(folder, self.model, self.optimizer, self.identity, keep, self.processes, *told)
+        first, self.starts = saved.load(), saved.starts
         self.model.train()
         log = MetricsLog(self.folder, first, self.settings.logging_steps, self.processes, self.open_trackers)
         try:
@@ -216,7 +239,8 @@ class Trainer:
                 if step >= self.total_steps:
                     break
                 waited = time.perf_counter() - asked
-                result = self.step(step, batches)
+                with self._naming_memory(step, batches):
+                    result = self.step(step, batches)
                 result.data_seconds, result.peak_memory_bytes = waited, peak_memory(self.processes.device)
                 if not math.isfinite(result.loss):
                     raise KdcliError(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cache
 from typing import Any, Protocol
@@ -14,7 +14,7 @@ import torch
 
 from teacher_cache.batch import token_batches
 from teacher_cache.codecs import container
-from teacher_cache.errors import CacheError, SkipRow
+from teacher_cache.errors import CacheError, OutOfMemory, SkipRow, one_line, out_of_memory
 from teacher_cache.fields import Field
 from teacher_cache.plan import Plan
 from teacher_cache.prepare import Preparer
@@ -23,6 +23,7 @@ from teacher_cache.same_rows import NOTHING, RecordedRows
 from teacher_cache.samples import cut_counts, encode_sample
 from teacher_cache.shards.commit import committed_shards
 from teacher_cache.shards.storage import Storage
+from teacher_cache.shards.verify import lost
 from teacher_cache.shards.writer import ShardWriter
 from teacher_cache.sources import DataSpec
 from teacher_cache.window_bytes import WINDOW_BYTES, Weigh, input_bytes, weigher
@@ -77,6 +78,15 @@ class CaptureJob:
         }
         return {shard: columns for shard, columns in left.items() if columns}
 
+    def lost(self) -> dict[int, dict[str, str]]:
+        """Shards with columns that are committed and of which a file is gone: shard → column → what, in words."""
+        found: dict[int, dict[str, str]] = {}
+        for column in ("samples", *(f"fields/{name}" for name in self.fields)):
+            column_hash = self.fields.get(column.removeprefix("fields/"), "")
+            for shard, what in lost(self.storage, self.plan, column, column_hash).items():
+                found.setdefault(shard, {})[column] = what
+        return dict(sorted(found.items()))
+
 
 @dataclass
 class Window:
@@ -111,7 +121,7 @@ def cache_shard(
     fields = {c: job.field_objects[c.removeprefix("fields/")] for c in columns if c != "samples"}
     wants = frozenset().union(*(one.wants for one in fields.values()))
     try:
-        with WriteBehind() as behind:
+        with naming_shard(job, shard), WriteBehind() as behind:
             weigh = weigher(wants, teacher, preparer.config)
             for window in read_ahead(prepare_windows(job, shard, source, preparer, recorded, weigh)):
                 outputs = None
@@ -192,9 +202,47 @@ def ask(
     """What the teacher says of every row, in their order, asked in batches of similar length. seen: told behind each of them."""
     outputs: dict[int, TeacherOutput] = {}
     for indices in token_batches(prepared, batch_tokens):
-        outputs.update(zip(indices, teacher([prepared[i] for i in indices], wants)))
+        with naming_batch([len(prepared[i]) for i in indices], batch_tokens):
+            outputs.update(zip(indices, teacher([prepared[i] for i in indices], wants)))
         seen(indices)
     return [outputs[i] for i in range(len(prepared))]
+
+
+@contextmanager
+def naming_batch(lengths: Sequence[int], batch_tokens: int) -> Iterator[None]:
+    """OutOfMemory naming the batch that the teacher had no memory for. lengths: tokens of its rows."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if not out_of_memory(error):
+            raise
+        smaller = "--batch-tokens" if len(lengths) > 1 else "--max-length"
+        raise OutOfMemory(
+            f"out of memory with a batch of {len(lengths)} rows of up to {max(lengths):,} tokens ({_reason(error)}): give a smaller "
+            f"{smaller} (--batch-tokens is {batch_tokens:,}), or take a machine with more memory"
+        ) from None
+
+
+@contextmanager
+def naming_shard(job: CaptureJob, shard: int) -> Iterator[None]:
+    """Around a shard: OutOfMemory that names it, whoever had too little: the teacher, an encoder, or what prepares rows."""
+    try:
+        yield
+    except (MemoryError, RuntimeError, OutOfMemory) as error:
+        if not isinstance(error, OutOfMemory) and not out_of_memory(error):
+            raise
+        said = (
+            str(error)
+            if isinstance(error, OutOfMemory)
+            else f"out of memory ({_reason(error)}): give fewer --workers or a smaller --batch-tokens (it is {job.batch_tokens:,})"
+        )
+        raise OutOfMemory(
+            f"{job.storage}: shard {shard:06d}: {said}; what is committed stays, run the same command again to continue"
+        ) from None
+
+
+def _reason(error: BaseException) -> str:
+    return one_line(error)[:160] or type(error).__name__
 
 
 def write_window(

@@ -7,6 +7,7 @@ from dataclasses import replace
 from functools import cached_property, lru_cache
 from typing import Any
 
+from teacher_cache.bounded_templates import bounded
 from teacher_cache.errors import CompatibilityError, SkipRow, one_line
 from teacher_cache.fingerprint import PREPARATION
 from teacher_cache.records import Turn
@@ -190,8 +191,9 @@ class Chat:
 
     def _write(self, messages: Sequence[Message], prompt: bool = False) -> str:
         try:
-            return str(self.owner.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=prompt))
-        except MemoryError:
+            with bounded():
+                return str(self.owner.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=prompt))
+        except (MemoryError, CompatibilityError):
             raise
         except Exception as error:  # a template is a program: it raises what it likes
             said = one_line(error)[:160] or type(error).__name__

@@ -16,9 +16,46 @@ _UNPRINTABLE = re.compile(
 )
 
 
+_SECRETS = (
+    (re.compile(r"([a-z][a-z0-9+.-]*://)[^/\s?#'\"<>]*:[^/\s?#'\"<>]*@", re.I), r"\1***@"),
+    (re.compile(r"(https?://)[^/\s?#'\"<>@]+@", re.I), r"\1***@"),
+    (
+        re.compile(
+            r"([?&;](?:[\w.%-]*(?:signature|token|secret|passw|pwd|credential|apikey|accesskey)[\w.%-]*|(?:[\w.-]*[-_])?(?:key|sig|auth|sas))=)"
+            r"[^&#\s'\"<>]+",
+            re.I,
+        ),
+        r"\1***",
+    ),
+    (
+        re.compile(r"\b([A-Z][A-Z0-9_]*(?:TOKEN|SECRET|PASSWORD|ACCESS_KEY|API_KEY)[A-Z0-9_]*\s*[=:]\s*)[^\s'\",]+"),
+        r"\1***",
+    ),
+    (re.compile(r"\b(hf_|ghp_|AKIA)[A-Za-z0-9]{12,}"), r"\1***"),
+)
+"""Of an address: user and password, signatures and keys of its query; of other text: what keys look like."""
+
+
+def without_secrets(text: str) -> str:
+    """The text with ``***`` in place of passwords, signatures and tokens: whatever is shown or written for others goes through here."""
+    for pattern, instead in _SECRETS:
+        text = pattern.sub(instead, text)
+    return text
+
+
+def stripped(body: Any) -> Any:
+    """The same of every text of a JSON document, keys aside."""
+    if isinstance(body, dict):
+        return {key: stripped(one) for key, one in body.items()}
+    if isinstance(body, (list, tuple)):
+        return [stripped(one) for one in body]
+    return without_secrets(body) if isinstance(body, str) else body
+
+
 def printable(text: str) -> str:
-    """What came out of data, safe to show: characters that a terminal obeys become ``\\u001b`` (also valid inside JSON text)."""
-    return _UNPRINTABLE.sub(lambda found: f"\\u{ord(found.group()):04x}", text)
+    """What came out of data, safe to show: characters that a terminal obeys become ``\\u001b`` (also valid inside JSON text), secrets
+    ``***``."""
+    return _UNPRINTABLE.sub(lambda found: f"\\u{ord(found.group()):04x}", without_secrets(text))
 
 
 def one_line(error: object) -> str:
@@ -38,8 +75,35 @@ class CacheError(KdcliError):
     """A cache is damaged, incomplete, of another plan, or lacks what was asked of it."""
 
 
+class DiskError(KdcliError):
+    """A disk does not take what is to be written; nothing is wrong with the work itself, which can be run again."""
+
+
 class CompatibilityError(KdcliError):
     """Two sides that must agree (teacher, student, tokenizer, template, cache) do not."""
+
+
+class OutOfMemory(KdcliError):
+    """The machine or GPU has too little memory for what was asked of it at a time; the line names the setting."""
+
+
+def is_panic(error: BaseException) -> bool:
+    """Whether a library in Rust gave up (tokenizers, safetensors): no ``Exception`` to Python, and no reason to end a job."""
+    return not isinstance(error, Exception) and type(error).__name__ == "PanicException"
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether this is a lack of memory, in Python's words, torch's of the CPU, or a GPU's."""
+    said = str(error)
+    return isinstance(error, MemoryError) or (
+        isinstance(error, RuntimeError)
+        and (
+            type(error).__name__ == "OutOfMemoryError"
+            or any(
+                one in said for one in ("allocate memory", "out of memory", "not enough memory", "DefaultCPUAllocator")
+            )
+        )
+    )
 
 
 def not_loaded(what: str, error: Exception) -> KdcliError:
@@ -79,18 +143,38 @@ def naming_full_disk(place: object) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        words = f"{error} {error.__cause__ or ''}"
-        if getattr(error, "errno", None) in FULL or (not isinstance(error, KdcliError) and "No space left" in words):
-            reason = (
-                os.strerror(error.errno) if isinstance(error, OSError) and error.errno else "No space left on device"
-            )
-            raise KdcliError(
-                f"{place}: {reason}: what is complete stays; make room and run the same command again"
-            ) from None
+        if (number := _full(error)) is not None:
+            raise DiskError(f"{place}: {os.strerror(number)}: {advice(OSError(number, ''))}") from None
         raise
 
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_TAKES_NOTHING = (*FULL, errno.EROFS)
+_NOT_ALLOWED = (errno.EROFS, errno.EACCES, errno.EPERM)
+
+
+def _full(error: Exception) -> int | None:
+    """The number of an error that says that a disk takes nothing (more); libraries that are not Python's say it in words alone."""
+    number = error.errno if isinstance(error, OSError) else None
+    if number in _TAKES_NOTHING or isinstance(error, KdcliError):
+        return number
+    words = f"{error} {error.__cause__ or ''}"
+    return next((one for one in _TAKES_NOTHING if os.strerror(one) in words), None)
+
+
+def is_of_disk(error: Exception) -> bool:
+    """Whether work ended because a disk takes no more: it is as good as before, and can be run again."""
+    words = str(error)
+    return isinstance(error, DiskError) or any(os.strerror(one) in words for one in _TAKES_NOTHING)
+
+
+def advice(error: OSError) -> str:
+    """What helps against an error of a disk that something was to be written to."""
+    if error.errno in FULL:
+        return "what is complete stays; make room and run the same command again"
+    if error.errno in _NOT_ALLOWED:
+        return "name a place that you may write to"
+    return "name another place, or mend this one, and run the same command again"
 
 
 class SkipRow(Exception):
@@ -117,12 +201,12 @@ def refusing_row(what: str) -> Iterator[None]:
     """
     try:
         yield
-    except (KdcliError, SkipRow, MemoryError):
+    except (KdcliError, SkipRow):
         raise
-    except Exception as error:
-        said = one_line(error)
-        if "allocate memory" in said:  # torch's own way to say MemoryError
+    except BaseException as error:
+        if out_of_memory(error) or not (isinstance(error, Exception) or is_panic(error)):
             raise
+        said = one_line(error)
         told = said if isinstance(error, ValueError) and said else f"{type(error).__name__}: {said}".rstrip(": ")
         raise SkipRow("processor_refused", f"{what}: {told}") from None
 

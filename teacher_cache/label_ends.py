@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from teacher_cache.errors import KdcliError
+from teacher_cache.model_load import naming_what_fails
 from teacher_cache.prepare import Preparer
 from teacher_cache.records import Prepared, TextTokens
 from teacher_cache.teachers.null import folder_of
@@ -124,13 +125,14 @@ def stop_ids(spec: TeacherSpec, tokenizer: Any, config: Any) -> frozenset[int]:
     there is no such file), as ``generate`` and servers take them."""
     from transformers import GenerationConfig
 
-    try:
-        generation = GenerationConfig.from_pretrained(folder_of(spec.id), revision=spec.revision or "main")
-    except (OSError, ValueError):
-        generation = GenerationConfig.from_model_config(config)
-    listed = generation.eos_token_id
-    ids = [*(listed if isinstance(listed, list) else [listed]), tokenizer.eos_token_id]
-    return frozenset(int(one) for one in ids if one is not None)
+    with naming_what_fails(f"generation_config.json of {spec.id!r}"):
+        try:
+            generation = GenerationConfig.from_pretrained(folder_of(spec.id), revision=spec.revision or "main")
+        except (OSError, ValueError):
+            generation = GenerationConfig.from_model_config(config)
+        listed = generation.eos_token_id
+        ids = [*(listed if isinstance(listed, list) else [listed]), tokenizer.eos_token_id]
+        return frozenset(int(one) for one in ids if one is not None)
 
 
 def answers_of(text: TextTokens) -> list[list[int]]:

@@ -11,8 +11,9 @@ from typing import Any
 
 import torch
 
-from teacher_cache.errors import CompatibilityError, KdcliError, check_reads_images, not_loaded, one_line
-from teacher_cache.model_name import check_model_name
+from teacher_cache.errors import CompatibilityError, KdcliError, check_reads_images
+from teacher_cache.model_files import check_model_files
+from teacher_cache.model_load import naming_what_fails, try_tokenizer
 
 IMAGE_PROCESSOR = ("preprocessor_config.json", "processor_config.json")
 """Where a folder keeps the settings of its image processor; one of them is enough."""
@@ -65,44 +66,40 @@ def open_processor(
 
     config = open_config(what, name, revision, trust_remote_code)
     arguments = {"revision": revision, "trust_remote_code": trust_remote_code}
-    if reads_images(config):
-        processor = _opened(what, AutoProcessor, name, arguments, _absent_processor(name))
-        check_reads_images(what, processor, config)
-        return processor, config
-    if not _reads_text(config):
+    images = reads_images(config)
+    if not images and not _reads_text(config):
         raise CompatibilityError(
             f"{what} ({type(config).__name__}) is neither an image-text-to-text model nor a causal language model: give a model that "
             "AutoModelForImageTextToText or AutoModelForCausalLM loads"
         )
-    tokenizer = _opened(what, AutoTokenizer, name, arguments, "")
+    if images and (absent := _absent_processor(name)):
+        raise KdcliError(f"{what} {absent}")
+    with naming_what_fails(what):
+        if images:
+            processor = AutoProcessor.from_pretrained(name, **arguments)
+            check_reads_images(what, processor, config)
+        else:
+            processor = TextProcessor(AutoTokenizer.from_pretrained(name, **arguments))
+            _check_fast(what, processor.tokenizer)
+        try_tokenizer(processor.tokenizer)
+    return processor, config
+
+
+def open_config(what: str, name: str, revision: str | None = None, trust_remote_code: bool = False) -> Any:
+    """A model's configuration; KdcliError where it is not to be had, or where its files say what no model says."""
+    from transformers import AutoConfig
+
+    check_model_files(what, name, revision, trust_remote_code)
+    with naming_what_fails(what):
+        return AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
+
+
+def _check_fast(what: str, tokenizer: Any) -> None:
     if not getattr(tokenizer, "is_fast", False):
         raise CompatibilityError(
             f"{what}: {type(tokenizer).__name__} does not say where its tokens stand in the text, and labels are placed by that: give the "
             "model a fast tokenizer (tokenizer.json)"
         )
-    return TextProcessor(tokenizer), config
-
-
-def open_config(what: str, name: str, revision: str | None = None, trust_remote_code: bool = False) -> Any:
-    """A model's configuration; KdcliError where it is not to be had."""
-    from transformers import AutoConfig
-
-    check_model_name(what, name, revision)
-    return _opened(what, AutoConfig, name, {"revision": revision, "trust_remote_code": trust_remote_code}, "")
-
-
-def _opened(what: str, kind: Any, name: str, arguments: dict[str, Any], absent: str) -> Any:
-    """``from_pretrained``, whatever its files make it raise: damaged ones raise nearly anything."""
-    try:
-        return kind.from_pretrained(name, **arguments)
-    except MemoryError:
-        raise
-    except (OSError, ValueError, ImportError) as error:
-        raise KdcliError(f"{what} {absent}") if absent else not_loaded(what, error) from None
-    except Exception as error:
-        part = {"AutoConfig": "configuration", "AutoTokenizer": "tokenizer"}.get(kind.__name__, "processor")
-        said = f"{type(error).__name__}: {one_line(error)[:200]}"
-        raise KdcliError(f"{what}: its {part} is broken ({said}): copy the files of its {part} anew") from None
 
 
 def _absent_processor(name: str) -> str:

@@ -11,6 +11,7 @@ import heapq
 import json
 import random
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
@@ -18,6 +19,7 @@ from typing import Any
 
 from teacher_cache.errors import CacheError, KdcliError, printable
 from teacher_cache.records import RowGroup
+from teacher_cache.shards.plain_files import MOST_MANIFEST
 from teacher_cache.shards.schema import COUNT, require
 from teacher_cache.shards.sealed import seal, unseal
 from teacher_cache.shards.storage import Storage
@@ -42,6 +44,8 @@ _SHAPE = {
     "seed": int,
     "derived?": ({"by": str}, None),
 }
+MOST_SHARD_ROWS = 1 << 20
+"""A reader holds the index of a shard, and the order of the rows of sixteen."""
 CHARACTERS_PER_TOKEN = 4
 _KEY = re.compile(r"[0-9]{9,18}-[0-9a-f]*")
 
@@ -110,6 +114,11 @@ class Plan:
     @cached_property
     def plan_hash(self) -> str:
         return content_hash(self.identity())
+
+    @cached_property
+    def slice_rows(self) -> list[int]:
+        """Rows of every shard, written or skipped."""
+        return [one.rows for one in self.slices]
 
     def spec(self, part: str) -> DataSpec:
         return next(p.spec for p in self.parts if p.spec.part == part)
@@ -205,6 +214,10 @@ def make_plan(
         groups = list(groups)
         random.Random(f"{seed}:{part.spec.part}").shuffle(groups)
         slices += [Slice(part.spec.part, tuple(chosen)) for chosen in _balance(groups, count, cost)]
+    if (most := max(one.rows for one in slices)) > MOST_SHARD_ROWS:
+        raise KdcliError(
+            f"--shards {shards} makes shards of {most:,} rows, at most {MOST_SHARD_ROWS:,} are read: give more --shards"
+        )
     return Plan(tuple(part for part, _ in scanned), tuple(slices), preparation, seed)
 
 
@@ -277,13 +290,28 @@ def parse_plan(data: bytes, place: str) -> Plan:
         )
         slices = tuple(Slice(s["part"], tuple(RowGroup(**group) for group in s["groups"])) for s in body["slices"])
         plan = Plan(parts, slices, body["preparation"], body["seed"], body.get("derived"))
-        if strange := {one.part for one in slices} - {part.spec.part for part in parts}:
-            raise CacheError(f"{place}: a slice of part {sorted(strange)[0]!r}, which is none of its parts")
+        _check_counts(plan)
         if plan.plan_hash != body["plan_hash"]:
             raise CacheError(f"{place}: its content does not have its plan hash: it was edited or damaged; restore it")
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise CacheError(f"{place}: damaged manifest ({type(error).__name__}: {error})") from None
     return plan
+
+
+def _check_counts(plan: Plan) -> None:
+    """ValueError where slices are of no part, do not have its rows, or more than a reader can take."""
+    rows = Counter[str]()
+    for one in plan.slices:
+        rows[one.part] += one.rows
+        if one.rows > MOST_SHARD_ROWS:
+            raise ValueError(f"a slice of {one.rows:,} rows, at most {MOST_SHARD_ROWS:,} are read")
+    said = {part.spec.part: part.rows for part in plan.parts}
+    if strange := rows.keys() - said.keys():
+        raise ValueError(f"a slice of part {min(strange)!r}, which is none of its parts")
+    if len(said) != len(plan.parts):
+        raise ValueError("two parts have one name")
+    if wrong := [part for part, count in said.items() if rows[part] != count]:
+        raise ValueError(f"part {wrong[0]!r} has {said[wrong[0]]:,} rows, its slices have {rows[wrong[0]]:,}")
 
 
 def parts_with_images(slices: Sequence[Slice]) -> list[str]:
@@ -299,8 +327,14 @@ def _checked_keys(keys: Sequence[str]) -> tuple[str, ...]:
 
 def write_plan(storage: Storage, plan: Plan) -> None:
     """Write ``manifest.json`` first, or check that the one there is the same plan; CacheError with a diff where it is not."""
-    if not storage.exists("manifest.json") and storage.put_new("manifest.json", plan.to_bytes()):
-        return
+    if not storage.exists("manifest.json"):
+        if len(data := plan.to_bytes()) > MOST_MANIFEST:
+            raise CacheError(
+                f"{storage}/manifest.json would have {len(data):,} bytes, at most {MOST_MANIFEST:,} are read: make several caches of "
+                "the mixture"
+            )
+        if storage.put_new("manifest.json", data):
+            return
     there = read_plan(storage)
     if there.plan_hash != plan.plan_hash:
         lines = difference(there.identity(), plan.identity())

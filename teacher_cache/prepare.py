@@ -203,7 +203,8 @@ class Preparer:
 
     def _tokenize(self, rendered: Rendered) -> TextTokens:
         """Tokens of the text without the images, each with its turn, role and label flag, by character offsets."""
-        encoded = self.tokenizer(rendered.text, add_special_tokens=rendered.begins, return_offsets_mapping=True)
+        with refusing_row("the tokenizer refuses the row"):
+            encoded = self.tokenizer(rendered.text, add_special_tokens=rendered.begins, return_offsets_mapping=True)
         # numpy: a dozen operations on a handful of tokens, each several times cheaper than torch's.
         ids = np.array(encoded["input_ids"], dtype=np.int64)
         spans = np.array(encoded["offset_mapping"], dtype=np.int64).reshape(-1, 2)

@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from teacher_cache.bounded_templates import bounded
+
 
 @dataclass(frozen=True)
 class Rendered:
@@ -49,10 +51,11 @@ def image_text(owner: Any, token: str) -> str:
         return token
     image, mark = {"type": "image"}, {"type": "text", "text": "kdcli"}
     try:
-        shown, plain = (
-            owner.apply_chat_template([{"role": "user", "content": content}], tokenize=False)
-            for content in ([image, mark], [mark])
-        )
+        with bounded():
+            shown, plain = (
+                owner.apply_chat_template([{"role": "user", "content": content}], tokenize=False)
+                for content in ([image, mark], [mark])
+            )
     except Exception:  # a template for strings, or a broken one: it is a program and raises what it likes
         return token
     before, prefix = shown.partition(mark["text"])[0], plain.partition(mark["text"])[0]

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field, replace
 from itertools import islice
 
 from teacher_cache.errors import CacheError, DataError
+from teacher_cache.places import is_remote
 from teacher_cache.plan import Part, Plan, is_same_data, known_plan, part_fingerprint
 from teacher_cache.records import RowGroup, Sample, SkipRecord
 from teacher_cache.rows import row_key
@@ -21,7 +22,7 @@ from teacher_cache.shards.commit import committed_shards, read_commit
 from teacher_cache.shards.index import parse_index
 from teacher_cache.shards.storage import Storage
 from teacher_cache.sources import DataSpec, open_source
-from teacher_cache.sources.files import expand_paths, is_remote
+from teacher_cache.sources.files import expand_paths
 from teacher_cache.sources.image_folder import ImageFolder
 
 MOST_PICTURED = 256

@@ -7,9 +7,11 @@ Everything is real (stock Hugging Face folders, the shipped tokenizer, the whole
 from __future__ import annotations
 
 import os
+import resource
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -39,6 +41,7 @@ LONG = (
     "test_cache_teacher.py",
     "test_preflight.py",
     "test_ablate.py",
+    "test_durable.py",
     "test_estimate.py",
 )
 """Files that take minutes: begun first, they do not keep one process busy when the other has nothing left."""
@@ -291,3 +294,19 @@ def copy_of(tmp_path: Path) -> Callable[[Path], Path]:
         return Path(shutil.copytree(folder, target))
 
     return copy
+
+
+@pytest.fixture
+def small_files() -> Callable[[int], AbstractContextManager[None]]:
+    """``with small_files(n)``: the system takes no file over n bytes from this process: writing fails in the middle, as on a full disk."""
+
+    @contextmanager
+    def limited(size: int) -> Iterator[None]:
+        before = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+        try:
+            yield
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+    return limited

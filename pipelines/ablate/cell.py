@@ -5,14 +5,12 @@ Trains what no earlier cell has trained, asks what was not asked yet, and writes
 
 from __future__ import annotations
 
-import fcntl
-import json
 import os
 import shutil
 import sys
 import time
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,18 +18,30 @@ from typing import Any
 import pipelines.quiet_threads  # noqa: F401 (before torch)
 
 # isort: split
-from pipelines.ablate.cells import CARD, shared_folder
+from pipelines.ablate.cards import CARD, read_card
+from pipelines.ablate.cells import shared_folder
 from pipelines.ablate.grid import EvalFile
+from pipelines.command_line.output import give_up_stdout
 from pipelines.evaluate import evaluate_folder, figures
+from pipelines.evaluation.kept import SUFFIX, KeepIn
 from pipelines.exporting.provenance import trained_template
+from pipelines.output_lock import Held, alone
 from pipelines.progress import quiet_library_bars
 from pipelines.report.runs import read_runs
+from pipelines.run_records import fits, read_record, write_record
 from pipelines.settings import Settings, build
+from pipelines.spawned import end_with_starter
 from pipelines.train_student import train
 from student_train.config import StageSettings, TrainSettings
+from student_train.whole import DONE_FILE, finished_damage, read_done
 from teacher_cache import stopping
-from teacher_cache.errors import KdcliError, one_line
+from teacher_cache.errors import KdcliError, is_of_disk, one_line
 
+DISK = 75
+"""Exit status (sysexits' "try again") of a cell whose disk took no more: no failure of its own."""
+WHAT, CHOOSE = "kdcli ablate", "--out"
+"""In the line that whoever comes second gets (``output_lock``)."""
+WAIT_SECONDS = 0.5
 LAST_STEPS = 10
 """A stage's final loss is the mean over so many of its last logged steps."""
 
@@ -39,52 +49,99 @@ LAST_STEPS = 10
 def run_cell(folder: Path, request: Mapping[str, Any]) -> dict[str, Any]:
     """Train, evaluate, write ``scores.json`` and ``cell.json``; the card."""
     started = time.perf_counter()
-    card_path = folder / CARD
-    known = json.loads(card_path.read_text())["results"] if card_path.is_file() else {}
+    there, wrong = read_card(folder)
+    if wrong:
+        print(f"note: {wrong}", flush=True)
+    known = there.get("results", {})
     wanted = {one["label"]: one for one in request["evaluations"]}
     results = {label: one for label, one in known.items() if label in wanted and one["key"] == wanted[label]["key"]}
-    model = folder / request["stage_folders"][-1]["name"] / "model"
-    if not card_path.is_file() or (len(results) < len(wanted) and not model.is_dir()):
+    last = folder / request["stage_folders"][-1]["name"]
+    if not there or (len(results) < len(wanted) and not is_whole(last)):
         link_stages(folder, request["stage_folders"])
         with ExitStack() as locks:
             claim([shared_folder(folder, one["shared"]) for one in request["stage_folders"]], locks)
             train_cell(folder, request)
     trained = time.perf_counter()
+
+    def keep() -> dict[str, Any]:
+        card = {
+            **{name: request[name] for name in ("row", "seed", "cache", "method", "preset", "stages", "knobs")},
+            "stage_folders": request["stage_folders"],
+            "results": {label: results[label] for label in wanted if label in results},
+            "losses": final_losses(folder),
+            "seconds": {"train": round(trained - started, 1), "evaluate": round(time.perf_counter() - trained, 1)},
+        }
+        write_scores(folder, card)
+        write_record(folder / CARD, card)
+        return card
+
+    card = keep()
     for label, one in wanted.items():
         if label not in results:
             print(f"evaluating: {label}", flush=True)
             trusted = request["settings"]["train"]["trust_remote_code"]
-            results[label] = {"key": one["key"], "scores": ask(model, one, trusted)}
-    card = {
-        **{name: request[name] for name in ("row", "seed", "cache", "method", "preset", "stages", "knobs")},
-        "stage_folders": request["stage_folders"],
-        "results": {label: results[label] for label in wanted},
-        "losses": final_losses(folder),
-        "seconds": {"train": round(trained - started, 1), "evaluate": round(time.perf_counter() - trained, 1)},
-    }
-    write_scores(folder, card)
-    write_json(card_path, card)
+            kept_in = KeepIn(folder / f".answers-{one['key'][:8]}{SUFFIX}", anew=True)
+            results[label] = {"key": one["key"], "scores": ask(last / "model", one, trusted, kept_in)}
+            card = keep()  # what was asked is not asked again, whatever happens to the rest
+            kept_in.path.unlink(missing_ok=True)
     return card
 
 
 def claim(stages: Sequence[Path], locks: ExitStack) -> None:
     """Keep every stage that is to be trained for this process alone; whoever waited finds it done.
 
-    A finished stage whose model was removed to save space is trained again, and so are those after it: they belong to its weights.
+    A finished stage whose model was removed to save space, or that is damaged, is trained again, and so are those after it: they belong
+    to its weights.
     """
     lost = False
     for stage in stages:
-        stage.mkdir(parents=True, exist_ok=True)
-        lock = locks.enter_context((stage / ".lock").open("w"))
-        fcntl.flock(lock, fcntl.LOCK_EX)  # it ends with the file, and the file with the process
-        done, has_model = (stage / "done.json").is_file(), (stage / "model").is_dir()
-        lost = lost or (done and not has_model)
-        if lost:
-            (stage / "done.json").unlink(missing_ok=True)
-            for name in ("model", "checkpoints"):
-                shutil.rmtree(stage / name, ignore_errors=True)
-        elif done:
-            lock.close()
+        with ExitStack() as held:
+            held.enter_context(waited_for(stage))
+            done = os.path.lexists(stage / DONE_FILE)
+            lost = lost or (done and not is_whole(stage))
+            if lost:
+                for name in (DONE_FILE, "model", "checkpoints"):
+                    _remove(stage / name)
+            if lost or not done:
+                locks.enter_context(held.pop_all())
+
+
+@contextmanager
+def waited_for(stage: Path) -> Iterator[None]:
+    """``alone`` in a stage's folder, once nobody else is; says who that is meanwhile."""
+    with ExitStack() as lock:
+        told = False
+        while True:
+            try:
+                lock.enter_context(alone(stage, WHAT, CHOOSE, print))
+                break
+            except Held as error:
+                if not told:
+                    print(f"waiting: {one_line(error)}", flush=True)
+                told = True
+                time.sleep(WAIT_SECONDS)
+        yield
+
+
+def is_whole(stage: Path) -> bool:
+    """Whether a finished stage's model can be started from, or asked; says what is damaged."""
+    if not (stage / "model").is_dir():
+        return False
+    try:
+        wrong = finished_damage(stage, read_done(stage))
+    except (KdcliError, OSError) as error:
+        wrong = str(error)
+    if wrong:
+        print(f"note: {stage}: {one_line(wrong)}: the stage is trained again", flush=True)
+    return not wrong
+
+
+def _remove(path: Path) -> None:
+    """Whatever it is; of a link the link alone."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def link_stages(folder: Path, stages: Sequence[Mapping[str, str]]) -> None:
@@ -96,7 +153,12 @@ def link_stages(folder: Path, stages: Sequence[Mapping[str, str]]) -> None:
             continue
         if link.is_symlink() or link.exists():
             raise KdcliError(f"{link} is not this cell's stage: remove it, or choose another --out")
-        link.symlink_to(target, target_is_directory=True)
+        try:
+            link.symlink_to(target, target_is_directory=True)
+        except OSError as error:
+            raise KdcliError(
+                f"{link}: cannot be linked to {target} ({error.strerror}): choose an --out on a disk that has symbolic links"
+            ) from None
 
 
 def train_cell(folder: Path, request: Mapping[str, Any]) -> None:
@@ -118,16 +180,23 @@ def train_cell(folder: Path, request: Mapping[str, Any]) -> None:
         shutil.rmtree(shared_folder(folder, one["shared"]) / "checkpoints", ignore_errors=True)
 
 
-def ask(model: Path, evaluation: Mapping[str, Any], trust_remote_code: bool) -> dict[str, Any]:
+def ask(
+    model: Path, evaluation: Mapping[str, Any], trust_remote_code: bool, kept_in: KeepIn | None = None
+) -> dict[str, Any]:
     """Scores of the trained model on one held-out file, without the single answers."""
     file = EvalFile(**evaluation["file"])
     spec = replace(file, template=file.template or trained_template(str(model))).spec
-    return figures(evaluate_folder(str(model), spec, **evaluation["options"], trust_remote_code=trust_remote_code))
+    how = {**evaluation["options"], "trust_remote_code": trust_remote_code, "kept_in": kept_in}
+    return figures(evaluate_folder(str(model), spec, **how))
 
 
 def final_losses(folder: Path) -> dict[str, dict[str, float]]:
     """Stage → term → mean over its last logged steps."""
-    (run,) = read_runs([folder])
+    try:
+        (run,) = read_runs([folder])
+    except KdcliError as error:
+        print(f"note: no final losses: {error}", flush=True)  # a student is not worth less for that
+        return {}
     found = {}
     for number, stage in enumerate(run.stages, start=1):
         last = stage.points[-LAST_STEPS:]
@@ -144,13 +213,7 @@ def write_scores(folder: Path, card: Mapping[str, Any]) -> None:
         f"{card['row']}: {label}" if several else card["row"]: one["scores"] for label, one in card["results"].items()
     }
     if scores:
-        write_json(folder / "scores.json", scores)
-
-
-def write_json(path: Path, body: Any) -> None:
-    draft = path.with_name(f".{path.name}.draft")
-    draft.write_text(json.dumps(body, indent=1) + "\n")
-    os.replace(draft, path)
+        write_record(folder / "scores.json", scores)
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -158,14 +221,23 @@ def main(arguments: Sequence[str]) -> int:
     path = Path(arguments[0])
     try:
         with stopping.listening():
-            run_cell(path.parent, json.loads(path.read_text()))
-    except KdcliError as error:
-        print(f"Error: {one_line(error)}", flush=True)
-        return 1
+            end_with_starter()
+            run_cell(path.parent, read_record(path, fits({}), "run `kdcli ablate`, which writes it"))
+    except (KdcliError, OSError) as error:
+        last_word(f"Error: {one_line(error)}")
+        return DISK if is_of_disk(error) else 1
     except stopping.Stopped as stop:
-        print(one_line(stop), flush=True)
+        last_word(one_line(stop))
         return stop.status
     return 0
+
+
+def last_word(text: str) -> None:
+    """Into the log, which may lie on the disk that is full."""
+    try:
+        print(text, flush=True)
+    except OSError:
+        give_up_stdout()
 
 
 if __name__ == "__main__":

@@ -7,7 +7,6 @@ stages share the folders ``OUT/stages/STAGE-KEY``; a cell's folder links to them
 from __future__ import annotations
 
 import itertools
-import json
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
@@ -15,6 +14,7 @@ from functools import cache as remember
 from pathlib import Path
 from typing import Any
 
+from pipelines.ablate.cards import read_card, read_failure
 from pipelines.ablate.grid import EvalFile, Grid, resolved_train
 from pipelines.evaluate import pruning_of
 from pipelines.settings import Settings
@@ -29,7 +29,7 @@ from teacher_cache.sources import open_source
 
 KEY = 8
 """Hexadecimal digits of a key in a folder's name."""
-CARD, FAILED, REQUEST, LOG = "cell.json", "failed.json", "request.json", "log.txt"
+REQUEST, LOG = "request.json", "log.txt"
 
 
 @dataclass(frozen=True)
@@ -78,9 +78,16 @@ class Cell:
         return [shared_folder(self.folder, stage.shared) for stage in self.stages]
 
     def card(self) -> dict[str, Any]:
-        """``cell.json`` of the finished parts of this cell, or an empty one."""
-        path = self.folder / CARD
-        return json.loads(path.read_text()) if path.is_file() else {}
+        """``cell.json`` of the finished parts of this cell; empty where there is none, or a damaged one, of which nothing is known."""
+        return read_card(self.folder)[0]
+
+    def damage(self) -> str:
+        """One line on a ``cell.json`` that cannot be used; "" for none."""
+        return read_card(self.folder)[1]
+
+    def failure(self) -> dict[str, Any]:
+        """``failed.json`` of a cell that failed; empty where there is none, or a damaged one: then it is tried again."""
+        return read_failure(self.folder)
 
     def missing(self) -> list[Evaluation]:
         """Evaluations that ``cell.json`` does not hold."""
@@ -89,9 +96,9 @@ class Cell:
 
     def state(self) -> str:
         """``done``, ``failed``, ``started`` (some stage of its own or shared is there) or ``new``."""
-        if (self.folder / CARD).is_file() and not self.missing():
+        if self.card() and not self.missing():
             return "done"
-        if (self.folder / FAILED).is_file():
+        if self.failure():
             return "failed"
         return "started" if any((one / "metrics.jsonl").is_file() for one in self.stage_folders()) else "new"
 

@@ -180,7 +180,7 @@ def _under(prefix: str, table: Any, place: str) -> dict[str, Any]:
 
 def evaluation_options() -> set[str]:
     """What an evaluation can be told besides its file: the keywords of ``evaluate_folder``."""
-    fixed = {"model_id", "spec", "device", "advance", "trust_remote_code"}  # the last stands under [train]
+    fixed = {"model_id", "spec", "device", "advance", "kept_in", "trust_remote_code"}  # the last stands under [train]
     parameters = inspect.signature(evaluate_folder).parameters.values()
     return {one.name for one in parameters if one.kind is not one.VAR_KEYWORD} - fixed
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,8 @@ from pipelines.ablate.results import LEGEND, Section, interval, sections, writte
 from pipelines.report.charts import run_styles, stage_charts
 from pipelines.report.page import duration, header, settings_table, template
 from pipelines.report.runs import Run, read_runs
+from teacher_cache.errors import KdcliError
+from teacher_cache.whole_file import write_whole
 
 
 def write_page(
@@ -35,9 +37,7 @@ def write_page(
         width=plot.WIDTH,
         line=plot.LINE,
     )
-    draft = out.with_name(f".{out.name}.draft")
-    draft.write_text(page, encoding="utf-8")
-    os.replace(draft, out)
+    write_whole(out, page)
     return out
 
 
@@ -47,8 +47,11 @@ def first_runs(cells: Sequence[Cell]) -> list[Run]:
     for cell in cells:
         if cell.row not in first and (cell.folder / "run.json").is_file():
             first[cell.row] = cell
-    runs = read_runs([cell.folder for cell in first.values()]) if first else []
-    return [replace(run, name=row, group=row) for run, row in zip(runs, first)]
+    runs = []
+    for row, cell in first.items():
+        with suppress(KdcliError):  # a damaged log has no curve; the numbers of the tables are its card's
+            runs += [replace(run, name=row, group=row) for run in read_runs([cell.folder])]
+    return runs
 
 
 def section_body(section: Section, baseline: str | None) -> dict[str, Any]:

@@ -75,7 +75,8 @@ def sections(cells: Sequence[Cell], losses: bool = False) -> list[Section]:
             values = found.setdefault(label, {row: {} for row in rows})
             whole.setdefault(label, {}).update({cell.row: scores} if scores else {})
             for name, value in {**(score_metrics(scores) if scores else {}), **metrics}.items():
-                values[cell.row].setdefault(name, {})[cell.seed] = value
+                if value is not None:  # a loss that was no number
+                    values[cell.row].setdefault(name, {})[cell.seed] = value
     return [
         Section(
             label,
@@ -202,7 +203,7 @@ LEGEND = (
 
 def as_json(cells: Sequence[Cell], baseline: str | None) -> dict[str, Any]:
     """Everything: each cell's card, and the numbers of the tables."""
-    listed = [{"name": cell.name, "state": cell.state(), "folder": str(cell.folder), **cell.card()} for cell in cells]
+    listed = [{**cell.card(), "name": cell.name, "state": cell.state(), "folder": str(cell.folder)} for cell in cells]
     tables = []
     for section in sections(cells, losses=True):
         rows = {

@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 import fnmatch
-import json
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from pipelines.ablate import results
-from pipelines.ablate.cell import write_json
-from pipelines.ablate.cells import FAILED, LOG, Cell, make_cells
+from pipelines.ablate.cell import CHOOSE, WHAT
+from pipelines.ablate.cells import LOG, Cell, make_cells
 from pipelines.ablate.grid import Grid, load_grid
 from pipelines.ablate.page import write_page
-from pipelines.ablate.runner import alone, make_slots, prune_models, run_cells
+from pipelines.ablate.runner import Slot, make_slots, prune_models, run_cells
+from pipelines.output_lock import NAME, alone
+from pipelines.run_records import write_record
 from pipelines.tables import table
 from teacher_cache.errors import KdcliError
+from teacher_cache.whole_file import write_whole
 
 
 @dataclass(frozen=True)
@@ -43,18 +45,41 @@ def ablate(request: AblateRequest, console: Any) -> dict[str, Any]:
     """Run the grid; ``{"cells", "tables", "failed": [{"name", "error", "log"}], "markdown"}``. Tables are written whatever happens."""
     grid = load_grid(request.grid)
     slots = make_slots(request.devices, request.workers)
+
+    def say(text: str) -> None:
+        console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+    if (request.out / NAME).is_file():
+        with alone(request.out, WHAT, CHOOSE, say):
+            pass  # who comes second is told at once, before hundreds of cells are planned
     cells = make_cells(grid, request.out)
+    with alone(request.out, WHAT, CHOOSE, say):
+        return run_grid(request, grid, cells, slots, console, say)
+
+
+def run_grid(
+    request: AblateRequest,
+    grid: Grid,
+    cells: Sequence[Cell],
+    slots: Sequence[Slot],
+    console: Any,
+    say: Callable[[str], None],
+) -> dict[str, Any]:
+    """``ablate`` in a folder that nobody else writes to."""
     chosen = choose(cells, request)
     seeds = list(dict.fromkeys(cell.seed for cell in chosen))
     chosen.sort(
         key=lambda cell: seeds.index(cell.seed)
     )  # every row of one seed first: an early table compares all rows
     waiting = [cell for cell in chosen if cell.state() != "done" and (request.retry_failed or cell.state() != "failed")]
-    with alone(request.out):
-        try:
-            run_shown(waiting[: request.limit], slots, grid, cells, console)
-        finally:
-            written = write_results(cells, grid, request)
+    errors: dict[str, str] = {}
+    for cell in chosen:
+        if damage := cell.damage():
+            say(f"note: {damage}")
+    try:
+        errors = run_shown(waiting[: request.limit], slots, grid, cells, console)
+    finally:
+        written = write_results(cells, grid, request, errors)
     return written
 
 
@@ -68,19 +93,23 @@ def choose(cells: Sequence[Cell], request: AblateRequest) -> list[Cell]:
     return chosen
 
 
-def run_shown(waiting: Sequence[Cell], slots: Sequence[Any], grid: Grid, cells: Sequence[Cell], console: Any) -> None:
-    """Run cells under a bar, a line for each that ends."""
+def run_shown(
+    waiting: Sequence[Cell], slots: Sequence[Slot], grid: Grid, cells: Sequence[Cell], console: Any
+) -> dict[str, str]:
+    """Run cells under a bar, a line for each that ends; the errors of those that did not end well, by name."""
     from pipelines.progress import bar
 
     if not waiting:
-        return
+        return {}
     ended: list[Cell] = []
+    errors: dict[str, str] = {}
     with bar(console, "students") as progress:
         task = progress.add_task("ablate", total=len(waiting))
         began = time.perf_counter()
 
         def on_end(cell: Cell, error: str) -> None:
             ended.append(cell)
+            errors.update({cell.name: error} if error else {})
             progress.update(task, advance=1)
             progress.console.print(
                 ended_line(cell, error, f"{len(ended)}/{len(waiting)}"), highlight=False, markup=False
@@ -88,11 +117,15 @@ def run_shown(waiting: Sequence[Cell], slots: Sequence[Any], grid: Grid, cells: 
             if not grid.keep_models and not error:
                 prune_models(cells)
 
+        def say(text: str) -> None:
+            progress.console.print(text, highlight=False, markup=False, soft_wrap=True)
+
         def on_poll(running: list[Cell]) -> None:
             progress.update(task, description=", ".join(cell.name for cell in running) or "ablate")
 
-        run_cells(waiting, slots, on_end, on_poll)
+        run_cells(waiting, slots, on_end, on_poll, say)
     console.print(f"{len(ended)} students in {time.perf_counter() - began:.0f} s", highlight=False)
+    return errors
 
 
 def ended_line(cell: Cell, error: str, count: str) -> str:
@@ -104,24 +137,29 @@ def ended_line(cell: Cell, error: str, count: str) -> str:
     return f"{count} {cell.name} {'; '.join(told)}"
 
 
-def failures(cells: Sequence[Cell]) -> list[dict[str, str]]:
-    """Failed cells with the last line of their error and their log."""
-    return [
+def failures(cells: Sequence[Cell], errors: Mapping[str, str]) -> list[dict[str, str]]:
+    """Failed cells with the last line of their error and their log; those too that only this time did not end (``errors``)."""
+    failed = [
         {
             "name": cell.name,
-            **{key: str(value) for key, value in json.loads((cell.folder / FAILED).read_text()).items()},
+            **{key: str(value) for key, value in cell.failure().items()},
         }
         for cell in cells
         if cell.state() == "failed"
     ]
+    known = {one["name"] for one in failed}
+    stopped = [cell for cell in cells if cell.name in errors.keys() - known]
+    return failed + [{"name": cell.name, "error": errors[cell.name], "log": str(cell.folder / LOG)} for cell in stopped]
 
 
-def write_results(cells: Sequence[Cell], grid: Grid, request: AblateRequest) -> dict[str, Any]:
+def write_results(
+    cells: Sequence[Cell], grid: Grid, request: AblateRequest, errors: Mapping[str, str]
+) -> dict[str, Any]:
     """``results.md``, ``results.json`` and ``results.html`` in the output folder."""
     text = results.markdown(cells, grid.baseline, request.losses)
-    body = {"grid": str(grid.path), **results.as_json(cells, grid.baseline), "failed": failures(cells)}
-    (request.out / "results.md").write_text(f"# {grid.path.stem}\n\n{text}\n")
-    write_json(request.out / "results.json", body)
+    body = {"grid": str(grid.path), **results.as_json(cells, grid.baseline), "failed": failures(cells, errors)}
+    write_whole(request.out / "results.md", f"# {grid.path.stem}\n\n{text}\n")
+    write_record(request.out / "results.json", body)
     write_page(cells, grid.baseline, body["failed"], grid.path.stem, request.out / "results.html")
     return {**body, "markdown": text}
 

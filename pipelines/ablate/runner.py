@@ -2,28 +2,31 @@
 
 from __future__ import annotations
 
-import fcntl
+import math
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import pipelines
-from pipelines.ablate.cell import write_json
-from pipelines.ablate.cells import FAILED, LOG, REQUEST, Cell, request
+from pipelines.ablate.cards import FAILED
+from pipelines.ablate.cell import CHOOSE, DISK, WHAT
+from pipelines.ablate.cells import LOG, REQUEST, Cell, request
+from pipelines.output_lock import NAME, Held, alone
+from pipelines.run_records import write_record
+from pipelines.spawned import GRACE_SECONDS
 from teacher_cache import stopping
-from teacher_cache.errors import KdcliError
+from teacher_cache.errors import KdcliError, one_line
 
 POLL_SECONDS = 0.1
-GRACE_SECONDS = 60.0
-"""For a child to write its checkpoint."""
-STOPPED = {code for number in stopping.SIGNALS for code in (128 + number, -number)}
-"""Exit statuses of a cell that somebody stopped: the next run goes on with it."""
+LOOK_SECONDS = 1.0
+STOPPED = {DISK, *(code for number in stopping.SIGNALS for code in (128 + number, -number))}
+"""Exit statuses of a cell that somebody stopped, or a full disk: the next run goes on with it."""
 OnEnd = Callable[[Cell, str], None]
 """(cell, its error or "") when a cell ends."""
 
@@ -75,18 +78,6 @@ def make_slots(devices: str | None, workers: int | None) -> list[Slot]:
     return [Slot(name, threads if name == "cpu" else 0) for name in names]
 
 
-@contextmanager
-def alone(out: Path) -> Iterator[None]:
-    """One ablation a folder at a time."""
-    out.mkdir(parents=True, exist_ok=True)
-    with (out / ".lock").open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise KdcliError(f"{out}: another ablation runs there: wait for it, or choose another --out") from None
-        yield
-
-
 @dataclass
 class _Running:
     cell: Cell
@@ -99,21 +90,25 @@ def run_cells(
     slots: Sequence[Slot],
     on_end: OnEnd,
     on_poll: Callable[[list[Cell]], None] = lambda cells: None,
+    say: Callable[[str], None] = lambda text: None,
 ) -> None:
-    """Run every cell. Whoever shares an unfinished stage with a running cell waits for it.
+    """Run every cell. Whoever shares an unfinished stage with a running cell waits for it, and so does, with a line that says so, whoever
+    finds that another process trains it: a child of an ablation that was killed takes its time to write a checkpoint.
 
     An interrupt and a signal (``stopping``) end the children too, each behind a checkpoint.
     """
     pending, free, running = list(cells), list(slots), list[_Running]()
+    others = _Others(say)
     with stopping.listening():
         try:
             while pending or running:
-                while free and (cell := _next(pending, running)):
+                while free and (cell := _next(pending, running, others)):
                     pending.remove(cell)
                     slot = free.pop(0)
                     running.append(_Running(cell, start(cell, slot), slot))
                 for one in [one for one in running if one.process.poll() is not None]:
                     running.remove(one)
+                    _let_go(one.process)
                     free.append(one.slot)
                     on_end(one.cell, conclude(one.cell, one.process.returncode))
                 on_poll([one.cell for one in running])
@@ -122,10 +117,39 @@ def run_cells(
             stop([one.process for one in running])
 
 
-def _next(pending: Sequence[Cell], running: Sequence[_Running]) -> Cell | None:
+class _Others:
+    """Stages that other processes train; each is looked at once a second at most, and told of once."""
+
+    def __init__(self, say: Callable[[str], None]):
+        self.say = say
+        self._seen: dict[Path, tuple[float, str]] = {}
+
+    def train(self, stage: Path) -> bool:
+        looked, before = self._seen.get(stage, (-math.inf, ""))
+        if time.monotonic() - looked < LOOK_SECONDS:
+            return bool(before)
+        word = self._holder(stage)
+        if word and not before:
+            self.say(f"waiting: {word}")
+        self._seen[stage] = (time.monotonic(), word)
+        return bool(word)
+
+    def _holder(self, stage: Path) -> str:
+        if not (stage / NAME).is_file():
+            return ""
+        try:
+            with alone(stage, WHAT, CHOOSE, self.say):
+                return ""
+        except Held as error:
+            return one_line(error)
+
+
+def _next(pending: Sequence[Cell], running: Sequence[_Running], others: _Others) -> Cell | None:
     """The first cell none of whose unfinished stages is being trained."""
     busy = {folder for one in running for folder in unfinished(one.cell)}
-    return next((cell for cell in pending if not busy & set(unfinished(cell))), None)
+    return next(
+        (cell for cell in pending if not any(one in busy or others.train(one) for one in unfinished(cell))), None
+    )
 
 
 def unfinished(cell: Cell) -> list[Path]:
@@ -136,12 +160,12 @@ def start(cell: Cell, slot: Slot) -> subprocess.Popen[bytes]:
     """A process of its own session: an interrupt at the terminal reaches this program alone, which then ends its children."""
     cell.folder.mkdir(parents=True, exist_ok=True)
     (cell.folder / FAILED).unlink(missing_ok=True)
-    write_json(cell.folder / REQUEST, request(cell))
+    write_record(cell.folder / REQUEST, request(cell))
     command = [sys.executable, "-P", "-m", "pipelines.ablate.cell", str(cell.folder / REQUEST)]
     with (cell.folder / LOG).open("wb") as log:
         return subprocess.Popen(
             command,
-            stdin=subprocess.DEVNULL,
+            stdin=subprocess.PIPE,  # it ends with this process: the child then ends, too
             stdout=log,
             stderr=subprocess.STDOUT,
             env=slot.environment(),
@@ -159,7 +183,7 @@ def conclude(cell: Cell, status: int) -> str:
     if status in STOPPED:
         return said
     error = said if status > 0 else f"ended by signal {-status} after: {said}" if status else f"left no result: {said}"
-    write_json(cell.folder / FAILED, {"error": error.removeprefix("Error: "), "status": status, "log": str(log)})
+    write_record(cell.folder / FAILED, {"error": error.removeprefix("Error: "), "status": status, "log": str(log)})
     return error.removeprefix("Error: ")
 
 
@@ -171,8 +195,14 @@ def stop(processes: Sequence[subprocess.Popen[bytes]]) -> None:
         try:
             process.wait(GRACE_SECONDS)
         except subprocess.TimeoutExpired:
-            process.kill()
+            os.killpg(process.pid, signal.SIGKILL)  # its loader processes, too
             process.wait()
+        _let_go(process)
+
+
+def _let_go(process: subprocess.Popen[bytes]) -> None:
+    if process.stdin:
+        process.stdin.close()
 
 
 def prune_models(cells: Sequence[Cell]) -> None:

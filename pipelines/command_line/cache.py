@@ -94,7 +94,7 @@ def urls(url: str | None, column: str) -> None:
 
 @cache_group.command()
 @cache_named
-@click.option("--yes", is_flag=True, help="Remove them; without it they are only listed. Never while a capture runs.")
+@click.option("--yes", is_flag=True, help="Remove them; without it they are only listed. Refused beside a capture.")
 @config_option
 def gc(url: str | None, yes: bool, config: str | None) -> None:
     """List or remove files that no commit names (left by killed or second writers)."""

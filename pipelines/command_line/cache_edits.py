@@ -23,6 +23,7 @@ from pipelines.command_line.given import (
     teacher_spec,
 )
 from pipelines.command_line.options import (
+    A_FILE,
     cache_named,
     column_named,
     config_option,
@@ -72,7 +73,7 @@ def repair(
     as_json: bool,
     **flags: Any,
 ) -> None:
-    """Make damaged shards and files again, those alone, with the flags of the capture. Never while a capture runs.
+    """Make damaged shards and files again, those alone, with the flags of the capture. Refused beside a capture.
 
     Exit status 1 where something stays damaged, with the reason.
     """
@@ -169,7 +170,7 @@ def drop_field(url: str | None, name: str, yes: bool, as_json: bool) -> None:
 @click.option("--out", required=True, help="Where the new cache goes.")
 @click.option("--parts", help="Only these parts, comma-separated.")
 @click.option("--fields", help="Only these fields, comma-separated; default all.")
-@click.option("--keys", type=click.Path(), help="Only the rows of this file: a key a line.")
+@click.option("--keys", type=A_FILE, help="Only the rows of this file: a key a line.")
 @click.option("--with-images/--text-only", "images", default=None, help="Only rows with, or only rows without images.")
 @click.option("--fraction", type=float, help="About this share of the rows, drawn by a hash of their keys.")
 @click.option("--max-rows", type=int, help="At most so many rows, drawn in the same way.")

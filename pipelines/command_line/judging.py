@@ -9,7 +9,16 @@ from typing import Any
 import click
 
 from pipelines.command_line.given import load, split, teacher_spec, train_settings
-from pipelines.command_line.options import config_option, device_option, json_option, links_option, trust_option
+from pipelines.command_line.options import (
+    A_FILE,
+    A_FOLDER,
+    A_PATH,
+    config_option,
+    device_option,
+    json_option,
+    links_option,
+    trust_option,
+)
 from pipelines.command_line.output import console, note, say
 from pipelines.command_line.tour import command
 
@@ -39,10 +48,8 @@ MOST_ASKED = 0.9
     "--compress-layer", type=int, help="The first layer that sees the kept tokens only; default 2 (pyramiddrop: 0)."
 )
 @click.option("--vision-tokens", type=int, help="Of an image, for a student with compressor mqt; default: as trained.")
-@click.option(
-    "--out", type=click.Path(dir_okay=False), help="Also write the scores here; RUN/scores.json is what reports read."
-)
-@click.option("--answers", type=click.Path(dir_okay=False), help="Write every answer here, one JSON object a line.")
+@click.option("--out", type=A_FILE, help="Also write the scores here; RUN/scores.json is what reports read.")
+@click.option("--answers", type=A_FILE, help="Write every answer here, one JSON object a line.")
 @trust_option
 @device_option
 @json_option
@@ -63,13 +70,19 @@ def evaluate(
     """Score a student or teacher on held-out questions: exact match and other metrics by family, and nll of the expected answers.
     MODEL: a run (its last stage), a stage, a model folder, or a hub id."""
     from pipelines.evaluate import evaluate_folder, figures
+    from pipelines.evaluation.kept import partial_of
     from pipelines.evaluation.score import answer_row
     from pipelines.exporting.provenance import find_model, trained_template
     from pipelines.progress import bar
+    from pipelines.run_records import finite, write_record
     from pipelines.tables import lost_rows, score_table
     from teacher_cache.sources import DataSpec
+    from teacher_cache.whole_file import refuse_unwritable, write_whole
 
     metrics = split(metric) or ()
+    for path in filter(None, (out, answers)):
+        refuse_unwritable(Path(path))
+    kept_in = partial_of(answers, out)
     model = str(find_model(Path(model))) if Path(model).is_dir() else model
     template = template or trained_template(model) or DataSpec.template
     with bar(console(), "questions") as progress:
@@ -81,16 +94,19 @@ def evaluate(
             trust_remote_code=bool(trust_remote_code),
             metrics=metrics,
             advance=lambda rows: progress.advance(task, rows),
+            kept_in=kept_in,
             **how,
         )
     given, scores = [answer_row(one, metrics) for one in result["answers"]], figures(result)
     if out:
-        Path(out).write_text(json.dumps({model: scores}, indent=1) + "\n")
+        write_record(Path(out), {model: scores})
     if answers:
-        Path(answers).write_text("".join(json.dumps(one, ensure_ascii=False) + "\n" for one in given))
+        write_whole(Path(answers), "".join(json.dumps(finite(one), ensure_ascii=False) + "\n" for one in given))
+    if kept_in:
+        kept_in.path.unlink(missing_ok=True)
     if scores["n"] < MOST_ASKED * scores["rows"]:
         note(f"note: {lost_rows(scores['rows'], scores['n'], result['skips'][0])}")
-    say(json.dumps({**result, "answers": given}) if as_json else score_table({model: scores}))
+    say(json.dumps(finite({**result, "answers": given})) if as_json else score_table({model: scores}))
 
 
 @command("eval-tasks")
@@ -111,10 +127,8 @@ def evaluation_tasks() -> None:
 @click.option("--dtype", help="Of the live teacher; default: as in the capture.")
 @click.option("--seed", default=0, show_default=True)
 @click.option("--sweep", is_flag=True, help="Also fit many other fields on other rows, and measure the frontier.")
-@click.option("--plot", type=click.Path(dir_okay=False), help="Write bytes against gradient angle as a PNG.")
-@click.option(
-    "--out", type=click.Path(dir_okay=False), help="Also write the tables here, as Markdown; *.json: all numbers."
-)
+@click.option("--plot", type=A_FILE, help="Write bytes against gradient angle as a PNG.")
+@click.option("--out", type=A_FILE, help="Also write the tables here, as Markdown; *.json: all numbers.")
 @trust_option
 @device_option
 @config_option
@@ -135,12 +149,16 @@ def fidelity(
     """Cached losses and gradients against the live teacher, per method, with the live-vs-live noise floor beside them."""
     from pipelines import fidelity as pipeline
     from pipelines.fidelity import show
+    from pipelines.run_records import finite
     from teacher_cache.errors import KdcliError
+    from teacher_cache.whole_file import refuse_unwritable
 
     settings = load(config)
     url, spec = cache_url or settings.cache, teacher_spec(teacher, settings.teacher, trust_remote_code, device=device)
     if not url or not spec:
         raise KdcliError("name both sides: --cache and --teacher, or run `kdcli init` and edit kd.toml")
+    for path in filter(None, (plot, out)):
+        refuse_unwritable(Path(path))
     names = tuple(one.strip() for one in parts.split(",")) if parts else None
     trained = train_settings(settings.train, student, trust_remote_code)
     request = pipeline.FidelityRequest(
@@ -149,15 +167,15 @@ def fidelity(
     with show.fidelity_progress(console()) as progress:
         result = pipeline.fidelity(request, progress)
     pipeline.write_files(result, plot, out)
-    say(json.dumps(show.as_json(result)) if as_json else show.report(result))
+    say(json.dumps(finite(result)) if as_json else show.report(result))
 
 
 @command()
-@click.argument("runs", nargs=-1, required=True)
+@click.argument("runs", nargs=-1, required=True, type=A_PATH)
 @click.option("--cache", "cache_url", help="Its sizes and decoded images too; default: that of kd.toml; '': none.")
 @click.option("--fidelity", multiple=True, help="A file of `kdcli fidelity --out X.json`, or a preflight's folder.")
 @click.option("--matching/--no-matching", default=True, show_default=True, help="Match the tokens of em-kd students.")
-@click.option("--out", default="report.html", show_default=True)
+@click.option("--out", type=A_FILE, default="report.html", show_default=True)
 @config_option
 def report(
     runs: tuple[str, ...],
@@ -180,9 +198,9 @@ def report(
 
 
 @command("export")
-@click.argument("source")
+@click.argument("source", type=A_PATH)
 @click.option("--to", "target", type=click.Choice(["hf"]), default="hf", show_default=True, help="Kind of folder.")
-@click.option("--out", required=True, help="Folder to write; it must not be there yet, or be empty.")
+@click.option("--out", required=True, type=A_FOLDER, help="Folder to write; it must not be there yet, or be empty.")
 @click.option(
     "--dtype",
     type=click.Choice(["float32", "bfloat16", "float16"]),
@@ -194,9 +212,7 @@ def report(
     is_flag=True,
     help="Load it in a fresh process and compare; exit status 1 where it differs.",
 )
-@click.option(
-    "--scores", type=click.Path(dir_okay=False), help="Of `kdcli eval --out`, for the card; default: RUN/scores.json."
-)
+@click.option("--scores", type=A_FILE, help="Of `kdcli eval --out`, for the card; default: RUN/scores.json.")
 @json_option
 def export_model(
     source: str,

@@ -55,9 +55,21 @@ def column_named(name: str, default: str | None = None) -> Callable[[Callable[..
     return give
 
 
-config_option = click.option(
-    "--config", type=click.Path(dir_okay=False), help="Settings file; default: ./kd.toml where it exists."
-)
+class LocalPath(click.Path):
+    """A path of this machine, read as everywhere else (``teacher_cache.places``)."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        from teacher_cache.errors import KdcliError
+        from teacher_cache.places import local_path
+
+        flag = param.opts[0] if isinstance(param, click.Option) else ""
+        if not self.dir_okay and str(value).endswith("/"):
+            raise KdcliError(f"{f'{flag} {value}'.strip()}: a folder is named where a file is needed")
+        return super().convert(str(local_path(value, flag)), param, ctx)
+
+
+A_FILE, A_FOLDER, A_PATH = LocalPath(dir_okay=False), LocalPath(file_okay=False), LocalPath()
+config_option = click.option("--config", type=A_FILE, help="Settings file; default: ./kd.toml where it exists.")
 json_option = click.option("--json", "as_json", is_flag=True, help="Print the result as one JSON object.")
 device_option = click.option("--device", default=None, help="cpu, cuda, cuda:1; default: the GPU where there is one.")
 backend_options = several(

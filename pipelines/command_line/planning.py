@@ -30,7 +30,7 @@ from pipelines.command_line.options import (
     teacher_options,
     trust_option,
 )
-from pipelines.command_line.output import console, say
+from pipelines.command_line.output import console, naming_stdout, say
 from pipelines.command_line.tour import command
 
 
@@ -93,7 +93,8 @@ def doctor(
     if as_json:
         say(json.dumps(report.to_json(), ensure_ascii=False))
     else:
-        print_report(report, Console(), every_row)
+        with naming_stdout():
+            print_report(report, Console(), every_row)
     if strict is not None and report.worst().defective_share > strict:
         worst = report.worst()
         raise KdcliError(f"--strict {strict:g}: {worst.defective_share:.2%} of part {worst.part!r} is defective")
@@ -201,6 +202,7 @@ def preflight(
     from pipelines.preflight import report
     from pipelines.preflight.request import PreflightRequest, default_methods
     from pipelines.preflight.run import preflight as run
+    from pipelines.run_records import finite
     from pipelines.settings import FILE, override
 
     settings = load(config)
@@ -216,6 +218,6 @@ def preflight(
     request = PreflightRequest(spec, specs, settings, tried, kd_file=kd_file, **asked)
     with report.preflight_progress(console()) as progress:
         result = run(request, progress)
-    say(json.dumps(report.as_json(result), ensure_ascii=False) if as_json else report.report(result))
+    say(json.dumps(finite(result), ensure_ascii=False) if as_json else report.report(result))
     if not result["go"]:
         sys.exit(1)

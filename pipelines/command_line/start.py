@@ -7,13 +7,15 @@ from pathlib import Path
 
 import click
 
-from pipelines.command_line.options import json_option
+from pipelines.command_line.options import A_FOLDER, json_option
 from pipelines.command_line.output import console, say
 from pipelines.command_line.tour import command
 
 
 @command()
-@click.option("--out", default="demo-run", show_default=True, help="Folder for world, cache, students and report.")
+@click.option(
+    "--out", type=A_FOLDER, default="demo-run", show_default=True, help="Folder for world, cache, students and report."
+)
 @click.option("--seed", default=0, show_default=True)
 def demo(out: str, seed: int) -> None:
     """The whole loop on a small rendered world: data → cache → students → table + HTML report."""
@@ -54,4 +56,4 @@ def completion(shell: str) -> None:
     """
     from pipelines.command_line.completion import script
 
-    click.echo(script(click.get_current_context().find_root().command, shell))
+    say(script(click.get_current_context().find_root().command, shell))

@@ -10,7 +10,7 @@ from typing import Any
 import click
 
 from pipelines.command_line.given import load, parse_knobs, train_settings
-from pipelines.command_line.options import config_option, json_option, trust_option
+from pipelines.command_line.options import A_FILE, A_FOLDER, config_option, json_option, trust_option
 from pipelines.command_line.output import console, note, say
 from pipelines.command_line.tour import command
 
@@ -77,8 +77,10 @@ def train_student(
 
 
 @command()
-@click.argument("grid", metavar="GRID.toml", type=click.Path(dir_okay=False))
-@click.option("--out", help="Folder of cells, shared stages and results; default: ablations/NAME of the grid.")
+@click.argument("grid", metavar="GRID.toml", type=A_FILE)
+@click.option(
+    "--out", type=A_FOLDER, help="Folder of cells, shared stages and results; default: ablations/NAME of the grid."
+)
 @click.option("--devices", help="E.g. cuda:0,cuda:1, a student at a time on each; default: every GPU, else the CPU.")
 @click.option("--workers", type=int, help="Students at a time on the CPU, which share its cores.")
 @click.option("--only", metavar="GLOB", help="Only students whose ROW/seed-N, or whose row, fits.")

@@ -6,7 +6,6 @@ Every step is the product's own pipeline with small numbers; nothing here knows 
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -20,12 +19,15 @@ from pipelines.capture_shards import CaptureRequest
 from pipelines.demo.write_world import WorldPaths, write_world
 from pipelines.doctor import examine, print_report
 from pipelines.evaluate import evaluate_folder, figures
+from pipelines.output_lock import alone
 from pipelines.progress import bar, capture_progress, train_progress
 from pipelines.report.page import write_report
+from pipelines.run_records import write_record
 from pipelines.settings import CaptureSettings, Settings
 from pipelines.tables import cache_table, score_table
 from pipelines.train_student import train
 from student_train.config import StageSettings, TrainSettings
+from teacher_cache.errors import naming_full_disk
 from teacher_cache.sources import DataSpec
 from teacher_cache.teachers.transformers import TeacherSpec
 
@@ -103,7 +105,14 @@ def score(model: str, spec: DataSpec, console: Any = None, name: str = "") -> di
 
 def run_demo(out: Path, seed: int, console: Any, recipe: Recipe | None = None) -> dict[str, Any]:
     """The whole loop; prints what it does and returns ``{"scores", "report", "seconds"}``."""
-    recipe = recipe or Recipe()
+    with (
+        naming_full_disk(out),
+        alone(out, "kdcli demo", "--out", lambda text: console.print(text, highlight=False, markup=False)),
+    ):
+        return _run(out, seed, console, recipe or Recipe())
+
+
+def _run(out: Path, seed: int, console: Any, recipe: Recipe) -> dict[str, Any]:
     started = time.perf_counter()
     with stage(
         console, "1/6 a world of rendered rows: LLaVA-1.5 json with captions, LLaVA-NeXT parquet with questions"
@@ -134,9 +143,9 @@ def run_demo(out: Path, seed: int, console: Any, recipe: Recipe | None = None) -
 
 def save_scores(out: Path, scores: Mapping[str, Any]) -> None:
     """``scores.json`` of the demo, and of every run, where a later report finds it."""
-    (out / "scores.json").write_text(json.dumps(scores, indent=1) + "\n")
+    write_record(out / "scores.json", scores)
     for name in RUNS:
-        (out / "runs" / name / "scores.json").write_text(json.dumps({name: scores[name]}, indent=1) + "\n")
+        write_record(out / "runs" / name / "scores.json", {name: scores[name]})
 
 
 @contextmanager

@@ -11,8 +11,9 @@ from contextlib import contextmanager
 from typing import Any
 
 from pipelines.doctor.rows import RowExaminer, Tally
-from pipelines.spawned import end_with_parent, starting
+from pipelines.spawned import starting
 from teacher_cache import stopping
+from teacher_cache.parent import end_with_parent
 from teacher_cache.records import RowGroup
 
 ROWS_A_PROCESS = 4_000
@@ -54,9 +55,9 @@ def working(examiner: RowExaminer, rows: int, workers: int | None) -> Iterator[S
 def _start(*arguments: Any) -> None:
     """In a new process."""
     global _examiner
+    end_with_parent()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to all; the parent says what happens
     signal.pthread_sigmask(signal.SIG_UNBLOCK, stopping.SIGNALS)
-    end_with_parent()
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     import torch
     from transformers.utils import logging

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from teacher_cache.errors import KdcliError
+from teacher_cache.whole_file import write_whole
 
 PREPARE, SHARDS = "prepare.sbatch", "shards.sbatch"
 
@@ -65,9 +66,8 @@ class SlurmJob:
 
     def submit(self) -> tuple[str, str]:
         """(id of the preparing job, of the array); KdcliError where Slurm refuses them."""
-        self.folder.mkdir(parents=True, exist_ok=True)
         for name, text in self.scripts().items():
-            (self.folder / name).write_text(text)
+            write_whole(self.folder / name, text)
         first = self._sbatch(self.folder / PREPARE)
         return first, self._sbatch(f"--dependency=afterok:{first}", self.folder / SHARDS)
 

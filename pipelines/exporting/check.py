@@ -87,14 +87,20 @@ def run_fresh(folder: Path, rows: Path) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as modules:
         own = {"HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": modules, "TOKENIZERS_PARALLELISM": "false"}
         kept = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-        done = subprocess.run(
-            [sys.executable, "-P", loaded.__file__, str(folder.resolve()), str(rows.resolve())],
-            env={**kept, **own},
-            cwd=rows,
-            capture_output=True,
-            text=True,
-            check=False,
-        )
+        theirs, ours = os.pipe()  # it ends when nobody holds the other end any more
+        try:
+            done = subprocess.run(
+                [sys.executable, "-P", loaded.__file__, str(folder.resolve()), str(rows.resolve())],
+                env={**kept, **own},
+                cwd=rows,
+                stdin=theirs,
+                capture_output=True,
+                text=True,
+                check=False,
+            )
+        finally:
+            os.close(theirs)
+            os.close(ours)
     if done.returncode:
         reason = (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1]
         raise KdcliError(f"{folder}: plain transformers does not load it: {reason}")

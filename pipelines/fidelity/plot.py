@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from pipelines.profiles import HEAD_K
+from teacher_cache.whole_file import write_whole
 
 FLOOR = 0.003
 """Degrees below which a point is drawn on the axis: a logarithm has no room for 0."""
@@ -41,8 +43,10 @@ def write_plot(result: Mapping[str, Any], path: Path) -> Path:
     handles, labels = axes[0][-1].get_legend_handles_labels()
     figure.legend(handles, labels, loc="lower center", ncol=5, fontsize=7, frameon=False)
     figure.tight_layout(rect=(0, 0.14, 1, 1))
-    figure.savefig(path, dpi=80)
+    png = io.BytesIO()
+    figure.savefig(png, dpi=80, format="png")
     pyplot.close(figure)
+    write_whole(path, png.getvalue())
     return path
 
 

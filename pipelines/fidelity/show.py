@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -13,7 +12,9 @@ from rich.console import Console
 
 from pipelines.fidelity.plot import write_plot
 from pipelines.progress import bar
+from pipelines.run_records import write_record
 from pipelines.tables import table
+from teacher_cache.whole_file import write_whole
 
 DIRECTIONS = ("forward", "reverse")
 
@@ -151,24 +152,15 @@ def ratio(value: float | None) -> str:
     return "–" if value is None or math.isnan(value) else f"{value:.4f}"
 
 
-def as_json(value: Any) -> Any:
-    """The result with NaN and infinity as null, which JSON has no words for."""
-    if isinstance(value, Mapping):
-        return {str(key): as_json(one) for key, one in value.items()}
-    if isinstance(value, list | tuple):
-        return [as_json(one) for one in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
 def write_files(result: Mapping[str, Any], plot: str | None, out: str | None) -> None:
     """The plot, and the tables as a Markdown page that shows it; everything as JSON where ``out`` ends so (`kdcli report` draws that)."""
     if plot:
         write_plot(result, Path(plot))
     if out and out.endswith(".json"):
-        Path(out).write_text(json.dumps(as_json(result), indent=1) + "\n")
+        write_record(Path(out), result)
     elif out:
         picture = f"\n\n![bytes a row against gradient angle]({plot})" if plot else ""
-        Path(out).write_text(f"# Fidelity\n\n{report(result)}{picture}\n")
+        write_whole(Path(out), f"# Fidelity\n\n{report(result)}{picture}\n")
 
 
 @contextmanager

@@ -18,6 +18,7 @@ from teacher_cache.fields import CalibratedField, create_field
 from teacher_cache.fields.calibration import Calibration
 from teacher_cache.plan import Plan
 from teacher_cache.prepare import Preparer
+from teacher_cache.shards.commit import await_listed
 from teacher_cache.shards.storage import Storage
 from teacher_cache.teachers.backends import release
 
@@ -62,5 +63,6 @@ def capture_sample(
         progress(done, len(left))
         task(shard)
     seconds = time.perf_counter() - started
+    await_listed(storage, left, fields)
     release()  # what comes next is the student's
     return seconds if fresh else None

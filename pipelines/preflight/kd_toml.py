@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import difflib
 import json
-import os
 import re
 import tomllib
-import uuid
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from teacher_cache.errors import KdcliError
+from teacher_cache.errors import DiskError, KdcliError
+from teacher_cache.whole_file import write_whole
 
 Tables = Mapping[str, Mapping[str, Any]]
 """Table name (``capture``, ``fields.vision_topk``) → key → value; None removes the key."""
@@ -123,11 +122,8 @@ def write(path: Path | None, tables: Tables) -> dict[str, Any]:
         return body | {"why": f"{path} was left as it is ({error}); put this into it by hand"}
     diff = difflib.unified_diff(text.splitlines(), new.splitlines(), str(path), f"{path}, now", lineterm="", n=1)
     if new != text:
-        draft = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
         try:
-            draft.write_text(new)
-            draft.chmod(path.stat().st_mode)
-            os.replace(draft, path)
-        finally:
-            draft.unlink(missing_ok=True)
+            write_whole(path, new)
+        except DiskError as error:  # what was measured is worth hours, and is still to be told
+            return body | {"why": f"{error}; or put this into it by hand"}
     return body | {"written": True, "diff": "\n".join(diff)}

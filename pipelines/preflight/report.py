@@ -145,15 +145,6 @@ def percent(share: float) -> str:
     return "–" if math.isnan(share) else f"{100 * share:+.2g} %"
 
 
-def as_json(value: Any) -> Any:
-    """The same without NaN and infinity, which JSON does not know."""
-    if isinstance(value, Mapping):
-        return {key: as_json(one) for key, one in value.items()}
-    if isinstance(value, list | tuple):
-        return [as_json(one) for one in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
 @contextmanager
 def preflight_progress(console: Console) -> Iterator[Callable[[str, int, int], None]]:
     """``progress(event, done, total)`` for ``run.preflight``."""

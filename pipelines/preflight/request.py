@@ -15,7 +15,9 @@ from pipelines.stage_identity import start_hash
 from student_train.compression import asked_for
 from student_train.methods import method_module
 from teacher_cache.errors import CacheError, KdcliError
+from teacher_cache.places import place_of
 from teacher_cache.plan import difference
+from teacher_cache.shards.schema import require
 from teacher_cache.shards.sealed import seal, unseal
 from teacher_cache.shards.storage import Storage
 from teacher_cache.sources import DataSpec
@@ -53,6 +55,7 @@ class PreflightRequest:
     kd_file: Path | None = None
 
     def __post_init__(self) -> None:
+        place_of(self.out, "--out")
         if self.rows < LEAST_ROWS:
             raise KdcliError(
                 f"--rows must be at least {LEAST_ROWS}, a third of them is held out to judge, got {self.rows}"
@@ -79,7 +82,7 @@ class PreflightRequest:
 
     @property
     def cache_url(self) -> str:
-        return f"{self.out.rstrip('/')}/cache"
+        return f"{place_of(self.out).text.rstrip('/')}/cache"
 
     @cached_property
     def images(self) -> bool:
@@ -151,6 +154,11 @@ def identity(request: PreflightRequest, plan_hash: str, fingerprint: Mapping[str
     }
 
 
+_MEASURED = {"label": str, "error": str, "angles": dict, "head_angles": dict}
+_CHOICE = {"kind": str, "label": str, "fields": {...: dict}, "ladder": [_MEASURED], "reasons": [str]}
+_NOTES = {"identity": dict, "found": {"choices?": [_CHOICE], "tokens_per_second?": float}}
+
+
 class Notebook:
     """``OUT/preflight.json``: the identity of this preflight and what it has found so far, so that a re-run goes on."""
 
@@ -160,7 +168,7 @@ class Notebook:
         place = f"{out}/{NOTEBOOK}"
         self.found: dict[str, Any] = {}
         if self.storage.exists(NOTEBOOK):
-            body = unseal(self.storage.read(NOTEBOOK), place)
+            body = require(unseal(self.storage.read(NOTEBOOK), place), _NOTES, place)
             if body["identity"] != wanted:
                 lines = "; ".join(difference(body["identity"], wanted)).replace("cache ", "there ")
                 raise CacheError(f"{out} holds another preflight: {lines}: choose another --out, or remove that folder")

@@ -21,6 +21,7 @@ from pipelines.preflight.live import LiveTeacher
 from pipelines.preflight.request import Notebook, PreflightRequest, has_ladder, identity
 from pipelines.preflight.sample import held_out, read_rows, sample_plan
 from pipelines.preflight.student_side import StudentRead, load_side, read_as_student, row_id
+from pipelines.presence import at_work
 from pipelines.stage_plans import refuse_blind
 from student_train.cache import Cache
 from student_train.methods import create_method
@@ -76,6 +77,12 @@ def preflight(request: PreflightRequest, progress: Progress = lambda event, done
             opened.read.tokenizer or f"no held-out row is usable: run `kdcli doctor`; {'; '.join(opened.read.problems)}"
         )
         return {"go": False, "reasons": [why], "warnings": opened.warnings, "out": request.out}
+    with at_work(Storage(request.cache_url), "preflight"):
+        return go_on(request, opened, progress)
+
+
+def go_on(request: PreflightRequest, opened: Opened, progress: Progress) -> dict[str, Any]:
+    """Everything behind what needs no weights."""
     device = resolve_device(request.teacher)
     student, rows = load_side(request.settings.train, opened.read, opened.judged, device)
     answers = ask(request, opened, rows, progress)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import statistics
 from collections.abc import Mapping, Sequence
@@ -12,8 +11,9 @@ from typing import Any
 
 from pipelines.report.charts import short
 from pipelines.report.runs import Run, Stage, stage_cards
+from pipelines.run_records import open_plain, parse_record
 from pipelines.tables import human_bytes
-from teacher_cache.errors import KdcliError
+from teacher_cache.shards.schema import COUNT, MOST, misfit
 
 NOTHING = "–"
 MOST_HEADER = 100_000_000
@@ -126,13 +126,20 @@ def parameters(model: Path) -> int | None:
 
 
 def _elements(file: Path) -> int:
-    try:
-        with file.open("rb") as opened:
-            size = int.from_bytes(opened.read(8), "little")
-            header = json.loads(opened.read(min(size, MOST_HEADER)))
-        shapes = [one["shape"] for name, one in header.items() if name != "__metadata__"]
-        return sum(math.prod(map(int, shape)) for shape in shapes)
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-        raise KdcliError(
-            f"{file}: no safetensors file ({error}): remove its folder to train that stage again"
-        ) from None
+    fix = "remove its folder to train that stage again"
+    with open_plain(file, fix) as opened:
+        size = int.from_bytes(opened.read(8), "little")
+        data = opened.read(min(size, MOST_HEADER))
+    header = parse_record(data, str(file), _misfit_of_header, fix)
+    return _count_of(header)
+
+
+def _count_of(header: Mapping[str, Any]) -> int:
+    return sum(math.prod(one["shape"]) for name, one in header.items() if name != "__metadata__")
+
+
+def _misfit_of_header(header: Any) -> str:
+    """Of a safetensors file."""
+    tensors = {name: one for name, one in header.items() if name != "__metadata__"}
+    wrong = misfit(tensors, {...: {"shape": [COUNT]}})
+    return wrong or ("" if _count_of(tensors) < MOST else "its tensors are larger than any memory")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -11,7 +10,9 @@ from typing import Any
 
 from pipelines.fidelity.plot import family_of
 from pipelines.preflight.request import NOTEBOOK
+from pipelines.run_records import fits, parse_record, read_plain
 from teacher_cache.errors import KdcliError
+from teacher_cache.places import local_path, place_of
 from teacher_cache.shards.storage import Storage
 
 FIX = "give the file of `kdcli fidelity --out FILE.json`, or the folder of a `kdcli preflight`"
@@ -62,30 +63,28 @@ class Measured:
 
 def read_fidelity(paths: Sequence[Path | str]) -> list[Measured]:
     """KdcliError naming a file that is none of the two."""
-    return [_read(str(path)) for path in paths]
+    return [_read(path) for path in paths]
 
 
 def beside(cache_url: str) -> list[str]:
     """The preflight whose own cache this is: ``preflight/cache`` lies in its folder."""
-    folder = cache_url.rstrip("/").removesuffix("/cache")
-    found = folder != cache_url.rstrip("/") and Storage(folder).exists(NOTEBOOK)
-    return [f"{folder}/{NOTEBOOK}"] if found else []
+    folder, _, name = place_of(cache_url).text.rpartition("/")
+    beside_it = name == "cache" and folder and not folder.endswith("/")
+    return [f"{folder}/{NOTEBOOK}"] if beside_it and Storage(folder).exists(NOTEBOOK) else []
 
 
-def _read(path: str) -> Measured:
-    folder, _, name = path.rpartition("/")
-    if Path(path).is_dir():
-        folder, name = path, NOTEBOOK
-    place = f"{folder}/{name}" if folder else name
+def _read(path: Path | str) -> Measured:
+    found = place_of(path)
+    place = f"{found.text}/{NOTEBOOK}" if found.local and Path(found.path).is_dir() else found.text
+    folder, _, name = place.rpartition("/")
     try:
-        body = json.loads(Storage(folder or ".").read(name))
+        data = read_plain(local_path(place), FIX) if found.local else Storage(folder).read(name)
     except OSError:
         raise KdcliError(f"{place} cannot be read: {FIX}") from None
-    except (ValueError, RecursionError) as error:
-        raise KdcliError(f"{place}: not JSON ({error}): {FIX}") from None
+    body = parse_record(data, place, fits({}), FIX)
     try:
         return _of_fidelity(place, body) if "distributions" in body else _of_preflight(place, body)
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
+    except (LookupError, TypeError, AttributeError, ValueError, ArithmeticError) as error:
         raise KdcliError(f"{place} holds no measurement ({type(error).__name__}: {error}): {FIX}") from None
 
 
@@ -116,8 +115,8 @@ def _of_fidelity(place: str, body: Mapping[str, Any]) -> Measured:
 def _stored(kind: str, label: str, family: str, size: float, one: Mapping[str, Any]) -> Stored:
     measured = {direction: one[direction] for direction in ("forward", "reverse") if one.get(direction)}
     return Stored(
-        kind,
-        label,
+        _text(kind),
+        _text(label),
         family,
         float(size),
         _number((one.get("kl") or {}).get("mean")),
@@ -152,7 +151,8 @@ def _of_preflight(place: str, body: Mapping[str, Any]) -> Measured:
                 own = one["label"] == choice["label"]
                 whole = any(params.get("codec") not in (None, "sketch") for params in one["fields"].values())
                 family = "hidden" if whole else family_of(one["fields"])
-                stored.append(Stored(one["kind"], one["label"], family, one["bytes_per_row"], kl, angles, chosen=own))
+                kind, label, size = _text(one["kind"]), _text(one["label"]), float(one["bytes_per_row"])
+                stored.append(Stored(kind, label, family, size, kl, angles, chosen=own))
     terms = [
         LossTerm(
             f"{method['method']}: {name}",
@@ -172,6 +172,12 @@ def _of_preflight(place: str, body: Mapping[str, Any]) -> Measured:
 
 def _number(value: Any) -> float:
     return math.nan if value is None else float(value)
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str):
+        raise TypeError(f"{value!r} is no text")
+    return value
 
 
 def _short(field: str) -> str:

@@ -24,7 +24,7 @@ from student_train.needs import Served
 from student_train.stream import Order, TrainBatch, TrainDataset, join
 from student_train.student import RowForward, load_student
 from student_train.teacher_view import TeacherSignals
-from teacher_cache.errors import KdcliError, SkipRow
+from teacher_cache.errors import KdcliError, SkipRow, one_line
 from teacher_cache.fingerprint import preparation_version
 from teacher_cache.prepare import Preparer
 from teacher_cache.records import Sample
@@ -86,6 +86,8 @@ def matching_section(runs: Sequence[Run], cache: Cache) -> MatchingSection | Non
             section.notes.append(f"{run.name}: {error}")
         except KeyError as error:
             section.notes.append(f"{run.folder / 'run.json'}: it does not say {error}")
+        except (TypeError, ValueError, AttributeError) as error:  # settings and knobs of any type
+            section.notes.append(f"{run.folder / 'run.json'}: it does not fit its model ({one_line(error)})")
     return section if section.runs or section.notes else None
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -21,6 +20,7 @@ from pipelines.report.runs import Run, read_runs
 from pipelines.report.scores import collect_results, score_rows
 from pipelines.report.sizes import cache_sizes
 from student_train.cache import Cache
+from teacher_cache.whole_file import refuse_unwritable, write_whole
 
 TITLE = "Students trained from one teacher cache"
 
@@ -44,8 +44,10 @@ def write_report(
         matching: match the vision tokens of finished students whose method does, which loads each and runs it on two rows.
 
     Raises:
-        KdcliError: a folder without a run, a damaged file, a cache that cannot be opened.
+        KdcliError: a folder without a run, a damaged file, a cache that cannot be opened, a page that cannot be written.
     """
+    out = Path(out)
+    refuse_unwritable(out)
     read = read_runs(runs)
     cache = Cache(cache_url) if cache_url else None
     measured = read_fidelity(fidelity or (beside(cache_url) if cache_url else []))
@@ -64,11 +66,7 @@ def write_report(
         matching=matching_section(read, cache) if cache and matching else None,
         settings=[(run, settings_table(run)) for run in read],
     )
-    out = Path(out)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    draft = out.with_name(f".{out.name}.draft")  # a reader never sees half a page
-    draft.write_text(page, encoding="utf-8")
-    os.replace(draft, out)
+    write_whole(out, page)
     return out
 
 

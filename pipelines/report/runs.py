@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -10,6 +10,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from pipelines.run_records import DONE, TRAIN_AGAIN, fits, read_points, read_record, read_run_card, read_scores
+from pipelines.stage_records import folder_of
 from teacher_cache.errors import KdcliError
 
 SEED = re.compile(r"^(?P<group>.*?)[-_./]*seed[-_=]?\d+(-[0-9a-f]{8})?$")
@@ -77,7 +79,7 @@ def read_runs(paths: Sequence[Path]) -> list[Run]:
 
 
 def _find(path: Path) -> list[Path]:
-    if (path / "run.json").is_file():
+    if os.path.lexists(path / "run.json"):
         return [path]
     found = sorted(card.parent for depth in ("*", "*/*") for card in path.glob(f"{depth}/run.json"))
     if not found:
@@ -96,39 +98,30 @@ def _names(folders: Sequence[Path]) -> list[str]:
 
 
 def _read_run(folder: Path, name: str) -> Run:
-    card = _json(folder / "run.json")
+    card = read_run_card(folder / "run.json")
     logs = sorted(folder.glob("*/metrics.jsonl"))
     cards = stage_cards(card)
     stages = [_read_stage(log.parent, cards.get(log.parent.name, {}).get("method", "")) for log in logs]
     seeded = SEED.match(name)
     group = (seeded["group"] if seeded else "") or name
-    scores = _json(folder / "scores.json") if (folder / "scores.json").is_file() else {}
+    scores = read_scores(folder / "scores.json") if os.path.lexists(folder / "scores.json") else {}
     if "families" in scores:
         scores = {group: scores}
     return Run(name, group, folder, card, stages, scores)
 
 
 def stage_cards(card: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
-    """Name of a stage's folder → what the run card says of the stage, in order."""
-    return {f"{i:02d}-{one['stage']}": one for i, one in enumerate(card.get("stages", []), start=1)}
-
-
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        body = json.loads(path.read_text())
-    except (ValueError, RecursionError) as error:
-        raise KdcliError(f"{path}: not JSON ({error})") from None
-    if not isinstance(body, dict):
-        raise KdcliError(f"{path}: a JSON object is expected, this is a {type(body).__name__}")
-    return body
+    """Name of a stage's folder → what the run card says of the stage, in order; the last is the newest command's last."""
+    return {folder_of(number, one): one for number, one in enumerate(card.get("stages", []), start=1)}
 
 
 def _read_stage(folder: Path, method: str) -> Stage:
     log, done = folder / "metrics.jsonl", folder / "done.json"
-    points = _read_points(log)
-    result = _json(done).get("result", {}) if done.is_file() else {}
+    points = read_points(log)
+    ended = os.path.lexists(done)
+    result = read_record(done, fits(DONE), TRAIN_AGAIN).get("result", {}) if ended else {}
     terms = dict.fromkeys(key for point in points for key in point if key == "loss" or key.startswith("loss/"))
-    last = done if done.is_file() else log
+    last = done if ended else log
     return Stage(
         name=folder.name.partition("-")[2] or folder.name,
         method=method,
@@ -136,21 +129,7 @@ def _read_stage(folder: Path, method: str) -> Stage:
         terms=tuple(terms),
         steps=int(result.get("steps", points[-1]["step"] + 1 if points else 0)),
         samples=result.get("samples"),
-        done=done.is_file(),
+        done=ended,
         written=datetime.fromtimestamp(last.stat().st_mtime, UTC),
         folder=folder,
     )
-
-
-def _read_points(log: Path) -> list[dict[str, float]]:
-    """The logged steps in order. The last line may be half written: the run may be going on."""
-    lines = log.read_text().splitlines()
-    points = {}
-    for number, line in enumerate(lines):
-        try:
-            body = json.loads(line)
-            points[int(body["step"])] = {k: float(v) for k, v in body.items() if isinstance(v, int | float)}
-        except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
-            if number < len(lines) - 1:
-                raise KdcliError(f"{log}: line {number + 1} is damaged") from None
-    return [points[step] for step in sorted(points)]

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from pipelines.report.runs import Run
+from pipelines.run_records import misfit_of_result
 from pipelines.tables import uncounted_lines
 from teacher_cache.errors import KdcliError
 
@@ -59,9 +60,9 @@ def collect_results(runs: Sequence[Run], scores: Mapping[str, Any] | None) -> Re
 def _as_list(name: str, value: Any) -> list[Mapping[str, Any]]:
     results = list(value) if isinstance(value, Sequence) and not isinstance(value, str) else [value]
     for one in results:
-        if not isinstance(one, Mapping) or not {"families", "family_mean", "exact_match"} <= one.keys():
+        if wrong := misfit_of_result(one):
             raise KdcliError(
-                f"scores of {name}: expected the result of `kdcli eval --json` (families, family_mean, exact_match)"
+                f"scores of {name}: expected the result of `kdcli eval --json` (families, family_mean, exact_match): {wrong}"
             )
     return results
 

@@ -105,6 +105,11 @@ class SketchField:
         tensors = dict(self._calibration)
         return Transform.of(tensors), tables_of(tensors)["mean_logit"], tensors["mean_weight"]
 
+    @property
+    def rank(self) -> int:
+        """r: how wide the coefficients are."""
+        return self._fitted[0].rank
+
     def encode(self, prepared: Prepared, output: TeacherOutput) -> dict[str, torch.Tensor]:
         coder, table, mean_weight = self._fitted
         rows = output.hidden[self.rows].to(output.device).to(torch.float32)  # it travels in the teacher's dtype

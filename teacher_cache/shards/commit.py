@@ -6,17 +6,22 @@ A shard is done when its commit is there, readable and bound to the same plan an
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 
 from teacher_cache.errors import CacheError
 from teacher_cache.records import SkipRecord
+from teacher_cache.shards.plain_files import MOST_COMMIT
 from teacher_cache.shards.schema import COUNT, require
 from teacher_cache.shards.sealed import seal, unseal
 from teacher_cache.shards.storage import Storage
 
 FORMAT_VERSION = 1
+LONGEST_LAG_S = 60.0
+_COMMIT_NAME = re.compile(r"([0-9]{6}|[1-9][0-9]{6,9})\.json")
 _FILE_NAME = re.compile(r"[0-9A-Za-z][0-9A-Za-z._-]{0,199}")
+_SHA256 = re.compile(r"[0-9a-f]{64}")
 _SKIP = {**dict.fromkeys(("part", "source_id", "place", "reason", "detail"), str), "ordinal": COUNT}
 _SHAPE = {
     **dict.fromkeys(("plan_hash", "column_hash", "tar", "tar_sha256", "index", "index_sha256"), str),
@@ -53,7 +58,14 @@ class Commit:
     counts: dict[str, int]
 
     def to_bytes(self) -> bytes:
-        return seal({"format_version": FORMAT_VERSION, **asdict(self)})
+        """CacheError where nobody could read it again."""
+        data = seal({"format_version": FORMAT_VERSION, **asdict(self)})
+        if len(data) > MOST_COMMIT:
+            raise CacheError(
+                f"shard {self.shard:06d} skips {len(self.skipped):,} rows, more than a commit can hold: mend the mixture (`kdcli doctor`), "
+                "or make the cache with more --shards"
+            )
+        return data
 
 
 def parse_commit(data: bytes, place: str) -> Commit:
@@ -89,12 +101,12 @@ def read_commit(storage: Storage, column: str, shard: int) -> Commit:
 
 
 def read_commits(storage: Storage, column: str, shards: Sequence[int]) -> list[Commit]:
-    """``read_commit`` of several shards, asked for all at once."""
+    """``read_commit`` of several shards, asked for many at once."""
     try:
-        every = storage.read_all([commit_path(column, shard) for shard in shards])
+        every = storage.read_each([commit_path(column, shard) for shard in shards])
+        return [_parse_of_shard(storage, column, shard, data) for shard, data in zip(shards, every)]
     except FileNotFoundError:
         return [read_commit(storage, column, shard) for shard in shards]  # one of them says which is missing
-    return [_parse_of_shard(storage, column, shard, data) for shard, data in zip(shards, every)]
 
 
 def commit_path(column: str, shard: int) -> str:
@@ -111,13 +123,51 @@ def _parse_of_shard(storage: Storage, column: str, shard: int, data: bytes) -> C
 
 def committed_shards(storage: Storage, column: str) -> list[int]:
     """Numbers of the shards that have a commit file, sorted; one listing, nothing is opened."""
-    names = storage.names(f"{column}/commits")
-    return sorted(int(name[:-5]) for name in names if name.endswith(".json") and name[:-5].isdecimal())
+    found = (_COMMIT_NAME.fullmatch(name) for name in storage.names(f"{column}/commits"))
+    return sorted(int(name[1]) for name in found if name)
+
+
+def await_listed(storage: Storage, left: Mapping[int, Iterable[str]], fields: Iterable[str] = ()) -> None:
+    """Behind a run: wait until listings show what it wrote, where those of an object store lag. A cache is opened by its listings.
+
+    Args:
+        left: shard → columns that the run was to write; what it did not write is not waited for. fields: that it described.
+
+    Raises:
+        CacheError: the store does not list in ``LONGEST_LAG_S`` what it holds.
+    """
+    wanted: dict[str, set[int]] = {f"fields/{name}": set() for name in fields}
+    for shard, columns in left.items():
+        for column in columns:
+            wanted.setdefault(column, set()).add(shard)
+    started = time.monotonic()
+    while hidden := next(_hidden(storage, wanted), None) if not storage.local else None:
+        if time.monotonic() - started > LONGEST_LAG_S:
+            raise CacheError(
+                f"{storage}/{hidden} is there, and its store has not listed it for {LONGEST_LAG_S:.0f} seconds: what was written is "
+                "complete; run the command again when `kdcli cache status` counts it"
+            )
+        time.sleep(0.5)
+
+
+def _hidden(storage: Storage, wanted: Mapping[str, Iterable[int]]) -> Iterator[str]:
+    """Files of these columns that can be read and are not listed."""
+    described = storage.names("fields")
+    for column, shards in wanted.items():
+        unseen = [commit_path(column, shard) for shard in sorted(set(shards) - set(committed_shards(storage, column)))]
+        if column.startswith("fields/") and column.removeprefix("fields/") not in described:
+            unseen.append(f"{column}/field.json")
+        yield from filter(storage.exists, unseen)
 
 
 def _check(commit: Commit) -> None:
     for name in (commit.tar, commit.index):
         if not _FILE_NAME.fullmatch(name):
             raise ValueError(f"{name[:60]!r} is no name of a tar or index")
+    for digest in (commit.tar_sha256, commit.index_sha256):  # a local cache names files by the first
+        if not _SHA256.fullmatch(digest):
+            raise ValueError(f"{digest[:70]!r} is no sha256")
     if commit.rows != commit.written + len(commit.skipped):
         raise ValueError(f"{commit.rows} rows are not {commit.written} written + {len(commit.skipped)} skipped")
+    if len({skip.ordinal for skip in commit.skipped}) != len(commit.skipped):
+        raise ValueError("a row is skipped twice")

@@ -3,14 +3,16 @@ least recently used so that all together stay within a bound.
 
 Files are named by their content (``SHA256.tar``), so whatever stands there under that name is the tar that a commit means, of whichever
 cache. What is being read or fetched is locked (flock): neither is evicted, and what a killed process left half-fetched is nobody's.
-The folder must lie on a disk of this machine.
+The folder must lie on a disk of this machine, and be the user's own: what stands there is taken for what was fetched. Links in it are not
+followed, and files of other names are neither counted nor removed.
 """
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import os
+import re
+import stat
 import threading
 from collections import deque
 from collections.abc import Collection, Iterator, Sequence
@@ -19,10 +21,15 @@ from pathlib import Path
 from typing import BinaryIO
 
 from teacher_cache.errors import CacheError, KdcliError
+from teacher_cache.places import local_path
 from teacher_cache.shards.commit import Commit
+from teacher_cache.shards.local_disk import check_own_folder, open_own, take_lock
 from teacher_cache.shards.staging import told_when_full
 from teacher_cache.shards.storage import Storage
 
+FIX = "name a folder of your own on a disk of this machine with --local-cache, or leave it out"
+_NAME = re.compile(r"[0-9a-f]{64}\.tar|[0-9a-f]{64}\.\d+\.(part|lock)")
+"""Files of ours. Everything else in the folder is somebody's."""
 FETCHERS = 4
 """Tars that a process fetches ahead at once."""
 
@@ -31,11 +38,14 @@ class DiskCache:
     """Args: folder: made where it is absent; most_bytes: that all tars in it take, fetched and being fetched."""
 
     def __init__(self, folder: str | Path, most_bytes: int):
-        self.folder, self.most_bytes = Path(folder), most_bytes
+        self.folder, self.most_bytes = local_path(folder, "--local-cache"), most_bytes
         if most_bytes < 1:
             raise KdcliError("--local-cache-gb must be above 0")
         with told_when_full(self.folder):
-            self.folder.mkdir(parents=True, exist_ok=True)
+            self.folder.parent.mkdir(parents=True, exist_ok=True)
+            with suppress(FileExistsError):
+                self.folder.mkdir(mode=0o700)
+        check_own_folder(self.folder, FIX, links=True)
         self._wanted: deque[tuple[str, Commit]] = deque()
         self._fetchers: list[threading.Thread] = []
 
@@ -102,7 +112,7 @@ class DiskCache:
                 return False
             part.unlink(missing_ok=True)  # of a killed process: its lock is ours now
             try:
-                if path.exists() and path.stat().st_size == commit.tar_bytes:
+                if _stands(path, commit.tar_bytes):
                     return True
                 if not self._make_room(part, commit.tar_bytes, keep):
                     return False
@@ -125,16 +135,19 @@ class DiskCache:
         with self._counting():
             used, idle = 0, []
             for one in self.folder.iterdir():
+                if not _NAME.fullmatch(one.name):
+                    continue
                 with suppress(FileNotFoundError):
                     if one.suffix == ".tar":
-                        status = one.stat()
+                        status = one.lstat()
                         used += status.st_size
                         idle.append((status.st_mtime_ns, one, status.st_size))
                     elif one.suffix == ".lock" and _remove_if_dead(one):
                         one.with_suffix(".part").unlink(missing_ok=True)
                     elif one.suffix == ".part" and not one.with_suffix(".lock").exists():
                         one.unlink()
-            used += sum(int(one.suffixes[0][1:]) for one in self.folder.glob("*.part"))
+            parts = [one for one in self.folder.glob("*.part") if _NAME.fullmatch(one.name)]
+            used += sum(int(one.suffixes[0][1:]) for one in parts)
             for _, one, size in sorted(idle):
                 if used + count <= self.most_bytes:
                     break
@@ -149,10 +162,12 @@ class DiskCache:
 def _open_locked(path: Path, size: int) -> BinaryIO | None:
     """The file open under a shared lock, marked as just used; None where it is absent, evicted meanwhile or of another size."""
     try:
-        opened = path.open("rb")
+        opened = open_own(path)
     except FileNotFoundError:
         return None
-    fcntl.flock(opened, fcntl.LOCK_SH)
+    except OSError:  # a link, a pipe: the tar that is fetched takes its name
+        return None
+    take_lock(opened, path, FIX, shared=True)
     status = os.fstat(opened.fileno())
     if status.st_nlink and status.st_size == size:
         os.utime(opened.fileno())
@@ -166,12 +181,13 @@ def _open_locked(path: Path, size: int) -> BinaryIO | None:
 def _remove_if_dead(path: Path) -> bool:
     """Remove a file that no process holds a lock on; whether it is gone."""
     try:
-        with path.open("rb") as opened:
-            fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        with open_own(path) as opened:
+            if not take_lock(opened, path, FIX, wait=False):
+                return False
             path.unlink(missing_ok=True)
     except FileNotFoundError:
         return True
-    except BlockingIOError:
+    except OSError:  # a link, a pipe: not what was written here
         return False
     return True
 
@@ -180,10 +196,8 @@ def _remove_if_dead(path: Path) -> bool:
 def _locked(path: Path, wait: bool = True) -> Iterator[BinaryIO | None]:
     """The file, made where it is absent, open under an exclusive lock; None where another process holds it and ``wait`` is off."""
     while True:
-        with path.open("ab") as opened:
-            try:
-                fcntl.flock(opened, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
+        with open_own(path, os.O_RDWR | os.O_CREAT) as opened:
+            if not take_lock(opened, path, FIX, wait=wait):
                 yield None
                 return
             if _still_named(opened, path):  # who held it before may have renamed or removed what we opened
@@ -196,6 +210,15 @@ def _still_named(opened: BinaryIO, path: Path) -> bool:
         return os.fstat(opened.fileno()).st_ino == path.stat().st_ino
     except FileNotFoundError:
         return False
+
+
+def _stands(path: Path, size: int) -> bool:
+    """Whether a file, no link, of this size has that name."""
+    try:
+        status = path.lstat()
+    except FileNotFoundError:
+        return False
+    return stat.S_ISREG(status.st_mode) and status.st_size == size
 
 
 def _download_checked(storage: Storage, relative: str, target: Path, commit: Commit) -> None:

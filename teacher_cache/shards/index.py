@@ -18,6 +18,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from teacher_cache.errors import CacheError
+from teacher_cache.shards.parquet_pages import unpacked_bytes
 
 MEMBER = pa.struct([("ext", pa.string()), ("offset", pa.int64()), ("size", pa.int64()), ("crc32", pa.uint32())])
 SCHEMA = pa.schema(
@@ -36,7 +37,7 @@ _READ_SCHEMA = pa.schema(
 )
 
 
-MOST_BYTES, BATCH_ROWS, MOST_BATCH_BYTES, MOST_CHARACTERS = 1 << 30, 256, 1 << 24, 200
+MOST_BYTES, BATCH_ROWS, MOST_BATCH_BYTES, MOST_CHARACTERS = 1 << 29, 256, 1 << 24, 200
 """Of an index, unpacked; rows looked at together, and the bytes of these (a sample takes about 200); of a key or an extension."""
 _KEY, _EXT = re.compile(r"[0-9A-Za-z_-]+"), re.compile(r"[0-9A-Za-z_][0-9A-Za-z_.-]*")
 
@@ -161,9 +162,12 @@ def _read_batches(data: bytes, rows: int) -> Iterator[pa.RecordBatch]:
         raise ValueError(f"columns {parquet.schema_arrow.names}")
     if parquet.metadata.num_rows != rows:
         raise ValueError(f"{parquet.metadata.num_rows} samples, not {rows}")
-    if sum(parquet.metadata.row_group(i).total_byte_size for i in range(parquet.num_row_groups)) > MOST_BYTES:
+    if unpacked_bytes(data, parquet.metadata) > MOST_BYTES:
         raise ValueError(f"more than {MOST_BYTES:,} bytes")
+    total = 0
     for batch in parquet.iter_batches(BATCH_ROWS):
+        if (total := total + batch.nbytes) > MOST_BYTES:  # the footer may say less
+            raise ValueError(f"more than {MOST_BYTES:,} bytes")
         lists = batch.column("members")
         flat = lists.flatten()
         if any(column.null_count for column in (*batch.columns, flat, *flat.flatten())):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from teacher_cache.errors import CacheError
 from teacher_cache.shards.commit import Commit, read_commit
+from teacher_cache.shards.plain_files import StrangeFile
 from teacher_cache.shards.writer import ShardWriter
 
 
@@ -46,7 +47,10 @@ class ShardMender(ShardWriter):
     def _is_the_same(self, commit: Commit, standing: Commit | None) -> bool:
         if standing is not None:
             return _same_files(commit, standing)
-        left = self.storage.read(self._commit_path)
+        try:
+            left = self.storage.read(self._commit_path)
+        except StrangeFile:
+            left = b""
         return all(
             digest.encode() in left or name in self.storage.names(f"{self.column}/{folder}")
             for folder, name, digest in (

@@ -10,7 +10,7 @@ import hashlib
 import os
 import zlib
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import BinaryIO, Generic, TypeVar
 
 from teacher_cache.errors import CacheError
@@ -22,6 +22,10 @@ from teacher_cache.shards.storage import Storage
 OPEN_SHARDS, OPEN_CACHED_TARS = 64, 16
 """Whose tars stay open and whose indices stay in memory: training goes through blocks of 16, and memory does not grow with the rows.
 Open files of a disk cache cannot be evicted meanwhile, so they are as few as are read at a time."""
+MOST_KEPT_ROWS = 1 << 23
+"""Rows of all indices in memory, about 100 bytes each."""
+MOST_SAMPLE = 1 << 30
+"""Bytes of a sample in its tar: 32,768 rows of 8,192 float32."""
 READ_AHEAD = 8 << 20
 """Bytes of one request where rows are read one after the other."""
 T = TypeVar("T")
@@ -41,6 +45,12 @@ class Recent(OrderedDict[int, T], Generic[T]):
         self[shard] = value
         return [self.popitem(last=False)[1] for _ in range(len(self) - (OPEN_SHARDS if most is None else most))]
 
+    def keep_rows(self, shard: int, value: T, rows: Callable[[T], int]) -> None:
+        """Besides, all together have few enough rows; that of ``shard`` stays."""
+        self.keep(shard, value)
+        while len(self) > 1 and sum(map(rows, self.values())) > MOST_KEPT_ROWS:
+            self.popitem(last=False)
+
 
 class ColumnReader:
     """``samples`` or one field of a cache, opened for reading.
@@ -49,10 +59,19 @@ class ColumnReader:
         storage: the cache. column: ``samples`` or ``fields/NAME``.
         plan_hash, column_hash: what every commit must be bound to.
         disk: where tars of an object store are kept; None: nowhere.
+        slice_rows: rows of every slice of the plan, which commits must count; None: nobody knows.
     """
 
-    def __init__(self, storage: Storage, column: str, plan_hash: str, column_hash: str, disk: DiskCache | None = None):
-        self.storage, self.column = storage, column
+    def __init__(
+        self,
+        storage: Storage,
+        column: str,
+        plan_hash: str,
+        column_hash: str,
+        disk: DiskCache | None = None,
+        slice_rows: Sequence[int] | None = None,
+    ):
+        self.storage, self.column, self._slice_rows = storage, column, slice_rows
         self.disk = None if storage.local else disk
         self._hashes = (plan_hash, column_hash)
         self._commits: dict[int, Commit] = {}
@@ -81,6 +100,8 @@ class ColumnReader:
                     f"{self.storage}: shard {shard:06d} of {self.column} was made by another plan or field setting: "
                     "run `kdcli cache verify`"
                 )
+            if self._slice_rows is not None and (wrong := other_rows(commit, self._slice_rows)):
+                raise self._damaged(commit, wrong)
             self._commits[shard] = commit
 
     def entries(self, shard: int) -> Entries:
@@ -95,15 +116,15 @@ class ColumnReader:
         new = [shard for shard in shards if shard not in self._entries]
         self.load_commits(new)
         try:
-            every = self.storage.read_all([f"{self.column}/index/{self._commits[shard].index}" for shard in new])
+            every = self.storage.read_each([f"{self.column}/index/{self._commits[shard].index}" for shard in new])
+            for shard, data in zip(new, every):
+                self._entries.keep_rows(shard, self._parse_entries(self._commits[shard], data), len)
         except FileNotFoundError as error:
             if len(new) > 1:
                 for shard in new:
                     self.load_entries([shard])
                 return
             raise self._damaged(self._commits[new[0]], f"{error.filename or error} is missing") from None
-        for shard, data in zip(new, every):
-            self._entries.keep(shard, self._parse_entries(self._commits[shard], data))
 
     def _parse_entries(self, commit: Commit, data: bytes) -> Entries:
         index_path, tar_path = f"{self.column}/index/{commit.index}", self._tar_path(commit)
@@ -120,7 +141,7 @@ class ColumnReader:
 
     def place(self, shard: int, row: int) -> tuple[str, int, int]:
         """(file, first byte, last byte + 1) of a sample; 0, 0 for one without members."""
-        return self._tar_path(self.commit(shard)), *_span(self.entries(shard).members(row))
+        return self._tar_path(self.commit(shard)), *self._span(shard, row, self.entries(shard).members(row))
 
     def read(self, shard: int, row: int, data: bytes | None = None) -> dict[str, bytes]:
         """Members of one sample by extension; CacheError naming shard and key where a byte is wrong.
@@ -129,15 +150,16 @@ class ColumnReader:
             data: the bytes of ``place(shard, row)``, if they were read already.
         """
         members = self.entries(shard).members(row)
-        start, stop = _span(members)
+        start, stop = self._span(shard, row, members)
         if stop == 0:
             return {}
         try:
             given = self._bytes(shard, row, start, stop) if data is None else data
             return self._checked(shard, row, members, start, given)
         except CacheError:
-            if not self._forget_cached(shard):
+            if self.storage.local:
                 raise
+            self._forget(shard)  # a store is asked once more: bytes may have been damaged on their way
             return self._checked(shard, row, members, start, self._bytes(shard, row, start, stop))
 
     def _checked(self, shard: int, row: int, members: Sequence[Member], start: int, data: bytes) -> dict[str, bytes]:
@@ -195,13 +217,21 @@ class ColumnReader:
                 old.close()
         return opened
 
-    def _forget_cached(self, shard: int) -> bool:
-        """Drop a tar from the disk cache, whose bytes are wrong; False where it is not from there."""
-        if not self.disk or shard not in self._open:
-            return False
-        self._open.pop(shard).close()
-        self.disk.discard(self.commit(shard))
-        return True
+    def _forget(self, shard: int) -> None:
+        """Drop what is kept of a tar, in memory and in the disk cache: its bytes are wrong."""
+        self._ahead = (-1, -1, 0, b"")
+        if self.disk and shard in self._open:
+            self._open.pop(shard).close()
+            self.disk.discard(self.commit(shard))
+
+    def _span(self, shard: int, row: int, members: Sequence[Member]) -> tuple[int, int]:
+        """First byte and last byte + 1 of a sample's members in its tar; 0, 0 for one without members."""
+        start = min((member.offset for member in members), default=0)
+        stop = max((member.offset + member.size for member in members), default=0)
+        if max(stop - start, sum(member.size for member in members)) > MOST_SAMPLE:
+            key = self.entries(shard).key(row)
+            raise self._damaged(self.commit(shard), f"sample {key} has more than {MOST_SAMPLE:,} bytes")
+        return start, stop
 
     def _tar_path(self, commit: Commit) -> str:
         return f"{self.column}/data/{commit.tar}"
@@ -212,7 +242,9 @@ class ColumnReader:
         )
 
 
-def _span(members: Sequence[Member]) -> tuple[int, int]:
-    """First byte and last byte + 1 of a sample's members in its tar; 0, 0 for one without members."""
-    start = min((member.offset for member in members), default=0)
-    return start, max((member.offset + member.size for member in members), default=0)
+def other_rows(commit: Commit, slice_rows: Sequence[int]) -> str:
+    """Where a commit does not count the rows of its slice of the plan, in words; "" where it does."""
+    if commit.shard >= len(slice_rows):
+        return f"its commit is of a shard that the plan has not ({len(slice_rows)} shards)"
+    planned = slice_rows[commit.shard]
+    return "" if commit.rows == planned else f"its commit counts {commit.rows:,} rows, the plan {planned:,}"

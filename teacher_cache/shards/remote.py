@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import random
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 from teacher_cache.errors import CacheError, KdcliError
@@ -30,7 +30,11 @@ def options(scheme: str) -> dict[str, Any]:
     silence = _number(TIMEOUT, 30.0)
     if scheme in ("s3", "s3a"):
         retries = {"mode": "standard", "max_attempts": 4}
-        return {"config_kwargs": {"retries": retries, "connect_timeout": min(10.0, silence), "read_timeout": silence}}
+        # Listings are not kept: those of a minute ago would say that what other workers wrote since is not there.
+        return {
+            "use_listings_cache": False,
+            "config_kwargs": {"retries": retries, "connect_timeout": min(10.0, silence), "read_timeout": silence},
+        }
     if scheme in READ_ONLY:
         import aiohttp
 
@@ -67,11 +71,43 @@ def persistently(place: str, call: Callable[[], T]) -> T:
     raise AssertionError("unreachable")
 
 
-def exactly(data: bytes, count: int) -> bytes:
-    """``data`` where it has ``count`` bytes; ShortRead else."""
-    if len(data) != count:
-        raise ShortRead(f"{len(data)} bytes came instead of {count}")
-    return data
+def all_persistently(places: Sequence[str], call: Callable[[list[int]], Sequence[Any]]) -> list[Any]:
+    """``call(numbers)`` asks for those of ``places`` at once, and answers with an exception for each that failed. Only these are asked
+    for again, and a try counts where nothing came at all: of a hundred answers a shaky store always breaks some.
+
+    Raises:
+        as ``persistently``.
+    """
+    found: dict[int, Any] = {}
+    left = list(range(len(places)))
+
+    def ask() -> None:
+        answers = call(left)
+        came = {number: one for number, one in zip(left, answers, strict=True) if not isinstance(one, BaseException)}
+        if not came:
+            raise answers[0]
+        found.update(came)
+
+    while left:
+        persistently(places[left[0]], ask)
+        left = [number for number in left if number not in found]
+        if left:
+            time.sleep(random.uniform(0.05, 0.5))
+    return [found[number] for number in range(len(places))]
+
+
+def exactly(data: bytes | BaseException, count: int) -> bytes | BaseException:
+    """``data`` where it has ``count`` bytes, or is an error itself; ShortRead else."""
+    if isinstance(data, BaseException) or len(data) == count:
+        return data
+    return ShortRead(f"{len(data)} bytes came instead of {count}")
+
+
+def is_empty(answer: object) -> bool:
+    """Whether what came for a range from byte 0 says that the file has no bytes."""
+    if not isinstance(answer, Exception):
+        return False
+    return getattr(answer, "status", None) == 416 or "InvalidRange" in f"{answer} {_code(answer)}"
 
 
 def _for_good(error: Exception) -> str:

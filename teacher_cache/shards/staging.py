@@ -1,14 +1,15 @@
 """The local folder in which tars grow before they are uploaded: one a process, bounded, and removed once its process is surely dead.
 
-It lies in the machine's temporary folder (``TMPDIR`` chooses another). A process holds a lock on its folder for as long as it lives; the
-next process of the machine takes away what nobody holds.
+It lies in the machine's temporary folder (``TMPDIR`` chooses another), where others may write, too: what is found under its name is
+looked at before it is used, links in it are not followed, and only files of the names that are given here are removed. A process holds a
+lock on its folder for as long as it lives; the next process of the machine takes away what nobody holds.
 """
 
 from __future__ import annotations
 
 import errno
-import fcntl
 import os
+import re
 import shutil
 import tempfile
 import uuid
@@ -18,8 +19,13 @@ from pathlib import Path
 from typing import BinaryIO
 
 from teacher_cache.errors import CacheError
+from teacher_cache.shards.local_disk import check_own_folder, open_own, take_lock
 
 LOCK = "lock"
+FIX = "set TMPDIR to a folder of your own"
+_FOLDER = re.compile(r"\d+-[0-9a-f]{8}")
+_FILE = re.compile(r"[0-9a-f]{32}-[\w.-]+|[\w.-]+-\d{6,}-[0-9a-f]{32}\.tar")
+"""Names of a process's folder, and of what ``Storage`` and ``ShardWriter`` write in it."""
 _own: tuple[int, Path, BinaryIO] | None = None
 """(process, folder, held lock)."""
 
@@ -30,16 +36,19 @@ def base() -> Path:
 
 
 def own_folder() -> Path:
-    """This process's folder, made and locked at its first use; folders of dead processes go then."""
+    """This process's folder, made and locked at its first use; folders of dead processes go then. CacheError where another user has, or
+    could have, a hand in it."""
     global _own
     if _own is None or _own[0] != os.getpid() or not _own[1].is_dir():
-        base().mkdir(parents=True, exist_ok=True, mode=0o700)
+        with suppress(FileExistsError):
+            base().mkdir(parents=True, mode=0o700)
+        check_own_folder(base(), f"remove it, or {FIX}")
         _remove_dead(base())
         folder = base() / f"{os.getpid()}-{uuid.uuid4().hex[:8]}"
         draft = base() / f".{folder.name}"  # locked before it has a name that others look at
-        draft.mkdir()
-        lock = (draft / LOCK).open("wb")
-        fcntl.flock(lock, fcntl.LOCK_EX)
+        draft.mkdir(mode=0o700)
+        lock = open_own(draft / LOCK, os.O_WRONLY | os.O_CREAT | os.O_EXCL)
+        take_lock(lock, draft, FIX)
         draft.rename(folder)
         _own = os.getpid(), folder, lock
     return _own[1]
@@ -47,11 +56,22 @@ def own_folder() -> Path:
 
 def _remove_dead(folder: Path) -> None:
     for left in folder.iterdir():
-        if left.name.startswith("."):
-            continue
-        with suppress(OSError), (left / LOCK).open("rb") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # BlockingIOError: alive
-            shutil.rmtree(left, ignore_errors=True)
+        if _FOLDER.fullmatch(left.name) and not left.is_symlink():
+            with suppress(OSError), open_own(left / LOCK) as lock:
+                if take_lock(lock, left, FIX, wait=False):
+                    _remove_own(left)
+
+
+def _remove_own(folder: Path) -> None:
+    """The files that a process of ours leaves, and the folder where nothing else is in it; whatever takes its place meanwhile stays."""
+    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    try:
+        for name in sorted(os.listdir(handle), key=LOCK.__eq__):  # the lock last
+            if name == LOCK or _FILE.fullmatch(name):
+                os.unlink(name, dir_fd=handle)  # a link goes, what it leads to stays
+    finally:
+        os.close(handle)
+    os.rmdir(folder)
 
 
 def check_room(folder: Path, most_bytes: int) -> None:

@@ -4,20 +4,20 @@ from __future__ import annotations
 
 import os
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
-import fsspec
-
-from teacher_cache.errors import CacheError
-from teacher_cache.shards import staging
-from teacher_cache.shards.remote import READ_ONLY, exactly, options, persistently
+from teacher_cache.errors import CacheError, without_secrets
+from teacher_cache.places import place_of
+from teacher_cache.shards import plain_files, staging
+from teacher_cache.shards.local_disk import give_name, make_folder, move, sync_file, sync_folder
+from teacher_cache.shards.plain_files import AT_ONCE, most_bytes, refuse_long
+from teacher_cache.shards.remote import READ_ONLY, all_persistently, exactly, is_empty, persistently
 
 T = TypeVar("T")
-EXTRA = ("s3", "s3a", *READ_ONLY)
-"""URL schemes whose libraries come with the extra ``s3``."""
 
 
 class Storage:
@@ -27,16 +27,14 @@ class Storage:
     """
 
     def __init__(self, url: str | Path):
-        self.url = str(url).rstrip("/") or "/"
-        self.scheme = self.url.split("://")[0] if "://" in self.url else "file"
-        try:
-            self.fs, self.root = fsspec.core.url_to_fs(self.url, **options(self.scheme))
-        except (ImportError, ValueError) as error:
-            advice = ": pip install 'kdcli[s3]'" if isinstance(error, ImportError) and self.scheme in EXTRA else ""
-            raise CacheError(f"{self.url}: cannot be opened ({error}){advice}") from None
-        self.root = str(self.root).rstrip("/") or "/"
-        self.local = "file" in (self.fs.protocol if isinstance(self.fs.protocol, tuple) else (self.fs.protocol,))
+        place = place_of(url)
+        self.url, self.scheme, self.local = place.text, place.scheme, place.local
+        if self.scheme in READ_ONLY and "?" in self.url:
+            raise CacheError(f"{self.url}: a cache is a folder of a web server: name it without ?")
+        self.fs, self.root = place.open()
+        self.root = self.root.rstrip("/") or "/"
         self._process = os.getpid()
+        self._synced: set[Path] = set()
         if hasattr(self.fs, "retries"):
             self.fs.retries = 2  # s3fs's own, around botocore's and within ours
 
@@ -50,7 +48,8 @@ class Storage:
         return f"{self.root}/{relative}" if relative else self.root
 
     def __str__(self) -> str:
-        return self.url
+        """To be shown and written down; ``url`` opens it."""
+        return without_secrets(self.url)
 
     def __getstate__(self) -> dict[str, Any]:
         return {"url": self.url}
@@ -64,9 +63,12 @@ class Storage:
             return call(self.fs)
         if self._process != os.getpid():
             self.__init__(self.url)  # type: ignore[misc]  # connections do not survive a fork
-        return persistently(f"{self.url}/{relative}".rstrip("/"), lambda: call(self.fs))
+        return persistently(f"{self}/{relative}".rstrip("/"), lambda: call(self.fs))
 
     def exists(self, relative: str) -> bool:
+        """Whether anything stands there, also what cannot be read."""
+        if self.local:
+            return plain_files.is_there(self.path(relative))
         try:
             self._ask(relative, lambda fs: fs.info(self.path(relative)))
         except (FileNotFoundError, NotADirectoryError):
@@ -74,38 +76,90 @@ class Storage:
         return True
 
     def size(self, relative: str) -> int:
+        """Bytes; FileNotFoundError where it is absent, CacheError where it is no regular file."""
+        if self.local:
+            return plain_files.regular_size(self.path(relative))
         return int(self._ask(relative, lambda fs: fs.size(self.path(relative))))
 
+    def sizes(self, folder: str, wanted: Iterable[str] = ()) -> dict[str, int]:
+        """Base name → bytes of the files directly in ``folder``; empty where it does not exist. Of a store one listing.
+
+        Args:
+            wanted: names that are asked for one by one where the listing does not show them: those of some stores lag.
+        """
+        found = dict(self._listed_sizes(folder))
+        for name in sorted(set(wanted) - set(found)):
+            with suppress(FileNotFoundError, NotADirectoryError, CacheError):
+                found[name] = self.size(f"{folder}/{name}")
+        return found
+
+    def _listed_sizes(self, folder: str) -> Iterator[tuple[str, int]]:
+        if self.local:
+            for name in self.names(folder):
+                with suppress(FileNotFoundError, NotADirectoryError, CacheError):
+                    yield name, self.size(f"{folder}/{name}")
+            return
+        self.fs.invalidate_cache(self.path(folder))
+        with suppress(FileNotFoundError, NotADirectoryError):
+            for one in self._ask(folder, lambda fs: fs.ls(self.path(folder), detail=True)):
+                yield str(one["name"]).rstrip("/").rsplit("/", 1)[-1], int(one["size"] or 0)
+
+    def modified(self, relative: str) -> float | None:
+        """When a file was written, in seconds since 1970 by the storage's own clock; None where it is absent, or nobody tells."""
+        self.fs.invalidate_cache(self.path(relative))
+        try:
+            return self._ask(relative, lambda fs: fs.modified(self.path(relative)).timestamp())
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+
     def open(self, relative: str) -> BinaryIO:
-        """A file of a local cache to seek in."""
-        return self.fs.open(self.path(relative), "rb")
+        """A file of a local cache to seek in; CacheError where it is no regular file."""
+        return plain_files.open_plain(self.path(relative))
 
     def read(self, relative: str) -> bytes:
-        """Whole content; FileNotFoundError where it is absent."""
-        return self._ask(relative, lambda fs: fs.cat_file(self.path(relative)))
+        """Whole content; FileNotFoundError where it is absent, CacheError where it is no regular file, or longer than its kind can be."""
+        return next(self.read_each([relative]))
 
-    def read_all(self, relatives: Sequence[str]) -> list[bytes]:
-        """Whole content of several small files, at once where the store takes it; FileNotFoundError where one is absent."""
-        if self.local or not relatives:
-            return [self.read(relative) for relative in relatives]
-        # s3fs asks for the size first where it may read a file in several pieces.
-        whole = {"max_concurrency": 1} if self.scheme in ("s3", "s3a") else {}
+    def read_each(self, relatives: Sequence[str]) -> Iterator[bytes]:
+        """Whole content of several files of one kind, one after the other; of a store as many at once as memory takes for certain.
+        Raises what ``read`` does."""
+        most = max(map(most_bytes, relatives), default=0)
+        if self.local:
+            yield from (plain_files.read_plain(self.path(relative), most) for relative in relatives)
+            return
+        step = max(1, AT_ONCE // most) if relatives else 1
+        for start in range(0, len(relatives), step):
+            names = relatives[start : start + step]
+            for name, data in zip(names, self._ask_all(names, partial(_whole, most=most))):
+                refuse_long(f"{self.url}/{name}", len(data), most)
+                yield data
 
-        def call(fs: Any) -> list[bytes]:
-            found = fs.cat([self.path(relative) for relative in relatives], on_error="return", **whole)
-            return _none_failed([found[fs._strip_protocol(self.path(relative))] for relative in relatives])
-
-        return self._ask(relatives[0], call)
+    def head(self, relative: str, count: int) -> bytes:
+        """The first ``count`` bytes of a file, or all of a shorter one; raises what ``read`` does."""
+        if self.local:
+            with self.open(relative) as opened:
+                return opened.read(count)
+        return self._ask(relative, lambda fs: fs.cat_file(self.path(relative), start=0, end=count))
 
     def read_ranges(self, ranges: Sequence[tuple[str, int, int]]) -> list[bytes]:
         """Bytes start … stop − 1 of each (file, start, stop), all requested at once; never fewer or others."""
-        paths, starts, stops = ([self.path(name) for name, _, _ in ranges], *zip(*(one[1:] for one in ranges)))
 
-        def call(fs: Any) -> list[bytes]:
-            found = _none_failed(fs.cat_ranges(paths, list(starts), list(stops), on_error="return"))
-            return [exactly(data, stop - start) for data, start, stop in zip(found, starts, stops)]
+        def call(fs: Any, paths: list[str], numbers: list[int]) -> list[Any]:
+            _, starts, stops = zip(*(ranges[number] for number in numbers))
+            found = fs.cat_ranges(paths, list(starts), list(stops), on_error="return")
+            return [exactly(one, stop - start) for one, start, stop in zip(found, starts, stops)]
 
-        return self._ask(ranges[0][0], call)
+        return self._ask_all([name for name, _, _ in ranges], call)
+
+    def _ask_all(self, relatives: Sequence[str], call: Callable[[Any, list[str], list[int]], list[Any]]) -> list[Any]:
+        """``call(file system, paths, their numbers in relatives)``, again for those alone that failed; its answers in order."""
+
+        def ask(numbers: list[int]) -> list[Any]:
+            return call(self.fs, [self.path(relatives[number]) for number in numbers], numbers)
+
+        if self._process != os.getpid():
+            self.__init__(self.url)  # type: ignore[misc]  # connections do not survive a fork
+        return all_persistently([f"{self.url}/{relative}" for relative in relatives], ask)
 
     def download(self, relative: str, target: Path) -> None:
         """The whole file as a local one, as the store sends it; its reader checks it."""
@@ -115,6 +169,7 @@ class Storage:
     def local_copy(self, relative: str) -> Iterator[Path]:
         """The file on a local disk: itself, or a copy that is removed afterwards."""
         if self.local:
+            self.size(relative)  # there, and a regular file
             yield Path(self.path(relative))
             return
         copy = self.staging() / f"{uuid.uuid4().hex}-{Path(relative).name}"
@@ -164,11 +219,10 @@ class Storage:
         """
         if self.local:
             target = Path(self.path(relative))
-            target.parent.mkdir(parents=True, exist_ok=True)
+            self._make_folder(target.parent, durable)
             if durable:
-                with source.open("rb") as written:
-                    os.fsync(written.fileno())
-            os.replace(source, target)
+                sync_file(source)
+            move(source, target)
             if durable:
                 sync_folder(target.parent)
         else:
@@ -190,16 +244,14 @@ class Storage:
         if not self.local:
             return self._put_new_remote(relative, data)
         target = Path(self.path(relative))
-        target.parent.mkdir(parents=True, exist_ok=True)
+        self._make_folder(target.parent)
         draft = target.parent / f".{target.name}.{uuid.uuid4().hex}"
         try:
             with draft.open("wb") as written:
                 written.write(data)
                 written.flush()
                 os.fsync(written.fileno())
-            try:
-                os.link(draft, target)
-            except FileExistsError:
+            if not give_name(draft, target):
                 return False
         finally:
             draft.unlink(missing_ok=True)
@@ -217,15 +269,29 @@ class Storage:
 
     def _refuse_read_only(self) -> None:
         if self.scheme in READ_ONLY:
-            raise CacheError(f"{self.url} can only be read: write to a folder or an object store")
+            raise CacheError(f"{self} can only be read: write to a folder or an object store")
 
     def staging(self) -> Path:
         """A local folder for files under construction: beside their target where that is local, so that the move is atomic."""
         if not self.local:
             return staging.own_folder()
         folder = Path(self.root) / ".staging"
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder.parent)
+        folder.mkdir(exist_ok=True)
         return folder
+
+    def _make_folder(self, folder: Path, durable: bool = True) -> None:
+        """A folder of the cache, that survives a power cut with all above it: another process may have made it a moment ago."""
+        if not durable:
+            folder.mkdir(parents=True, exist_ok=True)
+            return
+        make_folder(folder)
+        if folder not in self._synced:
+            root = Path(self.root)
+            for one in (root.parent, *reversed([one for one in folder.parents if one.is_relative_to(root)])):
+                with suppress(PermissionError):  # what stands above a cache need not be readable
+                    sync_folder(one)
+            self._synced.add(folder)
 
 
 def _is_inside(folder: str, root: str) -> bool:
@@ -233,18 +299,7 @@ def _is_inside(folder: str, root: str) -> bool:
     return os.path.commonpath([real, inside]) == inside
 
 
-def _none_failed(found: list[Any]) -> list[bytes]:
-    """What came, where everything came; else the first error."""
-    for one in found:
-        if isinstance(one, BaseException):
-            raise one
-    return found
-
-
-def sync_folder(folder: Path) -> None:
-    """Make a rename or link in ``folder`` survive a power cut."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+def _whole(fs: Any, paths: list[str], numbers: list[int], most: int) -> list[Any]:
+    """At most one byte more than ``most`` of each: the store is not asked for sizes first, and is not believed either."""
+    found = fs.cat_ranges(paths, [0] * len(paths), [most + 1] * len(paths), on_error="return")
+    return [b"" if is_empty(one) else one for one in found]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 import tarfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -11,12 +12,28 @@ from typing import BinaryIO
 
 from teacher_cache.errors import CacheError
 from teacher_cache.plan import Plan, read_plan
-from teacher_cache.shards.commit import Commit, committed_shards, read_commit
+from teacher_cache.shards.commit import Commit, committed_shards, read_commit, read_commits
 from teacher_cache.shards.index import Entries, parse_index
+from teacher_cache.shards.plain_files import open_plain, regular_size
+from teacher_cache.shards.reader import other_rows
 from teacher_cache.shards.storage import Storage
 
+_SHARD = r"[0-9]{6,10}"
+OWN = re.compile(
+    rf"""\.staging/([0-9a-f]{{32}}-[^/]+|[^/]+-{_SHARD}-[0-9a-f]{{32}}\.tar)
+    |(samples|fields/[^/]+)/data/{_SHARD}-[0-9a-f]{{8}}\.tar
+    |(samples|fields/[^/]+)/index/{_SHARD}-[0-9a-f]{{8}}(-[0-9a-f]{{8}})?\.parquet
+    |(samples|fields/[^/]+)/commits/{_SHARD}\.json
+    |fields/[^/]+/field\.json
+    |teacher/[^/]+/((head|canaries)\.safetensors|(head|processor|canaries)\.json|(calibration|processor)/[^/]+)
+    |([^/]+/)*\.(manifest|field|head|processor|canaries|{_SHARD})\.json\.[0-9a-f]{{32}}""",
+    re.VERBOSE,
+)
+"""Paths that kdcli gives to files of a cache, drafts of a put-if-absent last. What is called otherwise is nobody's garbage."""
 CALIBRATION_ROLES = ("calibration", "low_rank_head")
 """What ``field.json`` may name besides its own folder."""
+PARQUET = b"PAR1"
+"""How such a file begins, and ends."""
 
 
 @dataclass(frozen=True)
@@ -57,8 +74,8 @@ def shard_problems(storage: Storage, plan: Plan, column: str, column_hash: str, 
         commit = read_commit(storage, column, shard)
         if commit.plan_hash != plan.plan_hash or commit.column_hash != column_hash:
             yield "its commit belongs to another plan or field setting"
-        if shard >= len(plan.slices) or commit.rows != plan.slices[shard].rows:
-            yield f"its commit counts {commit.rows} rows, the plan does not"
+        if wrong := other_rows(commit, plan.slice_rows):
+            yield wrong
         index = storage.read(f"{column}/index/{commit.index}")
         if hashlib.sha256(index).hexdigest() != commit.index_sha256:
             yield f"index/{commit.index} does not have its checksum"
@@ -72,23 +89,27 @@ def shard_problems(storage: Storage, plan: Plan, column: str, column_hash: str, 
 
 
 def _tar_problems(storage: Storage, column: str, commit: Commit, entries: Entries) -> Iterator[str]:
-    with storage.local_copy(f"{column}/data/{commit.tar}") as path:
+    tar = f"{column}/data/{commit.tar}"
+    if (size := storage.size(tar)) != commit.tar_bytes:  # before it is fetched
+        yield f"data/{commit.tar} has {size} bytes, not {commit.tar_bytes}"
+        return
+    with storage.local_copy(tar) as path:
         yield from _file_problems(path, commit, entries)
 
 
 def _file_problems(path: Path, commit: Commit, entries: Entries) -> Iterator[str]:
-    with path.open("rb") as tar:
-        digest, size = hashlib.file_digest(tar, "sha256"), tar.tell()
-    if size != commit.tar_bytes:
+    if (size := regular_size(path)) != commit.tar_bytes:
         yield f"data/{commit.tar} has {size} bytes, not {commit.tar_bytes}"
         return
+    with open_plain(path) as tar:
+        digest = hashlib.file_digest(tar, "sha256")
     if digest.hexdigest() != commit.tar_sha256:
         yield f"data/{commit.tar} does not have its checksum"
         return
     promised = [
         (f"{entry.key}.{member.ext}", member.offset, member.size) for entry in entries for member in entry.members
     ]
-    with path.open("rb") as opened:
+    with open_plain(path) as opened:
         found = _members(opened)
     if found != promised:
         yield f"data/{commit.tar} does not hold the members that its index lists"
@@ -105,8 +126,53 @@ def _members(opened: BinaryIO) -> list[tuple[str, int, int]] | None:
     return [(info.name, info.offset_data, info.size) for info in every] if plain else None
 
 
+def lost(storage: Storage, plan: Plan, column: str, column_hash: str = "") -> dict[int, str]:
+    """Committed shards of a column of which a file is not there, or not as long as it was: shard → what, in words.
+
+    By listings and sizes: nothing is hashed, and of a store nothing is read but commits.
+
+    Args:
+        column_hash: that commits must be bound to; "": any.
+
+    Raises:
+        CacheError: a commit is damaged, or none of this plan and field.
+    """
+    shards = committed_shards(storage, column)
+    commits = read_commits(storage, column, shards)
+    tars = storage.sizes(f"{column}/data", {commit.tar for commit in commits})
+    indices = storage.sizes(f"{column}/index", {commit.index for commit in commits})
+    found: dict[int, str] = {}
+    for commit in commits:
+        if (
+            commit.plan_hash != plan.plan_hash
+            or other_rows(commit, plan.slice_rows)
+            or (column_hash and commit.column_hash != column_hash)
+        ):
+            raise CacheError(
+                f"{storage}: shard {commit.shard:06d} of {column} was made by another plan or field setting: run `kdcli cache verify`"
+            )
+        tar, index = f"data/{commit.tar}", f"index/{commit.index}"
+        if commit.tar not in tars:
+            found[commit.shard] = f"{column}/{tar} is missing"
+        elif tars[commit.tar] != commit.tar_bytes:
+            found[commit.shard] = f"{column}/{tar} has {tars[commit.tar]} bytes, not {commit.tar_bytes}"
+        elif commit.index not in indices:
+            found[commit.shard] = f"{column}/{index} is missing"
+        elif not _ends_as_parquet(storage, f"{column}/{index}", indices[commit.index]):
+            found[commit.shard] = f"{column}/{index} is cut off"
+    return found
+
+
+def _ends_as_parquet(storage: Storage, path: str, size: int) -> bool:
+    if size < 2 * len(PARQUET) or not storage.local:
+        return size >= 2 * len(PARQUET)
+    with storage.open(path) as opened:
+        opened.seek(size - len(PARQUET))
+        return opened.read() == PARQUET
+
+
 def orphans(storage: Storage, columns: dict[str, str]) -> list[str]:
-    """Files that no commit names: left by killed or second writers, safe to remove while nothing writes."""
+    """Files of kdcli's own names that no commit names: left by killed or second writers, safe to remove while nothing writes."""
     found = [f".staging/{name}" for name in storage.names(".staging")]
     teachers = [f"teacher/{name}" for name in storage.names("teacher")]
     described = [folder for column in columns for folder in (column, f"{column}/commits")]
@@ -121,4 +187,4 @@ def orphans(storage: Storage, columns: dict[str, str]) -> list[str]:
             named |= {commit.tar, commit.index}
         for folder in ("data", "index"):
             found += [f"{column}/{folder}/{name}" for name in storage.names(f"{column}/{folder}") if name not in named]
-    return found
+    return [path for path in found if OWN.fullmatch(path)]

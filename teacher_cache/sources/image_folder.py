@@ -7,12 +7,12 @@ import os
 import posixpath
 import stat
 from dataclasses import dataclass
-
-import fsspec
+from urllib.parse import quote
 
 from teacher_cache.errors import DataError, SkipRow
+from teacher_cache.places import is_remote, local_path, place_of
 from teacher_cache.records import Image
-from teacher_cache.sources.files import is_remote
+from teacher_cache.shards.remote import READ_ONLY
 from teacher_cache.sources.image_refs import ImageRef
 
 MAX_IMAGE_BYTES = 256 << 20
@@ -37,7 +37,7 @@ class ImageFolder:
         DataError: the root is no folder. Called before the first image, so that it is not 600,000 missing images.
         """
         # Object stores have no folders, and not all list what they serve: there the images themselves tell.
-        if not is_remote(self.root) and not os.path.isdir(self.root):
+        if not is_remote(self.root) and not local_path(self.root).is_dir():
             raise DataError(f"image root {self.root} is not a folder; pass --image-root, where image paths start")
 
     def fetch(self, ref: ImageRef) -> Image:
@@ -62,9 +62,10 @@ class ImageFolder:
         return data
 
     def _read_local(self, name: str) -> bytes:
-        root = os.path.realpath(self.root)
+        given = local_path(self.root)
+        root = os.path.realpath(given)
         written = os.path.normpath(os.path.join(root, name))
-        if not _is_below(written, root) and not _is_below(written, os.path.abspath(self.root)):
+        if not _is_below(written, root) and not _is_below(written, os.path.abspath(given)):
             mend = ": --image-root is the folder that a path must be below" if os.path.isabs(name) else ""
             raise SkipRow("image_path_unsafe", f"{name!r} leads out of the image root (to {written!r}){mend}")
         try:
@@ -88,10 +89,13 @@ class ImageFolder:
             raise _absent_or_broken(name, error) from error
 
     def _read_remote(self, name: str) -> bytes:
-        filesystem, root = fsspec.core.url_to_fs(self.root)
-        path = posixpath.normpath(posixpath.join(root, name))
-        if not path.startswith(root.rstrip("/") + "/"):
+        place = place_of(self.root)
+        filesystem, root = place.open()
+        below = posixpath.normpath(name)
+        if name.startswith("/") or below.split("/")[0] in ("", ".", ".."):
             raise SkipRow("image_path_unsafe", f"{name!r} leads out of the image root")
+        # A row names a file: what a web address reads otherwise (# ? %) is part of its name.
+        path = f"{root.rstrip('/')}/{quote(below) if place.scheme in READ_ONLY else below}"
         try:
             check_size(name, filesystem.size(path) or 0)
             return bytes(filesystem.cat_file(path))

@@ -15,6 +15,7 @@ import torch
 from teacher_cache.batch import Batch
 from teacher_cache.errors import CompatibilityError, KdcliError
 from teacher_cache.model_kind import auto_model
+from teacher_cache.model_load import naming_what_fails
 from teacher_cache.teachers.attention import check_attention, layer_attention
 
 CHUNK_BYTES = 256 << 20
@@ -71,7 +72,7 @@ def check_layers(wants: frozenset[str], config: Any, trust_remote_code: bool = F
     layers = {*attention_layers(wants), *([0] if "features.vision" in wants else [])}
     if not layers:
         return
-    with torch.device("meta"):
+    with naming_what_fails("the teacher"), torch.device("meta"):
         model = auto_model(config).from_config(config, trust_remote_code=trust_remote_code)
     for number in sorted(layers):
         layer = decoder_layer(model, number)

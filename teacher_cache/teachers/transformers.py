@@ -15,13 +15,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 
 from teacher_cache.batch import Batch, collate
 from teacher_cache.errors import CompatibilityError, KdcliError
 from teacher_cache.fingerprint import processor_fingerprint
 from teacher_cache.layout import COMPRESSED
 from teacher_cache.model_kind import auto_model, decoder_of, open_config, open_processor, reads_images
+from teacher_cache.model_load import naming_what_fails
+from teacher_cache.model_weights import check_weights, refuse_missing
 from teacher_cache.records import Prepared, TeacherOutput
 from teacher_cache.teachers.head import head_logits
 from teacher_cache.teachers.head_form import check_rows, head_form
@@ -164,18 +165,20 @@ class TransformersTeacher:
     def __init__(self, spec: TeacherSpec, processor: Any, config: Any):
         refuse_compressed(spec, config)
         self.device = resolve_device(spec)
-        try:
-            self.model: Any = auto_model(config).from_pretrained(
+        what = f"model {spec.id!r}"
+        check_weights(what, spec.id, config, spec.trust_remote_code)
+        with naming_what_fails(f"the weights of {spec.id!r}"):
+            loaded: Any = auto_model(config).from_pretrained(
                 spec.id,
                 dtype=resolve_dtype(spec, config),
                 attn_implementation=spec.attn_implementation,
                 revision=spec.revision,
                 trust_remote_code=spec.trust_remote_code,
                 use_safetensors=True,  # other checkpoints are pickles
+                output_loading_info=True,
             )
-        except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
-            reason = (str(error).splitlines() or [type(error).__name__])[0]
-            raise KdcliError(f"the weights of {spec.id!r} cannot be loaded ({reason})") from None
+            refuse_missing(what, loaded[1])
+        self.model: Any = loaded[0]
         self._adopt(processor)
 
     @classmethod

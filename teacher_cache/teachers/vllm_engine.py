@@ -25,8 +25,9 @@ RENAMING = "kdcli-renaming"
 TOWER, MODEL = "vision_tower.", "vision_model."
 CPU_CACHE_BYTES = 1 << 30
 """Key-value cache on a CPU, where VLLM_CPU_KVCACHE_SPACE says nothing."""
+IN_PROCESS = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
+"""The engine in this process, whatever is set: states need no way between processes, and no engine outlives a killed command."""
 ENVIRONMENT = {
-    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine in this process: states need no way between processes
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # how many threads this process has is for us to say
     "VLLM_LOGGING_LEVEL": "ERROR",
     "VLLM_NO_USAGE_STATS": "1",
@@ -82,6 +83,7 @@ def release() -> None:
 
 
 def _open(spec: TeacherSpec, dtype: torch.dtype, device: torch.device) -> Any:
+    os.environ.update(IN_PROCESS)
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     from vllm import LLM

@@ -21,9 +21,10 @@ from pipelines.preflight import canaries
 from pipelines.settings import load_settings
 from pipelines.tables import work_lines
 from student_train.cache import Cache
-from student_train.checkpoint import Checkpoints, read_card
+from student_train.checkpoint import Checkpoints
 from student_train.distributed import Processes
 from student_train.metrics_log import _step_of
+from student_train.whole import read_card
 from teacher_cache.errors import CacheError, DataError, KdcliError
 from teacher_cache.records import Sample, SkipRecord
 from teacher_cache.shards.schema import COUNT, misfit, require

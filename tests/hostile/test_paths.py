@@ -15,6 +15,7 @@ import PIL.Image
 import pytest
 
 from benchmarks.fuzz_targets import Folder, joined, shard_of, small_cache
+from pipelines.derive_cache import subset
 from pipelines.edit_cache import drop_field
 from pipelines.inspect_cache import check, collect_garbage
 from student_train.cache import Cache
@@ -154,7 +155,8 @@ def test_nothing_behind_a_link_is_removed(folder: Folder, tmp_path: Path) -> Non
     """A cache from elsewhere, whose data folder is a link to one's photographs."""
     photographs = tmp_path / "photographs"
     photographs.mkdir()
-    (photographs / "a.jpg").write_bytes(b"dear to me")
+    for name in ("a.jpg", "000000-00000000.tar", "000000-00000000.parquet"):
+        (photographs / name).write_bytes(b"dear to me")
     for name in ("vision_hidden/data", "vision_topk/index"):
         place = folder.path / "fields" / name
         for file in place.iterdir():
@@ -164,7 +166,7 @@ def test_nothing_behind_a_link_is_removed(folder: Folder, tmp_path: Path) -> Non
     with pytest.raises(CacheError, match="outside of the cache, behind a link"):
         collect_garbage(Cache(str(folder.path)), remove=True)
     drop_field(str(folder.path), "vision_hidden", remove=True)
-    assert (photographs / "a.jpg").read_bytes() == b"dear to me"
+    assert [one.read_bytes() for one in photographs.iterdir()] == [b"dear to me"] * 3
     assert not (folder.path / "fields" / "vision_hidden").exists()
 
 
@@ -228,3 +230,20 @@ def test_the_option_reaches_the_source_and_the_reason_names_it(root: Path, tmp_p
     refused = row()
     assert isinstance(refused, SkipRecord) and "--follow-links" in refused.detail
     assert isinstance(row(follow_links=True), Sample)
+
+
+def test_a_subset_copies_what_is_named_and_nothing_behind_a_link(tiny_cache: Path, copy_of, tmp_path: Path) -> None:
+    """Whoever publishes a subset of a stranger's cache does not publish a file of their own with it."""
+    (secret := tmp_path / "secret").write_bytes(b"mine")
+    folder = copy_of(tiny_cache)
+    (teacher,) = (folder / "teacher").iterdir()
+    (teacher / "processor" / "notes.txt").symlink_to(secret)
+    (teacher / "calibration").mkdir(exist_ok=True)
+    (teacher / "calibration" / "x-calibration-0.safetensors").symlink_to(secret)
+    subset(str(folder), str(tmp_path / "small"), parts=("caption",))
+    assert check(Cache(str(tmp_path / "small"))) == []
+    assert not [one for one in (tmp_path / "small").rglob("*") if one.is_file() and one.read_bytes() == b"mine"]
+    (teacher / "head.safetensors").unlink()
+    (teacher / "head.safetensors").symlink_to(secret)
+    with pytest.raises(CacheError, match=r"head\.safetensors does not have its checksum"):
+        subset(str(folder), str(tmp_path / "other"), parts=("caption",))

@@ -22,6 +22,7 @@ from student_train.cache import Cache
 from student_train.checkpoint import Checkpoints
 from student_train.distributed import Processes
 from student_train.student import load_student
+from student_train.whole import FILES, sums, write_sealed
 from teacher_cache.errors import CacheError, KdcliError
 from teacher_cache.fields import decode_record
 from teacher_cache.shards.sealed import seal, unseal
@@ -150,9 +151,14 @@ def test_a_pickle_in_place_of_a_checkpoint(tmp_path: Path, mark: Path) -> None:
     whole = written.read_bytes()
     for data in (pickle.dumps(Planted(mark)), whole[: len(whole) // 2], b""):
         written.write_bytes(data)
-        with pytest.raises(KdcliError, match="step-0000001: damaged checkpoint") as caught:
-            saved.load()
-        assert "\n" not in str(caught.value)
+        for vouched in (False, True):
+            if vouched:
+                state = {"step": 1, "identity": {}, FILES: sums(written.parent, [written.name])}
+                write_sealed(written.parent / "state.json", state)
+            said = "damaged checkpoint" if vouched else "damaged .* no other checkpoint is whole"
+            with pytest.raises(KdcliError, match=f"step-0000001: {said}") as caught:
+                saved.load()
+            assert "\n" not in str(caught.value)
     assert not mark.exists()
 
 

@@ -88,11 +88,15 @@ class Mortal:
     def __init__(self, monkeypatch: pytest.MonkeyPatch, *names: str):
         self.budget = -1
         monkeypatch.setattr("teacher_cache.shards.writer.ShardWriter.abandon", lambda writer: None)
+        # What it leaves in ``progress/`` is the word of this process, which lives on.
+        monkeypatch.setattr("pipelines.presence.refuse_others", lambda *_: None)
         for name in names:
             monkeypatch.setattr(Storage, name, self._dying(getattr(Storage, name)))
 
     def _dying(self, real: Callable[..., Any]) -> Callable[..., Any]:
         def call(storage: Storage, *arguments: Any, **named: Any) -> Any:
+            if any(str(one).startswith("progress/") for one in arguments):  # said by threads, when they come to it
+                return real(storage, *arguments, **named)
             if self.budget == 0:
                 raise self.Killed
             self.budget -= 1

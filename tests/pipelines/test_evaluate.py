@@ -235,7 +235,7 @@ def test_a_run_stands_for_its_last_stage(tiny_student: Path, images: Path, tmp_p
     run = tmp_path / "runs" / "mine"
     shutil.copytree(tiny_student, run / "01-SFT" / "model")
     (run / "run.json").write_text('{"stages": [{"stage": "SFT"}]}')
-    (run / "01-SFT" / "done.json").write_text("{}")
+    (run / "01-SFT" / "done.json").write_text('{"identity": {}, "result": {}}')
     command = ["--data", write(tmp_path, [row("text", "how many", 0, "three")], images).path, "--device", "cpu"]
     result = CliRunner().invoke(main, ["eval", str(run), *command])
     assert result.exit_code == 0 and "01-SFT/model | questions |" in result.stdout and "note" not in result.stderr

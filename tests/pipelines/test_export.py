@@ -16,7 +16,7 @@ from safetensors import safe_open
 
 import cli
 from pipelines.evaluate import evaluate_folder
-from pipelines.export import ExportRequest, export
+from pipelines.export import ExportRequest, draft_of, export
 from pipelines.exporting import check, loaded
 from pipelines.settings import Settings
 from pipelines.train_student import train
@@ -148,6 +148,18 @@ def test_shards_keep_their_index(tiny_student: Path, tmp_path: Path, monkeypatch
     assert found["difference"] == 0.0
 
 
+def test_two_exports_into_one_folder(tmp_path: Path) -> None:
+    """Both found it free; the first one's stays, and nothing is left of the second."""
+    out = tmp_path / "out"
+    with draft_of(out) as first:
+        (first / "config.json").write_text("first")
+        with pytest.raises(KdcliError, match=r"out was made meanwhile"), draft_of(out) as second:
+            (second / "config.json").write_text("second")
+            shutil.copytree(first, out)
+        shutil.rmtree(out)
+    assert (out / "config.json").read_text() == "first" and [one.name for one in tmp_path.iterdir()] == ["out"]
+
+
 def test_a_run_is_exported_checked_and_described(run: Path, tiny_cache: Path, tmp_path: Path) -> None:
     """The whole command: a fresh process, the card with what the run knows."""
     out = tmp_path / "exported"
@@ -263,7 +275,11 @@ def test_what_cannot_be_exported(
     refuses("or take .*01-PT/model", half)
 
     (tmp_path / "scores.json").write_text('{"a": 1}')
-    refuses("not the scores of `kdcli eval --out`", tiny_student, scores=tmp_path / "scores.json")
+    refuses(
+        "scores.json: the result 'a' must be an object: write it anew with `kdcli eval --out`",
+        tiny_student,
+        scores=tmp_path / "scores.json",
+    )
     assert {one.name for one in tmp_path.iterdir()} <= {"taken", "odd", "strange", "half", "scores.json", "modules"}
     assert [one.name for one in taken.iterdir()] == ["mine.txt"]
 

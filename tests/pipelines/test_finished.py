@@ -117,3 +117,16 @@ def test_a_part_of_the_shards_is_no_finished_capture(
     capture(replace(request_for, part_of_shards=(0, 2)))
     assert not (tmp_path / "memory").exists()
     assert takes_the_long_way(request_for, monkeypatch)
+
+
+def test_a_memory_beside_other_files_removes_none_of_them(
+    request_for: CaptureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(finished, "MOST", 1)
+    memory = tmp_path / "memory"
+    memory.mkdir()
+    for name in ("notes.json", "package.json", f"{'a' * 64}.json"):
+        (memory / name).write_text("{}")
+        os.utime(memory / name, (1, 1))
+    capture(request_for)
+    assert {"notes.json", "package.json"} <= {one.name for one in memory.iterdir()} and len(list(memory.iterdir())) == 3

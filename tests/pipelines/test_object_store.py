@@ -64,3 +64,23 @@ def test_the_first_writer_wins() -> None:
 def test_no_such_bucket() -> None:
     run = CliRunner().invoke(main, ["cache", "status", "s3://nowhere/cache"])
     assert run.exit_code == 1 and "s3://nowhere/cache" in run.output and "Traceback" not in run.output
+
+
+@pytest.mark.usefixtures("healthy")
+@pytest.mark.parametrize("name", ["a::b", "s3::x", "a*[1]", "a{1}", "a b", "a%20b", "a#b", "a?b", "ä", "~"])
+def test_a_prefix_means_itself(name: str, tmp_path: Path) -> None:
+    storage, file = Storage(f"s3://bucket/odd/{name}/cache/"), tmp_path / "x.tar"
+    file.write_bytes(b"tar")
+    storage.put_file(file, "data/x.tar")
+    assert storage.put_new("commits/0.json", b"1") and not storage.put_new("commits/0.json", b"2")
+    assert storage.read_all(["commits/0.json", "data/x.tar"]) == [b"1", b"tar"]
+    assert storage.read_ranges([("data/x.tar", 1, 3)]) == [b"ar"] and storage.size("data/x.tar") == 3
+    assert storage.files("") == ["commits/0.json", "data/x.tar"] and storage.names("data") == ["x.tar"]
+    with storage.local_copy("data/x.tar") as copy:
+        assert copy.read_bytes() == b"tar"
+    client = storage.fs.call_s3("list_objects_v2", Bucket="bucket", Prefix="odd/")
+    assert [one["Key"] for one in client["Contents"]] == [
+        f"odd/{name}/cache/{key}" for key in ("commits/0.json", "data/x.tar")
+    ]
+    for key in storage.files(""):
+        storage.remove(key)

@@ -217,3 +217,20 @@ def test_two_processes_stop_at_one_step(tiny_cache: Path, tiny_student: Path, tm
         assert int(newest.name.removeprefix("step-")) == steps_logged(tmp_path / "run") > made
         made = steps_logged(tmp_path / "run")
         assert said.count(f"01-SFT: step {made} of 100000 is in a checkpoint") == 1, said[-3000:]
+
+
+def test_a_run_ends_with_its_killed_torchrun(tiny_cache: Path, tiny_student: Path, tmp_path: Path) -> None:
+    """It writes the checkpoint that a signal would have had it write, and its loader processes end, too."""
+    launch = [sys.executable, "-P", "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=1", "--no-python"]
+    settings = settings_of(tiny_student, tmp_path / "run", 100_000)
+    line = [*launch, *train_line(tiny_cache, settings, "--dataloader-num-workers", "1")]
+    with started(line, tmp_path) as process:
+        until(lambda: steps_logged(tmp_path / "run") >= 3, process, tmp_path)
+        (rank,) = ranks(process)
+        told = subprocess.run(["ps", "-o", "pid=", "--ppid", str(rank)], capture_output=True, text=True, check=False)
+        loaders = list(map(int, told.stdout.split()))
+        process.kill()
+        process.wait()
+        assert loaders and all(ended(number) for number in (rank, *loaders))
+    newest = checkpoints(tmp_path / "run" / "01-SFT" / "checkpoints")[-1]
+    assert int(newest.name.removeprefix("step-")) == steps_logged(tmp_path / "run")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -119,3 +120,57 @@ def test_what_will_not_pass_is_said_at_once(uploaded: str, healthy: Any, monkeyp
         monkeypatch.setenv(name, "/nowhere")
     assert "AWS_ACCESS_KEY_ID" in status_of(uploaded)
     fsspec.filesystem("s3").clear_instance_cache()
+
+
+def test_a_quarter_of_the_answers_breaks_and_a_batch_arrives(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of two hundred ranges none is asked for again that came."""
+    storage, shaken = Storage("memory://quarter"), random.Random(7)
+    storage.fs.pipe_file(storage.path("data/x.tar"), bytes(range(256)) * 4)
+    asked: list[int] = []
+    cat_ranges = type(storage.fs).cat_ranges
+
+    def breaking(self: Any, paths: list[str], starts: Any, stops: Any, **named: Any) -> list[Any]:
+        asked.append(len(paths))
+        answers = cat_ranges(self, paths, starts, stops, **named)
+        kinds = (ConnectionResetError("reset"), b"")  # broken off, or fewer bytes than asked for
+        return [shaken.choice(kinds) if shaken.random() < 0.25 else one for one in answers]
+
+    monkeypatch.setattr(type(storage.fs), "cat_ranges", breaking)
+    monkeypatch.setattr("time.sleep", lambda seconds: None)
+    ranges = [("data/x.tar", start, start + 3) for start in range(200)]
+    assert storage.read_ranges(ranges) == [bytes(range(256))[start : start + 3] for start in range(200)]
+    assert asked[0] == 200 and sum(asked) < 200 * 1.6
+    monkeypatch.undo()
+    with pytest.raises(FileNotFoundError):
+        list(storage.read_each(["data/x.tar"] * 9 + ["data/none.tar"]))
+
+
+def test_rows_arrive_without_a_local_cache_at_a_quarter_of_faults(uploaded: str, shaky: Any, tiny_cache: Path) -> None:
+    rows = CachedRows(Cache(uploaded), ["sft"], FIELDS)
+    shaky.rate = 0.25
+    assert all_keys(rows) == all_keys(CachedRows(Cache(str(tiny_cache)), ["sft"], FIELDS))
+    assert sum(shaky.broken.values()) > 5
+
+
+def test_bytes_damaged_on_their_way_are_asked_for_once_more(tiny_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    files = fsspec.filesystem("memory")
+    files.put(str(tiny_cache), "/flipped", recursive=True)
+    keys = all_keys(CachedRows(Cache(str(tiny_cache)), ["sft"], FIELDS))
+    cat_ranges, flips = type(files).cat_ranges, [3]
+
+    def flipping(self: Any, *given: Any, **named: Any) -> list[bytes]:
+        answers = cat_ranges(self, *given, **named)
+        if given[0][0].endswith(".tar") and flips[0]:
+            flips[0] -= 1
+            answers = [bytes([answers[0][0]]) + bytes(len(answers[0]) - 1), *answers[1:]]
+        return answers
+
+    monkeypatch.setattr(type(files), "cat_ranges", flipping)
+    rows = CachedRows(Cache("memory://flipped"), ["sft"], FIELDS)
+    places = [(position, row) for position, count in enumerate(rows.counts) for row in range(count)]
+    flips[0] = 1
+    assert [row.key for row in rows.read_many(places)] == keys and not flips[0]
+    flips[0] = 1000  # damaged in the store
+    with pytest.raises(CacheError, match="fails its checksum"):
+        rows.read_many(places[:1])
+    files.rm("/flipped", recursive=True)

@@ -18,9 +18,10 @@ from click.testing import CliRunner
 from cli import main
 from student_train.cache import Cache, CachedRows
 from student_train.stream import Order
-from teacher_cache.errors import CacheError
+from teacher_cache.errors import CacheError, SkipRow
 from teacher_cache.shards.disk_cache import DiskCache
 from teacher_cache.shards.storage import Storage
+from teacher_cache.sources.image_folder import ImageFolder
 
 FIELDS = ("response_hidden", "vision_topk")
 COLUMNS = 1 + len(FIELDS)
@@ -167,3 +168,21 @@ def test_a_cache_behind_a_web_server_can_be_read_only(
     monkeypatch.setattr(WebServer, "lists", False)
     run = CliRunner().invoke(main, ["cache", "status", web])
     assert run.exit_code == 1 and "does not list its folders" in run.output
+
+
+def test_pictures_behind_a_web_server_by_the_names_of_their_rows(web: str, tiny_cache: Path) -> None:
+    """Their names are those of files: what an address reads otherwise is part of them, and none leads out of the root."""
+    folder = tiny_cache.parent / "pictures"
+    names = ["1.png", "in/2.png", "a#b.png", "a?b.png", "a%20b.png", "a b.png", "ä.png"]
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(name.encode())
+    (tiny_cache.parent / "secret.png").write_bytes(b"secret")
+    root = ImageFolder(web.replace(tiny_cache.name, "pictures"))
+    assert [root.read(name) for name in names] == [name.encode() for name in names]
+    assert root.read("in/../1.png") == b"1.png"
+    for name in ("../secret.png", "in/../../secret.png", "/secret.png"):
+        with pytest.raises(SkipRow, match="image_path_unsafe"):
+            root.read(name)
+    with pytest.raises(SkipRow, match="image_missing"):
+        root.read("a%23b.png")

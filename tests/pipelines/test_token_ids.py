@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from pipelines.describe import processor_receipt
 from pipelines.token_ids import check_tokenizer, difference_of_tokens, tokens_by_id
 from student_train.cache import Cache
 from teacher_cache.errors import CacheError, CompatibilityError
@@ -105,10 +106,17 @@ def test_the_cache_is_asked_for_its_teachers_strings(tiny_cache: Path, teacher_p
 
     damaged = copy_of(tiny_cache)
     (file,) = damaged.glob("teacher/*/processor/tokenizer.json")
+    (receipt,) = damaged.glob("teacher/*/processor.json")
     ours = processor_fingerprint(processor)["tokenizer"]
     file.write_text(json.dumps({"model": 3}))
+    with pytest.raises(CacheError, match=r"tokenizer\.json does not have its checksum"):
+        check_tokenizer(Cache(str(damaged)), "vision_hidden", processor.tokenizer, ours)
+    receipt.write_bytes(processor_receipt({"tokenizer.json": file.read_bytes()}))
     with pytest.raises(CacheError, match="not a tokenizer's description"):
         check_tokenizer(Cache(str(damaged)), "vision_hidden", processor.tokenizer, ours)
-    file.unlink()  # a cache that lacks the strings is judged by hash and length
+    file.unlink()
+    with pytest.raises(CacheError, match=r"tokenizer\.json is missing"):
+        check_tokenizer(Cache(str(damaged)), "vision_hidden", processor.tokenizer, ours)
+    receipt.write_bytes(processor_receipt({}))  # a cache that lacks the strings is judged by hash and length
     with pytest.raises(CompatibilityError, match=r"another tokenizer: tokenizer\.length: cache 4160, here 4161"):
         check_tokenizer(Cache(str(damaged)), "vision_hidden", processor.tokenizer, ours)

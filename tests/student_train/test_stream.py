@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
+import os
 import pickle
+import signal
+import subprocess
 import tarfile
+import time
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import PIL.Image
@@ -15,9 +21,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils.data import Dataset
 
-from student_train.stream import BLOCK_SHARDS, MicroBatches, Order
-from teacher_cache.errors import CacheError, CompatibilityError
+from student_train import stream
+from student_train.stream import BLOCK_SHARDS, MicroBatches, Order, held_back
+from teacher_cache.errors import CacheError, CompatibilityError, KdcliError
 
 COUNTS = st.lists(st.integers(0, 5), min_size=1, max_size=40).filter(any)
 
@@ -258,3 +266,61 @@ def test_a_word_without_a_row_in_the_students_embedding_is_one_line(
         CompatibilityError, match=rf"'qwx' \(id {number}\) is beyond the {number} rows .*: resize_token_embeddings"
     ):
         open_stage(cache, method="sft", stage="SFT", parts=("sft",), student=tmp_path / "cut")
+
+
+class Deadly(Dataset):
+    """Rows that end the process that reads the third of them."""
+
+    rows = SimpleNamespace(pause=lambda: None)
+
+    def __getitem__(self, position: int) -> int:
+        if position == 2:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return position
+
+
+def test_a_killed_loader_process_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Wherever this process is meanwhile: nothing is raised in the middle of a step."""
+    monkeypatch.setattr("torch.utils.data._utils.MP_STATUS_CHECK_INTERVAL", 0.2)
+    monkeypatch.setattr(stream, "Join", lambda pad_id: list)
+    before = signal.getsignal(signal.SIGCHLD)
+    steps = stream.step_batches(Deadly(), MicroBatches(6, 1, 1, 0, 1, 0), 0, workers=1)  # type: ignore[arg-type]
+    assert next(steps)[0] == 0
+    time.sleep(0.5)  # the process is dead by now, and this one is at its step
+    with pytest.raises(KdcliError, match=r"a loader process died .*fewer --dataloader-num-workers"):
+        list(steps)
+    assert signal.getsignal(signal.SIGCHLD) == before
+
+
+LOADER = """
+import time
+from student_train.stream import leave_signals
+leave_signals(0)
+open(ready, "w").write("ready")
+time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn", "forkserver"])
+def test_a_loader_process_is_ended_by_its_parent_alone(
+    method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Under forkserver its parent is none that ``getppid`` knows."""
+    ready = tmp_path / "ready"
+    process = multiprocessing.get_context(method).Process(target=exec, args=(LOADER, {"ready": str(ready)}))
+    monkeypatch.setattr(multiprocessing, "get_start_method", lambda: method)
+    with held_back():
+        process.start()
+    try:
+        deadline = time.monotonic() + 60
+        while not ready.is_file() and time.monotonic() < deadline:
+            time.sleep(0.02)
+        subprocess.run(["sh", "-c", f"kill {process.pid}"], check=True)
+        process.join(0.3)
+        assert process.is_alive(), "somebody else's signal"
+        process.terminate()
+        process.join(10)
+        assert process.exitcode == 0
+    finally:
+        process.kill()
+        process.join()

@@ -184,3 +184,19 @@ def test_the_rate_is_that_of_transformers_but_for_the_first_warm_up_step(steps: 
         ours = Trainer.learning_rate(one, step)  # type: ignore[arg-type]
         assert ours == pytest.approx(2e-5 * theirs(step + (step < warm_up)), rel=1e-12)
     assert theirs(0) == (0.0 if warm_up else 1.0) and Trainer.learning_rate(one, 0) > 0  # type: ignore[arg-type]
+
+
+def test_a_training_without_memory(open_stage: Callable[..., Any], tiny_cache: Path) -> None:
+    trainer, batches_from = open_stage(tiny_cache, parts=("caption", "sft"), max_steps=2, per_device_train_batch_size=4)
+    trainer.model.model.register_forward_pre_hook(lambda *_: torch.empty(1 << 50))
+    with pytest.raises(KdcliError) as caught:
+        trainer.train(batches_from)
+    said = str(caught.value)
+    assert len(said.splitlines()) == 1
+    for word in (
+        "out of memory at step 0",
+        "micro-batches of up to 4 rows",
+        "--per-device-train-batch-size",
+        "checkpoint",
+    ):
+        assert word in said, said

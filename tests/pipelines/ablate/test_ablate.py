@@ -21,6 +21,7 @@ from pipelines.ablate.cells import Cell, make_cells, request
 from pipelines.ablate.grid import load_grid
 from pipelines.ablate.run import AblateRequest, ablate, dry_run
 from pipelines.ablate.runner import Slot, conclude, make_slots, prune_models, run_cells
+from pipelines.output_lock import alone
 from pipelines.report.runs import read_runs
 from teacher_cache.errors import KdcliError
 from teacher_cache.stopping import Stopped
@@ -201,6 +202,23 @@ def test_models_go_when_nothing_starts_from_them_and_come_back_when_asked(
         results = json.loads(path.read_text())["results"]
         assert results["heldout"] == before and len(results) == 2
     assert sum(1 for _ in out.glob("stages/*/model")) == 2, "PT and SFT were trained again"
+
+
+def test_a_damaged_shared_stage_is_trained_again(write_grid: Callable[..., Path], tmp_path: Path) -> None:
+    """Neither a student that starts from it nor another question to one that is trained goes on from it."""
+    out, grid = tmp_path / "out", write_grid()
+    in_process(grid, out, "sft/seed-0")
+    (weights,) = out.glob("stages/PT-*/model/model.safetensors")
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    in_process(grid, out, "llava-kd/seed-0")
+    assert weights.read_bytes() == whole and states(grid, out)["llava-kd/seed-0"] == "done"
+
+
+def test_two_ablations_in_one_folder(write_grid: Callable[..., Path], tmp_path: Path) -> None:
+    said = rf"kdcli ablate \(host .*process {os.getpid()}, since .*another --out"
+    with alone(tmp_path / "out", "kdcli ablate", "--out"), pytest.raises(KdcliError, match=said):
+        go(write_grid(), tmp_path / "out", limit=0)
 
 
 def test_only_and_limit_choose(write_grid: Callable[..., Path], tmp_path: Path) -> None:

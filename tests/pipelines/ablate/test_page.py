@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 
-from pipelines.ablate.cells import CARD, Cell, make_cells
+from pipelines.ablate.cards import CARD
+from pipelines.ablate.cells import Cell, make_cells
 from pipelines.ablate.grid import load_grid
 from pipelines.ablate.page import write_page
 from pipelines.ablate.results import markdown

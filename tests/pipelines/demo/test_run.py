@@ -11,7 +11,9 @@ import pytest
 from rich.console import Console
 
 from pipelines.demo.run import Recipe, quicker, run_demo
+from pipelines.output_lock import alone
 from pipelines.profiles import PROFILES
+from teacher_cache.errors import KdcliError
 
 
 @pytest.fixture(scope="module")
@@ -20,6 +22,12 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str, dict]:
     printed = io.StringIO()
     result = run_demo(out, seed=0, console=Console(file=printed, width=120), recipe=quicker(Recipe(), 0.1))
     return out, printed.getvalue(), result
+
+
+def test_two_demos_in_one_folder(tmp_path: Path) -> None:
+    with alone(tmp_path, "kdcli demo", "--out"), pytest.raises(KdcliError, match=r"kdcli demo \(host .* writes there"):
+        run_demo(tmp_path, seed=0, console=Console(file=io.StringIO()))
+    assert [one.name for one in tmp_path.iterdir()] == [".lock"]
 
 
 def test_prints_defects_cache_and_scores(demo: tuple[Path, str, dict]) -> None:

@@ -99,5 +99,5 @@ def test_another_file_is_refused_in_one_line(tmp_path, text):
     file.write_text(text)
     with pytest.raises(KdcliError, match=r"other.json.*kdcli fidelity --out FILE.json"):
         read_fidelity([file])
-    with pytest.raises(KdcliError, match=r"none.json cannot be read"):
+    with pytest.raises(KdcliError, match=r"none.json: cannot be read"):
         read_fidelity([tmp_path / "none.json"])

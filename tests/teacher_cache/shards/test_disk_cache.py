@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import hashlib
 import multiprocessing
@@ -14,8 +15,8 @@ from pathlib import Path
 import fsspec
 import pytest
 
-from teacher_cache.errors import CacheError
-from teacher_cache.shards.commit import Commit
+from teacher_cache.errors import CacheError, KdcliError
+from teacher_cache.shards.commit import Commit, parse_commit
 from teacher_cache.shards.disk_cache import DiskCache
 from teacher_cache.shards.storage import Storage
 
@@ -150,3 +151,65 @@ def test_fetching_ahead_takes_only_free_room(storage: Storage, tmp_path: Path) -
     assert len(list(tmp_path.glob("*.tar"))) == 3
     assert {one.name for one in tmp_path.glob("*.tar")} <= {f"{commit.tar_sha256}.tar" for commit in commits[:4]}
     assert taken(tmp_path) == 3 * SIZE
+
+
+def test_a_folder_with_other_files_keeps_them(storage: Storage, tmp_path: Path) -> None:
+    """Neither counted nor evicted, whatever they are called."""
+    names = ["thesis.tar", f"{'a' * 63}.tar", "notes.part", "x.12.part", "paper.lock", f"{'b' * 64}.tar.bak"]
+    for name in names:
+        (tmp_path / name).write_bytes(bytes(2 * SIZE))
+    cache = DiskCache(tmp_path, SIZE)
+    for shard in range(3):
+        assert read(cache, storage, put(storage, shard)) == bytes([shard]) * SIZE
+    assert all((tmp_path / name).read_bytes() == bytes(2 * SIZE) for name in names)
+
+
+def test_links_in_the_folder_are_neither_read_nor_followed(storage: Storage, tmp_path: Path) -> None:
+    victim, kept, commit = tmp_path / "victim", tmp_path / "kept", put(storage, 3)
+    victim.write_bytes(bytes([9]) * SIZE)
+    cache = DiskCache(kept, 2 * SIZE)
+    tar = kept / f"{commit.tar_sha256}.tar"
+    tar.symlink_to(victim)
+    (kept / f"{'c' * 64}.tar").symlink_to(victim)
+    os.mkfifo(kept / f"{'d' * 64}.tar")
+    (kept / f"{'e' * 64}.5.lock").symlink_to(victim)
+    assert read(cache, storage, commit) == bytes([3]) * SIZE and not tar.is_symlink()
+    for shard in range(3):
+        read(cache, storage, put(storage, shard))
+    assert victim.read_bytes() == bytes([9]) * SIZE
+
+
+@pytest.mark.parametrize(("mode", "reason"), [(0o777, "others"), (0o1777, "others"), (0o770, "others")])
+def test_a_folder_that_others_write_to_is_refused(tmp_path: Path, mode: int, reason: str) -> None:
+    folder = tmp_path / "shared"
+    folder.mkdir()
+    folder.chmod(mode)
+    with pytest.raises(CacheError, match=rf"{folder} .*{reason}.*--local-cache"):
+        DiskCache(folder, SIZE)
+
+
+def test_a_folder_of_another_user_is_refused_and_a_link_of_ones_own_is_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "link").symlink_to(tmp_path)
+    assert DiskCache(tmp_path / "link" / "kept", SIZE).folder.stat().st_mode & 0o777 == 0o700
+    DiskCache(tmp_path / "link", SIZE)
+    mine = os.getuid()
+    monkeypatch.setattr(os, "getuid", lambda: mine + 1)
+    with pytest.raises(CacheError, match="belongs to another user"):
+        DiskCache(tmp_path, SIZE)
+
+
+def test_a_hash_that_is_a_path_is_no_commit() -> None:
+    commit = Commit(0, "", "", "0.tar", SIZE, "../../home", "0.parquet", "0" * 64, 0, 0, (), {})
+    with pytest.raises(CacheError, match="no sha256"):
+        parse_commit(commit.to_bytes(), "here")
+
+
+def test_a_disk_without_locks_is_said(storage: Storage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def flock(*_: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with pytest.raises(KdcliError, match=r"cannot be locked .*No locks available.*--local-cache"):
+        read(DiskCache(tmp_path, SIZE), storage, put(storage, 0))

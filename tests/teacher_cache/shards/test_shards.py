@@ -174,13 +174,24 @@ def test_a_killed_writer_leaves_orphans_only(small_cache: Storage, small_plan) -
 
 
 def test_drafts_of_killed_documents_are_orphans(small_cache: Storage) -> None:
+    """By names that kdcli gives; what anybody else put there stays."""
+    draft = "0f" * 16
     drafts = [
-        ".manifest.json.0f",
-        "fields/x/.field.json.0f",
-        "samples/commits/.000001.json.0f",
-        "teacher/ab/.head.json.0f",
+        f".manifest.json.{draft}",
+        f"fields/x/.field.json.{draft}",
+        f"samples/commits/.000001.json.{draft}",
+        f"teacher/ab/.head.json.{draft}",
+        f".staging/{draft}-manifest.json",
+        f".staging/fields-x-000003-{draft}.tar",
     ]
-    for name in drafts:
+    others = [
+        ".staging/notes",
+        "samples/data/.DS_Store",
+        "samples/data/000000.tar.bak",
+        ".my.json.1",
+        "samples/index/x",
+    ]
+    for name in (*drafts, *others):
         Path(small_cache.path(name)).parent.mkdir(parents=True, exist_ok=True)
         Path(small_cache.path(name)).write_bytes(b"")
     assert sorted(orphans(small_cache, COLUMNS)) == sorted(drafts)

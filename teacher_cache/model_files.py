@@ -1,0 +1,300 @@
+"""What a model's JSON files say, looked at before transformers obeys it: sizes, and keys that reach other models and kernels.
+
+A folder or repository is a stranger's. transformers builds what a configuration says (a billion layers too), and some of its keys load
+from a hub: attention kernels, backbones, adapters, tokenizers of sound. Where ``--trust-remote-code`` was given those keys are obeyed.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import stat
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from teacher_cache.errors import KdcliError
+from teacher_cache.model_name import check_model_name
+
+CONFIG = "config.json"
+PROCESSING = ("processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json")
+JSON_FILES = (CONFIG, "generation_config.json", *PROCESSING, "tokenizer_config.json")
+"""Looked into. Weights and their index are ``model_weights``' business, tokenizer.json is the tokenizer library's."""
+TEXT_FILES = (*JSON_FILES, "tokenizer.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt")
+TEMPLATES = ("chat_template.jinja", "chat_template.json", "additional_chat_templates")
+JSON_BYTES = 64 << 20
+"""Of one file; tokenizer_config.json of published models has a few MB."""
+FILE_BYTES = 1 << 30
+"""Of a tokenizer's files."""
+
+ATTENTION = ("eager", "sdpa", "flex_attention", *(f"flash_attention_{n}" for n in (2, 3, 4)))
+EXPERTS = ("eager", "batched_mm", "grouped_mm")
+DTYPES = ("auto", "float32", "float64", "bfloat16", "float16", "float", "half", "double")
+QUANTIZED = (
+    *("aqlm", "auto-round", "awq", "bitnet", "bitsandbytes", "bitsandbytes_4bit", "bitsandbytes_8bit"),
+    *("compressed-tensors", "gptq", "hqq", "quanto", "spqr", "torchao", "vptq"),
+)
+"""Methods whose code is a package that is installed here; others fetch kernels from a hub."""
+CLASS_KEYS = (
+    *("processor_class", "image_processor_type", "image_processor_class", "feature_extractor_type"),
+    *("feature_extractor_class", "video_processor_type", "video_processor_class", "tokenizer_class"),
+)
+CLASS = re.compile(
+    r"(?!Auto)\w+(Processor|Tokenizer|Extractor)(Fast|Pil)?|\w+Backend|PreTrainedTokenizerFast", re.ASCII
+)
+"""Of processors and tokenizers. transformers takes any name of its own there, models too."""
+PLAIN_NAME = re.compile(r"[\w][\w.-]*", re.ASCII)
+REACH = "may load code or weights from elsewhere: read what it names, then give --trust-remote-code, or remove that key"
+
+POSITIVE = {
+    *("hidden_size", "d_model", "embed_dim", "intermediate_size", "num_hidden_layers", "num_layers", "depth"),
+    *("num_attention_heads", "num_heads", "num_key_value_heads", "head_dim", "vocab_size", "patch_size"),
+    *("image_size", "num_channels", "in_channels", "spatial_merge_size", "temporal_patch_size"),
+}
+"""Sizes without which nothing can be computed."""
+MOST = (
+    (re.compile(r"layers?$|^depths?$|blocks$"), 4096),
+    (re.compile(r"heads?$|experts?$|stages$|groups?$"), 16384),
+    (re.compile(r"vocab"), 1 << 24),
+    (re.compile(r"^max_patches$|tiles$|crops$"), 1 << 10),
+    (re.compile(r"^(height|width|size|crop_size)$"), 1 << 14),
+    (re.compile(r"edge$|pixels$"), 1 << 26),
+    (re.compile(r"image_size|patch_size|stride|kernel|queries|latents|image_seq_len|image_tokens|merge_size"), 1 << 16),
+    (re.compile(r"position|_length$|_len$"), 1 << 28),
+    (re.compile(r"(_size|_dim|_dims|_width|_channels|_rank|d_model|d_ff|d_kv|n_embd|n_inner)$"), 1 << 21),
+)
+"""The most that a size may say, by its name; the first that fits counts. Published models stay an order of magnitude below."""
+MANY = 1 << 20
+"""Layers × experts: each is a module that has to be built."""
+PARTS = ("text_config", "vision_config", "quantization_config", "backbone_config", "audio_config")
+TOKEN = re.compile(r"_token_(id|index)$")
+SIZED = (CONFIG, *PROCESSING)
+
+
+def check_model_files(what: str, name: str, revision: str | None = None, trusted: bool = False) -> None:
+    """KdcliError of one line where ``name`` is no model, or its files say what no model says or what this run does not obey.
+
+    Args:
+        what: names the model in the line, e.g. ``student 'runs/01-SFT/model'``.
+        trusted: its program code may run, so its configuration may name any other.
+    """
+    check_model_name(what, name, revision)
+    folder = Path(name)
+    if folder.is_dir():
+        for one in (*TEXT_FILES, *TEMPLATES):
+            _check_plain(folder / one, folder)
+    _refuse_adapter(what, name, revision)
+    for file in JSON_FILES:
+        path: Path | None = folder / file if folder.is_dir() else _of_hub(name, file, revision)
+        if path is not None and path.exists():
+            try:
+                _check_body(what, file, read_json(path), trusted)
+            except RecursionError:
+                raise KdcliError(
+                    f"{path}: nested too deeply: give the file as the model's maker published it"
+                ) from None
+
+
+def read_json(path: Path) -> Any:
+    """The file's JSON object; KdcliError naming the file where it has none."""
+    try:
+        if path.stat().st_size > JSON_BYTES:
+            raise KdcliError(f"{path}: {path.stat().st_size:,} bytes, and at most {JSON_BYTES:,} are read")
+        body = json.loads(path.read_bytes())
+    except OSError as error:
+        raise KdcliError(f"{path}: {error.strerror or error}") from None
+    except (ValueError, RecursionError) as error:
+        raise KdcliError(
+            f"{path}: not readable as JSON ({str(error)[:200]}): take the file from where the model is from"
+        ) from None
+    if not isinstance(body, dict):
+        raise KdcliError(f"{path}: a JSON object is expected, this is a {type(body).__name__}")
+    return body
+
+
+def _check_plain(path: Path, folder: Path) -> None:
+    """A file of text is a plain one of this folder: what a link brings in from elsewhere would be copied into caches and students."""
+    try:
+        found = path.stat()
+    except OSError:
+        if path.is_symlink():
+            raise KdcliError(f"{path}: a link to nothing: put the file there") from None
+        return
+    if stat.S_ISDIR(found.st_mode) and path.name in TEMPLATES:
+        if path.is_symlink():
+            raise KdcliError(f"{path}: a link to a folder: put the folder there")
+        for one in path.iterdir():
+            _check_plain(one, folder)
+        return
+    if not stat.S_ISREG(found.st_mode):
+        raise KdcliError(f"{path}: not a plain file: a model's files are")
+    if found.st_size > FILE_BYTES:
+        raise KdcliError(f"{path}: {found.st_size:,} bytes, and at most {FILE_BYTES:,} are read")
+    if path.is_symlink():
+        target, root = path.resolve(), folder.resolve()
+        # A snapshot of the hub's cache is made of links to its blobs.
+        homes = (root, root.parent.parent / "blobs") if root.parent.name == "snapshots" else (root,)
+        if not any(target.is_relative_to(home) for home in homes):
+            raise KdcliError(f"{path}: a link that leads out of the model's folder: put a copy of the file there")
+
+
+def _of_hub(name: str, file: str, revision: str | None) -> Path | None:
+    """A file of the hub's model, as transformers fetches and keeps it; None where it has none."""
+    from transformers.utils import cached_file
+
+    try:
+        found = cached_file(
+            name,
+            file,
+            revision=revision,
+            _raise_exceptions_for_gated_repo=False,
+            _raise_exceptions_for_missing_entries=False,
+            _raise_exceptions_for_connection_errors=False,
+        )
+    except (OSError, ValueError):  # of the hub: what loads the model says it
+        return None
+    return Path(found) if found else None
+
+
+def _refuse_adapter(what: str, name: str, revision: str | None) -> None:
+    """An adapter beside the weights is loaded where peft is installed, and left out where it is not: never the same model."""
+    import importlib.util
+
+    there = (Path(name) / "adapter_config.json").exists()
+    if not Path(name).is_dir() and importlib.util.find_spec("peft"):
+        there = _of_hub(name, "adapter_config.json", revision) is not None
+    if there:
+        raise KdcliError(
+            f"{what} has an adapter beside its weights (adapter_config.json): merge it (peft: `merge_and_unload`) and save the model"
+        )
+
+
+def _check_body(what: str, file: str, body: Mapping[str, Any], trusted: bool) -> None:
+    for path, key, value, around in _entries(body):
+        said = f"{what}: {file} says {path} = {_short(value)}"
+        if key in ("transformers_weights", "configuration_files", "fast_tokenizer_files") and value:
+            raise KdcliError(
+                f"{said}, which puts other files in the place of those that are looked at: remove that key"
+            )
+        if not trusted and (reason := _reaches(file, path, key, value, around)) is not None:
+            raise KdcliError(f"{said}{reason}, which {REACH}")
+        if file == CONFIG and key in ("dtype", "torch_dtype") and "quantization" not in path and not _is_dtype(value):
+            raise KdcliError(f"{said}: no type of weights that is known here: give float32, bfloat16 or float16")
+        if file == CONFIG and key in PARTS and not isinstance(value, (dict, type(None))):
+            raise KdcliError(f"{said}: a JSON object is expected there")
+        if file == CONFIG and TOKEN.search(key) and not all(_is_id(one) for one in _leaves(value)):
+            raise KdcliError(f"{said}: a token's number is expected")
+        if file in SIZED and (fault := _size_fault(key, value)):
+            raise KdcliError(f"{said}: {fault}: give {file} as the model's maker published it")
+    if file == CONFIG:
+        _check_whole(what, body)
+
+
+def _entries(body: Any, before: str = "") -> Iterator[tuple[str, str, Any, Mapping[str, Any]]]:
+    """(path, key, value, the object that it stands in) of everything that has a key."""
+    if isinstance(body, Mapping):
+        for key, value in body.items():
+            yield f"{before}{key}", str(key), value, body
+            yield from _entries(value, f"{before}{key}.")
+    elif isinstance(body, list):
+        for one in body:
+            if isinstance(one, (Mapping, list)):
+                yield from _entries(one, before)
+
+
+def _reaches(file: str, path: str, key: str, value: Any, around: Mapping[str, Any]) -> str | None:
+    """What is wrong with an entry that leads elsewhere, "" where its name says enough; None for all others."""
+    bare = key.lstrip("_")
+    if bare in ("attn_implementation", "attn_implementation_internal"):
+        return None if all(one in (None, *ATTENTION) for one in _leaves(value)) else f" (known: {', '.join(ATTENTION)})"
+    if bare in ("experts_implementation", "experts_implementation_internal"):
+        return None if all(one in (None, *EXPERTS) for one in _leaves(value)) else f" (known: {', '.join(EXPERTS)})"
+    if key == "auto_map" and file == CONFIG:
+        return None if path == key or not value else ""  # of the whole: transformers asks for trust itself
+    if key in ("use_kernels", "use_pretrained_backbone", "use_timm_backbone", "custom_generate", "compile_config"):
+        return "" if value else None
+    if "kernel" in key and isinstance(value, (str, dict)) and file == CONFIG:
+        return ""
+    timm = str(around.get("model_type", "")).startswith("timm_")
+    if isinstance(value, str) and (key == "backbone" or (key == "architecture" and timm)):
+        return None if timm and PLAIN_NAME.fullmatch(value) else ""
+    if key.startswith("audio_tokenizer") and value:
+        return ""
+    if key == "trust_remote_code" and value:
+        return ""
+    if key == "quantization_config" and value:
+        method = value.get("quant_method") if isinstance(value, Mapping) else value
+        flagged = isinstance(value, Mapping) and (value.get("load_in_4bit") or value.get("load_in_8bit"))
+        return None if method in QUANTIZED or flagged is True else f" (known methods: {', '.join(QUANTIZED)})"
+    if key in CLASS_KEYS and value is not None:
+        return None if isinstance(value, str) and CLASS.fullmatch(value) else " (no processor's or tokenizer's class)"
+    if bare.endswith("_file") and isinstance(value, str) and file == "tokenizer_config.json":
+        # Published ones hold paths of their makers' machines, which are not here.
+        return "" if "/" in value.removeprefix("./") and Path(value).exists() else None
+    return None
+
+
+def _leaves(value: Any) -> Iterator[Any]:
+    if isinstance(value, (Mapping, list)):
+        for one in value.values() if isinstance(value, Mapping) else value:
+            yield from _leaves(one)
+    else:
+        yield value
+
+
+def _is_id(value: Any) -> bool:
+    return value is None or (isinstance(value, int) and not isinstance(value, bool) and abs(value) < 1 << 31)
+
+
+def _is_dtype(value: Any) -> bool:
+    if isinstance(value, Mapping):
+        return all(_is_dtype(one) for one in value.values())
+    return value is None or (isinstance(value, str) and value.removeprefix("torch.") in DTYPES)
+
+
+def _size_fault(key: str, value: Any) -> str:
+    """Why no model can have this size; "" where it can, or where ``key`` names none."""
+    most = next((most for pattern, most in MOST if pattern.search(key)), None)
+    if most is None or value is None:
+        return ""
+    listed = value if isinstance(value, list) else [value]
+    for one in listed:
+        if key in POSITIVE and (isinstance(one, bool) or not isinstance(one, (int, dict))):
+            return "a whole number is expected"
+        if isinstance(one, float) and not math.isfinite(one):
+            return "a finite number is expected"
+        if isinstance(one, (int, float)) and abs(one) > most:
+            return f"at most {most:,} are taken"
+        if isinstance(one, int) and one < 1 and key in POSITIVE:
+            return "a number above 0 is expected"
+    return ""
+
+
+def _check_whole(what: str, body: Mapping[str, Any]) -> None:
+    """What several entries say together, and those that are no sizes."""
+    for key, wanted in (("model_type", str), ("architectures", list)):
+        if not isinstance(body.get(key), (wanted, type(None))):
+            raise KdcliError(f"{what}: {CONFIG} says {key} = {_short(body[key])}: {wanted.__name__} is expected")
+    if not all(isinstance(one, str) for one in body.get("architectures") or []):
+        raise KdcliError(f"{what}: {CONFIG} says architectures = {_short(body['architectures'])}: names are expected")
+    for part in (body, *(one for one in body.values() if isinstance(one, Mapping))):
+        heads, shared = (part.get(name) for name in ("num_attention_heads", "num_key_value_heads"))
+        if isinstance(heads, int) and isinstance(shared, int) and heads % shared:
+            raise KdcliError(
+                f"{what}: {CONFIG} says {heads} attention heads in {shared} groups, which do not divide them"
+            )
+        layers, experts = (
+            part.get("num_hidden_layers"),
+            [part.get(n) for n in ("num_experts", "num_local_experts", "n_routed_experts")],
+        )
+        most = max((one for one in experts if isinstance(one, int)), default=1)
+        if isinstance(layers, int) and layers * most > MANY:
+            raise KdcliError(
+                f"{what}: {CONFIG} says {layers} layers of {most} experts: at most {MANY:,} of them are taken"
+            )
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value, default=str)
+    return text if len(text) <= 80 else f"{text[:77]}..."
