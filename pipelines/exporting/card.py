@@ -12,7 +12,6 @@ from pipelines.exporting.provenance import Provenance
 from pipelines.tables import score_table
 from student_train.compressors import CompressorSpec
 from teacher_cache.errors import KdcliError, one_line
-from teacher_cache.model_kind import reads_images
 from teacher_cache.records import Turn
 from teacher_cache.rows import PLACEHOLDER
 from teacher_cache.templates import find_template
@@ -31,14 +30,19 @@ inputs = processor.apply_chat_template(messages, add_generation_prompt=True, tok
 
 
 def model_card(
-    origin: Provenance, spec: CompressorSpec | None, dtype: str, name: str, config: Any, template: str | None = None
+    origin: Provenance,
+    spec: CompressorSpec | None,
+    dtype: str,
+    name: str,
+    family: str,
+    template: str | None = None,
+    images: bool = True,
 ) -> str:
     """Markdown with the YAML block that a model hub reads.
 
     Args:
-        config: the student's. template: in which the student was asked while it trained; None: nobody knows, so its chat template.
+        images: the student reads images. template: in which the student was asked while it trained; None: nobody knows, so its chat template.
     """
-    images, family = reads_images(config), str(config.model_type)
     try:
         trained, scored = training(origin), results(origin)
         above = summary(origin, spec, dtype, images)
