@@ -19,6 +19,7 @@ import shutil
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -69,7 +70,7 @@ def passages(rows: int, seed: int = 0) -> list[tuple[str, str]]:
         for paragraph in re.split(r"\n\s*\n", text):
             words = " ".join(paragraph.split())
             sentences = [one for one in re.split(r"(?<=[.:])\s+", words) if 20 < len(one) < 200]
-            found += zip(sentences, sentences[1:])
+            found += pairwise(sentences)
     random.Random(seed).shuffle(found)
     if len(found) < rows:
         raise ValueError(f"{rows} rows, and Python's documentation gives {len(found)}: take fewer --rows")

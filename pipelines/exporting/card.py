@@ -41,7 +41,7 @@ def model_card(
     """Markdown with the YAML block that a model hub reads.
 
     Args:
-        images: the student reads images. template: in which the student was asked while it trained; None: nobody knows, so its chat template.
+        template: in which the student was asked while it trained; None: nobody knows, so its chat template. images: it reads images.
     """
     try:
         trained, scored = training(origin), results(origin)
