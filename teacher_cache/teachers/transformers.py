@@ -120,7 +120,8 @@ def teacher_fingerprint(spec: TeacherSpec, processor: Any, config: Any) -> dict[
 
 def runs_own_code(spec: TeacherSpec, processor: Any, config: Any) -> bool:
     """Whether code of the model's folder takes part: it was allowed, and configuration or processor point to some."""
-    own = [one for one in (processor, config) if type(one).__module__.startswith("transformers_modules.")]
+    reader = processor.tokenizer if processor.image_processor is None else processor
+    own = [one for one in (reader, config) if type(one).__module__.startswith("transformers_modules.")]
     return spec.trust_remote_code and bool(own or getattr(config, "auto_map", None))
 
 
