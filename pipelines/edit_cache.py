@@ -11,7 +11,7 @@ from pipelines.cache_teacher import adopted, capture_fields, wants_of
 from pipelines.capture_shards import CaptureRequest, make_preparer
 from pipelines.executors import local
 from pipelines.presence import at_work
-from pipelines.profiles import with_tails
+from pipelines.profiles import refuse_fields_of_images, with_tails
 from pipelines.settings import CaptureSettings
 from student_train.cache import Cache
 from teacher_cache.errors import CacheError, CompatibilityError, KdcliError
@@ -55,6 +55,8 @@ def add_fields(
     request = CaptureRequest(spec, (), url, settings, params, from_samples=True, version=version)
     refuse_wants(spec, wants_of(fields))
     processor, config = load_processor(spec)
+    if processor.image_processor is None:
+        refuse_fields_of_images(fields)
     check_preparation(cache, spec, make_preparer(request, processor, config).fingerprint())
     local.worker_count(settings.workers)
     resolve_device(spec)

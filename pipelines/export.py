@@ -27,6 +27,7 @@ from student_train.compressors import CompressorSpec
 from student_train.student import load_student, share
 from student_train.whole import sync_files
 from teacher_cache.errors import KdcliError, naming_full_disk
+from teacher_cache.model_kind import reads_images
 from teacher_cache.shards.storage import sync_folder
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -77,7 +78,9 @@ def export(request: ExportRequest) -> dict[str, Any]:
         write_folder(model, processor, spec, draft)
         share(draft.glob("*.safetensors"))
         name = request.out.resolve().name
-        (draft / "README.md").write_text(model_card(origin, spec, dtype, name, config.model_type, template))
+        (draft / "README.md").write_text(
+            model_card(origin, spec, dtype, name, config.model_type, template, reads_images(config))
+        )
         result = {
             "folder": str(request.out),
             "model": str(source),

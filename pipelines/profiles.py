@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from teacher_cache.errors import KdcliError
+from teacher_cache.errors import CompatibilityError, KdcliError
 
 if TYPE_CHECKING:
     from teacher_cache.teachers.transformers import TeacherSpec
@@ -29,11 +29,12 @@ cent of the bytes. exact: hidden states as they are, every loss at any temperatu
 
 
 def chosen_fields(
-    store: str, fields: tuple[str, ...], params: Mapping[str, Mapping[str, Any]]
+    store: str, fields: tuple[str, ...], params: Mapping[str, Mapping[str, Any]], images: bool = True
 ) -> dict[str, dict[str, Any]]:
     """Field → parameters, in writing order.
 
     Args:
+        images: the teacher reads images. One of text alone has the profile's fields of responses.
         fields: takes the place of the profile where it is not empty; such fields start from their own defaults.
         params: ``[fields.NAME]`` of kd.toml, over the profile's. A field whose codec or layout changes drops the profile's other
             parameters with it.
@@ -41,12 +42,37 @@ def chosen_fields(
     if store not in PROFILES:
         raise KdcliError(f"--store {store!r}: choose from {', '.join(PROFILES)}")
     wanted = {name: {} for name in fields} if fields else PROFILES[store]
+    if not images:
+        refuse_fields_of_images(fields)
+        of_images = fields_of_images(wanted)
+        wanted = {name: values for name, values in wanted.items() if name not in of_images}
+        params = {name: values for name, values in params.items() if name not in of_images}
     unknown = sorted(set(params) - set(wanted))
     if unknown:
         raise KdcliError(
             f"parameters for {', '.join(unknown)}, but these fields are not captured: add them to --fields"
         )
     return {name: _over(wanted[name], params.get(name, {})) for name in wanted}
+
+
+def fields_of_images(names: Iterable[str]) -> list[str]:
+    """Those of the fields that hold what a teacher says at, or of, vision tokens."""
+    from teacher_cache.fields import create_field
+
+    kinds = ("vision", "attention")
+    return [name for name in names if any(kind in want for want in create_field(name).wants for kind in kinds)]
+
+
+def refuse_fields_of_images(names: Iterable[str]) -> None:
+    """CompatibilityError for fields that a teacher of text alone cannot give."""
+    from teacher_cache.fields import field_kinds
+
+    if asked := fields_of_images(names):
+        others = sorted(set(field_kinds()) - set(fields_of_images(field_kinds())))
+        raise CompatibilityError(
+            f"field {asked[0]} holds what a teacher says of images, and this one reads text alone: leave it out (it has "
+            f"{', '.join(others)}), or give a teacher that reads images"
+        )
 
 
 def with_tails(fields: Mapping[str, Mapping[str, Any]], teacher: TeacherSpec) -> dict[str, dict[str, Any]]:

@@ -30,6 +30,21 @@ FIXES = {  # reason → what to do about it with a flag
     "over_length": "raise --max-length, or give --over-length cut",
     OF_TEACHER: "check the teacher's weights, or give another --dtype",
 }
+OF_TEXT = "give a teacher that reads images, or a mixture of text"
+UNREAD = "images_unread"
+"""Rows with images, of a teacher that reads text alone: it was told so before the job, and such skips are no excess."""
+
+
+def unread_images(plan: Plan, preparer: Preparer) -> list[str]:
+    """Before the job: a line for every part whose rows with images are skipped, since the teacher reads text alone."""
+    images = {part.spec.part: 0 for part in plan.parts}
+    for one in plan.slices:
+        images[one.part] += sum(group.images for group in one.groups)
+    return [
+        f"part {part!r}: its rows with images ({count:,} images) are skipped: the teacher reads text alone"
+        for part, count in images.items()
+        if count and not preparer.reads_images
+    ]
 
 
 def refuse_skips(plan: Plan, preparer: Preparer, allowed: float) -> None:
@@ -88,7 +103,7 @@ def told(reason: str, skipped: Sequence[SkipRecord], part: Part) -> str:
     """How many are skipped for a reason, with an example and the fix."""
     alike = [one for one in skipped if one.reason == reason]
     root = part.spec.image_root if part.spec.image_root is not None else "not given: the folder of the data"
-    fix = FIXES.get(reason, "`kdcli doctor` lists them all").format(root=root)
+    fix = {**FIXES, UNREAD: OF_TEXT}.get(reason, "`kdcli doctor` lists them all").format(root=root)
     return f"{len(alike)} by {reason} ({alike[0].place}: {alike[0].detail}): {fix}"
 
 
@@ -111,6 +126,7 @@ def excess(cache: Cache, columns: Sequence[str], allowed: float, of_teacher: boo
             commits = read_commits(cache.storage, column, sorted(done & set(cache.shards([name]))))
             rows = sum(one.rows for one in commits)
             skipped = [skip for one in commits for skip in one.skipped if not of_teacher or skip.reason == OF_TEACHER]
+            skipped = [skip for skip in skipped if skip.reason != UNREAD]
             if name not in lines and is_excess(len(skipped), rows, allowed):
                 why = told(Counter(one.reason for one in skipped).most_common(1)[0][0], skipped, part)
                 lines[name] = (

@@ -12,11 +12,13 @@ from student_train.cache import Cache
 from student_train.compression import asked_for
 from student_train.compressors import CompressorSpec
 from student_train.config import StageSettings, TrainSettings
-from student_train.methods import Method, create_method, hook, method_module
+from student_train.methods import Method, create_method, hook, looks_at_images, method_module, text_methods
 from student_train.needs import ROW_ALIGNED, Served, serve
-from student_train.stages import Stage, parse_stages
+from student_train.stages import Stage, parse_stages, stages_of_text
 from student_train.student import open_student
 from teacher_cache.errors import CacheError, CompatibilityError, KdcliError
+from teacher_cache.fingerprint import is_text_alone
+from teacher_cache.model_kind import open_config, reads_images
 from teacher_cache.shards.commit import committed_shards
 
 
@@ -48,8 +50,16 @@ def plan_stages(
     shared = {**settings.methods.get(method, {}), **(knobs or {})}
     create_method(method, preset, shared)
     plain = create_method("sft")
+    listed = parse_stages(stages or module.STAGES)
+    blind = blind_side(cache, settings.train)
+    if blind.startswith("student"):
+        listed = stages_of_text(listed, bool(stages), blind)
+    if blind:
+        for stage in (one for one in listed if one.distils):
+            own = settings.stages.get(stage.name, StageSettings())
+            refuse_blind(create_method(method, preset, {**shared, **(own.knobs or {})}), method, blind)
     plans = []
-    for number, stage in enumerate(parse_stages(stages or module.STAGES), start=1):
+    for number, stage in enumerate(listed, start=1):
         own = settings.stages.get(stage.name, StageSettings())
         merged = own.over(settings.train)
         if not merged.learning_rate:
@@ -64,6 +74,24 @@ def plan_stages(
         name = method if stage.distils else "sft"
         plans.append(StagePlan(number, stage, merged, parts, name, used, served, compressor))
     return plans
+
+
+def blind_side(cache: Cache, train: TrainSettings) -> str:
+    """Which side reads text alone, in words: the student, or else the teacher whose rows the cache holds; "" for neither."""
+    if train.student:
+        what = f"student {train.student!r}"
+        if not reads_images(open_config(what, train.student, trust_remote_code=train.trust_remote_code)):
+            return what
+    return f"the teacher of {cache.storage}" if is_text_alone(cache.plan.preparation) else ""
+
+
+def refuse_blind(method: Method, name: str, blind: str) -> None:
+    """CompatibilityError for a method that learns from vision tokens, where one side has none."""
+    if looks_at_images(method):
+        needs = sorted(str(need) for need in method.needs() if "vision" in need.what) or ["vision tokens to remove"]
+        raise CompatibilityError(
+            f"method {name} needs {', '.join(needs)}, and {blind} reads text alone: use {', '.join(text_methods())}"
+        )
 
 
 def complete_fields(cache: Cache, parts: tuple[str, ...]) -> list[str]:

@@ -16,7 +16,7 @@ from pipelines.stage_plans import StagePlan, row_aligned
 from student_train.cache import Cache, CachedRows
 from student_train.compression import compressor_of, with_grid
 from student_train.distributed import Processes
-from student_train.methods import hook
+from student_train.methods import hook, looks_at_images
 from student_train.needs import Served
 from student_train.stream import MicroBatches, Order, TrainBatch, TrainDataset, step_batches
 from student_train.student import RowForward, freeze_except, share
@@ -149,8 +149,7 @@ def check_rows(dataset: TrainDataset, plan: StagePlan) -> None:
     Raises:
         CompatibilityError: the row's own; or the stage needs images and none of the first ``PROBED`` rows has one.
     """
-    sees_images = plan.stage.trains == ("projector",) or any("vision" in n.what for n in plan.method.needs())
-    sees_images = sees_images or hasattr(plan.method, "passes")
+    sees_images = plan.stage.trains == ("projector",) or looks_at_images(plan.method)
     without = set(plan.parts)
     for position in range(min(PROBED, dataset.order.rows)):
         row = dataset[position]

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-from teacher_cache.errors import KdcliError
+from teacher_cache.errors import CompatibilityError, KdcliError
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,20 @@ STAGES = {
         Stage("DFT", ("sft",), ("projector", "language_model"), True, 2e-5),
     )
 }
+
+
+def stages_of_text(stages: Sequence[Stage], asked: bool, student: str) -> list[Stage]:
+    """Those that a student of text alone can have: it has no projector.
+
+    Args:
+        asked: the user named them. CompatibilityError then where one of them trains the projector alone.
+    """
+    lost = [stage.name for stage in stages if stage.trains == ("projector",)]
+    if lost and asked:
+        raise CompatibilityError(
+            f"stage {lost[0]} trains the projector alone, and {student} reads text alone: leave it out of --stages"
+        )
+    return [stage for stage in stages if stage.name not in lost]
 
 
 def parse_stages(text: str) -> list[Stage]:

@@ -33,7 +33,7 @@ from teacher_cache.records import ImageLayout, Prepared, TextTokens
 BLOCK_SHARDS = 16
 FIXES = {"unknown_token": "resize_token_embeddings and save it, or take the tokenizer that belongs to it"}
 """By skip reason, where it is not the usual one."""
-OF_THE_PROCESSOR = ("processor_refused", "image_too_large")
+OF_THE_PROCESSOR = ("processor_refused", "image_too_large", "images_unread")
 """Reasons to skip a captured row that are the student's own: its processor's, not the run's template or lengths."""
 MOST_REFUSED = 64
 """Rows one after the other: a student that refuses so many refuses its data."""

@@ -20,9 +20,9 @@ from student_train.pruning.forward import prune_vision
 from student_train.stream import TrainBatch
 from student_train.whole import check_model
 from teacher_cache.batch import Batch, keep_vision
-from teacher_cache.errors import CompatibilityError, KdcliError, check_reads_images
-from teacher_cache.model_files import check_model_files
-from teacher_cache.model_load import naming_what_fails, try_tokenizer
+from teacher_cache.errors import CompatibilityError, KdcliError
+from teacher_cache.model_kind import auto_model, decoder_of, open_processor, reads_images
+from teacher_cache.model_load import naming_what_fails
 from teacher_cache.model_weights import check_weights, refuse_missing
 from teacher_cache.records import TextTokens
 from teacher_cache.teachers.head import head_logits
@@ -51,8 +51,6 @@ def load_student(
         compressor: of its vision tokens; None: as the folder is. One that the folder has not yet is installed, its fresh weights
             drawn from torch's generator.
     """
-    from transformers import AutoModelForImageTextToText
-
     processor, config, spec = open_student(model_id, trust_remote_code, compressor)
     # Other checkpoints than safetensors are pickles.
     arguments = {"dtype": torch.float32, "attn_implementation": attn_implementation, "use_safetensors": True}
@@ -62,7 +60,7 @@ def load_student(
         try:
             if compressor_of(config) and spec:
                 return load_compressed(model_id, spec, **arguments), processor
-            loaded: Any = AutoModelForImageTextToText.from_pretrained(
+            loaded: Any = auto_model(config).from_pretrained(
                 model_id, trust_remote_code=trust_remote_code, output_loading_info=True, **arguments
             )
         except ValueError as error:
@@ -80,23 +78,20 @@ def open_student(
     model_id: str, trust_remote_code: bool = False, compressor: CompressorSpec | None = None
 ) -> tuple[Any, Any, CompressorSpec | None]:
     """(processor, configuration, settled compressor) without any weights; the processor writes the compressed count."""
-    from transformers import AutoConfig, AutoProcessor
-
     what = f"student {model_id!r}"
     check_model(Path(model_id))  # of a run: a damaged file is named as such, not by what it became
-    check_model_files(what, model_id, trusted=trust_remote_code)
+    processor, config = open_processor(what, model_id, trust_remote_code=trust_remote_code)
     with naming_what_fails(what):
-        processor = AutoProcessor.from_pretrained(model_id, trust_remote_code=trust_remote_code)
-        config = AutoConfig.from_pretrained(model_id, trust_remote_code=trust_remote_code)
-        check_reads_images(what, processor, config)
-        try_tokenizer(processor.tokenizer)
         check_token_ids(processor.tokenizer, config)
         spec = settle(compressor, config, processor, model_id)
     return with_grid(processor, spec), config, spec
 
 
-def module_group(parameter: str) -> str:
-    """``projector``, ``language_model`` or ``vision_tower`` of a parameter's path."""
+def module_group(parameter: str, config: Any = None) -> str:
+    """``projector``, ``language_model`` or ``vision_tower`` of a parameter's path. config: of a model that may read text alone: then it is
+    all language model."""
+    if config is not None and not reads_images(config):
+        return "language_model"
     path = parameter.split(".")
     # The projector is asked first: in some families it stands inside the vision module.
     for group, names in MODULES.items():
@@ -109,7 +104,7 @@ def freeze_except(model: nn.Module, groups: Sequence[str]) -> list[tuple[str, nn
     """Train the given groups, freeze the rest. Returns the trainable parameters by name."""
     trainable = []
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(module_group(name) in groups)
+        parameter.requires_grad_(module_group(name, model.config) in groups)
         if parameter.requires_grad:
             trainable.append((name, parameter))
     if not trainable:
@@ -192,7 +187,8 @@ class RowForward(nn.Module):
     ) -> tuple[torch.Tensor, Callable[[torch.Tensor], torch.Tensor]]:
         """(hidden states ``[rows, D]``, what turns rows of the batch into rows of them)"""
         if pruning is None:
-            return self.model.model(**batch.inputs, use_cache=False).last_hidden_state.flatten(0, 1), lambda rows: rows
+            states = decoder_of(self.model)(**batch.inputs, use_cache=False).last_hidden_state
+            return states.flatten(0, 1), lambda rows: rows
         layers = self.model.config.get_text_config().num_hidden_layers
         with prune_vision(self.model, pruning.at(layers), **{"query_at": asking_rows(batch), **how}) as pruned:
             states = self.model.model(**batch.inputs, use_cache=False).last_hidden_state
@@ -202,7 +198,7 @@ class RowForward(nn.Module):
     def _check_head(self, batch: Batch) -> None:
         """CompatibilityError where the losses would see other logits than the whole model says."""
         with _in_eval(self.model):  # dropout says something else every time
-            states = self.model.model(**batch.inputs, use_cache=False).last_hidden_state
+            states = decoder_of(self.model)(**batch.inputs, use_cache=False).last_hidden_state
             if torch.is_autocast_enabled(states.device.type):
                 states = states.to(torch.get_autocast_dtype(states.device.type))
             head = self.head.to(states.dtype)
@@ -223,11 +219,11 @@ class RowForward(nn.Module):
     def _reads(self) -> bool:
         """Whether the language model trains."""
         names = (name for name, one in self.model.named_parameters() if one.requires_grad)
-        return any(module_group(name) == "language_model" for name in names)
+        return any(module_group(name, self.model.config) == "language_model" for name in names)
 
     @property
     def projector(self) -> Any:
-        return getattr(self.model.model, "multi_modal_projector", None)
+        return getattr(decoder_of(self.model), "multi_modal_projector", None)
 
     def _expect(self, batch: Batch) -> None:
         """An elastic compressor gives as many tokens an image as the batch has places for."""

@@ -82,7 +82,7 @@ class Trainer:
         rest: list[torch.nn.Parameter] = []
         for name, parameter in self.model.named_parameters():
             if parameter.requires_grad:
-                ours = name.startswith("model.") and module_group(name) == "vision_tower"
+                ours = name.startswith("model.") and module_group(name, self.model.model.config) == "vision_tower"
                 (tower if ours else rest).append(parameter)
         groups: list[dict[str, Any]] = [{"params": rest, "share": 1.0}]
         if tower:

@@ -114,7 +114,10 @@ class Chat:
     def _style(self) -> tuple[str, dict[str, list[str]]]:
         """(name, what goes wrong with the probes of each kind)"""
         if not self.owner.chat_template:
-            raise CompatibilityError('the model has no chat template: use template = "plain" or a model that has one')
+            raise CompatibilityError(
+                "the model has no chat template (base models have none): put the chat_template.jinja of its chat model into its folder, or "
+                'use template = "plain" (the answers alone), "qwen_1_5" or "v1" (where its tokenizer has their tokens)'
+            )
         if self.version == 1:
             return "parts", {kind: [] for kind in PROBES}
         tried = []

@@ -229,6 +229,7 @@ SKIP_REASONS = {
     "template_refused": "the model's chat template refuses the row, or labels cannot be placed in what it writes",
     "unknown_token": "the text holds a token for which the model's embedding has no row",
     "processor_refused": "the model's processor does not take the row",
+    "images_unread": "the row has images, and the model reads text alone",
     "nonfinite_teacher": "the teacher's output holds NaN or infinity",
 }
 

@@ -26,13 +26,19 @@ def preparation_version(preparation: Mapping[str, Any], place: object = "the cac
 
 
 def processor_fingerprint(processor: Any) -> dict[str, Any]:
-    """``{"tokenizer": {"sha256", "length"}, "chat_template": hash, "image_processor": {…}}`` of an ``AutoProcessor``."""
+    """``{"tokenizer": {"sha256", "length"}, "chat_template": hash, "image_processor": {…}}``; the last of a model that reads images."""
     tokenizer = processor.tokenizer
+    images = processor.image_processor
     return {
         "tokenizer": {"sha256": tokenizer_hash(tokenizer), "length": len(tokenizer)},
         "chat_template": _template_hash(getattr(processor, "chat_template", None) or tokenizer.chat_template or ""),
-        "image_processor": image_processor_fingerprint(processor.image_processor),
+        **({"image_processor": image_processor_fingerprint(images)} if images is not None else {}),
     }
+
+
+def is_text_alone(fingerprint: Mapping[str, Any]) -> bool:
+    """Whether a fingerprint that holds a processor's (of a teacher, or a plan's preparation) is of a model that reads text alone."""
+    return "tokenizer" in fingerprint and "image_processor" not in fingerprint
 
 
 def _template_hash(template: str | Mapping[str, str]) -> str:

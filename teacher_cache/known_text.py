@@ -34,10 +34,11 @@ class KnownText:
 
     def __init__(self, preparer: Preparer, proofs: int = PROOFS):
         self.preparer = preparer
-        self._image_token: str = preparer.tokenizer.convert_ids_to_tokens(preparer.image_token_id)
         self._left, self._trusted = proofs, True
         images = preparer.processor.image_processor
-        self._image_inputs = PlainPixels(images) if is_plain(images) else partial(images, return_tensors="pt")
+        self._image_inputs: Any = None  # of a model that reads text alone
+        if images is not None:
+            self._image_inputs = PlainPixels(images) if is_plain(images) else partial(images, return_tensors="pt")
 
     def prepare(self, sample: Sample, text: TextTokens, key: str, template: str, max_image_pixels: int) -> Prepared:
         """As ``Preparer.prepare``; text, key: of the row as it is stored."""
@@ -81,8 +82,9 @@ class KnownText:
         )  # as Preparer gives a row's
         inputs = dict(self._image_inputs(given))
         said = [processor.replace_image_token(inputs, image_idx=number) for number in range(len(images))]
-        counts = [one.count(self._image_token) for one in said]
-        if any(one != self._image_token * count for one, count in zip(said, counts)):
+        token = str(self.preparer.image_token)
+        counts = [one.count(token) for one in said]
+        if any(one != token * count for one, count in zip(said, counts)):
             raise ValueError("an image's placeholder holds text")
         unused = set(getattr(processor, "unused_input_names", ()))
         return {name: value for name, value in inputs.items() if name not in unused}, counts

@@ -104,11 +104,10 @@ class LabelEnds:
 
     def ending_templates(self) -> list[str]:
         """Templates written here that this model can use, and whose end token it stops at."""
-        image = self.tokenizer.convert_ids_to_tokens(self.preparer.image_token_id)
         found = []
         for name, template in TEMPLATES.items():
             try:
-                check_tokens(name, self.tokenizer, image)
+                check_tokens(name, self.tokenizer, self.preparer.image_token)
             except KdcliError:
                 continue
             if template.tokens and self.tokenizer.convert_tokens_to_ids(template.tokens[-1]) in self.stops:

@@ -54,7 +54,9 @@ def image_layout(
 
 
 def typical_tokens(config: Any, processor: Any) -> int:
-    """Vision tokens of a photograph, for estimates: what the processor says, else one a patch."""
+    """Vision tokens of a photograph, for estimates: what the processor says, else one a patch; 0 of a model that reads text alone."""
+    if processor.image_processor is None:
+        return 0
     try:
         return int(processor._get_num_multimodal_tokens([TYPICAL]).num_image_tokens[0])
     except (AttributeError, TypeError, ValueError, KeyError, NotImplementedError):

@@ -32,6 +32,8 @@ def check_model_name(what: str, name: str, revision: str | None = None) -> None:
 def _reason(name: str, revision: str | None) -> str:
     """What is wrong with the name, "" for nothing."""
     folder = Path(name)
+    if found := gguf_file(folder):
+        return f"{found.name} is a GGUF file, and weights are read as safetensors: docs/text.md says how to convert it"
     if folder.is_dir():
         return "" if (folder / "config.json").is_file() else _no_model(folder)
     if folder.exists():
@@ -42,6 +44,15 @@ def _reason(name: str, revision: str | None) -> str:
         return "no such folder"
     reason = _asked_hub(name, revision)
     return f"no such folder, and {reason}" if reason else ""
+
+
+def gguf_file(path: Path) -> Path | None:
+    """The GGUF file that somebody means by this path: the file itself, or one in a folder without other weights."""
+    if path.suffix.lower() == ".gguf":
+        return path if path.is_file() else None
+    if not path.is_dir() or any(path.glob("*.safetensors")):
+        return None
+    return min((one for one in path.iterdir() if one.suffix.lower() == ".gguf"), default=None)
 
 
 def _no_model(folder: Path) -> str:

@@ -15,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 
 from teacher_cache.errors import KdcliError
 from teacher_cache.model_files import read_json
+from teacher_cache.model_kind import auto_model
 from teacher_cache.model_load import naming_what_fails
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -111,8 +112,6 @@ def _indexed(what: str, folder: Path) -> dict[str, set[str]]:
 
 def _declared(what: str, config: Any) -> int:
     """Numbers in the model that the configuration describes, built without memory for them."""
-    from transformers import AutoModelForImageTextToText
-
     with naming_what_fails(what), torch.device("meta"):
-        model = AutoModelForImageTextToText.from_config(config, attn_implementation="eager")
+        model = auto_model(config).from_config(config, attn_implementation="eager")
     return sum(one.numel() for one in (*model.parameters(), *model.buffers()))

@@ -28,6 +28,9 @@ from teacher_cache.rows import PLACEHOLDER, check_turns, decode_image, row_key
 from teacher_cache.templates import TEMPLATES, check_tokens, find_template
 from teacher_cache.token_rows import check_token_ids, embedding_rows
 
+NO_TOKEN = -1
+"""In place of the id of an image token: no token has it."""
+
 
 @dataclass(frozen=True)
 class Limits:
@@ -45,7 +48,7 @@ class Preparer:
     """Turns rows into what one model reads.
 
     Args:
-        processor: the model's ``AutoProcessor``. config: its configuration (image token id, patch size).
+        processor: the model's ``AutoProcessor``, or a ``TextProcessor``. config: its configuration (image token id, patch size).
         version: ``PREPARATION``; an earlier one for the rows of a cache that was made by it (``like``).
     """
 
@@ -54,7 +57,8 @@ class Preparer:
         self.tokenizer = processor.tokenizer
         self.chat = Chat(processor, version)
         self.upright = version > 1
-        self.image_token_id = int(config.image_token_id)
+        self.reads_images = processor.image_processor is not None
+        self.image_token_id = int(config.image_token_id) if self.reads_images else NO_TOKEN
         self._text_alone: set[str] = set()
         """Templates of which a row without images was seen to become what the tokenizer alone says: no processor is asked again."""
         self._tells_kinds = KINDS_OF_TOKENS in getattr(processor, "model_input_names", ())
@@ -62,10 +66,15 @@ class Preparer:
         """By template that was checked: what no row may hold."""
         check_token_ids(self.tokenizer, config)
         self._embedding_rows = embedding_rows(config)
-        if self.tokenizer.convert_ids_to_tokens(self.image_token_id) is None:
+        if self.reads_images and self.image_token is None:
             raise CompatibilityError(
                 f"image token id {self.image_token_id} is not in the tokenizer: not this model's processor"
             )
+
+    @property
+    def image_token(self) -> str | None:
+        """None of a model that reads text alone."""
+        return self.tokenizer.convert_ids_to_tokens(self.image_token_id) if self.reads_images else None
 
     @classmethod
     def like(
@@ -90,7 +99,12 @@ class Preparer:
         return self._prepare(sample, template, self.decode(sample, max_image_pixels), row_key(sample))
 
     def decode(self, sample: Sample, max_image_pixels: int) -> list[Any]:
-        """The row's images as RGB; SkipRow for one that cannot be used, or grows beyond the limit in the processor."""
+        """The row's images as RGB; SkipRow for one that cannot be used, or grows beyond the limit in the processor, and for all of a row
+        that the model reads no images of."""
+        if not self.reads_images:
+            if sample.images:
+                raise SkipRow("images_unread", f"{len(sample.images)} images, and the model reads text alone")
+            return []
         images = [decode_image(image, max_image_pixels, self.upright) for image in sample.images]
         check_resized(self.processor.image_processor, images, max_image_pixels)
         return images
@@ -108,7 +122,10 @@ class Preparer:
             self._prepare(Sample("", 0, "", "a probe row", turns), template, [], "probe")
 
     def check_images(self, part: str, template: str) -> None:
-        """Before a job whose part ``part`` has images: CompatibilityError where no row with an image can become tokens and pixels."""
+        """Before a job whose part ``part`` has images: CompatibilityError where no row with an image can become tokens and pixels. Of a
+        model that reads text alone such rows are skipped, and that is no error of the model's."""
+        if not self.reads_images:
+            return
         try:
             if template == "chat":
                 self.chat.check(images=True)
@@ -204,8 +221,9 @@ class Preparer:
         columns = (ids[is_text].astype(np.uint32), role[is_text], turn[is_text].astype(np.uint16), response[is_text])
         images = np.flatnonzero(~is_text)
         if rendered.images and not len(images):
-            token = self.tokenizer.convert_ids_to_tokens(self.image_token_id)
-            raise CompatibilityError(f"the processor writes no {token} for an image: not this model's processor")
+            raise CompatibilityError(
+                f"the processor writes no {self.image_token} for an image: not this model's processor"
+            )
         if rendered.images is not None:  # the first image token of each
             images = images[np.searchsorted(spans[images, 0], rendered.images)]
         image_at = tuple(np.cumsum(is_text)[images].tolist())
@@ -275,7 +293,7 @@ class Preparer:
     def _reserved_by(self, template: str) -> re.Pattern[str] | None:
         """Checks the template's own tokens the first time that it is used."""
         if template not in self._reserved:
-            check_tokens(template, self.tokenizer, self.tokenizer.convert_ids_to_tokens(self.image_token_id))
+            check_tokens(template, self.tokenizer, self.image_token)
             reserved = {*self.tokenizer.all_special_tokens, *TEMPLATES[template].tokens} - {PLACEHOLDER}
             self._reserved[template] = re.compile("|".join(map(re.escape, sorted(reserved)))) if reserved else None
         return self._reserved[template]

@@ -46,10 +46,10 @@ def write_prompt(name: str, chat: Chat, turns: Sequence[Turn]) -> tuple[str, boo
     return (prompt(turns), True) if prompt else chat.prompt(turns)
 
 
-def check_tokens(name: str, tokenizer: Any, image_token: str) -> None:
+def check_tokens(name: str, tokenizer: Any, image_token: str | None) -> None:
     """CompatibilityError where the tokenizer would cut the template's own tokens into pieces: labels would end nowhere.
 
-    image_token: what the model's processor replaces by vision tokens.
+    image_token: what the model's processor replaces by vision tokens; None: it reads text alone.
     """
     template = find_template(name)
     if not template.tokens:
@@ -60,7 +60,7 @@ def check_tokens(name: str, tokenizer: Any, image_token: str) -> None:
             f"template {name!r} needs {' and '.join(lacking)} as one token each, and the model's tokenizer has no such token: "
             'use template = "chat", or a model of the template\'s family'
         )
-    if image_token != PLACEHOLDER:
+    if image_token not in (None, PLACEHOLDER):
         raise CompatibilityError(
             f'template {name!r} writes an image as {PLACEHOLDER}, but this model reads {image_token}: use template = "chat"'
         )

@@ -21,6 +21,7 @@ import torch
 from click.testing import CliRunner
 
 from tests.conftest import ending_as_vicuna
+from tests.text_models import build_text_folder, write_rows
 
 ROOT = Path(__file__).parent.parent
 FIRST = [ROOT / "README.md", ROOT / "docs" / "cache.md", ROOT / "docs" / "train.md", ROOT / "docs" / "fidelity.md"]
@@ -66,13 +67,17 @@ def methods_shown() -> list[str]:
 
 @pytest.fixture
 def user_folder(tmp_path: Path, tiny_teacher: Path, deep_student: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Empty, but for what README says the user has: a teacher and a student of LLaVA-1.5's kind, json files, images."""
+    """Empty, but for what README says the user has: a teacher and a student of LLaVA-1.5's kind, json files, images; and a language model
+    with its rows."""
     from pipelines.demo.write_world import write_world
 
     here = tmp_path / "here"
     world = write_world(tmp_path / "world", captions=20, train=ROWS, heldout=8, seed=0, train_format="llava-json")
     ending_as_vicuna(tiny_teacher, here / "teacher")
     ending_as_vicuna(deep_student, here / "student")
+    build_text_folder(here / "language-model", layers=4)
+    for name, rows, seed in (("talk", 120, 0), ("talk-heldout", 6, 1)):
+        write_rows(here / f"{name}.jsonl", rows, seed)
     for name in ("captions.json", "train.json", "heldout.json", "images"):
         shutil.move(world.folder / name, here / name)
     monkeypatch.chdir(here)

@@ -165,7 +165,7 @@ def plan(
 @click.option("--teacher", help="Model folder or hub id.")
 @click.option("--student", help="Model folder or hub id that will be trained.")
 @data_options
-@click.option("--methods", default="llava-kd,kd", show_default=True, help="Methods to try, comma-separated.")
+@click.option("--methods", help="Methods to try, comma-separated (default: llava-kd,kd; of a text-only teacher kd).")
 @click.option("--rows", default=256, show_default=True, help="Rows of the mixture; a third is held out to judge.")
 @click.option("--out", default="preflight", show_default=True, help="Folder or URL; the rows' cache is OUT/cache.")
 @click.option("--store", help="compact, standard (whose fineness is chosen) or exact.")
@@ -185,7 +185,7 @@ def preflight(
     teacher: str | None,
     student: str | None,
     data: tuple[str, ...],
-    methods: str,
+    methods: str | None,
     store: str | None,
     fields: str | None,
     shards: int | None,
@@ -200,7 +200,7 @@ def preflight(
     from dataclasses import replace
 
     from pipelines.preflight import report
-    from pipelines.preflight.request import PreflightRequest
+    from pipelines.preflight.request import PreflightRequest, default_methods
     from pipelines.preflight.run import preflight as run
     from pipelines.run_records import finite
     from pipelines.settings import FILE, override
@@ -214,7 +214,8 @@ def preflight(
     )
     settings = replace(settings, capture=capture, train=train_settings(settings.train, student, trust_remote_code))
     kd_file = Path(config or FILE) if write else None
-    request = PreflightRequest(spec, specs, settings, split(methods) or (), kd_file=kd_file, **asked)
+    tried = default_methods(spec) if methods is None else split(methods) or ()
+    request = PreflightRequest(spec, specs, settings, tried, kd_file=kd_file, **asked)
     with report.preflight_progress(console()) as progress:
         result = run(request, progress)
     say(json.dumps(finite(result), ensure_ascii=False) if as_json else report.report(result))

@@ -20,6 +20,7 @@ FIXES = {
     "placeholder_mismatch": "write one <image> for every picture of a row into its user turns",
     "bad_row": "bring the rows into one of the formats of docs/cache.md",
     "reserved_token": "take that text out of the rows, or use another --template",
+    "images_unread": "use a teacher that reads images, or a mixture of text",
     "processor_refused": "use another teacher, or another --template",
 }
 

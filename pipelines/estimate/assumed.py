@@ -23,7 +23,7 @@ def assumed(
         params: ``[fields.NAME]`` of kd.toml. wanted: what is planned. The last is empty where nothing is left to choose: the store has no
         ladder, a preflight has chosen already (``calibration``), or bytes are measured on a cache.
     """
-    base = base_fields(settings, params)
+    base = base_fields(settings, params, weigher.images)
     ladders = [candidates(kind, base) for kind in KINDS if has_ladder(base, kind)]
     open_choice = ladders and not settings.calibration and weigher.like is None
     store = "" if settings.fields else settings.store

@@ -73,7 +73,8 @@ def estimate(request: PlanRequest, progress: Callable[[int, int], None] = lambda
     """Reads configuration and processor of the teacher, scans the mixture, prepares ``request.sample`` rows; writes nothing."""
     settings = request.settings
     processor, config = load_processor(request.teacher)
-    wanted = chosen_fields(settings.store, settings.fields, request.field_params)
+    images = processor.image_processor is not None
+    wanted = chosen_fields(settings.store, settings.fields, request.field_params, images)
     width = int(config.get_text_config().hidden_size)
     like = open_like(request.like, width) if request.like else None
     bare = frozenset(settings.parts_without_fields)

@@ -14,6 +14,7 @@ from pipelines.estimate.field_sizes import RowCounts, calibration_files, record_
 from student_train.cache import Cache
 from teacher_cache.errors import KdcliError
 from teacher_cache.fields import Field
+from teacher_cache.model_kind import auto_model, decoder_of, reads_images
 from teacher_cache.records import Prepared
 from teacher_cache.teachers.text_vision import language_model
 from teacher_cache.teachers.transformers import TeacherSpec, resolve_dtype
@@ -77,12 +78,10 @@ class ModelSize:
 
 def model_size(spec: TeacherSpec, config: Any, vocabulary: int) -> ModelSize:
     """Count parameters of the model built on the meta device; KdcliError where it cannot be built so."""
-    from transformers import AutoModelForImageTextToText
-
     try:
         with torch.device("meta"):
-            model = AutoModelForImageTextToText.from_config(config, trust_remote_code=spec.trust_remote_code)
-        language = language_model(model.model)
+            model = auto_model(config).from_config(config, trust_remote_code=spec.trust_remote_code)
+        language = language_model(decoder_of(model)) if reads_images(config) else decoder_of(model)
         embedding = model.get_input_embeddings().weight
     except Exception as error:  # of whatever its configuration makes transformers do
         reason = (str(error).splitlines() or [type(error).__name__])[0]
@@ -98,9 +97,10 @@ def model_size(spec: TeacherSpec, config: Any, vocabulary: int) -> ModelSize:
 
 def tower_tokens(prepared: Prepared, config: Any) -> int:
     """Patches that the vision tower reads for one sample (more than its vision tokens where patches are merged)."""
-    pixels, patch = prepared.pixels.get("pixel_values"), getattr(config.vision_config, "patch_size", None)
+    pixels = prepared.pixels.get("pixel_values")
     if pixels is None:
         return 0
+    patch = getattr(config.vision_config, "patch_size", None)
     if pixels.ndim == 2:  # families of the Qwen-VL kind hand over one row a patch
         return int(pixels.shape[0])
     side = patch if isinstance(patch, int) else patch[0] if patch else 0

@@ -50,6 +50,11 @@ class Weigher:
         return int(self.config.get_text_config().hidden_size)
 
     @property
+    def images(self) -> bool:
+        """Whether the teacher reads images."""
+        return self.processor.image_processor is not None
+
+    @property
     def vocabulary(self) -> int:
         return min(len(self.processor.tokenizer), int(self.config.get_text_config().vocab_size))
 

@@ -87,6 +87,8 @@ def answer(
         how = (max_new_tokens, compression, stop, template)
         return [said for prompt in prompts for said in answer(model, processor, [prompt], *how)]
     # A list a prompt: some processors see several images of a row otherwise than one.
+    if processor.image_processor is None and any(prompt.images for prompt in prompts):
+        raise SkipRow("images_unread", "the question has images, and the model reads text alone")
     images = [list(prompt.images) for prompt in prompts if prompt.images or hasattr(processor, "image_seq_len")]
     arguments: dict[str, Any] = {"images": images} if any(images) else {}
     arguments |= {"padding": True, "padding_side": "left", "add_special_tokens": begins.pop()}

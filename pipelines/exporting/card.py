@@ -22,22 +22,30 @@ LICENSE_NOTE = (
 )
 
 
+TEXT_INPUTS = """messages = [{"role": "user", "content": "What is the capital of France?"}]
+inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt")"""
 CHAT_INPUTS = """picture = Image.open("picture.jpg")
 messages = [{"role": "user", "content": [{"type": "image", "image": picture}, {"type": "text", "text": "What is in the picture?"}]}]
 inputs = processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt")"""
 
 
 def model_card(
-    origin: Provenance, spec: CompressorSpec | None, dtype: str, name: str, family: str, template: str | None = None
+    origin: Provenance,
+    spec: CompressorSpec | None,
+    dtype: str,
+    name: str,
+    family: str,
+    template: str | None = None,
+    images: bool = True,
 ) -> str:
     """Markdown with the YAML block that a model hub reads.
 
     Args:
-        template: in which the student was asked while it trained; None: nobody knows, so its chat template.
+        template: in which the student was asked while it trained; None: nobody knows, so its chat template. images: it reads images.
     """
     try:
         trained, scored = training(origin), results(origin)
-        above = summary(origin, spec, dtype)
+        above = summary(origin, spec, dtype, images)
     except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
         raise KdcliError(
             f"{origin.model}: run.json, done.json or the scores beside it are not as kdcli wrote them ({type(error).__name__}: {error}): "
@@ -46,7 +54,7 @@ def model_card(
     front = [
         "---",
         "library_name: transformers",
-        "pipeline_tag: image-text-to-text",
+        f"pipeline_tag: {'image-text-to-text' if images else 'text-generation'}",
         "tags:",
         f"- {family if WORD.fullmatch(family) else json.dumps(family)}",
         "- distillation",
@@ -56,16 +64,16 @@ def model_card(
         f"# {safe(name)}",
         above,
         LICENSE_NOTE,
-        f"## Loading\n\n{loading(spec, name, template or 'chat')}",
+        f"## Loading\n\n{loading(spec, name, template or 'chat') if images else loading_text(name, template or 'chat')}",
         f"## Training\n\n{trained}",
         f"## Results\n\n{scored}",
     ]
     return "\n\n".join(sections) + "\n"
 
 
-def summary(origin: Provenance, spec: CompressorSpec | None, dtype: str) -> str:
+def summary(origin: Provenance, spec: CompressorSpec | None, dtype: str, images: bool) -> str:
     base = f", trained from {code(place(origin.stages[0]['settings']['student']))}" if origin.stages else ""
-    text = f"A vision-language student{base}, exported by kdcli. Weights: {dtype}, safetensors."
+    text = f"A {'vision-language' if images else 'language model'} student{base}, exported by kdcli. Weights: {dtype}, safetensors."
     if spec:
         text += f" Vision tokens: {spec.count} an image, by the compressor {code(spec.name)}; the classes that load it are in this folder."
     return text
@@ -81,8 +89,7 @@ def loading(spec: CompressorSpec | None, name: str, template: str) -> str:
         text = json.dumps(prompt([Turn("user", f"{PLACEHOLDER}\nWhat is in the picture?")]))
         asked = f"""text = {text}  # it was trained so, not with the chat template of this folder
 inputs = processor(images=[Image.open("picture.jpg")], text=[text], return_tensors="pt")"""
-    # No name ends the block: as JSON it has neither line breaks nor what else would.
-    folder = json.dumps(one_line(name)).replace("`", "\\u0060")
+    folder = literal(name)
     return f"""```python
 from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
@@ -93,6 +100,31 @@ processor = AutoProcessor.from_pretrained({folder}{trust})
 said = model.generate(**inputs.to(model.device, model.dtype), max_new_tokens=64)
 print(processor.batch_decode(said[:, inputs["input_ids"].shape[1]:], skip_special_tokens=True)[0])
 ```{note}"""
+
+
+def literal(name: str) -> str:
+    """A name inside a block of Python: as JSON it has neither line breaks nor what else would end the block."""
+    return json.dumps(one_line(name)).replace("`", "\\u0060")
+
+
+def loading_text(name: str, template: str) -> str:
+    """The same for a student that reads text alone."""
+    prompt = find_template(template).prompt
+    asked = TEXT_INPUTS
+    if prompt is not None:
+        text = json.dumps(prompt([Turn("user", "What is the capital of France?")]))
+        asked = f"""text = {text}  # it was trained so, not with the chat template of this folder
+inputs = tokenizer([text], return_tensors="pt")"""
+    folder = literal(name)
+    return f"""```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained({folder})
+tokenizer = AutoTokenizer.from_pretrained({folder})
+{asked}
+said = model.generate(**inputs.to(model.device), max_new_tokens=64)
+print(tokenizer.batch_decode(said[:, inputs["input_ids"].shape[1]:], skip_special_tokens=True)[0])
+```"""
 
 
 def training(origin: Provenance) -> str:

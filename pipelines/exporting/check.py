@@ -29,13 +29,16 @@ QUESTIONS = (
     ("Which of them is larger?", 0),
     (f"{PLACEHOLDER} and?", 1),
 )
+TEXT_QUESTIONS = (("What is the capital of France?", 0), ("Which of them is larger?", 0), ("And?", 0))
 
 
 def write_rows(folder: Path, processor: Any) -> list[dict[str, Any]]:
-    """Three questions about made pictures of several sizes (a text-only one among them) as ``loaded.py`` reads them."""
+    """Three questions about made pictures of several sizes (a text-only one among them) as ``loaded.py`` reads them; of a model that
+    reads text alone, as many without pictures."""
     draw = np.random.default_rng(0)
     rows: list[dict[str, Any]] = []
-    for i, ((question, pictures), (width, height)) in enumerate(zip(QUESTIONS, SIZES)):
+    questions = TEXT_QUESTIONS if processor.image_processor is None else QUESTIONS
+    for i, ((question, pictures), (width, height)) in enumerate(zip(questions, SIZES)):
         coarse = Image.fromarray(draw.integers(0, 256, (7, 9, 3), dtype=np.uint8))
         names = [f"{i}.png"] * pictures
         if pictures:

@@ -16,19 +16,20 @@ from typing import Any
 import torch
 from PIL import Image
 from safetensors.torch import load_file
-from transformers import AutoModelForImageTextToText, AutoProcessor
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
 
 NEW_TOKENS = 8
 
 
 def row_inputs(processor: Any, row: dict[str, Any], rows: Path) -> Any:
-    """The processor's tensors for one row of ``rows.json``."""
-    owner = processor if processor.chat_template else processor.tokenizer
+    """The processor's tensors for one row of ``rows.json``; of a model that reads text alone, its tokenizer's."""
+    tokenizer = getattr(processor, "tokenizer", processor)
+    owner = processor if processor.chat_template else tokenizer
     begins = False
     if owner.chat_template:
         text = owner.apply_chat_template(row["messages"], tokenize=False, add_generation_prompt=True)
         # As in `apply_chat_template(tokenize=True)`: a processor adds the first token unless the template wrote it, a tokenizer does not.
-        begins = owner is processor and not text.startswith(processor.tokenizer.bos_token or "\0")
+        begins = owner is not tokenizer and not text.startswith(tokenizer.bos_token or "\0")
     else:
         text = row["text"]
     pictures = [Image.open(rows / name).convert("RGB") for name in row["images"]]
@@ -44,12 +45,14 @@ def compare(folder: str, rows: Path) -> dict[str, Any]:
         ``{"rows", "tokens": [expected, got] counts where ids differ, "difference", "largest", "generated", "project"}``
     """
     trusted = "auto_map" in json.loads((Path(folder) / "config.json").read_text())
-    processor = AutoProcessor.from_pretrained(folder, trust_remote_code=trusted)
-    model = AutoModelForImageTextToText.from_pretrained(
-        folder, trust_remote_code=trusted, dtype=torch.float32, use_safetensors=True
-    ).eval()
-    expected = load_file(rows / "expected.safetensors")
     described = json.loads((rows / "rows.json").read_text())
+    pictured = any(row["images"] for row in described)
+    reader, network = (
+        (AutoProcessor, AutoModelForImageTextToText) if pictured else (AutoTokenizer, AutoModelForCausalLM)
+    )
+    processor = reader.from_pretrained(folder, trust_remote_code=trusted)
+    model = network.from_pretrained(folder, trust_remote_code=trusted, dtype=torch.float32, use_safetensors=True).eval()
+    expected = load_file(rows / "expected.safetensors")
     found: dict[str, Any] = {"rows": len(described), "tokens": [], "difference": 0.0, "largest": 0.0}
     inputs = []
     for i, row in enumerate(described):

@@ -17,7 +17,7 @@ from student_train.needs import Need, Served, served_by
 from student_train.student import load_student
 from student_train.student import open_student as load_student_processor
 from teacher_cache.errors import KdcliError
-from teacher_cache.fingerprint import processor_fingerprint
+from teacher_cache.fingerprint import is_text_alone, processor_fingerprint
 from teacher_cache.prepare import Preparer
 from teacher_cache.teachers.transformers import TeacherSpec, resolve_device
 
@@ -78,6 +78,8 @@ def open_cache(request: FidelityRequest) -> Opened:
     spec = teacher_spec(cache, complete, request.teacher, request.dtype)
     fields, notes, processor, config = same_teacher(cache, complete, spec)
     needs = {**{name: term.needs for name, term in TERMS.items()}, MATCHING: MATCHING_NEEDS}
+    if is_text_alone(cache.plan.preparation):
+        needs = {name: term.needs for name, term in TERMS.items() if term.rows == "response"}
     served, unserved = serve_terms(cache, needs, fields)
     if not served:
         missing = "; ".join(dict.fromkeys(not_served(cache, need) for need in unserved.values()))
@@ -111,4 +113,4 @@ def comparable(opened: Opened, student: Student) -> tuple[list[str], dict[str, s
     if not student.aligned:
         why = "the student's vision tokens are not the teacher's: rows cannot be compared one by one"
         unserved |= {name: why for name, term in TERMS.items() if term.aligned}
-    return [name for name in TERMS if name not in unserved], unserved
+    return [name for name in TERMS if name in opened.served and name not in unserved], unserved

@@ -41,7 +41,7 @@ def capture_sample(
     """
     settings = request.settings.capture
     storage = Storage(request.cache_url)
-    wanted = chosen_fields(settings.store, settings.fields, params)
+    wanted = chosen_fields(settings.store, settings.fields, params, request.images)
     fields = {name: create_field(name, values) for name, values in wanted.items()}
     bare = frozenset(settings.parts_without_fields)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from teacher_cache.shards.schema import require
 from teacher_cache.shards.sealed import seal, unseal
 from teacher_cache.shards.storage import Storage
 from teacher_cache.sources import DataSpec
+from teacher_cache.teachers.backends import teacher_reads_images
 from teacher_cache.teachers.transformers import TeacherSpec
 
 LEAST_ROWS = 12
@@ -82,23 +84,38 @@ class PreflightRequest:
     def cache_url(self) -> str:
         return f"{place_of(self.out).text.rstrip('/')}/cache"
 
+    @cached_property
+    def images(self) -> bool:
+        """Whether the teacher reads images."""
+        return teacher_reads_images(self.teacher)
+
     def base_fields(self) -> dict[str, dict[str, Any]]:
         """Field → parameters before any choice."""
-        return base_fields(self.settings.capture, self.settings.fields)
+        return base_fields(self.settings.capture, self.settings.fields, self.images)
 
     def kept_params(self) -> dict[str, dict[str, Any]]:
         """``[fields.NAME]`` of kd.toml for captured fields; of those that a ladder decides, only what it leaves alone."""
-        return kept_params(self.settings.capture, self.settings.fields)
+        return kept_params(self.settings.capture, self.settings.fields, self.images)
 
 
-def base_fields(capture: CaptureSettings, params: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
-    """Field → parameters before any choice: the profile's, and those of ``params`` that no ladder decides."""
-    return chosen_fields(capture.store, capture.fields, kept_params(capture, params))
+def default_methods(teacher: TeacherSpec) -> tuple[str, ...]:
+    """Tried where none is named."""
+    return ("llava-kd", "kd") if teacher_reads_images(teacher) else ("kd",)
 
 
-def kept_params(capture: CaptureSettings, params: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+def base_fields(
+    capture: CaptureSettings, params: Mapping[str, Mapping[str, Any]], images: bool
+) -> dict[str, dict[str, Any]]:
+    """Field → parameters before any choice: the profile's, and those of ``params`` that no ladder decides. images: as of
+    ``chosen_fields``."""
+    return chosen_fields(capture.store, capture.fields, kept_params(capture, params, images), images)
+
+
+def kept_params(
+    capture: CaptureSettings, params: Mapping[str, Mapping[str, Any]], images: bool
+) -> dict[str, dict[str, Any]]:
     """``params`` of captured fields; of those that a ladder decides, only what it leaves alone."""
-    captured = chosen_fields(capture.store, capture.fields, {})
+    captured = chosen_fields(capture.store, capture.fields, {}, images)
     ladder = {name for kind in ("response", "vision") if has_ladder(captured, kind) for name in names_of(kind)}
     return {
         name: {key: one for key, one in values.items() if name not in ladder or key not in LADDER_KEYS}

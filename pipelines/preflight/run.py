@@ -22,11 +22,15 @@ from pipelines.preflight.request import Notebook, PreflightRequest, has_ladder, 
 from pipelines.preflight.sample import held_out, read_rows, sample_plan
 from pipelines.preflight.student_side import StudentRead, load_side, read_as_student, row_id
 from pipelines.presence import at_work
+from pipelines.stage_plans import refuse_blind
 from student_train.cache import Cache
+from student_train.methods import create_method
 from student_train.needs import Need
+from student_train.student import open_student
 from teacher_cache.errors import KdcliError
 from teacher_cache.fields import create_field
 from teacher_cache.label_ends import label_ends
+from teacher_cache.model_kind import reads_images
 from teacher_cache.plan import Plan, content_hash, parts_with_images, write_plan
 from teacher_cache.prepare import Limits as RowLimits
 from teacher_cache.prepare import Preparer
@@ -115,6 +119,7 @@ def open_everything(request: PreflightRequest, progress: Progress) -> Opened:
     capture = request.settings.capture
     refuse_wants(request.teacher, HIDDEN)
     processor, config = load_processor(request.teacher)
+    refuse_methods(request)
     preparer = Preparer(processor, config, RowLimits(capture.max_length, capture.over_length))
     for template in sorted({spec.template for spec in request.data}):
         preparer.check_template(template)
@@ -150,6 +155,16 @@ def open_everything(request: PreflightRequest, progress: Progress) -> Opened:
     templates = {spec.part: spec.template for spec in request.data}
     warnings = label_ends(request.teacher, preparer).survey((row.teacher for row in rows), templates)
     return Opened(plan, preparer, fingerprint, notebook, live, fitting, read, judged, tokens, warnings)
+
+
+def refuse_methods(request: PreflightRequest) -> None:
+    """CompatibilityError for a method that learns from vision tokens where teacher or student has none."""
+    blind = "" if request.images else f"teacher {request.teacher.id!r}"
+    if not blind:
+        config = open_student(request.student, request.settings.train.trust_remote_code)[1]
+        blind = "" if reads_images(config) else f"student {request.student!r}"
+    for name in request.methods if blind else ():
+        refuse_blind(create_method(name, "paper", request.settings.methods.get(name, {})), name, blind)
 
 
 def all_needs(request: PreflightRequest) -> frozenset[Need]:

@@ -56,6 +56,16 @@ def hook(method: Method, name: str) -> Any:
     return getattr(method, name, lambda *arguments: None)
 
 
+def looks_at_images(method: Method) -> bool:
+    """Whether its loss, or its passes, are about vision tokens."""
+    return any("vision" in need.what for need in method.needs()) or hasattr(method, "passes")
+
+
+def text_methods() -> list[str]:
+    """Methods that a model of text alone can be trained by, with their default knobs."""
+    return [name for name in method_modules() if not looks_at_images(create_method(name))]
+
+
 def method_modules() -> dict[str, ModuleType]:
     """Every method by name."""
     return named_modules(__name__, __path__)

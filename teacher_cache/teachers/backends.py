@@ -29,6 +29,11 @@ def load_processor(spec: TeacherSpec) -> tuple[Any, Any]:
     return _backend(spec).load_processor(spec)
 
 
+def teacher_reads_images(spec: TeacherSpec) -> bool:
+    """Whether it is a model of images and text, by its configuration alone; KdcliError where there is none to be had."""
+    return _backend(spec).teacher_reads_images(spec)
+
+
 def teacher_fingerprint(spec: TeacherSpec, processor: Any, config: Any) -> dict[str, Any]:
     """What decides the teacher's numbers; computed without loading the weights."""
     return _backend(spec).teacher_fingerprint(spec, processor, config)

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from teacher_cache.errors import CompatibilityError
+from teacher_cache.model_kind import decoder_of
 from teacher_cache.teachers.head import cap_in_place
 
 NOT_PLAIN = (
@@ -65,13 +66,13 @@ def head_form(model: Any) -> HeadForm:
     """What stands between W·h and the model's logits.
 
     Args:
-        model: a transformers model with its head: ``model.model`` returns the hidden states that the head reads.
+        model: a transformers model with its head: ``decoder_of`` it returns the hidden states that the head reads.
 
     Raises:
         CompatibilityError: there is no such decoder or head, the head has a bias, or the logits are of no form that is known here.
     """
-    name, inner, head = type(model).__name__, getattr(model, "model", None), model.get_output_embeddings()
-    if not isinstance(inner, nn.Module) or not hasattr(head, "weight") or model.config.is_encoder_decoder:
+    name, inner, head = type(model).__name__, decoder_of(model), model.get_output_embeddings()
+    if inner is None or not hasattr(head, "weight") or model.config.is_encoder_decoder:
         raise CompatibilityError(f"{name} has no decoder whose last hidden states its head reads alone: not supported")
     if getattr(head, "bias", None) is not None:
         raise CompatibilityError(f"the head of {name} has a bias: logits are not W·h; not supported")
@@ -98,7 +99,10 @@ def _outer_forward(model: Any, states: torch.Tensor, product: torch.Tensor) -> t
         return product.clone()  # the outer forward may write into it
 
     ids = torch.zeros(states.shape[:2], dtype=torch.int64, device=states.device)
-    with _forward_of(model.model, lambda *_, **__: _Said(states)), _forward_of(model.get_output_embeddings(), head):
+    with (
+        _forward_of(decoder_of(model), lambda *_, **__: _Said(states)),
+        _forward_of(model.get_output_embeddings(), head),
+    ):
         logits = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits
     return read[0], logits
 
@@ -149,7 +153,7 @@ def check_rows(model: Any, inputs: Mapping[str, torch.Tensor], states: torch.Ten
     The last tokens of a batch's first row are compared, through one more forward of the whole model.
 
     Args:
-        inputs: of ``model.model``, padded on the right. states: what it said, ``[B, T, D]``.
+        inputs: of ``decoder_of(model)``, padded on the right. states: what it said, ``[B, T, D]``.
         ours: hidden states ``[R, D]`` → our logits ``[R, V]``. columns: of V, how many we have (others are padding).
     """
     at = inputs["attention_mask"][0].nonzero().flatten()[-4:]

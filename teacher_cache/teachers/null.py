@@ -75,6 +75,10 @@ def load_processor(spec: TeacherSpec) -> tuple[Any, Any]:
     return transformers.load_processor(replace(spec, id=null_settings(spec.id).folder))
 
 
+def teacher_reads_images(spec: TeacherSpec) -> bool:
+    return transformers.teacher_reads_images(replace(spec, id=null_settings(spec.id).folder))
+
+
 def teacher_fingerprint(spec: TeacherSpec, processor: Any, config: Any) -> dict[str, Any]:
     """Has the entries of a real teacher's; how long it sleeps decides no number."""
     return {

@@ -14,6 +14,7 @@ import torch
 
 from teacher_cache.batch import Batch
 from teacher_cache.errors import CompatibilityError, KdcliError
+from teacher_cache.model_kind import auto_model
 from teacher_cache.model_load import naming_what_fails
 from teacher_cache.teachers.attention import check_attention, layer_attention
 
@@ -30,10 +31,13 @@ class LayerInput:
 
 
 def language_model(base: Any) -> Any:
-    """The decoder inside of a model without its head: ``language_model``, or Idefics' ``text_model``; AttributeError: none has layers."""
+    """The decoder inside of a model without its head: ``language_model``, or Idefics' ``text_model``, or (of a model that reads text
+    alone) itself; AttributeError: none has layers."""
     for name in ("language_model", "text_model"):
         if hasattr(getattr(base, name, None), "layers"):
             return getattr(base, name)
+    if hasattr(base, "layers"):
+        return base
     raise AttributeError(f"{type(base).__name__} has no language_model with layers")
 
 
@@ -65,13 +69,11 @@ def attention_layers(wants: frozenset[str]) -> dict[int, set[str]]:
 def check_layers(wants: frozenset[str], config: Any, trust_remote_code: bool = False) -> None:
     """What a capture would stop at after loading the weights, from the configuration alone: a layer that is not there, or whose
     attention is computed in a way that is not known here."""
-    from transformers import AutoModelForImageTextToText
-
     layers = {*attention_layers(wants), *([0] if "features.vision" in wants else [])}
     if not layers:
         return
     with naming_what_fails("the teacher"), torch.device("meta"):
-        model = AutoModelForImageTextToText.from_config(config, trust_remote_code=trust_remote_code)
+        model = auto_model(config).from_config(config, trust_remote_code=trust_remote_code)
     for number in sorted(layers):
         layer = decoder_layer(model, number)
         if number in attention_layers(wants):

@@ -1,4 +1,5 @@
-"""Teacher-forced forward of any Hugging Face image-text-to-text model; vision and response rows leave, everything else stays.
+"""Teacher-forced forward of any Hugging Face image-text-to-text or causal language model; vision and response rows leave, everything
+else stays.
 
 One uniform way for every family: post-final-norm hidden states h = ``model.model(…).last_hidden_state``, head W =
 ``get_output_embeddings().weight``; logits are h·Wᵀ by a scale and a soft cap (``head_form``). That is compared with the model's own
@@ -16,11 +17,11 @@ from typing import Any
 import torch
 
 from teacher_cache.batch import Batch, collate
-from teacher_cache.errors import CompatibilityError, KdcliError, check_reads_images
+from teacher_cache.errors import CompatibilityError, KdcliError
 from teacher_cache.fingerprint import processor_fingerprint
 from teacher_cache.layout import COMPRESSED
-from teacher_cache.model_files import check_model_files
-from teacher_cache.model_load import naming_what_fails, try_tokenizer
+from teacher_cache.model_kind import auto_model, decoder_of, open_config, open_processor, reads_images
+from teacher_cache.model_load import naming_what_fails
 from teacher_cache.model_weights import check_weights, refuse_missing
 from teacher_cache.records import Prepared, TeacherOutput
 from teacher_cache.teachers.head import head_logits
@@ -67,18 +68,13 @@ class TeacherSpec:
 
 
 def load_processor(spec: TeacherSpec) -> tuple[Any, Any]:
-    """(processor, config) without any weights; KdcliError where the model folder or hub id is not to be had, or reads no images."""
-    from transformers import AutoConfig, AutoProcessor
+    """(processor, config) without any weights; errors as of ``open_processor``."""
+    return open_processor(f"model {spec.id!r}", spec.id, spec.revision, spec.trust_remote_code)
 
-    what = f"model {spec.id!r}"
-    check_model_files(what, spec.id, spec.revision, spec.trust_remote_code)
-    arguments = {"revision": spec.revision, "trust_remote_code": spec.trust_remote_code}
-    with naming_what_fails(what):
-        processor = AutoProcessor.from_pretrained(spec.id, **arguments)
-        config = AutoConfig.from_pretrained(spec.id, **arguments)
-        check_reads_images(what, processor, config)
-        try_tokenizer(processor.tokenizer)
-    return processor, config
+
+def teacher_reads_images(spec: TeacherSpec) -> bool:
+    """Whether it is a model of images and text, by its configuration alone; KdcliError where there is none to be had."""
+    return reads_images(open_config(f"model {spec.id!r}", spec.id, spec.revision, spec.trust_remote_code))
 
 
 def resolve_dtype(spec: TeacherSpec, config: Any) -> torch.dtype:
@@ -124,7 +120,8 @@ def teacher_fingerprint(spec: TeacherSpec, processor: Any, config: Any) -> dict[
 
 def runs_own_code(spec: TeacherSpec, processor: Any, config: Any) -> bool:
     """Whether code of the model's folder takes part: it was allowed, and configuration or processor point to some."""
-    own = [one for one in (processor, config) if type(one).__module__.startswith("transformers_modules.")]
+    reader = processor.tokenizer if processor.image_processor is None else processor
+    own = [one for one in (reader, config) if type(one).__module__.startswith("transformers_modules.")]
     return spec.trust_remote_code and bool(own or getattr(config, "auto_map", None))
 
 
@@ -167,14 +164,12 @@ class TransformersTeacher:
     """
 
     def __init__(self, spec: TeacherSpec, processor: Any, config: Any):
-        from transformers import AutoModelForImageTextToText
-
         refuse_compressed(spec, config)
         self.device = resolve_device(spec)
         what = f"model {spec.id!r}"
         check_weights(what, spec.id, config, spec.trust_remote_code)
         with naming_what_fails(f"the weights of {spec.id!r}"):
-            loaded: Any = AutoModelForImageTextToText.from_pretrained(
+            loaded: Any = auto_model(config).from_pretrained(
                 spec.id,
                 dtype=resolve_dtype(spec, config),
                 attn_implementation=spec.attn_implementation,
@@ -214,7 +209,7 @@ class TransformersTeacher:
     @torch.inference_mode()
     def hidden(self, batch: Batch) -> torch.Tensor:
         """Post-final-norm hidden states, flattened ``[B·T, D]``."""
-        states = self.model.model(**batch.inputs, use_cache=False).last_hidden_state
+        states = decoder_of(self.model)(**batch.inputs, use_cache=False).last_hidden_state
         if not self._head_checked:
             self._check_head(batch, states)
         return states.flatten(0, 1)

@@ -36,7 +36,17 @@ STATES = {"hidden": "after the final norm, not normalised", "logprobs": "none, l
 
 
 def load_processor(spec: TeacherSpec) -> tuple[Any, Any]:
-    return transformers.load_processor(spec)
+    processor, config = transformers.load_processor(spec)
+    if processor.image_processor is None:
+        raise CompatibilityError(
+            f"model {spec.id!r} ({type(config).__name__}) reads text alone, and backend vllm takes image-text-to-text models: "
+            "use --backend transformers for it"
+        )
+    return processor, config
+
+
+def teacher_reads_images(spec: TeacherSpec) -> bool:
+    return transformers.teacher_reads_images(spec)
 
 
 def teacher_fingerprint(spec: TeacherSpec, processor: Any, config: Any) -> dict[str, Any]:

@@ -64,8 +64,9 @@ NASTY = (
 )
 
 
+@pytest.mark.parametrize("images", [True, False], ids=["images", "text"])
 @pytest.mark.parametrize("text", NASTY)
-def test_no_text_of_a_run_is_markup(text: str) -> None:
+def test_no_text_of_a_run_is_markup(text: str, images: bool) -> None:
     """Whatever stands in run.json, done.json and the scores stays within its line, its code span and its cell."""
     tally = {"n": 4, "exact_match": 0.5, "tokens": 4, "nll": 1.0}
     scores = {text: {**tally, "family_mean": 0.5, "nll_family_mean": 1.0, "families": {text: tally}}}
@@ -82,7 +83,7 @@ def test_no_text_of_a_run_is_markup(text: str) -> None:
     teacher = {"architecture": text, "weights": text, "tokenizer": {"sha256": text}, "dtype": text, "backend": text}
     cache = {"rows": {text: 3}, "fields": {text: {"teacher": teacher}}}
     stages = ({**stage, "result": {"steps": text, "samples": text}},)
-    made = model_card(Provenance(Path("m"), card, stages, cache, scores), None, "float32", text, text)
+    made = model_card(Provenance(Path("m"), card, stages, cache, scores), None, "float32", text, text, images=images)
     plain_card = model_card(Provenance(Path("m"), None, (), None, {}), None, "float32", "student", "llava")
     assert made.count("\n---") == plain_card.count("\n---") == 1 and yaml_of(made)["tags"][1] == "distillation"
     assert "license" not in yaml_of(made)

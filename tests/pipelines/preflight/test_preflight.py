@@ -16,10 +16,11 @@ from pipelines import cache_teacher
 from pipelines.cache_teacher import capture
 from pipelines.capture_shards import CaptureRequest
 from pipelines.inspect_cache import check
-from pipelines.preflight.report import as_json, report
+from pipelines.preflight.report import report
 from pipelines.preflight.request import PreflightRequest
 from pipelines.preflight.run import preflight
 from pipelines.preflight.sample import held_out
+from pipelines.run_records import finite
 from pipelines.settings import load_settings
 from student_train.cache import Cache
 from teacher_cache.errors import CacheError, CompatibilityError, KdcliError
@@ -50,7 +51,7 @@ def test_go_says_what_was_chosen_and_why(flown: Any) -> None:
     assert result["estimate"]["bytes"] > 0 and result["tokens_per_second"] > 0
     text = report(result)
     assert text.startswith("GO\n") and "top-4 + sketch" in text and "Whole job: 54 rows" in text
-    json.dumps(as_json(result), allow_nan=False)
+    json.dumps(finite(result), allow_nan=False)
 
 
 def test_labels_without_an_end_stand_under_the_verdict(
@@ -61,7 +62,7 @@ def test_labels_without_an_end_stand_under_the_verdict(
     result = preflight(replace(request, teacher=replace(request.teacher, id=str(endless_teacher))))
     (line,) = result["warnings"]
     assert "part 'sft'" in line and "no label ends an answer" in line
-    assert f"\n- WARNING: {line}" in report(as_json(result))
+    assert f"\n- WARNING: {line}" in report(finite(result))
 
 
 def test_its_cache_is_a_cache(flown: Any) -> None:
