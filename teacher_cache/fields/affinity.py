@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch.nn.functional import normalize
 
-from teacher_cache.codecs import entropy, transform
+from teacher_cache.codecs import entropy, fitting, transform
 from teacher_cache.codecs.entropy import open_record
 from teacher_cache.codecs.transform import Quantised, Transform
 from teacher_cache.errors import CacheError, KdcliError
@@ -92,8 +92,7 @@ class FactoredAffinity:
             return {"coded": entropy.encode([], 0), "text": torch.tensor([len(text)], dtype=torch.int32)}
         grids = grids_of(output, "vision")
         symbols = self._coder.quantise(torch.cat([vision, text]), grids)
-        streams = [(np.array([len(vision)]), VISION_ROWS), *self._coder.streams(symbols, grids)]
-        return {"coded": entropy.encode(streams, len(symbols))}
+        return self._coder.record(symbols, grids, [(np.array([len(vision)]), VISION_ROWS)])
 
     def decode(self, stored: dict[str, torch.Tensor]) -> torch.Tensor:
         """float32 ``[R_vision, N]``; a text-only row gives ``[0, N]``."""
@@ -114,8 +113,7 @@ class FactoredAffinity:
                 raise CacheError(f"field affinity: {rows} vision rows of {decoder.rows}: run `kdcli cache verify`")
             found.append(torch.empty(0))  # its place
             vision.append(rows)
-            quantised.append(self._coder.read_symbols(decoder))
-            decoder.finish()
+            quantised.append(self._coder.read(one, decoder))
         pictured = (i for i, one in enumerate(found) if one.ndim == 1)
         for place, rows, states in zip(pictured, vision, self._coder.restore(quantised)):
             found[place] = states[:rows] @ states[rows:].T
@@ -138,7 +136,7 @@ class FactoredAffinity:
         rows = torch.cat([part for both in states for part in both]).to(head.device)
         grids = grids_of_all(pictured, "vision", [len(vision) + len(text) for vision, text in states])
         try:
-            fitted = transform.fit(rows, None, self.params["step"], centre=False, grids=grids)
+            fitted = fitting.fit(rows, None, self.params["step"], centre=False, grids=grids)
             return Calibration(fitted.tensors(), len(rows))
         except KdcliError as error:
             raise KdcliError(f"field affinity: {error}: raise --calibration-rows, or use layout = 'dense'") from None

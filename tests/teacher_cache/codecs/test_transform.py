@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 
 from teacher_cache.codecs import entropy
 from teacher_cache.codecs.entropy import Decoder
-from teacher_cache.codecs.transform import LARGEST, Transform, fit, head_metric, scale_classes
+from teacher_cache.codecs.fitting import LARGEST, fit, head_metric, scale_classes
+from teacher_cache.codecs.transform import Transform
 from teacher_cache.errors import KdcliError
 
 D = 24
@@ -26,7 +27,7 @@ def rows_of(seed: int, count: int, spectrum: torch.Tensor = SPECTRUM, heavy: boo
 
 
 def decoded(coder: Transform, rows: torch.Tensor) -> torch.Tensor:
-    return coder.read(Decoder(encoded(coder, rows)))
+    return coder.restore([coder.read({}, Decoder(encoded(coder, rows)))])[0]
 
 
 def encoded(coder: Transform, rows: torch.Tensor) -> torch.Tensor:
