@@ -13,7 +13,7 @@ import torch
 from student_train.cache import read_field
 from teacher_cache.codecs import container
 from teacher_cache.errors import CacheError
-from teacher_cache.fields import CalibratedField, Field, create_field
+from teacher_cache.fields import CalibratedField, Field, create_field, described_params
 from teacher_cache.fields.calibration import Calibration
 from teacher_cache.plan import Plan, content_hash, difference
 from teacher_cache.shards.sealed import seal, unseal
@@ -117,6 +117,10 @@ def bound(storage: Storage, name: str, one: Field) -> Field:
     return read_field(storage, name, body)
 
 
+OF_A_VERSION = ("codec_version", "text")
+"""Parameters whose default became another one with a version."""
+
+
 def as_begun(storage: Storage, fields: Mapping[str, Field], asked: Mapping[str, Mapping[str, Any]]) -> dict[str, Field]:
     """The same fields, each with the codec version that the cache has begun it with: a newer program goes on as the older one did.
 
@@ -126,10 +130,14 @@ def as_begun(storage: Storage, fields: Mapping[str, Field], asked: Mapping[str, 
     settled = dict(fields)
     for name, one in fields.items():
         path = field_path(name)
-        if "codec_version" not in one.params or "codec_version" in asked[name] or not storage.exists(path):
+        newer = [key for key in OF_A_VERSION if key in one.params and key not in asked[name]]
+        if not newer or not storage.exists(path):
             continue
-        there = unseal(storage.read(path), f"{storage}/{path}").get("params")
-        if isinstance(there, dict) and there == {**one.params, "codec_version": there.get("codec_version")}:
+        body = unseal(storage.read(path), f"{storage}/{path}")
+        if not isinstance(body.get("params"), dict) or "version" not in body:
+            continue
+        there = described_params(name, body["version"], body["params"])
+        if there == {**one.params, **{key: there[key] for key in newer if key in there}}:
             settled[name] = create_field(name, there)
     return settled
 

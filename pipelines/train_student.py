@@ -195,7 +195,8 @@ def run_stage(
 ) -> dict[str, Any]:
     """Train one stage, or find it done. Its folder holds metrics, checkpoints, and the model as a Hugging Face folder."""
     folder = plan.folder(output)
-    rows = CachedRows(cache, plan.parts, plan.served.names, local_cache(plan.settings))
+    coded = processes.device.type != "cpu"  # on a CPU the loader processes make the numbers, beside the step
+    rows = CachedRows(cache, plan.parts, plan.served.names, local_cache(plan.settings), coded)
     check_local_cache(rows, plan.settings)
     there = begun(folder)
     started, total, global_batch = settled_budget(plan, sum(rows.counts), processes.world, there)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -20,7 +20,7 @@ from student_train.distributions import (
 )
 from student_train.needs import Served
 from student_train.stream import TrainBatch
-from teacher_cache.records import TextTokens
+from teacher_cache.records import Coded, TextTokens
 from teacher_cache.teachers.low_rank import LowRankHead
 
 
@@ -62,6 +62,7 @@ class TeacherSignals:
         heads: field → ``[V, D]`` of a field of hidden states, ``LowRankHead`` of a sketched one; fields of one teacher share one tensor, a
             field that was added by another teacher has its own.
         vocabulary: columns that the teachers of all fields have.
+        fields: those whose records may come ``Coded``.
     """
 
     def __init__(
@@ -70,8 +71,9 @@ class TeacherSignals:
         heads: Mapping[str, torch.Tensor | LowRankHead],
         vocabulary: int,
         device: torch.device,
+        fields: Mapping[str, Any] | None = None,
     ):
-        self.served, self.vocabulary, self.device = served, vocabulary, device
+        self.served, self.vocabulary, self.device, self.fields = served, vocabulary, device, dict(fields or {})
         self.heads = dict(heads)
         self._grams: dict[str, torch.Tensor] = {}
 
@@ -91,9 +93,12 @@ class TeacherSignals:
         widths = {
             min(t["head_width"], t["tokenizer"]["length"]) for n in served.names for t in [cache.fields[n]["teacher"]]
         }
-        return cls(served, heads, min(widths, default=0), device)
+        opened = {name: cache.open_field(name) for name in served.names}
+        restoring = {name: one for name, one in opened.items() if hasattr(one, "restore")}
+        return cls(served, heads, min(widths, default=0), device, restoring)
 
     def view(self, batch: TrainBatch) -> TeacherView:
+        batch = replace(batch, fields={name: self._restored(name, rows) for name, rows in batch.fields.items()})
         needs = self.served.fields
         kinds = [kind for kind in ("response", "vision") if f"{kind}_logits" in needs]
         distributions = {kind: self._distribution(needs[f"{kind}_logits"], batch.fields) for kind in kinds}
@@ -118,6 +123,10 @@ class TeacherSignals:
             batch.text,
             features=features,
         )
+
+    def _restored(self, name: str, rows: list[Any]) -> list[Any]:
+        """Records that are only read become numbers here, on the device; all others stay as they are."""
+        return self.fields[name].restore(rows, self.device) if rows and isinstance(rows[0], Coded) else rows
 
     def _one_a_sample(self, need: str, name: str, batch: TrainBatch) -> list[torch.Tensor] | None:
         return [one.to(self.device) for one in batch.fields[name]] if need in self.served.fields else None

@@ -1,11 +1,11 @@
 """Entropy coding without tables: every group of symbols brings the frequencies that it has in its own record (the ``pcodec`` library).
 
-Read at several hundred million symbols a second a core, seven times as fast as ``entropy`` reads, and as small where a group has thousands of
-symbols, or where a record is not as the calibration rows were. A record of few symbols is smaller under calibrated tables.
+Read at several hundred million symbols a second a core, seven times as fast as ``entropy`` reads, and as small where a group has
+thousands of symbols, or where a record is not as the calibration rows were. A record of few symbols is smaller under calibrated tables.
 
-Layout: crc32 (uint32) of all that follows; two bytes with which the library says the version of its format; for each group its kind (uint8:
-bytes of a symbol) and how long its frequencies and its symbols are (uint32 each); then those, group by group. How many symbols a group has is
-not stored: the reader knows, so that no damaged number asks for memory.
+Layout: crc32 (uint32) of all that follows; two bytes with which the library says the version of its format; for each group its kind
+(uint8: bytes of a symbol) and how long its frequencies and its symbols are (uint32 each); then those, group by group. How many symbols
+a group has is not stored: the reader knows, so that no damaged number asks for memory.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from __future__ import annotations
 import struct
 import zlib
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -27,7 +28,7 @@ LEAST_GROUP = 1 << 12
 """Symbols: the frequencies of a smaller group cost more than those of its neighbours are wrong for it."""
 MOST_GROUP = 1 << 22
 """Symbols: the library takes 2²⁴."""
-KINDS = {2: ("i16", np.dtype("<i2")), 4: ("i32", np.dtype("<i4"))}
+KINDS: dict[int, tuple[str, np.dtype[Any]]] = {2: ("i16", np.dtype("<i2")), 4: ("i32", np.dtype("<i4"))}
 """Bytes of a symbol → its name in the library, and type."""
 _CRC, _GROUP, _FORMAT = struct.Struct("<I"), struct.Struct("<BII"), 2
 _DAMAGED = "an adaptively coded record is damaged ({}): run `kdcli cache verify`"

@@ -50,13 +50,20 @@ def fit(
     used = np.flatnonzero((np.abs(coefficients) > 0.5).mean(axis=0) > LEAST_USED)
     rank = int(used.max()) + 1 if len(used) else 1
     coefficients, basis = coefficients[:, :rank], basis[:, :rank]
-    of_row = spectrum.bands(count, grids)
+    encode = (basis if root is None else root.double() @ basis).float().contiguous().cpu()
+    return with_tables(mean.float().cpu(), encode, step, coefficients, spectrum.bands(count, grids))
+
+
+def with_tables(
+    mean: torch.Tensor, encode: torch.Tensor, step: float, coefficients: np.ndarray, of_row: np.ndarray
+) -> Transform:
+    """The coder of this mean and basis, its classes and tables from the rows' coefficients ``[R, r]`` in steps and their bands ``[R]``."""
     classes = scale_classes(band_scales(coefficients, of_row))
     of_symbol = classes[of_row]
     fitted = [_fit_class(coefficients[of_symbol == number]) for number in range(classes.max() + 1)]
     return Transform(
-        mean.float().cpu(),
-        (basis if root is None else root.double() @ basis).float().contiguous().cpu(),
+        mean,
+        encode,
         step,
         torch.from_numpy(classes.astype(np.uint8)),
         torch.cat([table.probabilities for table, _ in fitted]),

@@ -35,6 +35,13 @@ MEMBER_BYTES = 72
 CPU = torch.device("cpu")
 
 
+def check_version(version: int) -> None:
+    """CacheError for one that this program does not know."""
+    if version not in READABLE:
+        known = ", ".join(map(str, READABLE))
+        raise CacheError(f"codec sketch version {version} is not readable: this kdcli reads {known}")
+
+
 class Quantised(NamedTuple):
     """A record's symbols as they are written, int16 or int32 ``[N]``, and their layout."""
 
@@ -138,7 +145,7 @@ class Transform:
         return values.to(torch.int16 if largest < 2**15 else torch.int32)
 
     def record(
-        self, symbols: torch.Tensor, grids: Sequence[Grid], before: Sequence[Stream] = (), version: int = VERSION
+        self, symbols: torch.Tensor, grids: Sequence[Grid] = (), before: Sequence[Stream] = (), version: int = VERSION
     ) -> dict[str, torch.Tensor]:
         """What is stored of quantised rows; they come into their order on their device.
 

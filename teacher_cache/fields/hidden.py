@@ -23,7 +23,7 @@ from teacher_cache.codecs.transform import Quantised, Transform
 from teacher_cache.errors import CacheError, KdcliError
 from teacher_cache.fields.calibration import Calibration, tables_of, tensors_of
 from teacher_cache.fields.grids import grids_of, grids_of_all
-from teacher_cache.records import Prepared, Sketch, TeacherOutput
+from teacher_cache.records import Coded, Prepared, Sketch, TeacherOutput
 
 FIELDS = ("vision_hidden", "response_hidden")
 SKETCH = "sketch"
@@ -33,8 +33,8 @@ MOST_PROBS_ROWS = 4096
 
 
 @dataclass(frozen=True)
-class CodedSketch:
-    """A record whose symbols are read. mean_logit: float32 ``[R]``."""
+class CodedSketch(Coded):
+    """mean_logit: float32 ``[R]``."""
 
     quantised: Quantised
     mean_logit: torch.Tensor
@@ -97,9 +97,7 @@ class SketchField:
 
     def __init__(self, name: str, params: Params, calibration: Mapping[str, torch.Tensor] | None = None):
         version = params.codec_version or transform.VERSION
-        if version not in transform.READABLE:
-            known = ", ".join(map(str, transform.READABLE))
-            raise CacheError(f"codec sketch version {version} is not readable: this kdcli reads {known}")
+        transform.check_version(version)
         self.name = name
         self.rows = name.removesuffix("_hidden")
         self.params: dict[str, Any] = {"codec": SKETCH, "codec_version": version, "step": params.step or 0.1}
