@@ -183,7 +183,13 @@ def small_records(width: int, count: Sequence[int]) -> list[dict[str, float]]:
         own = len(adaptive.encode(ordered, order.counts)) + transform.MEMBER_BYTES
         kept = sum(map(len, one.coder.record(one.symbols, (), version=2).values()))
         found.append(
-            {"rows": rows, "symbols": len(ordered), "tables": tabled / rows, "adaptive": own / rows, "stored": kept / rows}
+            {
+                "rows": rows,
+                "symbols": len(ordered),
+                "tables": tabled / rows,
+                "adaptive": own / rows,
+                "stored": kept / rows,
+            }
         )
     return found
 
@@ -200,7 +206,10 @@ def report(body: Mapping[str, Any]) -> None:
         print_table(("", "ms a row", "from – to"), parts)
         print(", ".join(f"{key} {value:.0f} B" for key, value in one["bytes a row"].items()))
     print()
-    lines = [[f"{value:.1f}" if isinstance(value, float) else value for value in one.values()] for one in body["small records"]]
+    lines = [
+        [f"{value:.1f}" if isinstance(value, float) else value for value in one.values()]
+        for one in body["small records"]
+    ]
     print_table(list(body["small records"][0]), lines)
 
 

@@ -27,9 +27,9 @@ NUMBERS = Table(0, torch.full((MOST_ROWS + 1,), 1.0 / (MOST_ROWS + 1)))
 """Counts and places of grids: 18 bits each."""
 MOST_KEPT = 1 << 23
 """Symbols of all layouts whose order is kept for further records, 4 to 12 bytes each: 729 tokens of width 3,584 are 2.6 million."""
-ALWAYS_ADAPTIVE = 1 << 17
-"""Symbols of a record from which on it is coded adaptively without a look at what tables would cost: half a per cent less on rows like
-those of the calibration, and 2 ms and more of a core to read them."""
+ALWAYS_ADAPTIVE = 1 << 18
+"""Symbols of a record from which on it is coded adaptively without a look at what tables would cost: a per cent or two less on rows like
+those of the calibration, and 4 ms and more of a core to read them."""
 MEMBER_BYTES = 72
 """Of a second tensor in a tar member."""
 CPU = torch.device("cpu")
