@@ -2,10 +2,10 @@
 
     python -m benchmarks.codec_speed [--width 3584] [--save]
 
-One row of a mixture: a grid of 27 × 27 vision tokens and 200 response tokens, heads of 8 out of 152,064. No teacher of that width is at hand:
-coefficients of a sketch are drawn (Laplace, rows independent, which is the dear case) with the standard deviations that SmolLM2-135M's have
-(``smollm2_spectrum.npz``, of 576 dimensions), drawn out to the width at the same energy a row. Tables are fitted on other rows of the same
-distribution, and, in the lines "other rows", the record's rows are half as loud as those.
+One row of a mixture: a grid of 27 × 27 vision tokens and 200 response tokens, heads of 8 out of 152,064. No teacher of that width is at
+hand: coefficients are drawn (Laplace, rows independent, which is the dear case) with the standard deviations that those of SmolLM2-135M's
+response rows have (``smollm2_spectrum.npz``: of a sketch, and of unit states), drawn out from 576 dimensions to the width at the same
+energy a row. Tables are fitted on other rows of the same distribution; in the lines "other rows" the record's rows are half as loud.
 
 Host alone, on one thread, in CPU milliseconds of that thread (medians of interleaved repeats): encoding without what runs where the teacher
 is (product, cosine transform, quantising, ordering), decoding without what runs where the student is trained (numbers of symbols, inverse
@@ -14,8 +14,8 @@ transform, products). Version 1 restored on the host. The second table: bytes a 
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from time import thread_time
 from typing import Any
@@ -28,7 +28,6 @@ from benchmarks.common import argument_parser, finish, machine, median_ratio, pr
 from teacher_cache.codecs import adaptive, container, entropy, fitting, spectrum, transform
 from teacher_cache.codecs.entropy import fit_smooth_table
 from teacher_cache.codecs.spectrum import Grid
-from teacher_cache.codecs.transform import Transform
 from teacher_cache.fields import create_field, decode_record
 from teacher_cache.fields.affinity import VISION_ROWS
 from teacher_cache.fields.calibration import tensors_of
@@ -44,9 +43,9 @@ SMALL = (8, 16, 32, 64, 200, 729)
 
 def scales(width: int, unit: bool) -> np.ndarray:
     """float64 ``[D]``: standard deviations of a sketch's coefficients; ``unit``: of unit vectors."""
-    each = np.load(SPECTRUM)["std"].astype(np.float64)
+    each = np.load(SPECTRUM)["unit_std" if unit else "std"].astype(np.float64)
     wide = np.interp(np.linspace(0, 1, width), np.linspace(0, 1, len(each)), each)
-    return wide * np.sqrt((1.0 if unit else (each**2).sum()) / (wide**2).sum())
+    return wide * np.sqrt((each**2).sum() / (wide**2).sum())
 
 
 def draw(rows: int, each: np.ndarray, seed: int) -> np.ndarray:
@@ -113,7 +112,7 @@ def measure(width: int, side: int, response: int, loud: float, repeats: int) -> 
     affinity = Kind("affinity", width, vision + response, grid, 1.0)
     outputs = {one.name: heads(len(one.symbols), 5) for one in kinds}
     topk: dict[str, Any] = {}
-    for name, rows in outputs.items():
+    for name in outputs:
         field: Any = create_field(f"{name}_topk", {"k": K})
         fitted = field.fit([TeacherOutput(topk={name: heads(4096, 6)})], torch.zeros(VOCABULARY, 1))
         topk[name] = field.with_calibration(fitted.tensors)
@@ -127,27 +126,27 @@ def measure(width: int, side: int, response: int, loud: float, repeats: int) -> 
     stored_heads = encoded_heads()
     records = {(one.name, v): container.pack(one.encode(v)) for one in (*kinds, affinity) for v in (1, 2)}
     fields = {(one.name, v): one.field(v) for one in kinds for v in (1, 2)}
-    runs: dict[str, Callable[[], Any]] = {"decode heads": lambda: [read(topk[n], stored_heads[n]) for n in topk]}
+    runs: dict[str, Callable[[], Any]] = {"decode heads": lambda: [decode_record(topk[n], stored_heads[n], "here") for n in topk]}
     for one in kinds:
         for version in (1, 2):
             field, data = fields[one.name, version], records[one.name, version]
-            runs[f"decode {one.name} {version}"] = lambda f=field, d=data, c=version > 1: read(f, d, c)
+            runs[f"decode {one.name} {version}"] = partial(decode_record, field, data, "here", version > 1)
     runs["encode heads"] = encoded_heads
     for one in (*kinds, affinity):
         for version in (1, 2):
-            runs[f"encode {one.name} {version}"] = lambda o=one, v=version: container.pack(o.encode(v))
+            runs[f"encode {one.name} {version}"] = partial(packed, one, version)
     with one_thread():
         for run in runs.values():
             run()
-        took = {name: [] for name in runs}
+        took: dict[str, list[float]] = {name: [] for name in runs}
         for _ in range(repeats):
             for name, run in runs.items():
                 took[name].append(1e3 * seconds(run))
     return summary(took, records, vision, response)
 
 
-def read(field: Any, data: bytes, coded: bool = False) -> Any:
-    return decode_record(field, data, "here", coded)
+def packed(one: Kind, version: int) -> bytes:
+    return container.pack(one.encode(version))
 
 
 def summary(

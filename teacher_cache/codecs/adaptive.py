@@ -1,9 +1,9 @@
 """Entropy coding without calibrated tables: every group of symbols has the frequencies of its own record, by zstd's Huffman coder.
 
-Read and written at some five hundred million symbols a second and core, ten times as fast as ``entropy`` reads, and within a few per cent of
-its bytes where a group has thousands of symbols; smaller where a record is not as the calibration rows were. Huffman codes have whole bits,
-so that common symbols are packed before they are coded: two or four in a byte, and of fours that are mostly zeros the zeros as bits. Of large
-symbols the lowest bits, which are noise, are a plane of their own.
+Read and written at some five hundred million symbols a second and core, ten times as fast as ``entropy`` reads, and within a few per
+cent of its bytes where a group has thousands of symbols; smaller where a record is not as the calibration rows were. Huffman codes have
+whole bits, so that common symbols are packed before they are coded: two or four in a byte, and of fours that are mostly zeros the zeros
+as bits. Of large symbols the lowest bits, which are noise, are a plane of their own.
 
 One zstd frame (length and checksum) whose plain bytes are: N (uint32); for each group its mode (uint8) and number of escapes (uint32);
 then, group by group, its bytes; then the escapes, those of each width together (int8), and those that are no int8 (-128 in their place)
@@ -46,8 +46,8 @@ _HUFFMAN = zstandard.ZstdCompressionParameters(
 class Mode:
     """Symbols −limit … limit, ``bits`` each in a byte; −limit − 1 stands for one beyond them, an escape.
 
-    sparse: of bytes that are zero a bit is kept, the others follow. low: that many lowest bits of each symbol follow, in bytes; what is said
-    here of symbols is then said of them without those.
+    sparse: of bytes that are zero a bit is kept, the others follow. low: that many lowest bits of each symbol follow, in bytes; what is
+    said here of symbols is then said of them without those.
     """
 
     bits: int

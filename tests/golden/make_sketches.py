@@ -1,7 +1,7 @@
 """Writes ``tests/golden/sketch-V.safetensors``: a calibration, rows, and their records under version V of the sketch.
 
-``python tests/golden/make_sketches.py V FILE``. Everything is small multiples of powers of two, so every machine makes the same. Run it again
-only for a new version: the old files stay, and their records must stay readable and writable.
+``python tests/golden/make_sketches.py V FILE``. Everything is small multiples of powers of two, so every machine makes the same. Run it
+again only for a new version: the old files stay, and their records must stay readable and writable.
 """
 
 from __future__ import annotations
