@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -55,6 +55,27 @@ class TeacherView:
     features: Sequence[torch.Tensor] | None = None
 
 
+class _Restored(Mapping[str, list[Any]]):
+    """The records of a batch by field; those that are only read (``Coded``) become numbers when they are asked for, on the device."""
+
+    def __init__(self, records: Mapping[str, list[Any]], fields: Mapping[str, Any], device: torch.device):
+        self._records, self._fields, self._device = records, fields, device
+        self._made: dict[str, list[Any]] = {}
+
+    def __getitem__(self, name: str) -> list[Any]:
+        if name not in self._made:
+            rows = self._records[name]
+            coded = bool(rows) and isinstance(rows[0], Coded)
+            self._made[name] = self._fields[name].restore(rows, self._device) if coded else rows
+        return self._made[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._records)
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+
 class TeacherSignals:
     """Builds a ``TeacherView`` of every micro-batch from the fields that serve the run. Holds the teachers' heads, nothing else.
 
@@ -98,20 +119,20 @@ class TeacherSignals:
         return cls(served, heads, min(widths, default=0), device, restoring)
 
     def view(self, batch: TrainBatch) -> TeacherView:
-        batch = replace(batch, fields={name: self._restored(name, rows) for name, rows in batch.fields.items()})
+        records = _Restored(batch.fields, self.fields, self.device)
         needs = self.served.fields
         kinds = [kind for kind in ("response", "vision") if f"{kind}_logits" in needs]
-        distributions = {kind: self._distribution(needs[f"{kind}_logits"], batch.fields) for kind in kinds}
-        relations = self._relations(needs["vision_relation"][0], batch.fields) if "vision_relation" in needs else None
-        raw = self._raw_vision(distributions, batch.fields) if "vision_raw_logits" in needs else None
+        distributions = {kind: self._distribution(needs[f"{kind}_logits"], records) for kind in kinds}
+        relations = self._relations(needs["vision_relation"][0], records) if "vision_relation" in needs else None
+        raw = self._raw_vision(distributions, records) if "vision_raw_logits" in needs else None
         hidden = {
-            kind: self._join(batch.fields[f"{kind}_hidden"]).to(torch.float32)
+            kind: self._join(records[f"{kind}_hidden"]).to(torch.float32)
             for kind in ("response", "vision")
             if f"{kind}_hidden" in needs
         }
-        affinities = self._one_a_sample("vision_text_affinity", "affinity", batch)
-        attentions = self._one_a_sample("text_vision_attention", "attention", batch)
-        features = self._one_a_sample("vision_features", "vision_features", batch)
+        affinities = self._one_a_sample("vision_text_affinity", "affinity", records)
+        attentions = self._one_a_sample("text_vision_attention", "attention", records)
+        features = self._one_a_sample("vision_features", "vision_features", records)
         return TeacherView(
             distributions,
             relations,
@@ -124,12 +145,8 @@ class TeacherSignals:
             features=features,
         )
 
-    def _restored(self, name: str, rows: list[Any]) -> list[Any]:
-        """Records that are only read become numbers here, on the device; all others stay as they are."""
-        return self.fields[name].restore(rows, self.device) if rows and isinstance(rows[0], Coded) else rows
-
-    def _one_a_sample(self, need: str, name: str, batch: TrainBatch) -> list[torch.Tensor] | None:
-        return [one.to(self.device) for one in batch.fields[name]] if need in self.served.fields else None
+    def _one_a_sample(self, need: str, name: str, records: Mapping[str, list[Any]]) -> list[torch.Tensor] | None:
+        return [one.to(self.device) for one in records[name]] if need in self.served.fields else None
 
     def _distribution(self, fields: tuple[str, ...], records: Mapping[str, list[Any]]) -> Distribution:
         parts = {name.split("_")[1]: self._join(records[name]) for name in fields}
