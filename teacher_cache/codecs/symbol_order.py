@@ -27,6 +27,7 @@ class SymbolOrder:
         rows_of_band = np.bincount(self._of_row, minlength=spectrum.BANDS)
         self.counts: list[int] = (rows_of_band @ self._of_band).tolist()
         self._placed: dict[torch.device, torch.Tensor] = {}
+        self._back: dict[torch.device, torch.Tensor] = {}
 
     @property
     def symbols(self) -> int:
@@ -42,6 +43,15 @@ class SymbolOrder:
         if device not in self._placed:
             self._placed[device] = torch.from_numpy(self.places()) if device.type == "cpu" else self.sorted_on(device)
         return self._placed[device]
+
+    def back_on(self, device: torch.device) -> torch.Tensor:
+        """int32 ``[N]``: for every place in ``[R, r]`` which of the symbols, as they are written, it has."""
+        if device not in self._back:
+            places = self.places_on(device).long()
+            back = torch.empty(len(places), dtype=torch.int32, device=device)
+            back[places] = torch.arange(len(places), dtype=torch.int32, device=device)
+            self._back[device] = back
+        return self._back[device]
 
     def sorted_on(self, device: torch.device) -> torch.Tensor:
         """``places``, by sorting: what a GPU does best."""

@@ -26,7 +26,7 @@ READABLE = (1, 2)
 NUMBERS = Table(0, torch.full((MOST_ROWS + 1,), 1.0 / (MOST_ROWS + 1)))
 """Counts and places of grids: 18 bits each."""
 MOST_KEPT = 1 << 23
-"""Symbols of all layouts whose order is kept for further records, 4 to 12 bytes each: 729 tokens of width 3,584 are 2.6 million."""
+"""Symbols of all layouts whose order is kept for further records, 8 to 16 bytes each: 729 tokens of width 3,584 are 2.6 million."""
 ALWAYS_ADAPTIVE = 1 << 18
 """Symbols of a record from which on it is coded adaptively without a look at what tables would cost: a per cent or two less on rows like
 those of the calibration, and 4 ms and more of a core to read them."""
@@ -125,18 +125,18 @@ class Transform:
 
     @cached_property
     def _placed(self) -> dict[torch.device, tuple[torch.Tensor, ...]]:
-        """Device → mean, encode and shrink, where they have been used."""
+        """Device → mean and encode, where they have been used."""
         return {}
 
     def _on(self, device: torch.device) -> tuple[torch.Tensor, ...]:
         if device not in self._placed:
-            self._placed[device] = tuple(one.to(device) for one in (self.mean, self.encode, self.shrink))
+            self._placed[device] = tuple(one.to(device) for one in (self.mean, self.encode))
         return self._placed[device]
 
     def quantise(self, rows: torch.Tensor, grids: Sequence[Grid] = ()) -> torch.Tensor:
         """int16 ``[R, r]`` of rows ``[R, D]``, int32 where one does not fit, made on their device; KdcliError where one is NaN or beyond
         any integer, which would be stored as garbage."""
-        mean, encode, _ = self._on(rows.device)
+        mean, encode = self._on(rows.device)
         values = spectrum.forward((rows.to(torch.float32) - mean) @ encode, grids)
         values = (values / self.step).round_()
         largest = float(values.abs().max()) if values.numel() else 0.0
@@ -207,9 +207,7 @@ class Transform:
             order = self.order(rows, grids)
             symbols = torch.stack([records[number].symbols.to(device) for number in numbers]).to(torch.float32)
             counts = torch.tensor(order.counts, device=device)
-            shrink = torch.repeat_interleave(self._on(device)[2], counts, output_size=order.symbols)
-            symbols = (symbols - symbols.sign() * shrink).mul_(self.step)
-            values = torch.empty_like(symbols)
-            values[:, order.places_on(device).long()] = symbols
+            shrink = torch.repeat_interleave(self.shrink.to(device), counts, output_size=order.symbols)
+            values = (symbols - symbols.sign().mul_(shrink)).mul_(self.step).index_select(1, order.back_on(device))
             found.update(zip(numbers, spectrum.inverse(values.view(len(numbers), rows, self.rank), grids).unbind()))
         return [found[number] for number in range(len(records))]

@@ -263,4 +263,7 @@ def test_the_order_of_symbols_is_a_stable_sort_by_class(
     flat = classes[spectrum.bands(ROWS, grids)].reshape(-1)
     assert np.array_equal(order.places(), np.argsort(flat, kind="stable"))
     assert np.array_equal(order.sorted_on(torch.device("cpu")).numpy(), order.places())
+    assert torch.equal(
+        order.places_on(torch.device("cpu"))[order.back_on(torch.device("cpu")).long()], torch.arange(flat.size)
+    )
     assert order.counts == np.bincount(flat, minlength=count).tolist() and order.symbols == flat.size
