@@ -126,7 +126,9 @@ def measure(width: int, side: int, response: int, loud: float, repeats: int) -> 
     stored_heads = encoded_heads()
     records = {(one.name, v): container.pack(one.encode(v)) for one in (*kinds, affinity) for v in (1, 2)}
     fields = {(one.name, v): one.field(v) for one in kinds for v in (1, 2)}
-    runs: dict[str, Callable[[], Any]] = {"decode heads": lambda: [decode_record(topk[n], stored_heads[n], "here") for n in topk]}
+    runs: dict[str, Callable[[], Any]] = {
+        "decode heads": lambda: [decode_record(topk[n], stored_heads[n], "here") for n in topk]
+    }
     for one in kinds:
         for version in (1, 2):
             field, data = fields[one.name, version], records[one.name, version]

@@ -117,8 +117,8 @@ def bound(storage: Storage, name: str, one: Field) -> Field:
     return read_field(storage, name, body)
 
 
-OF_A_VERSION = ("codec_version", "text")
-"""Parameters whose default became another one with a version."""
+OF_A_VERSION = ("codec_version", "text", "step")
+"""Parameters whose default became another one with a version: of the codec, which is the first of them, or of the field."""
 
 
 def as_begun(storage: Storage, fields: Mapping[str, Field], asked: Mapping[str, Mapping[str, Any]]) -> dict[str, Field]:
@@ -130,12 +130,13 @@ def as_begun(storage: Storage, fields: Mapping[str, Field], asked: Mapping[str, 
     settled = dict(fields)
     for name, one in fields.items():
         path = field_path(name)
-        newer = [key for key in OF_A_VERSION if key in one.params and key not in asked[name]]
-        if not newer or not storage.exists(path):
+        if not {*OF_A_VERSION} & {*one.params} or not storage.exists(path):
             continue
         body = unseal(storage.read(path), f"{storage}/{path}")
-        if not isinstance(body.get("params"), dict) or "version" not in body:
+        if not isinstance(body.get("params"), dict) or not isinstance(body.get("version"), int):
             continue
+        changed = OF_A_VERSION if body["version"] < one.version else OF_A_VERSION[:1]
+        newer = [key for key in changed if key in one.params and key not in asked[name]]
         there = described_params(name, body["version"], body["params"])
         if there == {**one.params, **{key: there[key] for key in newer if key in there}}:
             settled[name] = create_field(name, there)

@@ -7,7 +7,9 @@ import pytest
 from benchmarks import codec_speed
 
 
-def test_both_versions_are_timed_and_weighed(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_both_versions_are_timed_and_weighed(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A narrow teacher: the last line has every part, both sums and their ratio."""
     monkeypatch.setattr(codec_speed, "SMALL", (8, 64))
     codec_speed.main(["--width", "64", "--side", "6", "--response", "20", "--small-width", "48", "--repeats", "1"])

@@ -379,7 +379,7 @@ def test_a_field_goes_on_with_the_codec_version_that_it_was_begun_with(make_requ
     ("field", "given", "older"),
     [
         ("vision_hidden", {"codec": "sketch"}, {"codec_version": 1}),
-        ("affinity", {"layout": "factored"}, {"codec_version": 1, "text": "all"}),
+        ("affinity", {"layout": "factored"}, {"codec_version": 1, "text": "all", "step": 0.02}),
         ("affinity", {"layout": "dense"}, {"text": "all"}),
     ],
     ids=["sketch", "factored affinity", "dense affinity"],
