@@ -39,7 +39,8 @@ def vision_terms(rows: Rows, coded: Any) -> dict[str, Any]:
         for name, value in one_sample(rows, rows.test[number], students[number], cached).items():
             lines.setdefault(name, []).append(value)
         stored = container.unpack(container.pack(affinity.encode(rows.prepared[number], rows.test[number])))
-        value = affinity_error(rows.test[number], affinity.decode(stored), rows.student[number])
+        kept = rows.prepared[number].text.response
+        value = affinity_error(rows.test[number], affinity.decode(stored), rows.student[number], kept)
         lines.setdefault("VLAD relative error", []).append(value)
     table = {name: torch.tensor(values) for name, values in lines.items()}
     print(f"\nvision terms from standard, {len(chosen)} samples")
@@ -80,10 +81,10 @@ def one_sample(rows: Rows, said: TeacherOutput, student: torch.Tensor, cached: H
     }
 
 
-def affinity_error(said: TeacherOutput, cosine: torch.Tensor, student: TeacherOutput) -> float:
-    """Relative error of VLAD over all text tokens, row by row on the same grid."""
+def affinity_error(said: TeacherOutput, cosine: torch.Tensor, student: TeacherOutput, kept: torch.Tensor) -> float:
+    """Relative error of VLAD over the text tokens ``kept`` (bool ``[N]``), row by row on the same grid."""
     truth = cosine_affinity(said.hidden["vision"], said.hidden["text"])
-    ours = cosine_affinity(student.hidden["vision"], student.hidden["text"])
-    same, every = torch.arange(len(ours)), torch.arange(ours.shape[1])
-    values = [float(affinity_loss(one, ours, same, every)) for one in (truth, cosine)]
+    ours = cosine_affinity(student.hidden["vision"], student.hidden["text"][kept])
+    same = torch.arange(len(ours))
+    values = [float(affinity_loss(one, ours, same, kept)) for one in (truth, cosine)]
     return abs(values[1] - values[0]) / values[0]

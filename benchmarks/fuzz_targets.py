@@ -30,7 +30,7 @@ from pipelines.preflight import canaries
 from pipelines.settings import FILE, load_settings, write_template
 from pipelines.tables import work_lines
 from student_train.cache import Cache, CachedRows
-from teacher_cache.codecs import container, frame
+from teacher_cache.codecs import adaptive, container, frame
 from teacher_cache.errors import CacheError, DataError, KdcliError, SkipRow
 from teacher_cache.fields import create_field, decode_record, open_field
 from teacher_cache.plan import Part, Plan, Slice, parse_plan
@@ -54,7 +54,9 @@ FIELDS: list[tuple[str, dict[str, Any]]] = [
     *(("vision_topk", {"k": 4, "coding": coding}) for coding in ("coded", "packed", "plain")),
     *(("vision_hidden", {"codec": codec}) for codec in ("bf16", "fp32", "int8", "int4", "sketch")),
     *(("vision_sampled", {"sampler": sampler}) for sampler in ("threshold", "random")),
+    ("vision_hidden", {"codec": "sketch", "codec_version": 1}),
     *(("affinity", {"layout": layout}) for layout in ("dense", "factored")),
+    ("affinity", {"layout": "factored", "text": "all", "codec_version": 1}),
     *(("attention", {}), ("relation", {}), ("vision_features", {"codec": "int8"})),
 ]
 DTYPES = (torch.uint8, torch.int8, torch.int32, torch.int64, torch.float16, torch.bfloat16, torch.float32, torch.bool)
@@ -204,6 +206,13 @@ def made_field(number: int) -> tuple[Any, bytes, bytes]:
         one, calibration = fitted.with_calibration(tensors), container.pack(tensors)
     record = container.pack(one.encode(prepared(), teacher_output(9, frozenset(one.wants))))
     return one, record, calibration
+
+
+def scaled_symbols() -> tuple[bytes, list[int]]:
+    """A member ``symbols`` with groups of every mode, and the symbols of each class."""
+    counts, rng = [4100, 4200, 4097, 4099, 5000, 33], np.random.default_rng(0)
+    parts = [rng.laplace(scale=scale, size=n) for scale, n in zip((300, 9, 1.2, 0.4, 0.1, 0.1), counts)]
+    return adaptive.encode(np.rint(np.concatenate(parts)).astype(np.int16), counts).numpy().tobytes(), counts
 
 
 def sample() -> Sample:
@@ -592,6 +601,7 @@ def record_targets() -> Iterator[Target]:
     for number, (name, params) in enumerate(FIELDS):
         one, record, calibration = made_field(number)
         kind = f"{name} {next((str(value) for value in params.values() if isinstance(value, str)), '')}".strip()
+        kind += f", version {params['codec_version']}" if "codec_version" in params else ""
         read = lambda data, one=one: decode_record(one, data, "here")  # noqa: E731
         inputs = (random_bytes, partial(changed, record), *[partial(repacked, record)] * 3)
         yield Target(f"record of {kind}", read, (CacheError,), inputs)
@@ -603,6 +613,11 @@ def record_targets() -> Iterator[Target]:
     framed = frame.compress(b"a" * 300)
     read_frame = lambda data: frame.decompress(data, "here", 1000)  # noqa: E731
     yield Target("zstd frame", read_frame, (CacheError,), (random_bytes, partial(changed, framed)))
+    symbols, counts = scaled_symbols()
+    read_symbols = lambda data: adaptive.decode(torch.frombuffer(bytearray(data or b"\0"), dtype=torch.uint8), counts)  # noqa: E731
+    plain = frame.decompress(symbols, "here")
+    inputs = (random_bytes, partial(changed, symbols), *[lambda draw: frame.compress(changed(plain, draw))] * 4)
+    yield Target("symbols of a sketch", read_symbols, (CacheError,), inputs)
     yield Target("sample record", read_sample, (CacheError,), (random_bytes, *[other_sample] * 4))
 
 

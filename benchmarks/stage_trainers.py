@@ -60,7 +60,7 @@ def open_stage(
         assert spec is not None
         install(student, spec)
         processor = with_grid(processor, spec, training=True)
-    rows = CachedRows(cache, plan.parts, plan.served.names)
+    rows = CachedRows(cache, plan.parts, plan.served.names, coded=not world.device.startswith("cpu"))
     processes = Processes(0, 1, torch.device(world.device))
     folder = Path(str(cache.storage)) / "run"
     trainer, batches_from = make_trainer(cache, plan, rows, student, processor, batch * steps, batch, processes, folder)

@@ -13,7 +13,7 @@ import torch
 from student_train.cache import read_field
 from teacher_cache.codecs import container
 from teacher_cache.errors import CacheError
-from teacher_cache.fields import CalibratedField, Field, create_field
+from teacher_cache.fields import CalibratedField, Field, create_field, described_params
 from teacher_cache.fields.calibration import Calibration
 from teacher_cache.plan import Plan, content_hash, difference
 from teacher_cache.shards.schema import require
@@ -129,6 +129,10 @@ def bound(storage: Storage, name: str, one: Field) -> Field:
     return read_field(storage, name, body)
 
 
+OF_A_VERSION = ("codec_version", "text", "step")
+"""Parameters whose default became another one with a version: of the codec, which is the first of them, or of the field."""
+
+
 def as_begun(storage: Storage, fields: Mapping[str, Field], asked: Mapping[str, Mapping[str, Any]]) -> dict[str, Field]:
     """The same fields, each with the codec version that the cache has begun it with: a newer program goes on as the older one did.
 
@@ -138,10 +142,15 @@ def as_begun(storage: Storage, fields: Mapping[str, Field], asked: Mapping[str, 
     settled = dict(fields)
     for name, one in fields.items():
         path = field_path(name)
-        if "codec_version" not in one.params or "codec_version" in asked[name] or not storage.exists(path):
+        if not {*OF_A_VERSION} & {*one.params} or not storage.exists(path):
             continue
-        there = unseal(storage.read(path), f"{storage}/{path}").get("params")
-        if isinstance(there, dict) and there == {**one.params, "codec_version": there.get("codec_version")}:
+        body = unseal(storage.read(path), f"{storage}/{path}")
+        if not isinstance(body.get("params"), dict) or not isinstance(body.get("version"), int):
+            continue
+        changed = OF_A_VERSION if body["version"] < one.version else OF_A_VERSION[:1]
+        newer = [key for key in changed if key in one.params and key not in asked[name]]
+        there = described_params(name, body["version"], body["params"])
+        if there == {**one.params, **{key: there[key] for key in newer if key in there}}:
             settled[name] = create_field(name, there)
     return settled
 

@@ -70,7 +70,8 @@ class Run:
     before: list[dict[str, Any]] = field(default_factory=list)
 
     def rows_of(self, plan: StagePlan) -> CachedRows:
-        return CachedRows(self.cache, plan.parts, plan.served.names, local_cache(plan.settings))
+        coded = self.processes.device.type != "cpu"  # on a CPU the loader processes make the numbers, beside the step
+        return CachedRows(self.cache, plan.parts, plan.served.names, local_cache(plan.settings), coded)
 
     def prepare(self, plans: list[StagePlan], student: str) -> None:
         """Every stage against what its folder holds; behind that, the first writes: ``run.json``."""

@@ -237,10 +237,18 @@ class CachedRows:
 
     Args:
         disk: where tars of an object store are kept; None: every row is read from the store.
+        coded: fields that tell the two apart are read, not restored (``records.Coded``): ``TeacherSignals`` has the training device do it.
     """
 
-    def __init__(self, cache: Cache, parts: Sequence[str], fields: Sequence[str], disk: DiskCache | None = None):
-        self.shards = cache.shards(parts)
+    def __init__(
+        self,
+        cache: Cache,
+        parts: Sequence[str],
+        fields: Sequence[str],
+        disk: DiskCache | None = None,
+        coded: bool = False,
+    ):
+        self.shards, self.coded = cache.shards(parts), coded
         self._storage, self._disk = cache.storage, disk
         self._columns = {name: cache.column(name, disk) for name in ("samples", *fields)}
         self._fields = {name: cache.open_field(name) for name in fields}
@@ -290,7 +298,7 @@ class CachedRows:
             records = [
                 self._record(members[name], self._record_place(shard, name, key)) for shard, key, members in found
             ]
-            for one, decoded in zip(fields, decode_records(field, records), strict=True):
+            for one, decoded in zip(fields, decode_records(field, records, self.coded), strict=True):
                 one[name] = decoded
         for (shard, key, _), (sample, text, layout), decoded in zip(found, samples, fields):
             if sample.part != self._parts[shard]:

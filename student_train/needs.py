@@ -24,6 +24,7 @@ WHATS = (
     "vision_features",
     "self_teacher",
 )
+TEXTS = ("response", "all")
 ROW_ALIGNED = frozenset(
     {"vision_logits", "vision_relation", "vision_hidden", "text_vision_attention", "vision_features"}
 )
@@ -45,19 +46,21 @@ class Need:
         direction: ``forward`` (the teacher's mass weighs: KL(p_t‖p_s), cross-entropy) or ``reverse`` (the student's mass weighs: reverse
             and skewed KL, Jensen-Shannon).
         temperature: of the distributions.
+        text: of cosines, with ``response`` tokens or ``all``.
     """
 
     what: str
     direction: str = "forward"
     temperature: float = 1.0
+    text: str = "response"
 
     def __post_init__(self) -> None:
-        if self.what not in WHATS or self.direction not in ("forward", "reverse"):
+        if self.what not in WHATS or self.direction not in ("forward", "reverse") or self.text not in TEXTS:
             raise ValueError(f"no such need: {self}")
 
     def __str__(self) -> str:
         if not self.what.endswith("_logits") or self.what == "vision_raw_logits":
-            return self.what
+            return self.what + (" (all text)" if self.text == "all" else "")
         at = "" if self.temperature == 1.0 else f", T={self.temperature:g}"
         return f"{self.what} ({self.direction}{at})"
 
@@ -83,11 +86,16 @@ class Served:
 
 
 def ways(need: Need, codecs: Mapping[str, str]) -> list[Way]:
-    """How these fields serve a need, best first. ``codecs``: field → its codec, "" where it has none, or ``INEXACT``."""
+    """How these fields serve a need, best first.
+
+    Args:
+        codecs: field → its codec, "" where it has none, or ``INEXACT``; of affinities the text tokens that they hold.
+    """
     if need.what == "self_teacher":
         return [Way(())]
     if need.what in ONE_FIELD:
-        return [Way((ONE_FIELD[need.what],))] if ONE_FIELD[need.what] in codecs else []
+        name = ONE_FIELD[need.what]
+        return [Way((name,))] if name in codecs and (need.text == "response" or codecs[name] != "response") else []
     kind = need.what.split("_")[0]
     hidden, topk, sampled = (f"{kind}_{suffix}" for suffix in ("hidden", "topk", "sampled"))
     codec = codecs.get(hidden)
@@ -140,7 +148,7 @@ def serve(needs: Iterable[Need], available: Mapping[str, Mapping[str, Any]], met
         available: field → its parameters, as ``field.json`` has them.
     """
     codecs = {
-        name: INEXACT if params.get("tail") == INEXACT else str(params.get("codec", ""))
+        name: INEXACT if params.get("tail") == INEXACT else str(params.get("codec", params.get("text", "")))
         for name, params in available.items()
     }
     fields: dict[str, tuple[str, ...]] = {}
@@ -183,7 +191,11 @@ def refusal(need: Need, have: Sequence[str], method: str, cache: str) -> str:
     heads = [name for name in have if name.endswith("_topk")]
     why = f" ({', '.join(heads)}: valid at temperature 1 only)" if heads and need.temperature != 1.0 else ""
     codec = " --set codec=bf16" if need.what.endswith("_hidden") else ""
-    if codec and serving[0] in have:
+    if need.text == "all":
+        codec = " --set text=all"
+        if serving[0] in have:
+            why = f" ({serving[0]}: of response tokens alone; --set text=all in another cache)"
+    elif codec and serving[0] in have:
         why = f" ({serving[0]}: a sketch does not give hidden states back; --set codec=bf16 or int8 in another cache)"
     return (
         f"{cache}: method {method} needs {need}, served by {' or '.join(serving)}; the cache has "

@@ -35,7 +35,8 @@ class _Packer(pickle.Pickler):
         if type(one) is not torch.Tensor:
             return None
         start = self.end
-        self.tensors.append((start, one.contiguous().reshape(-1).view(torch.uint8)))
+        if one.numel():  # strides of an empty one may be anything, and then it has no bytes to view
+            self.tensors.append((start, one.contiguous().reshape(-1).view(torch.uint8)))
         self.end += -(-one.numel() * one.element_size() // ALIGNED) * ALIGNED
         return start, one.dtype, tuple(one.shape)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,7 +20,7 @@ from student_train.distributions import (
 )
 from student_train.needs import Served
 from student_train.stream import TrainBatch
-from teacher_cache.records import TextTokens
+from teacher_cache.records import Coded, TextTokens
 from teacher_cache.teachers.low_rank import LowRankHead
 
 
@@ -55,6 +55,27 @@ class TeacherView:
     features: Sequence[torch.Tensor] | None = None
 
 
+class _Restored(Mapping[str, list[Any]]):
+    """The records of a batch by field; those that are only read (``Coded``) become numbers when they are asked for, on the device."""
+
+    def __init__(self, records: Mapping[str, list[Any]], fields: Mapping[str, Any], device: torch.device):
+        self._records, self._fields, self._device = records, fields, device
+        self._made: dict[str, list[Any]] = {}
+
+    def __getitem__(self, name: str) -> list[Any]:
+        if name not in self._made:
+            rows = self._records[name]
+            coded = bool(rows) and isinstance(rows[0], Coded)
+            self._made[name] = self._fields[name].restore(rows, self._device) if coded else rows
+        return self._made[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._records)
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+
 class TeacherSignals:
     """Builds a ``TeacherView`` of every micro-batch from the fields that serve the run. Holds the teachers' heads, nothing else.
 
@@ -62,6 +83,7 @@ class TeacherSignals:
         heads: field → ``[V, D]`` of a field of hidden states, ``LowRankHead`` of a sketched one; fields of one teacher share one tensor, a
             field that was added by another teacher has its own.
         vocabulary: columns that the teachers of all fields have.
+        fields: those whose records may come ``Coded``.
     """
 
     def __init__(
@@ -70,8 +92,9 @@ class TeacherSignals:
         heads: Mapping[str, torch.Tensor | LowRankHead],
         vocabulary: int,
         device: torch.device,
+        fields: Mapping[str, Any] | None = None,
     ):
-        self.served, self.vocabulary, self.device = served, vocabulary, device
+        self.served, self.vocabulary, self.device, self.fields = served, vocabulary, device, dict(fields or {})
         self.heads = dict(heads)
         self._grams: dict[str, torch.Tensor] = {}
 
@@ -91,22 +114,25 @@ class TeacherSignals:
         widths = {
             min(t["head_width"], t["tokenizer"]["length"]) for n in served.names for t in [cache.fields[n]["teacher"]]
         }
-        return cls(served, heads, min(widths, default=0), device)
+        opened = {name: cache.open_field(name) for name in served.names}
+        restoring = {name: one for name, one in opened.items() if hasattr(one, "restore")}
+        return cls(served, heads, min(widths, default=0), device, restoring)
 
     def view(self, batch: TrainBatch) -> TeacherView:
+        records = _Restored(batch.fields, self.fields, self.device)
         needs = self.served.fields
         kinds = [kind for kind in ("response", "vision") if f"{kind}_logits" in needs]
-        distributions = {kind: self._distribution(needs[f"{kind}_logits"], batch.fields) for kind in kinds}
-        relations = self._relations(needs["vision_relation"][0], batch.fields) if "vision_relation" in needs else None
-        raw = self._raw_vision(distributions, batch.fields) if "vision_raw_logits" in needs else None
+        distributions = {kind: self._distribution(needs[f"{kind}_logits"], records) for kind in kinds}
+        relations = self._relations(needs["vision_relation"][0], records) if "vision_relation" in needs else None
+        raw = self._raw_vision(distributions, records) if "vision_raw_logits" in needs else None
         hidden = {
-            kind: self._join(batch.fields[f"{kind}_hidden"]).to(torch.float32)
+            kind: self._join(records[f"{kind}_hidden"]).to(torch.float32)
             for kind in ("response", "vision")
             if f"{kind}_hidden" in needs
         }
-        affinities = self._one_a_sample("vision_text_affinity", "affinity", batch)
-        attentions = self._one_a_sample("text_vision_attention", "attention", batch)
-        features = self._one_a_sample("vision_features", "vision_features", batch)
+        affinities = self._one_a_sample("vision_text_affinity", "affinity", records)
+        attentions = self._one_a_sample("text_vision_attention", "attention", records)
+        features = self._one_a_sample("vision_features", "vision_features", records)
         return TeacherView(
             distributions,
             relations,
@@ -119,8 +145,8 @@ class TeacherSignals:
             features=features,
         )
 
-    def _one_a_sample(self, need: str, name: str, batch: TrainBatch) -> list[torch.Tensor] | None:
-        return [one.to(self.device) for one in batch.fields[name]] if need in self.served.fields else None
+    def _one_a_sample(self, need: str, name: str, records: Mapping[str, list[Any]]) -> list[torch.Tensor] | None:
+        return [one.to(self.device) for one in records[name]] if need in self.served.fields else None
 
     def _distribution(self, fields: tuple[str, ...], records: Mapping[str, list[Any]]) -> Distribution:
         parts = {name.split("_")[1]: self._join(records[name]) for name in fields}

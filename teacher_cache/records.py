@@ -252,6 +252,10 @@ class Sampled:
         return Sampled(ids, weights, torch.cat([one.entropy for one in samples]))
 
 
+class Coded:
+    """A record whose symbols are read, and whose numbers its field still has to make (``Field.restore``), best on the training device."""
+
+
 @dataclass(frozen=True)
 class Sketch:
     """Coarse hidden states in the head's metric, rows ``[R]`` (codecs/transform.py).

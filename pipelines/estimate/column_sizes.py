@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from statistics import NormalDist, pstdev, variance
 from typing import Any
 
-from pipelines.estimate.field_sizes import EXACT, FieldSize, coded_rows, member_bytes
+from pipelines.estimate.field_sizes import EXACT, FieldSize, member_bytes
 from pipelines.estimate.mixture_sample import PartSample, SampledRow
 from teacher_cache.codecs import container
 from teacher_cache.plan import CHARACTERS_PER_TOKEN, GROUP_ROWS
@@ -77,7 +77,7 @@ def column_estimate(
     in_tars, about = (round(sum(one[i] for one in each)) for i in (0, 1))
     rows = None
     if size is not None:
-        rows = round(sum(part.total(lambda row: coded_rows(size.name, row.counts)) for part in stored))
+        rows = round(sum(part.total(lambda row: size.rows(row.counts)) for part in stored))
     samples = round(sum(part.total(lambda row: 1) for part in stored))
     total = in_tars + about + (FIELD_JSON_BYTES if size else 0)
     number = sum(tars[part.part] for part in stored if part.rows)

@@ -19,7 +19,7 @@ from pipelines.estimate.field_defaults import default_basis, default_bytes, defa
 from student_train.cache import Cache
 from teacher_cache.errors import KdcliError
 from teacher_cache.fields import Field
-from teacher_cache.records import Sampled, TeacherOutput, TopK
+from teacher_cache.records import Prepared, Sampled, TeacherOutput, TextTokens, TopK
 from teacher_cache.shards.commit import committed_shards
 from teacher_cache.shards.index import Entry
 
@@ -71,8 +71,11 @@ def member_bytes(size: int) -> int:
     return tarfile.BLOCKSIZE * (1 - -size // tarfile.BLOCKSIZE)
 
 
-def coded_rows(name: str, counts: RowCounts) -> int:
+def coded_rows(name: str, counts: RowCounts, text: str = "all") -> int:
     """Rows that a field stores of one sample; affinities store vision and text states, and nothing of a sample without images.
+
+    Args:
+        text: of affinities, the text tokens that are stored (``response`` or ``all``).
 
     Of attention, pairs of a text and a vision token: those of text before an image are zeros that cost nothing, and count all the same.
     """
@@ -83,7 +86,7 @@ def coded_rows(name: str, counts: RowCounts) -> int:
         return int(getattr(counts, kind))
     if kind == "relation":
         return counts.vision
-    return counts.vision + counts.text if counts.vision else 0
+    return counts.vision + (counts.response if text == "response" else counts.text) if counts.vision else 0
 
 
 @dataclass(frozen=True)
@@ -93,6 +96,7 @@ class FieldSize:
     Attributes:
         basis: ``EXACT``, ``MEASURED`` or one of ``field_defaults``. exact: bytes of a record by its rows, where that is known.
         per_row: part → bytes a stored row otherwise; "" for parts that are not named. empty: bytes of a record without rows.
+        text: see ``coded_rows``.
     """
 
     name: str
@@ -100,12 +104,17 @@ class FieldSize:
     exact: Callable[[RowCounts], int] | None = None
     per_row: Mapping[str, float] = field(default_factory=dict)
     empty: int = 0
+    text: str = "all"
+
+    def rows(self, counts: RowCounts) -> int:
+        """``coded_rows`` of one sample."""
+        return coded_rows(self.name, counts, self.text)
 
     def record(self, part: str, counts: RowCounts) -> int:
         """Bytes of one sample's record."""
         if self.exact is not None:
             return self.exact(counts)
-        return self.empty + round(coded_rows(self.name, counts) * self.per_row.get(part, self.per_row[""]))
+        return self.empty + round(self.rows(counts) * self.per_row.get(part, self.per_row[""]))
 
     def in_tar(self, part: str, counts: RowCounts) -> float:
         """Mean bytes of a tar that it takes: coded records of equally many rows differ, and so do the blocks that they fill."""
@@ -129,10 +138,16 @@ def size_field(one: Field, width: int, vocabulary: int, like: Cache | None, head
             pass  # so its bytes depend on them
         else:
             return FieldSize(one.name, EXACT, exact=probe)
-    empty = empty_record(one, width, vocabulary)
+    empty, text = empty_record(one, width, vocabulary), text_of(one)
     if like is not None and differs(like, one) is None:
-        return FieldSize(one.name, MEASURED, per_row=measure(like, one, empty), empty=empty)
-    return FieldSize(one.name, default_basis(one), per_row={"": default_bytes(one, vocabulary, heads)}, empty=empty)
+        return FieldSize(one.name, MEASURED, per_row=measure(like, one, empty), empty=empty, text=text)
+    each = {"": default_bytes(one, vocabulary, heads)}
+    return FieldSize(one.name, default_basis(one), per_row=each, empty=empty, text=text)
+
+
+def text_of(one: Field) -> str:
+    """The text tokens that affinities store."""
+    return str(one.params.get("text", "all"))
 
 
 def empty_record(one: Field, width: int, vocabulary: int) -> int:
@@ -141,7 +156,7 @@ def empty_record(one: Field, width: int, vocabulary: int) -> int:
         return record_bytes({"coded": torch.empty(CODED_HEADER, dtype=torch.uint8, device="meta")})
     try:
         output = shapes_of(one.wants, RowCounts(0, 0, 0), width, vocabulary, "cpu")
-        return record_bytes(one.encode(None, output))  # type: ignore[arg-type]
+        return record_bytes(one.encode(stand_in(RowCounts(0, 0, 0)), output))
     except LOOKS_AT_VALUES:
         return HEADER_BYTES
 
@@ -166,7 +181,7 @@ def measure(like: Cache, one: Field, empty: int) -> dict[str, float]:
     rows: dict[str, int] = {}
     for shard in shards[:: -(-len(shards) // MOST_LIKE_SHARDS)]:
         for entry in column.entries(shard):
-            stored = coded_rows(one.name, counts_of(entry))
+            stored = coded_rows(one.name, counts_of(entry), text_of(one))
             if not stored:
                 continue
             size = sum(member.size for member in entry.members)
@@ -194,8 +209,17 @@ class ShapeProbe:
     def __call__(self, counts: RowCounts) -> int:
         if counts not in self._known:
             output = shapes_of(self.field.wants, counts, self.width, self.vocabulary)
-            self._known[counts] = record_bytes(self.field.encode(None, output))  # type: ignore[arg-type]
+            self._known[counts] = record_bytes(self.field.encode(stand_in(counts), output))
         return self._known[counts]
+
+
+def stand_in(counts: RowCounts) -> Prepared:
+    """A row of so many tokens, its response ones together."""
+    response = torch.arange(counts.text) < counts.response
+    numbers = torch.zeros(counts.text, dtype=torch.uint8)
+    text = TextTokens(numbers.to(torch.uint32), numbers, numbers.to(torch.uint16), response, ())
+    nothing = torch.zeros(0, dtype=torch.int64)
+    return Prepared("", "", nothing, nothing, nothing, nothing, nothing, text, (), {})
 
 
 def shapes_of(

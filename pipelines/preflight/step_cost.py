@@ -26,7 +26,7 @@ def step_cost(cache: Cache, plan: StagePlan, student: str, device: torch.device)
 
     peak_bytes: on a GPU what torch allocated for it; on a CPU the most that this whole process ever held, an upper bound.
     """
-    rows = CachedRows(cache, plan.parts, plan.served.names)
+    rows = CachedRows(cache, plan.parts, plan.served.names, coded=device.type != "cpu")
     micro = min(plan.settings.per_device_train_batch_size, max(1, sum(rows.counts) // STEPS))
     accumulate = plan.settings.gradient_accumulation_steps
     settings = replace(

@@ -93,7 +93,7 @@ class EMKD:
             Need("vision_logits", "reverse", self.temperature): bool(self.beta) and self.target == "logits",
             Need("vision_raw_logits"): (self._matches and self.matching == "hungarian-logits") or self._pools_logits,
             Need("vision_hidden"): self._uses_hidden,
-            Need("vision_text_affinity"): bool(self.gamma),
+            Need("vision_text_affinity", text=self.text): bool(self.gamma),
         }
         return frozenset(need for need, asked in wanted.items() if asked)
 

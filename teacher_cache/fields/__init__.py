@@ -1,6 +1,7 @@
 """What is stored of the teacher: one file a field kind, found by folder; a reader composes them (student_train.teacher_view).
 
-A field kind module defines ``FIELDS`` (the names it serves) and ``create(name, params, calibration=None) -> Field``. A field with
+A field kind module defines ``FIELDS`` (the names it serves) and ``create(name, params, calibration=None) -> Field``; one that reads older
+versions too, ``VERSIONS`` and ``described(version, params)``: the parameters of such a description as ``create`` takes them. A field with
 ``calibrated`` True is fitted once on a few hundred samples (``fit``), committed, and bound to its calibration (``with_calibration``).
 """
 
@@ -51,7 +52,8 @@ class Field(Protocol):
     def decode(self, stored: dict[str, torch.Tensor]) -> Any:
         """What a reader works with (the field module states its type).
 
-        A field may have ``decode_many`` besides, of a sequence of ``stored``, where several at once are cheaper.
+        A field may have ``decode_many`` besides, of a sequence of ``stored``, where several at once are cheaper; or the two halves of it:
+        ``read_many``, of ``stored`` to records that are ``Coded``, and ``restore``, of those and a device to what ``decode`` gives, there.
         """
         ...
 
@@ -97,11 +99,13 @@ def open_field(
     kinds = field_kinds()
     if name not in kinds:
         raise CacheError(f"unknown field {name!r}: this kdcli reads {', '.join(sorted(kinds))}")
-    ours = create_field(name).version  # asked first: another version may have parameters that this one does not know
-    if ours != description["version"]:
-        raise CacheError(f"field {name} version {description['version']} is not readable: this kdcli reads {ours}")
+    # Asked first: another version may have parameters that this one does not know.
+    ours = getattr(kinds[name], "VERSIONS", None) or (create_field(name).version,)
+    if (version := description["version"]) not in ours:
+        known = ", ".join(map(str, ours))
+        raise CacheError(f"field {name} version {version} is not readable: this kdcli reads {known}")
     try:
-        return create_field(name, description["params"], calibration)
+        return create_field(name, described_params(name, version, description["params"]), calibration)
     except CacheError:
         raise
     except KdcliError as error:
@@ -110,10 +114,23 @@ def open_field(
         raise CacheError(f"field {name}: its parameters or calibration cannot be used ({_said(error)})") from None
 
 
-def decode_record(field: Field, data: bytes, place: str) -> Any:
-    """What a reader works with, from the bytes of a tar member; CacheError naming ``place`` where they are no record of the field."""
+def described_params(name: str, version: int, params: Mapping[str, Any]) -> dict[str, Any]:
+    """Parameters with which ``create_field`` makes a described field: those of an older version may have lacked some."""
+    described = getattr(field_kinds()[name], "described", None)
+    return described(version, params) if described else dict(params)
+
+
+def decode_record(field: Field, data: bytes, place: str, coded: bool = False) -> Any:
+    """What a reader works with, from the bytes of a tar member; CacheError naming ``place`` where they are no record of the field.
+
+    Args:
+        coded: only read where the field tells reading and restoring apart.
+    """
     try:
-        return field.decode(container.unpack(data, place))
+        stored = container.unpack(data, place)
+        if coded and (read := getattr(field, "read_many", None)):
+            return read([stored])[0]
+        return field.decode(stored)
     except KdcliError as error:
         said = str(error)
         raise CacheError(said if said.startswith(place) else f"{place}: {said}") from None
@@ -123,14 +140,14 @@ def decode_record(field: Field, data: bytes, place: str) -> Any:
         ) from None
 
 
-def decode_records(field: Field, records: Sequence[tuple[bytes, str]]) -> list[Any]:
+def decode_records(field: Field, records: Sequence[tuple[bytes, str]], coded: bool = False) -> list[Any]:
     """``decode_record`` of several (bytes, place); all at once by a field that has ``decode_many``."""
-    if many := getattr(field, "decode_many", None):
+    if many := (getattr(field, "read_many", None) if coded else None) or getattr(field, "decode_many", None):
         try:
             return list(many([container.unpack(*one) for one in records]))
         except (KdcliError, *DAMAGE):
             pass  # one of them is damaged: which one is found below
-    return [decode_record(field, *one) for one in records]
+    return [decode_record(field, *one, coded=coded) for one in records]
 
 
 def _said(error: BaseException) -> str:

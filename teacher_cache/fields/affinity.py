@@ -1,10 +1,13 @@
-"""``affinity``: cosine of every vision hidden state with every text hidden state (EM-KD's VLAD, arXiv 2511.21106).
+"""``affinity``: cosine of every vision hidden state with text hidden states (EM-KD's VLAD, arXiv 2511.21106).
 
-Over *all* text tokens in the order of ``TextTokens`` (roles are in ``samples``, so the method picks response tokens or all). Layouts:
+Text tokens in the order of ``TextTokens``: those of responses, which the method reads by default, or all of them (``text``). A reader gets
+a column for each token, NaN where it is not stored. Layouts:
 
-- ``dense``: int8 ``[R_vision, N]`` of 127·cos: R·N bytes, no calibration.
-- ``factored``: the unit-normalised vision and text states, transform-coded in the Euclidean metric: (R + N)·~30 bytes, far smaller where
+- ``dense``: int8 ``[R_vision, n]`` of 127·cos: R·n bytes, no calibration.
+- ``factored``: the unit-normalised vision and text states, transform-coded in the Euclidean metric: (R + n)·~30 bytes, far smaller where
   tokens are many. Cosines are products of the factors, off by about 0.4·step (root mean square).
+
+Version 1 held all text tokens: fields that were begun with it are read, gone on with and mended by it.
 """
 
 from __future__ import annotations
@@ -12,73 +15,113 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
 import torch
 from torch.nn.functional import normalize
 
-from teacher_cache.codecs import entropy, transform
+from teacher_cache.codecs import entropy, fitting, transform
 from teacher_cache.codecs.entropy import open_record
 from teacher_cache.codecs.transform import Quantised, Transform
 from teacher_cache.errors import CacheError, KdcliError
 from teacher_cache.fields.calibration import Calibration
 from teacher_cache.fields.grids import grids_of, grids_of_all
-from teacher_cache.records import Prepared, TeacherOutput
+from teacher_cache.records import Coded, Prepared, TeacherOutput
 
 FIELDS = ("affinity",)
+VERSIONS = (1, 2)
 LAYOUTS = ("dense", "factored")
+TEXTS = ("response", "all")
 VISION_ROWS = entropy.Table(0, torch.full((1 << 16,), 2.0**-16))
 """Number of vision rows, which the reader must know to split the factors: two bytes."""
 
 
 @dataclass(frozen=True)
 class Params:
-    """step: of the ``factored`` layout's quantiser, in units of the unit vectors' components."""
+    """step: of the ``factored`` layout's quantiser, in units of the unit vectors' components. text: the text tokens that are stored."""
 
     layout: str = "dense"
     step: float | None = None
+    text: str = "response"
+    codec_version: int | None = None
 
     def __post_init__(self) -> None:
-        if self.layout not in LAYOUTS:
-            raise KdcliError(f"affinity field: layout must be one of {', '.join(LAYOUTS)}, got {self.layout!r}")
+        for name, choices in (("layout", LAYOUTS), ("text", TEXTS)):
+            if getattr(self, name) not in choices:
+                given = getattr(self, name)
+                raise KdcliError(f"affinity field: {name} must be one of {', '.join(choices)}, got {given!r}")
         if self.step is not None and (self.layout == "dense" or not 0 < self.step < 1):
             raise KdcliError("affinity field: step belongs to layout = 'factored' and must be in (0, 1)")
+        transform.check_version(self.codec_version or transform.VERSION)
+
+
+def described(version: int, params: Mapping[str, Any]) -> dict[str, Any]:
+    """Parameters of a description of that version, as ``create`` takes them."""
+    if version != 1:
+        return dict(params)
+    return {"text": "all", **({"codec_version": 1} if params.get("layout") == "factored" else {}), **params}
 
 
 class DenseAffinity:
     name = "affinity"
-    version = 1
     calibrated = False
     temperatures: tuple[float, ...] | None = None
     wants = frozenset({"hidden.vision", "hidden.text"})
 
-    def __init__(self) -> None:
-        self.params: dict[str, Any] = {"layout": "dense"}
+    def __init__(self, text: str = "response") -> None:
+        self.version = 1 if text == "all" else 2  # of all tokens as it always was
+        self.params: dict[str, Any] = {"layout": "dense"} if text == "all" else {"layout": "dense", "text": text}
 
     def encode(self, prepared: Prepared, output: TeacherOutput) -> dict[str, torch.Tensor]:
         vision, text = unit_states(output)
+        if self.version == 1:
+            return {"cosine": self._cosine(vision, text)}
+        columns, runs = response_columns(prepared, len(text))
+        return {"cosine": self._cosine(vision, text[columns.to(text.device)]), "text": runs}
+
+    @staticmethod
+    def _cosine(vision: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
         cosine = (vision @ text.T * 127).round().to(torch.int8)
-        return {"cosine": cosine if cosine.is_meta else cosine.cpu()}  # `kdcli plan` asks for shapes alone
+        return cosine if cosine.is_meta else cosine.cpu()  # `kdcli plan` asks for shapes alone
 
     def decode(self, stored: dict[str, torch.Tensor]) -> torch.Tensor:
         """float32 ``[R_vision, N]`` in [-1, 1], absolute error at most 1/254."""
-        return stored["cosine"].to(torch.float32) / 127
+        cosine = stored["cosine"].to(torch.float32) / 127
+        return cosine if self.version == 1 else spread(cosine, stored["text"])
+
+
+@dataclass(frozen=True)
+class CodedAffinity(Coded):
+    """quantised: unit states of ``vision`` vision rows and the stored text tokens; None without vision rows. text: for ``columns_of``."""
+
+    quantised: Quantised | None
+    vision: int
+    text: torch.Tensor
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Of the cosines: (R_vision, N)."""
+        return self.vision, int(self.text[0])
 
 
 class FactoredAffinity:
     name = "affinity"
-    version = 1
     calibrated = True
     temperatures: tuple[float, ...] | None = None
     wants = frozenset({"hidden.vision", "hidden.text"})
 
-    def __init__(self, step: float, calibration: Mapping[str, torch.Tensor] | None = None):
+    def __init__(self, params: Params, calibration: Mapping[str, torch.Tensor] | None = None):
+        step, version = params.step or 0.02, params.codec_version or transform.VERSION
         self.params: dict[str, Any] = {"layout": "factored", "step": step}
-        self._calibration = calibration
+        self.version = 1 if (params.text, version) == ("all", 1) else 2
+        if self.version > 1:
+            self.params |= {"text": params.text, "codec_version": version}
+        self._given, self._codec_version, self._calibration = params, version, calibration
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return create, (self.name, dict(self.params), self._calibration)
+        return FactoredAffinity, (self._given, self._calibration)
 
     @cached_property
     def _coder(self) -> Transform:
@@ -88,12 +131,16 @@ class FactoredAffinity:
 
     def encode(self, prepared: Prepared, output: TeacherOutput) -> dict[str, torch.Tensor]:
         vision, text = unit_states(output)
+        runs = torch.tensor([len(text)], dtype=torch.int32)
         if not len(vision):  # nothing to compare: text states alone would only cost bytes
-            return {"coded": entropy.encode([], 0), "text": torch.tensor([len(text)], dtype=torch.int32)}
+            return {"coded": entropy.encode([], 0), "text": runs}
+        if self._given.text == "response":
+            columns, runs = response_columns(prepared, len(text))
+            text = text[columns.to(text.device)]
         grids = grids_of(output, "vision")
         symbols = self._coder.quantise(torch.cat([vision, text]), grids)
-        streams = [(np.array([len(vision)]), VISION_ROWS), *self._coder.streams(symbols, grids)]
-        return {"coded": entropy.encode(streams, len(symbols))}
+        stored = self._coder.record(symbols, grids, [(np.array([len(vision)]), VISION_ROWS)], self._codec_version)
+        return stored if self.version == 1 else {**stored, "text": runs}
 
     def decode(self, stored: dict[str, torch.Tensor]) -> torch.Tensor:
         """float32 ``[R_vision, N]``; a text-only row gives ``[0, N]``."""
@@ -101,36 +148,46 @@ class FactoredAffinity:
 
     def decode_many(self, stored: Sequence[dict[str, torch.Tensor]]) -> list[torch.Tensor]:
         """Of several records: what is not reading symbols is done for all of them at once."""
-        vision: list[int] = []
-        quantised: list[Quantised] = []
-        found: list[torch.Tensor] = []
-        for one in stored:
-            decoder = open_record(one, "field affinity")
-            if not decoder.rows:
-                found.append(torch.zeros(0, self._text_tokens(one)))
+        return self.restore(self.read_many(stored), transform.CPU)
+
+    def read_many(self, stored: Sequence[dict[str, torch.Tensor]]) -> list[CodedAffinity]:
+        """Their symbols alone; cosines are made of them by ``restore``, where they are needed."""
+        return [self._read(one) for one in stored]
+
+    def _read(self, stored: dict[str, torch.Tensor]) -> CodedAffinity:
+        decoder = open_record(stored, "field affinity")
+        if not decoder.rows:
+            if "text" not in stored:
+                raise CacheError(
+                    "field affinity: a record of a row without an image is damaged: run `kdcli cache verify`"
+                )
+            columns_of(stored["text"])
+            return CodedAffinity(None, 0, stored["text"])
+        rows = int(decoder.take(1, VISION_ROWS)[0])
+        others = decoder.rows - rows
+        if not 0 < rows <= decoder.rows or rows * others > entropy.MOST_SYMBOLS:
+            raise CacheError(f"field affinity: {rows} vision rows of {decoder.rows}: run `kdcli cache verify`")
+        text = torch.tensor([others], dtype=torch.int32) if self.version == 1 else stored["text"]
+        if len(columns_of(text)) != others:
+            raise CacheError(f"field affinity: {others} text tokens, other ones are named: run `kdcli cache verify`")
+        return CodedAffinity(self._coder.read(stored, decoder), rows, text)
+
+    def restore(self, records: Sequence[CodedAffinity], device: torch.device) -> list[torch.Tensor]:
+        """Of each the cosines float32 ``[R_vision, N]`` on ``device``."""
+        pictured = [one.quantised for one in records if one.quantised is not None]
+        states = iter(self._coder.restore(pictured, device) if pictured else [])
+        found = []
+        for one in records:
+            if one.quantised is None:
+                found.append(torch.zeros(one.shape, device=device))
                 continue
-            rows = int(decoder.take(1, VISION_ROWS)[0])
-            if not 0 < rows <= decoder.rows or rows * (decoder.rows - rows) > entropy.MOST_SYMBOLS:
-                raise CacheError(f"field affinity: {rows} vision rows of {decoder.rows}: run `kdcli cache verify`")
-            found.append(torch.empty(0))  # its place
-            vision.append(rows)
-            quantised.append(self._coder.read_symbols(decoder))
-            decoder.finish()
-        pictured = (i for i, one in enumerate(found) if one.ndim == 1)
-        for place, rows, states in zip(pictured, vision, self._coder.restore(quantised)):
-            found[place] = states[:rows] @ states[rows:].T
+            factors = next(states)
+            found.append(spread(factors[: one.vision] @ factors[one.vision :].T, one.text))
         return found
 
-    @staticmethod
-    def _text_tokens(stored: Mapping[str, torch.Tensor]) -> int:
-        """Of a row without an image, where they are all that is stored."""
-        count = int(stored["text"]) if "text" in stored and stored["text"].numel() == 1 else -1
-        if not 0 <= count <= entropy.MOST_ROWS:
-            raise CacheError("field affinity: a record of a row without an image is damaged: run `kdcli cache verify`")
-        return count
-
     def fit(self, outputs: Sequence[TeacherOutput], head: torch.Tensor) -> Calibration:
-        """Basis and tables of the unit states, on the head's device; not centred, since a mean would mix into every cosine."""
+        """Basis and tables of the unit states of vision rows and all text tokens, on the head's device; not centred, since a mean would
+        mix into every cosine."""
         pictured = [one for one in outputs if len(one.hidden["vision"])]
         states = [unit_states(one) for one in pictured]
         if not states:
@@ -138,13 +195,55 @@ class FactoredAffinity:
         rows = torch.cat([part for both in states for part in both]).to(head.device)
         grids = grids_of_all(pictured, "vision", [len(vision) + len(text) for vision, text in states])
         try:
-            fitted = transform.fit(rows, None, self.params["step"], centre=False, grids=grids)
+            fitted = fitting.fit(rows, None, self.params["step"], centre=False, grids=grids)
             return Calibration(fitted.tensors(), len(rows))
         except KdcliError as error:
             raise KdcliError(f"field affinity: {error}: raise --calibration-rows, or use layout = 'dense'") from None
 
     def with_calibration(self, tensors: Mapping[str, torch.Tensor]) -> FactoredAffinity:
-        return FactoredAffinity(self.params["step"], tensors)
+        return FactoredAffinity(self._given, tensors)
+
+
+def response_columns(prepared: Prepared, tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """(int64 ``[n]``: which of a sample's N text tokens are of a response, int32 for ``columns_of``)."""
+    flags = torch.zeros(tokens + 2, dtype=torch.int8)
+    flags[1:-1] = prepared.text.response
+    turns = flags.diff().nonzero().reshape(-1) if bool(flags.any()) else torch.zeros(2)
+    return flags[1:-1].nonzero().reshape(-1), torch.cat([torch.tensor([tokens]), turns]).to(torch.int32)
+
+
+def columns_of(text: torch.Tensor) -> torch.Tensor:
+    """int64 ``[n]``: the stored text tokens among N.
+
+    Args:
+        text: int32 ``[1 + 2·runs]``: N, start and stop of each run of them; N alone where all are stored, and 0, 0 where none is.
+
+    Raises:
+        CacheError: it is none of these.
+    """
+    numbers = text.reshape(-1).tolist()
+    runs = list(zip(numbers[1::2], numbers[2::2]))
+    edges = [edge for run in runs for edge in run] if numbers[1:] != [0, 0] else []
+    fits = text.dtype == torch.int32 and len(numbers) % 2 and 0 <= numbers[0] <= entropy.MOST_ROWS
+    if not fits or any(a >= b for a, b in pairwise([-1, *edges, numbers[0] + 1])):
+        raise CacheError("field affinity: a record's text tokens are damaged: run `kdcli cache verify`")
+    if len(numbers) == 1:
+        return torch.arange(numbers[0])
+    return torch.cat([torch.arange(start, stop) for start, stop in runs])
+
+
+def spread(cosine: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
+    """``[R, N]`` of the stored columns ``[R, n]``: NaN where a text token is not stored, which no loss lets pass."""
+    columns = columns_of(text)
+    if len(columns) != cosine.shape[1]:
+        raise CacheError(
+            f"field affinity: {cosine.shape[1]} columns, {len(columns)} are named: run `kdcli cache verify`"
+        )
+    if len(columns) == int(text[0]):
+        return cosine
+    whole = cosine.new_full((len(cosine), int(text[0])), torch.nan)
+    whole[:, columns.to(cosine.device)] = cosine
+    return whole
 
 
 def unit_states(output: TeacherOutput) -> tuple[torch.Tensor, torch.Tensor]:
@@ -157,4 +256,4 @@ def create(
     name: str, params: dict[str, Any], calibration: Mapping[str, torch.Tensor] | None = None
 ) -> DenseAffinity | FactoredAffinity:
     given = Params(**params)
-    return DenseAffinity() if given.layout == "dense" else FactoredAffinity(given.step or 0.02, calibration)
+    return DenseAffinity(given.text) if given.layout == "dense" else FactoredAffinity(given, calibration)

@@ -16,20 +16,31 @@ from typing import Any
 import numpy as np
 import torch
 
-from teacher_cache.codecs import encode_rows, entropy, row_codec, row_codecs, transform
+from teacher_cache.codecs import encode_rows, entropy, fitting, row_codec, row_codecs, transform
 from teacher_cache.codecs.entropy import fit_smooth_table, open_record
 from teacher_cache.codecs.scales import Uniform
-from teacher_cache.codecs.transform import Transform
+from teacher_cache.codecs.transform import Quantised, Transform
 from teacher_cache.errors import CacheError, KdcliError
 from teacher_cache.fields.calibration import Calibration, tables_of, tensors_of
 from teacher_cache.fields.grids import grids_of, grids_of_all
-from teacher_cache.records import Prepared, Sketch, TeacherOutput
+from teacher_cache.records import Coded, Prepared, Sketch, TeacherOutput
 
 FIELDS = ("vision_hidden", "response_hidden")
 SKETCH = "sketch"
 MEAN_LOGIT = Uniform(1 / 128)
 MOST_PROBS_ROWS = 4096
 """Rows whose distributions make p̄: the mean of a few thousand is as good as that of all."""
+
+
+@dataclass(frozen=True)
+class CodedSketch(Coded):
+    """mean_logit: float32 ``[R]``."""
+
+    quantised: Quantised
+    mean_logit: torch.Tensor
+
+    def __len__(self) -> int:
+        return self.quantised.rows
 
 
 @dataclass(frozen=True)
@@ -85,13 +96,11 @@ class SketchField:
     temperatures: tuple[float, ...] | None = None
 
     def __init__(self, name: str, params: Params, calibration: Mapping[str, torch.Tensor] | None = None):
-        if params.codec_version not in (None, transform.VERSION):
-            raise CacheError(
-                f"codec sketch version {params.codec_version} is not readable: this kdcli reads {transform.VERSION}"
-            )
+        version = params.codec_version or transform.VERSION
+        transform.check_version(version)
         self.name = name
         self.rows = name.removesuffix("_hidden")
-        self.params: dict[str, Any] = {"codec": SKETCH, "codec_version": transform.VERSION, "step": params.step or 0.1}
+        self.params: dict[str, Any] = {"codec": SKETCH, "codec_version": version, "step": params.step or 0.1}
         self.wants = frozenset({f"hidden.{self.rows}"})
         self._calibration = calibration
 
@@ -116,7 +125,7 @@ class SketchField:
         means = MEAN_LOGIT.quantise((rows @ mean_weight.to(output.device)).cpu()).numpy()
         grids = grids_of(output, self.rows)
         symbols = coder.quantise(rows, grids)
-        return {"coded": entropy.encode([(means, table), *coder.streams(symbols, grids)], len(rows))}
+        return coder.record(symbols, grids, [(means, table)], self.params["codec_version"])
 
     def decode(self, stored: dict[str, torch.Tensor]) -> Sketch:
         """``Sketch``: float32 coefficients ``[R, r]`` and mean logits ``[R]``."""
@@ -124,15 +133,22 @@ class SketchField:
 
     def decode_many(self, stored: Sequence[dict[str, torch.Tensor]]) -> list[Sketch]:
         """Of several records: what is not reading symbols is done for all of them at once."""
+        return self.restore(self.read_many(stored), transform.CPU)
+
+    def read_many(self, stored: Sequence[dict[str, torch.Tensor]]) -> list[CodedSketch]:
+        """Their symbols alone; numbers are made of them by ``restore``, where they are needed."""
         coder, table, _ = self._fitted
-        means, quantised = [], []
+        found = []
         for one in stored:
             decoder = open_record(one, f"field {self.name}")
-            means.append(decoder.take(decoder.rows, table))
-            quantised.append(coder.read_symbols(decoder))
-            decoder.finish()
-        every = MEAN_LOGIT.restore(torch.from_numpy(np.concatenate(means)))
-        return list(map(Sketch, coder.restore(quantised), every.split([len(one) for one in means])))
+            means = MEAN_LOGIT.restore(torch.from_numpy(decoder.take(decoder.rows, table).astype(np.int64)))
+            found.append(CodedSketch(coder.read(one, decoder), means))
+        return found
+
+    def restore(self, records: Sequence[CodedSketch], device: torch.device) -> list[Sketch]:
+        """On ``device``."""
+        made = self._fitted[0].restore([one.quantised for one in records], device)
+        return [Sketch(values, one.mean_logit.to(device)) for values, one in zip(made, records)]
 
     def fit(self, outputs: Sequence[TeacherOutput], head: torch.Tensor) -> Calibration:
         """Basis, entropy tables and low-rank head from the rows of a few hundred samples; head W ``[V, D]``, on whose device they are made.
@@ -141,9 +157,9 @@ class SketchField:
         """
         rows = torch.cat([one.hidden[self.rows] for one in outputs]).to(head.device, torch.float32)
         try:
-            root, inverse = transform.head_metric(head, mean_probs(rows, head))
+            root, inverse = fitting.head_metric(head, mean_probs(rows, head))
             grids = grids_of_all(outputs, self.rows, [len(one.hidden[self.rows]) for one in outputs])
-            coder = transform.fit(rows, root, self.params["step"], grids=grids)
+            coder = fitting.fit(rows, root, self.params["step"], grids=grids)
         except KdcliError as error:
             raise KdcliError(
                 f"field {self.name}: {error}: raise --calibration-rows, or use another codec (bf16)"

@@ -46,7 +46,13 @@ PARAMS: dict[str, list[dict[str, Any]]] = {
     "response_hidden": [{}, {"codec": "fp32"}, {"codec": "int8"}, {"codec": "int4"}, {"codec": "sketch"}],
     "vision_sampled": SAMPLERS,
     "response_sampled": SAMPLERS,
-    "affinity": [{}, {"layout": "factored"}],
+    "affinity": [
+        {},
+        {"text": "all"},
+        {"layout": "factored"},
+        {"layout": "factored", "text": "all"},
+        {"layout": "factored", "text": "all", "codec_version": 1},
+    ],
     "relation": [{}],
     "vision_features": [{}, {"codec": "fp32"}, {"codec": "int8"}],
     "attention": [{}, {"heads": "mean", "layer": 3, "step": 0.2}],
@@ -57,8 +63,8 @@ V, D = 90, 12
 
 
 def prepared(text_tokens: int) -> Prepared:
-    """Fields read counts at most: the rest may be empty."""
-    flags = torch.zeros(text_tokens, dtype=torch.bool)
+    """Fields read counts and which text tokens are of a response (two of three) at most: the rest may be empty."""
+    flags = torch.arange(text_tokens) % 3 > 0
     text = TextTokens(flags.to(torch.uint32), flags.to(torch.uint8), flags.to(torch.uint16), flags, ())
     empty = torch.zeros(0, dtype=torch.int64)
     return Prepared("k", "p", empty, empty, empty, empty, empty, text, (), {})
@@ -101,7 +107,10 @@ def stored(field: Any, said: TeacherOutput, text: int) -> dict[str, torch.Tensor
 
 
 def flat(decoded: Any) -> list[torch.Tensor]:
-    return list(vars(decoded).values()) if isinstance(decoded, TopK | Sketch | Sampled) else [decoded]
+    """Its tensors; columns that are not stored, NaN, as 9."""
+    if isinstance(decoded, TopK | Sketch | Sampled):
+        return list(vars(decoded).values())
+    return [decoded.nan_to_num(nan=9.0)]
 
 
 def ready(name: str, params: dict[str, Any]) -> Any:
@@ -177,8 +186,9 @@ def test_text_only_rows_and_rows_without_labels(name: str, params: dict[str, Any
 @pytest.mark.parametrize(("name", "params"), CASES)
 def test_unknown_versions_are_refused_by_name(name: str, params: dict[str, Any]) -> None:
     field = create_field(name, params)
-    newer = {"version": field.version + 1, "params": {**field.params, "not_known_here": 1}}
-    with pytest.raises(CacheError, match=f"field {name} version {field.version + 1} is not readable"):
+    next_version = create_field(name).version + 1
+    newer = {"version": next_version, "params": {**field.params, "not_known_here": 1}}
+    with pytest.raises(CacheError, match=f"field {name} version {next_version} is not readable"):
         open_field(name, newer)
 
 
@@ -318,12 +328,14 @@ def test_relation_round_trip(seed: int, rows: int, scale: float) -> None:
 @settings(max_examples=40, deadline=None)
 @given(st.integers(0, 10**6), st.integers(1, 9), st.integers(1, 20))
 def test_affinity_round_trip(seed: int, vision: int, text: int) -> None:
+    """Of response tokens, or of all: what is not stored is NaN."""
     said = output(seed, vision, 1, text)
-    field = create_field("affinity")
-    decoded = field.decode(stored(field, said, text))
     truth = torch.nn.functional.cosine_similarity(said.hidden["vision"][:, None], said.hidden["text"][None], dim=2)
-    assert decoded.shape == (vision, text)
-    assert ((decoded - truth).abs() <= 1 / 254 + 1e-6).all()
+    for params, kept in (({}, prepared(text).text.response), ({"text": "all"}, torch.ones(text, dtype=torch.bool))):
+        field = create_field("affinity", params)
+        decoded = field.decode(stored(field, said, text))
+        assert decoded.shape == (vision, text) and decoded[:, ~kept].isnan().all()
+        assert ((decoded - truth).abs()[:, kept] <= 1 / 254 + 1e-6).all()
 
 
 def test_records_of_another_shape_are_cache_errors() -> None:

@@ -375,6 +375,36 @@ def test_a_field_goes_on_with_the_codec_version_that_it_was_begun_with(make_requ
         capture(of_version(2))
 
 
+@pytest.mark.parametrize(
+    ("field", "given", "older"),
+    [
+        ("vision_hidden", {"codec": "sketch"}, {"codec_version": 1}),
+        ("affinity", {"layout": "factored"}, {"codec_version": 1, "text": "all", "step": 0.02}),
+        ("affinity", {"layout": "dense"}, {"text": "all"}),
+    ],
+    ids=["sketch", "factored affinity", "dense affinity"],
+)
+def test_version_1_of_coded_fields_goes_on(
+    make_request, tmp_path: Path, field: str, given: dict[str, Any], older: dict[str, Any]
+) -> None:
+    """A cache of before: described as it always was, read, found done by today's command, and mended with the bytes that stood there."""
+    folder = tmp_path / "cache"
+    request = replace(make_request(folder, fields=(field,)), field_params={field: given})
+    capture(replace(request, field_params={field: {**given, **older}}))
+    before = tree(folder)
+    body = Cache(str(folder)).fields[field]
+    assert body["version"] == 1 and "text" not in body["params"]
+    capture(request)
+    assert tree(folder) == before
+    (folder / f"fields/{field}/commits/000000.json").unlink()
+    capture(request)
+    assert tree(folder).keys() == before.keys()
+    cache = Cache(str(folder))
+    row = CachedRows(cache, cache.parts(), [field]).read(0, 0)
+    read = row.fields[field]
+    assert torch.isfinite(read.coefficients if field == "vision_hidden" else read).all()
+
+
 def test_another_teacher_or_codec_is_refused(tiny_cache: Path, copy_of, make_request, tiny_student: Path) -> None:
     folder = copy_of(tiny_cache)
     before = tree(folder)

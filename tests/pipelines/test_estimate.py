@@ -22,6 +22,7 @@ from pipelines.estimate.field_sizes import (
     member_bytes,
     record_bytes,
     size_field,
+    stand_in,
 )
 from pipelines.estimate.mixture_sample import parse_rows, sample_mixture
 from pipelines.estimate.notes import shard_notes
@@ -207,7 +208,7 @@ def test_shapes_tell_what_packing_gives(name: str, vision: int) -> None:
     )
     hidden = {"vision": torch.ones(vision, WIDTH), "text": torch.ones(9, WIDTH)}
     output = TeacherOutput(hidden=hidden, topk={"vision": head}, gram=torch.ones(vision, vision))
-    real = len(container.pack(one.encode(None, output)))  # type: ignore[arg-type]
+    real = len(container.pack(one.encode(stand_in(counts), output)))
     assert size.record("sft", counts) == pytest.approx(real, abs=8)
 
 
@@ -234,6 +235,7 @@ def test_attention_by_pairs_and_heads() -> None:
 def test_rows_and_blocks() -> None:
     assert [member_bytes(n) for n in (0, 1, 512, 513)] == [512, 1024, 1024, 1536]
     assert coded_rows("affinity", RowCounts(36, 5, 9)) == 45 and coded_rows("affinity", RowCounts(0, 5, 9)) == 0
+    assert coded_rows("affinity", RowCounts(36, 5, 9), "response") == 41
 
 
 def test_samples_are_spread(mixture: tuple[DataSpec, ...], teacher_parts: tuple[Any, Any]) -> None:

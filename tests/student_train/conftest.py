@@ -70,13 +70,14 @@ def open_stage(tmp_path: Path, tiny_student: Path) -> Callable[..., tuple[Any, A
         parts: tuple[str, ...] | None = None,
         student: Path = tiny_student,
         device: str = "cpu",
+        coded: bool | None = None,
         **settings: Any,
     ) -> tuple[Any, Any]:
         train = replace(TrainSettings(student=str(student), report_to="none"), **settings)
         cache = Cache(str(cache_url))
         stages = {stage: StageSettings(parts=parts)}
         (plan,) = plan_stages(cache, method, Settings(train=train, stages=stages), stage, preset, knobs)
-        rows = CachedRows(cache, plan.parts, plan.served.names)
+        rows = CachedRows(cache, plan.parts, plan.served.names, coded=device != "cpu" if coded is None else coded)
         total, global_batch = budget(plan, sum(rows.counts), 1)
         torch.manual_seed(0)
         model, processor = load_student(str(student), "sdpa")

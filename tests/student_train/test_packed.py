@@ -22,6 +22,7 @@ TENSORS = {
     "bool": torch.tensor([True, False, True]),
     "a number": torch.tensor(2.5),
     "nothing": torch.zeros(0, 4, dtype=torch.int64),
+    "nothing, of stride 0": torch.zeros(1, dtype=torch.int16).expand(0),
     "not contiguous": torch.arange(12, dtype=torch.int64).reshape(3, 4).T,
 }
 

@@ -12,6 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+
+from student_train.cache import Cache, CachedRows
+from teacher_cache.errors import CacheError, CompatibilityError
+from teacher_cache.records import Coded
+from tests.close import assert_all_close
 
 EVERYTHING = {"parts": ("caption", "sft", "talk"), "per_device_train_batch_size": 35}
 BOUNDS = {"res": 0.002, "vis": 0.002, "rel": 0.005}
@@ -81,3 +87,48 @@ def test_a_sketch_without_its_head_still_teaches(
     live, ours = first_step(rich_cache(), **EVERYTHING), first_step(tmp_path / "c", **EVERYTHING)
     for name in BOUNDS:
         assert ours.terms[name] == pytest.approx(live.terms[name], rel=0.01), name
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("method", ["llava-kd", "em-kd"])
+def test_records_that_the_training_device_restores_are_those_that_the_reader_does(
+    open_stage, standard_cache, method: str, workers: int
+) -> None:
+    """Losses and gradients, also where symbols travel from a loader process (which multiplies with fewer threads)."""
+    asked = {**EVERYTHING, "method": method, "max_grad_norm": 0.0, "dataloader_num_workers": workers}
+    found = []
+    for coded in (False, True):
+        trainer, batches_from = open_stage(standard_cache(), coded=coded, **asked)
+        step, batches = next(iter(batches_from(0)))
+        assert isinstance(batches[0].fields["vision_hidden"][0], Coded) == coded
+        grads: dict[str, torch.Tensor] = {}
+        named = dict(trainer.model.named_parameters())
+        trainer.optimizer.step = lambda grads=grads, named=named: grads.update(
+            {name: one.grad.clone() for name, one in named.items() if one.grad is not None}
+        )
+        found.append((trainer.step(step, batches).terms, grads))
+    (terms, grads), (own, ours) = found
+    assert terms == pytest.approx(own, rel=1e-5) and grads.keys() == ours.keys()
+    assert_all_close([ours[name] for name in grads], list(grads.values()), 1e-4)
+
+
+def test_a_record_that_is_damaged_is_named_where_it_is_read(standard_cache, copy_of, monkeypatch) -> None:
+    """Not where its numbers are made: in a loader process, with shard, field and key."""
+    cache = Cache(str(standard_cache()))
+    field = type(cache.open_field("vision_hidden"))
+
+    def broken(self, stored):
+        raise CacheError("symbols are damaged")
+
+    monkeypatch.setattr(field, "read_many", broken)
+    with pytest.raises(CacheError, match=r"shard 00000\d vision_hidden \S+: symbols are damaged"):
+        CachedRows(cache, ("caption",), ["vision_hidden"], coded=True).read(0, 0)
+
+
+def test_em_kd_with_all_text_wants_a_cache_of_all_text(open_stage, standard_cache) -> None:
+    asked = {**EVERYTHING, "method": "em-kd", "knobs": {"text": "all"}}
+    with pytest.raises(
+        CompatibilityError, match=r"needs vision_text_affinity \(all text\).*of response tokens alone; --set text=all"
+    ):
+        open_stage(standard_cache(), **asked)
+    open_stage(standard_cache(affinity={"text": "all"}), **asked)

@@ -8,9 +8,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from teacher_cache.codecs import entropy
+from teacher_cache.codecs import adaptive, entropy, spectrum, transform
 from teacher_cache.codecs.entropy import Decoder
-from teacher_cache.codecs.transform import LARGEST, Transform, fit, head_metric, scale_classes
+from teacher_cache.codecs.fitting import LARGEST, fit, head_metric, scale_classes
+from teacher_cache.codecs.spectrum import Grid
+from teacher_cache.codecs.symbol_order import SymbolOrder
+from teacher_cache.codecs.transform import Transform
 from teacher_cache.errors import KdcliError
 
 D = 24
@@ -26,7 +29,7 @@ def rows_of(seed: int, count: int, spectrum: torch.Tensor = SPECTRUM, heavy: boo
 
 
 def decoded(coder: Transform, rows: torch.Tensor) -> torch.Tensor:
-    return coder.read(Decoder(encoded(coder, rows)))
+    return coder.restore([coder.read({}, Decoder(encoded(coder, rows)))])[0]
 
 
 def encoded(coder: Transform, rows: torch.Tensor) -> torch.Tensor:
@@ -205,3 +208,62 @@ def test_classes_are_a_quarter_octave_wide_and_without_gaps() -> None:
     assert classes[0] != classes[1] and classes[2] == classes[3] and classes[4] == classes[5]
     assert set(classes) == set(range(classes.max() + 1))
     assert classes[0] < classes[2] < classes[4], "the widest first"
+
+
+GRIDS = {"no grid": (), "a grid": (Grid(2, 4, 5, 6),), "two": (Grid(0, 3, 4, 4), Grid(13, 3, 4, 5))}
+ROWS = 29
+
+
+@pytest.mark.parametrize("grids", GRIDS.values(), ids=GRIDS)
+@pytest.mark.parametrize("large", [False, True], ids=["under tables", "adaptive"])
+def test_records_of_both_versions_say_the_same(grids: tuple[Grid, ...], large: bool) -> None:
+    """And what a reader makes of them is what a plain loop makes of the symbols."""
+    coder, rows = fit(rows_of(1, 300), None, 0.05), rows_of(2, ROWS)
+    symbols = coder.quantise(rows * 30 if large else rows, grids)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(transform, "ALWAYS_ADAPTIVE", 0 if large else 1 << 17)
+        patch.setattr(adaptive, "LEAST_GROUP", 64)
+        first, second = (coder.record(symbols, grids, version=version) for version in (1, 2))
+        read = [coder.read(one, Decoder(one["coded"])) for one in (first, second)]
+    assert set(first) == {"coded"} and set(second) == ({"coded", "symbols"} if large else {"coded"})
+    assert torch.equal(read[0].symbols.int(), read[1].symbols.int()) and read[0][1:] == read[1][1:]
+    expected = plainly_restored(coder, symbols, grids)
+    for values in coder.restore(read):
+        torch.testing.assert_close(values.double(), expected, rtol=1e-5, atol=1e-5 * float(expected.abs().max()))
+
+
+def plainly_restored(coder: Transform, symbols: torch.Tensor, grids: tuple[Grid, ...]) -> torch.Tensor:
+    """float64, number by number."""
+    bands, values = spectrum.bands(len(symbols), grids), torch.zeros(symbols.shape, dtype=torch.float64)
+    for row in range(len(symbols)):
+        for dim in range(coder.rank):
+            one, shrink = float(symbols[row, dim]), float(coder.shrink[int(coder.classes[bands[row], dim])])
+            values[row, dim] = (one - shrink * (one > 0) + shrink * (one < 0)) * coder.step
+    return spectrum.inverse(values, grids)
+
+
+def test_many_symbols_are_adaptive_and_few_are_what_is_smaller() -> None:
+    coder = fit(rows_of(1, 20_000), None, 0.02)
+    many, few = (coder.record(coder.quantise(rows_of(2, count))) for count in (transform.ALWAYS_ADAPTIVE // D + 1, 300))
+    assert set(many) == {"coded", "symbols"} and set(few) == {"coded"}
+    strange = coder.quantise(rows_of(3, 300, SPECTRUM.flip(0)))  # nothing like the calibration rows
+    tabled, own = (coder.record(strange, version=version) for version in (1, 2))
+    assert set(own) == {"coded", "symbols"} and sum(map(len, own.values())) < 0.9 * len(tabled["coded"])
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(1, 9), st.integers(1, 7), st.sampled_from(list(GRIDS.values())), st.integers(0, 10**6))
+def test_the_order_of_symbols_is_a_stable_sort_by_class(
+    rank: int, count: int, grids: tuple[Grid, ...], seed: int
+) -> None:
+    """Made block by block, and by sorting as a GPU does."""
+    classes = np.random.default_rng(seed).integers(0, count, (spectrum.BANDS, rank)).astype(np.uint8)
+    table = entropy.fit_table(np.zeros(1), -1, 1)
+    order = SymbolOrder(classes, [table] * count, ROWS, grids)
+    flat = classes[spectrum.bands(ROWS, grids)].reshape(-1)
+    assert np.array_equal(order.places(), np.argsort(flat, kind="stable"))
+    assert np.array_equal(order.sorted_on(torch.device("cpu")).numpy(), order.places())
+    assert torch.equal(
+        order.places_on(torch.device("cpu"))[order.back_on(torch.device("cpu")).long()], torch.arange(flat.size)
+    )
+    assert order.counts == np.bincount(flat, minlength=count).tolist() and order.symbols == flat.size

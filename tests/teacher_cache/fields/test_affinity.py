@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch.nn.functional import cosine_similarity
 
 from teacher_cache.codecs import container
-from teacher_cache.errors import KdcliError
-from teacher_cache.fields import create_field
-from teacher_cache.records import ImageLayout, TeacherOutput, View
+from teacher_cache.errors import CacheError, KdcliError
+from teacher_cache.fields import create_field, decode_record, open_field
+from teacher_cache.fields.affinity import columns_of
+from teacher_cache.records import ImageLayout, Prepared, TeacherOutput, TextTokens, View
 
 D = 40
 LAYOUT = (ImageLayout((96, 96), (View((0, 0, 96, 96), (6, 6)),)),)
@@ -29,7 +33,7 @@ def said(seed: int, text: int = 30, pictures: int = 1) -> TeacherOutput:
 
 
 def fitted(step: float = 0.03, seeds: range = range(60)) -> Any:
-    field = create_field("affinity", {"layout": "factored", "step": step})
+    field = create_field("affinity", {"layout": "factored", "step": step, "text": "all"})
     return field.with_calibration(field.fit([said(seed) for seed in seeds], torch.zeros(1, D)).tensors)
 
 
@@ -80,14 +84,14 @@ def test_no_image_at_all_is_said() -> None:
 def test_factors_are_smaller_than_cosines_where_tokens_are_many() -> None:
     of = said(300, text=1000, pictures=20)
     factored = fitted(0.1).encode(None, of)["coded"].numel()
-    assert factored < 0.1 * create_field("affinity").encode(None, of)["cosine"].numel()
+    assert factored < 0.1 * create_field("affinity", {"text": "all"}).encode(None, of)["cosine"].numel()
 
 
 @pytest.mark.parametrize("layout", ["dense", "factored"])
 def test_states_of_no_length_have_no_direction(layout: str) -> None:
     of = said(7)
     of.hidden["vision"][3] = 0
-    cosines = decoded(fitted() if layout == "factored" else create_field("affinity"), of)
+    cosines = decoded(fitted() if layout == "factored" else create_field("affinity", {"text": "all"}), of)
     assert float(cosines[3].abs().max()) < 0.1 and torch.isfinite(cosines).all()
 
 
@@ -97,3 +101,73 @@ def test_step_belongs_to_factors() -> None:
             create_field("affinity", params)
     with pytest.raises(KdcliError, match="layout must be one of dense, factored, got 'sparse'"):
         create_field("affinity", {"layout": "sparse"})
+    with pytest.raises(KdcliError, match="text must be one of response, all, got 'prompt'"):
+        create_field("affinity", {"text": "prompt"})
+
+
+def row_of(flags: list[bool]) -> Prepared:
+    """Of its text tokens, those of responses."""
+    response = torch.tensor(flags, dtype=torch.bool)
+    numbers = torch.zeros(len(flags), dtype=torch.uint8)
+    text = TextTokens(numbers.to(torch.uint32), numbers, numbers.to(torch.uint16), response, ())
+    nothing = torch.zeros(0, dtype=torch.int64)
+    return Prepared("k", "p", nothing, nothing, nothing, nothing, nothing, text, (), {})
+
+
+@cache
+def of_responses(layout: str) -> Any:
+    field = create_field("affinity", {"layout": layout})
+    if layout == "dense":
+        return field
+    return field.with_calibration(field.fit([said(seed) for seed in range(60)], torch.zeros(1, D)).tensors)
+
+
+@pytest.mark.parametrize("layout", ["dense", "factored"])
+@settings(max_examples=25, deadline=None)
+@given(flags=st.lists(st.booleans(), max_size=40))
+def test_response_tokens_alone_are_stored(layout: str, flags: list[bool]) -> None:
+    """Each column at its token, NaN at all others."""
+    of, field, kept = said(5, len(flags)), of_responses(layout), torch.tensor(flags, dtype=torch.bool)
+    cosines = field.decode(container.unpack(container.pack(field.encode(row_of(flags), of))))
+    assert cosines.shape == (36, len(flags)) and cosines[:, ~kept].isnan().all()
+    torch.testing.assert_close(cosines[:, kept].double(), exact(of)[:, kept], atol=0.12, rtol=0)
+
+
+def test_tokens_that_are_not_stored_cost_nothing() -> None:
+    of, field = said(6, 900), of_responses("factored")
+    some, every = (
+        field.encode(row_of(flags), of)["coded"].numel() for flags in ([True] * 90 + [False] * 810, [True] * 900)
+    )
+    assert some < 0.2 * every
+
+
+@pytest.mark.parametrize(
+    "numbers", [[], [-1], [40, 3], [40, 5, 3], [40, 3, 41], [40, 3, 9, 9, 12], [40, -1, 3], [2**20]]
+)
+def test_damaged_numbers_of_text_tokens_are_refused(numbers: list[int]) -> None:
+    with pytest.raises(CacheError, match="text tokens are damaged"):
+        columns_of(torch.tensor(numbers, dtype=torch.int32))
+    with pytest.raises(CacheError, match="text tokens are damaged"):
+        columns_of(torch.tensor([40, 3, 9], dtype=torch.int64))
+
+
+@pytest.mark.parametrize("layout", ["dense", "factored"])
+def test_a_record_that_names_other_text_tokens_is_refused(layout: str) -> None:
+    field = of_responses(layout)
+    stored = field.encode(row_of([True] * 7 + [False]), said(5, 8))
+    with pytest.raises(CacheError, match="are named"):
+        field.decode({**stored, "text": torch.tensor([8, 0, 6], dtype=torch.int32)})
+    with pytest.raises(CacheError, match=r"^here: .*'text'"):
+        decode_record(field, container.pack({name: one for name, one in stored.items() if name != "text"}), "here")
+
+
+@pytest.mark.parametrize("layout", ["dense", "factored"])
+def test_version_1_is_read_and_written_as_it_was(layout: str) -> None:
+    """All text tokens, and nothing in ``field.json`` of what came later."""
+    params = {"layout": "dense"} if layout == "dense" else {"layout": "factored", "step": 0.03}
+    calibration = fitted()._calibration if layout == "factored" else None
+    field = open_field("affinity", {"version": 1, "params": params}, calibration)
+    assert field.version == 1 and field.params == params
+    stored = field.encode(row_of([False] * 9), said(5, 9))
+    assert set(stored) == ({"cosine"} if layout == "dense" else {"coded"})
+    torch.testing.assert_close(field.decode(stored).double(), exact(said(5, 9)), atol=0.12, rtol=0)
