@@ -12,6 +12,7 @@ def test_both_versions_are_timed_and_weighed(
 ) -> None:
     """A narrow teacher: the last line has every part, both sums and their ratio."""
     monkeypatch.setattr(codec_speed, "SMALL", (8, 64))
+    monkeypatch.setattr(codec_speed, "VOCABULARY", 2000)
     codec_speed.main(["--width", "64", "--side", "6", "--response", "20", "--small-width", "48", "--repeats", "1"])
     body = json.loads(capsys.readouterr().out.splitlines()[-1])
     for name in ("rows as calibrated", "other rows"):
