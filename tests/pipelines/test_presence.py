@@ -233,3 +233,15 @@ def test_what_a_store_holds_is_read_within_limits(monkeypatch: pytest.MonkeyPatc
         storage.read(f"{FOLDER}/d.json")
     assert storage.head(f"{FOLDER}/c.json", 3) == b"xxx" and storage.modified(f"{FOLDER}/d.json") is None
     assert abs((storage.modified(f"{FOLDER}/b.json") or 0.0) - time.time()) < 60
+
+
+def test_a_cache_that_is_not_ours_to_write_to_says_so(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not the name of a draft: and reading goes on."""
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise PermissionError(13, "Permission denied", f"{cache}/.staging/1234-word.json")
+
+    monkeypatch.setattr(Path, "write_bytes", refuse)
+    run = kdcli("cache", "gc", str(cache), "--yes")
+    assert run.exit_code == 1 and run.output.startswith(f"Error: {cache}: cannot be written to (Permission denied")
+    assert kdcli("cache", "verify", str(cache)).exit_code == 0
