@@ -228,9 +228,10 @@ def missing_shards(cache: Cache, column: str) -> list[int]:
     """
     done = set(committed_shards(cache.storage, column))
     begun = {int(name[:6]) for name in cache.storage.names(f"{column}/data") if name[:6].isdecimal()}
-    missing = []
-    for part in cache.parts():
-        shards = set(cache.shards([part]))
+    missing, every = [], dict[str, set[int]]()
+    for shard, one in enumerate(cache.plan.slices):
+        every.setdefault(one.part, set()).add(shard)
+    for shards in every.values():
         if column == "samples" or shards & (done | begun) or not done | begun:
             missing += sorted(shards - done)
     return missing

@@ -149,7 +149,8 @@ class Cache:
                 f"{self.storage}: no part {', '.join(unknown)}; it has {', '.join(self.parts())}: name a stage's parts in kd.toml, "
                 f"e.g. [stages.SFT] parts = [{self.parts()[0]!r}], or leave the stage out with --stages"
             )
-        return [number for number, one in enumerate(self.plan.slices) if one.part in parts]
+        wanted = set(parts)
+        return [number for number, one in enumerate(self.plan.slices) if one.part in wanted]
 
     def made_by(self) -> str:
         """The command that made this cache, and that finishes it where it is not complete."""
