@@ -17,7 +17,7 @@ from pipelines import heartbeat
 from pipelines.find_row import Asked, find_row
 from pipelines.preflight import canaries
 from pipelines.presence import at_work, dead_words
-from student_train.cache import Cache, CachedRow, CachedRows, read_tensors
+from student_train.cache import Cache, CachedRow, CachedRows, read_receipt, read_tensors
 from teacher_cache.errors import CacheError
 from teacher_cache.plan import read_plan
 from teacher_cache.records import Sketch, TopK
@@ -261,7 +261,7 @@ def teacher_problems(cache: Cache, folder: str) -> Iterator[str]:
 def receipt(storage: Storage, path: str) -> dict[str, str] | str:
     """What a receipt of the teacher's files says; what is wrong with it, in words, where it is."""
     try:
-        return require(unseal(storage.read(path), path), {...: str}, path)
+        return read_receipt(storage, path)
     except FileNotFoundError:
         return f"{path.rpartition('/')[2]} is missing"
     except CacheError as error:

@@ -244,3 +244,20 @@ def test_other_bytes_than_those_that_are_gone_are_refused(whole: Path, again, tm
     with pytest.raises(CacheError, match=r"data/000000-ffffffff.tar is missing; made again here .* repair --replace"):
         capture(again(folder))
     assert unseal(commit.read_bytes(), "") == unseal(seal(other), "")
+
+
+@pytest.mark.parametrize("folder", ["fields", "fields/vision_hidden", "samples/commits", "fields/vision_hidden/commits"])
+@pytest.mark.parametrize("gone", ["a link to nothing", "a link to itself", "a file"])
+def test_a_folder_that_is_elsewhere_is_not_gone(whole: Path, tmp_path: Path, folder: str, gone: str) -> None:
+    """A link to a disk that is not mounted: nothing that belongs to it is garbage, and no cache is whole without it."""
+    shutil.copytree(whole, copy := tmp_path / "cache")
+    (copy / folder).rename(tmp_path / "disk")
+    if gone == "a file":
+        (copy / folder).write_bytes(b"")
+    else:
+        (copy / folder).symlink_to("nothing" if gone == "a link to nothing" else (copy / folder).name)
+    before = files_of(copy)
+    for words in (("cache", "verify"), ("cache", "gc", "--yes"), ("cache", "repair", "--dry-run")):
+        run = one_line(*words[:2], str(copy), *words[2:])
+        assert str(copy / folder) in run.output and (run.exit_code or "--dry-run" in words), (words, run.output)
+    assert files_of(copy) == before
