@@ -22,8 +22,6 @@ from teacher_cache.errors import CacheError
 from teacher_cache.plan import read_plan
 from teacher_cache.records import Sketch, TopK
 from teacher_cache.shards.commit import committed_shards, read_commit
-from teacher_cache.shards.schema import require
-from teacher_cache.shards.sealed import unseal
 from teacher_cache.shards.storage import Storage
 from teacher_cache.shards.verify import CALIBRATION_ROLES, OWN, Problem, orphans, verify
 from teacher_cache.teachers.head import topk_rows

@@ -53,7 +53,8 @@ def at_work(storage: Storage, doing: str, alone: bool = False) -> Iterator[None]
 
 def refuse_others(storage: Storage, own: str, alone: bool) -> None:
     """CacheError where another one is at work that cannot be beside us. own: path of our word."""
-    for path, word in all_words(storage).items():
+    # A command says more of itself than its workers do.
+    for path, word in sorted(all_words(storage).items(), key=lambda one: not one[1].doing):
         if path == own or not (alone or word.alone):
             continue
         if (age := silence(storage, path, word, own)) is not None:

@@ -333,7 +333,9 @@ def write_plan(storage: Storage, plan: Plan) -> None:
     """Write ``manifest.json`` first, or check that the one there is the same plan; CacheError with a diff where it is not."""
     if not storage.exists("manifest.json"):
         if len(plan.parts) > MOST_PARTS:
-            raise CacheError(f"{storage}: {len(plan.parts):,} parts, at most {MOST_PARTS:,}: make several caches of the mixture")
+            raise CacheError(
+                f"{storage}: {len(plan.parts):,} parts, at most {MOST_PARTS:,}: make several caches of the mixture"
+            )
         if len(data := plan.to_bytes()) > MOST_MANIFEST:
             raise CacheError(
                 f"{storage}/manifest.json would have {len(data):,} bytes, at most {MOST_MANIFEST:,} are read: make several caches of "

@@ -130,7 +130,9 @@ def each_kind(files: set[str]) -> set[str]:
     return {one for one in files if "/000001" not in one and ("/processor/" not in one or "tokenizer.json" in one)}
 
 
-def damaged_copies(folder: Path, target: Path, kind: str, skip: str = "", every: bool = True) -> Iterator[tuple[str, Path]]:
+def damaged_copies(
+    folder: Path, target: Path, kind: str, skip: str = "", every: bool = True
+) -> Iterator[tuple[str, Path]]:
     """(file, copy of the cache in which it is damaged), one after the other.
 
     Args:
@@ -246,7 +248,9 @@ def test_other_bytes_than_those_that_are_gone_are_refused(whole: Path, again, tm
     assert unseal(commit.read_bytes(), "") == unseal(seal(other), "")
 
 
-@pytest.mark.parametrize("folder", ["fields", "fields/vision_hidden", "samples/commits", "fields/vision_hidden/commits"])
+@pytest.mark.parametrize(
+    "folder", ["fields", "fields/vision_hidden", "samples/commits", "fields/vision_hidden/commits"]
+)
 @pytest.mark.parametrize("gone", ["a link to nothing", "a link to itself", "a file"])
 def test_a_folder_that_is_elsewhere_is_not_gone(whole: Path, tmp_path: Path, folder: str, gone: str) -> None:
     """A link to a disk that is not mounted: nothing that belongs to it is garbage, and no cache is whole without it."""

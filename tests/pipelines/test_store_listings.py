@@ -73,7 +73,9 @@ def test_a_capture_ends_well_and_so_does_what_follows(
         main, ["cache", "subset", url, "--out", "s3://bucket/lagging/two", "--parts", "sft", "--json"]
     )
     assert run.exit_code == 0, run.output
-    assert check(Cache("s3://bucket/lagging/two")) == [] and set(Cache("s3://bucket/lagging/two").fields) == {"relation"}
+    assert check(Cache("s3://bucket/lagging/two")) == [] and set(Cache("s3://bucket/lagging/two").fields) == {
+        "relation"
+    }
 
 
 def test_what_is_never_listed_is_said(lagging: Lagging, monkeypatch: pytest.MonkeyPatch) -> None:
