@@ -41,6 +41,7 @@ _WORD = {
     "shard?": (COUNT, None),
     "error?": (str, None),
     "machine?": (str, None),
+    "begun?": (COUNT, None),
     "doing?": str,
     "alone?": bool,
 }
@@ -55,6 +56,7 @@ class Word:
         shard: in hand, None between two. rows: captured since ``started``, those of the shard in hand (``shard_rows``) included.
         started, updated: seconds since 1970 by the worker's clock. error: one line, after a failure.
         host: name and process number. machine: where that number means this process; None where nobody can tell.
+        begun: when the process began, in ticks since its machine did: a later one of the same number began at another time.
         doing: of a whole command (``presence``), which is no worker: its name. alone: nobody else may be at work.
     """
 
@@ -67,6 +69,7 @@ class Word:
     rows: int = 0
     error: str | None = None
     machine: str | None = None
+    begun: int | None = None
     doing: str = ""
     alone: bool = False
 
@@ -80,11 +83,13 @@ class Heartbeat:
     """
 
     def __init__(self, storage: Storage, run: str, interval: float = INTERVAL, doing: str = "", alone: bool = False):
-        now = time.time()
+        now, begun = time.time(), None
         self._storage, self._interval = storage, interval
         host = f"{socket.gethostname()}:{os.getpid()}"
         name = f"{run}-{uuid.uuid4().hex[:6]}"
-        self._word = Word(name, host, now, now, machine=this_machine(), doing=doing, alone=alone)
+        with suppress(OSError):  # no Linux
+            begun = int(_status("self")[19])
+        self._word = Word(name, host, now, now, machine=this_machine(), begun=begun, doing=doing, alone=alone)
         self._lock = threading.Lock()
 
     @property
@@ -191,27 +196,46 @@ def this_machine() -> str | None:
 
 
 def is_here(word: Word) -> bool:
-    """Whether this machine can tell if the worker's process lives."""
-    return bool(word.machine) and word.machine == this_machine() and word.host.rpartition(":")[2].isdecimal()
+    """Whether this machine can tell if the worker's process lives. Of another user's it may say nothing but that the number is taken."""
+    number = word.host.rpartition(":")[2]
+    return bool(word.machine) and word.machine == this_machine() and number.isdecimal() and not _is_hidden(number)
 
 
 def is_gone(word: Word) -> bool:
     """Whether the worker's process has surely ended; only the machine that it ran on can tell."""
-    number = word.host.rpartition(":")[2]
     if not is_here(word):
         return False
     try:
-        os.kill(int(number), 0)
-        status = Path(f"/proc/{number}/stat").read_text().rpartition(")")[2].split()
-        # Killed, and not fetched yet; or another one by now, which has the number of the one that was.
-        return status[0] in "ZX" or _begun(int(status[19])) > word.updated + CLOCK_SLACK
-    except ProcessLookupError:
+        status = _status(word.host.rpartition(":")[2])
+        # Killed, and not fetched yet; or another one by now, whoever's, which has the number of the one that was.
+        begun = int(status[19])
+        other = begun != word.begun if word.begun else _time_of(begun) > word.updated + CLOCK_SLACK
+        return status[0] in "ZX" or other
+    except (FileNotFoundError, ProcessLookupError):
         return True
-    except (OSError, OverflowError, ValueError, IndexError):  # somebody else's
+    except (OSError, ValueError, IndexError):
         return False
 
 
-def _begun(ticks: int) -> float:
+def _status(number: str) -> list[str]:
+    """What the kernel says of a process, from its state on; FileNotFoundError where there is none, or none that we may see."""
+    return Path(f"/proc/{number}/stat").read_text().rpartition(")")[2].split()
+
+
+def _is_hidden(number: str) -> bool:
+    """Whether a process has this number, and is kept from us (``hidepid``)."""
+    if Path(f"/proc/{number}/stat").exists():
+        return False
+    try:
+        os.kill(int(number), 0)
+    except (ProcessLookupError, OverflowError):  # no process; no number of one
+        return False
+    except OSError:
+        return True
+    return False
+
+
+def _time_of(ticks: int) -> float:
     """Seconds since 1970 at which a process began that says so in ticks since this machine did."""
     (booted,) = (line.split()[1] for line in Path("/proc/stat").read_text().splitlines() if line.startswith("btime"))
     return int(booted) + ticks / os.sysconf("SC_CLK_TCK")

@@ -17,13 +17,11 @@ from pipelines import heartbeat
 from pipelines.find_row import Asked, find_row
 from pipelines.preflight import canaries
 from pipelines.presence import at_work, dead_words
-from student_train.cache import Cache, CachedRow, CachedRows, read_tensors
+from student_train.cache import Cache, CachedRow, CachedRows, read_receipt, read_tensors
 from teacher_cache.errors import CacheError
 from teacher_cache.plan import read_plan
 from teacher_cache.records import Sketch, TopK
 from teacher_cache.shards.commit import committed_shards, read_commit
-from teacher_cache.shards.schema import require
-from teacher_cache.shards.sealed import unseal
 from teacher_cache.shards.storage import Storage
 from teacher_cache.shards.verify import CALIBRATION_ROLES, OWN, Problem, orphans, verify
 from teacher_cache.teachers.head import topk_rows
@@ -228,9 +226,10 @@ def missing_shards(cache: Cache, column: str) -> list[int]:
     """
     done = set(committed_shards(cache.storage, column))
     begun = {int(name[:6]) for name in cache.storage.names(f"{column}/data") if name[:6].isdecimal()}
-    missing = []
-    for part in cache.parts():
-        shards = set(cache.shards([part]))
+    missing, every = [], dict[str, set[int]]()
+    for shard, one in enumerate(cache.plan.slices):
+        every.setdefault(one.part, set()).add(shard)
+    for shards in every.values():
         if column == "samples" or shards & (done | begun) or not done | begun:
             missing += sorted(shards - done)
     return missing
@@ -260,7 +259,7 @@ def teacher_problems(cache: Cache, folder: str) -> Iterator[str]:
 def receipt(storage: Storage, path: str) -> dict[str, str] | str:
     """What a receipt of the teacher's files says; what is wrong with it, in words, where it is."""
     try:
-        return require(unseal(storage.read(path), path), {...: str}, path)
+        return read_receipt(storage, path)
     except FileNotFoundError:
         return f"{path.rpartition('/')[2]} is missing"
     except CacheError as error:

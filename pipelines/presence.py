@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
 from pipelines.heartbeat import FOLDER, Heartbeat, Word, all_words, is_gone, is_here, new_run, word_files
-from teacher_cache.errors import FULL, CacheError
+from teacher_cache.errors import FULL, NOT_ALLOWED, CacheError
 from teacher_cache.shards.storage import Storage
 
 GONE_AFTER = 180.0
@@ -27,13 +27,18 @@ def at_work(storage: Storage, doing: str, alone: bool = False) -> Iterator[None]
         doing: the command, as others are told. alone: nobody else may be at work; without, nobody who must be alone.
 
     Raises:
-        CacheError: who is at work, since when, and when to come again.
+        CacheError: who is at work, since when, and when to come again; or that the cache is not ours to write to.
     """
     own = Heartbeat(storage, new_run(), doing=doing, alone=alone)
     try:
         try:
             own.say()
         except OSError as error:
+            if error.errno in NOT_ALLOWED:
+                raise CacheError(
+                    f"{storage}: cannot be written to ({error.strerror}: {error.filename}), so nothing was changed: ask its owner, or name "
+                    "another one; to read it (`train-student`, `cache verify | inspect | status`) needs no more than it allows"
+                ) from None
             # A disk without room for a word has none for a capture that begins either, and `gc` makes some.
             if not (alone and error.errno in FULL):
                 raise
@@ -48,7 +53,8 @@ def at_work(storage: Storage, doing: str, alone: bool = False) -> Iterator[None]
 
 def refuse_others(storage: Storage, own: str, alone: bool) -> None:
     """CacheError where another one is at work that cannot be beside us. own: path of our word."""
-    for path, word in all_words(storage).items():
+    # A command says more of itself than its workers do.
+    for path, word in sorted(all_words(storage).items(), key=lambda one: not one[1].doing):
         if path == own or not (alone or word.alone):
             continue
         if (age := silence(storage, path, word, own)) is not None:

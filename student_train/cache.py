@@ -6,6 +6,8 @@ Opening reads the manifest, the field descriptions and the commits only; a shard
 from __future__ import annotations
 
 import hashlib
+import os
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -50,6 +52,9 @@ _FIELD = {
 }
 """What ``field.json`` holds."""
 MOST_FIELDS = 256
+MOST_PROCESSOR_FILES = 1000
+_NAME = re.compile(r"[a-z][a-z0-9_]*")
+"""Of a field. Other files may lie beside these folders."""
 
 
 @dataclass(frozen=True)
@@ -78,10 +83,11 @@ class Cache:
         self.fields: dict[str, dict[str, Any]] = {}
         self.unreadable: dict[str, str] = {}
         for name in self._folders():
-            if name.startswith(".") or not self._is_field(name):
+            if name.startswith("."):
                 continue
             try:
-                self.fields[name] = self._describe(name)
+                if self._is_field(name):
+                    self.fields[name] = self._describe(name)
             except CacheError as error:
                 if not tolerant:
                     raise
@@ -107,6 +113,8 @@ class Cache:
 
     def _is_field(self, name: str) -> bool:
         """A folder without description and commits is none: its capture died at the first write, or its removal at the last."""
+        if self.storage.local and (os.path.islink(self.storage.path(f"fields/{name}")) or _NAME.fullmatch(name)):
+            self.storage.names(f"fields/{name}")  # a folder, and there
         described = self.storage.exists(f"fields/{name}/field.json")
         return described or bool(committed_shards(self.storage, f"fields/{name}"))
 
@@ -149,7 +157,8 @@ class Cache:
                 f"{self.storage}: no part {', '.join(unknown)}; it has {', '.join(self.parts())}: name a stage's parts in kd.toml, "
                 f"e.g. [stages.SFT] parts = [{self.parts()[0]!r}], or leave the stage out with --stages"
             )
-        return [number for number, one in enumerate(self.plan.slices) if one.part in parts]
+        wanted = set(parts)
+        return [number for number, one in enumerate(self.plan.slices) if one.part in wanted]
 
     def made_by(self) -> str:
         """The command that made this cache, and that finishes it where it is not complete."""
@@ -175,11 +184,8 @@ class Cache:
 
     def processor_files(self, folder: str) -> dict[str, str]:
         """Files of a teacher's processor (tokenizer, chat template, image settings) → sha256, as their receipt says; empty without one."""
-        path = f"{folder}/processor.json"
         try:
-            return require(
-                unseal(self.storage.read(path), f"{self.storage}/{path}"), {...: str}, f"{self.storage}/{path}"
-            )
+            return read_receipt(self.storage, f"{folder}/processor.json")
         except FileNotFoundError:
             return {}
 
@@ -203,6 +209,15 @@ class Cache:
         place = f"{self.storage}: the low-rank head of field {field}"
         check_head(weight, self.fields[field]["teacher"], getattr(self.open_field(field), "rank", None), place)
         return LowRankHead(weight, bias)
+
+
+def read_receipt(storage: Storage, path: str) -> dict[str, str]:
+    """Names of a teacher's files → sha256; FileNotFoundError where there is none, CacheError where it is damaged, or names more than any
+    teacher has."""
+    found = require(unseal(storage.read(path), f"{storage}/{path}"), {...: str}, f"{storage}/{path}")
+    if len(found) > MOST_PROCESSOR_FILES:
+        raise CacheError(f"{storage}/{path}: {len(found):,} files, at most {MOST_PROCESSOR_FILES:,} are read")
+    return found
 
 
 def read_field(storage: Storage, name: str, body: Mapping[str, Any]) -> Field:

@@ -150,7 +150,7 @@ def naming_full_disk(place: object) -> Iterator[None]:
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _TAKES_NOTHING = (*FULL, errno.EROFS)
-_NOT_ALLOWED = (errno.EROFS, errno.EACCES, errno.EPERM)
+NOT_ALLOWED = (errno.EROFS, errno.EACCES, errno.EPERM)
 
 
 def _full(error: Exception) -> int | None:
@@ -172,7 +172,7 @@ def advice(error: OSError) -> str:
     """What helps against an error of a disk that something was to be written to."""
     if error.errno in FULL:
         return "what is complete stays; make room and run the same command again"
-    if error.errno in _NOT_ALLOWED:
+    if error.errno in NOT_ALLOWED:
         return "name a place that you may write to"
     return "name another place, or mend this one, and run the same command again"
 

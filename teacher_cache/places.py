@@ -17,7 +17,7 @@ import fsspec
 from fsspec.archive import AbstractArchiveFileSystem
 from fsspec.implementations.chained import ChainedFileSystem
 
-from teacher_cache.errors import KdcliError
+from teacher_cache.errors import KdcliError, printable
 from teacher_cache.shards.remote import READ_ONLY, options
 
 LOCAL = ("file", "local")
@@ -108,6 +108,17 @@ def local_path(given: str | Path, what: str = "") -> Path:
             f"{what or given}{f' {given}' if what else ''}: must lie on a disk of this machine, and this is a URL"
         )
     return Path(place.text)
+
+
+def as_listed(shown: str, local: bool) -> str:
+    """A place as webdataset takes it out of a list with a name a line: there ``pipe:x`` is a command, and ``a:b`` an address.
+
+    Raises:
+        KdcliError: it cannot stand on a line as it is.
+    """
+    if "\n" in shown or printable(shown) != shown:
+        raise KdcliError(f"{shown!r}: no list of names can hold this one: link to it under another name, and name that")
+    return f"./{shown}" if local and ":" in shown.partition("/")[0] else shown
 
 
 def is_remote(given: str) -> bool:

@@ -46,6 +46,8 @@ _SHAPE = {
 }
 MOST_SHARD_ROWS = 1 << 20
 """A reader holds the index of a shard, and the order of the rows of sixteen."""
+MOST_PARTS = 4096
+"""Each is a source of its own, that somebody named."""
 CHARACTERS_PER_TOKEN = 4
 _KEY = re.compile(r"[0-9]{9,18}-[0-9a-f]*")
 
@@ -283,6 +285,8 @@ def parse_plan(data: bytes, place: str) -> Plan:
             raise CacheError(
                 f"{place}: format version {str(body['format_version'])!r}; this kdcli reads {FORMAT_VERSION}"
             )
+        if len(body["parts"]) > MOST_PARTS:
+            raise ValueError(f"{len(body['parts']):,} parts, at most {MOST_PARTS:,} are read")
         require(body, _SHAPE, place)
         parts = tuple(
             Part(DataSpec(**p["spec"]), p["fingerprint"], p["rows"], _checked_keys(p.get("pictures", ())))
@@ -328,6 +332,10 @@ def _checked_keys(keys: Sequence[str]) -> tuple[str, ...]:
 def write_plan(storage: Storage, plan: Plan) -> None:
     """Write ``manifest.json`` first, or check that the one there is the same plan; CacheError with a diff where it is not."""
     if not storage.exists("manifest.json"):
+        if len(plan.parts) > MOST_PARTS:
+            raise CacheError(
+                f"{storage}: {len(plan.parts):,} parts, at most {MOST_PARTS:,}: make several caches of the mixture"
+            )
         if len(data := plan.to_bytes()) > MOST_MANIFEST:
             raise CacheError(
                 f"{storage}/manifest.json would have {len(data):,} bytes, at most {MOST_MANIFEST:,} are read: make several caches of "

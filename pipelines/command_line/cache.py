@@ -84,12 +84,14 @@ def count_problems(problems: Any) -> str:
 @column_named("column", default="samples")
 def urls(url: str | None, column: str) -> None:
     """Print the tar paths of a column (samples, or a field), ready for the webdataset library."""
+    from teacher_cache.places import as_listed
     from teacher_cache.shards.commit import committed_shards, read_commit
 
     cache = open_cache(url, None)
-    reader = cache.column(column)
+    reader, folder = cache.column(column), as_listed(str(cache.storage), cache.storage.local)
     for shard in committed_shards(cache.storage, reader.column):
-        say(f"{cache.storage}/{reader.column}/data/{read_commit(cache.storage, reader.column, shard).tar}")
+        tar = f"{reader.column}/data/{read_commit(cache.storage, reader.column, shard).tar}"
+        say(f"{folder}/{tar}")
 
 
 @cache_group.command()

@@ -18,6 +18,7 @@ from teacher_cache.shards.sealed import seal, unseal
 from teacher_cache.shards.storage import Storage
 
 FORMAT_VERSION = 1
+MOST_COUNTS = 1000
 LONGEST_LAG_S = 60.0
 _COMMIT_NAME = re.compile(r"([0-9]{6}|[1-9][0-9]{6,9})\.json")
 _FILE_NAME = re.compile(r"[0-9A-Za-z][0-9A-Za-z._-]{0,199}")
@@ -164,6 +165,8 @@ def _check(commit: Commit) -> None:
     for name in (commit.tar, commit.index):
         if not _FILE_NAME.fullmatch(name):
             raise ValueError(f"{name[:60]!r} is no name of a tar or index")
+    if len(commit.counts) > MOST_COUNTS:
+        raise ValueError(f"{len(commit.counts):,} totals, at most {MOST_COUNTS:,} are read")
     for digest in (commit.tar_sha256, commit.index_sha256):  # a local cache names files by the first
         if not _SHA256.fullmatch(digest):
             raise ValueError(f"{digest[:70]!r} is no sha256")

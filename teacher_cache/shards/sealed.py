@@ -28,7 +28,7 @@ def unseal(data: bytes, place: str) -> dict[str, Any]:
     try:
         if (values := data.count(b",") + data.count(b"[") + data.count(b"{")) > MOST_VALUES:
             raise ValueError(f"{values:,} values, at most {MOST_VALUES:,} are read")
-        body = json.loads(data)
+        body = json.loads(data, object_pairs_hook=_each_once)
         if not isinstance(body, dict):
             raise ValueError("not a JSON object")
         if body.pop(SEAL, None) != _digest(body):
@@ -38,6 +38,14 @@ def unseal(data: bytes, place: str) -> dict[str, Any]:
             f"{place}: damaged or edited ({error}): restore it; `kdcli cache verify` lists all damage"
         ) from None
     return body
+
+
+def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object; ValueError where a key stands in it twice, of which every reader takes another one."""
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise ValueError("a key stands in it twice")
+    return found
 
 
 def _digest(body: Mapping[str, Any]) -> str:

@@ -31,7 +31,10 @@ _own: tuple[int, Path, BinaryIO] | None = None
 
 
 def base() -> Path:
-    """Where the folders of all processes of this user lie."""
+    """Where the folders of all processes of this user lie. CacheError where ``TMPDIR`` names no folder: Python would take another one
+    without a word, whose disk may be too small."""
+    if (named := os.environ.get("TMPDIR")) and not os.path.isdir(named):
+        raise CacheError(f"TMPDIR names {named!r}, which is no folder: make it, or name another one")
     return Path(tempfile.gettempdir()) / f"kdcli-staging-{os.getuid()}"
 
 

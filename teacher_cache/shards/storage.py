@@ -181,12 +181,20 @@ class Storage:
             copy.unlink(missing_ok=True)
 
     def names(self, folder: str) -> list[str]:
-        """Base names of what lies directly in ``folder``, sorted; empty where it does not exist."""
+        """Base names of what lies directly in ``folder``, sorted; empty where it does not exist.
+
+        CacheError where something else has its name, or a link to nothing: what lies on a disk that is not mounted is not gone.
+        """
+        if self.local and os.path.lexists(path := self.path(folder)) and not os.path.isdir(path):
+            what = "a link to nothing (is its disk mounted?)" if os.path.islink(path) else "no folder"
+            raise CacheError(f"{path}: {what}: put the folder back that was here")
         self.fs.invalidate_cache(self.path(folder))
         try:
             entries = self._ask(folder, lambda fs: fs.ls(self.path(folder), detail=False))
         except (FileNotFoundError, NotADirectoryError):
             return []
+        except OSError as error:
+            raise CacheError(f"{self.path(folder)}: {error.strerror}: put the folder back that was here") from None
         paths = (str(entry).rstrip("/") for entry in entries)
         return sorted(path.rsplit("/", 1)[-1] for path in paths if path != self.path(folder))
 

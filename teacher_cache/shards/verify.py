@@ -26,10 +26,12 @@ OWN = re.compile(
     |(samples|fields/[^/]+)/commits/{_SHARD}\.json
     |fields/[^/]+/field\.json
     |teacher/[^/]+/((head|canaries)\.safetensors|(head|processor|canaries)\.json|(calibration|processor)/[^/]+)
+    |(samples|fields/[^/]+)/(data|index)/\.{_SHARD}-[^/]+\.(tar|parquet)\.[0-9a-f]{{32}}
     |([^/]+/)*\.(manifest|field|head|processor|canaries|{_SHARD})\.json\.[0-9a-f]{{32}}""",
     re.VERBOSE,
 )
-"""Paths that kdcli gives to files of a cache, drafts of a put-if-absent last. What is called otherwise is nobody's garbage."""
+"""Paths that kdcli gives to files of a cache, drafts (across disks, of a put-if-absent) last. What is called otherwise is
+nobody's garbage."""
 CALIBRATION_ROLES = ("calibration", "low_rank_head")
 """What ``field.json`` may name besides its own folder."""
 PARQUET = b"PAR1"

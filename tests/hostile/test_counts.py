@@ -95,6 +95,22 @@ def test_a_document_of_too_many_values() -> None:
         unseal(b"[" + b"{}," * MOST_VALUES + b"{}]", "here")
 
 
+def test_a_document_that_says_two_things() -> None:
+    """Other readers take the first: its checksum is right for both."""
+    whole = small_cache()[COMMIT]
+    with pytest.raises(CacheError, match=r"here: .*a key stands in it twice"):
+        unseal(whole.replace(b"{", b'{"rows": 7, ', 1), "here")
+
+
+def test_more_parts_and_totals_than_anybody_names() -> None:
+    """What is done once a part, or once a total, ends."""
+    part = unseal(small_cache()["manifest.json"], "")["parts"][0]
+    with pytest.raises(CacheError, match="4,097 parts, at most 4,096 are read"):
+        parse_plan(resealed("manifest.json", parts=[part] * 4097), "here")
+    with pytest.raises(CacheError, match="1,001 totals, at most 1,000 are read"):
+        parse_commit(resealed(COMMIT, counts={str(one): 1 for one in range(1001)}), "here")
+
+
 def test_a_header_that_claims_more_than_it_is() -> None:
     for length in (1 << 40, container.MOST_HEADER + 1, (1 << 64) - 1):
         for read in (container.unpack, lambda data, place: container.said_bytes(data)):

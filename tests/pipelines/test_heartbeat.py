@@ -91,6 +91,27 @@ def test_a_worker_whose_process_is_gone_is_lost_at_once() -> None:
         assert summary([replace(word, machine=machine)], 10)["running"]
 
 
+def test_a_number_that_another_user_s_process_has_now(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Asked for by signals it looks alive for ever; and clocks that are set do not make a process another one."""
+    now, ours = time.time(), heartbeat.this_machine()
+    child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    begun = int(heartbeat._status(str(child.pid))[19])
+    word = Word("w", f"here:{child.pid}", now - 9000, now - 9000, machine=ours, begun=begun)
+    with monkeypatch.context() as patch:
+        patch.setattr(heartbeat.os, "kill", _not_permitted)
+        assert not heartbeat.is_gone(word), "the clock was set since"
+        assert heartbeat.is_gone(replace(word, begun=begun - 1)) and heartbeat.is_gone(replace(word, begun=None))
+    child.kill()
+    child.wait()
+    assert heartbeat.is_gone(word) and heartbeat.is_gone(replace(word, host=f"here:{1 << 80}"))
+    monkeypatch.setattr(heartbeat.os, "kill", _not_permitted)  # it is there, and /proc keeps it to itself
+    assert not heartbeat.is_here(word) and not heartbeat.is_gone(word)
+
+
+def _not_permitted(*_: int) -> None:
+    raise PermissionError(1, "Operation not permitted")
+
+
 def test_an_interrupted_worker_does_not_work(tmp_path: Path) -> None:
     storage = Storage(tmp_path)
     with pytest.raises(KeyboardInterrupt), Heartbeat(storage, "run").on(3):

@@ -108,3 +108,20 @@ def test_a_report_reads_the_file_that_was_named(caches: Path, name: str) -> None
     for given in (path, Path(name), str(path), name if not name.startswith("s3") else f"./{name}"):
         (one,) = read_fidelity([given])
         assert one.about.startswith("1 samples")
+
+
+@pytest.mark.parametrize("name", ["pipe:touch made", "a::b", "with blanks ", "x{1..2}", "c*"])
+def test_lists_for_webdataset_name_the_cache_that_was_named(caches: Path, name: str) -> None:
+    """There ``pipe:`` runs a command, and what looks like a scheme is none of a path."""
+    webdataset = pytest.importorskip("webdataset")
+    (caches / "c").rename(caches / name)
+    listed = kdcli("cache", "urls", f"./{name}", "relation").output.splitlines()
+    keys = [one["__key__"] for one in webdataset.WebDataset(listed, shardshuffle=False)]
+    assert len(keys) == sum(one.rows for one in Cache(f"./{name}").plan.slices) and not (caches / "made").exists()
+
+
+@pytest.mark.parametrize("name", ["a\nb", "a\x1b[2J"])
+def test_what_no_line_can_name_is_in_no_list(caches: Path, name: str) -> None:
+    (caches / "c").rename(caches / name)
+    run = kdcli("cache", "urls", name)
+    assert run.exit_code == 1 and "no list of names can hold this one" in run.output

@@ -107,7 +107,7 @@ def test_a_capture_says_so_from_its_first_write_on(make_request, tmp_path: Path)
     capture(make_request(out, fields=("response_topk",)), progress)
     events, outputs, workers = zip(*said)
     assert events[0] == "start" and not workers[0] and any(workers)
-    assert all("`kdcli cache-teacher` is at work here" in one and one.count("\n") == 1 for one in outputs)
+    assert all("`kdcli cache-teacher` is at work here" in one and one.count("\n") == 1 for one in outputs), outputs
     assert not (out / FOLDER).exists()
 
 
@@ -233,3 +233,22 @@ def test_what_a_store_holds_is_read_within_limits(monkeypatch: pytest.MonkeyPatc
         storage.read(f"{FOLDER}/d.json")
     assert storage.head(f"{FOLDER}/c.json", 3) == b"xxx" and storage.modified(f"{FOLDER}/d.json") is None
     assert abs((storage.modified(f"{FOLDER}/b.json") or 0.0) - time.time()) < 60
+
+
+def test_a_cache_that_is_not_ours_to_write_to_says_so(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not the name of a draft: and reading goes on."""
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise PermissionError(13, "Permission denied", f"{cache}/.staging/1234-word.json")
+
+    monkeypatch.setattr(Path, "write_bytes", refuse)
+    run = kdcli("cache", "gc", str(cache), "--yes")
+    assert run.exit_code == 1 and run.output.startswith(f"Error: {cache}: cannot be written to (Permission denied")
+    assert kdcli("cache", "verify", str(cache)).exit_code == 0
+
+
+def test_of_a_command_and_its_workers_the_command_is_named(cache: Path) -> None:
+    """Whichever of their words, said in one second, stands first."""
+    say(cache, doing="", worker="20260101-000000-000000-000000")
+    say(cache, worker="20260101-000000-ffffff-000000")
+    assert "`kdcli cache-teacher` is at work here" in kdcli("cache", "gc", str(cache), "--yes").output

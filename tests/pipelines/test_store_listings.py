@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -18,9 +19,10 @@ from student_train.cache import Cache
 from teacher_cache.errors import CacheError
 from teacher_cache.shards.commit import await_listed
 from teacher_cache.shards.storage import Storage
+from teacher_cache.sources import DataSpec
 
 LAG_S = 1.0
-COLUMNS = ("samples", "fields/response_topk", "fields/relation")
+COLUMNS = ("samples", "fields/relation")
 
 
 class Lagging:
@@ -59,11 +61,11 @@ def lagging(healthy: Any, monkeypatch: pytest.MonkeyPatch) -> Lagging:
 
 @pytest.mark.usefixtures("one_thread")
 def test_a_capture_ends_well_and_so_does_what_follows(
-    make_request: Callable[..., CaptureRequest], lagging: Lagging
+    make_request: Callable[..., CaptureRequest], mixture: Sequence[DataSpec], lagging: Lagging
 ) -> None:
     url = "s3://bucket/lagging/one"
-    few: dict[str, Any] = {"shards": 2, "fields": ("response_topk", "relation")}
-    summary = capture(make_request(url, **few))
+    few = [replace(part, limit=2) for part in mixture]
+    summary = capture(make_request(url, data=few, shards=2, fields=("relation",)))
     assert lagging.hidden and summary["work"] is None
     assert {name: one["done"] for name, one in summary["columns"].items()} == dict.fromkeys(COLUMNS, 2)
     assert check(Cache(url)) == []
@@ -72,8 +74,7 @@ def test_a_capture_ends_well_and_so_does_what_follows(
     )
     assert run.exit_code == 0, run.output
     assert check(Cache("s3://bucket/lagging/two")) == [] and set(Cache("s3://bucket/lagging/two").fields) == {
-        "response_topk",
-        "relation",
+        "relation"
     }
 
 
