@@ -20,7 +20,7 @@ from types import BuiltinFunctionType, GeneratorType
 from typing import Any
 
 from jinja2 import nodes
-from jinja2.runtime import LoopContext
+from jinja2.runtime import LoopContext, Macro
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace, _PassArg, pass_context
 from jinja2.visitor import NodeTransformer
@@ -43,6 +43,7 @@ SMALL = 1024
 SOURCE = 1 << 18
 """Characters of a template."""
 MADE_ONE_BY_ONE = (GeneratorType, map, filter, zip)
+LAZY_KINDS = frozenset(MADE_ONE_BY_ONE)
 LISTS: tuple[type, ...] = (list, tuple, type({}.keys()), type({}.values()), type({}.items()))
 WITH_LENGTH: frozenset[type] = frozenset({str, bytes, dict, Markup, *LISTS})
 DEEPEST = 64
@@ -90,6 +91,8 @@ SLOW = ("urlize", "striptags", "wordwrap", "pprint", "int", "xmlattr")
 SLOW_INPUT = 1 << 14
 BY_ATTRIBUTE = ("sort", "groupby", "unique", "min", "max", "sum", "join", *LAZY)
 """Filters that may look up an attribute (several, with dots and commas) of every item."""
+LOOKED_INTO = {*BY_ATTRIBUTE, *SLOW, "indent", "tojson", "round", "replace", "format"}
+"""Filters of whose arguments more is asked than their size."""
 BACKWARDS = ("rfind", "rindex", "rsplit", "rpartition")
 """Methods whose time grows with the product of both texts."""
 ENCODINGS = ("utf-8", "utf8", "utf-16", "utf-32", "ascii", "latin-1")
@@ -326,19 +329,22 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
             if type(owner) is dict or (type(owner) is str and len(owner) < HEAVY):
                 return __obj(*args)  # a plain method of a text or a dictionary
         turn()
+        if not LAZY_KINDS.isdisjoint(map(type, (*args, *own.values()))):
+            args = tuple(taken(one) for one in args)
+            kwargs |= {key: taken(one) for key, one in own.items()}
+            own = {key: kwargs[key] for key in own}
+        given = (*args, *own.values()) if own else args
+        _check_given(given)
+        if type(__obj) is Macro:
+            return kept(super().call(__context, __obj, *args, **kwargs))
         if isinstance(__obj, LoopContext) and args:
             args = (_turn_filter(__context, args[0]), *args[1:])  # a recursive loop
         # Of `format` the sandbox makes a function of its own.
         function = getattr(__obj, "__wrapped__", __obj)
         owner = getattr(function, "__self__", None)
-        args = tuple(taken(one) for one in args)
-        own = {key: taken(one) for key, one in own.items()}
-        given = (*args, *own.values())
-        _check_given(given)
-        heavy((owner, *given))
+        heavy((owner,))
         if isinstance(owner, (str, bytes)):
             _check_method(function.__name__, owner, given)
-        kwargs |= own
         return kept(super().call(__context, __obj, *args, **kwargs))
 
     def call_test(self, *arguments: Any, **settings: Any) -> Any:
@@ -453,7 +459,8 @@ def _guarded_filter(name: str, function: Callable[..., Any]) -> Callable[..., An
             args = tuple(taken(one) for one in args)
         given = [*args, *kwargs.values()]
         _check_given(given)
-        heavy(given)
+        if name not in LOOKED_INTO:
+            return kept(function(*args, **kwargs))
         texts: list[Any] = [one for one in given if isinstance(one, (str, bytes))]
         numbers = [abs(one) for one in given if isinstance(one, int)]
         if name in LAZY and texts and isinstance(args[1 if len(args) > 1 else 0], str) and len(texts[0]) > SLOW_INPUT:
@@ -502,8 +509,12 @@ def _check_given(values: Iterable[Any]) -> None:
     """What is handed over is stored under the name of a parameter."""
     for one in values:
         kind = type(one)
-        if kind is str or kind is list or kind is tuple or kind is dict:
-            kept(one)
+        if kind in WITH_LENGTH:
+            size = len(one)
+            if kind is not str or size >= SMALL:
+                kept(one)
+            if size >= HEAVY and (row := _here.row) is not None:
+                clock(row)
         elif kind is int and abs(one) > LARGEST:
             raise TooMuch("it calls with a number beyond a million")
 
