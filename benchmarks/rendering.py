@@ -49,13 +49,13 @@ def unbounded() -> Iterator[None]:
     from transformers.utils import chat_template_utils as used
 
     install()
-    with_bounds = used.ImmutableSandboxedEnvironment  # type: ignore[attr-defined]
-    used.ImmutableSandboxedEnvironment = ImmutableSandboxedEnvironment  # type: ignore[attr-defined]
+    with_bounds = used.ImmutableSandboxedEnvironment  # type: ignore[attr-defined, misc]
+    used.ImmutableSandboxedEnvironment = ImmutableSandboxedEnvironment  # type: ignore[attr-defined, misc]
     used._compile_jinja_template.cache_clear()
     try:
         yield
     finally:
-        used.ImmutableSandboxedEnvironment = with_bounds  # type: ignore[attr-defined]
+        used.ImmutableSandboxedEnvironment = with_bounds  # type: ignore[attr-defined, misc]
         used._compile_jinja_template.cache_clear()
 
 
