@@ -25,6 +25,7 @@ from teacher_cache.shards.commit import committed_shards, read_commit
 from teacher_cache.shards.storage import Storage
 from teacher_cache.shards.verify import CALIBRATION_ROLES, OWN, Problem, orphans, verify
 from teacher_cache.teachers.head import topk_rows
+from teacher_cache.whole_file import naming_file
 
 WORDS = 3
 
@@ -57,7 +58,9 @@ def tokenizer_of(cache: Cache) -> Any:
         if "tokenizer.json" in names:
             with tempfile.TemporaryDirectory() as copied:
                 for name in names:
-                    (Path(copied) / name).write_bytes(cache.processor_file(folder, name))
+                    data = cache.processor_file(folder, name)
+                    with naming_file(Path(copied) / name):
+                        (Path(copied) / name).write_bytes(data)
                 return loaded_tokenizer(copied, f"{cache.storage}/{folder}/processor")
     return None
 

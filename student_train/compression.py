@@ -19,6 +19,7 @@ from student_train.compressors import CompressorSpec, Site, compressor_module
 from student_train.config import TrainSettings
 from teacher_cache.errors import CompatibilityError, KdcliError
 from teacher_cache.layout import COMPRESSED
+from teacher_cache.model_load import attending
 from teacher_cache.records import ImageLayout
 
 NONE = "none"
@@ -190,14 +191,14 @@ def compressed_class(family: str) -> type:
     return type(stock.__name__, (stock,), {"__init__": build, "__module__": stock.__module__})
 
 
-def load_compressed(model_id: str, spec: CompressorSpec, **arguments: Any) -> nn.Module:
+def load_compressed(model_id: str, spec: CompressorSpec, attn_implementation: str, **arguments: Any) -> nn.Module:
     """A saved compressed student; KdcliError where weights are missing."""
     from transformers import AutoConfig
 
     config = AutoConfig.from_pretrained(model_id, trust_remote_code=False)
     setattr(config, COMPRESSED, spec.entry())
     model, found = compressed_class(config.model_type).from_pretrained(  # type: ignore[attr-defined]
-        model_id, config=config, output_loading_info=True, **arguments
+        model_id, output_loading_info=True, **arguments, **attending(config, attn_implementation)
     )
     missing = sorted(name for name in found["missing_keys"] if "multi_modal_projector" in name)
     if missing:

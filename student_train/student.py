@@ -22,7 +22,7 @@ from student_train.whole import check_model
 from teacher_cache.batch import Batch, keep_vision
 from teacher_cache.errors import CompatibilityError, KdcliError
 from teacher_cache.model_kind import auto_model, decoder_of, open_processor, reads_images
-from teacher_cache.model_load import naming_what_fails
+from teacher_cache.model_load import attending, naming_what_fails
 from teacher_cache.model_weights import check_weights, refuse_missing
 from teacher_cache.records import TextTokens
 from teacher_cache.teachers.head import head_logits
@@ -53,15 +53,19 @@ def load_student(
     """
     processor, config, spec = open_student(model_id, trust_remote_code, compressor)
     # Other checkpoints than safetensors are pickles.
-    arguments = {"dtype": torch.float32, "attn_implementation": attn_implementation, "use_safetensors": True}
+    arguments = {"dtype": torch.float32, "use_safetensors": True}
     what = f"student {model_id!r}"
     check_weights(what, model_id, config, trust_remote_code)
     with naming_what_fails(what):
         try:
             if compressor_of(config) and spec:
-                return load_compressed(model_id, spec, **arguments), processor
+                return load_compressed(model_id, spec, attn_implementation, **arguments), processor
             loaded: Any = auto_model(config).from_pretrained(
-                model_id, trust_remote_code=trust_remote_code, output_loading_info=True, **arguments
+                model_id,
+                trust_remote_code=trust_remote_code,
+                output_loading_info=True,
+                **arguments,
+                **attending(config, attn_implementation),
             )
         except ValueError as error:
             if attn_implementation != "sdpa" or 'attn_implementation="eager"' not in str(error):

@@ -17,7 +17,7 @@ from teacher_cache.errors import CacheError, KdcliError
 from teacher_cache.shards.schema import misfit
 from teacher_cache.shards.sealed import SEAL, seal, unseal
 from teacher_cache.shards.storage import sync_folder
-from teacher_cache.whole_file import write_whole
+from teacher_cache.whole_file import naming_file, write_whole
 
 Sums = Mapping[str, Any]
 """Path below a folder, with ``/`` → ``[bytes, sha256]``."""
@@ -30,11 +30,14 @@ LOADED = (".safetensors", ".json", ".jinja", ".py", ".model", ".txt", ".bin")
 
 
 def make_folder(folder: Path) -> None:
-    """``folder`` and those above it; each new one survives a power cut."""
-    missing = [one for one in (folder, *folder.parents) if not one.exists()]
-    folder.mkdir(parents=True, exist_ok=True)
-    for one in missing:
-        sync_folder(one.parent)
+    """``folder`` and those above it; each new one survives a power cut. DiskError where it cannot be made."""
+    if "\0" in str(folder):
+        raise KdcliError(f"{str(folder)!r}: no folder has such a name: name another place")
+    with naming_file(folder):
+        missing = [one for one in (folder, *folder.parents) if not one.exists()]
+        folder.mkdir(parents=True, exist_ok=True)
+        for one in missing:
+            sync_folder(one.parent)
 
 
 def write_sealed(path: Path, body: Mapping[str, Any]) -> None:

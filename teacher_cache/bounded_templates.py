@@ -3,7 +3,8 @@
 transformers renders them in jinja's sandbox, which keeps them from files and modules, but not from looping for ever or from a text of
 ten billion letters. Its environment is exchanged for one that counts. What is counted: every turn of a loop, call and filter; the size of
 whatever is stored, handed over, or written; and, before it is made, what an operation on sizes would make (``*``, widths, ``replace``).
-Between two of these a template can grow a text only by as many pieces as stand in one expression. Honest templates stay orders of
+Between two of these a template can grow a text only by as many pieces as stand in one expression. The clock is looked at inside of loops
+and by every operation on a large value, wherever it stands, since one of them may take milliseconds. Honest templates stay orders of
 magnitude below every bound, so what they write is the same, to the letter.
 """
 
@@ -11,7 +12,7 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import cache, wraps
 from itertools import islice
 from threading import local
@@ -19,10 +20,11 @@ from types import BuiltinFunctionType, GeneratorType
 from typing import Any
 
 from jinja2 import nodes
-from jinja2.runtime import LoopContext
+from jinja2.runtime import LoopContext, Macro
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace, _PassArg, pass_context
 from jinja2.visitor import NodeTransformer
+from markupsafe import Markup
 
 from teacher_cache.errors import CompatibilityError
 
@@ -38,13 +40,15 @@ MADE = 64_000_000
 """Characters of all larger values together that one row makes."""
 SMALL = 1024
 """Characters of a value that is not counted."""
-SOURCE = 1 << 20
+SOURCE = 1 << 18
 """Characters of a template."""
 MADE_ONE_BY_ONE = (GeneratorType, map, filter, zip)
+LAZY_KINDS = frozenset(MADE_ONE_BY_ONE)
 LISTS: tuple[type, ...] = (list, tuple, type({}.keys()), type({}.values()), type({}.items()))
+WITH_LENGTH: frozenset[type] = frozenset({str, bytes, dict, Markup, *LISTS})
 DEEPEST = 64
 """Lists in lists."""
-GATHERED = 64
+GATHERED = 8
 """Written pieces between two sums."""
 BITS = 4096
 """Of a whole number."""
@@ -54,10 +58,12 @@ FEW_TURNS = 8
 """Of a loop that is counted as its most, without a look at the clock."""
 LOOK_EVERY = 64
 """Turns between two looks at the clock."""
+HEAVY = 4096
+"""Characters or items of a value whose every use is a reason to look at the clock."""
 SETS = 256
 """Characters that a text may be stripped of."""
-PLAIN = ("length", "count", "first", "last", "default", "d", "float", "abs", "safe", "lower", "upper")
-"""Filters that make nothing larger than what they are given."""
+PLAIN = ("length", "count", "first", "last", "default", "d", "abs")
+"""Filters that make nothing and take no time."""
 JINJAS = ("_loop_vars", "_block_vars")
 """What jinja itself hands to every call in a loop or a block."""
 LIGHT = {
@@ -77,15 +83,29 @@ LIGHT = {
     *("get", "items", "keys", "values", "partition", "rpartition", "splitlines", "find", "rfind", "count", "isdigit"),
 }
 """Methods that make nothing larger than what they are called of."""
-FEW = ("replace", "string", "tojson", "capitalize", "title", "items")
+FEW = ("replace", "string", "tojson", "capitalize", "title", "items", "lower", "upper", "safe", "float")
 """Filters that make little of little."""
 LAZY = ("map", "select", "reject", "selectattr", "rejectattr")
 SLOW = ("urlize", "striptags", "wordwrap", "pprint", "int", "xmlattr")
 """Filters whose time may grow with the square of their input."""
 SLOW_INPUT = 1 << 14
-TURN, KEPT = "kdcli_turn", "kdcli_kept"
-WIDTHS = re.compile(r"[%:][^a-zA-Z%{}]*(\*|\d{6,})|:[^{}]*\{")
-"""In a format: a width of a million, or one that comes from elsewhere."""
+BY_ATTRIBUTE = ("sort", "groupby", "unique", "min", "max", "sum", "join", *LAZY)
+"""Filters that may look up an attribute (several, with dots and commas) of every item."""
+LOOKED_INTO = {*BY_ATTRIBUTE, *SLOW, "indent", "tojson", "round", "replace", "format"}
+"""Filters of whose arguments more is asked than their size."""
+BACKWARDS = ("rfind", "rindex", "rsplit", "rpartition")
+"""Methods whose time grows with the product of both texts."""
+ENCODINGS = ("utf-8", "utf8", "utf-16", "utf-32", "ascii", "latin-1")
+"""Of long texts; others may take the square of their length."""
+QUICK_TESTS = {
+    *("boolean", "callable", "defined", "divisibleby", "escaped", "even", "false", "filter", "float", "integer"),
+    *("iterable", "mapping", "none", "number", "odd", "sameas", "sequence", "string", "test", "true", "undefined"),
+}
+"""Whatever they are asked of."""
+TURN, KEPT, LOOKED, CUT = "kdcli_turn", "kdcli_kept", "kdcli_looked", "kdcli_cut"
+WIDTHS = re.compile(r"%[^a-zA-Z%{}]*\*|:[^{}]*\{")
+"""In a format: a width that comes from elsewhere."""
+NUMBERS = re.compile(r"\d+", re.ASCII)
 
 
 class TooMuch(Exception):
@@ -152,10 +172,22 @@ def turn(count: int = 1) -> None:
     if row.turns < 0:
         raise TooMuch(f"it takes more than {TURNS:,} turns for one row")
     if not row.looks % LOOK_EVERY:
-        now = time.thread_time()
-        row.until = row.until or now + SECONDS
-        if now > row.until:
-            raise TooMuch(f"it takes more than {SECONDS:g} seconds for one row")
+        clock(row)
+
+
+def clock(row: _Row) -> None:
+    now = time.thread_time()
+    row.until = row.until or now + SECONDS
+    if now > row.until:
+        raise TooMuch(f"it takes more than {SECONDS:g} seconds for one row")
+
+
+def heavy(values: Iterable[Any]) -> None:
+    """A look at the clock where one of them is large."""
+    for one in values:
+        if type(one) in WITH_LENGTH and len(one) >= HEAVY and (row := _here.row) is not None:
+            clock(row)
+            return
 
 
 def kept(value: Any) -> Any:
@@ -253,10 +285,10 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
         return super()._parse(source, name, filename)
 
     def _generate(self, source: nodes.Template, *arguments: Any, **settings: Any) -> str:
-        for name in self.filters.keys() - self._guarded - {*PLAIN, TURN, KEPT}:
+        for name in self.filters.keys() - self._guarded - {*PLAIN, *OWN}:
             self.filters[name] = _trim if name == "trim" else _guarded_filter(name, self.filters[name])
             self._guarded.add(name)
-        self.filters |= {TURN: _turn_filter, KEPT: _kept_filter}
+        self.filters |= OWN
         return super()._generate(_Counted().visit(source), *arguments, **settings)
 
     def _compile(self, source: str, filename: str) -> Any:
@@ -293,24 +325,31 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
     def call(__self, __context: Any, __obj: Any, *args: Any, **kwargs: Any) -> Any:
         own = {key: one for key, one in kwargs.items() if key not in JINJAS} if kwargs else kwargs
         if type(__obj) is BuiltinFunctionType and not own and __obj.__name__ in LIGHT and _is_light(args):
-            return __obj(*args)  # a plain method of a text or a dictionary
+            owner = __obj.__self__
+            if type(owner) is dict or (type(owner) is str and len(owner) < HEAVY):
+                return __obj(*args)  # a plain method of a text or a dictionary
         turn()
-        if isinstance(__obj, LoopContext) and args and hasattr(args[0], "__len__"):
-            turn(len(args[0]))  # a recursive loop
+        if not LAZY_KINDS.isdisjoint(map(type, (*args, *own.values()))):
+            args = tuple(taken(one) for one in args)
+            kwargs |= {key: taken(one) for key, one in own.items()}
+            own = {key: kwargs[key] for key in own}
+        given = (*args, *own.values()) if own else args
+        _check_given(given)
+        if type(__obj) is Macro:
+            return kept(super().call(__context, __obj, *args, **kwargs))
+        if isinstance(__obj, LoopContext) and args:
+            args = (_turn_filter(__context, args[0]), *args[1:])  # a recursive loop
         # Of `format` the sandbox makes a function of its own.
         function = getattr(__obj, "__wrapped__", __obj)
         owner = getattr(function, "__self__", None)
-        args = tuple(taken(one) for one in args)
-        own = {key: taken(one) for key, one in own.items()}
-        given = (*args, *own.values())
-        _check_given(given)
+        heavy((owner,))
         if isinstance(owner, (str, bytes)):
             _check_method(function.__name__, owner, given)
-        kwargs |= own
         return kept(super().call(__context, __obj, *args, **kwargs))
 
     def call_test(self, *arguments: Any, **settings: Any) -> Any:
         turn()
+        heavy(arguments)
         return super().call_test(*arguments, **settings)
 
 
@@ -338,16 +377,67 @@ def _turn_filter(context: Any, values: Any) -> Any:
             return values
     if len(values) > FEW_TURNS:
         turn(len(values) + 1)
-    elif (row := _here.row) is not None:  # the same, for the many short loops of honest templates
+        return _Turns(values)
+    if (row := _here.row) is not None:  # the same, for the many short loops of honest templates
         row.turns -= FEW_TURNS
-        if row.turns < 0:
+        row.looks += 1
+        if row.turns < 0 or not row.looks % LOOK_EVERY:
             turn()
+            clock(row)
     return values
+
+
+class _Turns:
+    """What a longer loop goes through, with looks at the clock on the way."""
+
+    __slots__ = ("values",)
+
+    def __init__(self, values: Any):
+        self.values = values
+
+    def __len__(self) -> int:
+        return len(self.values)
+
+    def __iter__(self) -> Iterator[Any]:
+        rest = iter(self.values)
+        while some := list(islice(rest, LOOK_EVERY)):
+            if (row := _here.row) is not None:
+                clock(row)
+            yield from some
 
 
 @pass_context
 def _kept_filter(context: Any, value: Any) -> Any:
-    return kept(value)
+    return value if type(value) is str and len(value) < SMALL else kept(value)
+
+
+@pass_context
+def _looked_filter(context: Any, value: Any) -> Any:
+    if type(value) in WITH_LENGTH and len(value) >= HEAVY and (row := _here.row) is not None:
+        clock(row)
+    return value
+
+
+@pass_context
+def _cut_filter(context: Any, value: Any) -> Any:
+    """A part of a list counts by its items alone: what is in them was there before."""
+    if type(value) not in (list, tuple):
+        return _kept_filter(context, value)
+    if len(value) >= SMALL and (row := _here.row) is not None:
+        clock(row)
+        row.made -= ITEM * len(value)
+        if row.made < 0:
+            raise TooMuch(f"it makes more than {MADE:,} characters for one row")
+    return value
+
+
+OWN: dict[str, Callable[..., Any]] = {
+    TURN: _turn_filter,
+    KEPT: _kept_filter,
+    LOOKED: _looked_filter,
+    CUT: _cut_filter,
+}
+"""Filters that the tree of a template is given (``_Counted``)."""
 
 
 def _trim(value: Any, chars: str | None = None) -> str:
@@ -369,6 +459,8 @@ def _guarded_filter(name: str, function: Callable[..., Any]) -> Callable[..., An
             args = tuple(taken(one) for one in args)
         given = [*args, *kwargs.values()]
         _check_given(given)
+        if name not in LOOKED_INTO:
+            return kept(function(*args, **kwargs))
         texts: list[Any] = [one for one in given if isinstance(one, (str, bytes))]
         numbers = [abs(one) for one in given if isinstance(one, int)]
         if name in LAZY and texts and isinstance(args[1 if len(args) > 1 else 0], str) and len(texts[0]) > SLOW_INPUT:
@@ -379,8 +471,11 @@ def _guarded_filter(name: str, function: Callable[..., Any]) -> Callable[..., An
             raise TooMuch(f"its filter {name} is given a long text")
         if name == "indent" and numbers and texts:
             limit(len(texts[0]) + (texts[0].count("\n") + 1) * max(numbers))
-        if name == "tojson" and numbers:
-            limit(measure(args[first]) * max(numbers))
+        if name == "tojson" and len(given) > first + 1:
+            rest = sum(measure(one) for one in given[first + 1 :])
+            limit(measure(args[first]) * max([rest, *numbers]))
+        if name in BY_ATTRIBUTE:
+            _check_by_attribute(name, given[first:], kwargs, texts)
         if name == "indent" and len(texts) > 1:
             limit((texts[0].count("\n") + 1) * max(map(len, texts[1:])))
         if name == "round" and len(numbers) and max(numbers[-1:]) > SLOW_INPUT and len(given) > 1:
@@ -396,12 +491,30 @@ def _guarded_filter(name: str, function: Callable[..., Any]) -> Callable[..., An
     return guarded
 
 
+def _check_by_attribute(name: str, given: list[Any], kwargs: Mapping[str, Any], texts: list[Any]) -> None:
+    """What is looked up of every item, and what stands in for it where an item has none."""
+    count = len(given[0]) if hasattr(given[0], "__len__") else 1
+    named = [one for one in texts if one is not given[0] and name != "join"]
+    steps = sum(1 + one.count(".") + one.count(",") for one in named if len(one) < LARGEST)
+    turn(count * steps)
+    if name in ("groupby", *LAZY) and "default" in kwargs:
+        limit(count * measure(kwargs["default"]))
+    elif name == "groupby" and len(given) > 2:
+        limit(count * measure(given[2]))
+    if name == "sum" and any(isinstance(one, (str, list, tuple)) for one in (*given[2:], kwargs.get("start"))):
+        limit(count * measure(given[0]))  # each sum is a new list
+
+
 def _check_given(values: Iterable[Any]) -> None:
     """What is handed over is stored under the name of a parameter."""
     for one in values:
         kind = type(one)
-        if kind is str or kind is list or kind is tuple or kind is dict:
-            kept(one)
+        if kind in WITH_LENGTH:
+            size = len(one)
+            if kind is not str or size >= SMALL:
+                kept(one)
+            if size >= HEAVY and (row := _here.row) is not None:
+                clock(row)
         elif kind is int and abs(one) > LARGEST:
             raise TooMuch("it calls with a number beyond a million")
 
@@ -430,6 +543,10 @@ def _check_method(name: str, text: Any, args: tuple[Any, ...]) -> None:
         limit(len(text) * max(1, sum(measure(one) for one in args)))
     elif name in ("strip", "lstrip", "rstrip") and texts and len(texts[0]) > SETS:
         raise TooMuch("it strips a text of too many characters")
+    elif name in BACKWARDS and texts:
+        limit(len(text) * len(texts[0]) // ITEM)
+    elif name in ("encode", "decode") and len(text) > SETS and any(one.lower() not in ENCODINGS for one in texts[:1]):
+        raise TooMuch(f"it asks for the encoding {texts[0][:40]!r} of a long text")
     elif name in ("format", "format_map"):
         _check_format(text, args)
 
@@ -437,8 +554,11 @@ def _check_method(name: str, text: Any, args: tuple[Any, ...]) -> None:
 def _check_format(text: str, values: tuple[Any, ...]) -> None:
     if WIDTHS.search(text):
         raise TooMuch("it formats with too large a width")
+    numbers = NUMBERS.findall(text)
+    if any(len(one) > 7 for one in numbers):
+        raise TooMuch("it formats with too large a width")
     fields = text.count("%") + text.count("{")
-    limit(len(text) + fields * max((measure(one) for one in values), default=0))
+    limit(len(text) + sum(map(int, numbers)) + fields * max((measure(one) for one in values), default=0))
 
 
 def _check_bits(bits: int) -> None:
@@ -448,6 +568,42 @@ def _check_bits(bits: int) -> None:
 
 class _Counted(NodeTransformer):
     """A template's tree with the looks in it."""
+
+    def generic_visit(self, node: Any, *arguments: Any, **settings: Any) -> Any:
+        """What is put together in the middle of an expression, or cut, is looked at where it is made."""
+        super().generic_visit(node, *arguments, **settings)
+        if isinstance(node, (nodes.Output, nodes.Add, nodes.Concat)):
+            return node
+        for name, value in node.iter_fields():
+            if isinstance(value, list):
+                setattr(node, name, [_looked_at_if_made(one) for one in value])
+            else:
+                setattr(node, name, _looked_at_if_made(value))
+        return node
+
+    def visit_Getitem(self, node: nodes.Getitem) -> nodes.Node:
+        self.generic_visit(node)
+        return _filtered(node, CUT) if isinstance(node.arg, nodes.Slice) else node
+
+    def visit_Compare(self, node: nodes.Compare) -> nodes.Node:
+        self.generic_visit(node)
+        left: nodes.Node = node.expr
+        for operand in node.ops:
+            right = operand.expr
+            if operand.op in ("in", "notin"):
+                if not isinstance(right, (nodes.Literal, nodes.Filter)):
+                    operand.expr = _filtered(right, LOOKED)
+            elif not _is_quick(left) and not _is_quick(right):
+                operand.expr = _filtered(right, LOOKED)
+            left = right
+        return node
+
+    def visit_Test(self, node: nodes.Test) -> nodes.Node:
+        self.generic_visit(node)
+        if node.name not in QUICK_TESTS and not (node.args and _is_quick(node.args[0])):
+            node.node = _filtered(node.node, LOOKED)
+            node.args = [_filtered(one, LOOKED) for one in node.args]
+        return node
 
     def visit_For(self, node: nodes.For) -> nodes.Node:
         self.generic_visit(node)
@@ -520,6 +676,17 @@ def _looked_at(node: Any, written: bool = False) -> Any:
     if not isinstance(node, kinds) or (isinstance(node, nodes.Add) and _is_count(node.right)):
         return node
     return _filtered(node, KEPT)
+
+
+def _looked_at_if_made(node: Any) -> Any:
+    if not isinstance(node, (nodes.Add, nodes.Concat)) or (isinstance(node, nodes.Add) and _is_count(node.right)):
+        return node
+    return _filtered(node, KEPT)
+
+
+def _is_quick(node: nodes.Node) -> bool:
+    """Whether comparing with it takes no time, whatever the other side is."""
+    return isinstance(node, (nodes.Const, nodes.Compare, nodes.Test, nodes.Not, nodes.Neg, nodes.Mod, nodes.Sub))
 
 
 def _joins(node: nodes.Expr) -> bool:

@@ -30,7 +30,7 @@ FILE_BYTES = 1 << 30
 
 ATTENTION = ("eager", "sdpa", "flex_attention", *(f"flash_attention_{n}" for n in (2, 3, 4)))
 EXPERTS = ("eager", "batched_mm", "grouped_mm")
-DTYPES = ("auto", "float32", "float64", "bfloat16", "float16", "float", "half", "double")
+DTYPES = ("float32", "float64", "bfloat16", "float16", "float", "half", "double")
 QUANTIZED = (
     *("aqlm", "auto-round", "awq", "bitnet", "bitsandbytes", "bitsandbytes_4bit", "bitsandbytes_8bit"),
     *("compressed-tensors", "gptq", "hqq", "quanto", "spqr", "torchao", "vptq"),
@@ -179,9 +179,15 @@ def _check_body(what: str, file: str, body: Mapping[str, Any], trusted: bool) ->
             )
         if not trusted and (reason := _reaches(file, path, key, value, around)) is not None:
             raise KdcliError(f"{said}{reason}, which {REACH}")
-        if file == CONFIG and key in ("dtype", "torch_dtype") and "quantization" not in path and not _is_dtype(value):
+        if (
+            file == CONFIG
+            and key in ("dtype", "torch_dtype")
+            and "quantization" not in path
+            and not _is_dtype(key, value)
+        ):
             raise KdcliError(f"{said}: no type of weights that is known here: give float32, bfloat16 or float16")
-        if file == CONFIG and key in PARTS and not isinstance(value, (dict, type(None))):
+        of_parts = "implementation" in path or "dtype" in path  # a value a part
+        if file == CONFIG and key in PARTS and not of_parts and not isinstance(value, (dict, type(None))):
             raise KdcliError(f"{said}: a JSON object is expected there")
         if file == CONFIG and TOKEN.search(key) and not all(_is_id(one) for one in _leaves(value)):
             raise KdcliError(f"{said}: a token's number is expected")
@@ -247,9 +253,9 @@ def _is_id(value: Any) -> bool:
     return value is None or (isinstance(value, int) and not isinstance(value, bool) and abs(value) < 1 << 31)
 
 
-def _is_dtype(value: Any) -> bool:
-    if isinstance(value, Mapping):
-        return all(_is_dtype(one) for one in value.values())
+def _is_dtype(key: str, value: Any) -> bool:
+    if value == "auto":
+        return key == "torch_dtype"  # the older name, under which transformers takes it
     return value is None or (isinstance(value, str) and value.removeprefix("torch.") in DTYPES)
 
 

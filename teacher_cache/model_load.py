@@ -52,6 +52,13 @@ def try_tokenizer(tokenizer: Any) -> None:
         tokenizer(text)
 
 
+def attending(config: Any, asked: str) -> dict[str, Any]:
+    """Arguments of ``from_pretrained`` with which the attention that was asked for counts, also where ``config.json`` names another:
+    transformers would first want that one's package."""
+    config._attn_implementation = asked
+    return {"config": config, "attn_implementation": asked}
+
+
 class _Held:
     """What was written to the terminal meanwhile."""
 

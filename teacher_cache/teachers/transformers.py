@@ -21,7 +21,7 @@ from teacher_cache.errors import CompatibilityError, KdcliError
 from teacher_cache.fingerprint import processor_fingerprint
 from teacher_cache.layout import COMPRESSED
 from teacher_cache.model_kind import auto_model, decoder_of, open_config, open_processor, reads_images
-from teacher_cache.model_load import naming_what_fails
+from teacher_cache.model_load import attending, naming_what_fails
 from teacher_cache.model_weights import check_weights, refuse_missing
 from teacher_cache.records import Prepared, TeacherOutput
 from teacher_cache.teachers.head import head_logits
@@ -172,7 +172,7 @@ class TransformersTeacher:
             loaded: Any = auto_model(config).from_pretrained(
                 spec.id,
                 dtype=resolve_dtype(spec, config),
-                attn_implementation=spec.attn_implementation,
+                **attending(config, spec.attn_implementation),
                 revision=spec.revision,
                 trust_remote_code=spec.trust_remote_code,
                 use_safetensors=True,  # other checkpoints are pickles

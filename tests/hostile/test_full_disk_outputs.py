@@ -142,3 +142,13 @@ def test_notes_that_nobody_can_read_end_nothing(tmp_path: Path) -> None:
             [sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=full, text=True, check=False
         )
     assert done.stdout == "went on\n" and done.returncode in (0, 120), "120: Python's own word on stderr at its end"
+
+
+def test_a_full_temporary_folder_is_named(tiny_cache: Path, small_files: Callable[..., Any]) -> None:
+    """A report unpacks the cache's tokenizer into it."""
+    from pipelines.inspect_cache import tokenizer_of
+    from student_train.cache import Cache
+
+    cache = Cache(str(tiny_cache))
+    with small_files(600), pytest.raises(DiskError, match=r"tokenizer.*\.json: cannot be written"):
+        tokenizer_of(cache)

@@ -19,8 +19,9 @@ from hypothesis import strategies as st
 
 from student_train.student import load_student, open_student
 from teacher_cache.errors import KdcliError
+from teacher_cache.model_files import check_model_files
 from teacher_cache.teachers.backends import open_teacher
-from teacher_cache.teachers.transformers import TeacherSpec, load_processor
+from teacher_cache.teachers.transformers import TeacherSpec, TransformersTeacher, load_processor
 
 Folder = Callable[[], Path]
 
@@ -99,6 +100,8 @@ SIZES = [
     ("image_token_id", "many"),
     ("vision_feature_layer", "last"),
     ("dtype", "load"),
+    ("dtype", "auto"),
+    ("dtype", {"": "bfloat16"}),
     ("text_config.torch_dtype", "nn"),
 ]
 
@@ -155,6 +158,24 @@ def test_what_leads_elsewhere(folder: Path, file: str, key: str, value: Any, mon
 def test_known_ways_of_attention_are_taken(folder: Path, value: str | None) -> None:
     edit(folder / "config.json", _attn_implementation=value, **{"text_config._attn_implementation": value})
     load_processor(TeacherSpec(str(folder), device="cpu"))
+
+
+@pytest.mark.parametrize("key", ["_attn_implementation", "text_config._attn_implementation", "attn_implementation"])
+def test_the_attention_that_was_asked_for_counts(folder: Path, key: str) -> None:
+    """Published folders name flash attention, whose package not every machine has."""
+    edit(folder / "config.json", **{key: "flash_attention_2"})
+    assert load_student(str(folder), "sdpa")[0].config._attn_implementation == "sdpa"
+    spec = TeacherSpec(str(folder), dtype="float32", device="cpu", attn_implementation="eager")
+    teacher = TransformersTeacher(spec, *load_processor(spec))
+    assert teacher.model.config.text_config._attn_implementation == "eager"
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [("_attn_implementation", {"": "sdpa", "text_config": "eager"}), ("torch_dtype", "auto")]
+)
+def test_plain_words_of_published_folders(folder: Path, key: str, value: Any) -> None:
+    edit(folder / "config.json", **{key: value})
+    check_model_files("model", str(folder))
 
 
 def test_what_was_trusted_is_obeyed(folder: Path) -> None:

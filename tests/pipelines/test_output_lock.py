@@ -84,6 +84,18 @@ def test_within_one_process(tmp_path: Path) -> None:
     hold(tmp_path)
 
 
+@pytest.mark.parametrize("kind", ["a file", "a link to nothing", "a name too long", "no name"])
+def test_a_folder_that_cannot_be_made_is_one_line(kind: str, tmp_path: Path) -> None:
+    place = tmp_path / {"a name too long": "a" * 300, "no name": "a\0b"}.get(kind, "run")
+    if kind == "a file":
+        place.write_text("mine")
+    if kind == "a link to nothing":
+        place.symlink_to("nowhere")
+    with pytest.raises(KdcliError, match="name another place") as caught, alone(place, "train-student", "--output-dir"):
+        pass
+    assert "\n" not in str(caught.value)
+
+
 def test_an_odd_lock_file_is_one_line(tmp_path: Path) -> None:
     for text in ("", "no json", "[]", "\0" * 600, json.dumps({"what": "\x1b[31m" * 200})):
         (tmp_path / NAME).write_text(text)

@@ -144,6 +144,20 @@ HOSTILE = {
     "generation": "{% for i in range(100000) %}{% generation %}{{ messages[1] | string * 1000 }}{% endgeneration %}{% endfor %}",
     "depth": "{{ " + "(" * 3000 + "1" + ")" * 3000 + " }}",
     "length": "a" * (2 << 20),
+    "a width behind a key": "{{ '%(a)999999999d' % {'a': 1} }}",
+    "many widths": "{{ ('%99999d' * 10000) % ((1,) * 10000) }}",
+    "many widths of str.format": "{{ ('{0:99999}' * 10000).format(1) }}",
+    "a tuple of texts": "{% set a = 'x' * 3900000 %}{% if (" + "a ~ '0'," * 300 + ") %}{% endif %}",
+    "arguments": "{% set a = 'x' * 3900000 %}{{ dict(" + ",".join(f"k{i}=a ~ '0'" for i in range(200)) + ") }}",
+    "parts in a list": "{% set a = 'x' * 3900000 %}{% set b = [" + "a[1:]," * 300 + "] %}",
+    "parts of a list": "{% set a = [1] * 400000 %}{% set b = [" + "a[1:]," * 300 + "] %}",
+    "sums of lists": "{{ ([['a'] * 100] * 3000) | sum(start=[]) | length }}",
+    "groups": "{{ (messages * 9999) | groupby('x', default='y' * 100000) | string | length }}",
+    "attributes": "{{ messages * 999 | sort(attribute='role,' * 9999) }}{{ (messages * 999) | sort(attribute='role,' * 9999) }}",
+    "indent of tojson": "{{ ([[[[1]]]] * 1000) | tojson(indent='x' * 100000) | length }}",
+    "separators": "{{ ([1] * 100000) | tojson(separators=('x' * 100000, 'y')) | length }}",
+    "an encoding": "{{ ('é' * 300000).encode('idna') }}",
+    "written in pieces": "{% set a = 'ß' * 3900000 %}" + "{{ a | upper }}" * 60,
     "filters of filters": "{% for i in range(100000) %}{{ messages | tojson | length }}{% endfor %}" * 9,
 }
 
@@ -161,6 +175,39 @@ def test_hostile_templates_end(name: str) -> None:
     assert said and "MemoryError" not in said
     assert time.thread_time() - started < 4
     assert (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - largest) * 1024 < 400e6
+
+
+BIG = "{% set a = 'a' * 3900000 %}{% set b = 'a' * 2000000 ~ 'b' %}{% set l = [1] * 400000 %}"
+SLOW = {
+    "in a loop": BIG + "{% for i in range(99999) %}{% if b in a %}{% endif %}{% endfor %}",
+    "in few turns": BIG + "{% for i in 'xy' %}" * 16 + "{% if b in a %}{% endif %}" + "{% endfor %}" * 16,
+    "in a straight line": BIG + "{{ b in a }}" * 9999,
+    "in a macro": BIG + "{% macro f(n) %}{{ b in a }}{{ f(n) }}{% endmacro %}" + "{% if f(1) %}{% endif %}" * 999,
+    "equal": BIG + "{% set c = 'a' * 3900000 %}" + "{{ a == c }}" * 9999,
+    "parts": BIG + "{% for i in range(99999) %}{% if l[1:] == 1 %}{% endif %}{% endfor %}",
+    "find": BIG + "{% for i in range(99999) %}{% set x = a.find('b') %}{% endfor %}",
+    "find backwards": BIG + "{{ a.rfind('b' ~ 'a' * 99999) }}",
+    "isalpha": BIG + "{% for i in range(99999) %}{% if a.isalpha() %}{% endif %}{% endfor %}",
+    "a test": BIG + "{{ a is lower }}" * 9999,
+    "sort": "{% for i in range(1000) %}{% set x = range(99999) | list | sort(reverse=true) %}{% endfor %}",
+    "max": BIG + "{{ a[:99999] | max }}" * 999,
+    "float": BIG + "{{ a | float }}" * 9999,
+    "the item before": "{% for c in 'x' * 999999 %}{{ loop.previtem is defined }}{% if loop.changed(c) %}{% endif %}{% endfor %}",
+    "a recursive loop": BIG
+    + "{% for i in [1] recursive %}{% if b in a %}{% endif %}{{ loop(range(999)) if loop.depth < 9 }}{% endfor %}",
+}
+
+
+@pytest.mark.parametrize("name", SLOW)
+def test_slow_templates_are_seen_wherever_their_time_goes(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bounded_templates, "SECONDS", 0.3)
+    with bounded():
+        render_jinja_template([TALK], chat_template="{{ 1 }}")
+    chat_template_utils._compile_jinja_template(SLOW[name])
+    started = time.thread_time()
+    with pytest.raises(bounded_templates.TooMuch):
+        render(SLOW[name])
+    assert time.thread_time() - started < 1.5
 
 
 def test_outside_of_the_bounds_nothing_is_counted() -> None:
