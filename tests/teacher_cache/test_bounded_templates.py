@@ -13,7 +13,7 @@ from transformers.utils import chat_template_utils
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from teacher_cache import bounded_templates
-from teacher_cache.bounded_templates import BoundedEnvironment, bounded
+from teacher_cache.bounded_templates import BoundedEnvironment, bounded, counting
 
 TALK = [
     {"role": "system", "content": "Be brief & <b>."},
@@ -200,7 +200,7 @@ SLOW = {
 
 @pytest.mark.parametrize("name", SLOW)
 def test_slow_templates_are_seen_wherever_their_time_goes(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bounded_templates, "SECONDS", 0.3)
+    monkeypatch.setattr(counting, "SECONDS", 0.1)
     with bounded():
         render_jinja_template([TALK], chat_template="{{ 1 }}")
     chat_template_utils._compile_jinja_template(SLOW[name])
