@@ -203,6 +203,8 @@ def misfit_of_scores(body: Any) -> str:
     if "families" in body:
         return misfit_of_result(body)
     for name, value in body.items():
+        if value == []:
+            return f"the result {name[:80]!r} is an empty list"
         for one in value if isinstance(value, list) else [value]:
             if wrong := misfit_of_result(one, f"the result {name[:80]!r}"):
                 return wrong

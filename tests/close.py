@@ -26,3 +26,8 @@ def assert_all_close(ours: Sequence[torch.Tensor], theirs: Sequence[torch.Tensor
     size = max(float(one.detach().abs().max()) for one in theirs if one.numel())
     for number, (one, other) in enumerate(zip(ours, theirs, strict=True)):
         assert_close(one, other, rel, size, f"tensor {number}")
+
+
+def equal_tensors(ours: torch.Tensor, theirs: torch.Tensor) -> bool:
+    """Whether all entries are the same; NaN, which stands for what is not stored, is as NaN."""
+    return ours.shape == theirs.shape and bool(torch.isclose(ours, theirs, rtol=0, atol=0, equal_nan=True).all())

@@ -47,10 +47,9 @@ def compare(folder: str, rows: Path) -> dict[str, Any]:
     trusted = "auto_map" in json.loads((Path(folder) / "config.json").read_text())
     described = json.loads((rows / "rows.json").read_text())
     pictured = any(row["images"] for row in described)
-    reader, network = (
-        (AutoProcessor, AutoModelForImageTextToText) if pictured else (AutoTokenizer, AutoModelForCausalLM)
-    )
-    processor = reader.from_pretrained(folder, trust_remote_code=trusted)
+    reading = (AutoProcessor if pictured else AutoTokenizer).from_pretrained
+    network = AutoModelForImageTextToText if pictured else AutoModelForCausalLM
+    processor = reading(folder, trust_remote_code=trusted)
     model = network.from_pretrained(folder, trust_remote_code=trusted, dtype=torch.float32, use_safetensors=True).eval()
     expected = load_file(rows / "expected.safetensors")
     found: dict[str, Any] = {"rows": len(described), "tokens": [], "difference": 0.0, "largest": 0.0}

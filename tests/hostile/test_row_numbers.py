@@ -79,7 +79,7 @@ CHANGES: dict[str, tuple[str, Callable[[dict[str, bytes]], Any], str]] = {
     ),
     "more ids than values": ("vision_topk", tensors(lambda t: t.update(log_probs=t["log_probs"][:, :3])), "columns of"),
     "a column for one row": ("response_topk", tensors(lambda t: t.update(log_z=t["log_z"][:1])), "columns of shapes"),
-    "a cosine too many": ("affinity", tensors(lambda t: t.update(cosine=t["cosine"][None])), "3 dimensions"),
+    "a cosine too many": ("affinity", tensors(lambda t: t.update(cosine=t["cosine"][None])), "columns, .* are named"),
     "another part": ("samples", other_part, "its part 'elsewhere' is not the shard's"),
 }
 

@@ -28,6 +28,7 @@ from teacher_cache.shards.commit import read_commit
 from teacher_cache.shards.storage import Storage
 from teacher_cache.sources import DataSpec
 from teacher_cache.teachers.transformers import TeacherSpec
+from tests.close import equal_tensors
 
 FIELDS = ["affinity", "relation", "response_hidden", "response_topk", "vision_hidden", "vision_topk"]
 
@@ -61,7 +62,7 @@ def same(ours: CachedRow, theirs: CachedRow) -> bool:
     """Equal samples, tokens, layouts and decoded fields (those that ``ours`` has)."""
     pairs = list(zip(leaves(ours.text), leaves(theirs.text)))
     pairs += [pair for name in ours.fields for pair in zip(leaves(ours.fields[name]), leaves(theirs.fields[name]))]
-    equal = all(torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b for a, b in pairs)
+    equal = all(equal_tensors(a, b) if isinstance(a, torch.Tensor) else a == b for a, b in pairs)
     return equal and (ours.key, ours.sample, ours.layout) == (theirs.key, theirs.sample, theirs.layout)
 
 

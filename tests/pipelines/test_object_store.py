@@ -73,7 +73,7 @@ def test_a_prefix_means_itself(name: str, tmp_path: Path) -> None:
     file.write_bytes(b"tar")
     storage.put_file(file, "data/x.tar")
     assert storage.put_new("commits/0.json", b"1") and not storage.put_new("commits/0.json", b"2")
-    assert storage.read_all(["commits/0.json", "data/x.tar"]) == [b"1", b"tar"]
+    assert list(storage.read_each(["commits/0.json", "data/x.tar"])) == [b"1", b"tar"]
     assert storage.read_ranges([("data/x.tar", 1, 3)]) == [b"ar"] and storage.size("data/x.tar") == 3
     assert storage.files("") == ["commits/0.json", "data/x.tar"] and storage.names("data") == ["x.tar"]
     with storage.local_copy("data/x.tar") as copy:

@@ -15,7 +15,7 @@ import pytest
 
 ROOT = Path(__file__).parents[3]
 COMMAND = """
-import multiprocessing, os, sys, time
+import multiprocessing, os, signal, sys, time
 from pathlib import Path
 from pipelines.executors import local
 from teacher_cache import stopping
@@ -53,6 +53,8 @@ def task(shard):
     return shard
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # tests in the background ignore it, and so would we
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
     multiprocessing.current_process()._config["semprefix"] = f"/of-{os.getpid()}"  # of the names of semaphores
     with stopping.listening():
         try:

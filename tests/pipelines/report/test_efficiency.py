@@ -56,6 +56,6 @@ def test_a_trained_run_says_everything(em_kd_run, tiny_cache):
 @pytest.mark.parametrize("header", [b"{", b"[]", b'{"a": {"dtype": "F32"}}'])
 def test_a_damaged_model_is_named(tmp_path, header):
     (tmp_path / "model.safetensors").write_bytes(struct.pack("<Q", len(header)) + header)
-    with pytest.raises(KdcliError, match=r"model.safetensors: no safetensors file"):
+    with pytest.raises(KdcliError, match=r"model.safetensors: (not JSON|it must be|it.a.shape)"):
         parameters(tmp_path)
     assert parameters(tmp_path / "none") is None
