@@ -204,6 +204,7 @@ def preflight(
     from pipelines.preflight.run import preflight as run
     from pipelines.run_records import finite
     from pipelines.settings import FILE, override
+    from teacher_cache.places import place_of
 
     settings = load(config)
     specs = data_specs(data, **take(asked, EACH_PART)) or settings.data
@@ -214,6 +215,7 @@ def preflight(
     )
     settings = replace(settings, capture=capture, train=train_settings(settings.train, student, trust_remote_code))
     kd_file = Path(config or FILE) if write else None
+    place_of(str(asked["out"]), "--out")  # before the teacher is looked at
     tried = default_methods(spec) if methods is None else split(methods) or ()
     request = PreflightRequest(spec, specs, settings, tried, kd_file=kd_file, **asked)
     with report.preflight_progress(console()) as progress:

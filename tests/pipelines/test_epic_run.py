@@ -57,7 +57,7 @@ def test_broken_off_and_run_again_ends_with_the_same_bits(
     card = json.loads((tmp_path / "quiet/run.json").read_text())["stages"][0]
     assert knobs.items() <= card["knobs"].items() and card["fields"] == {"self_teacher": []}
     lines = [json.loads(line) for line in (tmp_path / "quiet/01-DFT/metrics.jsonl").read_text().splitlines()]
-    assert lines[0]["loss/self"] >= 0 and all(line["loss/self"] > 1e-5 for line in lines[-2:])
+    assert lines[0]["loss/self"] > -1e-6 and all(line["loss/self"] > 1e-5 for line in lines[-2:])
 
 
 def test_two_processes(tiny_cache: Path, tiny_student: Path, tmp_path: Path) -> None:
@@ -71,7 +71,8 @@ def test_two_processes(tiny_cache: Path, tiny_student: Path, tmp_path: Path) -> 
     done = subprocess.run([*launch, *line], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr[-3000:]
     lines = [json.loads(one) for one in (tmp_path / "run/01-DFT/metrics.jsonl").read_text().splitlines()]
-    assert len(lines) == 3 and all(one["loss/self"] > 0 and one["grad_norm"] > 0 for one in lines)
+    assert len(lines) == 3 and all(one["grad_norm"] > 0 for one in lines)
+    assert abs(lines[0]["loss/self"]) < 1e-6 and all(one["loss/self"] > 1e-5 for one in lines[1:])  # both passes begin alike
 
 
 def test_trained_with_one_operator_asked_under_others(
