@@ -39,6 +39,8 @@ def rich_cache(
             params = {
                 name: {**given, "k": k} if "k" in given else given for name, given in request.field_params.items()
             }
+            if "affinity" in request.settings.fields:  # it serves both values of em-kd's knob
+                params["affinity"] = {**params.get("affinity", {}), "text": "all"}
             capture(replace(request, field_params=params))
             made[codec, k, fields] = out
         return made[codec, k, fields]
