@@ -72,7 +72,9 @@ def test_two_processes(tiny_cache: Path, tiny_student: Path, tmp_path: Path) -> 
     assert done.returncode == 0, done.stderr[-3000:]
     lines = [json.loads(one) for one in (tmp_path / "run/01-DFT/metrics.jsonl").read_text().splitlines()]
     assert len(lines) == 3 and all(one["grad_norm"] > 0 for one in lines)
-    assert abs(lines[0]["loss/self"]) < 1e-6 and all(one["loss/self"] > 1e-5 for one in lines[1:])  # both passes begin alike
+    assert abs(lines[0]["loss/self"]) < 1e-6 and all(
+        one["loss/self"] > 1e-5 for one in lines[1:]
+    )  # both passes begin alike
 
 
 def test_trained_with_one_operator_asked_under_others(

@@ -113,7 +113,9 @@ def test_a_checkpoint_is_on_the_disk_before_it_has_its_name(tmp_path: Path, told
     (named,) = (number for number, one in enumerate(told) if one == "name new/checkpoints/step-0000001")
     draft = "sync new/checkpoints/.draft-0000001"
     before = told[:named]
-    assert [one for one in before if one.startswith(f"{draft}/shard-")] and any(one.startswith(f"{draft}/.state.json.draft") for one in before)
+    synced = [one.removeprefix(draft) for one in before if one.startswith(draft)]
+    assert [one for one in synced if one.startswith("/shard-")]
+    assert [one for one in synced if one.startswith("/.state.json.draft")]
     assert before[-1] == draft and told[named + 1] == "sync new/checkpoints"
     assert {"sync ", "sync new"} <= set(before), "the folders above, which are new, too"
 
