@@ -44,7 +44,7 @@ def open_stage(
         served: in place of the fields that the plan would read.
     """
     settings = TrainSettings(
-        student="benchmark",
+        student="",  # it is made here, and has no folder
         per_device_train_batch_size=batch,
         learning_rate=1e-5,
         dataloader_num_workers=workers,
