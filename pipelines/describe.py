@@ -233,14 +233,15 @@ def lost_files(storage: Storage, names: Iterable[str]) -> list[str]:
         CacheError: a description or a receipt is damaged.
     """
     found: list[str] = []
-    for name in names:
-        body = unseal(storage.read(field_path(name)), f"{storage}/{field_path(name)}")
+    bodies = [unseal(storage.read(field_path(name)), f"{storage}/{field_path(name)}") for name in names]
+    for body in bodies:
         folder, head = body["teacher_folder"], body.get("head_sha256")
         files = [body[role]["path"] for role in CALIBRATION_ROLES if body.get(role)]
         files += [f"{folder}/{HEAD}"] if head else []
         found += [path for path in files if not is_whole(storage, path)]
         if head and said_of(storage, f"{folder}/head.json") != {"head_sha256": head}:
             found.append(f"{folder}/head.json")
+    for folder in dict.fromkeys(body["teacher_folder"] for body in bodies):  # most often one
         promised = said_of(storage, f"{folder}/processor.json")
         there = storage.sizes(f"{folder}/processor", promised or ())
         found += [f"{folder}/processor.json"] if promised is None else []
