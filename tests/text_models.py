@@ -71,18 +71,6 @@ def build_text_folder(
     return folder
 
 
-def fewer_layers(teacher: Path, folder: Path, layers: int) -> Path:
-    """A student that begins as some of its teacher's layers, evenly spread; everything else is the teacher's."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    from benchmarks.text_student import with_fewer_layers
-
-    model = AutoModelForCausalLM.from_pretrained(teacher, dtype=torch.float32)
-    with_fewer_layers(model, layers).save_pretrained(folder)
-    AutoTokenizer.from_pretrained(teacher).save_pretrained(folder)
-    return folder
-
-
 def write_rows(file: Path, rows: int = 40, seed: int = 0) -> Path:
     """Messages jsonl: little questions with an answer each, some with a system turn or a second exchange."""
     from pipelines.demo.text_turns import text_turn

@@ -13,6 +13,7 @@ from click.testing import CliRunner
 from safetensors.torch import load_file
 
 import cli
+from benchmarks.text_student import write_student
 from pipelines.cache_teacher import capture
 from pipelines.capture_shards import CaptureRequest
 from pipelines.edit_cache import add_fields
@@ -26,7 +27,7 @@ from teacher_cache.errors import CompatibilityError, KdcliError
 from teacher_cache.sources import DataSpec
 from teacher_cache.teachers.transformers import TeacherSpec
 from tests.pipelines.test_processes import command, torchrun
-from tests.text_models import build_text_folder, fewer_layers, write_rows
+from tests.text_models import build_text_folder, write_rows
 
 ROWS = 36
 
@@ -36,7 +37,7 @@ def here(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with ``teacher`` (three layers), ``student`` (two of them) and ``rows.jsonl``."""
     folder = tmp_path_factory.mktemp("text")
     build_text_folder(folder / "teacher", layers=3)
-    fewer_layers(folder / "teacher", folder / "student", 2)
+    write_student(folder / "teacher", folder / "student", 2)
     write_rows(folder / "rows.jsonl", ROWS)
     return folder
 
@@ -78,7 +79,7 @@ def test_from_the_teacher_to_a_student_that_answers_and_stops(tmp_path: Path) ->
         made = train(str(tmp_path / "rows"), "sft", settings_of(tmp_path / "start", tmp_path / "sft", **learn))
         teacher = Path(made["model"])
         capture(request_of(tmp_path, tmp_path / "cache", str(teacher), shards=1))
-        fewer_layers(teacher, tmp_path / "student", 2)
+        write_student(teacher, tmp_path / "student", 2)
         made = train(str(tmp_path / "cache"), "kd", settings_of(tmp_path / "student", tmp_path / "kd", **learn))
     assert [one["stage"] for one in made["stages"]] == ["DFT"]
     for folder in (teacher, tmp_path / "kd"):

@@ -14,9 +14,10 @@ from typing import Any
 import pytest
 import torch
 
+from benchmarks.text_student import write_student
 from tests.close import assert_all_close
 from tests.student_train.test_truth_baselines import CASES
-from tests.text_models import build_text_folder, fewer_layers, write_rows
+from tests.text_models import build_text_folder, write_rows
 
 ROWS = 14
 LAST = ("kd", "minillm", "skew", "jsd", "kd, T=2")
@@ -40,7 +41,7 @@ def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     kind, tied = PAIRS[request.param]
     folder = tmp_path_factory.mktemp(kind)
     teacher = build_text_folder(folder / "teacher", kind, width=48, layers=3, tied=tied)
-    student = fewer_layers(teacher, folder / "student", 2)
+    student = write_student(teacher, folder / "student", 2)
     rows = write_rows(folder / "rows.jsonl", ROWS)
     capture(
         CaptureRequest(
