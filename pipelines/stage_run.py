@@ -31,7 +31,7 @@ from teacher_cache import stopping
 from teacher_cache.errors import KdcliError, naming_full_disk
 from teacher_cache.plan import content_hash
 from teacher_cache.shards.disk_cache import DiskCache
-from teacher_cache.shards.storage import sync_folder
+from teacher_cache.shards.local_disk import sync_folder
 from teacher_cache.stopping import Stopped
 
 OnStep = Callable[[str, int, int, StepResult], None]
@@ -55,7 +55,7 @@ class Run:
     """One command in its folder, which it holds alone.
 
     Attributes:
-        say: gets notes. there: what each stage's folder holds.
+        say: gets notes. there: what each stage's folder holds. rows: of the stages to come, whose commits are read.
         start: hash of what the next stage begins with; before: the finished stages so far, as the next one remembers them.
     """
 
@@ -67,11 +67,19 @@ class Run:
     say: Callable[[str], None]
     start: str = ""
     there: dict[str, Found | None] = field(default_factory=dict)
+    rows: dict[str, CachedRows] = field(default_factory=dict)
     before: list[dict[str, Any]] = field(default_factory=list)
 
     def rows_of(self, plan: StagePlan) -> CachedRows:
-        coded = self.processes.device.type != "cpu"  # on a CPU the loader processes make the numbers, beside the step
-        return CachedRows(self.cache, plan.parts, plan.served.names, local_cache(plan.settings), coded)
+        """What a stage reads, opened once."""
+        name = plan.folder(self.output).name
+        if name not in self.rows:
+            coded = (
+                self.processes.device.type != "cpu"
+            )  # on a CPU the loader processes make the numbers, beside the step
+            disk = local_cache(plan.settings)
+            self.rows[name] = CachedRows(self.cache, plan.parts, plan.served.names, disk, coded)
+        return self.rows[name]
 
     def prepare(self, plans: list[StagePlan], student: str) -> None:
         """Every stage against what its folder holds; behind that, the first writes: ``run.json``."""
@@ -104,7 +112,7 @@ class Run:
     def stage(self, plan: StagePlan, model_id: str) -> dict[str, Any]:
         """Train one stage, or find it done. Its folder holds metrics, checkpoints, and the model as a Hugging Face folder."""
         folder, there = plan.folder(self.output), self.there[plan.folder(self.output).name]
-        rows = self.rows_of(plan)
+        rows = self.rows.pop(folder.name)
         check_local_cache(rows, plan.settings)
         world = self.processes.world
         started, total, global_batch = settled_budget(plan, sum(rows.counts), world, there.identity if there else None)

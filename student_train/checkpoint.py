@@ -25,8 +25,8 @@ from student_train.distributed import Processes
 from student_train.whole import FILES, damage, make_folder, read_card, sums, unreadable, write_sealed
 from teacher_cache.errors import KdcliError
 from teacher_cache.plan import difference
+from teacher_cache.shards.local_disk import sync_folder
 from teacher_cache.shards.schema import COUNT
-from teacher_cache.shards.storage import sync_folder
 
 # What one process is told of every checkpoint, and by a thread: there is nothing to do about it.
 warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)

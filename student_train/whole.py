@@ -14,9 +14,10 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from teacher_cache.errors import CacheError, KdcliError
+from teacher_cache.shards import local_disk
+from teacher_cache.shards.local_disk import sync_file, sync_folder
 from teacher_cache.shards.schema import misfit
 from teacher_cache.shards.sealed import SEAL, seal, unseal
-from teacher_cache.shards.storage import sync_folder
 from teacher_cache.whole_file import naming_file, write_whole
 
 Sums = Mapping[str, Any]
@@ -34,10 +35,7 @@ def make_folder(folder: Path) -> None:
     if "\0" in str(folder):
         raise KdcliError(f"{str(folder)!r}: no folder has such a name: name another place")
     with naming_file(folder):
-        missing = [one for one in (folder, *folder.parents) if not one.exists()]
-        folder.mkdir(parents=True, exist_ok=True)
-        for one in missing:
-            sync_folder(one.parent)
+        local_disk.make_folder(folder)
 
 
 def write_sealed(path: Path, body: Mapping[str, Any]) -> None:
@@ -48,8 +46,7 @@ def sync_files(folder: Path) -> None:
     """Every file below ``folder``, and the folders themselves, to the disk."""
     for path, _, names in os.walk(folder):
         for name in names:
-            with open(os.path.join(path, name), "rb") as written:
-                os.fsync(written.fileno())
+            sync_file(Path(path, name))
         sync_folder(Path(path))
 
 
@@ -136,10 +133,19 @@ def read_done(stage: Path) -> dict[str, Any]:
 
 
 def finished_damage(stage: Path, done: Mapping[str, Any]) -> str:
-    """What is wrong with the model (and the maps) that a finished stage left; "" where nothing is."""
-    if FILES in done:
-        return damage(stage, done[FILES])
-    return model_unreadable(stage / "model")  # of a version without sums
+    """What is wrong with the model (and the maps) that a finished stage left; "" where nothing is.
+
+    What was found whole is not read again by the same process while sizes and times stay.
+    """
+    if FILES not in done:  # of a version without sums
+        return model_unreadable(stage / "model")
+    known = (stage.absolute(), *_times(stage, done[FILES]))
+    if known in _whole:
+        return ""
+    wrong = damage(stage, done[FILES])
+    if not wrong:
+        _whole.add(known)
+    return wrong
 
 
 def added_files(stage: Path, done: Mapping[str, Any]) -> list[str]:
@@ -179,8 +185,7 @@ def unreadable(weights: Iterable[Path]) -> str:
 def check_model(model: Path) -> None:
     """Before a model is read that a stage of a run left: KdcliError where it is not what was written.
 
-    A folder without such a stage around it, or finished by a version without sums, passes unseen. What was found whole is not read
-    again by the same process while sizes and times stay.
+    A folder without such a stage around it, or finished by a version without sums, passes unseen.
     """
     stage = model.absolute().parent
     if model.absolute().name != "model" or not (stage / DONE_FILE).is_file():
@@ -188,10 +193,7 @@ def check_model(model: Path) -> None:
     done = read_done(stage)
     if FILES not in done:
         return
-    known = (stage, *_times(stage, done[FILES]))
-    if known in _whole:
-        return
-    if wrong := damage(stage, done[FILES]):
+    if wrong := finished_damage(stage, done):
         raise KdcliError(
             f"{stage}: {wrong}: restore it, or run the same `kdcli train-student` again, which makes it again from the last checkpoint; "
             "what you changed yourself belongs into a copy outside of the run"
@@ -200,7 +202,6 @@ def check_model(model: Path) -> None:
         raise KdcliError(
             f"{stage}: the stage did not write {', '.join(added[:3])}: move that away, or use a copy of the folder"
         )
-    _whole.add(known)
 
 
 _whole: set[Any] = set()
