@@ -49,8 +49,8 @@ class Group(TourGroup):
             if not out_of_memory(error):
                 raise
             raise click.ClickException(
-                f"out of memory ({one_line(error)[:200] or 'MemoryError'}): work in smaller batches, with fewer processes, or on a machine "
-                "with more; what is written stays"
+                f"out of memory ({one_line(error)[:200] or 'MemoryError'}): use smaller batches, fewer processes, or a machine with "
+                "more memory; written files are kept"
             ) from None
 
 
@@ -70,11 +70,12 @@ COMMANDS = (
 )
 @click.version_option(package_name="kdcli")
 def main() -> None:
-    """Run the multimodal teacher once, write down what students need, train as many students as you like from disk.
+    """Distil multimodal language models: run the teacher once, cache its signals on disk, train any number of students from them.
 
     \b
-    Every command has -h, with an example. What a kd.toml says (`kdcli init` writes one), flags say otherwise.
-    Long commands continue when they are run again.
+    `kdcli COMMAND -h` shows a command's options and an example.
+    Settings come from kd.toml (`kdcli init` writes one); flags override kd.toml.
+    Run a long command again to continue it.
     """
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -22,7 +22,7 @@ from teacher_cache.errors import CacheError
 from teacher_cache.fields import Field, decode_records, open_field
 from teacher_cache.plan import read_plan
 from teacher_cache.records import ImageLayout, Sample, TextTokens
-from teacher_cache.samples import decode_sample
+from teacher_cache.samples import TEXT, decode_sample
 from teacher_cache.shards.commit import Commit, committed_shards
 from teacher_cache.shards.disk_cache import DiskCache
 from teacher_cache.shards.reader import ColumnReader, Recent
@@ -153,10 +153,7 @@ class Cache:
         """Shards of these parts; CacheError listing the parts where one is unknown."""
         unknown = [part for part in parts if part not in self.parts()]
         if unknown:
-            raise CacheError(
-                f"{self.storage}: no part {', '.join(unknown)}; it has {', '.join(self.parts())}: name a stage's parts in kd.toml, "
-                f"e.g. [stages.SFT] parts = [{self.parts()[0]!r}], or leave the stage out with --stages"
-            )
+            raise CacheError(f"{self.storage}: no part {', '.join(unknown)}; it has {', '.join(self.parts())}")
         wanted = set(parts)
         return [number for number, one in enumerate(self.plan.slices) if one.part in wanted]
 
@@ -178,7 +175,7 @@ class Cache:
         file = {"path": f"{body['teacher_folder']}/head.safetensors", "sha256": body["head_sha256"]}
         weight = read_tensors(self.storage, file, field).get("weight")
         if weight is None or weight.ndim != 2:
-            raise CacheError(f"{self.storage}: {file['path']} is no head: run `kdcli cache verify`")
+            raise CacheError(f"{self.storage}: {file['path']} is not a head: run `kdcli cache verify`")
         check_head(weight, body["teacher"], body["teacher"].get("hidden_size"), f"{self.storage}: {file['path']}")
         return weight
 
@@ -205,10 +202,13 @@ class Cache:
         tensors = read_tensors(self.storage, self.fields[field].get("low_rank_head"), field)
         weight, bias = tensors.get("weight"), tensors.get("bias")
         if weight is None or bias is None or weight.ndim != 2 or bias.shape != weight.shape[:1]:
-            raise CacheError(f"{self.storage}: the low-rank head of field {field} is none: run `kdcli cache verify`")
+            raise CacheError(
+                f"{self.storage}: the low-rank head of field {field} is not a head: run `kdcli cache verify`"
+            )
         place = f"{self.storage}: the low-rank head of field {field}"
-        check_head(weight, self.fields[field]["teacher"], getattr(self.open_field(field), "rank", None), place)
-        return LowRankHead(weight, bias)
+        opened = self.open_field(field)
+        check_head(weight, self.fields[field]["teacher"], getattr(opened, "rank", None), place)
+        return LowRankHead(weight, bias, opened.params.get("step"))
 
 
 def read_receipt(storage: Storage, path: str) -> dict[str, str]:
@@ -252,7 +252,9 @@ class CachedRows:
 
     Args:
         disk: where tars of an object store are kept; None: every row is read from the store.
-        coded: fields that tell the two apart are read, not restored (``records.Coded``): ``TeacherSignals`` has the training device do it.
+        coded: fields that tell the two apart are read, not restored (``records.Coded``): ``TeacherHeads`` has the training device do it.
+        shards: of these parts, the only ones to read; None: all.
+        pictures: False: images come without their bytes, which are not read.
     """
 
     def __init__(
@@ -262,8 +264,12 @@ class CachedRows:
         fields: Sequence[str],
         disk: DiskCache | None = None,
         coded: bool = False,
+        shards: Sequence[int] | None = None,
+        pictures: bool = True,
     ):
-        self.shards, self.coded = cache.shards(parts), coded
+        self.shards = cache.shards(parts) if shards is None else list(shards)
+        self.coded, self._pictures = coded, pictures
+        self._members = {} if pictures else {"samples": TEXT}
         self._storage, self._disk = cache.storage, disk
         self._columns = {name: cache.column(name, disk) for name in ("samples", *fields)}
         self._fields = {name: cache.open_field(name) for name in fields}
@@ -306,7 +312,8 @@ class CachedRows:
         """
         found = self._read_members(places)
         samples = [
-            decode_sample(members["samples"], f"{self._place} shard {shard:06d} {key}") for shard, key, members in found
+            decode_sample(members["samples"], f"{self._place} shard {shard:06d} {key}", self._pictures)
+            for shard, key, members in found
         ]
         fields: list[dict[str, Any]] = [{} for _ in found]
         for name, field in self._fields.items():
@@ -346,14 +353,14 @@ class CachedRows:
         fetched: dict[tuple[str, int, int], bytes] = {}
         if self.remote and not self._disk:
             wanted = [(name, shard, row) for shard, one in zip(shards, rows) for name, row in one.items()]
-            ranges = [self._columns[name].place(shard, row) for name, shard, row in wanted]
+            ranges = [self._columns[name].place(shard, row, self._members.get(name)) for name, shard, row in wanted]
             fetched = dict(zip(wanted, self._storage.read_ranges(ranges)))
         return [
             (
                 shard,
                 self._columns["samples"].entries(shard).key(one["samples"]),
                 {
-                    name: self._columns[name].read(shard, row, fetched.get((name, shard, row)))
+                    name: self._columns[name].read(shard, row, fetched.get((name, shard, row)), self._members.get(name))
                     for name, row in one.items()
                 },
             )
@@ -391,6 +398,11 @@ class CachedRows:
         """Key of a row, without reading it."""
         shard = self.shards[position]
         return self._columns["samples"].entries(shard).key(int(self._join(shard)[row][0]))
+
+    def keys(self) -> Iterator[str]:
+        """Keys of all rows, shard after shard."""
+        for position, count in enumerate(self.counts):
+            yield from (self.key(position, row) for row in range(count))
 
     def _joined(self, position: int) -> np.ndarray:
         """``_join`` of the shard at ``position``; CacheError where its columns do not have the rows that their commits say."""

@@ -43,10 +43,10 @@ def checkpoints(folder: Path) -> list[Path]:
 
 def read_state(path: Path) -> dict[str, Any]:
     """``step``, ``identity`` and what else ``save`` wrote of a checkpoint; KdcliError where its ``state.json`` is damaged."""
-    state = read_card(path / STATE, {"step": COUNT, "identity": dict}, f"remove {path.name} to go on without it")
+    state = read_card(path / STATE, {"step": COUNT, "identity": dict}, f"remove {path.name} to continue without it")
     if path.name != f"step-{state['step']:07d}":
         raise KdcliError(
-            f"{path / STATE}: damaged (it is of step {state['step']}): remove {path.name} to go on without it"
+            f"{path / STATE}: damaged (it is of step {state['step']}): remove {path.name} to continue without it"
         )
     return state
 
@@ -75,11 +75,11 @@ def checkpoint_damage(path: Path) -> str:
     try:
         known = read_state(path).get(FILES)
     except KdcliError:
-        return f"{STATE} is not what was written"
+        return f"{STATE} differs from the written file"
     if known is None:
         return unreadable(path.glob("*.safetensors"))
     added = sorted(one.name for one in path.glob("*.safetensors") if one.name not in known)  # which would be read, too
-    return damage(path, known) or (f"{added[0]} is no part of it" if added else "")
+    return damage(path, known) or (f"{added[0]} does not belong to it" if added else "")
 
 
 class Checkpoints:
@@ -187,7 +187,7 @@ class Checkpoints:
         aside = path.with_name(f".damaged-{path.name}")
         shutil.rmtree(aside, ignore_errors=True)
         path.rename(aside)
-        self.say(f"note: {path} is damaged ({reason}): set aside as {aside.name}, the run goes on from {instead}")
+        self.say(f"note: {path} is damaged ({reason}): set aside as {aside.name}, the run continues from {instead}")
 
     # ---- how
 
@@ -246,7 +246,7 @@ class Checkpoints:
         except Exception as error:  # of safetensors and of torch, each with its own types
             reason = str(error).strip().splitlines() or [type(error).__name__]
             raise KdcliError(
-                f"{path}: damaged checkpoint ({reason[-1]}): remove that folder, the run goes on from the one before"
+                f"{path}: damaged checkpoint ({reason[-1]}): remove that folder, the run continues from the one before"
             ) from None
         trained = self._trained()
         for name, tensor in tensors.items():
@@ -260,7 +260,7 @@ class Checkpoints:
         trained = self._trained()
         weights = {name.removeprefix(WEIGHTS): size for name, size in sizes.items() if name.startswith(WEIGHTS)}
         if weights != {name: parameter.shape for name, parameter in trained.items()}:
-            raise KdcliError(f"{path}: its trainable weights are not those of this student")
+            raise KdcliError(f"{path}: its trainable weights do not match this student")
         targets: dict[str, torch.Tensor] = {WEIGHTS + name: one.detach() for name, one in trained.items()}
         for name, size in sizes.items():
             if name.startswith(OPTIMIZER):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import replace
-from functools import lru_cache, partial
+from functools import cache, partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -18,15 +18,12 @@ from student_train.compressed_processor import compress_processor
 from student_train.compressors import CompressorSpec, Site, compressor_module
 from student_train.config import TrainSettings
 from teacher_cache.errors import CompatibilityError, KdcliError
+from teacher_cache.families import families, family_named, family_of
 from teacher_cache.layout import COMPRESSED
 from teacher_cache.model_load import attending
 from teacher_cache.records import ImageLayout
 
 NONE = "none"
-FAMILIES = {"llava": "LlavaForConditionalGeneration", "llava_next": "LlavaNextForConditionalGeneration"}
-"""``model_type`` → class, of families whose projector a compressor can stand for."""
-ANYRES = "llava_next"
-"""An image is several views, each of which is compressed before they are packed."""
 
 
 def compressor_of(config: Any) -> CompressorSpec | None:
@@ -42,7 +39,7 @@ def compressor_of(config: Any) -> CompressorSpec | None:
     if spec.version != ours:
         raise CompatibilityError(
             f"the student's compressor {spec.name} is of version {spec.version or 1}, this kdcli has {ours or 1}, which reads its weights "
-            "differently: train the student anew, or keep the kdcli that made it"
+            "differently: train the student again, or use the kdcli version that made it"
         )
     return spec
 
@@ -86,7 +83,7 @@ def _settle_fresh(asked: CompressorSpec, config: Any, processor: Any, student: s
             f"compressor {asked.name} reads the student's own feature layer: leave vision_feature_layers out"
         )
     site = site_of(config, processor, student)
-    if module.ELASTIC and config.model_type == ANYRES:
+    if module.ELASTIC and family_of(config).packs_views:
         raise CompatibilityError(
             f"compressor {asked.name} keeps the first tokens of an image, and the tiles of {student} are packed by rows and columns: "
             "use --compressor adaptive_pool"
@@ -103,7 +100,7 @@ def asked_for(settings: TrainSettings, default: str | None = None) -> Compressor
     if name == NONE:
         if count is not None or layers:
             raise KdcliError(
-                f"--compressor {NONE} leaves the student as it is: leave vision_tokens and vision_feature_layers out"
+                f"--compressor {NONE} does not change the student: leave vision_tokens and vision_feature_layers out"
             )
         return None
     if name is None and default is None and count is None and not layers:
@@ -116,10 +113,11 @@ def asked_for(settings: TrainSettings, default: str | None = None) -> Compressor
 
 def site_of(config: Any, processor: Any, student: str) -> Site:
     """CompatibilityError where the student's views are not square grids before a projector (LLaVA-1.5, LLaVA-NeXT)."""
-    if config.model_type not in FAMILIES or config.vision_config.model_type == "pixtral":
+    if not family_of(config).compressible(config):
+        fitting = [name for one in families() if one.stock_class for name in one.model_types]
         raise CompatibilityError(
             f"{student} is of family {config.model_type}: compressors need a LLaVA-1.5 or LLaVA-NeXT type student (square views, "
-            f"model_type {' or '.join(FAMILIES)}): use --compressor none"
+            f"model_type {' or '.join(fitting)}): use --compressor none"
         )
     site, patches = site_of_config(config), stock_tokens(processor)
     if patches != site.side**2:
@@ -158,7 +156,7 @@ def install(model: Any, spec: CompressorSpec) -> None:
     setattr(model.config, COMPRESSED, spec.entry())
     if spec.layers:
         model.config.vision_feature_layer = list(spec.layers)
-    if model.config.model_type == ANYRES:
+    if family_of(model.config).packs_views:
         model.model.pack_image_features = packing(model, spec)
 
 
@@ -171,8 +169,8 @@ def packing(model: Any, spec: CompressorSpec) -> Any:
     return partial(type(model.model).pack_image_features, SimpleNamespace(config=coarse))
 
 
-@lru_cache(maxsize=len(FAMILIES))
-def compressed_class(family: str) -> type:
+@cache
+def compressed_class(model_type: str) -> type:
     """The family's class that builds the projector its configuration names: ``from_pretrained`` then finds every weight by name.
 
     It has the stock class's name and module, which decide how transformers names the weights of a folder, and what the folder
@@ -180,7 +178,7 @@ def compressed_class(family: str) -> type:
     """
     import transformers
 
-    stock = getattr(transformers, FAMILIES[family])
+    stock = getattr(transformers, family_named(model_type).stock_class)
 
     def build(self: Any, config: Any) -> None:
         stock.__init__(self, config)
@@ -202,9 +200,7 @@ def load_compressed(model_id: str, spec: CompressorSpec, attn_implementation: st
     )
     missing = sorted(name for name in found["missing_keys"] if "multi_modal_projector" in name)
     if missing:
-        raise KdcliError(
-            f"student {model_id!r} says compressor {spec.name}, but lacks its weights {', '.join(missing)}"
-        )
+        raise KdcliError(f"student {model_id!r} has compressor {spec.name}, but lacks its weights {', '.join(missing)}")
     return model
 
 

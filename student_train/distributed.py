@@ -20,9 +20,9 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from teacher_cache.errors import CompatibilityError
+from teacher_cache.families import family_of
 from teacher_cache.model_kind import decoder_of
 from teacher_cache.parent import end_with_parent
-from teacher_cache.teachers.text_vision import language_model
 
 T = TypeVar("T")
 GRACE = 300.0
@@ -136,7 +136,7 @@ def shard(model: Any, processes: Processes, bf16: bool, layers_stay: bool) -> No
     from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
     try:
-        text = language_model(decoder_of(model.model))
+        text = family_of(model.model.config).language_model(decoder_of(model.model))
     except AttributeError as error:
         raise CompatibilityError(f"{error}: it cannot be sharded, train it without --fsdp") from None
     mesh = init_device_mesh(processes.device.type, (processes.world,))

@@ -7,8 +7,9 @@ from typing import Any, Protocol
 
 import torch
 
+from student_train.head_correction import corrected
 from teacher_cache.records import Sampled, Sketch, TopK
-from teacher_cache.teachers.head import head_logits, log_softmax_in_place, piece_rows
+from teacher_cache.teachers.head import CHUNK_BYTES, chunk_rows, head_logits, log_softmax_in_place, piece_rows
 from teacher_cache.teachers.low_rank import LowRankHead
 
 
@@ -46,6 +47,51 @@ class FullVocabulary(Protocol):
     def log_probs(self, temperature: float = 1.0) -> torch.Tensor:
         """float32 ``[R, V]``: log softmax(logits / temperature)."""
         ...
+
+
+@torch.no_grad()
+def likeliest(teacher: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """The likeliest token of each row, int64 ``[R]``, and its probability at temperature 1, float32 ``[R]``; samples alone know neither."""
+    if hasattr(teacher, "topk"):
+        return teacher.topk.ids[:, 0], teacher.topk.log_probs[:, 0].to(torch.float32).exp()
+    rows = chunk_rows(teacher.head_rows, CHUNK_BYTES)
+    starts = range(0, max(1, len(teacher)), rows)
+    best = [teacher[start : start + rows].log_probs().max(dim=1) for start in starts]
+    return torch.cat([one.indices for one in best]), torch.cat([one.values for one in best]).exp()
+
+
+@dataclass(frozen=True)
+class OfLabels:
+    """What a teacher says of given tokens, rows ``[R]``, at temperature 1, in nats.
+
+    Attributes:
+        likeliest: int64, the likeliest token. log_likeliest: float32, its log-prob.
+        log_probs: float32, of the given tokens. known: bool; where it is False the token is none of the K that are stored, and its log-prob
+            at most this, that of the K-th.
+    """
+
+    likeliest: torch.Tensor
+    log_likeliest: torch.Tensor
+    log_probs: torch.Tensor
+    known: torch.Tensor
+
+
+@torch.no_grad()
+def of_labels(teacher: Any, labels: torch.Tensor) -> OfLabels:
+    """labels: int64 ``[R]``. Samples alone know nothing of them."""
+    if hasattr(teacher, "topk"):
+        ids, log_probs = teacher.topk.ids, teacher.topk.log_probs.to(torch.float32)
+        same = ids == labels[:, None]
+        known = same.any(dim=1)
+        own = torch.where(same, log_probs, -torch.inf).amax(dim=1)
+        return OfLabels(ids[:, 0], log_probs[:, 0], torch.where(known, own, log_probs[:, -1]), known)
+    rows, found = chunk_rows(teacher.head_rows, CHUNK_BYTES), []
+    for start in range(0, max(1, len(teacher)), rows):
+        log_probs = teacher[start : start + rows].log_probs()
+        best = log_probs.max(dim=1)
+        found.append((best.indices, best.values, log_probs.gather(1, labels[start : start + rows, None])[:, 0]))
+    likeliest, log_likeliest, own = map(torch.cat, zip(*found))
+    return OfLabels(likeliest, log_likeliest, own, torch.ones_like(labels, dtype=torch.bool))
 
 
 def is_full(teacher: Distribution) -> bool:
@@ -135,6 +181,11 @@ class HeadAndSketch:
     topk: TopK
     sketch: Sketch
     head: LowRankHead
+
+    @classmethod
+    def of(cls, topk: TopK, sketch: Sketch, head: LowRankHead) -> HeadAndSketch:
+        """Of a sketch as it was stored: what the head says of its error goes into it."""
+        return cls(topk, corrected(sketch, topk, head), head)
 
     @property
     def vocabulary(self) -> int:

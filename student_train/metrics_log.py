@@ -6,12 +6,13 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
 from student_train.distributed import Processes
 from student_train.stream import TrainBatch
+from teacher_cache import stopping
 from teacher_cache.errors import KdcliError
 from teacher_cache.records import ImageLayout
 from teacher_cache.whole_file import naming_file, write_whole
@@ -27,6 +28,8 @@ class StepResult:
     Attributes:
         vision_tokens: that the student read; cached_vision_tokens: that the teacher read of the same images.
         seconds: in the step; data_seconds: that the main process waited for the step's rows before it.
+        weights: of terms that have a schedule. kept: of terms that select, the mean weight of the step's rows.
+        gradients: norms and cosines of the terms' gradients, in the steps that were asked for.
         refused: rows that were left out, since the student's processor does not take them; logged where there are any.
         left_out: a line for each of them that this process met.
         peak_memory_bytes: the most that torch held on the main process's GPU so far; None on a CPU.
@@ -34,9 +37,9 @@ class StepResult:
 
     loss: float
     terms: dict[str, float]
-    grad_norm: float
-    learning_rate: float
-    tokens: int
+    grad_norm: float = 0.0
+    learning_rate: float = 0.0
+    tokens: int = 0
     samples: int = 0
     images: int = 0
     vision_tokens: int = 0
@@ -45,6 +48,9 @@ class StepResult:
     data_seconds: float = 0.0
     peak_memory_bytes: int | None = None
     refused: int = 0
+    weights: dict[str, float] = field(default_factory=dict)
+    kept: dict[str, float] = field(default_factory=dict)
+    gradients: dict[str, float] = field(default_factory=dict)
     left_out: tuple[str, ...] = field(default=(), init=False)
 
     def values(self) -> dict[str, float]:
@@ -53,6 +59,9 @@ class StepResult:
         return {
             "loss": self.loss,
             **{f"loss/{name}": value for name, value in self.terms.items()},
+            **{f"weight/{name}": value for name, value in self.weights.items()},
+            **{f"kept/{name}": value for name, value in self.kept.items()},
+            **self.gradients,
             "grad_norm": self.grad_norm,
             "learning_rate": self.learning_rate,
             **{name: getattr(self, name) for name in SIZES},
@@ -61,6 +70,24 @@ class StepResult:
             **memory,
             **({"refused": self.refused} if self.refused else {}),
         }
+
+
+def summed_result(
+    batches: Sequence[TrainBatch], loss: float, shares: Mapping[str, float], processes: Processes
+) -> tuple[StepResult, bool]:
+    """What all processes did in a step, and whether one of them was asked to stop.
+
+    Args:
+        loss, shares: what this process's micro-batches gave to the loss and to each term.
+    """
+    sizes = read_sizes([one for one in batches if not one.filler])
+    left_out = tuple(line for one in batches for line in one.refused)
+    mine = [loss, float(stopping.asked() > 0), float(len(left_out)), *map(float, sizes.values()), *shares.values()]
+    loss_all, asked, refused, *others = processes.sum(mine)
+    summed: dict[str, Any] = dict(zip(sizes, map(int, others)))
+    result = StepResult(loss_all, dict(zip(shares, others[len(sizes) :])), refused=round(refused), **summed)
+    result.left_out = left_out
+    return result, asked > 0
 
 
 def read_sizes(batches: Sequence[TrainBatch]) -> dict[str, int]:
@@ -115,14 +142,14 @@ class MetricsLog:
             return
         path = self.path = folder / "metrics.jsonl"
         if path.exists() and not path.is_file():
-            raise KdcliError(f"{path} is no file: remove it, and run the same command again")
+            raise KdcliError(f"{path} is not a file: remove it, and run the same command again")
         kept = path.read_bytes().split(b"\n") if path.is_file() else []
         write_whole(path, b"".join(line + b"\n" for line in kept if _step_of(line, first_step) < first_step))
         self.file = path.open("ab")
         self.trackers = open_trackers(first_step)
 
     def write(self, step: int, result: StepResult) -> None:
-        if not self.file or step % self.every:
+        if not self.file or (step % self.every and not result.gradients):
             return
         values = result.values()
         with naming_file(self.path):

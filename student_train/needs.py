@@ -13,6 +13,7 @@ from typing import Any
 from teacher_cache.errors import CompatibilityError
 
 WHATS = (
+    "response_likeliest",
     "response_logits",
     "vision_logits",
     "vision_relation",
@@ -41,7 +42,8 @@ class Need:
         what: ``response_logits`` or ``vision_logits`` (distributions), ``vision_relation`` (Gram matrix of raw vision logits),
             ``vision_raw_logits`` (a matching cost, targets on matched rows), ``vision_text_affinity`` (cosines),
             ``response_hidden`` or ``vision_hidden`` (hidden states themselves), ``text_vision_attention`` (first-layer maps),
-            ``vision_features`` (what the language model is given at vision tokens), or
+            ``vision_features`` (what the language model is given at vision tokens),
+            ``response_likeliest`` (the likeliest token of each response row and its probability: what ``select`` asks for), or
             ``self_teacher`` (the student's own weights in a second pass: no field can hold a teacher that moves with the student).
         direction: ``forward`` (the teacher's mass weighs: KL(p_t‖p_s), cross-entropy) or ``reverse`` (the student's mass weighs: reverse
             and skewed KL, Jensen-Shannon).
@@ -60,7 +62,7 @@ class Need:
 
     def __str__(self) -> str:
         if not self.what.endswith("_logits") or self.what == "vision_raw_logits":
-            return self.what + (" (all text)" if self.text == "all" else "")
+            return self.what + (" (all text)" if self.text == "all" else SPOKEN.get(self.what, ""))
         at = "" if self.temperature == 1.0 else f", T={self.temperature:g}"
         return f"{self.what} ({self.direction}{at})"
 
@@ -100,6 +102,8 @@ def ways(need: Need, codecs: Mapping[str, str]) -> list[Way]:
     hidden, topk, sampled = (f"{kind}_{suffix}" for suffix in ("hidden", "topk", "sampled"))
     codec = codecs.get(hidden)
     found: list[Way] = []
+    if need.what == "response_likeliest" and topk in codecs:
+        found.append(Way((topk,)))
     if need.what == "vision_relation" and "relation" in codecs:
         found.append(Way(("relation",)))
     if codec in EXACT_CODECS:
@@ -123,6 +127,8 @@ ONE_FIELD = {
     "vision_features": "vision_features",
 }
 """Needs that exactly one field serves."""
+SPOKEN = {"response_likeliest": " (for `select`)"}
+"""What stands behind a need where it is named."""
 INEXACT = "inexact"
 """In place of a codec: a top-k whose tail is 1 − Σp and whose log Z is unknown."""
 TOPK_LOSS = {
@@ -134,6 +140,13 @@ TOPK_LOSS = {
 def _sketch_ways(need: Need, hidden: str, topk: str | None) -> list[Way]:
     if need.what == "vision_relation":
         return [Way((hidden,))]
+    if topk is None and need.what == "response_likeliest":
+        return [
+            Way(
+                (hidden,),
+                "the likeliest token of a sketch without its head (top-k), which may be another than the teacher's",
+            )
+        ]
     if topk is None:
         return [Way((hidden,), "a sketch without its head (top-k): `kdcli fidelity` shows the error")]
     if need.temperature == 1.0:

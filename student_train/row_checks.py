@@ -63,7 +63,7 @@ def _misfit(name: str, decoded: Any, params: Mapping[str, Any], teacher: Mapping
         if not 0 <= int(decoded.ids.min()) <= int(decoded.ids.max()) < vocabulary:
             return f"a token beyond the {vocabulary} of the teacher"
         if isinstance(decoded, TopK) and decoded.ids.shape[1] != min(params.get("k", vocabulary), vocabulary):
-            return f"{decoded.ids.shape[1]} entries a row, not {params.get('k')}"
+            return f"{decoded.ids.shape[1]} entries per row, not {params.get('k')}"
     return ""
 
 

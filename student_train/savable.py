@@ -74,7 +74,7 @@ def _named(student: str, what: str) -> Iterator[None]:
         raise
     except Exception as error:  # of whatever transformers and safetensors refuse
         reason = " ".join(str(error).split())[:400] or type(error).__name__
-        raise KdcliError(f"{student}: {what} cannot be saved behind the stage ({reason}): mend it first") from None
+        raise KdcliError(f"{student}: {what} cannot be saved after the stage ({reason}): fix it first") from None
 
 
 def _numbers(model: Any) -> dict[str, torch.Tensor]:

@@ -10,7 +10,7 @@ from teacher_cache.errors import CompatibilityError, KdcliError
 
 @dataclass(frozen=True)
 class Stage:
-    """parts: default mixture parts. trains: module groups (student.MODULES). distils: the method's loss, else plain SFT."""
+    """parts: default mixture parts. trains: module groups (``Family.modules``). distils: the method's loss, else plain SFT."""
 
     name: str
     parts: tuple[str, ...]
@@ -39,7 +39,7 @@ def stages_of_text(stages: Sequence[Stage], asked: bool, student: str) -> list[S
     lost = [stage.name for stage in stages if stage.trains == ("projector",)]
     if lost and asked:
         raise CompatibilityError(
-            f"stage {lost[0]} trains the projector alone, and {student} reads text alone: leave it out of --stages"
+            f"stage {lost[0]} trains the projector alone, and {student} is text-only: leave it out of --stages"
         )
     return [stage for stage in stages if stage.name not in lost]
 

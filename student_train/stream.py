@@ -10,12 +10,12 @@ import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from multiprocessing import resource_tracker
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -23,6 +23,7 @@ from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from student_train.cache import CachedRow, CachedRows
 from student_train.packed import Packed, pack, unpack
+from student_train.row_columns import Column, Weight
 from teacher_cache.batch import Batch, collate
 from teacher_cache.errors import CompatibilityError, KdcliError, SkipRow, one_line
 from teacher_cache.known_text import KnownText
@@ -31,13 +32,47 @@ from teacher_cache.prepare import Preparer
 from teacher_cache.records import ImageLayout, Prepared, TextTokens
 
 BLOCK_SHARDS = 16
-FIXES = {"unknown_token": "resize_token_embeddings and save it, or take the tokenizer that belongs to it"}
+FIXES = {"unknown_token": "resize_token_embeddings and save it, or use its own tokenizer"}
 """By skip reason, where it is not the usual one."""
 OF_THE_PROCESSOR = ("processor_refused", "image_too_large", "images_unread")
 """Reasons to skip a captured row that are the student's own: its processor's, not the run's template or lengths."""
 MOST_REFUSED = 64
 """Rows one after the other: a student that refuses so many refuses its data."""
 CheckLayouts = Callable[[str, tuple[ImageLayout, ...], tuple[ImageLayout, ...]], None]
+
+
+class Positions(Protocol):
+    """Position → (shard index, row), and the blocks of shards that are read together.
+
+    rows: of all shards. ``at`` of a position beyond them begins again.
+    """
+
+    rows: int
+
+    def at(self, position: int) -> tuple[int, int]: ...
+
+    def block_of(self, position: int) -> tuple[int, int]: ...
+
+    def shards_of(self, epoch: int, block: int) -> list[int]: ...
+
+
+class InPlace:
+    """Positions as the rows lie in the cache: what is asked for row by row. Nothing is fetched ahead."""
+
+    def __init__(self, counts: Sequence[int]):
+        self._ends = np.cumsum(np.asarray(counts, dtype=np.int64))
+        self.rows = int(self._ends[-1]) if len(self._ends) else 0
+
+    def at(self, position: int) -> tuple[int, int]:
+        position %= self.rows
+        shard = int(np.searchsorted(self._ends, position, side="right"))
+        return shard, position - (int(self._ends[shard - 1]) if shard else 0)
+
+    def block_of(self, position: int) -> tuple[int, int]:
+        return 0, 0
+
+    def shards_of(self, epoch: int, block: int) -> list[int]:
+        return []
 
 
 class Order:
@@ -99,6 +134,7 @@ class TrainRow:
     fields: dict[str, Any]
     layout: tuple[ImageLayout, ...] = ()
     filler: bool = False
+    columns: Mapping[str, Weight] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -117,6 +153,7 @@ class TrainBatch:
         filler: it counts for nothing: this process has fewer samples in the step than another one, which it must keep pace with, or none
             that the student reads.
         refused: a line for every row that was left out, since the student's processor does not take it.
+        columns: a weight a sample, by the ``Column`` that it is of.
     """
 
     batch: Batch
@@ -127,6 +164,7 @@ class TrainBatch:
     student_layouts: tuple[tuple[ImageLayout, ...], ...] = ()
     filler: bool = False
     refused: tuple[str, ...] = ()
+    columns: Mapping[str, tuple[Weight, ...]] = field(default_factory=dict)
 
 
 class TrainDataset(Dataset):
@@ -137,6 +175,7 @@ class TrainDataset(Dataset):
         same_grid: the vision layout must be the teacher's, token by token. The response token ids must be, where any field is read.
         check_layouts: further demand on (row key, teacher's layout, student's layout), a method's own.
         known_text: the student reads the stored tokens themselves, because its tokenizer and chat template are the teacher's.
+        columns: numbers that every row comes with.
 
     A row that the student's processor refuses is left out (``RefusedRow``); where none of a micro-batch is left, the next row that can be
     read stands in, as a filler.
@@ -145,14 +184,16 @@ class TrainDataset(Dataset):
     def __init__(
         self,
         rows: CachedRows,
-        order: Order,
+        order: Positions,
         preparer: Preparer,
         templates: dict[str, str],
         image_limits: dict[str, int],
         same_grid: bool,
         check_layouts: CheckLayouts | None = None,
         known_text: bool = False,
+        columns: Sequence[Column] = (),
     ):
+        self.columns = columns
         self.rows, self.order, self.preparer, self.templates = rows, order, preparer, templates
         self.image_limits, self.same_grid, self.check_layouts = image_limits, same_grid, check_layouts
         self.known = KnownText(preparer) if known_text else None
@@ -166,18 +207,19 @@ class TrainDataset(Dataset):
 
     def __getitems__(self, positions: Sequence[int]) -> list[TrainRow | RefusedRow]:
         """A micro-batch at once: what a store is asked for its rows it is asked together."""
-        rows = self._read(positions)
+        rows = self.read(positions)
         if any(isinstance(row, TrainRow) for row in rows):
             return sorted(rows, key=lambda row: isinstance(row, TrainRow))
         for position in range(positions[-1] + 1, positions[-1] + MOST_REFUSED):
-            (stand_in,) = self._read([position])
+            (stand_in,) = self.read([position])
             if isinstance(stand_in, TrainRow):
                 return [*rows, replace(stand_in, filler=True)]
         first = rows[0]
         assert isinstance(first, RefusedRow)
-        raise CompatibilityError(f"{first.line}, nor any of the {MOST_REFUSED} rows behind it: choose another student")
+        raise CompatibilityError(f"{first.line}, nor any of the {MOST_REFUSED} rows after it: choose another student")
 
-    def _read(self, positions: Sequence[int]) -> list[TrainRow | RefusedRow]:
+    def read(self, positions: Sequence[int]) -> list[TrainRow | RefusedRow]:
+        """The rows at these positions; one that the student's processor refuses is a ``RefusedRow``."""
         if self.rows.remote and (block := self.order.block_of(positions[-1])) != self._block:
             epoch, number = self._block = block
             self.rows.expect(self.order.shards_of(epoch, number), self.order.shards_of(epoch, number + 1))
@@ -192,7 +234,7 @@ class TrainDataset(Dataset):
                 prepared = self.preparer.prepare(row.sample, *asked)
         except SkipRow as skip:
             if skip.reason in OF_THE_PROCESSOR:
-                return RefusedRow(f"row {row.key} ({row.sample.place}): the student does not take it ({skip.detail})")
+                return RefusedRow(f"row {row.key} ({row.sample.place}): the student refuses it ({skip.detail})")
             raise CompatibilityError(
                 f"row {row.key} ({row.sample.place}) was captured, but the student cannot read it ({skip}): "
                 + FIXES.get(skip.reason, "give the student the capture's max_length and template")
@@ -203,7 +245,8 @@ class TrainDataset(Dataset):
                 check_same_grid(row.key, row.layout, prepared.layout)
             if self.check_layouts:
                 self.check_layouts(row.key, row.layout, prepared.layout)
-        return TrainRow(prepared, row.text, row.fields, row.layout)
+        columns = {one.text: one.of(row) for one in self.columns}
+        return TrainRow(prepared, row.text, row.fields, row.layout, columns=columns)
 
 
 def check_same_response(key: str, teacher: TextTokens, student: TextTokens) -> None:
@@ -282,6 +325,7 @@ def join(given: Sequence[TrainRow | RefusedRow], pad_id: int) -> TrainBatch:
         tuple(row.prepared.layout for row in rows),
         filler=any(row.filler for row in rows),
         refused=tuple(row.line for row in given if isinstance(row, RefusedRow)),
+        columns={name: tuple(row.columns[name] for row in rows) for name in rows[0].columns},
     )
 
 
@@ -321,8 +365,10 @@ def step_batches(
 @contextmanager
 def _own_child_signals() -> Iterator[None]:
     """PyTorch's loader installs a handler that raises wherever this process is when one of its processes dies, in the middle of a step or
-    of a checkpoint. ``_next`` notices that itself, within seconds."""
+    of a checkpoint. ``_next`` notices that itself, within seconds. One that an earlier loader of this program left goes, too."""
     before = signal.getsignal(signal.SIGCHLD)
+    if getattr(before, "__module__", "").startswith("torch.utils.data"):
+        before = signal.SIG_DFL
     yield
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGCHLD, before or signal.SIG_DFL)
@@ -368,6 +414,6 @@ def _next(loader: Iterator[TrainBatch | Packed]) -> TrainBatch:
         if not str(error).startswith("DataLoader worker"):
             raise
         raise KdcliError(
-            f"a loader process died ({one_line(error).rstrip('. ')}): it was killed, often for want of memory (or of /dev/shm): run the "
-            "command again, with fewer --dataloader-num-workers where memory was short; it goes on from its newest checkpoint"
+            f"a loader process died ({one_line(error).rstrip('. ')}): it was killed, often because memory (or /dev/shm) ran out: run the "
+            "command again, with fewer --dataloader-num-workers if memory ran out; it continues from its newest checkpoint"
         ) from None

@@ -21,6 +21,7 @@ from student_train.stream import TrainBatch
 from student_train.whole import check_model
 from teacher_cache.batch import Batch, keep_vision
 from teacher_cache.errors import CompatibilityError, KdcliError
+from teacher_cache.families import family_of
 from teacher_cache.model_kind import auto_model, decoder_of, open_processor, reads_images
 from teacher_cache.model_load import attending, naming_what_fails
 from teacher_cache.model_weights import check_weights, refuse_missing
@@ -29,13 +30,6 @@ from teacher_cache.teachers.head import head_logits
 from teacher_cache.teachers.head_form import check_rows, head_form
 from teacher_cache.teachers.text_vision import layer_inputs, text_vision_attention
 from teacher_cache.token_rows import check_token_ids
-
-MODULES = {
-    "projector": ("multi_modal_projector", "connector", "merger", "image_newline"),
-    "language_model": ("language_model", "text_model", "lm_head"),
-    "vision_tower": ("vision_tower", "visual", "vision_model"),
-}
-"""Module groups by the names that transformers gives them; a parameter belongs to the first group whose name is in its path."""
 
 
 def load_student(
@@ -92,16 +86,16 @@ def open_student(
 
 
 def module_group(parameter: str, config: Any = None) -> str:
-    """``projector``, ``language_model`` or ``vision_tower`` of a parameter's path. config: of a model that may read text alone: then it is
-    all language model."""
+    """``projector``, ``language_model`` or ``vision_tower`` of a parameter's path. config: of the model, whose family names its modules;
+    one that reads text alone is all language model."""
     if config is not None and not reads_images(config):
         return "language_model"
     path = parameter.split(".")
-    # The projector is asked first: in some families it stands inside the vision module.
-    for group, names in MODULES.items():
+    groups = family_of(config).modules
+    for group, names in groups.items():
         if any(name in path for name in names):
             return group
-    raise CompatibilityError(f"parameter {parameter} belongs to no known module group ({', '.join(MODULES)})")
+    raise CompatibilityError(f"parameter {parameter} belongs to no known module group ({', '.join(groups)})")
 
 
 def freeze_except(model: nn.Module, groups: Sequence[str]) -> list[tuple[str, nn.Parameter]]:
@@ -249,7 +243,7 @@ class RowForward(nn.Module):
         if self.form.cap is not None:
             raise CompatibilityError(
                 f"{type(self.model).__name__} caps its logits softly (at {self.form.cap:g}): relations of raw vision logits "
-                "need a linear head; take a method or knobs without them, or another student"
+                "need a linear head; use a method or knobs without them, or another student"
             )
         head = self.head[:vocabulary].to(torch.float32)
         if head.requires_grad:
@@ -278,8 +272,8 @@ def check_there(batch: Batch, places: Mapping[str, torch.Tensor]) -> None:
         if bool((at < 0).any()):
             sample = int(torch.repeat_interleave(torch.tensor(batch.counts[kind]))[(at < 0).nonzero()[0, 0].cpu()])
             raise KdcliError(
-                f"row {batch.keys[sample]}: a vision token that predicts a word of the answer was removed (an image stands inside the "
-                "answer): leave such rows out, or train by a method that removes no tokens"
+                f"row {batch.keys[sample]}: a vision token that predicts a word of the answer was removed (an image is inside the "
+                "answer): leave such rows out, or use a method that removes no tokens"
             )
 
 

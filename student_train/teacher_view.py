@@ -17,6 +17,7 @@ from student_train.distributions import (
     HeadAndTail,
     SampledTeacher,
     SketchTeacher,
+    likeliest,
 )
 from student_train.needs import Served
 from student_train.stream import TrainBatch
@@ -76,7 +77,7 @@ class _Restored(Mapping[str, list[Any]]):
         return len(self._records)
 
 
-class TeacherSignals:
+class TeacherHeads:
     """Builds a ``TeacherView`` of every micro-batch from the fields that serve the run. Holds the teachers' heads, nothing else.
 
     Args:
@@ -99,7 +100,7 @@ class TeacherSignals:
         self._grams: dict[str, torch.Tensor] = {}
 
     @classmethod
-    def open(cls, cache: Cache, served: Served, device: torch.device) -> TeacherSignals:
+    def open(cls, cache: Cache, served: Served, device: torch.device) -> TeacherHeads:
         unique: dict[str, torch.Tensor] = {}
         heads: dict[str, torch.Tensor | LowRankHead] = {}
         for name in (one for one in served.names if one.endswith("_hidden")):
@@ -145,6 +146,16 @@ class TeacherSignals:
             features=features,
         )
 
+    def likeliest(self, batch: TrainBatch) -> tuple[torch.Tensor, torch.Tensor]:
+        """Of every response row the teacher's likeliest token, int64 ``[R]``, and its probability, float32 ``[R]``."""
+        return likeliest(self.of_response(batch.fields))
+
+    def of_response(self, records: Mapping[str, list[Any]]) -> Distribution:
+        """What serves ``response_likeliest``, of the response rows of some samples. records: by field."""
+        return self._distribution(
+            self.served.fields["response_likeliest"], _Restored(records, self.fields, self.device)
+        )
+
     def _one_a_sample(self, need: str, name: str, records: Mapping[str, list[Any]]) -> list[torch.Tensor] | None:
         return [one.to(self.device) for one in records[name]] if need in self.served.fields else None
 
@@ -154,7 +165,7 @@ class TeacherSignals:
         hidden: Any = parts.get("hidden")
         head = next((self.heads[name] for name in fields if name in self.heads), None)
         if isinstance(head, LowRankHead):
-            return HeadAndSketch(topk, hidden, head) if topk is not None else SketchTeacher(hidden, head)
+            return HeadAndSketch.of(topk, hidden, head) if topk is not None else SketchTeacher(hidden, head)
         if head is not None:
             return DenseTeacher(hidden.to(head.dtype), head)
         if topk is not None:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,42 +14,34 @@ import torch
 from torch.distributed.tensor import DTensor
 
 from student_train.checkpoint import Checkpoints
-from student_train.config import TrainSettings
-from student_train.distributed import Processes, spread, summed_loss, summing
-from student_train.distributions import DenseTeacher
+from student_train.distributed import spread, summed_loss, summing
 from student_train.draws import draw_seed
-from student_train.losses.reduce import count_rows, total_loss
-from student_train.losses.terms import FIRST_LAYER, Terms, kinds_of
-from student_train.methods import Method, Passes, hook
-from student_train.metrics_log import MetricsLog, OpenTrackers, StepResult, peak_memory, read_sizes
+from student_train.losses.terms import FIRST_LAYER, Terms
+from student_train.method_loss import MethodLoss
+from student_train.metrics_log import MetricsLog, OpenTrackers, StepResult, peak_memory, summed_result
+from student_train.schedules import Schedule, scheduled
+from student_train.step_rows import StepRows
 from student_train.stream import TrainBatch
-from student_train.student import RowForward, module_group
-from student_train.teacher_view import TeacherView
-from teacher_cache import stopping
-from teacher_cache.batch import Batch
+from student_train.student import module_group
+from student_train.term_gradients import term_gradients
 from teacher_cache.errors import KdcliError, OutOfMemory, one_line, out_of_memory
 
 StepBatches = Callable[[int], Iterator[tuple[int, list[TrainBatch]]]]
-SeeTeacher = Callable[[TrainBatch], TeacherView]
 
 
 @dataclass
-class Trainer:
-    """One stage of one run.
+class Trainer(MethodLoss):
+    """One stage of one run, whose loss is a ``MethodLoss``.
 
     Args:
-        model: the student, its parameters frozen as the stage says. see_teacher: micro-batch → the teacher's side of it.
+        model: the student, its parameters frozen as the stage says.
+        schedules: of terms' weights.
         folder: metrics and checkpoints. identity: what a checkpoint must agree with to be resumed.
         card: what the stage was told; before: the stages that it began from, with theirs. Both are kept in checkpoints.
-        say: gets a note of each damaged checkpoint that was left out.
+        say: gets notes: of each damaged checkpoint that was left out, of a term that nothing counts for.
         open_trackers: first step of this start → where metrics go besides; asked of the main process alone.
     """
 
-    model: RowForward
-    method: Method
-    see_teacher: SeeTeacher
-    settings: TrainSettings
-    processes: Processes
     folder: Path
     total_steps: int
     identity: dict[str, Any] = field(default_factory=dict)
@@ -57,17 +49,17 @@ class Trainer:
     card: dict[str, Any] = field(default_factory=dict)
     before: list[dict[str, Any]] = field(default_factory=list)
     say: Callable[[str], None] = lambda text: None
+    schedules: Mapping[str, Schedule] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         self.stopping = False  # whether any process was asked to: known to all behind a step
         self.starts: list[dict[str, Any]] = []  # of ``Checkpoints``, once it has loaded
-        self.terms: Terms = self.method.terms()
-        self.matching = hook(self.method, "alignment")()
-        self.kinds = sorted(kinds_of(self.terms) | ({"vision"} if self.matching else set()))
+        self.told_empty: set[str] = set()  # terms that had no row left in some step
         s = self.settings
         # Maps of the first layer and rankings of pruned passes read weights of layers whose forward is over.
         reads_layers = bool(FIRST_LAYER & set(self.kinds)) or hasattr(self.method, "passes")
-        self.network: torch.nn.Module = spread(self.model, self.processes, s.fsdp, s.bf16, reads_layers)
+        self.network = spread(self.model, self.processes, s.fsdp, s.bf16, reads_layers)
         self.parameters = [p for p in self.model.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(
             self._parameter_groups(),
@@ -102,72 +94,56 @@ class Trainer:
     def step(self, step: int, batches: list[TrainBatch]) -> StepResult:
         """One optimizer step over this process's micro-batches. Row means run over all micro-batches of all processes."""
         started = time.perf_counter()
+        batches, terms = self.drawn(step, batches), self.terms_at(step)
+        rows = self.rows_of(step, batches)
+        loss, shares = self.accumulate(step, batches, terms, rows)
+        grad_norm = self._clip()
+        if not math.isfinite(grad_norm):  # equal on every process, so all of them stop, before it reaches the weights
+            raise KdcliError(
+                f"{self.folder}: the gradient norm is {grad_norm} at step {step} (loss {loss:.6g}): lower "
+                "--learning-rate, or look at the data; the last checkpoint is intact"
+            )
+        rate = self._update(step)
+        result, self.stopping = summed_result(batches, loss, shares, self.processes)
+        result.grad_norm, result.learning_rate, result.kept = grad_norm, rate, rows.kept
+        result.weights = {name: term.weight for name, term in terms.items() if name in self.schedules}
+        result.seconds = time.perf_counter() - started
+        return result
+
+    def drawn(self, step: int, batches: Sequence[TrainBatch]) -> list[TrainBatch]:
+        """The micro-batches as the student reads them in this step."""
+        return [self.model.draw(one, self.settings.seed, step) for one in batches]
+
+    def terms_at(self, step: int) -> Terms:
+        """The method's terms with their weights at a step."""
+        return scheduled(self.terms, self.schedules, step, self.total_steps)
+
+    def accumulate(
+        self, step: int, batches: Sequence[TrainBatch], terms: Terms, rows: StepRows
+    ) -> tuple[float, dict[str, float]]:
+        """Gradients of these terms over all micro-batches; this process's share of the loss and of each term."""
         self._seed(step)
-        batches = [self.model.draw(one, self.settings.seed, step) for one in batches]
-        denominators = self._denominators(batches)
-        shares = dict.fromkeys(self.terms, 0.0)
-        loss_sum = 0.0
+        shares = dict.fromkeys(terms, 0.0)
+        loss_sum, progress = 0.0, step / self.total_steps
         for number, one in enumerate(batches):
             generator = self._generator(step, number)
             with summing(self.network, last=number == len(batches) - 1):
-                loss, values = self._loss(step, one, generator, denominators)
+                loss, values = self.loss_of(one, progress, terms, generator, rows.denominators, rows.weights[number])
                 self._backward(loss * 0.0 if one.filler else loss)
             if one.filler:
                 continue
             loss_sum += float(loss.detach())
             shares = {name: shares[name] + values[name] for name in shares}
-        grad_norm = self._clip()
-        if not math.isfinite(grad_norm):  # equal on every process, so all of them stop, before it reaches the weights
-            raise KdcliError(
-                f"{self.folder}: the gradient norm is {grad_norm} at step {step} (loss {loss_sum:.6g}): lower "
-                "--learning-rate, or look at the data; the last checkpoint is intact"
-            )
+        return loss_sum, shares
+
+    def _update(self, step: int) -> float:
+        """The weights by their gradients, which are gone then; the learning rate."""
         rate = self.learning_rate(step)
         for group in self.optimizer.param_groups:
             group["lr"] = rate * group.get("share", 1.0)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        sizes = read_sizes([one for one in batches if not one.filler])
-        left_out = tuple(line for one in batches for line in one.refused)
-        mine = [
-            loss_sum,
-            float(stopping.asked() > 0),
-            float(len(left_out)),
-            *map(float, sizes.values()),
-            *shares.values(),
-        ]
-        loss_all, asked, refused, *all_of_them = self.processes.sum(mine)
-        self.stopping = asked > 0
-        sizes_all, shares_all = map(int, all_of_them[: len(sizes)]), all_of_them[len(sizes) :]
-        terms = dict(zip(shares, shares_all))
-        result = StepResult(loss_all, terms, grad_norm, rate, **dict(zip(sizes, sizes_all)))
-        result.refused, result.left_out = round(refused), left_out
-        result.seconds = time.perf_counter() - started
-        return result
-
-    def _loss(
-        self, step: int, one: TrainBatch, generator: torch.Generator, denominators: dict[str, float]
-    ) -> tuple[torch.Tensor, dict[str, float]]:
-        """The method's loss of one micro-batch, and each term's share of it."""
-        passes = hook(self.method, "passes")(step / self.total_steps, generator) or Passes()
-        batch = one.batch.to(self.processes.device)
-        view = self.see_teacher(one)
-        if passes.self_teacher:
-            view = replace(view, self_teacher=self._own_words(batch, passes))
-        with self._autocast():
-            hidden = self.network(batch, self.kinds, passes.student)
-        student = self.model.rows(hidden, batch, one.student_text)
-        if self.matching:
-            view = self.matching.align(view, student, one, generator)
-        return total_loss(self.terms, student, view, denominators, self.settings.use_liger_kernel)
-
-    @torch.no_grad()
-    def _own_words(self, batch: Batch, passes: Passes) -> dict[str, DenseTeacher]:
-        """What the student's weights say in the pass that teaches, by row kind; past DDP, which waits for a backward pass."""
-        with self._autocast():
-            hidden = self.model(batch, self.kinds, passes.teacher)
-        head = self.model.head.detach()
-        return {kind: DenseTeacher(rows, head, self.model.form.cap) for kind, rows in hidden.items()}
+        return rate
 
     def _generator(self, step: int, micro_batch: int) -> torch.Generator:
         """Draws of a method, a function of (seed, step, process, micro-batch) for the same reason."""
@@ -189,20 +165,17 @@ class Trainer:
         if loss.requires_grad:
             loss.backward()
 
-    def _denominators(self, batches: list[TrainBatch]) -> dict[str, float]:
-        counted = [count_rows(self._counts(one), self.terms) for one in batches if not one.filler]
-        mine = [sum(one[name] for one in counted) for name in self.terms]
-        return dict(zip(self.terms, self.processes.sum(mine)))
-
-    def _counts(self, one: TrainBatch) -> dict[str, Sequence[int]]:
-        """Rows of each sample that can count: vision rows that a matching leaves out do not."""
-        counts: dict[str, Sequence[int]] = dict(one.batch.counts)
-        return counts | {"vision": self.matching.counts(one)} if self.matching else counts
-
-    def _autocast(self) -> AbstractContextManager[Any]:
-        if not self.settings.bf16:
-            return nullcontext()
-        return torch.autocast(self.processes.device.type, dtype=torch.bfloat16)
+    def rows_of(self, step: int, batches: Sequence[TrainBatch]) -> StepRows:
+        """How the rows of a step count: known before its first pass, by the cache alone."""
+        rows = super().rows_of(step, batches)
+        for name in (one for one, share in rows.kept.items() if not share and one not in self.told_empty):
+            self.told_empty.add(name)
+            if self.processes.is_main:
+                self.say(
+                    f"note: step {step}: select keeps no row of term {name}, which trains nothing in such steps; kept/{name} in "
+                    "metrics.jsonl shows how much it keeps"
+                )
+        return rows
 
     @contextmanager
     def _naming_memory(self, step: int, batches: Sequence[TrainBatch]) -> Iterator[None]:
@@ -232,6 +205,7 @@ class Trainer:
         saved = Checkpoints(folder, self.model, self.optimizer, self.identity, keep, self.processes, *told)
         first, self.starts = saved.load(), saved.starts
         self.model.train()
+        every = self.settings.log_term_gradients
         log = MetricsLog(self.folder, first, self.settings.logging_steps, self.processes, self.open_trackers)
         try:
             asked = time.perf_counter()
@@ -240,7 +214,9 @@ class Trainer:
                     break
                 waited = time.perf_counter() - asked
                 with self._naming_memory(step, batches):
+                    gradients = term_gradients(self, step, batches) if every and step % every == 0 else {}
                     result = self.step(step, batches)
+                result.gradients = gradients
                 result.data_seconds, result.peak_memory_bytes = waited, peak_memory(self.processes.device)
                 if not math.isfinite(result.loss):
                     raise KdcliError(

@@ -33,7 +33,7 @@ LOADED = (".safetensors", ".json", ".jinja", ".py", ".model", ".txt", ".bin")
 def make_folder(folder: Path) -> None:
     """``folder`` and those above it; each new one survives a power cut. DiskError where it cannot be made."""
     if "\0" in str(folder):
-        raise KdcliError(f"{str(folder)!r}: no folder has such a name: name another place")
+        raise KdcliError(f"{str(folder)!r}: this cannot be the name of a folder: choose another")
     with naming_file(folder):
         local_disk.make_folder(folder)
 
@@ -78,7 +78,7 @@ def damage(folder: Path, known: Sums) -> str:
         except OSError as error:
             return f"{name} cannot be read ({error.strerror})"
         if there != digest:
-            return f"{name} is not what was written, by its sha256"
+            return f"{name} differs from the written file, by its sha256"
     return ""
 
 
@@ -112,13 +112,13 @@ def _no_sums(body: Mapping[str, Any]) -> str:
     """What is wrong with the sums of a document that has some."""
     known = body.get(FILES, {})
     if not isinstance(known, dict):
-        return f"{FILES} is no object"
+        return f"{FILES} is not an object"
     for name, one in known.items():
         path = PurePosixPath(name)
         if path.is_absolute() or ".." in path.parts or not path.parts or "\0" in name:
             return f"{FILES} names {name[:80]!r}, outside of its folder"
         if not (isinstance(one, list) and [type(part) for part in one] == [int, str]):
-            return f"{FILES}.{name[:80]} is no size with a sha256"
+            return f"{FILES}.{name[:80]} is not a size with a sha256"
     return ""
 
 
@@ -196,7 +196,7 @@ def check_model(model: Path) -> None:
     if wrong := finished_damage(stage, done):
         raise KdcliError(
             f"{stage}: {wrong}: restore it, or run the same `kdcli train-student` again, which makes it again from the last checkpoint; "
-            "what you changed yourself belongs into a copy outside of the run"
+            "make your own changes in a copy outside the run"
         )
     if added := added_files(stage, done):
         raise KdcliError(

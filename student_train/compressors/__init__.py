@@ -20,6 +20,7 @@ from types import ModuleType
 from typing import Any
 
 from student_train.registry import choose, named_modules
+from teacher_cache.plugins import with_plugins
 
 
 @dataclass(frozen=True)
@@ -75,8 +76,13 @@ class Site:
 
 
 def compressor_modules() -> dict[str, ModuleType]:
-    """Every compressor by name."""
-    return named_modules(__name__, __path__)
+    """Every compressor by name, those of installed packages too (``kdcli.compressors``)."""
+    return with_plugins("kdcli.compressors", named_modules(__name__, __path__), _names)
+
+
+def _names(module: ModuleType) -> tuple[str]:
+    _ = module.PAPER, module.ELASTIC, module.CHOOSES_LAYERS, module.settle, module.build
+    return (module.NAME,)
 
 
 def compressor_module(name: str) -> ModuleType:

@@ -104,7 +104,7 @@ class MQT(nn.Module):
             places = place_table(math.isqrt(self.largest), self.width, stored)
             if stored.shape != places.shape or (stored - places).abs().max() > ROUNDED:
                 raise CompatibilityError(
-                    f"compressor {NAME}: its weights have other places than {self.largest} queries have"
+                    f"compressor {NAME}: its weights have other positions than those of {self.largest} queries"
                 )
         if out is not None:  # the other way round
             state_dict[f"{prefix}out.weight"] = out.T

@@ -81,7 +81,7 @@ def column_sampled_cost(
     """
     if space != "logits":
         raise KdcliError(
-            f"matching cost on {space!r} from sampled columns: probabilities need every column; take the cost on logits, or all columns"
+            f"matching cost on {space!r} from sampled columns: probabilities need every column; use the cost on logits, or all columns"
         )
     if columns < 1:
         raise KdcliError(f"matching columns must be at least 1, got {columns}")

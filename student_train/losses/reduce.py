@@ -1,4 +1,4 @@
-"""The only place that chunks, masks and averages.
+"""The only place that chunks and averages, by what ``counted.py`` says of every row.
 
 Row terms see the student's logits ``[C, V]`` of C rows at a time: the head product, the losses and their gradients of one chunk are
 finished before the next begins, so rows × V never exists. This is exact because the weight of every row is known beforehand
@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
+from student_train.losses.counted import TermWeights, Weights, counted
 from student_train.losses.liger import fused_cross_entropy
 from student_train.losses.precision import wide
 from student_train.losses.terms import (
@@ -33,68 +34,57 @@ BLOCKS = 4
 """A chunk's rows go through the losses in so many blocks: the head product wants many rows, the losses' temporaries few."""
 
 
-def count_rows(counts: Mapping[str, Sequence[int]], terms: Terms) -> dict[str, float]:
-    """Denominator contributed by a micro-batch to every term; summed over the optimizer step and all processes.
-
-    Args:
-        counts: by row kind, rows of each sample that can count (a matched method's ``vision`` without those that nothing matches).
-    """
-    return {name: _count(counts, term) for name, term in terms.items()}
-
-
-def _count(counts: Mapping[str, Sequence[int]], term: RowTerm | HiddenTerm | SampleTerm) -> float:
-    if isinstance(term, HiddenTerm):
-        return float(sum(counts[term.rows]))
-    if isinstance(term, SampleTerm):
-        skipped = [[max(0, n - term.skip_first * (kind == "vision")) for n in counts[kind]] for kind in term.rows]
-        return float(sum(all(sample) for sample in zip(*skipped)))
-    rows = [max(0, count - term.skip_first) for count in counts[term.rows]]
-    return float(sum(count > 0 for count in rows) if term.sum_rows else sum(rows))
-
-
 def total_loss(
     terms: Terms,
     student: StudentRows,
     teacher: TeacherView,
     denominators: Mapping[str, float],
     use_liger_kernel: bool = False,
+    weights: Weights | None = None,
 ) -> tuple[torch.Tensor, dict[str, float]]:
     """Σ weight · Σ values / denominator over the micro-batch, and each term's (unweighted) share for the log.
 
     Args:
+        denominators: of the whole optimizer step (``count_rows``); a term that nothing counts for has 0. weights: of its rows, by term.
         use_liger_kernel: take its fused cross-entropy where nothing else looks at the response rows' logits.
     """
+    weights = weights or {}
+    denominators = {name: denominators[name] or 1.0 for name in terms}
     total = student.head.new_zeros((), dtype=torch.float32)
     shares: dict[str, float] = {}
     kinds = sorted({term.rows for term in terms.values() if isinstance(term, RowTerm)})
-    if use_liger_kernel and len(student.hidden.get("response", ())) and (name := _only_cross_entropy(terms)):
+    if use_liger_kernel and len(student.hidden.get("response", ())) and (name := _only_cross_entropy(terms, weights)):
         kinds.remove("response")
         fused = fused_cross_entropy(student.hidden["response"], student.head, student.labels, student.cap)
-        shares[name] = float(fused.detach()) / max(denominators[name], 1.0)
-        total = total + fused * (terms[name].weight / max(denominators[name], 1.0))
-    losses = [_KindLoss(kind, terms, student, teacher, denominators) for kind in kinds if len(student.hidden[kind])]
+        shares[name] = float(fused.detach()) / denominators[name]
+        total = total + fused * (terms[name].weight / denominators[name])
+    losses = [
+        _KindLoss(kind, terms, student, teacher, denominators, weights) for kind in kinds if len(student.hidden[kind])
+    ]
     if losses:
         total = total + _ChunkedHead.apply(student.head, losses, *(student.hidden[one.kind] for one in losses))
         for one in losses:
             shares.update({name: float(value) for name, value in one.sums.items()})
     for name, term in terms.items():
-        value = None if isinstance(term, RowTerm) else _summed(term, student, teacher)
+        value = None if isinstance(term, RowTerm) else _summed(term, student, teacher, weights.get(name))
         if value is not None:
-            total = total + value * (term.weight / max(denominators[name], 1.0))
-            shares[name] = float(value.detach()) / max(denominators[name], 1.0)
+            total = total + value * (term.weight / denominators[name])
+            shares[name] = float(value.detach()) / denominators[name]
     return total, {name: shares.get(name, 0.0) for name in terms}
 
 
-def _summed(term: HiddenTerm | SampleTerm, student: StudentRows, teacher: TeacherView) -> torch.Tensor | None:
-    return (
-        _hidden_term(term, student, teacher) if isinstance(term, HiddenTerm) else _sample_term(term, student, teacher)
-    )
+def _summed(
+    term: HiddenTerm | SampleTerm, student: StudentRows, teacher: TeacherView, weights: TermWeights | None
+) -> torch.Tensor | None:
+    found = _hidden_term if isinstance(term, HiddenTerm) else _sample_term
+    return found(term, student, teacher, weights)  # type: ignore[arg-type]
 
 
-def _only_cross_entropy(terms: Terms) -> str | None:
+def _only_cross_entropy(terms: Terms, weights: Weights) -> str | None:
     """The term on response rows' logits, where it is the only one and the cross-entropy of all rows."""
     found = {n: t for n, t in terms.items() if isinstance(t, RowTerm) and t.rows == "response"}
     fits = len(found) == 1 and all(term.loss is label_loss and not term.skip_first for term in found.values())
+    fits = fits and not weights.keys() & found.keys()
     return next(iter(found)) if fits else None
 
 
@@ -108,12 +98,13 @@ class _KindLoss:
         student: StudentRows,
         teacher: TeacherView,
         denominators: Mapping[str, float],
+        weights: Weights,
     ):
         self.kind = kind
         # Backwards: methods name the cross-entropy first, which has no teacher's logits to keep beside the others' gradient.
         self.terms = {n: t for n, t in reversed(list(terms.items())) if isinstance(t, RowTerm) and t.rows == kind}
-        self.masks = {name: _keep(kind, student, teacher, term.skip_first) for name, term in self.terms.items()}
-        self.denominators = {name: max(denominators[name], 1.0) for name in self.terms}
+        self.counted = {n: counted(term, student, teacher, weights.get(n)) for n, term in self.terms.items()}
+        self.denominators = denominators
         self.labels = student.labels if kind == "response" else None
         self.cap = student.cap
         self.distribution, self.own = teacher.distributions.get(kind), teacher.self_teacher.get(kind)
@@ -136,50 +127,40 @@ class _KindLoss:
         for name, term in self.terms.items():
             with torch.enable_grad():
                 values = term.loss(chunk)
-                mask = self.masks[name]
-                kept = values if mask is None else torch.where(mask[rows], values, 0.0)
-                scaled = kept.sum() / self.denominators[name]
+                scaled = self.counted[name].values(values, rows).sum() / self.denominators[name]
                 (own,) = torch.autograd.grad(term.weight * scaled, leaf)
             self.sums[name] += scaled.detach()
             total += term.weight * scaled.detach()
             gradient = own if gradient is None else gradient.add_(own)
-            del own, values, kept, scaled
+            del own, values, scaled
         assert gradient is not None, "a kind has at least one term"
         if self.cap is not None:
             gradient = slope_of_cap(leaf.detach(), self.cap).mul_(gradient)
         return total, gradient
 
 
-def _keep(kind: str, student: StudentRows, teacher: TeacherView, skip_first: int) -> torch.Tensor | None:
-    """Mask of the rows that count, bool ``[R]``; None where all do."""
-    counts, device = student.counts[kind], student.head.device
-    mask = None
-    if skip_first:
-        mask = torch.cat([torch.arange(count, device=device) >= skip_first for count in counts])
-    if kind == "vision" and teacher.matched is not None:
-        matched = torch.cat(list(teacher.matched))
-        mask = matched if mask is None else mask & matched
-    return mask
-
-
-def _hidden_term(term: HiddenTerm, student: StudentRows, teacher: TeacherView) -> torch.Tensor | None:
+def _hidden_term(
+    term: HiddenTerm, student: StudentRows, teacher: TeacherView, weights: TermWeights | None
+) -> torch.Tensor | None:
     """Sum over the rows that count; None where there are none."""
     ours, theirs = student.hidden[term.rows], teacher.hidden.get(term.rows)
     assert theirs is not None, f"the method did not declare this need ({term.rows}_hidden)"
     if not len(ours):
         return None
     values = term.loss(HiddenRows(wide(ours), theirs, student.maps or {}))
-    mask = _keep(term.rows, student, teacher, 0)
-    return (values if mask is None else torch.where(mask, values, 0.0)).sum()
+    return counted(term, student, teacher, weights).values(values).sum()
 
 
-def _sample_term(term: SampleTerm, student: StudentRows, teacher: TeacherView) -> torch.Tensor | None:
+def _sample_term(
+    term: SampleTerm, student: StudentRows, teacher: TeacherView, weights: TermWeights | None
+) -> torch.Tensor | None:
     """Sum over the samples that have the rows; None where there are none."""
     values = []
     for number in range(len(student.counts[term.rows[0]])):
         rows = {kind: student.counts[kind][number] - term.skip_first * (kind == "vision") for kind in term.rows}
         if all(count > 0 for count in rows.values()):
-            values.append(term.loss(SampleRows(number, student, teacher, term.skip_first)))
+            value = term.loss(SampleRows(number, student, teacher, term.skip_first))
+            values.append(value * weights.samples[number] if weights else value)
     return torch.stack(values).sum() if values else None
 
 

@@ -1,7 +1,9 @@
-"""One file a method; the folder is the registry.
+"""One file a method; the folder is the registry, and so are entry points ``kdcli.methods`` of other packages.
 
 A method module defines ``NAME``, ``PAPER``, ``STAGES`` (its default stages), ``PRESETS`` (name → instance of its frozen dataclass
-of knobs); the dataclass has ``needs() -> set of Need`` (student_train.needs) and ``terms() -> {name: term}`` (losses/terms.py).
+of knobs; without one named ``default``, ``paper`` is the default). It may define ``TERMS`` (name of a loss term → what it is, in words)
+and ``RECIPES`` (name of a preset → ``Recipe``, where that has stages or rates of its own). The dataclass has ``needs() -> set of Need``
+(student_train.needs) and ``terms() -> {name: term}`` (losses/terms.py).
 
 What only some methods have are further functions of the dataclass, looked up by ``hook``:
 
@@ -15,8 +17,9 @@ What only some methods have are further functions of the dataclass, looked up by
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from types import ModuleType
 from typing import Any, Protocol
 
@@ -25,6 +28,23 @@ from student_train.needs import Need
 from student_train.pruning import Descending, Pruning
 from student_train.registry import choose, named_modules
 from teacher_cache.errors import KdcliError
+from teacher_cache.plugins import with_plugins
+
+DEFAULT = "default"
+"""The preset that is taken where none is named."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What a preset brings besides knobs.
+
+    Attributes:
+        stages: of the run, where ``--stages`` says nothing.
+        settings: stage → keys of ``[stages.NAME]``, where kd.toml and flags say nothing.
+    """
+
+    stages: str
+    settings: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
 
 
 class Method(Protocol):
@@ -67,8 +87,13 @@ def text_methods() -> list[str]:
 
 
 def method_modules() -> dict[str, ModuleType]:
-    """Every method by name."""
-    return named_modules(__name__, __path__)
+    """Every method by name, those of installed packages too (``kdcli.methods``)."""
+    return with_plugins("kdcli.methods", named_modules(__name__, __path__), _names)
+
+
+def _names(module: ModuleType) -> tuple[str]:
+    _ = module.PAPER, module.STAGES, module.PRESETS
+    return (module.NAME,)
 
 
 def method_module(name: str) -> ModuleType:
@@ -76,9 +101,28 @@ def method_module(name: str) -> ModuleType:
     return choose(method_modules(), name, "method")
 
 
-def create_method(name: str, preset: str = "paper", knobs: Mapping[str, Any] | None = None) -> Method:
+def presets_of(name: str) -> dict[str, Any]:
+    """A method's presets by name, ``default`` first; which is the paper's until there is another."""
+    own = method_module(name).PRESETS
+    return {DEFAULT: own.get(DEFAULT, own["paper"]), **own}
+
+
+def terms_of(name: str) -> dict[str, str]:
+    """Loss term → what it is in words, of a method and of its plain stages; empty for a method that is not known or explains none."""
+    modules = method_modules()
+    own = getattr(modules.get(name), "TERMS", {})
+    return {**modules["sft"].TERMS, **own} if own else {}
+
+
+def recipe_of(name: str, preset: str) -> Recipe:
+    """Stages and settings of a preset."""
+    module = method_module(name)
+    return getattr(module, "RECIPES", {}).get(preset) or Recipe(module.STAGES)
+
+
+def create_method(name: str, preset: str = DEFAULT, knobs: Mapping[str, Any] | None = None) -> Method:
     """A method from a preset and single knobs; KdcliError listing the presets or the knobs."""
-    presets = method_module(name).PRESETS
+    presets = presets_of(name)
     if preset not in presets:
         raise KdcliError(f"method {name} has no preset {preset!r}: choose from {', '.join(presets)}")
     known = [one.name for one in fields(presets[preset])]
@@ -90,4 +134,18 @@ def create_method(name: str, preset: str = "paper", knobs: Mapping[str, Any] | N
         accepted = (int, float) if isinstance(default, float) else type(default)
         if not isinstance(value, accepted) or (isinstance(value, bool) and not isinstance(default, bool)):
             raise KdcliError(f"method {name}: {knob} must be a {type(default).__name__}, got {value!r}")
-    return replace(presets[preset], **(knobs or {}))
+    try:
+        method = replace(presets[preset], **(knobs or {}))
+        check_weights(method.terms())
+    except KdcliError as error:
+        raise KdcliError(f"{name}: {error}") from None
+    return method
+
+
+def check_weights(terms: Terms) -> None:
+    """KdcliError where nothing would be learned, or anything be pushed away from the teacher."""
+    if not terms:
+        raise KdcliError("every weight is 0: nothing is left to learn")
+    for name, term in terms.items():
+        if not 0 <= term.weight < math.inf:
+            raise KdcliError(f"the weight of {name} must be a number from 0 on, got {term.weight:g}")

@@ -21,6 +21,7 @@ import torch
 from student_train.losses.divergences import forward_kl
 from student_train.losses.first_layer import attention_mse, feature_mse, looked_at
 from student_train.losses.terms import RowTerm, SampleRows, SampleTerm, Term, Terms, label_loss
+from student_train.methods.soft_targets import SoftTargets
 from student_train.needs import Need
 from teacher_cache.errors import CompatibilityError, KdcliError
 from teacher_cache.teachers.text_vision import check_layers
@@ -28,13 +29,21 @@ from teacher_cache.teachers.text_vision import check_layers
 NAME = "align-kd"
 PAPER = "Align-KD, arXiv 2412.01282"
 STAGES = "DPT,DFT"
+TERMS = {
+    "reg": "cross-entropy of the labels on response tokens",
+    "res": "forward KL(p_t‖p_s) on response tokens",
+    "vis": "squared error of vision features",
+    "focus": "squared error of the features of the most attended vision tokens",
+    "att": "squared error of first-layer attention from text to vision tokens",
+}
 
 
 @dataclass(frozen=True)
-class AlignKD:
-    """alpha, beta, focus, gamma: weights of KL, all features, the features looked at, attention (0 leaves a term out).
+class AlignKD(SoftTargets):
+    """alpha, beta, focus, gamma: weights of KL, all features, the features looked at, attention. reg: of the cross-entropy. 0 leaves a term
+    out.
 
-    top_k: how many vision tokens are looked at. temperature: of the KL, which is multiplied by its square.
+    top_k: how many vision tokens are looked at.
     heads: ``mean``, or ``each`` where teacher and student have as many. text: which text tokens' attention counts, ``all`` (needs the
     teacher's prompts) or ``response``.
     """
@@ -43,17 +52,18 @@ class AlignKD:
     beta: float = 1.0
     focus: float = 1.0
     gamma: float = 1.0
+    reg: float = 1.0
     top_k: int = 16
     heads: str = "mean"
     text: str = "all"
-    temperature: float = 1.0
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for knob, choices in (("heads", ("mean", "each")), ("text", ("all", "response"))):
             if getattr(self, knob) not in choices:
-                raise KdcliError(f"align-kd: {knob} must be {' or '.join(choices)}, got {getattr(self, knob)!r}")
-        if min(self.alpha, self.beta, self.focus, self.gamma) < 0 or self.top_k < 1 or not self.temperature > 0:
-            raise KdcliError("align-kd: weights must be at least 0, top_k at least 1 and temperature above 0")
+                raise KdcliError(f"{knob} must be {' or '.join(choices)}, got {getattr(self, knob)!r}")
+        if self.top_k < 1:
+            raise KdcliError(f"top_k must be at least 1, got {self.top_k}")
 
     def needs(self) -> frozenset[Need]:
         weights = {
@@ -81,8 +91,8 @@ class AlignKD:
             return forward_kl(rows.need_teacher(), rows.logits, self.temperature)
 
         every: dict[str, Term] = {
-            "reg": RowTerm(1.0, "response", label_loss),
-            "res": RowTerm(self.alpha * self.temperature**2, "response", kl),
+            "reg": RowTerm(self.reg, "response", label_loss),
+            "res": RowTerm(self.softened(self.alpha), "response", kl),
             "vis": SampleTerm(self.beta, self._features, asks=("features",)),
             "focus": SampleTerm(self.focus, self._focused_features, asks=("features",)),
             "att": SampleTerm(self.gamma, self._attention, asks=("attention",)),

@@ -10,19 +10,24 @@ from dataclasses import dataclass
 
 from student_train.losses.divergences import skew_kl, skew_reverse_kl
 from student_train.losses.terms import Terms
-from student_train.methods.on_responses import check_knobs, response_terms
+from student_train.methods.on_responses import response_terms
+from student_train.methods.soft_targets import SoftTargets
 from student_train.needs import Need
 from teacher_cache.errors import KdcliError
 
 NAME = "distillm-offline"
 PAPER = "DistiLLM, arXiv 2402.03898 (its divergences, not its student-made responses)"
 STAGES = "PT,DFT"
+TERMS = {
+    "reg": "cross-entropy of the labels on response tokens",
+    "res": "skewed KL on response tokens",
+}
 DIVERGENCES = {"forward": skew_kl, "reverse": skew_reverse_kl}
 
 
 @dataclass(frozen=True)
-class DistiLLMOffline:
-    """alpha: weight of the skewed KL. reg: weight of the cross-entropy (0 leaves a term out). temperature: of both distributions.
+class DistiLLMOffline(SoftTargets):
+    """alpha: weight of the skewed KL. reg: weight of the cross-entropy (0 leaves a term out). The other knobs: ``SoftTargets``.
 
     direction: ``forward`` (SKL) or ``reverse`` (SRKL); the released scripts use one or the other by model family.
     skew: share of the left side in the mixture, in (0, 1); at 0 it would be the plain KL (methods kd and minillm-offline).
@@ -32,14 +37,13 @@ class DistiLLMOffline:
     reg: float = 0.0
     direction: str = "forward"
     skew: float = 0.1
-    temperature: float = 1.0
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.direction not in DIVERGENCES:
-            raise KdcliError(f"distillm-offline: direction must be forward or reverse, got {self.direction!r}")
+            raise KdcliError(f"direction must be forward or reverse, got {self.direction!r}")
         if not 0.0 < self.skew < 1.0:
-            raise KdcliError(f"distillm-offline: skew must be in (0, 1), got {self.skew}")
-        check_knobs(NAME, self.alpha, self.reg, self.temperature)
+            raise KdcliError(f"skew must be in (0, 1), got {self.skew}")
 
     def needs(self) -> frozenset[Need]:
         # The student is in the mixture of both directions: samples of the teacher alone serve neither.
@@ -48,7 +52,9 @@ class DistiLLMOffline:
     def terms(self) -> Terms:
         skewed = DIVERGENCES[self.direction]
         return response_terms(
-            self.reg, self.alpha, lambda teacher, logits: skewed(teacher, logits, self.skew, self.temperature)
+            self.reg,
+            self.softened(self.alpha),
+            lambda teacher, logits: skewed(teacher, logits, self.skew, self.temperature),
         )
 
 

@@ -18,16 +18,22 @@ import torch
 
 from student_train.losses.divergences import forward_kl
 from student_train.losses.terms import RowTerm, Terms, label_loss
+from student_train.methods import Recipe
+from student_train.methods.soft_targets import SoftTargets
 from student_train.needs import Need
 from student_train.pruning import Pruning, operator_module
 from teacher_cache.errors import KdcliError
 
 LEAST_REMOVED, SPAN = 0.1, 0.8
+PAPER_RECIPE = Recipe(
+    "PT,DFT", {"PT": {"learning_rate": 1e-3}, "DFT": {"learning_rate": 2e-5, "vision_tower_learning_rate": 2e-6}}
+)
+"""The paper's runs begin with LLaVA-1.5's projector, which is PT, and train the vision tower too."""
 
 
 @dataclass(frozen=True)
-class Epic:
-    """kd_weight: λ, of the KL; the cross-entropy weighs 1-λ. temperature: τ, of both distributions.
+class Epic(SoftTargets):
+    """kd_weight: λ, of the KL; the cross-entropy weighs 1-λ. temperature: τ.
 
     operator: which vision tokens go (student_train/pruning). kd_rows: rows of the KL, ``response`` (they predict a response token) or
     ``answer`` (the response tokens themselves: the released code masks logits[t] by labels[t] without the shift).
@@ -35,18 +41,16 @@ class Epic:
     """
 
     kd_weight: float = 0.7
-    temperature: float = 1.0
     operator: str = "dart"
     kd_rows: str = "response"
     progressive: bool = True
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not 0.0 <= self.kd_weight <= 1.0:
-            raise KdcliError(f"epic: kd_weight must be from 0 to 1, got {self.kd_weight}")
-        if not self.temperature > 0:
-            raise KdcliError(f"epic: temperature must be above 0, got {self.temperature}")
+            raise KdcliError(f"kd_weight must be from 0 to 1, got {self.kd_weight}")
         if self.kd_rows not in ("response", "answer"):
-            raise KdcliError(f"epic: kd_rows must be response or answer, got {self.kd_rows!r}")
+            raise KdcliError(f"kd_rows must be response or answer, got {self.kd_rows!r}")
         operator_module(self.operator)
 
     def needs(self) -> frozenset[Need]:
@@ -58,7 +62,7 @@ class Epic:
 
         every = {
             "reg": RowTerm(1.0 - self.kd_weight, "response", label_loss),
-            "self": RowTerm(self.kd_weight * self.temperature**2, self.kd_rows, kl),
+            "self": RowTerm(self.softened(self.kd_weight), self.kd_rows, kl),
         }
         return {name: term for name, term in every.items() if term.weight}
 

@@ -11,12 +11,16 @@ from dataclasses import dataclass
 import torch
 
 from student_train.methods import Passes
-from student_train.methods.epic import Epic
+from student_train.methods.epic import PAPER_RECIPE, Epic
 from student_train.pruning import Descending, Pruning
 
 NAME = "epic-lcd"
 PAPER = "EPIC, arXiv 2510.00515 (no code published for it)"
 STAGES = "PT,DFT"
+TERMS = {
+    "reg": "cross-entropy of the labels on response tokens",
+    "self": "KL between passes of the same weights with more and with fewer vision tokens",
+}
 
 
 @dataclass(frozen=True)
@@ -39,3 +43,4 @@ class EpicLCD(Epic):
 
 
 PRESETS = {"paper": EpicLCD()}
+RECIPES = {"paper": PAPER_RECIPE}

@@ -10,12 +10,16 @@ from dataclasses import dataclass
 import torch
 
 from student_train.methods import Passes
-from student_train.methods.epic import Epic
+from student_train.methods.epic import PAPER_RECIPE, Epic
 from student_train.pruning import Pruning
 
 NAME = "epic-tcd"
 PAPER = "EPIC, arXiv 2510.00515"
 STAGES = "PT,DFT"
+TERMS = {
+    "reg": "cross-entropy of the labels on response tokens",
+    "self": "KL between passes of the same weights with more and with fewer vision tokens",
+}
 
 
 @dataclass(frozen=True)
@@ -37,3 +41,4 @@ class EpicTCD(Epic):
 
 
 PRESETS = {"paper": EpicTCD(), "code": EpicTCD(kd_weight=0.5, kd_rows="answer")}
+RECIPES = {"paper": PAPER_RECIPE}

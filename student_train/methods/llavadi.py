@@ -19,39 +19,46 @@ from torch import nn
 from student_train.losses.divergences import forward_kl, forward_kl_of_standardised
 from student_train.losses.embedding import cosine_distance, squared_distance
 from student_train.losses.terms import HiddenRows, HiddenTerm, RowTerm, Term, Terms, label_loss
+from student_train.methods.soft_targets import SoftTargets
 from student_train.needs import Need
 from teacher_cache.errors import CompatibilityError, KdcliError
 
 NAME = "llavadi"
 PAPER = "LLaVADI, arXiv 2407.19409"
 STAGES = "PT,DFT"
+TERMS = {
+    "reg": "cross-entropy of the labels on response tokens",
+    "res": "forward KL(p_t‖p_s) on response tokens",
+    "emb": "distance of last hidden states on response tokens",
+    "emb_vis": "distance of last hidden states on vision tokens",
+}
 DISTANCES = {"mse": squared_distance, "cosine": cosine_distance}
 MAPS = ("mlp", "linear")
 
 
 @dataclass(frozen=True)
-class LLaVADI:
-    """alpha, beta, vision: weights of the KL, of hidden states at response rows and at vision rows (0 leaves a term out).
+class LLaVADI(SoftTargets):
+    """alpha, beta, vision: weights of the KL, of hidden states at response rows and at vision rows. reg: of the cross-entropy. 0 leaves a
+    term out.
 
     distance: ``mse`` (mean over dimensions) or ``cosine`` (1 − cos). map: ``mlp`` (linear, GELU, linear) or ``linear``, from the
-    student's width to the teacher's; one for both kinds of rows. temperature: of the KL, which is multiplied by its square. norm_logits:
-    standardise every row's logits on both sides before the KL, as the released script does.
+    student's width to the teacher's; one for both kinds of rows. norm_logits: standardise every row's logits on both sides before
+    the KL, as the released script does.
     """
 
     alpha: float = 1.0
     beta: float = 1.0
     vision: float = 0.0
+    reg: float = 1.0
     distance: str = "mse"
     map: str = "mlp"
-    temperature: float = 1.0
     norm_logits: bool = False
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for knob, choices in (("distance", tuple(DISTANCES)), ("map", MAPS)):
             if getattr(self, knob) not in choices:
-                raise KdcliError(f"llavadi: {knob} must be {' or '.join(choices)}, got {getattr(self, knob)!r}")
-        if min(self.alpha, self.beta, self.vision) < 0 or not self.temperature > 0:
-            raise KdcliError("llavadi: alpha, beta and vision must be at least 0 and temperature above 0")
+                raise KdcliError(f"{knob} must be {' or '.join(choices)}, got {getattr(self, knob)!r}")
 
     def needs(self) -> frozenset[Need]:
         # Standardised, the loss is not linear in the teacher's probabilities: samples of them would not do.
@@ -89,8 +96,8 @@ class LLaVADI:
             return DISTANCES[self.distance](rows.teacher, rows.maps["hidden"](rows.student))
 
         every: dict[str, Term] = {
-            "reg": RowTerm(1.0, "response", label_loss),
-            "res": RowTerm(self.alpha * self.temperature**2, "response", kl),
+            "reg": RowTerm(self.reg, "response", label_loss),
+            "res": RowTerm(self.softened(self.alpha), "response", kl),
             "emb": HiddenTerm(self.beta, "response", embedding),
             "emb_vis": HiddenTerm(self.vision, "vision", embedding),
         }

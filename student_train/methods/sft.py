@@ -10,6 +10,9 @@ from student_train.needs import Need
 NAME = "sft"
 PAPER = "Visual Instruction Tuning, arXiv 2304.08485"
 STAGES = "PT,SFT"
+TERMS = {
+    "reg": "cross-entropy of the labels on response tokens",
+}
 
 
 @dataclass(frozen=True)

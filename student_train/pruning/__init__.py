@@ -15,11 +15,9 @@ from typing import Any
 
 from student_train.registry import choose, named_modules
 from teacher_cache.errors import CompatibilityError, KdcliError
+from teacher_cache.families import family_of
+from teacher_cache.families.decoders import ATTENTION
 
-TEXT_MODELS = ("llama", "mistral", "qwen2", "qwen3")
-"""Language models (``model_type``) whose layers are known well enough to take tokens out between them."""
-BETWEEN_MARKS = ("idefics3", "smolvlm")
-"""Models whose images are several runs of vision tokens: how many a sample has cannot be told from them."""
 ATTENTION_IMPLEMENTATIONS = ("eager", "sdpa", "flash_attention_2", "flash_attention_3")
 
 ONE_STAGE = ((0.0, 1.0),)
@@ -68,9 +66,9 @@ class Pruning:
         if self.removed is not None and self.keep is not None:
             raise KdcliError(f"{self.operator}: give the fraction removed or the tokens to keep, not both")
         if self.removed is None and self.keep is None and not hasattr(module, "DEFAULT_KEPT"):
-            raise KdcliError(f"{self.operator}: say how many vision tokens an image keeps, e.g. --keep 64")
+            raise KdcliError(f"{self.operator}: give the number of vision tokens to keep per image, e.g. --keep 64")
         if self.keep is not None and (not isinstance(self.keep, int) or self.keep < 1):
-            raise KdcliError(f"{self.operator}: at least 1 vision token an image must be kept, got {self.keep!r}")
+            raise KdcliError(f"{self.operator}: keep at least 1 vision token per image, got {self.keep!r}")
         if self.removed is not None and not 0.0 <= self.removed < 1.0:
             raise KdcliError(
                 f"{self.operator}: the fraction removed must be at least 0 and below 1, got {self.removed:g}"
@@ -83,11 +81,11 @@ class Pruning:
             from_the_top: the layer may be the number of layers, where one that comes down begins and nothing is removed yet.
         """
         text = config.get_text_config()
-        if text.model_type not in TEXT_MODELS:
+        if text.model_type not in ATTENTION:
             raise CompatibilityError(
-                f"vision tokens cannot be removed inside a {text.model_type} language model: known are {', '.join(TEXT_MODELS)}"
+                f"vision tokens cannot be removed inside a {text.model_type} language model: known are {', '.join(ATTENTION)}"
             )
-        if config.model_type in BETWEEN_MARKS:
+        if family_of(config).between_marks:
             raise CompatibilityError(
                 f"vision tokens cannot be removed inside {config.model_type}: its images are tiles between marks in the text"
             )

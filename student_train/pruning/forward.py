@@ -21,8 +21,8 @@ from student_train.pruning import ATTENTION_IMPLEMENTATIONS, Pruning, operator_m
 from student_train.pruning.masks import attention_mask
 from student_train.pruning.ranking import LayerInput, Ranking, Tokens
 from teacher_cache.errors import CompatibilityError
+from teacher_cache.families import family_of
 from teacher_cache.teachers.attention import check_attention
-from teacher_cache.teachers.text_vision import language_model
 
 
 @contextmanager
@@ -87,7 +87,7 @@ class PrunedForward:
     ):
         self.base = model.model
         try:
-            text = language_model(self.base)
+            text = family_of(model.config).language_model(self.base)
         except AttributeError as error:
             raise CompatibilityError(f"{error}: it cannot be pruned") from None
         self.layers, self.rotary = text.layers, text.rotary_emb

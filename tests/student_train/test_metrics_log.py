@@ -50,7 +50,7 @@ def test_what_a_kill_or_a_bad_disk_left_is_dropped_byte_by_byte(tmp_path: Path) 
 @pytest.mark.parametrize("make", [os.mkfifo, os.mkdir])
 def test_something_else_in_its_place_is_one_line(tmp_path: Path, make: Callable[[Path], None]) -> None:
     make(tmp_path / "metrics.jsonl")
-    with pytest.raises(KdcliError, match=r"metrics\.jsonl is no file"):
+    with pytest.raises(KdcliError, match=r"metrics\.jsonl is not a file"):
         a_log(tmp_path, 0)
 
 

@@ -116,7 +116,7 @@ def test_matched_rows_of_a_capped_student_are_trained(opened: Callable[..., Any]
 
 def test_relations_of_a_capped_student_are_refused(opened: Callable[..., Any]) -> None:
     trainer, one = opened("cap", method="llava-kd", knobs=None)
-    fix = r"PaliGemmaForConditionalGeneration caps its logits softly \(at 3\): relations .* take a method or knobs without them"
+    fix = r"PaliGemmaForConditionalGeneration caps its logits softly \(at 3\): relations .* use a method or knobs without them"
     with pytest.raises(CompatibilityError, match=fix):
         trainer.step(0, [one])
 

@@ -9,8 +9,9 @@ import torch
 
 from student_train.distributions import DenseTeacher
 from student_train.losses import reduce
+from student_train.losses.counted import count_rows
 from student_train.losses.divergences import cross_entropy, forward_kl
-from student_train.losses.reduce import count_rows, total_loss
+from student_train.losses.reduce import total_loss
 from student_train.losses.relation import relation_cosine
 from student_train.losses.terms import Rows, RowTerm, SampleTerm, StudentRows, Terms
 from student_train.teacher_view import TeacherView

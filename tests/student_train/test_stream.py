@@ -221,7 +221,7 @@ def test_a_student_that_refuses_all_rows_is_refused(
 ) -> None:
     cache = narrow_cache("nnn")
     refuses_narrow(monkeypatch)
-    with pytest.raises(CompatibilityError, match=r"row .*rows\.json.*nor any of the 64 rows behind it: choose another"):
+    with pytest.raises(CompatibilityError, match=r"row .*rows\.json.*nor any of the 64 rows after it: choose another"):
         open_stage(cache, method="kd", parts=("sft",))
 
 
@@ -244,7 +244,7 @@ def test_what_is_left_out_is_told(
     (folder,) = (tmp_path / "run").glob("*-DFT")
     steps = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert sum(one.get("refused", 0) for one in steps) == 2 and sum(one["samples"] for one in steps) == 6
-    first, last = [note for note in told if "take" in note]
+    first, last = [note for note in told if "left out" in note]
     assert first.startswith("note: row ") and "ZeroDivisionError" in first and "metrics.jsonl" in first
     assert last == f"note: {folder.name} left out 2 rows since its start that the student does not take"
 
@@ -279,17 +279,22 @@ class Deadly(Dataset):
         return position
 
 
-def test_a_killed_loader_process_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("earlier", [False, True], ids=["first", "behind another loader"])
+def test_a_killed_loader_process_is_one_line(monkeypatch: pytest.MonkeyPatch, earlier: bool) -> None:
     """Wherever this process is meanwhile: nothing is raised in the middle of a step."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    if earlier:
+        monkeypatch.setattr("torch.utils.data._utils.signal_handling._SIGCHLD_handler_set", False)
+        torch.utils.data._utils.signal_handling._set_SIGCHLD_handler()
+        assert signal.getsignal(signal.SIGCHLD) is not signal.SIG_DFL
     monkeypatch.setattr("torch.utils.data._utils.MP_STATUS_CHECK_INTERVAL", 0.2)
     monkeypatch.setattr(stream, "Join", lambda pad_id: list)
-    before = signal.getsignal(signal.SIGCHLD)
     steps = stream.step_batches(Deadly(), MicroBatches(6, 1, 1, 0, 1, 0), 0, workers=1)  # type: ignore[arg-type]
     assert next(steps)[0] == 0
     time.sleep(0.5)  # the process is dead by now, and this one is at its step
     with pytest.raises(KdcliError, match=r"a loader process died .*fewer --dataloader-num-workers"):
         list(steps)
-    assert signal.getsignal(signal.SIGCHLD) == before
+    assert signal.getsignal(signal.SIGCHLD) is signal.SIG_DFL
 
 
 LOADER = """

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,12 @@ import pytest
 import torch
 
 from student_train.config import TrainSettings
+from student_train.term_gradients import term_gradients
 from teacher_cache.errors import KdcliError
 from tests.close import assert_all_close
 
-STEP = {"parts": ("caption", "sft"), "max_steps": 2}
+SELECT = {"reg": "unless-contradicted:0.013", "res": "confidence", "vis": "confidence/mean", "rel": "confidence/least"}
+STEP = {"parts": ("caption", "sft"), "max_steps": 2, "select": SELECT, "schedule": {"vis": "linear:0.5:1"}}
 
 
 def after_step(opened: tuple[Any, Any]) -> tuple[Any, dict[str, torch.Tensor]]:
@@ -48,6 +51,23 @@ def test_micro_batches_make_the_step_of_the_whole_batch(
     assert ours.grad_norm == pytest.approx(theirs.grad_norm, rel=1e-5)
     assert ours.tokens == theirs.tokens
     assert_all_close(list(weights.values()), [expected[name] for name in weights], 1e-6)
+
+
+def test_the_gradients_of_terms_make_up_the_step_s(
+    open_stage: Callable[..., Any], tiny_cache: Path, whole_batch: Any
+) -> None:
+    """|Σ g|² = Σ |g_i||g_j| cos: by passes of single terms as by the whole step, which they leave as it is."""
+    trainer, batches_from = open_stage(tiny_cache, per_device_train_batch_size=4, gradient_accumulation_steps=2, **STEP)
+    step, batches = next(iter(batches_from(0)))
+    logged = term_gradients(trainer, step, batches)
+    norms = {name: logged[f"gradient_norm/{name}"] for name in trainer.terms}
+    total = sum(norm**2 for norm in norms.values())
+    for one, other in combinations(norms, 2):
+        total += 2 * norms[one] * norms[other] * logged[f"gradient_cosine/{one}:{other}"]
+    assert min(norms.values()) > 0 and len(logged) == 4 + 6
+    assert math.sqrt(total) == pytest.approx(whole_batch[0].grad_norm, rel=1e-4)
+    result = after_step((trainer, batches_from))[0]
+    assert result.loss == pytest.approx(whole_batch[0].loss, rel=1e-5) and result.weights == {"vis": 0.5}
 
 
 def test_gradient_checkpointing_changes_nothing(

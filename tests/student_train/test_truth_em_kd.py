@@ -19,6 +19,7 @@ from torch.nn.functional import cosine_similarity
 from student_train.methods import create_method
 from teacher_cache.errors import CompatibilityError, KdcliError
 from tests.contracts.dense_reference import teacher_batch
+from tests.exhaustive import of_all
 
 ROWS = 35
 EVERYTHING = {"parts": ("caption", "sft", "talk"), "per_device_train_batch_size": ROWS}
@@ -77,9 +78,14 @@ def pooling(images: int) -> torch.Tensor:
     return weights
 
 
-def reverse(teacher: torch.Tensor, student: torch.Tensor) -> torch.Tensor:
-    log_t, log_s = teacher.log_softmax(1), student.log_softmax(1)
-    return (log_s.exp() * (log_s - log_t)).sum(1)
+def divergence(teacher: torch.Tensor, student: torch.Tensor, kind: str) -> torch.Tensor:
+    p_t, p_s = teacher.softmax(1), student.softmax(1)
+    middle = (p_t + p_s) / 2
+
+    def kl(p: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
+        return (p * (p / q).log()).sum(1)
+
+    return {"reverse": kl(p_s, p_t), "forward": kl(p_t, p_s), "jsd": (kl(p_t, middle) + kl(p_s, middle)) / 2}[kind]
 
 
 def smooth_l1(difference: torch.Tensor) -> torch.Tensor:
@@ -97,9 +103,10 @@ def reference(
 ) -> dict[str, torch.Tensor]:
     """The paper's terms, averaged over rows (VLAD: over samples with an image). masks: response tokens in each side's text."""
     matching, target = knobs.get("matching", "hungarian-logits"), knobs.get("target", "logits")
+    kind = knobs.get("divergence", "reverse")
     rld, vsd, vlad, mapped = [], [], [], []
     for t, s, (theirs, ours) in zip(teacher, student, masks):
-        rld.append(reverse(t.response, s.response))
+        rld.append(divergence(t.response, s.response, kind))
         if not len(s.vision):
             continue
         if matching == "pool":
@@ -117,7 +124,7 @@ def reference(
         if linear is not None:
             rows = s.hidden if target == "hidden" else s.hidden.detach()
             mapped.append((linear(rows) - weights @ t.hidden).square().mean(1))
-        vsd.append(reverse(weights @ t.vision, s.vision) if target == "logits" else mapped[-1])
+        vsd.append(divergence(weights @ t.vision, s.vision, kind) if target == "logits" else mapped[-1])
     entropy = -torch.cat([s.whole for s in student]).log_softmax(1)
     found = {
         "sup": entropy[torch.arange(len(batch.labels)), batch.labels].mean(),
@@ -137,16 +144,18 @@ CASES: dict[str, dict[str, Any]] = {
     "all text": {"text": "all"},
     "pool": {"matching": "pool"},
     "without affinities": {"gamma": 0.0},
-    "cost on probabilities": {"cost": "probs", "gamma": 0.0},
-    "pool, without affinities": {"matching": "pool", "gamma": 0.0},
+    "cost on probabilities, forward": {"cost": "probs", "gamma": 0.0, "divergence": "forward"},
+    "pool, without affinities, jsd": {"matching": "pool", "gamma": 0.0, "divergence": "jsd"},
     "hidden matching": {"matching": "hungarian-hidden", "gamma": 0.0},
     "hidden target": {"target": "hidden", "gamma": 0.0},
     "hidden both": {"matching": "hungarian-hidden", "target": "hidden", "gamma": 0.0},
     "every column sampled": {"columns": 10**6, "gamma": 0.0},
 }
 
+KEPT = "cost on probabilities, forward", "pool, without affinities, jsd", "hidden both"
 
-@pytest.mark.parametrize("case", CASES)
+
+@pytest.mark.parametrize("case", of_all(CASES, "paper", "all text", *KEPT))
 def test_loss_and_gradients_equal_the_live_teacher(
     open_stage: Callable[..., tuple[Any, Any]],
     rich_cache: Any,
@@ -215,6 +224,7 @@ def test_what_is_left_out_is_not_asked_for() -> None:
         ({"columns": 100, "cost": "probs"}, "columns samples the cost"),
         ({"text": "prompt"}, "text must be response or all"),
         ({"temperature": 0.0}, "temperature"),
+        ({"divergence": "backward"}, "divergence must be forward or reverse or jsd, got 'backward'"),
     ],
 )
 def test_knobs_without_meaning_are_refused(knobs: dict[str, Any], says: str) -> None:

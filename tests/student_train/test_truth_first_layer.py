@@ -16,6 +16,7 @@ from student_train.losses.first_layer import attention_mse, looked_at
 from student_train.methods import create_method
 from teacher_cache.errors import CompatibilityError, KdcliError
 from tests.close import assert_all_close
+from tests.exhaustive import of_all
 
 ROWS = 35
 EVERYTHING = {"parts": ("caption", "sft", "talk"), "per_device_train_batch_size": ROWS, "max_grad_norm": 0.0}
@@ -115,7 +116,7 @@ ALIGN = {
 KIND_OF = {"all": "text", "response": "answer"}
 
 
-@pytest.mark.parametrize("case", ALIGN)
+@pytest.mark.parametrize("case", of_all(ALIGN, "paper", "each head, response"))
 def test_align_kd(one_step: Any, tiny_teacher: Path, tiny_student: Path, teacher_parts: Any, case: str) -> None:
     knobs = ALIGN[case]
     result, found, batch, maps = one_step("align-kd", knobs)
@@ -158,7 +159,7 @@ def normed(logits: torch.Tensor) -> torch.Tensor:
     return (logits - logits.mean(dim=-1, keepdim=True)) / (1e-7 + logits.std(dim=-1, keepdim=True))
 
 
-@pytest.mark.parametrize("case", LLAVADI)
+@pytest.mark.parametrize("case", of_all(LLAVADI, "paper", "standardised, T=2"))
 def test_llavadi(one_step: Any, tiny_teacher: Path, tiny_student: Path, teacher_parts: Any, case: str) -> None:
     knobs = LLAVADI[case]
     result, found, batch, maps = one_step("llavadi", knobs)
@@ -209,11 +210,11 @@ def test_gradient_checkpointing_changes_nothing(one_step: Any) -> None:
     [
         ("align-kd", {"heads": "some"}, "heads must be mean or each, got 'some'"),
         ("align-kd", {"text": "prompt"}, "text must be all or response"),
-        ("align-kd", {"top_k": 0}, "top_k at least 1"),
-        ("align-kd", {"gamma": -1.0}, "weights must be at least 0"),
+        ("align-kd", {"top_k": 0}, "top_k must be at least 1"),
+        ("align-kd", {"gamma": -1.0}, "the weight of att must be"),
         ("llavadi", {"distance": "l1"}, "distance must be mse or cosine"),
         ("llavadi", {"map": "none"}, "map must be mlp or linear"),
-        ("llavadi", {"temperature": 0.0}, "temperature above 0"),
+        ("llavadi", {"temperature": 0.0}, "temperature must be above 0"),
     ],
 )
 def test_knobs_without_meaning_are_refused(method: str, knobs: dict[str, Any], says: str) -> None:

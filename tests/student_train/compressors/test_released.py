@@ -137,7 +137,7 @@ def test_mqt(place: str) -> None:
 
 
 def test_mqt_of_other_places_is_refused() -> None:
-    with pytest.raises(CompatibilityError, match="other places than 256 queries have"):
+    with pytest.raises(CompatibilityError, match="other positions than those of 256 queries"):
         build("mqt").load_state_dict(values(MQT_SHAPES))
 
 
