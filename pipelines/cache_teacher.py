@@ -171,7 +171,7 @@ def capture_fields(
             notes.append(make_lost_again(request, job, again, progress))
             gone = lost_columns(job)
         if left:
-            run_shards(request, job, left, done, total, progress)
+            notes += run_shards(request, job, left, done, total, progress)
         await_listed(storage, left, fields)
         if left:
             missing = job.missing()
@@ -204,8 +204,8 @@ def make_lost_again(
     still = {shard: whats for shard, whats in job.lost().items() if shard in again}
     for whats in still.values():
         raise CacheError(
-            f"{job.storage}: {next(iter(whats.values()))}; made again here it is other bytes: `kdcli cache repair --replace`, with the "
-            "flags of the capture, takes those"
+            f"{job.storage}: {next(iter(whats.values()))}; capturing it again here gives other bytes: accept them with "
+            "`kdcli cache repair --replace` and the flags of the capture"
         )
     return f"{len(again)} committed shard{'s' * (len(again) != 1)} had lost files and {'were' if len(again) != 1 else 'was'} made again"
 
@@ -218,7 +218,7 @@ def summary_of(
     columns = ["samples", *(f"fields/{name}" for name in fields)]
     settings = request.settings  # a field that is added counts the teacher's skips alone: the others are its samples'
     much = excess(cache, columns, settings.allow_skips, of_teacher=request.from_samples) if complete else []
-    much += ["the cache is kept; --retry-skipped takes rows in whose cause is gone"] if much else []
+    much += ["the cache is kept; --retry-skipped adds rows whose cause is gone"] if much else []
     return status(cache) | ({"notes": notes} if notes else {}) | ({"excess": much} if much else {})
 
 

@@ -9,7 +9,8 @@ import torch
 
 from teacher_cache import cache_shard
 from teacher_cache.batch import row_positions
-from teacher_cache.cache_shard import RowReader, Teacher, is_finite
+from teacher_cache.behind import is_finite
+from teacher_cache.cache_shard import RowReader, Teacher
 from teacher_cache.errors import KdcliError, SkipRow
 from teacher_cache.fields import CalibratedField
 from teacher_cache.fields.calibration import Calibration
@@ -52,8 +53,8 @@ def calibrate(
             raise
         said = str(error).partition(": raise --calibration-rows")[0]  # there are no more
         raise KdcliError(
-            f"{said}, and these are all {len(prepared)} usable rows of the mixture: take more rows, or --store exact, "
-            "which fits nothing"
+            f"{said}, and these are all {len(prepared)} usable rows of the mixture: add rows, or use --store exact, "
+            "which needs no calibration"
         ) from None
 
 

@@ -74,9 +74,9 @@ def read_keys(path: str) -> frozenset[str]:
     try:
         keys = frozenset(Path(path).read_text().split())
     except (FileNotFoundError, UnicodeDecodeError, IsADirectoryError) as error:
-        raise KdcliError(f"--keys {path}: not a text file of keys, one a line ({type(error).__name__})") from None
+        raise KdcliError(f"--keys {path}: not a text file of keys, one per line ({type(error).__name__})") from None
     if not keys:
-        raise KdcliError(f"--keys {path}: holds no key; write one a line, e.g. 000000012-3fa9c1d2")
+        raise KdcliError(f"--keys {path}: holds no keys; write one per line, e.g. 000000012-3fa9c1d2")
     return keys
 
 
@@ -102,10 +102,10 @@ def choose(cache: Cache, parts: tuple[str, ...] | None, rows: RowFilter) -> list
     if unknown:
         raise CacheError(
             f"{cache.storage}: {len(unknown)} of the --keys are not in samples of part {', '.join(names)} "
-            f"({shortened(sorted(unknown))}): take them out of the file"
+            f"({shortened(sorted(unknown))}): remove them from the file"
         )
     if not taken:
-        raise CacheError(f"{cache.storage}: no row of part {', '.join(names)} passes the filters: ask for more")
+        raise CacheError(f"{cache.storage}: no row of part {', '.join(names)} passes the filters: relax them")
     found: dict[int, set[int]] = {shard: set() for shard in shards}
     for _, shard, ordinal in taken:
         found[shard].add(ordinal)
@@ -126,7 +126,7 @@ def check_samples(cache: Cache, parts: Sequence[str]) -> None:
     missing = set(cache.shards(parts)) - set(committed_shards(cache.storage, "samples"))
     if missing:
         raise CacheError(
-            f"{cache.storage}: {len(missing)} shards of samples are not there yet: first finish it with `{cache.made_by()}`"
+            f"{cache.storage}: {len(missing)} shards of samples are not captured yet: finish it first with `{cache.made_by()}`"
         )
 
 
@@ -148,7 +148,7 @@ def distinct_rows(caches: Sequence[Cache], keep: str | None) -> list[Choice]:
             named = shortened([f"{part} {key}" for part, key in twice])
             raise CacheError(
                 f"{first} and {cache.storage} both hold {len(twice)} rows ({named}): merge caches of different rows, "
-                "or take those of the first with --keep first"
+                "or keep the first cache's with --keep first"
             )
         choices += choices_of(cache, found, number)
     return choices

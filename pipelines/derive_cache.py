@@ -96,7 +96,7 @@ def derive(
     """Write the plan, the descriptions and every shard that is not there yet."""
     workers = local.worker_count(workers)
     if not choices:
-        raise CacheError(f"{caches[0].storage}: none of these parts holds a row: name others with --parts")
+        raise CacheError(f"{caches[0].storage}: these parts have no rows: name others with --parts")
     names = common_fields(caches, fields, choices)
     plan = derived_plan([cache.plan for cache in caches], choices, by, chosen_by)
     storage = Storage(out)
@@ -119,7 +119,7 @@ def common_fields(
             if name not in cache.fields:
                 raise CacheError(
                     f"{cache.storage}: no field {name}; it has {', '.join(sorted(cache.fields)) or 'none'}: add it with "
-                    f"`kdcli cache add-field {cache.storage} --field {name}`, or name those to take with --fields"
+                    f"`kdcli cache add-field {cache.storage} --field {name}`, or name the fields to keep with --fields"
                 )
         bodies = [{k: v for k, v in cache.fields[name].items() if k not in ("plan_hash", "sha256")} for cache in caches]
         for cache, body in zip(caches, bodies):

@@ -22,7 +22,7 @@ from teacher_cache.shards.storage import Storage
 from teacher_cache.shards.verify import CALIBRATION_ROLES
 
 HEAD = "head.safetensors"
-LOST = "`kdcli cache repair`, with the flags of the capture, makes it again or says what does"
+LOST = "`kdcli cache repair`, with the flags of the capture, makes it again, or names the command that does"
 
 
 def describe(
@@ -129,8 +129,8 @@ def bound(storage: Storage, name: str, one: Field) -> Field:
     return read_field(storage, name, body)
 
 
-OF_A_VERSION = ("codec_version", "text", "step")
-"""Parameters whose default became another one with a version: of the codec, which is the first of them, or of the field."""
+OF_A_VERSION = ("codec_version", "text", "step", "long_step")
+"""Parameters that came, or got another default, with a version: of the codec, which is the first of them, or of the field."""
 
 
 def as_begun(storage: Storage, fields: Mapping[str, Field], asked: Mapping[str, Mapping[str, Any]]) -> dict[str, Field]:
@@ -150,7 +150,11 @@ def as_begun(storage: Storage, fields: Mapping[str, Field], asked: Mapping[str, 
         changed = OF_A_VERSION if body["version"] < one.version else OF_A_VERSION[:1]
         newer = [key for key in changed if key in one.params and key not in asked[name]]
         there = described_params(name, body["version"], body["params"])
-        if there == {**one.params, **{key: there[key] for key in newer if key in there}}:
+        if there == {
+            key: there[key] if key in newer else value
+            for key, value in one.params.items()
+            if key not in newer or key in there
+        }:
             settled[name] = create_field(name, there)
     return settled
 

@@ -77,7 +77,7 @@ def refuse_other_params(cache: Cache, fields: Mapping[str, Field]) -> None:
         if there != here:
             lines = "; ".join(difference(there, here))
             raise CacheError(
-                f"{cache.storage}: field {name} is there with other parameters: {lines}: give it the same ones to continue it, "
+                f"{cache.storage}: field {name} exists with other parameters: {lines}: give the same ones to continue it, "
                 f"or first `kdcli cache drop-field {cache.storage} {name}`"
             )
 
@@ -112,7 +112,7 @@ def check_preparation(cache: Cache, spec: TeacherSpec, here: Mapping[str, Any]) 
     lines = difference(cache.plan.preparation, here, "preparation")
     if lines:
         raise CompatibilityError(
-            f"{cache.storage}: teacher {spec.id!r} prepares rows in another way than this cache: {'; '.join(lines)}: "
+            f"{cache.storage}: teacher {spec.id!r} prepares rows differently from this cache: {'; '.join(lines)}: "
             "give --teacher a model with the same processor, or make a new cache with `kdcli cache-teacher`"
         )
 
@@ -127,8 +127,8 @@ def check_teacher(
         if there.get(name, here) != here:
             lines = "; ".join(difference(there[name], here, "teacher"))
             raise CompatibilityError(
-                f"{cache.storage}: field {name} is there by another teacher than {spec.id!r}: {lines}: continue it with that one, "
-                f"or first `kdcli cache drop-field {cache.storage} {name}`"
+                f"{cache.storage}: field {name} exists, made by another teacher than {spec.id!r}: {lines}: continue it with its own "
+                f"teacher, or first `kdcli cache drop-field {cache.storage} {name}`"
             )
     if not there or here in there.values() or other_teacher:
         return
@@ -136,7 +136,7 @@ def check_teacher(
     lines = "; ".join(difference(teacher, here, "teacher"))
     raise CompatibilityError(
         f"{cache.storage}: field {name} was made by another teacher than {spec.id!r}: {lines}: "
-        "give --teacher and --dtype as then, or --other-teacher for fields of two teachers"
+        "give the original --teacher and --dtype, or --other-teacher for fields of two teachers"
     )
 
 

@@ -2,7 +2,7 @@
 
 ``nll`` is the mean negative log-likelihood of the expected answer's tokens in nats, teacher-forced on the row as training renders it, the
 end-of-turn token included: over the tokens of a family, then the mean of families. It moves with every step, where exact match waits
-for an answer to flip.
+for an answer to flip. ``ece`` is the expected calibration error of the same tokens.
 """
 
 from __future__ import annotations
@@ -115,13 +115,19 @@ def plain(given: str | SkipRow, meant: Forced) -> dict[str, Any]:
         "nats": nats if math.isfinite(nats) else None,  # of a student that diverged
         "tokens": len(meant.nats),
         "nll_skip": meant.skip and meant.skip.reason,
+        **(
+            {"sure": meant.sure.tolist(), "right": meant.right.tolist()}
+            if math.isfinite(nats)
+            else {"sure": [], "right": []}
+        ),
     }
 
 
 def answered(row: Sample, one: Mapping[str, Any]) -> Answer:
     family, asked, wanted = str(row.extra.get("family", row.part)), row.turns[-2].text, row.turns[-1].text
     nats = math.nan if one["nats"] is None else one["nats"]
-    return Answer(family, asked, wanted, one["given"], nats, one["tokens"], references(row))
+    tops = tuple(zip(one["sure"], one["right"]))
+    return Answer(family, asked, wanted, one["given"], nats, one["tokens"], references(row), tops)
 
 
 def uncounted(answered: int, skips: Sequence[SkipRecord], nll_skipped: Sequence[str]) -> dict[str, Any]:

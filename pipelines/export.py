@@ -27,6 +27,7 @@ from student_train.compressors import CompressorSpec
 from student_train.student import load_student, share
 from student_train.whole import sync_files
 from teacher_cache.errors import KdcliError, naming_full_disk
+from teacher_cache.families import family_of
 from teacher_cache.model_kind import reads_images
 from teacher_cache.shards.local_disk import sync_folder
 
@@ -63,7 +64,7 @@ def export(request: ExportRequest) -> dict[str, Any]:
         KdcliError: nothing to export, a folder that is taken, or a check that fails; then nothing is left behind.
     """
     if request.out.exists() and (not request.out.is_dir() or any(request.out.iterdir())):
-        raise KdcliError(f"{request.out} is there already: choose another --out, or remove it")
+        raise KdcliError(f"{request.out} already exists: choose another --out, or remove it")
     source = find_model(request.source)
     refuse_own_code(source)
     origin, template = read_provenance(source, request.scores), known_template(source)
@@ -88,7 +89,7 @@ def export(request: ExportRequest) -> dict[str, Any]:
             "compressor": spec and spec.entry(),
             "remote_code": spec is not None,
             "bytes": sum(file.stat().st_size for file in draft.iterdir()),
-            "notes": [*template_notes(template), *serving_notes(config)],
+            "notes": [*template_notes(template), *image_notes(config, processor), *serving_notes(config)],
         }
         if exact is not None:
             result["check"] = run_check(model, processor, draft, Path(rows), exact)
@@ -110,10 +111,20 @@ def template_notes(template: str | None) -> list[str]:
     ]
 
 
+def image_notes(config: Any, processor: Any) -> list[str]:
+    arguments = family_of(config).image_arguments(processor)
+    told = ", ".join(f"{name}={value!r}" for name, value in arguments.items())
+    return (
+        [f"it was trained with images read by processor(…, {told}), which plain transformers must be told"]
+        if told
+        else []
+    )
+
+
 def refuse_own_code(source: Path) -> None:
     if "auto_map" in read_object(source / "config.json"):
         raise KdcliError(
-            f"{source} brings program code of its own (auto_map), so it is such a folder already: copy it as it is, code included"
+            f"{source} has program code of its own (auto_map), so it needs no export: copy the folder as it is, including the code"
         )
 
 
@@ -148,7 +159,9 @@ def put_in_place(draft: Path, out: Path) -> None:
     except OSError as error:
         if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
             raise
-        raise KdcliError(f"{out} was made meanwhile by somebody else: choose another --out, or remove it") from None
+        raise KdcliError(
+            f"{out} was created meanwhile by another process: choose another --out, or remove it"
+        ) from None
     sync_folder(out.resolve().parent)
 
 

@@ -33,7 +33,7 @@ class Asked:
         names = ("row", "key", "source_row", "id")
         given = [f"--{name.replace('_', '-')}" for name in names if getattr(self, name) is not None]
         if len(given) > 1:
-            raise KdcliError(f"{' and '.join(given)} each choose a row: give one of them")
+            raise KdcliError(f"{' and '.join(given)} each select a row: give only one of them")
         for name in ("row", "source_row"):
             if (getattr(self, name) or 0) < 0:
                 raise KdcliError(f"--{name.replace('_', '-')} counts from 0, got {getattr(self, name)}")

@@ -38,7 +38,7 @@ FOLDER = "KDCLI_MEMORY"
 MOST = 200
 _MEMORY = re.compile(r"[0-9a-f]{64}\.json")
 BY_WHOM = ("executor", "ray_address", "gpus_per_worker", "cpus_per_worker", "slurm_tasks", "slurm_options", "workers")
-NO_MATTER = (*BY_WHOM, "allow_skips")
+NO_MATTER = (*BY_WHOM, "encode_workers", "allow_skips")
 """Settings that do not change what is made."""
 _SHAPE = {"files": {}, "plan_hash": str, "fields": {}}
 

@@ -44,6 +44,7 @@ _WORD = {
     "begun?": (COUNT, None),
     "doing?": str,
     "alone?": bool,
+    "waited?": float,
 }
 _NAME = re.compile(r"[0-9]{8}-[0-9]{6}-[0-9a-f]{6}-[0-9a-f]{6}\.json")
 
@@ -57,6 +58,7 @@ class Word:
         started, updated: seconds since 1970 by the worker's clock. error: one line, after a failure.
         host: name and process number. machine: where that number means this process; None where nobody can tell.
         begun: when the process began, in ticks since its machine did: a later one of the same number began at another time.
+        waited: seconds since ``started`` that the teacher waited for rows to be encoded.
         doing: of a whole command (``presence``), which is no worker: its name. alone: nobody else may be at work.
     """
 
@@ -72,6 +74,7 @@ class Word:
     begun: int | None = None
     doing: str = ""
     alone: bool = False
+    waited: float = 0.0
 
 
 class Heartbeat:
@@ -124,9 +127,11 @@ class Heartbeat:
             done.set()
             thread.join()
 
-    def advance(self, rows: int) -> None:
+    def advance(self, rows: int, waited: float = 0.0) -> None:
+        """So many rows more. waited: seconds of all since the start, as ``Word`` has them."""
         with self._lock:
-            self._word = replace(self._word, rows=self._word.rows + rows, shard_rows=self._word.shard_rows + rows)
+            word = self._word
+            self._word = replace(word, rows=word.rows + rows, shard_rows=word.shard_rows + rows, waited=waited)
 
     def _say(self) -> None:
         """Write the word. A store that does not take it, for whatever reason of its own, is asked again at the next beat."""

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-import tempfile
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,6 +16,7 @@ from pipelines.find_row import Asked, find_row
 from pipelines.preflight import canaries
 from pipelines.presence import at_work, dead_words
 from student_train.cache import Cache, CachedRow, CachedRows, read_receipt, read_tensors
+from student_train.teacher_tokenizer import tokenizer_of
 from teacher_cache.errors import CacheError
 from teacher_cache.plan import read_plan
 from teacher_cache.records import Sketch, TopK
@@ -25,7 +24,6 @@ from teacher_cache.shards.commit import committed_shards, read_commit
 from teacher_cache.shards.storage import Storage
 from teacher_cache.shards.verify import CALIBRATION_ROLES, OWN, Problem, orphans, verify
 from teacher_cache.teachers.head import topk_rows
-from teacher_cache.whole_file import naming_file
 
 WORDS = 3
 
@@ -48,33 +46,6 @@ class Decoded:
 def hashes(cache: Cache) -> dict[str, str]:
     """Column → hash that its commits are bound to."""
     return {"samples": "", **{f"fields/{name}": body["sha256"] for name, body in cache.fields.items()}}
-
-
-def tokenizer_of(cache: Cache) -> Any:
-    """The teacher's tokenizer, from the cache itself; None where no field stored it."""
-    for body in cache.fields.values():
-        folder = body["teacher_folder"]
-        names = [name for name in cache.processor_files(folder) if name.startswith(("tokenizer", "special_tokens"))]
-        if "tokenizer.json" in names:
-            with tempfile.TemporaryDirectory() as copied:
-                for name in names:
-                    data = cache.processor_file(folder, name)
-                    with naming_file(Path(copied) / name):
-                        (Path(copied) / name).write_bytes(data)
-                return loaded_tokenizer(copied, f"{cache.storage}/{folder}/processor")
-    return None
-
-
-def loaded_tokenizer(copied: str, place: str) -> Any:
-    """CacheError naming ``place`` where the library does not take the files, whatever it raises."""
-    from transformers import PreTrainedTokenizerFast
-
-    try:
-        return PreTrainedTokenizerFast.from_pretrained(copied)
-    except BaseException as error:  # the tokenizers library panics, too
-        if isinstance(error, KeyboardInterrupt | SystemExit):
-            raise
-        raise CacheError(f"{place}: no tokenizer ({type(error).__name__}: {error}): run `kdcli cache verify`") from None
 
 
 def inspect(cache: Cache, asked: Asked) -> Decoded:

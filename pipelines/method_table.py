@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from pipelines.tables import table
-from student_train.methods import create_method, method_modules
+from student_train.methods import create_method, method_modules, presets_of, terms_of
 from student_train.needs import Need, served_by
 
 
@@ -23,19 +23,19 @@ class NotOffered:
 LIVE = (
     NotOffered(
         "MiniLLM, on-policy",
-        "the student writes responses at every step and the teacher rewards them: no cache can hold what is not written yet",
+        "the student writes responses at every step and the teacher rewards them; a cache cannot hold responses that do not exist yet",
         "minillm-offline",
         "arXiv 2306.08543",
     ),
     NotOffered(
         "DistiLLM, adaptive off-policy",
-        "student-made responses replace the dataset's as training goes on, and the teacher has to read them",
+        "the student's responses replace the dataset's during training, and the teacher has to score them",
         "distillm-offline",
         "arXiv 2402.03898",
     ),
     NotOffered(
         "GKD, on-policy",
-        "the divergence is taken on responses that the student draws, of which the teacher's distributions are not stored",
+        "the divergence is taken on responses that the student samples; a cache has no teacher distributions for them",
         "jsd",
         "arXiv 2306.13649",
     ),
@@ -44,17 +44,17 @@ LIVE = (
 LATER = (
     NotOffered(
         "llava-mod",
-        "its mimic stage is kd; experts and the preference (KTO) stage come later",
+        "its mimic stage is kd; experts and the preference (KTO) stage are missing",
         "kd",
         "arXiv 2408.15881",
     ),
-    NotOffered("sparsevlm", "removal of vision tokens inside the language model, later", "", "arXiv 2410.04417"),
-    NotOffered("voco", "compression of vision tokens into a few learned ones, later", "", "arXiv 2406.12275"),
+    NotOffered("sparsevlm", "removal of vision tokens inside the language model", "", "arXiv 2410.04417"),
+    NotOffered("voco", "compression of vision tokens into a few learned ones", "", "arXiv 2406.12275"),
 )
 
 
 def offered() -> list[dict[str, Any]]:
-    """Every method by its default preset: ``{"method", "needs", "served_by", "stages", "presets", "paper"}``."""
+    """Every method by its default preset: ``{"method", "needs", "served_by", "stages", "presets", "paper", "terms"}``."""
     found = []
     for name, module in method_modules().items():
         needs = sorted(create_method(name).needs())
@@ -64,8 +64,9 @@ def offered() -> list[dict[str, Any]]:
                 "needs": [str(need) for need in needs],
                 "served_by": [serving(need) for need in needs],
                 "stages": module.STAGES,
-                "presets": list(module.PRESETS),
+                "presets": list(presets_of(name)),
                 "paper": module.PAPER,
+                "terms": terms_of(name),
             }
         )
     return found
@@ -85,7 +86,7 @@ def as_json() -> dict[str, Any]:
 
 
 def text() -> str:
-    """The table, and what is not in it below."""
+    """The table, the loss terms, and what is not offered."""
     body = [
         [
             one["method"],
@@ -100,13 +101,25 @@ def text() -> str:
         [
             table(["method", "needs", "served by", "stages", "paper"], body),
             "",
-            "Not offered, since it needs the live teacher while the student trains:",
+            "Loss terms, as logs, tables, --schedule and --select name them (p_t: teacher, p_s: student):",
+            *term_lines(),
+            "",
+            "Not offered, because they need the live teacher while the student trains:",
             *map(_line, LIVE),
             "",
-            "Later:",
+            "Not implemented yet:",
             *map(_line, LATER),
         ]
     )
+
+
+def term_lines() -> list[str]:
+    """A line for each loss term with its methods; a name that means different things has a line for each."""
+    methods: dict[tuple[str, str], list[str]] = {}
+    for name, module in method_modules().items():
+        for term, words in getattr(module, "TERMS", {}).items():
+            methods.setdefault((term, words), []).append(name)
+    return [f"- {term}: {words} ({', '.join(names)})" for (term, words), names in sorted(methods.items())]
 
 
 def _line(one: NotOffered) -> str:

@@ -73,7 +73,9 @@ def _open(path: Path) -> BinaryIO:
             os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666), "r+b", buffering=0
         )
     except OSError as error:
-        raise KdcliError(f"{path}: {error.strerror}: it keeps writers of this folder apart: make it writable") from None
+        raise KdcliError(
+            f"{path}: {error.strerror}: this file locks the folder for one writer: make it writable"
+        ) from None
 
 
 def _take(file: BinaryIO, folder: Path, choose: str, say: Callable[[str], None]) -> None:
@@ -142,10 +144,14 @@ def _renew(file: BinaryIO, word: dict[str, Any], ended: threading.Event) -> None
 @contextmanager
 def _let_go_in_children(file: BinaryIO) -> Iterator[None]:
     """A forked child (a loader process) would hold the lock on for a while where its parent is killed."""
-    number, owner, held = file.fileno(), os.getpid(), True
+    number, held = file.fileno(), True
 
     def let_go() -> None:
-        if held and os.getppid() == owner:
+        nonlocal held
+        if (
+            held
+        ):  # also where the parent is dead before the child first runs; a child's own children have nothing to let go
+            held = False
             other = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
             os.dup2(
                 other, number, inheritable=False

@@ -70,7 +70,7 @@ def refuse_fields_of_images(names: Iterable[str]) -> None:
     if asked := fields_of_images(names):
         others = sorted(set(field_kinds()) - set(fields_of_images(field_kinds())))
         raise CompatibilityError(
-            f"field {asked[0]} holds what a teacher says of images, and this one reads text alone: leave it out (it has "
+            f"field {asked[0]} stores image signals, and this teacher is text-only: leave it out (it has "
             f"{', '.join(others)}), or give a teacher that reads images"
         )
 

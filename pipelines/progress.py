@@ -24,15 +24,24 @@ from rich.text import Text
 from teacher_cache.errors import printable
 
 
-class Rate(ProgressColumn):
-    """Items a second."""
+def rate_of(task: Any, from_start: bool) -> float | None:
+    """Items a second: lately, or since the task began, where a burst of them says nothing. None: not known."""
+    if not from_start:
+        return task.finished_speed or task.speed  # type: ignore[no-any-return]
+    seconds = task.finished_time or task.elapsed
+    return task.completed / seconds if seconds and task.completed else None
 
-    def __init__(self, unit: str):
+
+class Rate(ProgressColumn):
+    """Items a second, as ``rate_of`` has them."""
+
+    def __init__(self, unit: str, from_start: bool = False):
         super().__init__()
-        self.unit = unit
+        self.unit, self.from_start = unit, from_start
 
     def render(self, task: Any) -> Text:
-        return Text(f"{task.speed:.1f} {self.unit}/s" if task.speed else f"– {self.unit}/s")
+        rate = rate_of(task, self.from_start)
+        return Text(f"{rate:.1f} {self.unit}/s" if rate else f"– {self.unit}/s")
 
 
 EVERY_S = 30.0
@@ -42,9 +51,9 @@ EVERY_S = 30.0
 class Lines(Progress):
     """The bars of a log file: a line of each every ``EVERY_S`` seconds while it moves, and one of where it ended."""
 
-    def __init__(self, *columns: ProgressColumn, console: Console, unit: str):
+    def __init__(self, *columns: ProgressColumn, console: Console, unit: str, from_start: bool = False):
         super().__init__(*columns, console=console, disable=True)
-        self.unit = unit
+        self.unit, self.from_start = unit, from_start
         self.told: dict[Any, tuple[float, float]] = {}  # task → when, and how far it was
 
     def add_task(self, *arguments: Any, **named: Any) -> Any:
@@ -74,7 +83,7 @@ class Lines(Progress):
         task = next(one for one in self.tasks if one.id == task_id)
         self.told[task_id] = (time.monotonic(), task.completed)
         total = f"/{task.total:.0f}" if task.total is not None else ""
-        speed = task.finished_speed or task.speed
+        speed = rate_of(task, self.from_start)
         rate = f", {speed:.1f} {self.unit}/s" if speed else ""
         seconds = task.time_remaining
         left = f", {int(seconds) // 3600}:{int(seconds) // 60 % 60:02}:{int(seconds) % 60:02} left" if seconds else ""
@@ -92,19 +101,22 @@ def quiet_library_bars() -> None:
         os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
 
 
-def bar(console: Console, unit: str) -> Progress:
-    """A bar that owns the terminal: the library's own loading bars would tear it. In a log file, ``Lines``."""
+def bar(console: Console, unit: str, from_start: bool = False) -> Progress:
+    """A bar that owns the terminal: the library's own loading bars would tear it. In a log file, ``Lines``.
+
+    from_start: as ``rate_of`` takes it.
+    """
     quiet_library_bars()
     columns = (
         SpinnerColumn(),
         TextColumn("{task.description}", markup=False),  # part names are the user's own, brackets and all
         BarColumn(),
         MofNCompleteColumn(),
-        Rate(unit),
+        Rate(unit, from_start),
         TimeRemainingColumn(),
     )
     if not console.is_terminal:
-        return Lines(*columns, console=console, unit=unit)
+        return Lines(*columns, console=console, unit=unit, from_start=from_start)
     return Progress(*columns, console=console)
 
 
@@ -115,7 +127,8 @@ def capture_progress(console: Console) -> Iterator[Callable[[str, int, int], Non
         task = progress.add_task("planning", total=None)
 
         def show(event: str, done: int, total: int) -> None:
-            progress.update(task, description="capturing", completed=done, total=total)
+            waits = ", the teacher waits for encoding" if event == "waiting" else ""
+            progress.update(task, description=f"capturing{waits}", completed=done, total=total)
 
         yield show
 
@@ -139,13 +152,16 @@ def train_progress(console: Console, prefix: str = "") -> Iterator[Callable[[str
 
 @contextmanager
 def doctor_progress(console: Console) -> Iterator[Callable[[str, int, int], None]]:
-    """``progress(part, done, total)`` for ``pipelines.doctor.examine``: one bar a part."""
-    with bar(console, "rows") as progress:
-        tasks: dict[str, Any] = {}
+    """``progress(part, done, total)`` for ``pipelines.doctor.examine``: one bar a part, which begins with ``done`` 0.
+
+    Groups of rows come in bursts, several at once, so rates are of the whole.
+    """
+    with bar(console, "rows", from_start=True) as progress:
+        tasks: list[Any] = []  # parts may have one name
 
         def show(part: str, done: int, total: int) -> None:
-            if part not in tasks:
-                tasks[part] = progress.add_task(printable(part), total=total)
-            progress.update(tasks[part], completed=done)
+            if not done:
+                tasks.append(progress.add_task(printable(part), total=total))
+            progress.update(tasks[-1], completed=done)
 
         yield show

@@ -36,7 +36,7 @@ from teacher_cache.teachers.transformers import TeacherSpec
 
 Progress = Callable[[str, int, int], None]
 Place = tuple[str, int | None]
-NO_WAY = "nothing that the teacher and these flags make is proven to be what stood here"
+NO_WAY = "what the teacher and these flags make cannot be proven to equal the original"
 OTHER_BYTES = (
     "made again here it is other bytes: same machine kind, library versions and --batch-tokens as in the capture? "
     "--replace takes the new ones"
@@ -82,7 +82,7 @@ def mend(request: RepairRequest, progress: Progress) -> dict[str, Any]:
     cache, found = survey(request.url)
     result: dict[str, Any] = {"cache": request.url, "problems": list(map(as_json, found)), "left": [], "notes": []}
     if found and request.teacher is None:
-        raise KdcliError(f"{len(found)} problems: name the teacher that made the cache with --teacher to redo them")
+        raise KdcliError(f"{len(found)} problems: give the cache's teacher with --teacher to repair them")
     if cache is None:
         lost = plan_request(request, None)
         restore_manifest(lost, load_teacher(lost.teacher))
@@ -112,7 +112,7 @@ def as_json(problem: Problem) -> dict[str, Any]:
 def how(problem: Problem) -> str:
     """What a repair makes a damaged place from."""
     if problem.column == "manifest.json":
-        return "planned again from the mixture, with the flags of the capture; then the rest is looked at"
+        return "planned again from the mixture, with the flags of the capture; then the rest is checked"
     if problem.shard is None:
         return "made again by the teacher, with the flags of the capture"
     return "made again from the mixture" if problem.column == "samples" else "made again from samples, by the teacher"
@@ -195,7 +195,7 @@ class Repairing:
         if plan.plan_hash != self.cache.plan_hash:
             lines = "; ".join(difference(self.cache.plan.identity(), plan.identity()))
             raise CacheError(
-                f"the mixture or the teacher is not what it was: {lines}: give --data … and --teacher as then"
+                f"the mixture or the teacher differs from the capture's: {lines}: give the original --data … and --teacher"
             )
         refuse_other_pictures(self.storage, self.cache.plan, with_pictures(plan))
         job = CaptureJob(self.storage, plan, {}, {}, batch_tokens=capture.settings.batch_tokens, writer=self.writer)
@@ -229,13 +229,13 @@ class Repairing:
                 continue
             for shard in shards:
                 if shard in without:
-                    self.reasons[column, shard] = "it is made from samples, whose shard is damaged too"
+                    self.reasons[column, shard] = "it is made from samples, and their shard is damaged, too"
                 else:
                     left.setdefault(shard, []).append(column)
         if not left:
             return
         if self.request.replace:
-            self.notes.append("what shards of other bytes replaced goes with `kdcli cache gc --yes`")
+            self.notes.append("`kdcli cache gc --yes` removes the shards that were replaced by others")
             preflight, _ = adopted(capture, self.storage, {}, dict(self.teacher.fingerprint))
             if preflight:
                 self.notes += ask_canaries(capture, preflight, self.storage, dict(self.teacher.fingerprint))
@@ -251,7 +251,7 @@ class Repairing:
         if there != here:
             lines = "; ".join(difference(there, here, "teacher"))
             raise CompatibilityError(
-                f"it was made by another teacher than {self.spec.id!r}: {lines}: repair it with that one"
+                f"it was made by another teacher than {self.spec.id!r}: {lines}: repair it with its own teacher"
             )
         return self.cache.open_field(name)
 
@@ -281,7 +281,7 @@ class Repairing:
         field = self.cache.fields.get(problem.column.removeprefix("fields/"))
         folder = field["teacher_folder"] if field else problem.column
         if folder.startswith("teacher/") and folder != self.teacher.folder:
-            return f"it is of another teacher than {self.spec.id!r}: repair it with that one"
+            return f"it is of another teacher than {self.spec.id!r}: repair it with its own teacher"
         return NO_WAY if problem.shard is None else OTHER_BYTES
 
 

@@ -57,8 +57,8 @@ RUN = {
 """``run.json``."""
 DONE = {"result?": {"steps?": COUNT, "samples?": (COUNT, None)}}
 """What is shown of ``done.json``."""
-TRAIN_AGAIN = "restore it, or run the same `kdcli train-student` again, which writes it anew"
-ASK_AGAIN = "write it anew with `kdcli eval --out`, or remove it"
+TRAIN_AGAIN = "restore it, or run the same `kdcli train-student` again, which writes it again"
+ASK_AGAIN = "write it again with `kdcli eval --out`, or remove it"
 
 
 def read_record(path: Path, check: Check, fix: str) -> dict[str, Any]:
@@ -117,7 +117,7 @@ def open_plain(path: Path, fix: str) -> Iterator[BinaryIO]:
         handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
         try:
             if not stat.S_ISREG(os.fstat(handle).st_mode):
-                raise KdcliError(f"{path}: it is no file: {fix}")
+                raise KdcliError(f"{path}: it is not a file: {fix}")
             with os.fdopen(handle, "rb", closefd=False) as opened:
                 yield opened
         finally:
@@ -160,7 +160,9 @@ def misfit_of_run(body: Any) -> str:
     if wrong := misfit(body, RUN):
         return wrong
     names = [one[key] for one in body.get("stages", []) for key in ("stage", "folder") if key in one]
-    return next((f"stage {name[:80]!r} is no name of a stage" for name in names if not STAGE_NAME.fullmatch(name)), "")
+    return next(
+        (f"stage {name[:80]!r} is not the name of a stage" for name in names if not STAGE_NAME.fullmatch(name)), ""
+    )
 
 
 _SCORE = (float, None)
@@ -172,6 +174,7 @@ _RESULT = {
     "family_mean": float,
     "nll?": _SCORE,
     "nll_family_mean?": _SCORE,
+    "ece?": _SCORE,
     "skipped?": {...: COUNT},
     "nll_skipped?": {...: COUNT},
     "families": {...: _FAMILY},

@@ -27,28 +27,29 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class CaptureSettings:
-    """``[capture]``: how the cache is made. (``pipelines/settings_page.py`` makes a page of what stands below ``Attributes``.)
+    """``[capture]``: how the cache is made. (``pipelines/settings_page.py`` turns the text below ``Attributes`` into a page.)
 
     Attributes:
         shards: number of shards, fixed for the life of the cache.
-        store: what is stored of the teacher: ``standard``, ``compact``, ``exact``, or ``none`` (the samples alone).
-        fields: single fields in place of the profile.
-        parts_without_fields: parts of which only the samples are stored.
-        max_length: longest row in tokens, those of its images included.
-        over_length: what becomes of a longer row: ``skip`` it, or ``cut`` it at a turn border.
-        seed: of the order in which rows are put into shards.
-        executor: who schedules the shards: ``local``, ``ray`` or ``slurm``.
-        workers: processes, or Ray actors; 0: one a GPU, else one.
-        ray_address: of a running Ray cluster; without it ``RAY_ADDRESS``, else this machine alone.
-        gpus_per_worker: of a Ray actor; without it one where there are GPUs.
-        cpus_per_worker: of a Ray actor.
-        slurm_tasks: tasks of the Slurm array.
-        slurm_options: options of sbatch.
-        batch_tokens: padded tokens of one teacher batch.
+        store: storage profile: ``standard``, ``compact``, ``exact``, or ``none`` (samples only).
+        fields: fields to store instead of the profile.
+        parts_without_fields: parts stored without fields, samples only.
+        max_length: maximum length of a row in tokens, including those of its images.
+        over_length: ``skip`` longer rows, or ``cut`` them at a turn.
+        seed: seed of the order in which rows are distributed over shards.
+        executor: scheduler of the shards: ``local``, ``ray`` or ``slurm``.
+        workers: worker processes or Ray actors; 0: one per GPU, or one without GPUs.
+        encode_workers: encoding threads per worker, beside its teacher; 0: from the number of cores, at most four.
+        ray_address: address of a running Ray cluster; default: ``RAY_ADDRESS``, else this machine alone.
+        gpus_per_worker: GPUs of a Ray actor; default: one if there are GPUs.
+        cpus_per_worker: CPU cores of a Ray actor.
+        slurm_tasks: number of tasks in the Slurm array.
+        slurm_options: options for sbatch.
+        batch_tokens: padded tokens per teacher batch.
         calibration_rows: rows that the teacher reads before the job, to fit the fields that need it.
-        allow_skips: share of a part's rows that may be skipped: more of them stop a capture before it begins, or fail it behind its end.
-        calibration: cache of a `kdcli preflight` whose calibrations are taken; without it they are fitted afresh.
-        staging_gb: most GB (1e9 bytes) of local temporary disk of a worker's unfinished tars, for a cache in an object store; 0: no limit.
+        allow_skips: maximum share of a part's rows that may be skipped; above it, a capture stops before it begins or fails at its end.
+        calibration: cache of a `kdcli preflight` to take calibrations from; default: fit new ones.
+        staging_gb: maximum temporary disk per worker in GB (1e9 bytes), for unfinished tars of a cache in an object store; 0: no limit.
     """
 
     shards: int = 512
@@ -60,6 +61,7 @@ class CaptureSettings:
     seed: int = 0
     executor: str = "local"
     workers: int = 0
+    encode_workers: int = 0
     ray_address: str | None = None
     gpus_per_worker: float | None = None
     cpus_per_worker: float = 1.0
@@ -75,6 +77,8 @@ class CaptureSettings:
         for name in ("shards", "max_length", "batch_tokens", "calibration_rows"):
             if getattr(self, name) < 1:
                 raise KdcliError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(self, name)}")
+        if self.encode_workers < 0:
+            raise KdcliError(f"--encode-workers must not be negative, got {self.encode_workers}")
         if not self.staging_gb >= 0:
             raise KdcliError(f"--staging-gb must not be negative, got {self.staging_gb}")
         if not 0 <= self.allow_skips <= 1:
@@ -90,7 +94,7 @@ class Settings:
     Attributes:
         teacher: ``[teacher]``.
         data: a ``[[data]]`` block a part.
-        cache: where the cache is written and read: a folder, or a URL such as ``s3://bucket/prefix``.
+        cache: the cache to write and read: a folder, or a URL such as ``s3://bucket/prefix``.
         capture: ``[capture]``.
         fields: ``[fields.NAME]``.
         train: ``[train]``.

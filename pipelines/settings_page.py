@@ -19,7 +19,7 @@ from pipelines.command_line.capture import cache_teacher
 from pipelines.command_line.training import train_student
 from pipelines.settings import CaptureSettings, Settings
 from student_train.config import StageSettings, TrainSettings
-from student_train.methods import method_modules
+from student_train.methods import DEFAULT, method_modules, presets_of
 from teacher_cache.errors import KdcliError
 from teacher_cache.fields import create_field, field_kinds
 from teacher_cache.sources import DataSpec
@@ -45,17 +45,17 @@ SENTENCES = {
 
 HEAD = """# Every key of kd.toml
 
-`kdcli init` writes a commented kd.toml with the keys that most jobs need; these are all. A key that is left out has its default, a flag
-wins over the file, and a key that is not known is refused with those that are. Relative paths start where kdcli is called.
+`kdcli init` writes a commented kd.toml with the keys that most jobs need; this page lists all keys. A missing key has its default. Flags
+override kd.toml. An unknown key is an error that lists the known ones. Relative paths start at the current folder.
 
-Flags are those of `kdcli cache-teacher` and, for `[train]`, of `kdcli train-student`; other commands have some of them. `–` as a default:
-not set; as a flag: there is none, the key stands in the file alone.
+Flags are those of `kdcli cache-teacher` and, for `[train]`, of `kdcli train-student`; other commands have some of them. `–` means not set
+(as a default) or no flag (set the key in the file).
 """
-FIELDS = """Parameters of a field, over those of the profile (`store`); with `fields = […]`, which takes no profile, a field has these. What
-they mean is said in [fidelity](fidelity.md) and [FORMAT.md](../teacher_cache/shards/FORMAT.md). `--k` and `--codec` set them for all
+FIELDS = """Parameters of a field. They override those of the profile (`store`); with `fields = […]` there is no profile, and these are the
+defaults. [Fidelity](fidelity.md) and [FORMAT.md](../teacher_cache/shards/FORMAT.md) explain them. `--k` and `--codec` set them for all
 fields that have them.
 """
-FOOT = """This page is made of what the settings' own classes say: `python -P -m pipelines.settings_page` writes it again.
+FOOT = """This page is generated from the docstrings of the settings classes: `python -P -m pipelines.settings_page` writes it again.
 """
 
 
@@ -64,22 +64,22 @@ def page() -> str:
     sections = [
         (
             "`cache`",
-            "Above all tables.",
+            "Stands above all tables.",
             rows(Settings, {"cache": "--cache, --out"}, ("cache",)),
         ),
         ("`[teacher]`", "", rows(TeacherSpec, teacher)),
-        ("`[[data]]`", "One block a part of the mixture.", rows(DataSpec, teacher)),
+        ("`[[data]]`", "One block for each part of the mixture.", rows(DataSpec, teacher)),
         ("`[capture]`", "", rows(CaptureSettings, teacher)),
         ("`[train]`", "", rows(TrainSettings, train)),
         (
             "`[stages.NAME]`",
-            "What differs from `[train]` in stage `PT`, `DPT`, `SFT` or `DFT`.",
+            "Overrides `[train]` in stage `PT`, `DPT`, `SFT` or `DFT`.",
             rows(StageSettings, {}),
         ),
     ]
     pieces = [HEAD]
     for title, words, body in sections:
-        table = ["| key | type | default | flag | |", "|---|---|---|---|---|", *body]
+        table = ["| key | type | default | flag | meaning |", "|---|---|---|---|---|", *body]
         pieces.append("\n\n".join(one for one in (f"## {title}", words, "\n".join(table)) if one) + "\n")
     return "\n".join([*pieces, fields_section(), methods_section(), FOOT])
 
@@ -170,17 +170,17 @@ def fields_section() -> str:
 
 
 def methods_section() -> str:
-    """Knobs of every method, of its preset ``paper``."""
+    """Knobs of every method, of its default preset."""
     lines = []
-    for name, module in method_modules().items():
-        preset = module.PRESETS["paper"]
+    for name in method_modules():
+        preset = presets_of(name)[DEFAULT]
         knobs = [f"`{one.name} = {toml(getattr(preset, one.name))}`" for one in fields(preset)]
         lines.append(f"| `{name}` | {', '.join(knobs) or 'none'} |")
     return "\n".join(
         [
             "## `[methods.NAME]`\n",
-            "Knobs of a method, over the preset; the flag is `--set NAME=VALUE`. [What each is](methods.md).\n",
-            "| method | keys, with the defaults of preset `paper` |",
+            "Knobs of a method; they override the preset. The flag is `--set NAME=VALUE`. [Methods](methods.md) explains each knob.\n",
+            "| method | keys, with the defaults |",
             "|---|---|",
             *lines,
             "",

@@ -41,7 +41,7 @@ def unread_images(plan: Plan, preparer: Preparer) -> list[str]:
     for one in plan.slices:
         images[one.part] += sum(group.images for group in one.groups)
     return [
-        f"part {part!r}: its rows with images ({count:,} images) are skipped: the teacher reads text alone"
+        f"part {part!r}: its rows with images ({count:,} images) are skipped: the teacher is text-only"
         for part, count in images.items()
         if count and not preparer.reads_images
     ]
@@ -69,8 +69,8 @@ def refuse_skips(plan: Plan, preparer: Preparer, allowed: float) -> None:
             reason, count, of = *counts[0], len(rows)
         enough = max(share(len(skipped), len(rows)), share(count, of))
         raise KdcliError(
-            f"part {part.spec.part!r}: of {len(rows)} rows that were looked at, {len(skipped)} are skipped: "
-            f"{told(reason, skipped, part)}. Nothing is captured; --allow-skips {enough:g} would let it begin ({allowed:g} is allowed)"
+            f"part {part.spec.part!r}: of {len(rows)} checked rows, {len(skipped)} are skipped: "
+            f"{told(reason, skipped, part)}. Nothing is captured; --allow-skips {enough:g} would allow it (now {allowed:g})"
         )
 
 
@@ -160,7 +160,7 @@ def take_in_again(
     before = skips()
     run(replace(job, writer=ShardReplacer, keep_rows=True), again)
     made = f"{len(again)} shard{'s' * (len(again) != 1)} made again"
-    said = f"{before - skips()} rows taken in, {made}; what these replaced goes with `kdcli cache gc --yes`"
+    said = f"{before - skips()} rows added, {made}; `kdcli cache gc --yes` removes the replaced files"
     return [said, *others_left(job, again)]
 
 

@@ -133,7 +133,7 @@ def stage_identity(
         "plan_hash": cache.plan_hash,
         "fields": {name: cache.fields[name]["sha256"] for name in plan.served.names},
         "method": plan.method_name,
-        "knobs": asdict(plan.method),  # type: ignore[call-overload]
+        "knobs": identity_knobs(plan.method_name, plan.method),
         "parts": list(plan.parts),
         "samples": total,
         "global_batch": global_batch,
@@ -152,12 +152,31 @@ def stage_identity(
                 "use_liger_kernel",
             )
         },
+        **plan.terms.identity(),
         **({"vision_tower_learning_rate": tower} if (tower := plan.settings.vision_tower_learning_rate) else {}),
         **({"compressor": plan.compressor.entry()} if plan.compressor else {}),
         **({"processes": processes} if processes > 1 else {}),
         **(drawn(plan.settings.per_device_train_batch_size, processes) if draws(plan.method) else {}),
         "start": start,
     }
+
+
+ADDED: Mapping[str, Mapping[str, Any]] = {
+    **{name: {"temperature_squared": False} for name in ("minillm-offline", "distillm-offline", "jsd")},
+    **{name: {"temperature_squared": True} for name in ("epic-tcd", "epic-lcd")},
+    **{name: {"temperature_squared": True, "reg": 1.0} for name in ("llavadi", "align-kd")},
+    "llava-kd": {"temperature_squared": False, "reg": 1.0},
+    "em-kd": {"temperature_squared": False, "divergence": "reverse"},
+}
+"""Knobs that a method got later, and what versions without them did."""
+
+
+def identity_knobs(name: str, method: Any) -> dict[str, Any]:
+    """A method's knobs, without a later one that says what was done before there was one: checkpoints of then are gone on with."""
+    knobs, added = asdict(method), dict(ADDED.get(name, {}))
+    if "temperature_squared" in added and knobs.get("temperature") == 1.0:
+        added["temperature_squared"] = knobs["temperature_squared"]  # either way the factor is 1
+    return {knob: value for knob, value in knobs.items() if knob not in added or value != added[knob]}
 
 
 def drawn(batch_size: int, processes: int) -> dict[str, Any]:

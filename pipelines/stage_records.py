@@ -121,7 +121,7 @@ def _cards_there(path: Path, say: Callable[[str], None]) -> dict[str, dict[str, 
             folder_of(number, one): {**one, "folder": folder_of(number, one)} for number, one in enumerate(stages, 1)
         }
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        say(f"note: {path} is damaged and is written again, from what the stages' own records say")
+        say(f"note: {path} is damaged and is written again, from the stages' own records")
         return {}
 
 

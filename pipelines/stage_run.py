@@ -23,6 +23,7 @@ from student_train.config import TrainSettings
 from student_train.distributed import Processes, gathered
 from student_train.metrics_log import StepResult
 from student_train.savable import check_savable
+from student_train.selection import check_columns
 from student_train.stream import BLOCK_SHARDS
 from student_train.student import load_student, save_student
 from student_train.trainer import Trainer
@@ -32,12 +33,9 @@ from teacher_cache.errors import KdcliError, naming_full_disk
 from teacher_cache.plan import content_hash
 from teacher_cache.shards.disk_cache import DiskCache
 from teacher_cache.shards.local_disk import sync_folder
-from teacher_cache.stopping import Stopped
+from teacher_cache.stopping import CONTINUE, Stopped
 
 OnStep = Callable[[str, int, int, StepResult], None]
-
-
-AGAIN = "run the same command again to continue"
 
 
 def stop_together(processes: Processes, where: str) -> None:
@@ -78,7 +76,9 @@ class Run:
                 self.processes.device.type != "cpu"
             )  # on a CPU the loader processes make the numbers, beside the step
             disk = local_cache(plan.settings)
-            self.rows[name] = CachedRows(self.cache, plan.parts, plan.served.names, disk, coded)
+            rows = CachedRows(self.cache, plan.parts, plan.served.names, disk, coded)
+            check_columns(plan.terms.selection, rows.keys, plan.parts)
+            self.rows[name] = rows
         return self.rows[name]
 
     def prepare(self, plans: list[StagePlan], student: str) -> None:
@@ -102,7 +102,7 @@ class Run:
         model_id, results = student, list[dict[str, Any]]()
         with stopping.held():
             for plan in plans:
-                stop_together(self.processes, f"{self.output}: stage {plan.stage.name} had not begun; {AGAIN}")
+                stop_together(self.processes, f"{self.output}: stage {plan.stage.name} had not begun; {CONTINUE}")
                 with naming_full_disk(self.output):
                     results.append(self.stage(plan, model_id))
                 model_id = results[-1]["model"]
@@ -168,7 +168,7 @@ class Run:
         trainer.open_trackers = lambda first: open_trackers(
             s.trackers(), TrackedStage(folder, first, content_hash(plain(identity)), trainer.card), self.say
         )
-        stop_together(processes, f"{folder}: no step was made; {AGAIN}")
+        stop_together(processes, f"{folder}: no step was made; {CONTINUE}")
         left_out = LeftOut(folder, self.say)
 
         def stepped(step: int, result: StepResult) -> None:
@@ -178,7 +178,7 @@ class Run:
         made = trainer.train(batches_from, stepped)
         left_out.tell()
         if made < trainer.total_steps:
-            stop_together(processes, f"{folder}: step {made} of {trainer.total_steps} is in a checkpoint; {AGAIN}")
+            stop_together(processes, f"{folder}: step {made} of {trainer.total_steps} is in a checkpoint; {CONTINUE}")
         result = {
             "stage": plan.stage.name,
             "model": str(folder / "model"),
@@ -199,7 +199,7 @@ class LeftOut:
 
     def count(self, result: StepResult) -> None:
         if result.refused and not self.rows:
-            line = result.left_out[0] if result.left_out else "another process's row: the student does not take it"
+            line = result.left_out[0] if result.left_out else "another process's row: the student refuses it"
             self.say(f"note: {line}: left out; {self.folder}/metrics.jsonl counts such rows (refused)")
         self.rows += result.refused
 
@@ -254,5 +254,5 @@ def check_local_cache(rows: CachedRows, settings: TrainSettings) -> None:
     if rows.remote and settings.local_cache and settings.local_cache_gb < least:
         raise KdcliError(
             f"--local-cache-gb {settings.local_cache_gb:g}: {BLOCK_SHARDS} shards are read at a time, and take up to {least:.3g} GB: "
-            "allow that at least, twice that to fetch the next ones meanwhile, or leave --local-cache out"
+            "allow at least that, twice that to fetch the next ones meanwhile, or leave --local-cache out"
         )

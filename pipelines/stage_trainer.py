@@ -12,28 +12,26 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from pipelines.stage_plans import StagePlan, row_aligned
+from pipelines.stage_plans import StagePlan
 from student_train.cache import Cache, CachedRows
-from student_train.compression import compressor_of, with_grid
 from student_train.distributed import Processes
-from student_train.methods import hook, looks_at_images
+from student_train.learned_maps import learned_maps
+from student_train.methods import looks_at_images
 from student_train.needs import Served
+from student_train.selection import columns_of, weigher
 from student_train.stream import MicroBatches, Order, TrainBatch, TrainDataset, step_batches
 from student_train.student import RowForward, freeze_except, share
-from student_train.teacher_view import TeacherSignals
+from student_train.student_rows import student_rows
+from student_train.teacher_view import TeacherHeads
 from student_train.trainer import Trainer
 from teacher_cache.errors import CompatibilityError, KdcliError
-from teacher_cache.known_text import same_text_side
-from teacher_cache.prepare import Preparer
 
-STATES = ("vision_hidden", "response_hidden", "vision_features")
-"""Fields whose rows are as wide as the teacher."""
 PROBED = 512
 """Rows looked through for an image before the first step."""
 MAPS = "maps.safetensors"
 """Beside a stage's model: the method's learned maps, which are no part of the student; the next stage goes on with them."""
 OpenSignals = Callable[[Cache, Served, torch.device], Any]
-"""(cache, served fields, device) → what has ``view(batch)``: ``TeacherSignals.open``, or a live teacher to compare with."""
+"""(cache, served fields, device) → what has ``view(batch)``: ``TeacherHeads.open``, or a live teacher to compare with."""
 
 
 def make_trainer(
@@ -46,7 +44,7 @@ def make_trainer(
     global_batch: int,
     processes: Processes,
     folder: Path,
-    open_signals: OpenSignals = TeacherSignals.open,
+    open_signals: OpenSignals = TeacherHeads.open,
     maps_before: Path | None = None,
 ) -> tuple[Trainer, Callable[[int], Iterator[tuple[int, list[TrainBatch]]]]]:
     """The trainer of a stage and its stream of batches from any step on.
@@ -59,22 +57,17 @@ def make_trainer(
     if plan.settings.gradient_checkpointing:
         enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
         enable({"use_reentrant": False})
-    student = RowForward(model, learned_maps(cache, plan, model))
+    maps = learned_maps(cache, plan.served, plan.method, plan.method_name, plan.settings.seed, model)
+    student = RowForward(model, maps)
     if maps_before:
         load_maps(maps_before, student.maps)
     if not plan.settings.fsdp:  # which brings the shards alone to the device
         student = student.to(processes.device)
     signals = open_signals(cache, plan.served, processes.device)
-    # A row that the capture cut at a turn border must be cut at the same border here.
-    reader = with_grid(processor, compressor_of(model.config), training=True)
-    preparer = Preparer.like(cache.plan.preparation, reader, model.config, plan.settings.max_length)
-    templates = {part: cache.template(part) for part in plan.parts}
-    matching = hook(plan.method, "alignment")()
-    same_grid = row_aligned(plan)
-    order = Order(rows.counts, plan.settings.seed)
-    check_layouts = matching.check_layouts if matching else None
-    known_text = same_text_side(preparer.fingerprint(), cache.plan.preparation)
-    dataset = TrainDataset(rows, order, preparer, templates, cache.image_limits(), same_grid, check_layouts, known_text)
+    selection, length = plan.terms.selection, plan.settings.max_length
+    order, asked = Order(rows.counts, plan.settings.seed), (plan.method, plan.served)
+    given = (cache, plan.parts, rows, order, processor, model.config)
+    dataset = student_rows(*given, *asked, max_length=length, columns=columns_of(selection))
     check_rows(dataset, plan)
     micro = plan.settings.per_device_train_batch_size
 
@@ -86,31 +79,10 @@ def make_trainer(
         return step_batches(dataset, positions(first), pad_id, plan.settings.dataloader_num_workers)
 
     trainer = Trainer(student, plan.method, signals.view, plan.settings, processes, folder, positions(0).steps())
+    trainer.schedules = plan.terms.schedules
+    if selection:
+        trainer.weigh = weigher(selection, signals.likeliest, processes.device)
     return trainer, batches_from
-
-
-def learned_maps(cache: Cache, plan: StagePlan, model: Any) -> dict[str, torch.nn.Module]:
-    """The method's maps between hidden states of the student and of the teacher whose fields serve it; none for most methods.
-
-    Fresh weights are a function of the seed, whatever was drawn before.
-
-    Raises:
-        CompatibilityError: the states that the method maps are of teachers of several widths.
-    """
-    fields = sorted({name for need in STATES for name in plan.served.fields.get(need, ())})
-    widths = {name: cache.fields[name]["teacher"]["hidden_size"] for name in fields}
-    if not widths:
-        return {}
-    if len(set(widths.values())) > 1:
-        told = ", ".join(f"{name} {width}" for name, width in widths.items())
-        raise CompatibilityError(
-            f"{cache.storage}: {plan.method_name} maps hidden states of one width; its fields have several ({told}): "
-            "add them by one teacher"
-        )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(plan.settings.seed)
-        width = next(iter(widths.values()))
-        return hook(plan.method, "maps")(model.config.get_text_config().hidden_size, width) or {}
 
 
 def save_maps(file: Path, maps: Mapping[str, torch.Tensor], before: Path) -> None:

@@ -86,7 +86,9 @@ def work_lines(work: Mapping[str, Any]) -> str:
     lines = [head]
     for word in work["running"]:
         if word["shard"] is not None:
-            lines.append(f"  {word['host']}: shard {word['shard']:06d}, {word['shard_rows']} rows of it")
+            share = word["waited"] / max(1.0, word["updated"] - word["started"])
+            waits = f"; its teacher waited {share:.0%} of the time for encoding (--encode-workers)" * (share >= 0.05)
+            lines.append(f"  {word['host']}: shard {word['shard']:06d}, {word['shard_rows']} rows of it{waits}")
     lines += [
         f"  lost, its process gone or without a word for a minute: {w['host']}{_with_shard(w)}" for w in work["lost"]
     ]
@@ -107,10 +109,10 @@ def repair_lines(result: Mapping[str, Any], dry_run: bool) -> str:
         lines = [f"{_problem(one)}\n  {one['how']}" for one in left]
         return "\n".join([*lines, f"{len(found)} problems; nothing was changed"])
     still = [_place(one) for one in left]
-    done = [f"{_problem(one)}: mended" for one in found if _place(one) not in still]
+    done = [f"{_problem(one)}: repaired" for one in found if _place(one) not in still]
     lines = [*done, *(f"{_problem(one)}: left as it was: {one['why']}" for one in left)]
     lines += [f"note: {note}" for note in result["notes"]]
-    lines.append(f"{len(done)} mended, {len(left)} left" if left else "repaired: every checksum holds again")
+    lines.append(f"{len(done)} repaired, {len(left)} left" if left else "repaired: every checksum holds again")
     return "\n".join(lines)
 
 
@@ -160,6 +162,15 @@ def score_table(results: Mapping[str, Mapping[str, Any]]) -> str:
         values = [one.get(key) for one in results.values()]
         if any(value is not None for value in values):
             body.append([f"nll, {name}", *("–" if value is None else f"{value:.3f}" for value in values), ""])
+    if any(one.get("ece") is not None for one in results.values()):
+        values = [one.get("ece") for one in results.values()]
+        body.append(
+            [
+                "calibration error, all answer tokens",
+                *("–" if value is None else f"{value:.3f}" for value in values),
+                "",
+            ]
+        )
     shown = table(["exact match, %; nll, nats a token", *results, "questions"], body)
     lines = uncounted_lines(results)
     return "\n".join(
@@ -177,7 +188,7 @@ def uncounted_lines(results: Mapping[str, Mapping[str, Any]]) -> list[str]:
 
 def lost_rows(rows: int, asked: int, first: Mapping[str, str]) -> str:
     """Said beside scores that a good part of the file is missing from; first: of its skip records."""
-    left = f"{rows - asked} of {rows} rows were not asked, the scores are of the other {asked}"
+    left = f"{rows - asked} of {rows} rows were not asked, the scores cover the other {asked}"
     return f"{left}; the first, {first['place']}: {first['detail']}"
 
 
@@ -216,7 +227,7 @@ def sample_view(decoded: Any) -> str:
             lines += _grid(decoded.vision[at : at + view.tokens()], view)
             at += view.tokens()
     if decoded.response:
-        lines.append("response tokens, with what the teacher expected there:")
+        lines.append("response tokens, with the teacher's likeliest token at each:")
         for label, expected in decoded.response:
             lines.append(f"  {label!r:>14}  ← " + "  ".join(f"{word!r} {p:.2f}" for word, p in expected))
     lines.append("bytes: " + ", ".join(f"{name} {human_bytes(size)}" for name, size in decoded.bytes.items()))

@@ -212,7 +212,7 @@ class Watched:
         except Exception as error:
             self.backend = None
             told = one_line(f"{type(error).__name__}: {error}")
-            self.say(f"note: {self.name} failed, training goes on without it; metrics.jsonl has every step ({told})")
+            self.say(f"note: {self.name} failed, training continues without it; metrics.jsonl has every step ({told})")
 
 
 def _read(file: Path) -> dict[str, Any]:

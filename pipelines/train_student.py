@@ -12,16 +12,17 @@ from pipelines.settings import Settings
 from pipelines.stage_plans import StagePlan, plan_stages, settle_compressor
 from pipelines.stage_run import OnStep, Run
 from pipelines.stage_trainer import OpenSignals
-from pipelines.token_ids import check_vocabulary
 from pipelines.trackers import check_trackers
 from student_train import distributed
 from student_train.cache import Cache
 from student_train.losses.liger import check_liger
-from student_train.methods import hook
+from student_train.methods import DEFAULT, hook
+from student_train.methods.soft_targets import square_note
 from student_train.savable import refuse_quantized
-from student_train.teacher_view import TeacherSignals
+from student_train.teacher_view import TeacherHeads
+from student_train.token_ids import check_head, check_vocabulary
 from student_train.whole import check_model
-from teacher_cache.errors import CompatibilityError, KdcliError, naming_full_disk
+from teacher_cache.errors import KdcliError, naming_full_disk
 from teacher_cache.places import local_path
 from teacher_cache.stopping import Stopped
 from teacher_cache.teachers import null
@@ -33,11 +34,11 @@ def train(
     method: str,
     settings: Settings,
     stages: str | None = None,
-    preset: str = "paper",
+    preset: str = DEFAULT,
     knobs: Mapping[str, Any] | None = None,
     on_step: OnStep = lambda stage, step, steps, result: None,
     say: Callable[[str], None] = lambda text: None,
-    open_signals: OpenSignals = TeacherSignals.open,
+    open_signals: OpenSignals = TeacherHeads.open,
 ) -> dict[str, Any]:
     """Train one student through its stages. Every check that needs no model runs first.
 
@@ -92,17 +93,7 @@ def settle(cache: Cache, plans: list[StagePlan], student: str) -> tuple[list[Sta
         check_head(config, fields, student)
     plans = settle_compressor(plans, student)
     notes = check_vocabulary(cache, {name for plan in plans for name in plan.served.names}, processor)
+    notes = [*notes, *filter(None, (square_note(plan.method_name, plan.method) for plan in plans))]
     if made_up:
         notes = [*notes, f"{', '.join(sorted(made_up))}: {null.NOTE}"]
     return plans, notes
-
-
-def check_head(config: Any, fields: Mapping[str, Any], student: str) -> None:
-    """CompatibilityError where the student's head has fewer rows than the vocabulary that the teachers of these fields speak."""
-    width = config.get_text_config().vocab_size
-    for name, body in fields.items():
-        spoken = min(body["teacher"]["head_width"], body["teacher"]["tokenizer"]["length"])
-        if width < spoken:
-            raise CompatibilityError(
-                f"{student}: its head has {width} rows, the teacher of field {name} speaks {spoken} tokens: resize the student's embeddings"
-            )

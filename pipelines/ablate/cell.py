@@ -41,6 +41,9 @@ DISK = 75
 """Exit status (sysexits' "try again") of a cell whose disk took no more: no failure of its own."""
 WHAT, CHOOSE = "kdcli ablate", "--out"
 """In the line that whoever comes second gets (``output_lock``)."""
+ASKED = "evaluating"
+"""First word of the log's line on a held-out file, which the ablation's bar repeats."""
+GONE = "no model"
 WAIT_SECONDS = 0.5
 LAST_STEPS = 10
 """A stage's final loss is the mean over so many of its last logged steps."""
@@ -78,7 +81,7 @@ def run_cell(folder: Path, request: Mapping[str, Any]) -> dict[str, Any]:
     card = keep()
     for label, one in wanted.items():
         if label not in results:
-            print(f"evaluating: {label}", flush=True)
+            print(f"{ASKED}: {label}", flush=True)
             trusted = request["settings"]["train"]["trust_remote_code"]
             kept_in = KeepIn(folder / f".answers-{one['key'][:8]}{SUFFIX}", anew=True)
             results[label] = {"key": one["key"], "scores": ask(last / "model", one, trusted, kept_in)}
@@ -91,10 +94,12 @@ def claim(stages: Sequence[Path], locks: ExitStack) -> None:
     """Keep every stage that is to be trained for this process alone; whoever waited finds it done.
 
     A finished stage whose model was removed to save space, or that is damaged, is trained again, and so are those after it: they belong
-    to its weights.
+    to its weights. A whole one needs no lock: who trained it goes on with its own next stage, and holds the lock until that ends.
     """
     lost = False
     for stage in stages:
+        if not lost and os.path.lexists(stage / DONE_FILE) and not damage_of(stage):
+            continue
         with ExitStack() as held:
             held.enter_context(waited_for(stage))
             done = os.path.lexists(stage / DONE_FILE)
@@ -125,15 +130,20 @@ def waited_for(stage: Path) -> Iterator[None]:
 
 def is_whole(stage: Path) -> bool:
     """Whether a finished stage's model can be started from, or asked; says what is damaged."""
-    if not (stage / "model").is_dir():
-        return False
-    try:
-        wrong = finished_damage(stage, read_done(stage))
-    except (KdcliError, OSError) as error:
-        wrong = str(error)
-    if wrong:
+    wrong = damage_of(stage)
+    if wrong and wrong != GONE:
         print(f"note: {stage}: {one_line(wrong)}: the stage is trained again", flush=True)
     return not wrong
+
+
+def damage_of(stage: Path) -> str:
+    """ "" for a finished stage whose model is there as it was saved; ``GONE``: it was removed to save space."""
+    if not (stage / "model").is_dir():
+        return GONE
+    try:
+        return finished_damage(stage, read_done(stage))
+    except (KdcliError, OSError) as error:
+        return str(error)
 
 
 def _remove(path: Path) -> None:

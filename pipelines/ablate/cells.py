@@ -22,6 +22,7 @@ from pipelines.stage_identity import budget, stage_identity, start_hash
 from pipelines.stage_plans import StagePlan, plan_stages
 from pipelines.train_student import settle
 from student_train.cache import Cache, CachedRows
+from student_train.methods import DEFAULT
 from student_train.student import open_student
 from teacher_cache.errors import KdcliError
 from teacher_cache.plan import content_hash
@@ -114,13 +115,13 @@ def make_cells(grid: Grid, out: Path) -> list[Cell]:
     cells = [planner.cell(row, values, evaluations) for row, values, evaluations in combinations(grid)]
     names = [cell.name for cell in cells]
     if twice := sorted({name for name in names if names.count(name) > 1}):
-        raise KdcliError(f"{grid.path}: {', '.join(twice)} stands twice: give every variant a name of its own")
+        raise KdcliError(f"{grid.path}: {', '.join(twice)} is used twice: give every variant its own name")
     rows = list(dict.fromkeys(cell.row for cell in cells))
     slugs = [slug(row) for row in rows]
     if clash := [row for row, one in zip(rows, slugs) if slugs.count(one) > 1 or one in ("", "stages")]:
-        raise KdcliError(f"{grid.path}: {' and '.join(clash)} cannot be folder names of their own: call them otherwise")
+        raise KdcliError(f"{grid.path}: {' and '.join(clash)} would get the same folder name: rename one")
     if grid.baseline and grid.baseline not in rows:
-        raise KdcliError(f"{grid.path}: baseline {grid.baseline!r} is no row; the rows are {', '.join(rows)}")
+        raise KdcliError(f"{grid.path}: baseline {grid.baseline!r} is not a row; the rows are {', '.join(rows)}")
     return cells
 
 
@@ -160,7 +161,7 @@ class _Planner:
     def cell(self, row: str, values: Mapping[str, Any], options: tuple[Mapping[str, Any], ...] | None) -> Cell:
         place = f"{self.grid.path}: {row}"
         settings = resolved_train(self.grid, values, place)
-        method, preset = values.get("method"), values.get("preset", "paper")
+        method, preset = values.get("method"), values.get("preset", DEFAULT)
         knobs = {key.removeprefix("set."): value for key, value in values.items() if key.startswith("set.")}
         for needed, value, where in (
             ("method", method, "under [grid] or in the variant"),

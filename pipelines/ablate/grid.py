@@ -108,7 +108,7 @@ def load_grid(path: Path) -> Grid:
     for variant in variants:
         if twice := sorted(set(variant.values) & set(axes)):
             raise KdcliError(
-                f"{path}: variant {variant.name!r} sets {', '.join(twice)}, which [grid] varies: say it in one place"
+                f"{path}: variant {variant.name!r} sets {', '.join(twice)}, which [grid] also varies: set it in one place"
             )
     return Grid(
         path=path,
@@ -132,7 +132,7 @@ def _list(body: Mapping[str, Any], name: str, path: Path) -> list[Any]:
 def _axis(value: Any, place: str) -> list[Any]:
     values = value if isinstance(value, list) else [value]
     if not values:
-        raise KdcliError(f"{place} has no values: name some, or leave the axis out")
+        raise KdcliError(f"{place} has no values: give some, or remove the axis")
     if any(values.count(one) > 1 for one in values):
         raise KdcliError(f"{place} names a value twice: {values}")
     return values
@@ -211,7 +211,7 @@ def _files(tables: list[Any], path: Path) -> tuple[EvalFile, ...]:
         pruning_of(*(options.get(name) for name in ("compress", "keep", "compress_layer")))
     names = [one.name for one in found]
     if twice := {name for name in names if names.count(name) > 1}:
-        raise KdcliError(f"{path} [[eval]]: the name {', '.join(sorted(twice))} stands twice")
+        raise KdcliError(f"{path} [[eval]]: the name {', '.join(sorted(twice))} is used twice")
     return tuple(found)
 
 

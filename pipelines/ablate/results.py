@@ -14,6 +14,7 @@ from pipelines.ablate.cells import Cell
 from pipelines.tables import further_metrics, table, uncounted_lines
 
 MEAN, NLL = "mean of families, %", "nll, nats a token"
+ECE = "calibration error"
 
 
 @dataclass(frozen=True)
@@ -104,6 +105,8 @@ def score_metrics(scores: Mapping[str, Any]) -> dict[str, float]:
     found = {MEAN: 100 * scores["family_mean"]}
     if scores.get("nll_family_mean") is not None:
         found[NLL] = scores["nll_family_mean"]
+    if scores.get("ece") is not None:
+        found[ECE] = scores["ece"]
     families = scores["families"]
     found |= {f"{name}, %": 100 * one["exact_match"] for name, one in families.items()}
     further = [column for column in further_metrics([scores]) if scores[f"{column}_family_mean"] is not None]
@@ -111,9 +114,9 @@ def score_metrics(scores: Mapping[str, Any]) -> dict[str, float]:
     return found | {f"nll {name}": one["nll"] for name, one in families.items() if one.get("nll") is not None}
 
 
-def _order(metric: str) -> tuple[int, str]:
+def _order(metric: str) -> tuple[float, str]:
     """The means first, then families, then their nll, then losses."""
-    first = {MEAN: 0, NLL: 1}.get(metric)
+    first = {MEAN: 0, NLL: 1, ECE: 1.5}.get(metric)
     if first is not None:
         return first, metric
     return (4 if metric.startswith("loss") else 3 if metric.startswith("nll ") else 2), metric
@@ -165,7 +168,7 @@ def _number(value: float, metric: str, signed: bool = False) -> str:
 def short_metrics(section: Section) -> list[str]:
     """The columns of the table on the terminal: the means, each family's percent where they are few, losses where they were asked for."""
     families = [one for one in section.metrics if _order(one)[0] == 2]
-    shown = [one for one in section.metrics if _order(one)[0] in (0, 1, 4)]
+    shown = [one for one in section.metrics if _order(one)[0] in (0, 1, 1.5, 4)]
     return sorted(shown + (families if len(families) <= 8 else []), key=_order)
 
 

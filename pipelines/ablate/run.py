@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import fnmatch
+import os
+import re
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -11,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from pipelines.ablate import results
-from pipelines.ablate.cell import CHOOSE, WHAT
+from pipelines.ablate.cell import ASKED, CHOOSE, WHAT
 from pipelines.ablate.cells import LOG, Cell, make_cells
 from pipelines.ablate.grid import Grid, load_grid
 from pipelines.ablate.page import write_page
@@ -21,6 +23,9 @@ from pipelines.run_records import write_record
 from pipelines.tables import table
 from teacher_cache.errors import KdcliError
 from teacher_cache.whole_file import write_whole
+
+LOG_TAIL = 400
+"""Bytes at the end of a log among which its last line is."""
 
 
 @dataclass(frozen=True)
@@ -89,7 +94,7 @@ def choose(cells: Sequence[Cell], request: AblateRequest) -> list[Cell]:
     chosen = [cell for cell in cells if any(fnmatch.fnmatchcase(name, request.only) for name in (cell.name, cell.row))]
     if not chosen:
         rows = ", ".join(dict.fromkeys(cell.row for cell in cells))
-        raise KdcliError(f"--only {request.only!r} fits no cell; cells are ROW/seed-N, the rows are {rows}")
+        raise KdcliError(f"--only {request.only!r} matches no student; students are ROW/seed-N, the rows are {rows}")
     return chosen
 
 
@@ -121,11 +126,24 @@ def run_shown(
             progress.console.print(text, highlight=False, markup=False, soft_wrap=True)
 
         def on_poll(running: list[Cell]) -> None:
-            progress.update(task, description=", ".join(cell.name for cell in running) or "ablate")
+            progress.update(task, description=", ".join(map(running_line, running)) or "ablate")
 
         run_cells(waiting, slots, on_end, on_poll, say)
     console.print(f"{len(ended)} students in {time.perf_counter() - began:.0f} s", highlight=False)
     return errors
+
+
+def running_line(cell: Cell) -> str:
+    """The student's name with what its log says last, as ``sft/seed-0 02-SFT step 120/200``."""
+    try:
+        with (cell.folder / LOG).open("rb") as log:
+            log.seek(max(0, log.seek(0, os.SEEK_END) - LOG_TAIL))
+            said = log.read().decode(errors="replace").splitlines()
+    except OSError:
+        return cell.name
+    told = said[-1] if said else ""
+    step = re.match(r"\S+ step \d+/\d+", told)
+    return f"{cell.name} {step[0] if step else ASKED if told.startswith(ASKED) else ''}".rstrip()
 
 
 def ended_line(cell: Cell, error: str, count: str) -> str:

@@ -17,7 +17,7 @@ from pipelines.command_line.tour import TourGroup
 
 @click.group("cache", cls=TourGroup, commands=[repair, add_field, drop_field, subset, merge])
 def cache_group() -> None:
-    """Look at a cache and change it: its fields, its rows, its garbage."""
+    """Inspect, repair and edit a cache."""
 
 
 @cache_group.command()
@@ -25,7 +25,7 @@ def cache_group() -> None:
 @config_option
 @json_option
 def status(url: str | None, config: str | None, as_json: bool) -> None:
-    """Shards done, rows, skips by reason, bytes by field; while a capture runs, also its workers, their rate and the time left."""
+    """Show shards, rows, skips by reason and bytes by field; during a capture also workers, speed and time left."""
     from pipelines import inspect_cache
     from pipelines.tables import cache_table, work_lines
 
@@ -40,14 +40,14 @@ def status(url: str | None, config: str | None, as_json: bool) -> None:
 
 @cache_group.command()
 @cache_named
-@click.option("--row", type=int, help="Which sample, counted from 0 over the cache; default 0.")
-@click.option("--key", help="Which sample, by its key.")
-@click.option("--source-row", type=int, help="Which row of the mixture, counted from 0 over the files of a part.")
-@click.option("--id", help="The first sample with this id of the data.")
-@click.option("--part", help="Of which part, with --source-row or --id.")
+@click.option("--row", type=int, help="Number of the sample in the cache, from 0; default 0.")
+@click.option("--key", help="Key of the sample.")
+@click.option("--source-row", type=int, help="Number of the row in the mixture, from 0 over the files of a part.")
+@click.option("--id", help="Id in the data; takes the first sample with it.")
+@click.option("--part", help="Part of the mixture, with --source-row or --id.")
 @config_option
 def inspect(url: str | None, config: str | None, **asked: Any) -> None:
-    """One sample as words: what each vision patch and each response position says, and its bytes by field."""
+    """Show one sample as words: the teacher's likeliest token at each vision patch and response position, and bytes by field."""
     from pipelines import inspect_cache
     from pipelines.find_row import Asked
     from pipelines.tables import sample_view
@@ -61,7 +61,7 @@ def inspect(url: str | None, config: str | None, **asked: Any) -> None:
 @config_option
 @json_option
 def verify(url: str | None, config: str | None, as_json: bool) -> None:
-    """Check every checksum. Exit status 1 where anything is damaged or missing."""
+    """Check every checksum. Exit status 1 if anything is damaged or missing."""
     from pipelines import inspect_cache
 
     _, problems = inspect_cache.survey(named_cache(url, config))
@@ -70,7 +70,7 @@ def verify(url: str | None, config: str | None, as_json: bool) -> None:
     else:
         for problem in problems:
             say(str(problem))
-        say(f"{count_problems(problems)}: `kdcli cache repair` mends damage" if problems else "every checksum holds")
+        say(f"{count_problems(problems)}: `kdcli cache repair` repairs damage" if problems else "every checksum holds")
     if problems:
         sys.exit(1)
 
@@ -96,10 +96,12 @@ def urls(url: str | None, column: str) -> None:
 
 @cache_group.command()
 @cache_named
-@click.option("--yes", is_flag=True, help="Remove them; without it they are only listed. Refused beside a capture.")
+@click.option(
+    "--yes", is_flag=True, help="Remove the files; without it they are only listed. Refused during a capture."
+)
 @config_option
 def gc(url: str | None, yes: bool, config: str | None) -> None:
-    """List or remove files that no commit names (left by killed or second writers)."""
+    """List or remove files that no commit names (left by killed or duplicate writers)."""
     from pipelines import inspect_cache
 
     found = inspect_cache.collect_garbage(open_cache(url, config), remove=yes)

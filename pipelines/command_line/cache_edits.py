@@ -37,10 +37,10 @@ from pipelines.command_line.tour import command
 
 @command()
 @cache_named
-@click.option("--teacher", help="Model folder or hub id that made the cache.")
+@click.option("--teacher", help="Model folder or hub id of the cache's teacher.")
 @data_options
-@click.option("--dry-run", is_flag=True, help="List what is damaged and from what it would be made again.")
-@click.option("--replace", is_flag=True, help="Take shards that come out with other bytes than those that stood there.")
+@click.option("--dry-run", is_flag=True, help="List the damage and the source of each repair; change nothing.")
+@click.option("--replace", is_flag=True, help="Accept repaired shards whose bytes differ from the original.")
 @click.option("--shards", type=int, help="As in the capture; for a lost manifest.")
 @click.option("--seed", type=int, help="As in the capture; for a lost manifest.")
 @click.option("--max-length", type=int, help="As in the capture; for a lost manifest.")
@@ -49,12 +49,13 @@ from pipelines.command_line.tour import command
 @click.option("--fields", help="As in the capture; for a lost field.json.")
 @click.option("--k", "k", type=int, help="As in the capture; for a lost field.json.")
 @click.option("--codec", help="As in the capture; for a lost field.json.")
-@click.option("--set", "knobs", multiple=True, metavar="FIELD.NAME=VALUE", help="A parameter of a lost field.json.")
+@click.option("--set", "knobs", multiple=True, metavar="FIELD.NAME=VALUE", help="Parameter for a lost field.json.")
 @click.option("--calibration-rows", type=int, help="As in the capture; for lost calibrations.")
-@click.option("--calibration", help="Cache whose calibrations are the lost ones: of the preflight, or a copy.")
-@click.option("--workers", type=int, help="Worker processes; default one a GPU.")
-@click.option("--batch-tokens", type=int, help="Padded tokens of one teacher batch, as in the capture.")
-@click.option("--dtype", help="float32, bfloat16, float16; default: as the fields that can be read.")
+@click.option("--calibration", help="Cache to take lost calibrations from: the preflight's, or a copy.")
+@click.option("--workers", type=int, help="Worker processes; default: one per GPU.")
+@click.option("--encode-workers", type=int, help="Encoding threads per worker; default: from the number of cores.")
+@click.option("--batch-tokens", type=int, help="Padded tokens per teacher batch, as in the capture.")
+@click.option("--dtype", help="float32, bfloat16, float16; default: that of the readable fields.")
 @teacher_options
 @config_option
 @json_option
@@ -73,9 +74,9 @@ def repair(
     as_json: bool,
     **flags: Any,
 ) -> None:
-    """Make damaged shards and files again, those alone, with the flags of the capture. Refused beside a capture.
+    """Make damaged shards and files again, and nothing else. Give the flags of the capture. Refused during a capture.
 
-    Exit status 1 where something stays damaged, with the reason.
+    Exit status 1 if something stays damaged, with the reason.
     """
     from pipelines import repair as pipeline
     from pipelines.progress import capture_progress
@@ -100,20 +101,23 @@ def repair(
 
 @command("add-field")
 @cache_named
-@click.option("--field", "names", multiple=True, required=True, help="A field to add; repeat for more.")
+@click.option("--field", "names", multiple=True, required=True, help="Field to add; repeat for more.")
 @click.option(
-    "--set", "knobs", multiple=True, metavar="[FIELD.]NAME=VALUE", help="Its parameter, e.g. --set codec=int8."
+    "--set", "knobs", multiple=True, metavar="[FIELD.]NAME=VALUE", help="Parameter of the field, e.g. --set codec=int8."
 )
 @click.option("--teacher", help="Model folder or hub id.")
 @click.option(
-    "--other-teacher", is_flag=True, help="Another teacher than that of the other fields, of the same vocabulary."
+    "--other-teacher",
+    is_flag=True,
+    help="Allow another teacher than that of the other fields, with the same vocabulary.",
 )
-@click.option("--parts-without-fields", help="Parts that do not get the field, comma-separated.")
-@click.option("--workers", type=int, help="Worker processes; default one a GPU.")
-@click.option("--batch-tokens", type=int, help="Padded tokens of one teacher batch.")
-@click.option("--calibration-rows", type=int, help="Rows the teacher reads before the job, to fit codecs.")
-@click.option("--calibration", help="A cache (of `kdcli preflight`, or any) whose calibration to take; '' fits afresh.")
-@click.option("--dtype", help="float32, bfloat16, float16; default: as the other fields.")
+@click.option("--parts-without-fields", help="Parts without the field, comma-separated.")
+@click.option("--workers", type=int, help="Worker processes; default: one per GPU.")
+@click.option("--encode-workers", type=int, help="Encoding threads per worker; default: from the number of cores.")
+@click.option("--batch-tokens", type=int, help="Padded tokens per teacher batch.")
+@click.option("--calibration-rows", type=int, help="Rows that the teacher reads before the job, to fit codecs.")
+@click.option("--calibration", help="Cache (a preflight's, or any) to take the calibration from; '' fits a new one.")
+@click.option("--dtype", help="float32, bfloat16, float16; default: that of the other fields.")
 @teacher_options
 @config_option
 @json_option
@@ -129,7 +133,7 @@ def add_field(
     as_json: bool,
     **flags: Any,
 ) -> None:
-    """Capture further fields of a cache from its own samples; the mixture is not needed. Run it again to continue."""
+    """Capture more fields from the cache's own samples, without the mixture. Run the command again to continue."""
     from pipelines import edit_cache as pipeline
     from pipelines.progress import capture_progress
     from pipelines.settings import override
@@ -148,10 +152,14 @@ def add_field(
 
 @command("drop-field")
 @column_named("name")
-@click.option("--yes", is_flag=True, help="Remove it; without it nothing is touched. Never while something reads it.")
+@click.option(
+    "--yes",
+    is_flag=True,
+    help="Remove the field; without it nothing changes. Never while a run reads the field.",
+)
 @json_option
 def drop_field(url: str | None, name: str, yes: bool, as_json: bool) -> None:
-    """Remove one field of a cache, or say what would go."""
+    """Remove one field of a cache. Without --yes, only list its files."""
     from pipelines.edit_cache import drop_field as drop
     from pipelines.tables import human_bytes
 
@@ -162,20 +170,22 @@ def drop_field(url: str | None, name: str, yes: bool, as_json: bool) -> None:
     what = f"field {name}: {found.shards} shards, {found.files} files, {human_bytes(found.bytes)}"
     say(f"{what} {'removed' if yes else 'would be removed (--yes)'}")
     if yes:
-        say("what it alone read under teacher/ goes with `kdcli cache gc --yes`")
+        say("`kdcli cache gc --yes` removes the files under teacher/ that only this field used")
 
 
 @command()
 @cache_named
-@click.option("--out", required=True, help="Where the new cache goes.")
-@click.option("--parts", help="Only these parts, comma-separated.")
-@click.option("--fields", help="Only these fields, comma-separated; default all.")
-@click.option("--keys", type=A_FILE, help="Only the rows of this file: a key a line.")
-@click.option("--with-images/--text-only", "images", default=None, help="Only rows with, or only rows without images.")
-@click.option("--fraction", type=float, help="About this share of the rows, drawn by a hash of their keys.")
-@click.option("--max-rows", type=int, help="At most so many rows, drawn in the same way.")
-@click.option("--seed", default=0, show_default=True, help="Of the draw.")
-@click.option("--workers", default=1, show_default=True, help="Processes that copy.")
+@click.option("--out", required=True, help="Output cache: a folder or an fsspec URL.")
+@click.option("--parts", help="Keep only these parts, comma-separated.")
+@click.option("--fields", help="Keep only these fields, comma-separated; default: all.")
+@click.option("--keys", type=A_FILE, help="Keep only rows whose keys are in this file, one key per line.")
+@click.option(
+    "--with-images/--text-only", "images", default=None, help="Keep only rows with images, or only rows without."
+)
+@click.option("--fraction", type=float, help="Keep about this share of the rows, sampled by a hash of their keys.")
+@click.option("--max-rows", type=int, help="Keep at most this many rows, sampled in the same way.")
+@click.option("--seed", default=0, show_default=True, help="Sampling seed.")
+@click.option("--workers", default=1, show_default=True, help="Copying processes.")
 @json_option
 def subset(
     url: str | None,
@@ -187,7 +197,7 @@ def subset(
     as_json: bool,
     **rows: Any,
 ) -> None:
-    """A new cache of some rows, parts or fields of one, without the teacher. Run it again to continue."""
+    """Write a new cache with some rows, parts or fields of a cache, without the teacher. Run the command again to continue."""
     from pipelines.choose_rows import RowFilter, read_keys
     from pipelines.derive_cache import subset as pipeline
     from pipelines.progress import capture_progress
@@ -200,13 +210,16 @@ def subset(
 
 @command()
 @click.argument("urls", metavar="CACHE CACHE…", nargs=-1, required=True)
-@click.option("--out", required=True, help="Where the new cache goes.")
-@click.option("--fields", help="Only these fields, comma-separated; default all.")
-@click.option("--keep", type=click.Choice(["first"]), help="Rows that several hold: take those of the first cache.")
-@click.option("--workers", default=1, show_default=True, help="Processes that copy.")
+@click.option("--out", required=True, help="Output cache: a folder or an fsspec URL.")
+@click.option("--fields", help="Keep only these fields, comma-separated; default: all.")
+@click.option(
+    "--keep", type=click.Choice(["first"]), help="For rows that several caches hold, keep those of the first cache."
+)
+@click.option("--workers", default=1, show_default=True, help="Copying processes.")
 @json_option
 def merge(urls: tuple[str, ...], out: str, fields: str | None, keep: str | None, workers: int, as_json: bool) -> None:
-    """A new cache of the rows of several, of one teacher and one preparation. Run it again to continue."""
+    """Join the rows of several caches in a new one; all must have the same teacher and preparation.
+    Run the command again to continue."""
     from pipelines.derive_cache import merge as pipeline
     from pipelines.progress import capture_progress
 

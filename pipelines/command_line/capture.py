@@ -31,25 +31,31 @@ from pipelines.command_line.tour import command
 
 
 @command("cache-teacher")
-@click.option("--teacher", help="Model folder or hub id; null:FOLDER makes signals up (docs/scaling.md).")
+@click.option("--teacher", help="Model folder or hub id; null:FOLDER generates fake signals (docs/scaling.md).")
 @data_options
-@click.option("--out", help="Where the cache goes: a folder or an fsspec URL.")
+@click.option("--out", help="Output cache: a folder or an fsspec URL.")
 @click.option("--shards", type=int, help="Number of shards, fixed for the life of the cache.")
 @stored_options
-@click.option("--executor", help="local, ray or slurm: who schedules the shards (docs/scaling.md).")
-@click.option("--workers", type=int, help="Worker processes or Ray actors; default one a GPU.")
-@click.option("--ray-address", help="A running Ray cluster, e.g. auto; default: RAY_ADDRESS, else this machine.")
-@click.option("--slurm-tasks", type=int, help="Tasks of the Slurm array.")
-@click.option("--slurm-options", help="Options of sbatch, e.g. '--partition=gpu --gres=gpu:1'.")
+@click.option("--executor", help="Scheduler of the shards: local, ray or slurm (docs/scaling.md).")
+@click.option("--workers", type=int, help="Worker processes or Ray actors; default: one per GPU.")
+@click.option("--encode-workers", type=int, help="Encoding threads per worker; default: from the number of cores.")
+@click.option("--ray-address", help="Address of a Ray cluster, e.g. auto; default: RAY_ADDRESS, else this machine.")
+@click.option("--slurm-tasks", type=int, help="Number of tasks in the Slurm array.")
+@click.option("--slurm-options", help="Options for sbatch, e.g. '--partition=gpu --gres=gpu:1'.")
 @click.option("--dry-run", is_flag=True, help="With --executor slurm: print the scripts, submit nothing.")
-@click.option("--part-of-shards", metavar="I/N", help="Only shards whose number leaves I when divided by N.")
-@click.option("--prepare-only", is_flag=True, help="Plan, calibrate and describe; leave every shard to others.")
-@click.option("--allow-skips", type=float, metavar="SHARE", help="Share of a part's rows that may be skipped.")
-@click.option("--retry-skipped", is_flag=True, help="Take rows in that were skipped and whose cause is gone.")
-@click.option("--batch-tokens", type=int, help="Padded tokens of one teacher batch.")
-@click.option("--calibration-rows", type=int, help="Rows the teacher reads before the job, to fit codecs.")
-@click.option("--calibration", help="Cache of `kdcli preflight` whose calibration is taken; '' fits afresh.")
-@click.option("--staging-gb", type=float, help="Most local temporary disk (TMPDIR) of a worker; for object stores.")
+@click.option("--part-of-shards", metavar="I/N", help="Make only shards whose number modulo N is I.")
+@click.option("--prepare-only", is_flag=True, help="Plan, calibrate and describe only; make no shards.")
+@click.option(
+    "--allow-skips",
+    type=float,
+    metavar="SHARE",
+    help="Maximum share of a part's rows that may be skipped (default 0.05).",
+)
+@click.option("--retry-skipped", is_flag=True, help="Add skipped rows whose cause of failure is gone.")
+@click.option("--batch-tokens", type=int, help="Padded tokens per teacher batch.")
+@click.option("--calibration-rows", type=int, help="Rows that the teacher reads before the job, to fit codecs.")
+@click.option("--calibration", help="Cache of `kdcli preflight` to take the calibration from; '' fits a new one.")
+@click.option("--staging-gb", type=float, help="Maximum temporary disk (TMPDIR) per worker in GB; for object stores.")
 @click.option("--seed", type=int, help="Seed of the row order.")
 @click.option("--dtype", help="auto, float32, bfloat16, float16.")
 @teacher_options
@@ -73,7 +79,7 @@ def cache_teacher(
     as_json: bool,
     **flags: Any,
 ) -> None:
-    """Run the teacher over every row once and write the cache. Run it again to continue."""
+    """Run the teacher over every row once and write the cache. Run the command again to continue."""
     import shlex
 
     from pipelines import cache_teacher as pipeline
@@ -96,7 +102,7 @@ def cache_teacher(
         submit_to_slurm(capture, dry_run)
         return
     if dry_run:
-        raise click.UsageError("--dry-run prints Slurm's scripts: give --executor slurm with it")
+        raise click.UsageError("--dry-run prints Slurm's scripts: add --executor slurm")
     params = field_params(settings, capture, k, codec)
     request = pipeline.CaptureRequest(
         spec,
@@ -123,7 +129,7 @@ def part_of(text: str | None) -> tuple[int, int] | None:
         return None
     number, _, count = text.partition("/")
     if not (number.isdecimal() and count.isdecimal()):
-        raise KdcliError(f"--part-of-shards is I/N, e.g. 3/64, got {text!r}")
+        raise KdcliError(f"--part-of-shards: expected I/N, e.g. 3/64, got {text!r}")
     return int(number), int(count)
 
 

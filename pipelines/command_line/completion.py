@@ -66,7 +66,7 @@ VALUES: Mapping[str, Callable[[], Iterable[str]]] = {
     "column": lambda: ["samples", *fields()],
     "stages": stages,
     "stage": stages,
-    "preset": lambda: ("paper", "code"),
+    "preset": lambda: ("default", "paper", "code"),
     "codec": lambda: ("sketch", "bf16", "int8", "int4", "fp32"),
     "dtype": lambda: ("auto", "float32", "bfloat16", "float16"),
     "device": lambda: ("cpu", "cuda"),

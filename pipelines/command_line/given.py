@@ -11,6 +11,8 @@ EACH_PART = ("part", "image_root", "follow_links", "template", "limit")
 RUN_BY = ("dtype", "device", "backend", "vllm_route")
 """Flags that say how a teacher runs."""
 
+BUDGET = ("fidelity", "bytes_per_token", "max_kl")
+
 
 def take(flags: dict[str, Any], names: tuple[str, ...]) -> dict[str, Any]:
     """These flags, taken out of the others."""
@@ -45,7 +47,7 @@ def data_specs(data: tuple[str, ...], follow_links: bool | None = None, **each: 
         for name, given in each.items():
             if given and len(given) not in (1, len(data)):
                 raise KdcliError(
-                    f"--{name.replace('_', '-')} was given {len(given)} times for {len(data)} --data: once, or once each"
+                    f"--{name.replace('_', '-')} was given {len(given)} times for {len(data)} --data: give it once, or once per --data"
                 )
             if given:
                 values[name] = given[i if len(given) > 1 else 0]
@@ -71,6 +73,22 @@ def train_settings(known: Any, student: str | None, trust_remote_code: bool | No
     if student and student != known.student:
         trust_remote_code = bool(trust_remote_code)
     return override(known, student=student, trust_remote_code=trust_remote_code, **flags)
+
+
+def of_terms(known: Any, **flags: tuple[str, ...]) -> Any:
+    """``[train]`` with what ``--schedule`` and ``--select`` say of single terms (TERM=TEXT), over what it says of them."""
+    from pipelines.settings import override
+    from teacher_cache.errors import KdcliError
+
+    for name, given in flags.items():
+        told = dict(getattr(known, name) or {})
+        for one in given:
+            term, equals, text = one.partition("=")
+            if not (equals and term and text):
+                raise KdcliError(f"--{name} {one}: write TERM=TEXT, with a loss term of the method (docs/train.md)")
+            told[term] = text
+        known = override(known, **{name: told or None})
+    return known
 
 
 def parse_knobs(knobs: tuple[str, ...]) -> dict[str, Any]:

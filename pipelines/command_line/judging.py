@@ -28,9 +28,12 @@ MOST_ASKED = 0.9
 
 @command("eval")
 @click.argument("model")
-@click.option("--data", required=True, help="Held-out file of single questions.")
+@click.option("--data", required=True, help="File of held-out questions.")
 @click.option("--image-root", default=None)
-@click.option("--template", help="How it was trained: chat, v1, qwen_1_5; default: as its run says, else chat.")
+@click.option(
+    "--template",
+    help="Template used in training: chat, v1, qwen_1_5; default: its run's, else chat.",
+)
 @links_option
 @click.option("--limit", type=int, default=None)
 @click.option("--batch-size", default=32, show_default=True)
@@ -38,18 +41,26 @@ MOST_ASKED = 0.9
     "--metric",
     default="exact_match",
     show_default=True,
-    help="Comma-separated metrics (docs/evaluate.md).",
+    help="Metrics, comma-separated (docs/evaluate.md).",
 )
-@click.option("--max-new-tokens", default=32, show_default=True, type=click.IntRange(1), help="Longest answer.")
-@click.option("--prompt-suffix", default="", help="A line after every question, e.g. how short an answer should be.")
-@click.option("--compress", help="Remove vision tokens inside the language model: dart, fastv, pyramiddrop or random.")
-@click.option("--keep", type=int, help="Vision tokens that stay of every image; pyramiddrop has a default.")
 @click.option(
-    "--compress-layer", type=int, help="The first layer that sees the kept tokens only; default 2 (pyramiddrop: 0)."
+    "--max-new-tokens",
+    default=32,
+    show_default=True,
+    type=click.IntRange(1),
+    help="Maximum number of tokens of an answer.",
 )
-@click.option("--vision-tokens", type=int, help="Of an image, for a student with compressor mqt; default: as trained.")
-@click.option("--out", type=A_FILE, help="Also write the scores here; RUN/scores.json is what reports read.")
-@click.option("--answers", type=A_FILE, help="Write every answer here, one JSON object a line.")
+@click.option("--prompt-suffix", default="", help="Line added after every question, e.g. to ask for a short answer.")
+@click.option("--compress", help="Remove vision tokens inside the language model: dart, fastv, pyramiddrop or random.")
+@click.option("--keep", type=int, help="Vision tokens to keep per image; pyramiddrop has a default.")
+@click.option(
+    "--compress-layer", type=int, help="First layer that sees only the kept tokens; default 2 (pyramiddrop: 0)."
+)
+@click.option(
+    "--vision-tokens", type=int, help="Vision tokens per image, for a student with compressor mqt; default: as trained."
+)
+@click.option("--out", type=A_FILE, help="Also write the scores to this file; reports read RUN/scores.json.")
+@click.option("--answers", type=A_FILE, help="Write every answer to this file, one JSON object per line.")
 @trust_option
 @device_option
 @json_option
@@ -118,17 +129,23 @@ def evaluation_tasks() -> None:
 
 
 @command()
-@click.option("--cache", "cache_url", help="The cache.")
-@click.option("--teacher", help="The model that made it.")
-@click.option("--student", help="Whose gradients are compared; default: the one of kd.toml.")
-@click.option("--samples", default=32, show_default=True, help="How many rows of the cache, evenly over its shards.")
-@click.option("--parts", help="Mixture parts, comma-separated; default: those with a field.")
-@click.option("--stage", default="DFT", show_default=True, help="Whose modules have gradients.")
-@click.option("--dtype", help="Of the live teacher; default: as in the capture.")
+@click.option("--cache", "cache_url", help="Cache to compare.")
+@click.option("--teacher", help="Model folder or hub id of the cache's teacher.")
+@click.option("--student", help="Student whose gradients are compared; default: that of kd.toml.")
+@click.option(
+    "--samples", default=32, show_default=True, help="Number of rows of the cache to compare, evenly over its shards."
+)
+@click.option("--parts", help="Parts to compare, comma-separated; default: those with a field.")
+@click.option("--stage", default="DFT", show_default=True, help="Stage whose trained modules have gradients.")
+@click.option("--dtype", help="Dtype of the live teacher; default: as in the capture.")
 @click.option("--seed", default=0, show_default=True)
-@click.option("--sweep", is_flag=True, help="Also fit many other fields on other rows, and measure the frontier.")
-@click.option("--plot", type=A_FILE, help="Write bytes against gradient angle as a PNG.")
-@click.option("--out", type=A_FILE, help="Also write the tables here, as Markdown; *.json: all numbers.")
+@click.option(
+    "--sweep", is_flag=True, help="Also fit many other fields on other rows, and measure bytes against fidelity."
+)
+@click.option("--plot", type=A_FILE, help="Write a PNG of bytes against gradient angle.")
+@click.option(
+    "--out", type=A_FILE, help="Also write the tables to this file as Markdown, or all numbers if it ends in .json."
+)
 @trust_option
 @device_option
 @config_option
@@ -146,7 +163,7 @@ def fidelity(
     as_json: bool,
     **asked: Any,
 ) -> None:
-    """Cached losses and gradients against the live teacher, per method, with the live-vs-live noise floor beside them."""
+    """Compare cached losses and gradients with the live teacher, for every method, beside the live-vs-live noise floor."""
     from pipelines import fidelity as pipeline
     from pipelines.fidelity import show
     from pipelines.run_records import finite
@@ -172,9 +189,13 @@ def fidelity(
 
 @command()
 @click.argument("runs", nargs=-1, required=True, type=A_PATH)
-@click.option("--cache", "cache_url", help="Its sizes and decoded images too; default: that of kd.toml; '': none.")
-@click.option("--fidelity", multiple=True, help="A file of `kdcli fidelity --out X.json`, or a preflight's folder.")
-@click.option("--matching/--no-matching", default=True, show_default=True, help="Match the tokens of em-kd students.")
+@click.option(
+    "--cache", "cache_url", help="Cache whose sizes and decoded images are shown; default: that of kd.toml; '': none."
+)
+@click.option("--fidelity", multiple=True, help="File of `kdcli fidelity --out X.json`, or folder of a preflight.")
+@click.option(
+    "--matching/--no-matching", default=True, show_default=True, help="Show the matched tokens of em-kd students."
+)
 @click.option("--out", type=A_FILE, default="report.html", show_default=True)
 @config_option
 def report(
@@ -185,8 +206,8 @@ def report(
     out: str,
     config: str | None,
 ) -> None:
-    """One self-contained HTML page: results, losses, costs, cache sizes, fidelity, images with words, matched tokens."""
-    from pipelines.report.fidelity_files import beside
+    """Write one self-contained HTML page: results, losses, costs, cache sizes, fidelity, images with words, matched tokens."""
+    from pipelines.preflight.request import beside
     from pipelines.report.page import write_report
 
     settings = load(config)
@@ -199,20 +220,24 @@ def report(
 
 @command("export")
 @click.argument("source", type=A_PATH)
-@click.option("--to", "target", type=click.Choice(["hf"]), default="hf", show_default=True, help="Kind of folder.")
-@click.option("--out", required=True, type=A_FOLDER, help="Folder to write; it must not be there yet, or be empty.")
+@click.option("--to", "target", type=click.Choice(["hf"]), default="hf", show_default=True, help="Output format.")
+@click.option("--out", required=True, type=A_FOLDER, help="Output folder; it must be empty or not exist.")
 @click.option(
     "--dtype",
     type=click.Choice(["float32", "bfloat16", "float16"]),
-    help="Of the weights; default: as the student's folder has them (training writes float32).",
+    help="Dtype of the weights; default: that of the student's folder (usually float32).",
 )
-@click.option("--vision-tokens", type=int, help="Of an image, for a student with compressor mqt; default: as trained.")
+@click.option(
+    "--vision-tokens", type=int, help="Vision tokens per image, for a student with compressor mqt; default: as trained."
+)
 @click.option(
     "--check",
     is_flag=True,
-    help="Load it in a fresh process and compare; exit status 1 where it differs.",
+    help="Load the export in a fresh process and compare; exit status 1 on a difference.",
 )
-@click.option("--scores", type=A_FILE, help="Of `kdcli eval --out`, for the card; default: RUN/scores.json.")
+@click.option(
+    "--scores", type=A_FILE, help="Scores file of `kdcli eval --out` for the model card; default: RUN/scores.json."
+)
 @json_option
 def export_model(
     source: str,

@@ -24,7 +24,7 @@ def cache_named(command: Callable[..., Any]) -> Callable[..., Any]:
     """The cache as ``url``: in its place (``kdcli cache status CACHE``), or by ``--cache`` as the other commands have it."""
 
     @click.argument("url", metavar="[CACHE]", required=False)
-    @click.option("--cache", "cache_url", help="The cache, in place of CACHE.")
+    @click.option("--cache", "cache_url", help="The cache, instead of CACHE.")
     @wraps(command)
     def named(url: str | None, cache_url: str | None, **others: Any) -> Any:
         if url and cache_url:
@@ -40,7 +40,7 @@ def column_named(name: str, default: str | None = None) -> Callable[[Callable[..
     def give(command: Callable[..., Any]) -> Callable[..., Any]:
         @click.argument("url", metavar="[CACHE]", required=False)
         @click.argument(name, metavar=f"[{name.upper()}]" if default else name.upper(), required=False)
-        @click.option("--cache", "cache_url", help="The cache, in place of CACHE.")
+        @click.option("--cache", "cache_url", help="The cache, instead of CACHE.")
         @wraps(command)
         def named(url: str | None, cache_url: str | None, **others: Any) -> Any:
             words = [word for word in (cache_url, url, others.pop(name)) if word]
@@ -64,58 +64,74 @@ class LocalPath(click.Path):
 
         flag = param.opts[0] if isinstance(param, click.Option) else ""
         if not self.dir_okay and str(value).endswith("/"):
-            raise KdcliError(f"{f'{flag} {value}'.strip()}: a folder is named where a file is needed")
+            raise KdcliError(f"{f'{flag} {value}'.strip()}: this names a folder, a file is needed")
         return super().convert(str(local_path(value, flag)), param, ctx)
 
 
 A_FILE, A_FOLDER, A_PATH = LocalPath(dir_okay=False), LocalPath(file_okay=False), LocalPath()
-config_option = click.option("--config", type=A_FILE, help="Settings file; default: ./kd.toml where it exists.")
+config_option = click.option("--config", type=A_FILE, help="Settings file; default: ./kd.toml if it exists.")
 json_option = click.option("--json", "as_json", is_flag=True, help="Print the result as one JSON object.")
-device_option = click.option("--device", default=None, help="cpu, cuda, cuda:1; default: the GPU where there is one.")
+device_option = click.option("--device", default=None, help="cpu, cuda, cuda:1; default: a GPU if there is one.")
 backend_options = several(
-    click.option("--backend", type=click.Choice(["transformers", "vllm"]), help="What runs the teacher (README.md)."),
+    click.option(
+        "--backend", type=click.Choice(["transformers", "vllm"]), help="Library that runs the teacher (docs/models.md)."
+    ),
     click.option(
         "--vllm-route",
         type=click.Choice(["hidden", "logprobs"]),
-        help="What vLLM is asked for; logprobs: top-k alone, with an inexact tail.",
+        help="Output taken from vLLM; logprobs gives top-k only, with an inexact tail.",
     ),
 )
 trust_option = click.option(
     "--trust-remote-code",
     is_flag=True,
     default=None,
-    help="Run program code that models' folders bring (docs/security.md); off by default.",
+    help="Run program code in model folders (docs/security.md); off by default.",
 )
 links_option = click.option(
     "--follow-links",
     is_flag=True,
     default=None,
-    help="Links below an image root may lead out of it: they are yours (docs/security.md).",
+    help="Follow links below an image root that lead out of it (docs/security.md).",
 )
 teacher_options = several(backend_options, trust_option, device_option)
 over_length_option = click.option(
-    "--over-length", type=click.Choice(["skip", "cut"]), help="What to do with longer rows."
+    "--over-length", type=click.Choice(["skip", "cut"]), help="Skip longer rows, or cut them at a turn."
 )
 stored_options = several(
     click.option("--store", help="compact (top-k), standard (head + sketch + affinity) or exact (bf16 hidden states)."),
-    click.option("--fields", help="Single fields instead of a profile, comma-separated (see `kdcli methods`)."),
+    click.option("--fields", help="Fields to store instead of a profile, comma-separated (see `kdcli methods`)."),
     click.option("--k", "k", type=int, help="k of the top-k fields."),
     click.option("--codec", help="Codec of the hidden fields: sketch, bf16, int8, int4 or fp32."),
-    click.option("--parts-without-fields", help="Parts of which only the samples are stored, comma-separated."),
-    click.option("--max-length", type=int, help="Longest row in tokens."),
+    click.option("--parts-without-fields", help="Parts stored without fields, samples only; comma-separated."),
+    click.option("--max-length", type=int, help="Maximum length of a row in tokens."),
     over_length_option,
 )
 data_options = several(
-    click.option("--data", multiple=True, help="Mixture part: file, glob or brace URL. Repeat for more parts."),
+    click.option(
+        "--data", multiple=True, help="A part of the mixture: file, glob or brace URL. Repeat for more parts."
+    ),
     click.option(
         "--part",
         multiple=True,
-        help="Name of each --data, in order (default: caption with --template plain, else sft).",
+        help="Part name per --data, in order (default: caption with --template plain, else sft).",
     ),
-    click.option("--image-root", multiple=True, help="Folder of relative image paths, once for all or once a --data."),
+    click.option(
+        "--image-root", multiple=True, help="Folder that relative image paths start from; once, or once per --data."
+    ),
     links_option,
     click.option(
-        "--template", multiple=True, help="chat, plain, v1 or qwen_1_5, once for all or once a --data (default chat)."
+        "--template", multiple=True, help="chat, plain, v1 or qwen_1_5; once, or once per --data (default chat)."
     ),
-    click.option("--limit", multiple=True, type=int, help="Use only the first N rows, once for all or once a --data."),
+    click.option("--limit", multiple=True, type=int, help="Use only the first N rows; once, or once per --data."),
+)
+
+
+budget_options = several(
+    click.option(
+        "--fidelity",
+        type=float,
+        help="Budget: maximum angle to the live gradient in degrees, with the fewest bytes.",
+    ),
+    click.option("--bytes-per-token", type=float, help="Budget: bytes of all fields per vision or response token."),
 )

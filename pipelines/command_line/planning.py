@@ -10,6 +10,7 @@ from typing import Any
 import click
 
 from pipelines.command_line.given import (
+    BUDGET,
     EACH_PART,
     RUN_BY,
     data_specs,
@@ -22,6 +23,8 @@ from pipelines.command_line.given import (
     train_settings,
 )
 from pipelines.command_line.options import (
+    A_FILE,
+    budget_options,
     config_option,
     data_options,
     json_option,
@@ -37,16 +40,33 @@ from pipelines.command_line.tour import command
 @command()
 @click.argument("paths", nargs=-1)
 @data_options
-@click.option("--teacher", help="Model folder or hub id: rows are prepared as it reads them, no weights are read.")
-@click.option("--max-length", type=int, help="Longest row in tokens (default: as in [capture]).")
+@click.option(
+    "--teacher",
+    help="Model folder or hub id whose template, tokenizer and processor prepare the rows.",
+)
+@click.option("--max-length", type=int, help="Maximum length of a row in tokens (default: as in [capture]).")
 @over_length_option
-@click.option("--show", default=0, metavar="N", type=click.IntRange(0), help="Print the last tokens of N rows a part.")
-@click.option("--all", "every_row", is_flag=True, help="Name every defective row, one a line (--json always does).")
+@click.option(
+    "--show", default=0, metavar="N", type=click.IntRange(0), help="Print the last tokens of N rows per part."
+)
+@click.option("--all", "every_row", is_flag=True, help="List every defective row, one per line (--json always does).")
 @click.option(
     "--strict",
     type=click.FloatRange(0, 1),
     metavar="SHARE",
-    help="Exit status 1 where a larger share of any part is defective, e.g. 0.01.",
+    help="Exit with status 1 if a larger share of any part is defective, e.g. 0.01.",
+)
+@click.option(
+    "--cache", "cache_url", help="Check the labels of a cache instead: list those that its teacher contradicts."
+)
+@click.option("--parts", help="With --cache: parts to check, comma-separated; default: all.")
+@click.option(
+    "--worst", type=click.IntRange(0), help="With --cache: print the N most contradicted answers (default 20)."
+)
+@click.option(
+    "--weights",
+    type=A_FILE,
+    help="With --cache: write X.jsonl, row weights for `--select reg=file:X.jsonl:right`.",
 )
 @trust_option
 @config_option
@@ -60,12 +80,24 @@ def doctor(
     show: int,
     every_row: bool,
     strict: float | None,
+    cache_url: str | None,
+    parts: str | None,
+    worst: int | None,
+    weights: str | None,
     trust_remote_code: bool | None,
     config: str | None,
     as_json: bool,
     **each: Any,
 ) -> None:
-    """List the defects of a mixture by kind, with row numbers. PATHS: files or globs; default: the parts of kd.toml."""
+    """List the defects of a mixture by kind, with row numbers; with --cache, the answers that are probably wrong.
+    PATHS: files or globs; default: the parts of kd.toml."""
+    of_rows = {"PATHS": paths, "--data": data, "--teacher": teacher, "--max-length": max_length}
+    of_rows |= {"--over-length": over_length, "--show": show, "--all": every_row, "--strict": strict is not None}
+    of_labels = {"--parts": parts, "--worst": worst is not None, "--weights": weights}
+    refuse_both(cache_url, of_rows, of_labels)
+    if cache_url:
+        examine_labels(cache_url, split(parts), 20 if worst is None else worst, weights, as_json)
+        return
     from rich.console import Console
 
     from pipelines.doctor import Reading, examine, print_report
@@ -84,7 +116,7 @@ def doctor(
     spec = teacher_spec(teacher, None if given else settings.teacher, trust_remote_code)
     of_tokens = {"--show": show, "--max-length": max_length, "--over-length": over_length}
     if spec is None and (flags := [flag for flag, value in of_tokens.items() if value]):
-        raise KdcliError(f"{flags[0]} is about tokens: name the model that they are of with --teacher")
+        raise KdcliError(f"{flags[0]} needs a tokenizer: name its model with --teacher")
     capture = override(settings.capture, max_length=max_length, over_length=over_length)
     limits = Limits(capture.max_length, capture.over_length)
     reading = Reading(spec, limits, show) if spec else None
@@ -96,24 +128,63 @@ def doctor(
         with naming_stdout():
             print_report(report, Console(), every_row)
     if strict is not None and report.worst().defective_share > strict:
-        worst = report.worst()
-        raise KdcliError(f"--strict {strict:g}: {worst.defective_share:.2%} of part {worst.part!r} is defective")
+        part = report.worst()
+        raise KdcliError(f"--strict {strict:g}: {part.defective_share:.2%} of part {part.part!r} is defective")
+
+
+def refuse_both(cache_url: str | None, of_rows: dict[str, Any], of_labels: dict[str, Any]) -> None:
+    """KdcliError where flags about a mixture stand beside --cache, or flags about a cache's labels without it."""
+    from teacher_cache.errors import KdcliError
+
+    if cache_url and (given := [name for name, value in of_rows.items() if value]):
+        raise KdcliError(
+            f"--cache checks the labels of a cache, {given[0]} the files of a mixture: give only one of them"
+        )
+    if not cache_url and (given := [name for name, value in of_labels.items() if value]):
+        raise KdcliError(f"{given[0]} applies to the labels of a cache: name the cache with --cache")
+
+
+def examine_labels(url: str, parts: Any, worst: int, weights: str | None, as_json: bool) -> None:
+    """``doctor --cache``."""
+    from pipelines.labels.show import report, to_json
+    from pipelines.labels.survey import survey
+    from pipelines.labels.weights import WeightsFile
+    from pipelines.progress import bar
+    from pipelines.run_records import finite
+    from student_train.cache import Cache
+
+    file = WeightsFile(Path(weights)) if weights else None
+    with bar(console(), "rows") as progress:
+        task = progress.add_task("labels", total=None)
+        made = survey(
+            Cache(url),
+            worst,
+            parts,
+            each=file.add if file else None,
+            progress=lambda done, total: progress.update(task, completed=done, total=total),
+        )
+    if file:
+        file.finish(made)
+    say(json.dumps(finite(to_json(made)), ensure_ascii=False) if as_json else report(made))
 
 
 @command("plan")
-@click.option("--teacher", help="Model folder or hub id; its configuration and processor are read, no weights.")
+@click.option("--teacher", help="Model folder or hub id; only its configuration and processor are read.")
 @data_options
 @click.option(
-    "--rows", multiple=True, metavar="[PART=]N", help="Rows of the whole mixture, of which --data holds a few."
+    "--rows", multiple=True, metavar="[PART=]N", help="Number of rows of the whole mixture, if --data holds only a few."
 )
 @click.option("--sample", default=512, show_default=True, type=click.IntRange(1), help="Rows to prepare.")
-@click.option("--like", help="A cache of the same settings (a few hundred rows) whose bytes a row are taken.")
+@click.option("--like", help="Cache with the same settings (a few hundred rows) to take bytes per row from.")
 @click.option("--shards", type=int, help="Number of shards.")
 @stored_options
-@click.option("--tokens-per-second", type=float, help="Measured speed of one GPU, text and vision tokens.")
-@click.option("--peak-tflops", default=989.0, show_default=True, help="Of one GPU, where no speed is given.")
-@click.option("--utilisation", default=0.4, show_default=True, help="Share of the peak that is reached.")
-@click.option("--gpus", default=8, show_default=True, help="GPUs of the job.")
+@budget_options
+@click.option("--tokens-per-second", type=float, help="Measured speed of one GPU in text and vision tokens.")
+@click.option(
+    "--peak-tflops", default=989.0, show_default=True, help="Peak of one GPU, used without --tokens-per-second."
+)
+@click.option("--utilisation", default=0.4, show_default=True, help="Share of the peak that the teacher reaches.")
+@click.option("--gpus", default=8, show_default=True, help="Number of GPUs of the job.")
 @trust_option
 @config_option
 @json_option
@@ -131,16 +202,19 @@ def plan(
     peak_tflops: float,
     utilisation: float,
     gpus: int,
+    fidelity: float | None,
+    bytes_per_token: float | None,
     trust_remote_code: bool | None,
     config: str | None,
     as_json: bool,
     **flags: Any,
 ) -> None:
-    """Before the job: rows, tokens, bytes by column, shards and hours, from a few real rows and no weights."""
+    """Estimate rows, tokens, bytes by column, shards and hours of a capture, from a few real rows and no weights."""
     from pipelines.estimate.mixture_sample import parse_rows
     from pipelines.estimate.report import estimate_tables
     from pipelines.estimate.run import PlanRequest, estimate
     from pipelines.estimate.teacher_cost import Speed
+    from pipelines.preflight.budget import Budget
     from pipelines.progress import bar
     from pipelines.settings import override
 
@@ -154,7 +228,8 @@ def plan(
     counts = parse_rows(rows, [one.part for one in specs])
     speed = Speed(tokens_per_second, peak_tflops, utilisation, gpus)
     params = field_params(settings, capture, k, codec)
-    request = PlanRequest(spec, specs, capture, params, counts, sample, like, speed)
+    budget = Budget(fidelity, bytes_per_token)
+    request = PlanRequest(spec, specs, capture, params, counts, sample, like, speed, budget)
     with bar(console(), "rows") as progress:
         task = progress.add_task("looking at rows", total=None)
         result = estimate(request, lambda done, total: progress.update(task, completed=done, total=total))
@@ -163,20 +238,27 @@ def plan(
 
 @command()
 @click.option("--teacher", help="Model folder or hub id.")
-@click.option("--student", help="Model folder or hub id that will be trained.")
+@click.option("--student", help="Model folder or hub id of the student to train.")
 @data_options
-@click.option("--methods", help="Methods to try, comma-separated (default: llava-kd,kd; of a text-only teacher kd).")
-@click.option("--rows", default=256, show_default=True, help="Rows of the mixture; a third is held out to judge.")
-@click.option("--out", default="preflight", show_default=True, help="Folder or URL; the rows' cache is OUT/cache.")
-@click.option("--store", help="compact, standard (whose fineness is chosen) or exact.")
-@click.option("--fields", help="Single fields instead of a profile, comma-separated.")
-@click.option("--shards", type=int, help="Number of shards of the real job.")
-@click.option("--max-length", type=int, help="Longest row in tokens.")
-@click.option("--max-angle", default=1.0, show_default=True, help="Degrees between whole gradients, cache and live.")
-@click.option("--max-kl", default=0.005, show_default=True, help="Nats between stored and live distributions, mean.")
-@click.option("--max-bytes", type=int, help="Most bytes of all fields together, a sample.")
-@click.option("--write/--no-write", default=True, show_default=True, help="Write what was chosen into kd.toml.")
-@click.option("--gpus", default=8, show_default=True, help="GPUs of the real job.")
+@click.option("--methods", help="Methods to try, comma-separated (default: llava-kd,kd; for a text-only teacher kd).")
+@click.option(
+    "--rows", default=256, show_default=True, help="Rows of the mixture to use; a third is held out for the comparison."
+)
+@click.option(
+    "--out", default="preflight", show_default=True, help="Output folder or URL; the cache of the rows is OUT/cache."
+)
+@click.option("--store", help="compact, standard (preflight chooses its precision) or exact.")
+@click.option("--fields", help="Fields to store instead of a profile, comma-separated.")
+@click.option("--shards", type=int, help="Number of shards of the full job.")
+@click.option("--max-length", type=int, help="Maximum length of a row in tokens.")
+@budget_options
+@click.option(
+    "--max-kl",
+    type=float,
+    help="Budget: mean KL of stored and live distributions in nats (default: 0.005, and 1°).",
+)
+@click.option("--write/--no-write", default=True, show_default=True, help="Write the chosen parameters into kd.toml.")
+@click.option("--gpus", default=8, show_default=True, help="Number of GPUs of the full job.")
 @click.option("--dtype", help="auto, float32, bfloat16, float16.")
 @teacher_options
 @config_option
@@ -196,10 +278,12 @@ def preflight(
     as_json: bool,
     **asked: Any,
 ) -> None:
-    """Go or no-go before the job: a few hundred rows through the cache and the actual student. Exit status 1: no-go."""
+    """Decide go or no-go before the job: compare cache and live teacher on a few hundred rows and the actual student.
+    Exit status 1: no-go."""
     from dataclasses import replace
 
     from pipelines.preflight import report
+    from pipelines.preflight.budget import Budget
     from pipelines.preflight.request import PreflightRequest, default_methods
     from pipelines.preflight.run import preflight as run
     from pipelines.run_records import finite
@@ -217,7 +301,8 @@ def preflight(
     kd_file = Path(config or FILE) if write else None
     place_of(str(asked["out"]), "--out")  # before the teacher is looked at
     tried = default_methods(spec) if methods is None else split(methods) or ()
-    request = PreflightRequest(spec, specs, settings, tried, kd_file=kd_file, **asked)
+    budget = Budget(**take(asked, BUDGET))
+    request = PreflightRequest(spec, specs, settings, tried, kd_file=kd_file, budget=budget, **asked)
     with report.preflight_progress(console()) as progress:
         result = run(request, progress)
     say(json.dumps(finite(result), ensure_ascii=False) if as_json else report.report(result))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import click
@@ -14,14 +15,27 @@ from pipelines.command_line.tour import command
 
 @command()
 @click.option(
-    "--out", type=A_FOLDER, default="demo-run", show_default=True, help="Folder for world, cache, students and report."
+    "--out",
+    type=A_FOLDER,
+    default="demo-run",
+    show_default=True,
+    help="Output folder of world, cache, students and report.",
 )
-@click.option("--seed", default=0, show_default=True)
-def demo(out: str, seed: int) -> None:
-    """The whole loop on a small rendered world: data → cache → students → table + HTML report."""
-    from pipelines.demo.run import run_demo
+@click.option(
+    "--seed", default=0, show_default=True, help="Seed of the order of rows in training; the world stays the same."
+)
+@click.option(
+    "--wrong-answers",
+    type=click.FloatRange(0, 1),
+    default=0.4,
+    show_default=True,
+    help="Share of wrong training answers; 0: clean answers.",
+)
+def demo(out: str, seed: int, wrong_answers: float) -> None:
+    """Run everything on a small rendered world: data → cache → students → table and HTML report."""
+    from pipelines.demo.run import DEMO, run_demo
 
-    run_demo(Path(out), seed, console())
+    run_demo(Path(out), seed, console(), replace(DEMO, wrong_answers=wrong_answers))
 
 
 @command()
@@ -38,7 +52,7 @@ def init() -> None:
 @command()
 @json_option
 def methods(as_json: bool) -> None:
-    """List the methods: what they need, which fields serve it, the paper; and what is not offered, with the reason."""
+    """List the methods with their needs, the fields that serve them, papers and loss terms; and methods not offered, with the reason."""
     from pipelines import method_table
 
     say(json.dumps(method_table.as_json()) if as_json else method_table.text())
@@ -47,7 +61,7 @@ def methods(as_json: bool) -> None:
 @command()
 @click.argument("shell", type=click.Choice(["bash", "zsh", "fish"]))
 def completion(shell: str) -> None:
-    """Print the script that completes commands, flags, methods and fields in a shell.
+    """Print a script that completes commands, flags, methods and fields in a shell.
 
     \b
     bash:  kdcli completion bash > ~/.kdcli-complete.sh, then `source ~/.kdcli-complete.sh` in ~/.bashrc

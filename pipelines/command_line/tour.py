@@ -12,48 +12,48 @@ from pipelines.command_line.completion import completing
 SECTIONS: Mapping[str, Mapping[str, Mapping[str, str]]] = {
     "": {
         "Start": {
-            "demo": "the whole loop on a small rendered world, in minutes",
+            "demo": "run everything on a small rendered world, in minutes",
             "init": "write a commented kd.toml: teacher, student, data, cache",
-            "methods": "what each method needs, and which fields serve it",
-            "completion": "commands, flags and names on the Tab key",
+            "methods": "list methods, their needs, fields and loss terms",
+            "completion": "print a shell completion script",
         },
         "Before the job": {
-            "doctor": "defects of the mixture, by kind, with file and row",
-            "plan": "tokens, bytes, shards and hours, from a few rows",
-            "preflight": "go or no-go: a few hundred rows, cache against teacher",
+            "doctor": "list defects of a mixture; with --cache, wrong answers",
+            "plan": "estimate tokens, bytes, shards and hours",
+            "preflight": "go or no-go: compare cache and teacher on a few rows",
         },
         "Capture": {
-            "cache-teacher": "the batch job: run the teacher once, write the cache",
-            "cache": "look at a cache, mend it, change it",
+            "cache-teacher": "run the teacher once and write the cache",
+            "cache": "inspect, repair and edit a cache",
         },
         "Train": {
-            "train-student": "train from the cache, no teacher in memory",
-            "ablate": "many students over one cache, in one table",
+            "train-student": "train a student from the cache, without the teacher",
+            "ablate": "train many students over one cache, compare them",
         },
-        "Judge": {
-            "eval": "held-out questions: scores by family, and nll",
-            "eval-tasks": "the folder of task groups for lmms-eval",
-            "fidelity": "cached losses and gradients against the live teacher",
-            "report": "one HTML page: results, curves, sizes, words of patches",
+        "Evaluate": {
+            "eval": "score a model on held-out questions",
+            "eval-tasks": "print the folder of task groups for lmms-eval",
+            "fidelity": "compare cached losses and gradients with the teacher",
+            "report": "write one HTML page about runs and their cache",
         },
-        "Ship": {"export": "a folder that plain transformers loads"},
+        "Export": {"export": "write a folder for plain transformers"},
     },
     "cache": {
-        "Look": {
-            "status": "shards, rows, skips, bytes; who runs, how long still",
-            "inspect": "one sample as words",
-            "verify": "every checksum; exit status 1 where one fails",
-            "urls": "the tar paths of a column, for the webdataset library",
+        "Inspect": {
+            "status": "show shards, rows, skips, bytes; workers and time left",
+            "inspect": "show one sample as words",
+            "verify": "check every checksum; exit status 1 on damage",
+            "urls": "print the tar paths of a column, for webdataset",
         },
-        "Mend": {
-            "repair": "make what is damaged again, and nothing else",
+        "Repair": {
+            "repair": "make damaged files again, and nothing else",
             "gc": "list or remove files that no commit names",
         },
-        "Change": {
-            "add-field": "capture further fields from the cache's own samples",
-            "drop-field": "remove one field, or say what would go",
-            "subset": "a new cache of some rows, parts or fields",
-            "merge": "a new cache of the rows of several",
+        "Edit": {
+            "add-field": "capture more fields from the cache's own samples",
+            "drop-field": "remove one field; without --yes, only list it",
+            "subset": "write a new cache with some rows, parts or fields",
+            "merge": "join the rows of several caches in a new one",
         },
     },
 }
@@ -90,19 +90,33 @@ EXAMPLES: Mapping[str, str] = {
 """Command, with its group → a line that can be typed."""
 
 
+CONTINUED: Mapping[str, tuple[str, ...]] = {
+    "demo": (),
+    "preflight": (),
+    "cache-teacher": (),
+    "cache repair": (),
+    "cache add-field": (),
+    "cache subset": (),
+    "cache merge": (),
+    "train-student": (),
+    "ablate": (),
+    "eval": ("out", "answers"),
+}
+"""Commands that go on where they stopped, where one of these options is given if any are named."""
+
 HELP: Mapping[str, str] = {
-    "seed": "Of every random draw.",
-    "image_root": "Folder of relative image paths.",
+    "seed": "Seed of every random number.",
+    "image_root": "Folder that relative image paths start from.",
     "limit": "Use only the first N questions.",
-    "batch_size": "Questions answered at a time.",
-    "learning_rate": "Peak; default: the stage's own (PT, DPT 1e-3; SFT, DFT 2e-5).",
-    "per_device_train_batch_size": "Samples of a micro-batch (default 8).",
-    "gradient_accumulation_steps": "Micro-batches of an optimizer step (default 1).",
-    "num_train_epochs": "Epochs of every stage (default 1).",
-    "warmup_ratio": "Share of the steps in which the rate rises (default 0.03).",
-    "gradient_checkpointing": "Less memory for more time.",
-    "dataloader_num_workers": "Loader processes (default 0: none).",
-    "save_steps": "Steps between two checkpoints (default 500).",
+    "batch_size": "Questions per batch.",
+    "learning_rate": "Peak learning rate; default: the stage's own (PT, DPT 1e-3; SFT, DFT 2e-5).",
+    "per_device_train_batch_size": "Samples per micro-batch and process (default 8).",
+    "gradient_accumulation_steps": "Micro-batches per optimizer step (default 1).",
+    "num_train_epochs": "Epochs per stage (default 1).",
+    "warmup_ratio": "Warm-up share of the steps (default 0.03).",
+    "gradient_checkpointing": "Recompute activations: less memory, more time.",
+    "dataloader_num_workers": "Loader processes (default 0: load in the main process).",
+    "save_steps": "Steps between checkpoints (default 500).",
     "out": "File or folder to write.",
 }
 """Options that every trainer has, explained where their command says nothing of them."""
@@ -118,8 +132,14 @@ def place(context: click.Context) -> str:
     return " ".join(reversed(names))
 
 
+def continues(context: click.Context) -> bool:
+    """Whether the same command line goes on where this one stops."""
+    options = CONTINUED.get(place(context))
+    return options is not None and (not options or any(context.params.get(one) for one in options))
+
+
 class TourCommand(click.Command):
-    """A command whose help ends with an example, and whose plain names complete."""
+    """A command whose help ends with an example, whose plain names complete, and which says so where the same line goes on with it."""
 
     def __init__(self, *arguments: Any, **named: Any):
         super().__init__(*arguments, **named)
@@ -127,6 +147,21 @@ class TourCommand(click.Command):
         for one in self.params:
             if isinstance(one, click.Option) and not one.help:
                 one.help = HELP.get(str(one.name))
+
+    def invoke(self, context: click.Context) -> Any:
+        """Ctrl-C, and a signal that said nothing of the work, are told with how to continue."""
+        from teacher_cache.stopping import CONTINUE, Stopped
+
+        try:
+            return super().invoke(context)
+        except KeyboardInterrupt:
+            if not continues(context):
+                raise
+            raise click.ClickException(f"interrupted: {CONTINUE}") from None
+        except Stopped as stop:
+            if stop.what or not continues(context):
+                raise
+            raise Stopped(stop.number, CONTINUE) from None
 
     def format_epilog(self, context: click.Context, formatter: click.HelpFormatter) -> None:
         super().format_epilog(context, formatter)

@@ -9,41 +9,65 @@ from typing import Any
 
 import click
 
-from pipelines.command_line.given import load, parse_knobs, train_settings
+from pipelines.command_line.given import load, of_terms, parse_knobs, train_settings
 from pipelines.command_line.options import A_FILE, A_FOLDER, config_option, json_option, trust_option
 from pipelines.command_line.output import console, note, say
 from pipelines.command_line.tour import command
 
 
 @command("train-student")
-@click.option("--method", default="llava-kd", show_default=True, help="See `kdcli methods`.")
+@click.option(
+    "--method", default="llava-kd", show_default=True, help="Distillation method; `kdcli methods` lists them."
+)
 @click.option("--student", help="Model folder or hub id to start from.")
-@click.option("--cache", "cache_url", help="The cache.")
-@click.option("--stages", help="E.g. DPT,SFT,DFT; default: the method's own.")
-@click.option("--preset", default="paper", show_default=True, help="paper or code, where the two differ.")
-@click.option("--set", "knobs", multiple=True, metavar="NAME=VALUE", help="A knob of the method, e.g. --set gamma=1.0.")
-@click.option("--output-dir", help="Folder of the run.")
+@click.option("--cache", "cache_url", help="Cache to train from.")
+@click.option("--stages", help="Stages, e.g. DPT,SFT,DFT; default: the method's own.")
+@click.option(
+    "--preset",
+    default="default",
+    show_default=True,
+    help="Preset of knobs: default, paper, or code if the method has it.",
+)
+@click.option("--set", "knobs", multiple=True, metavar="NAME=VALUE", help="Knob of the method, e.g. --set gamma=1.0.")
+@click.option(
+    "--schedule",
+    multiple=True,
+    metavar="TERM=FORM",
+    help="Schedule of a loss term's weight, e.g. --schedule vis=linear:1:0 (docs/train.md).",
+)
+@click.option(
+    "--select",
+    multiple=True,
+    metavar="TERM=WHAT",
+    help="Weights of rows in a loss term, e.g. --select reg=agreement (docs/train.md).",
+)
+@click.option(
+    "--log-term-gradients", type=int, metavar="N", help="Log norms and cosines of the terms' gradients every N steps."
+)
+@click.option("--output-dir", help="Output folder of the run.")
 @click.option("--learning-rate", type=float)
 @click.option("--per-device-train-batch-size", type=int)
 @click.option("--gradient-accumulation-steps", type=int)
 @click.option("--num-train-epochs", type=float)
-@click.option("--max-steps", type=int, help="Optimizer steps a stage.")
+@click.option("--max-steps", type=int, help="Optimizer steps per stage.")
 @click.option("--warmup-ratio", type=float)
 @click.option("--seed", type=int)
 @click.option("--bf16/--no-bf16", default=None, help="bfloat16 mixed precision.")
-@click.option("--fsdp/--no-fsdp", default=None, help="Under torchrun: shard the student over the processes (FSDP2).")
+@click.option("--fsdp/--no-fsdp", default=None, help="Under torchrun, shard the student over the processes (FSDP2).")
 @click.option(
     "--compressor",
     help="adaptive_pool, pixel_shuffle, tokenpacker, mqt, or none (default: the method's own).",
 )
-@click.option("--vision-tokens", type=int, help="Of an image, behind the compressor; default a quarter.")
+@click.option("--vision-tokens", type=int, help="Vision tokens per image after the compressor; default: a quarter.")
 @click.option("--gradient-checkpointing/--no-gradient-checkpointing", default=None)
 @click.option("--dataloader-num-workers", type=int)
 @click.option(
-    "--use-liger-kernel/--no-use-liger-kernel", default=None, help="Fused cross-entropy (CUDA, kdcli[liger])."
+    "--use-liger-kernel/--no-use-liger-kernel",
+    default=None,
+    help="Use Liger-Kernel's fused cross-entropy (CUDA, kdcli[liger]).",
 )
-@click.option("--local-cache", help="Folder on a local disk that keeps what is read of a cache in an object store.")
-@click.option("--local-cache-gb", type=float, help="Most GB that it takes (default 100).")
+@click.option("--local-cache", help="Folder on a local disk that keeps tars read from an object store.")
+@click.option("--local-cache-gb", type=float, help="Maximum size of --local-cache in GB (default 100).")
 @click.option("--save-steps", type=int)
 @click.option("--report-to", help="Trackers, comma-separated: tensorboard (default), wandb, trackio; or none.")
 @trust_option
@@ -55,11 +79,13 @@ def train_student(
     stages: str | None,
     preset: str,
     knobs: tuple[str, ...],
+    schedule: tuple[str, ...],
+    select: tuple[str, ...],
     config: str | None,
     as_json: bool,
     **flags: Any,
 ) -> None:
-    """Train a student from a cache, stage after stage; run it again to continue. Also under torchrun."""
+    """Train a student from a cache, stage by stage. Run the command again to continue. Also runs under torchrun."""
     from dataclasses import replace
 
     from pipelines import train_student as pipeline
@@ -70,7 +96,8 @@ def train_student(
     url = cache_url or settings.cache
     if not url:
         raise KdcliError("no cache: give --cache, or run `kdcli init` and edit kd.toml")
-    settings = replace(settings, train=train_settings(settings.train, **flags))
+    train = train_settings(settings.train, **flags)
+    settings = replace(settings, train=of_terms(train, schedule=schedule, select=select))
     with train_progress(console()) as on_step:
         result = pipeline.train(url, method, settings, stages, preset, parse_knobs(knobs), on_step, note)
     say(json.dumps(result) if as_json else f"student: {result['model']}")
@@ -79,32 +106,31 @@ def train_student(
 @command()
 @click.argument("grid", metavar="GRID.toml", type=A_FILE)
 @click.option(
-    "--out", type=A_FOLDER, help="Folder of cells, shared stages and results; default: ablations/NAME of the grid."
+    "--out",
+    type=A_FOLDER,
+    help="Output folder; default: ablations/ and the grid's name.",
 )
-@click.option("--devices", help="E.g. cuda:0,cuda:1, a student at a time on each; default: every GPU, else the CPU.")
-@click.option("--workers", type=int, help="Students at a time on the CPU, which share its cores.")
-@click.option("--only", metavar="GLOB", help="Only students whose ROW/seed-N, or whose row, fits.")
-@click.option("--limit", type=click.IntRange(0), help="Train at most so many students this time.")
-@click.option("--retry-failed", is_flag=True, help="Also those that failed before.")
-@click.option("--losses", is_flag=True, help="The last stage's final loss terms as columns too.")
-@click.option("--dry-run", is_flag=True, help="List the students and what is done; train nothing.")
+@click.option(
+    "--devices",
+    help="Devices for one student each, e.g. cuda:0,cuda:1; default: all GPUs, else the CPU.",
+)
+@click.option("--workers", type=int, help="Students trained at the same time on the CPU; they share its cores.")
+@click.option("--only", metavar="GLOB", help="Train only students whose row or ROW/seed-N matches.")
+@click.option("--limit", type=click.IntRange(0), help="Train at most this many students now.")
+@click.option("--retry-failed", is_flag=True, help="Train failed students again, too.")
+@click.option("--losses", is_flag=True, help="Add the final loss terms of the last stage as columns.")
+@click.option("--dry-run", is_flag=True, help="List the students and their state; train nothing.")
 @json_option
 def ablate(grid: str, out: str | None, dry_run: bool, as_json: bool, **asked: Any) -> None:
-    """Train many students over one cache, and compare them in one table; run it again to continue."""
+    """Train many students over one cache and compare them in one table. Run the command again to continue."""
     from pipelines.ablate import run as pipeline
-    from teacher_cache.stopping import Stopped
 
     request = pipeline.AblateRequest(Path(grid), Path(out or Path("ablations") / Path(grid).stem), **asked)
     if dry_run:
         listed, text = pipeline.dry_run(request)
         say(json.dumps(listed) if as_json else text)
         return
-    try:
-        result = pipeline.ablate(request, console())
-    except KeyboardInterrupt:
-        raise click.ClickException("interrupted: run the same command again to continue") from None
-    except Stopped as stop:
-        raise Stopped(stop.number, "run the same command again to continue") from None
+    result = pipeline.ablate(request, console())
     text = result.pop("markdown")
     say(json.dumps(result) if as_json else text)
     for one in result["failed"]:

@@ -1,63 +1,79 @@
 """``kdcli demo``: the whole loop on the rendered world, on a CPU, in minutes.
 
-world → doctor → cache the teacher → students ``sft`` and ``llava-kd`` from the same start and the same steps → eval → table and report.
-Every step is the product's own pipeline with small numbers; nothing here knows how any of them works.
+world → doctor → cache the teacher → students ``sft`` and ``kd`` from the same start and the same steps → table, sentence and report.
+A share of the world's training answers is wrong, as in real mixtures: there a teacher pays. Every step is the product's own pipeline
+with small numbers; nothing here knows how any of them works.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 from pipelines.cache_teacher import capture
 from pipelines.capture_shards import CaptureRequest
+from pipelines.demo.gain import KNOWN, compared, cost, gain_of, lead, spread
+from pipelines.demo.students import STUDENT_START, Trained, grid_text, train_and_ask
 from pipelines.demo.write_world import WorldPaths, write_world
 from pipelines.doctor import examine, print_report
 from pipelines.evaluate import evaluate_folder, figures
 from pipelines.output_lock import alone
-from pipelines.progress import bar, capture_progress, train_progress
+from pipelines.progress import bar, capture_progress
+from pipelines.report.lead import Lead
 from pipelines.report.page import write_report
+from pipelines.report.runs import read_runs
 from pipelines.run_records import write_record
-from pipelines.settings import CaptureSettings, Settings
+from pipelines.settings import CaptureSettings
 from pipelines.tables import cache_table, score_table
-from pipelines.train_student import train
-from student_train.config import StageSettings, TrainSettings
 from teacher_cache.errors import naming_full_disk
 from teacher_cache.sources import DataSpec
 from teacher_cache.teachers.transformers import TeacherSpec
 
-ASSETS = Path(str(files("pipelines.demo") / "assets"))
-TEACHER = ASSETS / "teacher"
-STUDENT_START = ASSETS / "student_start"
-RUNS = {"sft": "PT,SFT,SFT", "llava-kd": "DPT,SFT,DFT"}
-"""Method → stages: the same parts, trainable modules, steps and learning rates in both."""
+__all__ = ["DEMO", "STUDENT_START", "TEACHER", "Recipe", "heldout", "make_cache", "make_world", "run_demo", "score"]
+
+TEACHER = Path(str(files("pipelines.demo") / "assets" / "teacher"))
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """Sizes of the demo, chosen for six minutes on two cores."""
+    """Sizes of the demo, chosen for four minutes on two cores. wrong_answers: share of the training answers.
+
+    Each student has the best learning rate of those that ``benchmarks.demo_gain --tune`` tries.
+    """
 
     captions: int = 320
     train: int = 640
     defects: int = 8
-    heldout: int = 280
+    wrong_answers: float = 0.0
+    heldout: int = 560
     shards: int = 8
     batch_size: int = 16
-    projector_steps: int = 40
-    tuning_steps: int = 90
-    projector_learning_rate: float = 2e-3
-    tuning_learning_rate: float = 2e-3
+    projector_steps: int = 20
+    tuning_steps: int = 200
+    projector_learning_rate: float = 1e-3
+    tuning_learning_rate: float = 5e-4
+    distilling_learning_rate: float = 1e-3
+
+
+DEMO = Recipe(wrong_answers=KNOWN.share)
+"""What ``kdcli demo`` does without flags, and what ``KNOWN`` is of."""
 
 
 def make_world(folder: Path, recipe: Recipe, seed: int = 0) -> tuple[WorldPaths, tuple[DataSpec, ...]]:
     """Rendered rows on disk in both real formats, and the mixture that reads them."""
     world = write_world(
-        folder, captions=recipe.captions, train=recipe.train, heldout=recipe.heldout, seed=seed, defects=recipe.defects
+        folder,
+        captions=recipe.captions,
+        train=recipe.train,
+        heldout=recipe.heldout,
+        seed=seed,
+        defects=recipe.defects,
+        wrong_answers=recipe.wrong_answers,
     )
     captions = DataSpec("caption", str(world.captions), image_root=str(world.images), template="plain")
     return world, (captions, DataSpec("sft", str(world.train), template="chat"))
@@ -67,25 +83,6 @@ def make_cache(url: str, data: tuple[DataSpec, ...], recipe: Recipe, progress: A
     """The default profile of the shipped teacher on the whole mixture; the capture's summary."""
     settings = CaptureSettings(shards=recipe.shards)
     return capture(CaptureRequest(TeacherSpec(str(TEACHER)), data, url, settings, {}), progress)
-
-
-def student_settings(output: Path, recipe: Recipe, seed: int) -> Settings:
-    """The same start, steps and learning rates for every method."""
-    projector = StageSettings(max_steps=recipe.projector_steps, learning_rate=recipe.projector_learning_rate)
-    tuning = StageSettings(max_steps=recipe.tuning_steps, learning_rate=recipe.tuning_learning_rate)
-    train_settings = TrainSettings(
-        student=str(STUDENT_START),
-        output_dir=str(output),
-        per_device_train_batch_size=recipe.batch_size,
-        seed=seed,
-    )
-    stages = {"PT": projector, "DPT": projector, "SFT": tuning, "DFT": tuning}
-    return Settings(train=train_settings, stages=stages)
-
-
-def train_one(method: str, cache: str, output: Path, recipe: Recipe, seed: int, on_step: Any = lambda *_: None) -> str:
-    """Train one student; its model folder."""
-    return train(cache, method, student_settings(output, recipe, seed), RUNS[method], on_step=on_step)["model"]
 
 
 def heldout(world: WorldPaths) -> DataSpec:
@@ -103,13 +100,13 @@ def score(model: str, spec: DataSpec, console: Any = None, name: str = "") -> di
     return figures(result)
 
 
-def run_demo(out: Path, seed: int, console: Any, recipe: Recipe | None = None) -> dict[str, Any]:
-    """The whole loop; prints what it does and returns ``{"scores", "report", "seconds"}``."""
+def run_demo(out: Path, seed: int, console: Any, recipe: Recipe = DEMO) -> dict[str, Any]:
+    """The whole loop; prints what it does and returns ``{"scores", "lead", "report", "seconds"}``. seed: of the order of rows."""
     with (
         naming_full_disk(out),
         alone(out, "kdcli demo", "--out", lambda text: console.print(text, highlight=False, markup=False)),
     ):
-        return _run(out, seed, console, recipe or Recipe())
+        return _run(out, seed, console, recipe)
 
 
 def _run(out: Path, seed: int, console: Any, recipe: Recipe) -> dict[str, Any]:
@@ -118,46 +115,69 @@ def _run(out: Path, seed: int, console: Any, recipe: Recipe) -> dict[str, Any]:
         console, "1/6 a world of rendered rows: LLaVA-1.5 json with captions, LLaVA-NeXT parquet with questions"
     ):
         world, data = make_world(out / "world", recipe)
+        console.print(
+            f"{len(world.wrong):,} of {world.answers:,} training answers are wrong on purpose", highlight=False
+        )
     with stage(console, "2/6 doctor: defects of the mixture (some were planted)"):
         print_report(examine(list(data)), console)
-    with stage(console, "3/6 cache the teacher: every field"):
+    with stage(console, "3/6 cache the teacher: every field") as clock:
+        known = (out / "cache" / "manifest.json").exists()
         with capture_progress(console) as progress:
             summary = make_cache(str(out / "cache"), data, recipe, progress)
+        seconds = None if known else clock()
         console.print(cache_table(summary["columns"], summary["rows"]), highlight=False)
-    models = {"teacher": str(TEACHER)}
-    with stage(console, "4/6 two students, same start and same steps, no teacher in memory"):
-        for method in RUNS:
-            with train_progress(console, prefix=f"{method} ") as on_step:
-                models[method] = train_one(method, str(out / "cache"), out / "runs" / method, recipe, seed, on_step)
+    with stage(console, "4/6 two students side by side, same start and same steps, no teacher in memory"):
+        trained = train_and_ask(grid_of(out, world, recipe, [seed]), out / "grid.toml", out / "students", console)
     with stage(console, "5/6 held-out questions"):
-        scores = {name: score(model, heldout(world), console, name) for name, model in models.items()}
-        save_scores(out, scores)
+        scores: dict[str, Mapping[str, Any]] = {"teacher": score(str(TEACHER), heldout(world), console, "teacher")}
+        scores |= {one.row: one.scores for one in trained}
+        write_record(out / "scores.json", scores)
         console.print(score_table(scores), highlight=False)
     with stage(console, "6/6 report"):
-        runs = [out / "runs" / method for method in RUNS]
-        page = write_report(runs, str(out / "cache"), out / "report.html", scores=scores, title="kdcli demo")
-    seconds = time.perf_counter() - started
-    console.print(f"done in {seconds:.0f} s: open {page}")
-    return {"scores": scores, "report": str(page), "seconds": seconds}
+        size = sum(one["bytes"] for one in summary["columns"].values())
+        told = tell(trained, world, recipe, seconds, size)
+        page = write_report(
+            [one.folder for one in trained],
+            str(out / "cache"),
+            out / "report.html",
+            scores,
+            title="kdcli demo",
+            lead=told,
+        )
+    whole = time.perf_counter() - started
+    console.print(f"\n[bold]{told.sentence}[/bold]", highlight=False)
+    for name, text in told.facts:
+        console.print(f"{name}: {text}", highlight=False, markup=False)
+    console.print(f"done in {whole:.0f} s: open {page}")
+    return {"scores": scores, "lead": told, "report": str(page), "seconds": whole}
 
 
-def save_scores(out: Path, scores: Mapping[str, Any]) -> None:
-    """``scores.json`` of the demo, and of every run, where a later report finds it."""
-    write_record(out / "scores.json", scores)
-    for name in RUNS:
-        write_record(out / "runs" / name / "scores.json", {name: scores[name]})
+def grid_of(out: Path, world: WorldPaths, recipe: Recipe, seeds: Iterable[int], **more: Any) -> str:
+    """The grid of both students on this world and ``out/cache``."""
+    stages = {
+        "PT": (recipe.projector_steps, recipe.projector_learning_rate),
+        "SFT": (recipe.tuning_steps, recipe.tuning_learning_rate),
+        "DFT": (recipe.tuning_steps, recipe.distilling_learning_rate),
+    }
+    return grid_text(world, str(out / "cache"), recipe.batch_size, stages, seeds, **more)
+
+
+def tell(trained: Sequence[Trained], world: WorldPaths, recipe: Recipe, seconds: float | None, size: int) -> Lead:
+    """The demo's sentence, and what it rests on. seconds, size: of the capture, and bytes of the cache."""
+    gain = gain_of(trained, len(world.wrong), world.answers)
+    runs = dict(zip((one.row for one in trained), read_runs([one.folder for one in trained])))
+    steps = (recipe.projector_steps, recipe.tuning_steps)
+    rates = (recipe.tuning_learning_rate, recipe.distilling_learning_rate)
+    facts = {"Compared": compared(gain, steps, recipe.batch_size, rates)}
+    if recipe == DEMO:
+        facts["Over seeds"] = spread(KNOWN)
+    return lead(gain, {**facts, "Cost": cost(runs, seconds, size)})
 
 
 @contextmanager
-def stage(console: Any, title: str) -> Iterator[None]:
-    """Heading before, seconds after."""
+def stage(console: Any, title: str) -> Iterator[Callable[[], float]]:
+    """Heading before, seconds after; gives a clock of the seconds since."""
     console.print(f"\n[bold]{title}[/bold]")
     started = time.perf_counter()
-    yield
+    yield lambda: time.perf_counter() - started
     console.print(f"[dim]{time.perf_counter() - started:.0f} s[/dim]")
-
-
-def quicker(recipe: Recipe, factor: float) -> Recipe:
-    """A recipe with ``factor`` of the rows and steps, for tests."""
-    sizes = ("captions", "train", "heldout", "projector_steps", "tuning_steps")
-    return replace(recipe, **{name: max(8, int(getattr(recipe, name) * factor)) for name in sizes})

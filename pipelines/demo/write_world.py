@@ -12,6 +12,7 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -19,6 +20,7 @@ import pyarrow.parquet as pq
 from pipelines.demo.defects import Injector, WrittenRow
 from pipelines.demo.render import render
 from pipelines.demo.world import Row, caption_rows, heldout_rows, train_rows
+from pipelines.demo.wrong_answers import WrongAnswers
 
 TRAIN_FORMATS = ("parquet", "llava-json")
 NEXT_SCHEMA = pa.schema(
@@ -41,6 +43,10 @@ class WorldPaths:
     heldout: Path
     images: Path  # image root of the json files
     defects: dict[str, list[int]] = field(default_factory=dict)  # kind -> row numbers of the train split
+    wrong: list[dict[str, Any]] = field(
+        default_factory=list
+    )  # as ``WrongAnswers.done``; also in ``wrong_answers.json``
+    answers: int = 0  # of the train split, wrong ones among them
 
 
 def write_world(
@@ -53,11 +59,13 @@ def write_world(
     train_format: str = "parquet",
     defects: int = 0,
     two_image_share: float = 0.0,
+    wrong_answers: float = 0.0,
 ) -> WorldPaths:
     """Writes ``captions.json``, ``train/*.parquet`` (or ``train.json``), ``heldout.json`` and ``images/``.
 
-    ``defects`` rows of the train split are damaged on purpose. Two-picture rows exist only as ``llava-json``: a
-    LLaVA-NeXT row has one image. Equal arguments give equal bytes.
+    ``defects`` rows of the train split are damaged on purpose, and a share of its answers is made wrong (``wrong_answers``,
+    listed in ``wrong_answers.json``); captions and held-out rows are clean. Two-picture rows exist only as ``llava-json``:
+    a LLaVA-NeXT row has one image. Equal arguments give equal bytes.
     """
     if train_format not in TRAIN_FORMATS:
         raise ValueError(f"train_format {train_format!r}: choose one of {', '.join(TRAIN_FORMATS)}")
@@ -67,7 +75,8 @@ def write_world(
     images = folder / "images"
     images.mkdir(parents=True, exist_ok=True)
     injector = Injector(train, defects, seed)
-    rows = enumerate(map(_written, train_rows(train, seed, two_image_share)))
+    wrong = WrongAnswers(wrong_answers, seed)
+    rows = enumerate(map(_written, wrong.apply(train_rows(train, seed, two_image_share))))
     damaged = (injector.apply(i, row) for i, row in rows)
     if train_format == "parquet":
         train_path = _write_parquet(folder / "train", damaged, train)
@@ -75,7 +84,8 @@ def write_world(
         train_path = str(_write_json(folder / "train.json", images, damaged))
     captions_path = _write_json(folder / "captions.json", images, map(_written, caption_rows(captions, seed)))
     heldout_path = _write_json(folder / "heldout.json", images, map(_written, heldout_rows(heldout, seed)))
-    return WorldPaths(folder, captions_path, train_path, heldout_path, images, injector.done)
+    (folder / "wrong_answers.json").write_text(json.dumps(wrong.done, indent=1) + "\n")
+    return WorldPaths(folder, captions_path, train_path, heldout_path, images, injector.done, wrong.done, wrong.answers)
 
 
 def _written(row: Row) -> WrittenRow:
@@ -134,9 +144,12 @@ def main() -> None:
     parser.add_argument("--train-format", choices=TRAIN_FORMATS, default="parquet")
     parser.add_argument("--defects", type=int, default=0, help="damage this many train rows on purpose")
     parser.add_argument("--two-image-share", type=float, default=0.0, help="of the train rows (llava-json only)")
+    parser.add_argument("--wrong-answers", type=float, default=0.0, help="share of the train answers, 0 to 1")
     paths = write_world(**vars(parser.parse_args()))
     for name in ("captions", "train", "heldout", "images"):
         print(f"{name:9s} {getattr(paths, name)}")
+    if paths.wrong:
+        print(f"wrong     {len(paths.wrong)} answers: {paths.folder / 'wrong_answers.json'}")
     if paths.defects:
         print("defects   " + ", ".join(f"{kind}: rows {rows}" for kind, rows in paths.defects.items()))
 

@@ -24,7 +24,7 @@ GROUP_ROWS = 200
 _GROUPS_AHEAD = 64  # enough for any machine's cores; a finished group waiting its turn holds only counts
 
 Progress = Callable[[str, int, int], None]
-"""Called with (part, rows done, rows in the part) after every group."""
+"""Called with (part, rows done, rows in the part) before the first group, with 0, and after every group."""
 
 
 def examine(
@@ -65,6 +65,8 @@ def _examine_part(
     progress: Progress | None,
 ) -> PartReport:
     spec, total = examiner.specs[number], sum(group.rows for group in groups)
+    if progress is not None:
+        progress(spec.part, 0, total)
     for tally in _in_order(submit, number, groups):
         merged.add(tally)
         if progress is not None:

@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from pipelines.estimate.weighing import Weigher
-from pipelines.preflight.ladder import FALLBACKS, Candidate, candidates
+from pipelines.fidelity.frontier import Configuration
+from pipelines.preflight.ladder import FALLBACKS, candidates
 from pipelines.preflight.request import base_fields, has_ladder
 from pipelines.settings import CaptureSettings
 from pipelines.tables import human_bytes
@@ -25,20 +26,20 @@ def assumed(
     """
     base = base_fields(settings, params, weigher.images)
     ladders = [candidates(kind, base) for kind in KINDS if has_ladder(base, kind)]
-    open_choice = ladders and not settings.calibration and weigher.like is None
+    open_choice = ladders and not settings.calibration and weigher.like is None and not weigher.measured
     store = "" if settings.fields else settings.store
     rungs = rungs_of(ladders) if open_choice else {}
     sizes = {label: weigher.weigh(_with(base, rung)).bytes for label, rung in rungs.items()}
     return {"store": store, "fields": {name: dict(one) for name, one in wanted.items()}, "preflight": sizes}
 
 
-def rungs_of(ladders: list[list[Candidate]]) -> dict[str, list[Candidate]]:
+def rungs_of(ladders: list[list[Configuration]]) -> dict[str, list[Configuration]]:
     """The ends of the ladder, of all row kinds alike: the coarsest and the finest sketch, and what is left where no sketch will do."""
     finest = -1 - len(FALLBACKS)
     return {ladders[0][at].label: [ladder[at] for ladder in ladders] for at in (0, finest, -1)}
 
 
-def _with(base: Mapping[str, Mapping[str, Any]], rung: list[Candidate]) -> dict[str, Mapping[str, Any]]:
+def _with(base: Mapping[str, Mapping[str, Any]], rung: list[Configuration]) -> dict[str, Mapping[str, Any]]:
     return {**base, **{name: params for one in rung for name, params in one.fields.items()}}
 
 

@@ -16,8 +16,8 @@ class Default:
     """What was measured once of a coded field: bytes a row and rank, at ``step``; both scale with (step / its own)^−power.
 
     Measured with ``kdcli cache-teacher`` on the shipped demo teacher (D = 256, V = 4,160) at steps 0.1, 0.04 and 0.02, and for response
-    rows on a small language model too (D = 512, V = 32,768; ``benchmarks/text_teacher.py``): the two agree within 20 %. No teacher of
-    several billion parameters was at hand.
+    rows on a small language model too (D = 512, V = 32,768): the two agree within 20 %. No teacher of several billion parameters was at
+    hand.
     """
 
     row: float
@@ -59,7 +59,7 @@ def default_bytes(one: Field, vocabulary: int, heads: int = 1) -> float:
     if one.name.endswith("_sampled"):
         return sampled_bytes(one, width)
     raise KdcliError(
-        f"field {one.name}: its bytes depend on what the teacher says, and no default is known: "
+        f"field {one.name}: its bytes depend on the teacher's output, and there is no default: "
         "cache a few hundred rows with it and name that cache with --like"
     )
 

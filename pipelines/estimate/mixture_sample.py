@@ -19,7 +19,7 @@ from pipelines.estimate.teacher_cost import tower_tokens
 from teacher_cache.cache_shard import skip_record
 from teacher_cache.errors import KdcliError, SkipRow
 from teacher_cache.label_ends import LabelEnds, OpenEnd
-from teacher_cache.plan import GROUP_ROWS
+from teacher_cache.plan import GROUP_ROWS, check_shards
 from teacher_cache.prepare import Preparer
 from teacher_cache.records import RowGroup, Sample, SkipRecord
 from teacher_cache.samples import encode_sample, left_out
@@ -86,13 +86,22 @@ class PartSample:
         return {reason: count / self.read for reason, count in Counter(s.reason for s in self.skipped).most_common()}
 
 
+@dataclass(frozen=True)
+class Few:
+    """How many rows are prepared in all, which (by seed), and into how many shards the whole mixture is to be cut."""
+
+    rows: int
+    seed: int = 0
+    shards: int = 1
+
+
 def parse_rows(texts: Sequence[str], parts: Sequence[str]) -> dict[str, int]:
     """``N`` (a mixture of one part) and ``PART=N`` → part → rows; KdcliError naming the parts."""
     counts = {}
     for text in texts:
         part, equals, number = text.rpartition("=")
         if not equals and len(parts) > 1:
-            raise KdcliError(f"--rows {text}: the mixture has several parts, say which: --rows {parts[0]}={text}")
+            raise KdcliError(f"--rows {text}: the mixture has several parts, name one: --rows {parts[0]}={text}")
         part = part if equals else parts[0]
         if part not in parts:
             raise KdcliError(f"--rows {text}: no part {part!r}; the parts are {', '.join(parts)}")
@@ -107,16 +116,17 @@ def sample_mixture(
     specs: Sequence[DataSpec],
     preparer: Preparer,
     rows: Mapping[str, int],
-    most: int,
-    seed: int,
+    few: Few,
     progress: Callable[[int, int], None] = lambda done, total: None,
     ends: LabelEnds | None = None,
 ) -> list[PartSample]:
-    """Scan every part and prepare about ``most`` rows in all, spread evenly over each part.
+    """Scan every part and prepare about as many rows in all as ``few`` says, spread evenly over each part.
 
     Args:
         rows: part → rows of the whole mixture that its files stand for.
         progress: (rows prepared, rows to prepare). ends: looks at the ends of answers; None: nobody does.
+    Raises:
+        KdcliError: before any row is prepared, where the mixture has too few rows for the shards.
     """
     opened = [(spec, open_source(spec)) for spec in specs]
     scanned = [(spec, source, source.scan(GROUP_ROWS)) for spec, source in opened]
@@ -124,11 +134,10 @@ def sample_mixture(
     if not sum(sizes.values()):
         raise KdcliError(f"the mixture holds no rows: {', '.join(spec.path for spec in specs)}")
     if empty := [part for part in rows if not sizes[part]]:
-        raise KdcliError(
-            f"--rows {empty[0]}=…: its file holds no rows that could stand for them: put a few real rows there"
-        )
+        raise KdcliError(f"--rows {empty[0]}=…: its file has no rows to represent them: add a few real rows")
     wanted = {part: rows.get(part, size) for part, size in sizes.items()}
-    shares = {p: max(LEAST_OF_A_PART, round(most * n / sum(wanted.values()))) for p, n in wanted.items()}
+    check_shards(few.shards, list(wanted.values()))
+    shares = {p: max(LEAST_OF_A_PART, round(few.rows * n / sum(wanted.values()))) for p, n in wanted.items()}
     counts = {part: min(sizes[part], share) for part, share in shares.items()}
     done, total = 0, sum(counts.values())
     found = []
@@ -140,7 +149,7 @@ def sample_mixture(
         skipped: list[SkipRecord] = []
         locator = sum(len(json.dumps(asdict(g), indent=1)) for g in groups[:64]) / max(1, len(groups[:64]))
         began = perf_counter()
-        for row in spread_rows(source, groups, sizes[part], counts[part], seed):
+        for row in spread_rows(source, groups, sizes[part], counts[part], few.seed):
             one = look_at(row, spec, preparer, ends)
             (skipped if isinstance(one, SkipRecord) else usable).append(one)  # type: ignore[arg-type]
             done += 1

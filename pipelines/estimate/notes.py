@@ -11,6 +11,7 @@ from pipelines.estimate.mixture_sample import PartSample
 from pipelines.settings import CaptureSettings
 from pipelines.tables import human_bytes
 from student_train.cache import Cache
+from teacher_cache.codecs.fitting import least_rows
 from teacher_cache.fields import Field
 
 LARGEST_TAR, SMALLEST_TAR, GOOD_TAR = 2e9, 50e6, 500e6
@@ -64,12 +65,10 @@ def calibration_notes(
         if one.calibrated and not name.endswith("_topk"):
             mean = sum(part.total(lambda row, n=name: coded_rows(n, row.counts)) for part in full) / usable  # type: ignore[misc]
             rows = min(settings.calibration_rows, usable) * mean
-            if rows < 2 * width:
-                enough = math.ceil(2.2 * width / mean) if mean else 0
+            if rows < (least := least_rows(width)):
+                enough = math.ceil(1.1 * least / mean) if mean else 0
                 fix = f"--calibration-rows {enough}" if enough and enough <= usable else "--codec bf16"
-                said.append(
-                    f"calibration will see about {rows:,.0f} rows of {name}, {2 * width:,} are needed: use {fix}"
-                )
+                said.append(f"calibration will see about {rows:,.0f} rows of {name}, {least:,} are needed: use {fix}")
     return said
 
 

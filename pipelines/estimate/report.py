@@ -67,8 +67,9 @@ def closing_lines(one: Estimate) -> list[str]:
         + (": slower than the teacher." if hours["preparation_wall_hours"] > hours["wall_hours"] else "."),
         f"- {one.shards} shards of about {rows:,.0f} rows; the largest tars ({largest.name}) {tar} each.",
         f"- Once for all shards: {', '.join(f'{name} {human_bytes(size)}' for name, size in one.once.items())}.",
-        f"- Bytes ±{one.uncertainty:.1%} from the sampled rows alone (95 %), beside what the basis of a column says.",
+        f"- Bytes ±{one.uncertainty:.1%} from the sampled rows alone (95 %); the basis of a column may add its own error.",
         f"- {assumed_line(one.assumes, one.bytes)}",
+        *(f"- {line}" for line in one.chosen),
         *(f"- Note: {note}." for note in one.notes),
         *(f"- **WARNING**: {warning}." for warning in one.warnings),
     ]

@@ -10,10 +10,12 @@ from typing import Any
 from pipelines.estimate.assumed import assumed
 from pipelines.estimate.column_sizes import ColumnEstimate, sampling_error
 from pipelines.estimate.lengths import Lengths, part_lengths
-from pipelines.estimate.mixture_sample import PartSample, sample_mixture
+from pipelines.estimate.mixture_sample import Few, PartSample, sample_mixture
 from pipelines.estimate.notes import notes
 from pipelines.estimate.teacher_cost import Speed, head_rows, model_size
 from pipelines.estimate.weighing import Weigher
+from pipelines.preflight.budget import Budget
+from pipelines.preflight.steps import pick, saved_steps, step_lines
 from pipelines.profiles import chosen_fields
 from pipelines.settings import CaptureSettings
 from student_train.cache import Cache
@@ -32,6 +34,7 @@ class PlanRequest:
 
     Attributes:
         rows: part → rows of the whole mixture, of which the files hold a few. sample: rows prepared. like: cache to measure bytes on.
+        budget: takes a step of what the preflight measured, in place of parameters.
     """
 
     teacher: TeacherSpec
@@ -42,13 +45,15 @@ class PlanRequest:
     sample: int = 512
     like: str | None = None
     speed: Speed = field(default_factory=Speed)
+    budget: Budget = field(default_factory=Budget)
 
 
 @dataclass(frozen=True)
 class Estimate:
     """Everything that ``kdcli plan`` says; bytes are bytes, hours are hours, ``uncertainty`` is relative (95 %, of the sample alone).
 
-    ``assumes``: see ``assumed.assumed``. ``warnings``: what keeps students from learning to stop.
+    ``assumes``: see ``assumed.assumed``. ``chosen``: lines of ``steps.step_lines``, where a budget chose. ``warnings``: what keeps students
+    from learning to stop.
     """
 
     teacher: str
@@ -62,6 +67,7 @@ class Estimate:
     tokens: int
     hours: dict[str, Any]
     assumes: dict[str, Any]
+    chosen: tuple[str, ...]
     warnings: tuple[str, ...]
     notes: tuple[str, ...]
 
@@ -74,11 +80,14 @@ def estimate(request: PlanRequest, progress: Callable[[int, int], None] = lambda
     settings = request.settings
     processor, config = load_processor(request.teacher)
     images = processor.image_processor is not None
-    wanted = chosen_fields(settings.store, settings.fields, request.field_params, images)
     width = int(config.get_text_config().hidden_size)
+    steps, at = chosen_step(request, width)
+    params = {**request.field_params, **(steps[at]["fields"] if steps else {})}
+    wanted = chosen_fields(settings.store, settings.fields, params, images)
     like = open_like(request.like, width) if request.like else None
     bare = frozenset(settings.parts_without_fields)
-    weigher = Weigher(request.teacher, processor, config, (), bare, settings.shards, like)
+    measured = steps[at]["field_bytes"] if steps else {}
+    weigher = Weigher(request.teacher, processor, config, (), bare, settings.shards, like, measured)
     weigher.sizes(
         {name: create_field(name, params) for name, params in wanted.items()}
     )  # what cannot be sized, before rows are read
@@ -86,10 +95,12 @@ def estimate(request: PlanRequest, progress: Callable[[int, int], None] = lambda
     for template in sorted({spec.template for spec in request.data}):
         preparer.check_template(template)
     ends = label_ends(request.teacher, preparer)
-    parts = sample_mixture(request.data, preparer, request.rows, request.sample, settings.seed, progress, ends)
-    check_shards(parts, settings.shards)
-    if unknown := bare - {part.part for part in parts}:
-        raise KdcliError(f"parts_without_fields names {', '.join(sorted(unknown))}, which is no part of the mixture")
+    if unknown := bare - {spec.part for spec in request.data}:
+        raise KdcliError(f"parts_without_fields names {', '.join(sorted(unknown))}, which is not a part of the mixture")
+    few = Few(request.sample, settings.seed, settings.shards)
+    parts = sample_mixture(request.data, preparer, request.rows, few, progress, ends)
+    if not sum(len(part.usable) for part in parts):
+        raise KdcliError("no sampled row is usable: run `kdcli doctor`")
     weigher = replace(weigher, parts=parts)
     found, full = weigher.weigh(wanted), weigher.full
     fields, sizes, columns = found.fields, found.sizes, found.columns
@@ -105,10 +116,19 @@ def estimate(request: PlanRequest, progress: Callable[[int, int], None] = lambda
         shards=settings.shards,
         tokens=round(sum(part.total(lambda row: row.tokens) for part in full)),
         hours=hours(request, config, weigher.vocabulary, fields, parts),
-        assumes=assumed(settings, request.field_params, wanted, weigher),
+        assumes=assumed(settings, params, wanted, weigher),
+        chosen=tuple(step_lines(steps, at, found.bytes, found.columns[0].samples)) if steps else (),
         warnings=tuple(line for part in parts for line in end_warnings(part, templates[part.part], ends)),
         notes=tuple(notes(settings, request.speed.gpus, fields, sizes, parts, full, columns, like, width)),
     )
+
+
+def chosen_step(request: PlanRequest, width: int) -> tuple[list[dict[str, Any]], int]:
+    """(what the preflight measured, the step that the budget takes); nothing where none is given."""
+    if not request.budget.asked():
+        return [], 0
+    steps = saved_steps(request.settings.calibration, width)
+    return steps, pick(steps, request.budget)
 
 
 def end_warnings(part: PartSample, template: str, ends: LabelEnds) -> list[str]:
@@ -127,15 +147,6 @@ def open_like(url: str, width: int) -> Cache:
                 f"--like {url}: {name} is of a teacher {there} wide, this one is {width}: leave --like out"
             )
     return like
-
-
-def check_shards(parts: Sequence[PartSample], shards: int) -> None:
-    """What the capture would refuse."""
-    rows = sum(part.rows for part in parts)
-    if not sum(len(part.usable) for part in parts):
-        raise KdcliError("no sampled row is usable: run `kdcli doctor`")
-    if shards > rows:
-        raise KdcliError(f"--shards {shards} is more than the {rows} rows of the mixture: use at most --shards {rows}")
 
 
 def part_summary(part: PartSample) -> dict[str, Any]:
@@ -173,7 +184,7 @@ def hours(
         "gpu_hours": gpu,
         "wall_hours": gpu / speed.gpus,
         "gpus": speed.gpus,
-        "basis": speed.basis if asked else "no field: the teacher is not asked",
+        "basis": speed.basis if asked else "no field: the teacher does not run",
         "flops": flops or None,
         "preparation_process_hours": preparation,
         "preparation_wall_hours": preparation / speed.gpus,

@@ -13,10 +13,10 @@ import torch
 from pipelines.estimate.field_sizes import RowCounts, calibration_files, record_bytes
 from student_train.cache import Cache
 from teacher_cache.errors import KdcliError
+from teacher_cache.families import family_of
 from teacher_cache.fields import Field
 from teacher_cache.model_kind import auto_model, decoder_of, reads_images
 from teacher_cache.records import Prepared
-from teacher_cache.teachers.text_vision import language_model
 from teacher_cache.teachers.transformers import TeacherSpec, resolve_dtype
 
 
@@ -81,7 +81,7 @@ def model_size(spec: TeacherSpec, config: Any, vocabulary: int) -> ModelSize:
     try:
         with torch.device("meta"):
             model = auto_model(config).from_config(config, trust_remote_code=spec.trust_remote_code)
-        language = language_model(decoder_of(model)) if reads_images(config) else decoder_of(model)
+        language = family_of(config).language_model(decoder_of(model)) if reads_images(config) else decoder_of(model)
         embedding = model.get_input_embeddings().weight
     except Exception as error:  # of whatever its configuration makes transformers do
         reason = (str(error).splitlines() or [type(error).__name__])[0]

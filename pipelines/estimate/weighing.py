@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from pipelines.estimate.column_sizes import ColumnEstimate, column_estimate, manifest_bytes, tars_by_part
-from pipelines.estimate.field_sizes import FieldSize, size_field
+from pipelines.estimate.field_sizes import MEASURED, FieldSize, size_field
 from pipelines.estimate.mixture_sample import PartSample
 from pipelines.estimate.teacher_cost import files_once
 from student_train.cache import Cache
@@ -35,6 +35,7 @@ class Weigher:
 
     Attributes:
         parts: of the mixture. bare: those of which only ``samples`` is stored. like: a cache to measure bytes on.
+        measured: field → bytes a row that a preflight measured with the planned parameters.
     """
 
     teacher: TeacherSpec
@@ -44,6 +45,7 @@ class Weigher:
     bare: frozenset[str]
     shards: int
     like: Cache | None
+    measured: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def width(self) -> int:
@@ -65,7 +67,11 @@ class Weigher:
     def sizes(self, fields: Mapping[str, Field]) -> dict[str, FieldSize]:
         """KdcliError where nothing tells how large a field's records will be."""
         heads = int(self.config.get_text_config().num_attention_heads)
-        return {name: size_field(one, self.width, self.vocabulary, self.like, heads) for name, one in fields.items()}
+        known = {name: FieldSize(name, MEASURED, per_row={"": size}) for name, size in self.measured.items()}
+        return {
+            name: known.get(name) or size_field(one, self.width, self.vocabulary, self.like, heads)
+            for name, one in fields.items()
+        }
 
     def weigh(self, wanted: Mapping[str, Mapping[str, Any]]) -> Weighed:
         """wanted: field → parameters."""

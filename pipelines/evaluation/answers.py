@@ -15,6 +15,7 @@ from student_train.student import RowForward
 from teacher_cache.batch import collate
 from teacher_cache.chat import chat_of
 from teacher_cache.errors import SkipRow, refusing_row
+from teacher_cache.families import family_of
 from teacher_cache.pixels import check_resized
 from teacher_cache.prepare import Preparer
 from teacher_cache.records import Prepared, Sample, Turn
@@ -88,9 +89,10 @@ def answer(
         return [said for prompt in prompts for said in answer(model, processor, [prompt], *how)]
     # A list a prompt: some processors see several images of a row otherwise than one.
     if processor.image_processor is None and any(prompt.images for prompt in prompts):
-        raise SkipRow("images_unread", "the question has images, and the model reads text alone")
-    images = [list(prompt.images) for prompt in prompts if prompt.images or hasattr(processor, "image_seq_len")]
-    arguments: dict[str, Any] = {"images": images} if any(images) else {}
+        raise SkipRow("images_unread", "the question has images, and the model is text-only")
+    family = family_of(model.config)
+    images = [list(prompt.images) for prompt in prompts if prompt.images or family.lists_every_text(processor)]
+    arguments: dict[str, Any] = {"images": images, **family.image_arguments(processor)} if any(images) else {}
     arguments |= {"padding": True, "padding_side": "left", "add_special_tokens": begins.pop()}
     check_resized(processor.image_processor, [one for each in images for one in each], DataSpec.max_image_pixels)
     with refusing_row("the processor refuses the question"):
@@ -155,13 +157,19 @@ class Forced:
 
     Attributes:
         nats: float64 ``[tokens]`` on the CPU, of each token of the answer; no tokens where ``skip``.
-        greedy: every token is the likeliest one.
+        sure: float64 ``[tokens]``, probability of the likeliest token. right: bool ``[tokens]``: that one is the answer's.
         skip: why training could not render the row; None: it could.
     """
 
     nats: torch.Tensor
-    greedy: bool
+    sure: torch.Tensor
+    right: torch.Tensor
     skip: SkipRow | None = None
+
+    @property
+    def greedy(self) -> bool:
+        """Every token is the likeliest one."""
+        return self.skip is None and bool(self.right.all())
 
 
 @torch.inference_mode()
@@ -180,18 +188,18 @@ def expected(
         except SkipRow as skip:
             prepared.append(skip)
     usable = [one for one in prepared if isinstance(one, Prepared)]
-    nats, greedy = _forced(student, preparer, usable, compression) if usable else ((), ())
-    own = iter(
-        [Forced(nats[i][(last := _last_turn(one))], bool(greedy[i][last].all())) for i, one in enumerate(usable)]
-    )
+    told = _forced(student, preparer, usable, compression) if usable else []
+    own = iter(told)
     nothing = torch.zeros(0, dtype=torch.float64)
-    return [Forced(nothing, False, one) if isinstance(one, SkipRow) else next(own) for one in prepared]
+    return [
+        Forced(nothing, nothing, nothing.bool(), one) if isinstance(one, SkipRow) else next(own) for one in prepared
+    ]
 
 
 def _forced(
     student: RowForward, preparer: Preparer, usable: Sequence[Prepared], compression: Compression | None
-) -> tuple[tuple[torch.Tensor, ...], tuple[torch.Tensor, ...]]:
-    """(float64 nats, bool: is the likeliest) of every response token, a row each, on the CPU."""
+) -> list[Forced]:
+    """Of rows that training can render."""
     batch = collate(usable, preparer.tokenizer.pad_token_id or 0).to(student.weight.device)
     _narrow(batch.inputs, student.weight.dtype)
     if compression:
@@ -204,13 +212,17 @@ def _forced(
         hidden = student(batch, ["response"])["response"]
     head = student.head
     rows = chunk_rows(head, CHUNK_BYTES)
-    nats, greedy = [], []
+    nats, sure, right = list[torch.Tensor](), list[torch.Tensor](), list[torch.Tensor]()
     for states, labels in zip(hidden.split(rows), batch.labels.split(rows)):
         logits = head_logits(states, head, student.form.cap)
         nats.append(cross_entropy(logits, labels).double())
-        greedy.append(logits.argmax(dim=-1) == labels)
+        top = logits.max(dim=-1)
+        sure.append((top.values.double() - logits.logsumexp(dim=-1).double()).exp())
+        right.append(top.indices == labels)
     counts = list(batch.counts["response"])
-    return torch.cat(nats).cpu().split(counts), torch.cat(greedy).cpu().split(counts)
+    each = (torch.cat(one).cpu().split(counts) for one in (nats, sure, right))
+    last = map(_last_turn, usable)
+    return [Forced(one[own], top[own], hit[own]) for one, top, hit, own in zip(*each, last)]
 
 
 def _last_turn(prepared: Prepared) -> torch.Tensor:

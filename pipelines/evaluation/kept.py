@@ -27,7 +27,7 @@ from teacher_cache.shards.schema import COUNT, misfit
 from teacher_cache.whole_file import is_special, naming_file
 
 SUFFIX = ".partial"
-_ROW = {"given": str, "nats": (float, None), "tokens": COUNT, "nll_skip": (str, None)}
+_ROW = {"given": str, "nats": (float, None), "tokens": COUNT, "nll_skip": (str, None), "sure": [float], "right": [bool]}
 _SKIP = {"skip": [str]}
 _LINE = {"rows": [(_ROW, _SKIP)], "draws?": [str]}
 
@@ -104,7 +104,7 @@ def keeping(keep: KeepIn, identity: Mapping[str, Any]) -> Iterator[KeptAnswers]:
         handle = os.open(keep.path, os.O_RDWR | os.O_CREAT | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
     with os.fdopen(handle, "r+b", buffering=0) as file:
         if not stat.S_ISREG(os.fstat(handle).st_mode):
-            raise KdcliError(f"{keep.path} is no file: remove it")
+            raise KdcliError(f"{keep.path} is not a file: remove it")
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

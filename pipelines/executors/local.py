@@ -141,8 +141,8 @@ def gone(one: Worker) -> Exception | Stopped:
     how = f"exit status {code}" if code is None or code >= 0 else f"killed by {signal.Signals(-code).name}"
     where = "while it loaded its task" if one.shard == START else f"at shard {one.shard:06d}"
     return WorkerDied(
-        f"worker {one.number} died {where} ({how}; SIGKILL may mean that memory was short): what is committed stays; run the command "
-        "again, with fewer --workers if memory was short"
+        f"worker {one.number} died {where} ({how}; SIGKILL may mean that memory ran out): committed shards are kept; run the command "
+        "again, with fewer --workers if memory ran out"
     )
 
 

@@ -210,8 +210,8 @@ def lost(shard: int, times: int, error: Exception) -> KdcliError:
         "a worker died while it loaded the teacher" if shard == START else f"shard {shard:06d} was lost with its worker"
     )
     return KdcliError(
-        f"{what} {times} times ({str(error).splitlines()[0]}): what is committed stays; run the command again, with smaller "
-        "--batch-tokens or fewer --workers if memory was short"
+        f"{what} {times} times ({str(error).splitlines()[0]}): committed shards are kept; run the command again, with smaller "
+        "--batch-tokens or fewer --workers if memory ran out"
     )
 
 

@@ -130,7 +130,7 @@ print(tokenizer.batch_decode(said[:, inputs["input_ids"].shape[1]:], skip_specia
 def training(origin: Provenance) -> str:
     """Stages, cache, teacher, versions."""
     if origin.card is None:
-        return "No run stands beside the exported folder (`run.json`), so nothing is known of its training."
+        return "There is no run beside the exported folder (`run.json`), so its training is unknown."
     versions = ", ".join(safe(f"{name} {version}") for name, version in origin.card.get("versions", {}).items())
     lines = [
         *stage_lines(origin),
@@ -187,7 +187,7 @@ def teacher_lines(origin: Provenance) -> list[str]:
 
 def results(origin: Provenance) -> str:
     if not origin.scores:
-        return "None with the run: `kdcli eval MODEL --data FILE --out RUN/scores.json` writes what is shown here."
+        return "None with the run: `kdcli eval MODEL --data FILE --out RUN/scores.json` writes scores for this section."
     short = ["/".join(PurePath(name).parts[-2:]) if is_private(name) else name for name in origin.scores]
     names = [f"{name} ({i})" if short.count(name) > 1 else name for i, name in enumerate(short, start=1)]
     return score_table(dict(zip(map(in_table, names), map(_in_tables, origin.scores.values()))))

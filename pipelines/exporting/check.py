@@ -73,12 +73,12 @@ def check(folder: Path, rows: Path, expected: dict[str, torch.Tensor]) -> dict[s
     if found["tokens"]:
         wanted, got = found["tokens"][0]
         raise KdcliError(
-            f"{folder}: the exported processor writes {got} tokens for a row that has {wanted}, or other ones"
+            f"{folder}: the exported processor writes {got} tokens, or other tokens, for a row of {wanted}"
         )
     if not found["difference"] <= bound:
         raise KdcliError(f"{folder}: logits differ by up to {found['difference']:.2e}, more than {bound:.2e}")
     if found["generated"] < 1:
-        raise KdcliError(f"{folder}: generate said nothing")
+        raise KdcliError(f"{folder}: generate gave no output")
     return {**found, "bound": bound}
 
 
@@ -103,7 +103,7 @@ def run_fresh(folder: Path, rows: Path) -> dict[str, Any]:
             os.close(ours)
     if done.returncode:
         reason = (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1]
-        raise KdcliError(f"{folder}: plain transformers does not load it: {reason}")
+        raise KdcliError(f"{folder}: plain transformers cannot load it: {reason}")
     found = json.loads(done.stdout.splitlines()[-1])
     if found["project"]:
         raise KdcliError(f"{folder}: its code imports {', '.join(found['project'])}")

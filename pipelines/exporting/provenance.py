@@ -59,7 +59,7 @@ def find_model(source: Path) -> Path:
     if not os.path.lexists(source / "run.json"):
         inside = sorted(str(one.parent) for one in source.glob("*/run.json"))
         advice = f"the runs in it are {', '.join(inside)}" if inside else "name one of them"
-        raise KdcliError(f"{source} is no model folder (config.json) and no run (run.json): {advice}")
+        raise KdcliError(f"{source} is neither a model folder (config.json) nor a run (run.json): {advice}")
     folders = [source / name for name in stage_cards(read_run_card(source / "run.json"))]
     if folders and (folders[-1] / "done.json").is_file() and (folders[-1] / "model" / "config.json").is_file():
         return folders[-1] / "model"
@@ -79,11 +79,11 @@ def read_provenance(model: Path, scores: Path | None) -> Provenance:
     if "families" in results:
         results = {model.name: results}
     if any(isinstance(one, list) for one in results.values()):
-        raise KdcliError(f"{scores}: it has several results of one name: name a file of `kdcli eval --out`")
+        raise KdcliError(f"{scores}: it has several results with the same name: give a file of `kdcli eval --out`")
     if card is None:
         return Provenance(model, None, (), None, results)
     if wrong := misfit({**card, "stages": list(stages)}, TOLD):
-        raise KdcliError(f"{stage}: what is known of its training does not fit: {wrong}: {TRAIN_AGAIN}")
+        raise KdcliError(f"{stage}: the records of its training do not fit: {wrong}: {TRAIN_AGAIN}")
     return Provenance(model, card, stages, read_cache(card), results)
 
 
@@ -131,9 +131,7 @@ def trained_template(model: str) -> str | None:
     known = stages[-1] if stages else {}
     asking = sorted(set(known.get("templates", {}).values()) & TEMPLATES.keys() - {"plain"})
     if len(asking) > 1:
-        raise KdcliError(
-            f"{model} was trained with the templates {' and '.join(asking)}: say which one asks (--template)"
-        )
+        raise KdcliError(f"{model} was trained with the templates {' and '.join(asking)}: choose one with --template")
     return asking[0] if asking else None
 
 

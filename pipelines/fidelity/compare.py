@@ -14,7 +14,7 @@ from pipelines.fidelity.terms import MATCHING, StudentSide, Term
 from student_train.losses.matching import manhattan_cost, match
 
 LIVE = "live"
-MOST_BYTES = 4 << 30
+MOST_BYTES = 1 << 29
 """Parameter gradients kept at once, one a term and source: with a large student the terms take their turns."""
 Matches = Mapping[str, Sequence[torch.Tensor]]
 
@@ -33,7 +33,7 @@ def match_all(student: Student, sources: Mapping[str, Source]) -> tuple[dict[str
         dense = torch.zeros(0)
         for name, source in sources.items():
             teacher = source.view(MATCHING, number).raw_vision
-            assert teacher is not None, "the method of the matching asks for it"
+            assert teacher is not None, "its matching needs it"
             cost = manhattan_cost(teacher, hidden, student.head, cap=student.cap)
             dense = cost if name == LIVE else dense
             matched = match(cost)

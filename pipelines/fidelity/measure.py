@@ -6,7 +6,7 @@ Shapes: R rows, C rows of a chunk, V vocabulary, D width of the student.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -14,10 +14,12 @@ import torch
 
 from student_train.distributions import Distribution, FullVocabulary, HeadAndTail, is_full
 from student_train.losses.divergences import forward_kl, reverse_kl
-from teacher_cache.teachers.head import CHUNK_BYTES, chunk_rows
+from teacher_cache.teachers.head import CHUNK_BYTES, WIDE_VOCABULARY, chunk_rows
 
 NO_GRADIENT = 1e-20
 """Norm below which a row has no direction: it is left out where both sides have none."""
+WIDE_CHUNK_BYTES = 32 << 20
+"""float32 logits of a chunk on a CPU, of a wide vocabulary."""
 DIRECTIONS = {"forward": forward_kl, "reverse": reverse_kl}
 
 
@@ -38,18 +40,27 @@ def norm_ratios(reference: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
 def whole_angle(reference: Sequence[torch.Tensor], other: Sequence[torch.Tensor]) -> tuple[float, float]:
     """(degrees, norm ratio) of two gradients that are lists of tensors, summed in float64."""
 
-    def square(tensors: Iterable[torch.Tensor]) -> float:
-        return sum(float(one.double().square().sum()) for one in tensors)
-
-    norm, other_norm = math.sqrt(square(reference)), math.sqrt(square(other))
+    norm, other_norm = (math.sqrt(sum(map(squares, side))) for side in (reference, other))
     if norm <= NO_GRADIENT:
         return math.nan, math.nan
     if other_norm <= NO_GRADIENT:
         return 90.0, 0.0
-    pairs = list(zip(reference, other, strict=True))
-    apart = math.sqrt(square(b.double() / other_norm - a.double() / norm for a, b in pairs))
-    together = math.sqrt(square(b.double() / other_norm + a.double() / norm for a, b in pairs))
-    return math.degrees(2 * math.atan2(apart, together)), other_norm / norm
+    apart = together = 0.0
+    for a, b in ((a, b) for pair in zip(reference, other, strict=True) for a, b in zip(*map(pieces, pair))):
+        left, right = a.double() / norm, b.double() / other_norm
+        apart += float((right - left).square().sum())
+        together += float((right + left).square().sum())
+    return math.degrees(2 * math.atan2(math.sqrt(apart), math.sqrt(together))), other_norm / norm
+
+
+def squares(one: torch.Tensor) -> float:
+    """Σ x², in float64."""
+    return sum(float(piece.double().square().sum()) for piece in pieces(one))
+
+
+def pieces(one: torch.Tensor) -> Sequence[torch.Tensor]:
+    """Of a large tensor, so that it never stands there in float64 as a whole."""
+    return one.reshape(-1).split(1 << 22)
 
 
 def spread(values: Sequence[torch.Tensor]) -> dict[str, float]:
@@ -107,33 +118,137 @@ def full_log_probs(distribution: Distribution) -> torch.Tensor | None:
     return even.scatter(1, topk.ids, topk.log_probs)
 
 
-def divergence(live: FullVocabulary, cached: Distribution) -> torch.Tensor | None:
-    """KL(p ‖ p̂) ``[R]`` in nats, never below 0 but by rounding; None where p̂ does not say every token's probability."""
-    estimate = full_log_probs(cached)
-    if estimate is None:
-        return None
+def divergence(live: Known, estimate: torch.Tensor) -> torch.Tensor:
+    """KL(p ‖ p̂) ``[R]`` in nats, never below 0 but by rounding; estimate: log p̂ ``[R, V]``."""
     log_p = live.log_probs()
     return torch.linalg.vecdot(log_p.exp(), torch.where(log_p > -torch.inf, log_p - estimate, 0.0))
 
 
-def entropy(live: FullVocabulary) -> torch.Tensor:
+def entropy(live: Known) -> torch.Tensor:
     """−Σ p log p ``[R]`` in nats."""
     log_p = live.log_probs()
     return -torch.linalg.vecdot(log_p.exp(), log_p.clamp_min(-1e4))
 
 
 def row_chunks(rows: int, head: torch.Tensor) -> Iterator[slice]:
-    """Slices whose logits fit a chunk. head ``[V, D]``."""
-    step = chunk_rows(head, CHUNK_BYTES)
+    """Slices whose logits fit a chunk; a comparison has about ten such tensors at once. head ``[V, D]``."""
+    wide = len(head) >= WIDE_VOCABULARY and not head.is_cuda
+    step = max(1, WIDE_CHUNK_BYTES // (4 * len(head))) if wide else chunk_rows(head, CHUNK_BYTES)
     return (slice(start, min(start + step, rows)) for start in range(0, rows, step))
+
+
+@dataclass(frozen=True)
+class Known:
+    """A distribution of full vocabulary whose log-probs ``[C, V]`` are made already, at temperature 1."""
+
+    values: torch.Tensor
+
+    def __len__(self) -> int:
+        return len(self.values)
+
+    def __getitem__(self, rows: Any) -> Known:
+        return Known(self.values[rows])
+
+    def log_probs(self, temperature: float = 1.0) -> torch.Tensor:
+        return self.values
+
+
+class Comparison:
+    """Stored distributions against the live one, chunk by chunk, for rows that never exist together; what is live is made once for all.
+
+    Args:
+        names: of the stored ones. directions: of the divergence whose gradients are compared.
+    """
+
+    def __init__(self, names: Iterable[str], directions: Sequence[str] = tuple(DIRECTIONS)):
+        self.directions = tuple(directions)
+        self.stored = {name: DistributionTally(directions) for name in names}
+        self.entropy: list[torch.Tensor] = []
+        self.live = {name: RowTally() for name in directions}
+        self.live_head: dict[str, torch.Tensor] = {}
+
+    def add(
+        self,
+        live: FullVocabulary,
+        stored: Mapping[str, Distribution],
+        logits: torch.Tensor | None = None,
+        hidden: torch.Tensor | None = None,
+    ) -> None:
+        """One chunk.
+
+        Args:
+            logits: the student's ``[C, V]``, None without directions. hidden: ``[C, D]`` that they were made of, for its head's gradient.
+        """
+        known = Known(live.log_probs())
+        self.entropy.append(entropy(known).cpu())
+        gradients = {}
+        for name in self.directions:
+            assert logits is not None
+            values, gradients[name] = value_and_gradient(name, known, logits)
+            self.live[name].add(values, gradients[name], gradients[name])
+            if hidden is not None:
+                add_product(self.live_head, name, gradients[name], hidden)
+        for name, one in stored.items():
+            self.stored[name].add(known, gradients, one, logits, hidden)
+
+    def summary(self) -> dict[str, dict[str, Any]]:
+        """Name → ``distribution_error``."""
+        about = {
+            "rows": sum(map(len, self.entropy)),
+            "entropy": float(torch.cat(self.entropy).mean()) if self.entropy else math.nan,
+        }
+        return {name: {**about, **one.summary(self.live, self.live_head)} for name, one in self.stored.items()}
+
+
+class DistributionTally:
+    """One stored distribution of a ``Comparison``."""
+
+    def __init__(self, directions: Sequence[str]):
+        self.rows = {name: RowTally() for name in directions}
+        self.head: dict[str, torch.Tensor] = {}
+        self.kl: list[torch.Tensor] = []
+
+    def add(
+        self,
+        live: Known,
+        gradients: Mapping[str, torch.Tensor],
+        stored: Distribution,
+        logits: torch.Tensor | None,
+        hidden: torch.Tensor | None,
+    ) -> None:
+        estimate = full_log_probs(stored)
+        if estimate is not None:
+            self.kl.append(divergence(live, estimate).cpu())
+        known = Known(estimate) if estimate is not None and is_full(stored) else stored
+        for name in list(self.rows):
+            assert logits is not None
+            try:
+                values, gradient = value_and_gradient(name, known, logits)
+            except TypeError:  # samples of a distribution say nothing in reverse
+                del self.rows[name]
+                continue
+            self.rows[name].add(values, gradients[name], gradient)
+            if hidden is not None:
+                add_product(self.head, name, gradient, hidden)
+
+    def summary(self, live: Mapping[str, RowTally], live_head: Mapping[str, torch.Tensor]) -> dict[str, Any]:
+        kl = torch.cat(self.kl) if self.kl else torch.zeros(0)
+        found: dict[str, Any] = {"kl": {"mean": float(kl.mean()), "p95": spread([kl])["p95"]} if len(kl) else None}
+        for name, tally in self.rows.items():
+            one = tally.summary()
+            one |= {"loss_live": live[name].mean, "loss_error": relative_error(one["loss"], live[name].mean)}
+            if name in self.head:
+                one["head_angle"], one["head_norm_ratio"] = whole_angle([live_head[name]], [self.head[name]])
+            found[name] = one
+        return found
 
 
 def distribution_error(
     live: FullVocabulary,
-    cached: Distribution,
+    stored: Distribution,
     student_logits: torch.Tensor,
     student_hidden: torch.Tensor | None = None,
-    directions: Sequence[str] = ("forward", "reverse"),
+    directions: Sequence[str] = tuple(DIRECTIONS),
 ) -> dict[str, Any]:
     """How far a stored distribution is from the live one, alone and in the gradients that it gives.
 
@@ -144,59 +259,19 @@ def distribution_error(
         ``{"rows", "entropy", "kl": {"mean", "p95"}, "forward": {"loss_live", "loss", "loss_error", "row_angle": {"median", "p95"},
         "row_norm_ratio": …, "head_angle"}, "reverse": …}``; a direction that the stored distribution cannot serve is left out.
     """
-    tally = DistributionTally(directions)
+    found = Comparison([""], directions)
     for rows in row_chunks(len(student_logits), student_logits.T):
         hidden = None if student_hidden is None else student_hidden[rows]
-        tally.add(live[rows], cached[rows], student_logits[rows], hidden)
-    return tally.summary()
+        found.add(live[rows], {"": stored[rows]}, student_logits[rows], hidden)
+    return found.summary()[""]
 
 
-class DistributionTally:
-    """``distribution_error`` chunk by chunk, for rows that never exist together."""
-
-    def __init__(self, directions: Sequence[str] = ("forward", "reverse")):
-        self.live = {name: RowTally() for name in directions}
-        self.cached = {name: RowTally() for name in directions}
-        self.head: dict[str, list[torch.Tensor]] = {}
-        self.kl: list[torch.Tensor] = []
-        self.entropy: list[torch.Tensor] = []
-
-    def add(
-        self, live: FullVocabulary, cached: Distribution, logits: torch.Tensor, hidden: torch.Tensor | None = None
-    ) -> None:
-        """One chunk: logits ``[C, V]``, hidden ``[C, D]``."""
-        self.entropy.append(entropy(live).cpu())
-        apart = divergence(live, cached)
-        if apart is not None:
-            self.kl.append(apart.cpu())
-        for name in list(self.live):
-            values, gradient = value_and_gradient(name, live, logits)
-            try:
-                cached_values, cached_gradient = value_and_gradient(name, cached, logits)
-            except TypeError:  # samples of a distribution say nothing in reverse
-                del self.live[name], self.cached[name]
-                continue
-            self.live[name].add(values, gradient, gradient)
-            self.cached[name].add(cached_values, gradient, cached_gradient)
-            if hidden is not None:
-                parts = [gradient.T @ hidden, cached_gradient.T @ hidden]
-                before = self.head.get(name)
-                self.head[name] = parts if before is None else [a + b for a, b in zip(before, parts)]
-
-    def summary(self) -> dict[str, Any]:
-        kl = torch.cat(self.kl) if self.kl else torch.zeros(0)
-        found: dict[str, Any] = {
-            "rows": sum(map(len, self.entropy)),
-            "entropy": float(torch.cat(self.entropy).mean()) if self.entropy else math.nan,
-            "kl": {"mean": float(kl.mean()), "p95": spread([kl])["p95"]} if len(kl) else None,
-        }
-        for name, live in self.live.items():
-            one = self.cached[name].summary()
-            one |= {"loss_live": live.mean, "loss_error": relative_error(one["loss"], live.mean)}
-            if name in self.head:
-                one["head_angle"], one["head_norm_ratio"] = whole_angle(*([part] for part in self.head[name]))
-            found[name] = one
-        return found
+def add_product(into: dict[str, torch.Tensor], name: str, gradient: torch.Tensor, hidden: torch.Tensor) -> None:
+    """Add gradientᵀ·hidden ``[V, D]``."""
+    if name in into:
+        into[name].addmm_(gradient.T, hidden)
+    else:
+        into[name] = gradient.T @ hidden
 
 
 def value_and_gradient(

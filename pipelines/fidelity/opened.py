@@ -10,12 +10,12 @@ from pipelines.fidelity.rows import Row, RowReader, parts_with_fields
 from pipelines.fidelity.sources import same_teacher, serve_terms, teacher_spec
 from pipelines.fidelity.student import Student
 from pipelines.fidelity.terms import MATCHING, MATCHING_NEEDS, TERMS
-from pipelines.stage_plans import complete_fields
-from pipelines.token_ids import check_tokenizer
 from student_train.cache import Cache
+from student_train.complete_fields import complete_fields
 from student_train.needs import Need, Served, served_by
 from student_train.student import load_student
 from student_train.student import open_student as load_student_processor
+from student_train.token_ids import check_tokenizer
 from teacher_cache.errors import KdcliError
 from teacher_cache.fingerprint import is_text_alone, processor_fingerprint
 from teacher_cache.prepare import Preparer

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
 
 from pipelines.fidelity.compare import LIVE, compare, match_all
+from pipelines.fidelity.frontier import Frontier, wants_of
+from pipelines.fidelity.measure import DIRECTIONS
 from pipelines.fidelity.opened import FidelityRequest, Opened, comparable, open_cache, open_student
 from pipelines.fidelity.rows import Row, RowReader, capture_preparer, draw
 from pipelines.fidelity.sources import HIDDEN, Source, cache_source, check_head, listen, live_source
 from pipelines.fidelity.stored import bytes_of, cache_bytes, combinations, measure_rows
 from pipelines.fidelity.student import Student
-from pipelines.fidelity.sweep import configurations, sweep, wants_of
+from pipelines.fidelity.sweep import configurations
 from pipelines.fidelity.terms import MATCHING, MATCHING_NEEDS, TERMS
 from student_train.needs import Need, Served
 from student_train.stages import parse_stages
@@ -65,9 +68,7 @@ def fidelity(request: FidelityRequest, progress: Progress = lambda event, done, 
     return {
         **describe_run(request, opened, rows, student, stage.name),
         **compare_cache(opened, rows, student, runs, progress),
-        "sweep": sweep(runs.outputs[LIVE], runs.calibration, runs.heads[LIVE], rows, student, progress)
-        if request.sweep
-        else [],
+        "sweep": sweep(runs, rows, student, progress) if request.sweep else [],
         "notes": opened.notes,
     }
 
@@ -92,6 +93,14 @@ def ask_teacher(request: FidelityRequest, opened: Opened, rows: Sequence[Row], o
     return runs
 
 
+def sweep(runs: LiveRuns, rows: Sequence[Row], student: Student, progress: Progress) -> list[dict[str, Any]]:
+    """Many ways to store distributions, fitted on the calibration rows and measured on the compared ones; see ``Frontier.measure``."""
+    prepared = [row.teacher for row in rows]
+    frontier = Frontier(student, prepared, runs.outputs[LIVE], runs.calibration, runs.heads[LIVE])
+    report = partial(progress, "sweep")
+    return frontier.measure(configurations(), tuple(DIRECTIONS), report)
+
+
 def compare_cache(
     opened: Opened, rows: Sequence[Row], student: Student, runs: LiveRuns, progress: Progress
 ) -> dict[str, Any]:
@@ -100,7 +109,7 @@ def compare_cache(
     terms, unserved = comparable(opened, student)
     pairs = combinations(cache, opened.fields)
     needs = {**{name: term.needs for name, term in TERMS.items()}, MATCHING: MATCHING_NEEDS}
-    needs |= {name: frozenset({Need(f"{kind}_logits")}) for name, (kind, _) in pairs.items()}
+    needs |= {kind: frozenset({Need(f"{kind}_logits")}) for kind, _ in pairs.values()}
     live = {name: live_source(runs.outputs[name], runs.heads[name], needs, device) for name in runs.outputs}
     served = {**opened.served, **{n: Served({f"{k}_logits": f}, ()) for n, (k, f) in pairs.items()}}
     stored = cache_source(cache, served, [row.records for row in rows], device)
@@ -112,9 +121,12 @@ def compare_cache(
         matches, matching = match_all(student, {n: one for n, one in sources.items() if MATCHING in one.signals})
     found = compare(chosen, student, sources, matches, lambda more, total: progress("comparing", more, total))
     sizes = cache_bytes(cache, opened.parts, opened.fields)
+    measured: dict[str, Any] = {}
+    for kind in dict.fromkeys(kind for kind, _ in pairs.values()):
+        ours = {name: stored for name, (own, _) in pairs.items() if own == kind}
+        measured |= measure_rows(kind, sources[LIVE], ours, student)
     distributions = {
-        name: {"fields": list(fields), "kind": kind, **bytes_of(sizes, fields)}
-        | measure_rows(name, kind, sources[LIVE], stored, student)
+        name: {"fields": list(fields), "kind": kind, **bytes_of(sizes, fields), **measured[name]}
         for name, (kind, fields) in pairs.items()
     }
     return {

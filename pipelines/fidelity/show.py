@@ -11,6 +11,7 @@ from typing import Any
 from rich.console import Console
 
 from pipelines.fidelity.plot import write_plot
+from pipelines.fidelity.terms import legend
 from pipelines.progress import bar
 from pipelines.run_records import write_record
 from pipelines.tables import table
@@ -43,7 +44,7 @@ def other_runs(result: Mapping[str, Any]) -> list[str]:
 
 
 def term_table(result: Mapping[str, Any]) -> str:
-    """Cache against live, term by term, and the live teacher against itself run otherwise."""
+    """Cache against live, term by term, and the live teacher against itself run otherwise; abbreviations below."""
     if not result["terms"]:
         return ""
     floor = other_runs(result)
@@ -59,7 +60,9 @@ def term_table(result: Mapping[str, Any]) -> str:
         for run in floor:
             cells += [percent(one[run]["loss_error"]), degrees(one[run]["gradient_angle"])]
         body.append(cells)
-    return "Losses and gradients, the cache against the live teacher:\n\n" + table(header, body)
+    return "Losses and gradients, the cache against the live teacher:\n\n" + "\n".join(
+        [table(header, body), *legend(result["terms"])]
+    )
 
 
 def unserved_lines(result: Mapping[str, Any]) -> str:
@@ -75,7 +78,7 @@ def matching_table(result: Mapping[str, Any]) -> str:
         for name, one in result["matching"].items()
     ]
     header = ["VTM", "equal pairs", "cost / live optimum", "worst sample"]
-    return "Matching of vision tokens (near-ties decide the pairs: judge by cost):\n\n" + table(header, body)
+    return "Matching of vision tokens (VTM). Near-ties decide the pairs: compare costs:\n\n" + table(header, body)
 
 
 def distribution_table(result: Mapping[str, Any]) -> str:

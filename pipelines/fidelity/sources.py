@@ -1,4 +1,4 @@
-"""Who says what of every sample: a cache, or a live run of the teacher. Both speak through ``TeacherSignals``, as in training."""
+"""Who says what of every sample: a cache, or a live run of the teacher. Both speak through ``TeacherHeads``, as in training."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ import torch
 from student_train.cache import Cache
 from student_train.needs import Need, Served, serve
 from student_train.stream import TrainBatch
-from student_train.teacher_view import TeacherSignals, TeacherView
+from student_train.teacher_view import TeacherHeads, TeacherView
 from teacher_cache.batch import Batch
-from teacher_cache.cache_shard import Teacher, ask, is_finite
+from teacher_cache.behind import is_finite
+from teacher_cache.cache_shard import Teacher, ask
 from teacher_cache.errors import CompatibilityError, KdcliError
 from teacher_cache.fields.affinity import unit_states
 from teacher_cache.plan import difference
@@ -37,10 +38,10 @@ class Source:
     """One side's word on every sample.
 
     Args:
-        signals: term → its ``TeacherSignals``. records: per sample, field → decoded record.
+        signals: term → its ``TeacherHeads``. records: per sample, field → decoded record.
     """
 
-    def __init__(self, signals: Mapping[str, TeacherSignals], records: Sequence[Mapping[str, Any]]):
+    def __init__(self, signals: Mapping[str, TeacherHeads], records: Sequence[Mapping[str, Any]]):
         self.signals, self.records = signals, records
 
     def view(self, term: str, number: int) -> TeacherView:
@@ -64,7 +65,7 @@ def live_source(
     signals = {}
     for name, needs in terms.items():
         served = Served({need.what: LIVE[need.what] for need in needs}, ())
-        signals[name] = TeacherSignals(served, heads, len(head), device)
+        signals[name] = TeacherHeads(served, heads, len(head), device)
     return Source(signals, records)
 
 
@@ -73,8 +74,8 @@ def cache_source(
 ) -> Source:
     """The cache's side. served: term → the fields that serve it; heads are loaded once for all of them."""
     every = sorted({name for one in served.values() for name in one.names})
-    opened = TeacherSignals.open(cache, Served({"all": tuple(every)}, ()), device)
-    signals = {name: TeacherSignals(one, opened.heads, opened.vocabulary, device) for name, one in served.items()}
+    opened = TeacherHeads.open(cache, Served({"all": tuple(every)}, ()), device)
+    signals = {name: TeacherHeads(one, opened.heads, opened.vocabulary, device) for name, one in served.items()}
     return Source(signals, records)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from pipelines.fidelity.measure import DistributionTally, row_chunks
+from pipelines.fidelity.measure import DIRECTIONS, Comparison, row_chunks
 from pipelines.fidelity.sources import Source
 from pipelines.fidelity.student import Student
 from student_train.cache import Cache
@@ -13,6 +13,8 @@ from student_train.needs import Need, ways
 from teacher_cache.teachers.head import head_logits
 
 KINDS = ("response", "vision")
+MOST_BYTES = 1 << 29
+"""Gradients of the student's head that are kept at once, one a stored distribution and direction."""
 MOST_SHARDS = 64
 """Shards whose indexes are read for bytes a row: a mean does not need all of a large cache's."""
 
@@ -28,22 +30,52 @@ def combinations(cache: Cache, fields: Sequence[str]) -> dict[str, tuple[str, tu
     return found
 
 
-def measure_rows(name: str, kind: str, live: Source, stored: Source, student: Student) -> dict[str, Any]:
-    """``measure.distribution_error`` over all samples' rows of a kind, chunk by chunk.
+def measure_rows(
+    kind: str,
+    live: Source,
+    stored: Mapping[str, Source],
+    student: Student,
+    directions: Sequence[str] = tuple(DIRECTIONS),
+    most_rows: int | None = None,
+) -> dict[str, dict[str, Any]]:
+    """Name → ``measure.distribution_error`` over all samples' rows of a kind, chunk by chunk; some at a time, as ``MOST_BYTES`` allows.
 
     Args:
-        name: what both sources know this comparison as.
+        live: knows the comparison as ``kind``. stored: name → a source that knows it by that name.
+        most_rows: compared at most, evenly over all samples; None: all.
     """
-    tally = DistributionTally()
+    directions = directions if kind == "response" or student.aligned else ()  # no student's row stands on the teacher's
+    names, each = list(stored), at_once(student, directions)
+    found: dict[str, dict[str, Any]] = {}
+    for start in range(0, len(names), each):
+        chosen = {name: stored[name] for name in names[start : start + each]}
+        found |= _measure_group(kind, live, chosen, student, Comparison(chosen, directions), most_rows)
+    return found
+
+
+def at_once(student: Student, directions: Sequence[str]) -> int:
+    """Stored distributions whose gradients, and a head of their own each, may stand beside each other and the live one's."""
+    return max(1, MOST_BYTES // (student.head.numel() * 4 * (len(directions) + 1)) - 1)
+
+
+def _measure_group(
+    kind: str,
+    live: Source,
+    stored: Mapping[str, Source],
+    student: Student,
+    comparison: Comparison,
+    most_rows: int | None,
+) -> dict[str, dict[str, Any]]:
+    total = sum(len(one[f"{kind}_hidden"]) for one in live.records)
+    every = slice(None, None, -(-total // most_rows) or 1 if most_rows else 1)
     for number, states in enumerate(student.rows):
-        hidden = states[kind]
-        if not len(hidden):
-            continue
-        theirs, ours = (one.view(name, number).distributions[kind] for one in (live, stored))
-        for rows in row_chunks(len(hidden), student.head):
-            logits = head_logits(hidden[rows], student.head, student.cap)
-            tally.add(theirs[rows], ours[rows], logits, hidden[rows])  # type: ignore[arg-type]
-    return tally.summary()
+        theirs = live.view(kind, number).distributions[kind][every]
+        ours = {name: one.view(name, number).distributions[kind][every] for name, one in stored.items()}
+        for rows in row_chunks(len(theirs), student.head):
+            hidden = states[kind][every][rows] if comparison.directions else None
+            logits = None if hidden is None else head_logits(hidden, student.head, student.cap)
+            comparison.add(theirs[rows], {name: one[rows] for name, one in ours.items()}, logits, hidden)  # type: ignore[arg-type]
+    return comparison.summary()
 
 
 def cache_bytes(cache: Cache, parts: Sequence[str], fields: Sequence[str]) -> dict[str, dict[str, float]]:

@@ -15,10 +15,20 @@ from teacher_cache.batch import collate, token_batches
 from teacher_cache.records import Prepared
 
 KINDS = ("response", "vision", "text")
-BATCH_TOKENS = 4096
-"""Padded tokens of one forward."""
+BATCH_TOKENS = {"cpu": 512}
+"""Padded tokens of one forward by kind of device: what it keeps for the gradients of every term is most of a comparison's memory."""
+GPU_BATCH_TOKENS = 4096
+MOST_TOKENS = {"cpu": 4096}
+"""Of the samples whose whole gradients a preflight compares: each term and side takes twice a forward's time. A GPU has no limit."""
 States = dict[str, torch.Tensor]
 Gradient = list[torch.Tensor]
+
+
+def compared_samples(prepared: Sequence[Prepared], device: torch.device) -> list[int]:
+    """As many samples, evenly chosen, as have ``MOST_TOKENS`` together; at least one."""
+    most, tokens = MOST_TOKENS.get(device.type), sum(map(len, prepared))
+    stride = max(1, -(-tokens // most)) if most else 1
+    return list(range(len(prepared)))[::stride]
 
 
 class Student:
@@ -26,12 +36,19 @@ class Student:
 
     Args:
         rows: the compared samples. prepared: the same, as the student reads them. trains: module groups with gradient.
+        compared: numbers of those whose whole gradients are compared; None: all.
     Attributes:
-        aligned: its vision tokens are the teacher's, one by one. batches: sample numbers of every forward.
+        aligned: its vision tokens are the teacher's, one by one. batches: numbers of the ``compared`` samples of every forward.
     """
 
     def __init__(
-        self, model: Any, rows: Sequence[Row], prepared: Sequence[Prepared], trains: Sequence[str], pad_id: int
+        self,
+        model: Any,
+        rows: Sequence[Row],
+        prepared: Sequence[Prepared],
+        trains: Sequence[str],
+        pad_id: int,
+        compared: Sequence[int] | None = None,
     ):
         self.device = next(model.parameters()).device
         self.parameters = [parameter for _, parameter in freeze_except(model, trains)]
@@ -39,7 +56,10 @@ class Student:
         self.prepared, self._pad = list(prepared), pad_id
         self._labels = [(row.teacher.text.response, one.text.response) for row, one in zip(rows, prepared)]
         self.aligned = same_grids(rows, prepared)
-        self.batches = token_batches(prepared, BATCH_TOKENS)
+        self._every = token_batches(prepared, BATCH_TOKENS.get(self.device.type, GPU_BATCH_TOKENS))
+        chosen = set(range(len(prepared)) if compared is None else compared)
+        left = ([number for number in numbers if number in chosen] for numbers in self._every)
+        self.batches = [numbers for numbers in left if numbers]
         self._head_at = next((i for i, one in enumerate(self.parameters) if one is self.model.weight), None)
 
     def __len__(self) -> int:
@@ -81,16 +101,19 @@ class Student:
         kinds = [kind for kind in KINDS if states[kind].requires_grad and at_states[kind].numel()]
         if not kinds:  # a frozen language model on samples without images
             return
-        found = torch.autograd.grad(
-            [states[kind] for kind in kinds],
-            self.parameters,
-            [at_states[kind] for kind in kinds],
-            retain_graph=True,
-            allow_unused=True,
-        )
-        for total, one in zip(into, found):
-            if one is not None:
-                total += one
+        # As .grad each part of the gradient is added to what is there and goes, one after the other: never does it stand there as a whole.
+        for parameter, total in zip(self.parameters, into):
+            parameter.grad = total
+        try:
+            torch.autograd.backward(
+                [states[kind] for kind in kinds],
+                [at_states[kind] for kind in kinds],
+                retain_graph=True,
+                inputs=self.parameters,
+            )
+        finally:
+            for parameter in self.parameters:
+                parameter.grad = None
 
     def pull_head(self, at_head: torch.Tensor, into: Gradient) -> None:
         """Add a gradient ``[V, D]`` at the head, which may be the embedding too."""
@@ -101,7 +124,7 @@ class Student:
     def rows(self) -> list[dict[str, torch.Tensor]]:
         """Hidden states ``[R, D]`` by kind of every sample, without graph."""
         found: list[dict[str, torch.Tensor]] = [{} for _ in self.prepared]
-        for numbers in self.batches:
+        for numbers in self._every:
             with torch.no_grad():
                 _, split = self.forward(numbers)
             for place, number in enumerate(numbers):

@@ -6,7 +6,7 @@ tensor whose gradient is compared row by row, ``values`` the loss per row, or on
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -150,5 +150,21 @@ TERMS: dict[str, Term] = {
 }
 """Term → how it is measured. VSD and VLAD stand here twice: on the live teacher's assignment, which isolates the error of the target,
 and on each side's own, which is what training does."""
+WORDS = {
+    "RDist": "relation, 1 − cosine of the Gram matrices of vision logits",
+    "VSD": "reverse KL on matched vision rows",
+    "VLAD": "difference of the cosines of matched vision rows and response tokens",
+    "own match": "with each side's own matching, as in training, instead of the live teacher's",
+}
+"""Abbreviations in names of terms → what they mean."""
+
+
+def legend(names: Iterable[str]) -> list[str]:
+    """An empty line and one that explains the abbreviations in these names of terms; nothing where there are none."""
+    shown = list(names)
+    told = [f"{short}: {words}" for short, words in WORDS.items() if any(short in name for name in shown)]
+    return ["", "; ".join(told) + "."] if told else []
+
+
 MATCHING = "VTM"
 MATCHING_NEEDS = frozenset({Need(RAW)})

@@ -125,7 +125,7 @@ class Kdcli(lmms):
 
     def generate_until_multi_round(self, requests: list[Instance]) -> list[str]:
         raise KdcliError(
-            "model kdcli answers single questions: tasks of several rounds (generate_until_multi_round) are not offered"
+            "model kdcli answers single questions: tasks of several rounds (generate_until_multi_round) are not supported"
         )
 
     def _visuals(self, look: Callable[[Any], Any], number: int, task: str, split: str) -> Any:

@@ -142,7 +142,7 @@ def _png(image: PIL.Image.Image) -> bytes:
 
 
 UNLIKELY = "continuations cannot be rendered and count as infinitely unlikely"
-UNASKED = "questions cannot be asked and count as answered with nothing"
+UNASKED = "questions cannot be asked and count as empty answers"
 
 
 def lost_note(lost: Sequence[tuple[str, str]], total: int, what: str) -> str:

@@ -13,7 +13,7 @@ from teacher_cache.plan import difference
 
 LEAST_ROWS = 128
 """Token rows of its kind that a calibration must have seen: tables of fewer say little of a mixture."""
-FIX = "run `kdcli preflight` with these settings, or give --calibration '' to fit afresh"
+FIX = "run `kdcli preflight` with these settings, or give --calibration '' to fit a new one"
 
 
 def calibrations(
@@ -38,7 +38,7 @@ def calibration_of(cache: Cache, name: str, one: CalibratedField, fingerprint: M
     here = {"version": one.version, "params": dict(one.params), "teacher": dict(fingerprint)}
     if there != here:
         lines = "; ".join(difference(there, here)).replace("cache ", "there ")
-        raise CompatibilityError(f"calibration {place}: field {name} was fitted otherwise: {lines}: {FIX}")
+        raise CompatibilityError(f"calibration {place}: field {name} was fitted with other settings: {lines}: {FIX}")
     tensors = read_tensors(cache.storage, body.get("calibration"), name)
     rows = int(body["calibration"]["rows"])
     if rows < LEAST_ROWS:

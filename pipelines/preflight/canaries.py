@@ -124,7 +124,7 @@ def check(cache: Cache, folder: str, processor: Any, config: Any, load: Callable
     stored = container.unpack(checked(cache.storage, folder, there), f"{cache.storage}/{folder}/{FILE}")
     preparer = Preparer.like(cache.plan.preparation, processor, config)  # not the job's own limits
     if any(len(one) != 2 for one in there["keys"]) or there["dtype"] not in TOLERANCE:
-        raise CacheError(f"{cache.storage}/{folder}/{RECEIPT} is no list of canaries: run `kdcli preflight` again")
+        raise CacheError(f"{cache.storage}/{folder}/{RECEIPT} is not a list of canaries: run `kdcli preflight` again")
     rows = [find(cache, part, key, preparer) for part, key in there["keys"]]
     other = [row.key for row, digest in zip(rows, there["input_ids"]) if ids_hash(row) != digest]
     if other:
@@ -135,9 +135,9 @@ def check(cache: Cache, folder: str, processor: Any, config: Any, load: Callable
     limit = max(FLOOR_TIMES * there["floor"], TOLERANCE[there["dtype"]])
     if not found <= limit:
         raise CompatibilityError(
-            f"this machine's teacher answers otherwise than at preflight: relative difference {found:.2g} against a noise floor of "
-            f"{there['floor']:.2g}, {limit:.2g} is allowed: same weights, other dtype, attention or library version? Run "
-            "`kdcli preflight` here with another --out, or give --calibration '' to fit afresh"
+            f"this machine's teacher differs from the preflight's: relative difference {found:.2g} against a noise floor of "
+            f"{there['floor']:.2g}, {limit:.2g} is allowed: are weights, dtype, attention and library version the same? Run "
+            "`kdcli preflight` here with another --out, or give --calibration '' to fit a new one"
         )
     return f"canaries: {len(rows)} rows answered as at preflight, relative difference {found:.2g} (allowed {limit:.2g})"
 

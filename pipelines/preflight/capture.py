@@ -30,12 +30,13 @@ def capture_sample(
     live: LiveTeacher,
     fingerprint: dict[str, Any],
     params: Mapping[str, Mapping[str, Any]],
+    fitted: Mapping[str, Calibration],
     progress: Callable[[int, int], None],
 ) -> float | None:
     """Describe and capture what is not there yet.
 
     Args:
-        params: chosen ones, over the profile's.
+        params: chosen ones, over the profile's. fitted: calibrations of fields that need not be fitted again.
     Returns:
         Seconds that the shards took, without loading the teacher; None where one was there already.
     """
@@ -46,9 +47,12 @@ def capture_sample(
     bare = frozenset(settings.parts_without_fields)
 
     def fit(new: Mapping[str, CalibratedField]) -> Mapping[str, Calibration]:
-        return calibrate(
-            new, without_held_out(plan), preparer, live.model, live.head, request.rows, settings.batch_tokens, bare
+        left = {name: one for name, one in new.items() if name not in fitted}
+        rows, tokens = sum(part.rows for part in plan.parts), settings.batch_tokens
+        made = (
+            calibrate(left, without_held_out(plan), preparer, live.model, live.head, rows, tokens, bare) if left else {}
         )
+        return {**fitted, **made}
 
     hashes, fields = describe(storage, plan, fields, fingerprint, live.processor, lambda: live.head, fit)
     job = CaptureJob(storage, plan, hashes, fields, bare, settings.batch_tokens)

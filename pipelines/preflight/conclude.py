@@ -9,6 +9,7 @@ from typing import Any
 from pipelines.estimate.run import PlanRequest, estimate
 from pipelines.estimate.teacher_cost import Speed
 from pipelines.inspect_cache import status
+from pipelines.preflight.chosen import Chosen
 from pipelines.preflight.request import Notebook, PreflightRequest
 from pipelines.preflight.student_side import StudentRead
 from pipelines.skipped_rows import excess
@@ -18,34 +19,30 @@ from teacher_cache.errors import KdcliError
 
 @dataclass(frozen=True)
 class Found:
-    """What was chosen, what the methods say, and how exactly the teacher repeats itself (the canaries' receipt)."""
+    """What was chosen, what the methods say, how exactly the teacher repeats itself (the canaries' receipt), and on how many samples."""
 
-    choices: list[dict[str, Any]]
-    params: dict[str, dict[str, Any]]
+    chosen: Chosen
     methods: list[dict[str, Any]]
     canaries: dict[str, Any]
+    samples: dict[str, Any]
 
 
 def conclude(
-    request: PreflightRequest, read: StudentRead, judged: int, notebook: Notebook, cache: Cache, found: Found
+    request: PreflightRequest, read: StudentRead, notebook: Notebook, cache: Cache, found: Found
 ) -> dict[str, Any]:
     """One JSON-able object, see ``run.preflight``."""
     summary = status(cache)
     columns = summary["columns"]
     fields = {name.removeprefix("fields/"): one for name, one in columns.items() if name != "samples"}
     a_sample = {name: one["bytes"] / max(1, one["written"]) for name, one in fields.items()}
-    reasons = [reason for choice in found.choices for reason in choice["reasons"]]
+    reasons = [found.chosen.why] if found.chosen.why else []
     reasons += [f"{one['method']}: {reason}" for one in found.methods for reason in one["reasons"]]
     reasons += read.problems
     reasons += excess(cache, list(columns), request.settings.capture.allow_skips)
-    if request.max_bytes and sum(a_sample.values()) > request.max_bytes:
-        reasons.append(
-            f"all fields take {sum(a_sample.values()):,.0f} B a sample, over --max-bytes {request.max_bytes:,}"
-        )
     if not columns["samples"]["written"]:
         reasons.append("no sampled row could be captured: run `kdcli doctor`")
     speed = notebook.found.get("tokens_per_second")
-    whole = whole_job(request, found.params, speed)
+    whole = whole_job(request, found.chosen.params, speed)
     reasons += [whole["error"]] if "error" in whole else []
     return {
         "go": not reasons,
@@ -57,11 +54,12 @@ def conclude(
             "written": columns["samples"]["written"],
             "skipped": columns["samples"]["skipped"],
             **{name: columns["samples"]["counts"].get(name, 0) for name in ("cut_rows", "cut_images")},
-            "judged": judged,
+            **found.samples,
         },
-        "limits": {"max_angle": request.max_angle, "max_kl": request.max_kl, "max_bytes": request.max_bytes},
-        "choices": found.choices,
-        "params": found.params,
+        "budget": vars(request.budget),
+        "choices": found.chosen.choices,
+        "frontier": found.chosen.frontier,
+        "params": found.chosen.params,
         "methods": found.methods,
         "bytes_per_sample": a_sample,
         "tokens_per_second": speed,

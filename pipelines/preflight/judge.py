@@ -18,11 +18,12 @@ from pipelines.preflight.ladder import terms_for
 from pipelines.preflight.request import PreflightRequest
 from pipelines.preflight.step_cost import step_cost
 from pipelines.preflight.student_side import StudentRead, row_id
-from pipelines.stage_plans import StagePlan, complete_fields, plan_stages, row_aligned, settle_compressor
-from pipelines.token_ids import check_vocabulary
+from pipelines.stage_plans import StagePlan, plan_stages, row_aligned, settle_compressor
 from student_train.cache import Cache
-from student_train.methods import create_method
+from student_train.complete_fields import complete_fields
+from student_train.methods import DEFAULT, create_method
 from student_train.needs import Need, serve
+from student_train.token_ids import check_vocabulary
 from teacher_cache.errors import CompatibilityError, KdcliError
 from teacher_cache.prepare import Preparer
 from teacher_cache.records import TeacherOutput
@@ -34,15 +35,21 @@ CACHE = "cache"
 
 @dataclass(frozen=True)
 class LiveAnswers:
-    """What the live teacher said of the student's rows: in batches, and one sample at a time. head: W ``[V, D]`` on the CPU."""
+    """What the live teacher said.
+
+    Attributes:
+        outputs: of the student's rows, in batches. alone: the same, one sample at a time those whose whole gradients are compared.
+        fitting: of other rows. head: W ``[V, D]`` on the CPU.
+    """
 
     outputs: Sequence[TeacherOutput]
     alone: Sequence[TeacherOutput]
+    fitting: Sequence[TeacherOutput]
     head: torch.Tensor
 
 
 def needs_of(request: PreflightRequest, method: str) -> frozenset[Need]:
-    return create_method(method, "paper", request.settings.methods.get(method, {})).needs()
+    return create_method(method, knobs=request.settings.methods.get(method, {})).needs()
 
 
 def compare_terms(
@@ -64,10 +71,11 @@ def compare_terms(
     if not chosen:
         return {}
     records = records_of(cache, parts, fields, preparer, rows)
+    head = answers.head.float() if student.device.type == "cpu" else answers.head  # once for both
     sources: dict[str, Source] = {
-        LIVE: live_source(answers.outputs, answers.head, needs, student.device),
+        LIVE: live_source(answers.outputs, head, needs, student.device),
         CACHE: cache_source(cache, served, records, student.device),
-        FLOOR: live_source(answers.alone, answers.head, needs, student.device),
+        FLOOR: live_source(answers.alone, head, needs, student.device),
     }
     matches, _ = match_all(student, {LIVE: sources[LIVE]}) if MATCHING in needs else ({}, {})
     found = compare({name: TERMS[name] for name in chosen}, student, sources, matches)
@@ -118,7 +126,7 @@ def judge_method(
     body: dict[str, Any] = {"method": method, "served": {}, "notes": [], "terms": {}, "step": None, "reasons": []}
     plans: list[StagePlan] = []
     try:
-        plans = plan_stages(cache, method, request.settings, None, "paper", None)
+        plans = plan_stages(cache, method, request.settings, None, DEFAULT, None)
         plans = settle_compressor(plans, request.student)
         trusted = request.settings.train.trust_remote_code
         processor, _ = load_processor(TeacherSpec(request.student, trust_remote_code=trusted))
@@ -132,10 +140,10 @@ def judge_method(
     if read.grids and any(map(row_aligned, plans)):
         body["reasons"].append(read.grids)
     for name, one in body["terms"].items():
-        limit = max(request.max_angle, 0.0 if math.isnan(one["floor_angle"]) else one["floor_angle"])
+        limit = max(request.budget.max_angle, 0.0 if math.isnan(one["floor_angle"]) else one["floor_angle"])
         if one["gradient_angle"] > limit:
             body["reasons"].append(
-                f"{name}: gradient angle {one['gradient_angle']:.2g}° over --max-angle {request.max_angle:g} "
+                f"{name}: gradient angle {one['gradient_angle']:.2g}° over --fidelity {request.budget.max_angle:g} "
                 f"(noise floor {one['floor_angle']:.2g}°)"
             )
     if not body["reasons"] and plans:

@@ -63,7 +63,7 @@ def edited(text: str, tables: Tables) -> str:
     except tomllib.TOMLDecodeError:
         same = False
     if not same:
-        raise KdcliError("its tables are not written as [capture] and [fields.NAME] with one key a line")
+        raise KdcliError("its tables are not written as [capture] and [fields.NAME] with one key per line")
     return new
 
 

@@ -9,20 +9,83 @@ from typing import Any
 
 from rich.console import Console
 
+from pipelines.fidelity.terms import legend
+from pipelines.preflight.ladder import MOST_ROWS
+from pipelines.preflight.steps import label_of, step_lines
 from pipelines.progress import bar
 from pipelines.tables import cut_words, human_bytes, table
 
 Body = Mapping[str, Any]
 
 
+TRIED = "tried.md"
+"""Beside the cache: the tables of everything that was measured."""
+
+
 def report(body: Body) -> str:
-    """Everything that ``run.preflight`` found."""
+    """What ``run.preflight`` found; the tables of what was tried are ``tried_page``."""
     sections = [verdict(body)]
     if "rows" in body:
-        sections += [rows_line(body), *map(ladder_table, body["choices"]), method_tables(body), cost_lines(body)]
-        sections += [canary_line(body)]
+        sections += [
+            chosen_lines(body),
+            rows_line(body),
+            label_lines(body),
+            method_tables(body),
+            cost_lines(body),
+            canary_line(body),
+        ]
     sections.append(kd_lines(body))
     return "\n\n".join(one for one in sections if one)
+
+
+def label_lines(body: Body) -> str:
+    """What the teacher's agreement with the labels lets one expect, a line a part."""
+    if error := body["labels"].get("error"):
+        return f"Labels were not checked: {error}"
+    advice = [f"- {one}" for one in body["labels"]["advice"]]
+    return "\n".join([f"Labels (the first answers to look at are in {body['out'].rstrip('/')}/{TRIED}):", *advice])
+
+
+def chosen_lines(body: Body) -> str:
+    """What was chosen, and one step up and down from it; where everything else stands."""
+    if not body["frontier"]:
+        return ""
+    samples = sum(part["usable_rows"] for part in body["estimate"].get("parts", []))
+    lines = step_lines(body["frontier"], place_of_choice(body), body["estimate"].get("bytes"), samples)
+    return "\n".join([*lines, f"Everything that was measured: {body['out'].rstrip('/')}/{TRIED}"])
+
+
+def place_of_choice(body: Body) -> int:
+    """The chosen step's number."""
+    labels = {one["kind"]: one["label"] for one in body["choices"]}
+    return next(number for number, one in enumerate(body["frontier"]) if one["labels"] == labels)
+
+
+def tried_page(body: Body) -> str:
+    """The frontier, and every candidate of each row kind."""
+    header = ["stored", "B a token", "B a sample", "KL, nats", "whole gradient"]
+    lines = []
+    for step in body["frontier"]:
+        sizes = [f"{step['bytes_per_token']:.1f}", f"{step['bytes_per_sample']:,.0f}"]
+        about = "" if step["measured"] else "about "
+        angle = "–" if step["angle"] is None else f"{about}{degrees(step['angle'])}"
+        lines.append([label_of(step["labels"]), *sizes, number(step["kl"]), angle])
+    rows = body["rows"]
+    text = (
+        f"Fitted on {fitted_words(rows)}, measured on {rows['judged']} other samples ({MOST_ROWS:,} token rows of a kind at most), "
+        f"whole gradients on {rows['compared']} of them."
+    )
+    sections = ["# What a preflight measured", text, table(header, lines)]
+    return "\n\n".join([*sections, *map(ladder_table, body["choices"])]) + "\n"
+
+
+def fitted_words(rows: Body) -> str:
+    one = rows["fitted"]
+    return f"{one['samples']:,} rows ({one['response']:,} response and {one['vision']:,} vision tokens)"
+
+
+def number(value: float | None) -> str:
+    return "–" if value is None or math.isnan(value) else f"{value:.2g}"
 
 
 def verdict(body: Body) -> str:
@@ -37,7 +100,8 @@ def rows_line(body: Body) -> str:
         f"Rows: {rows['sampled']} sampled, {rows['written']} captured, {sum(rows['skipped'].values())} skipped"
         + (f" ({skipped})" if skipped else "")
         + cut_words(rows["cut_rows"], rows["cut_images"])
-        + f"; {rows['judged']} held out to judge. Cache: {body['cache']}"
+        + f". Fitted on {fitted_words(rows)}; judged on {rows['judged']} others, whole gradients on {rows['compared']} of them. "
+        f"Cache: {body['cache']}"
     )
 
 
@@ -50,15 +114,11 @@ def ladder_table(choice: Body) -> str:
         if one["error"]:
             continue
         whole = max((angle for angle in one["angles"].values() if not math.isnan(angle)), default=math.nan)
-        sizes = [
-            f"{one['bytes_per_row']:.1f}",
-            f"{one['bytes_per_sample']:,.0f}",
-            "–" if math.isnan(one["kl"]) else f"{one['kl']:.2g}",
-        ]
+        sizes = [f"{one['bytes_per_row']:.1f}", number(one["kl"])]
         heads = [degrees(one["head_angles"].get(direction, math.nan)) for direction in ("forward", "reverse")]
         lines.append([label, *sizes, *heads, degrees(whole)])
-    header = ["stored", "B a row", "B a sample", "KL, nats", "head: forward", "head: reverse", "whole gradient"]
-    why = f"not within the limits: {choice['reasons'][0]}" if choice["reasons"] else "the cheapest within the limits"
+    header = ["stored", "B a row", "KL, nats", "head: forward", "head: reverse", "whole gradient"]
+    why = choice["reasons"][0] if choice["reasons"] else "within the budget"
     failed = dict.fromkeys(one["error"] for one in choice["ladder"] if one["error"])
     left_out = "".join(f"\n\nleft out: {error}" for error in failed)
     return f"{choice['kind']} rows, chosen: {choice['label']} ({why})\n\n{table(header, lines)}{left_out}"
@@ -81,7 +141,7 @@ def method_tables(body: Body) -> str:
     header = ["method: term", "served by", "loss error", "gradient angle", "floor: loss", "floor: angle"]
     text = ["Cache against the live teacher, on the actual student (floor: the live teacher in other batches):", ""]
     text += [table(header, lines)] if lines else ["(no term could be compared)"]
-    text.append("")
+    text += [*legend(term for one in body["methods"] for term in one["terms"]), ""]
     for one in body["methods"]:
         text += [f"- {one['method']}: {step_words(one)}"] + [f"  note: {note}" for note in one["notes"]]
     return "\n".join(text)
@@ -119,7 +179,7 @@ def canary_line(body: Body) -> str:
         return ""
     return (
         f"Canaries: hidden states of two live runs differ by {one['floor']:.2g} (relative RMS, {one['dtype']}), logits by at most "
-        f"{one['floor_logit']:.2g}; `kdcli cache-teacher` asks them again before it starts"
+        f"{one['floor_logit']:.2g}; `kdcli cache-teacher` checks them before it starts"
     )
 
 
@@ -132,7 +192,7 @@ def kd_lines(body: Body) -> str:
         return (
             f"{written['path']} changed:\n\n{written['diff']}"
             if written["diff"]
-            else f"{written['path']} says it already"
+            else f"{written['path']} has these settings already"
         )
     return f"{written['why']}:\n\n{written['block']}"
 

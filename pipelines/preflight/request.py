@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from pipelines.preflight.budget import Budget
 from pipelines.profiles import chosen_fields
 from pipelines.settings import CaptureSettings, Settings
 from pipelines.stage_identity import start_hash
@@ -36,9 +37,9 @@ class PreflightRequest:
 
     Attributes:
         settings: everything else of kd.toml; ``train.student`` is the student.
-        rows: of the mixture that are captured. out: folder or URL; the cache is ``out/cache``.
-        max_angle: degrees between whole gradients, cache against live. max_kl: nats, mean over rows of a kind.
-        max_bytes: of all fields together, a sample; None: no limit.
+        rows: of the mixture that are captured, more where they hold too few tokens to fit on.
+        out: folder or URL; the cache is ``out/cache``.
+        budget: what is near enough, or cheap enough.
         gpus: of the real job. kd_file: written on GO; None: the block is shown instead.
     """
 
@@ -48,9 +49,7 @@ class PreflightRequest:
     methods: tuple[str, ...]
     out: str = "preflight"
     rows: int = 256
-    max_angle: float = 1.0
-    max_kl: float = 0.005
-    max_bytes: int | None = None
+    budget: Budget = field(default_factory=Budget)
     gpus: int = 8
     kd_file: Path | None = None
 
@@ -60,10 +59,6 @@ class PreflightRequest:
             raise KdcliError(
                 f"--rows must be at least {LEAST_ROWS}, a third of them is held out to judge, got {self.rows}"
             )
-        for name in ("max_angle", "max_kl", "max_bytes"):
-            value = getattr(self, name)
-            if value is not None and not value > 0:
-                raise KdcliError(f"--{name.replace('_', '-')} must be above 0, got {value}")
         if self.gpus < 1:
             raise KdcliError(f"--gpus must be at least 1, got {self.gpus}")
         if not self.methods:
@@ -135,46 +130,67 @@ def has_ladder(fields: Mapping[str, Mapping[str, Any]], kind: str) -> bool:
     return topk in fields and fields.get(hidden, {}).get("codec") == "sketch"
 
 
-def identity(request: PreflightRequest, plan_hash: str, fingerprint: Mapping[str, Any]) -> dict[str, Any]:
-    """Everything that decides the result, JSON-able."""
+def identity(request: PreflightRequest, fingerprint: Mapping[str, Any]) -> dict[str, Any]:
+    """Everything that decides the result but the rows themselves, JSON-able."""
     train = request.settings.train
     compression = asked_for(train)
     return {
-        "plan_hash": plan_hash,
+        "rows": request.rows,
         "teacher": dict(fingerprint),
         "student": start_hash(request.student),
         "methods": {name: dict(request.settings.methods.get(name, {})) for name in request.methods},
         "fields": request.base_fields(),
         "parts_without_fields": list(request.settings.capture.parts_without_fields),
-        "max_angle": request.max_angle,
-        "max_kl": request.max_kl,
-        "max_bytes": request.max_bytes,
+        "budget": vars(request.budget),
         "train": {"max_length": train.max_length, "bf16": train.bf16},
         **({"compressor": compression.entry()} if compression else {}),
     }
 
 
 _MEASURED = {"label": str, "error": str, "angles": dict, "head_angles": dict}
+_STEP = {
+    "labels": dict,
+    "fields": {...: dict},
+    "field_bytes": {...: float},
+    **dict.fromkeys(("kl", "angle"), (float, None)),
+    **dict.fromkeys(("bytes_per_token", "bytes_per_sample"), float),
+    "measured": bool,
+}
 _CHOICE = {"kind": str, "label": str, "fields": {...: dict}, "ladder": [_MEASURED], "reasons": [str]}
-_NOTES = {"identity": dict, "found": {"choices?": [_CHOICE], "tokens_per_second?": float}}
+_NOTES = {"identity": dict, "found": {"choices?": [_CHOICE], "frontier?": [_STEP], "tokens_per_second?": float}}
 
 
 class Notebook:
     """``OUT/preflight.json``: the identity of this preflight and what it has found so far, so that a re-run goes on."""
 
-    def __init__(self, out: str, wanted: dict[str, Any]):
+    def __init__(self, out: str, wanted: Mapping[str, Any], plan_hash: str | None = None):
+        """plan_hash: of the rows; None: they are not known yet, all else is looked at."""
         self.storage = Storage(out)
-        wanted = json.loads(json.dumps(wanted))
-        place = f"{out}/{NOTEBOOK}"
         self.found: dict[str, Any] = {}
+        self.identity = json.loads(json.dumps({**wanted, "plan_hash": plan_hash}))
         if self.storage.exists(NOTEBOOK):
-            body = require(unseal(self.storage.read(NOTEBOOK), place), _NOTES, place)
-            if body["identity"] != wanted:
-                lines = "; ".join(difference(body["identity"], wanted)).replace("cache ", "there ")
+            body = self.read(out)
+            there = {"rows": wanted.get("rows"), **body["identity"]}  # which older ones do not tell
+            there |= {} if plan_hash else {"plan_hash": None}
+            if there != self.identity:
+                lines = "; ".join(difference(there, self.identity)).replace("cache ", "there ")
                 raise CacheError(f"{out} holds another preflight: {lines}: choose another --out, or remove that folder")
             self.found = body["found"]
-        self.identity = wanted
+
+    @staticmethod
+    def read(out: str) -> dict[str, Any]:
+        """``{"identity", "found"}``; CacheError where it is damaged."""
+        place = f"{out}/{NOTEBOOK}"
+        body: dict[str, Any] = require(unseal(Storage(out).read(NOTEBOOK), place), _NOTES, place)
+        return body
 
     def note(self, name: str, value: Any) -> None:
         self.found[name] = value
         self.storage.put_bytes(seal({"identity": self.identity, "found": self.found}), NOTEBOOK)
+
+
+def beside(cache_url: str) -> list[str]:
+    """The notebook of the preflight whose own cache this is, if any: ``preflight/cache`` lies in its folder."""
+    folder, _, name = place_of(cache_url).text.rpartition("/")
+    beside_it = name == "cache" and folder and not folder.endswith("/")
+    return [f"{folder}/{NOTEBOOK}"] if beside_it and Storage(folder).exists(NOTEBOOK) else []

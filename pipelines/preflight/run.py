@@ -7,31 +7,35 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import torch
+
 from pipelines.calibrate import thin
 from pipelines.fidelity.rows import Row
 from pipelines.fidelity.sources import HIDDEN
-from pipelines.fidelity.student import Student
+from pipelines.fidelity.student import compared_samples
+from pipelines.labels import show
+from pipelines.labels.survey import survey
 from pipelines.preflight import canaries, kd_toml
 from pipelines.preflight.capture import capture_sample
-from pipelines.preflight.choose import Limits, choose
+from pipelines.preflight.chosen import KINDS, all_needs, chosen_params, ladder_wants
 from pipelines.preflight.conclude import Found, conclude
-from pipelines.preflight.judge import LiveAnswers, compare_terms, judge_method, needs_of
-from pipelines.preflight.ladder import Bench, candidates, terms_for
+from pipelines.preflight.judge import LiveAnswers, compare_terms, judge_method
+from pipelines.preflight.ladder import terms_for
 from pipelines.preflight.live import LiveTeacher
+from pipelines.preflight.report import TRIED, tried_page
 from pipelines.preflight.request import Notebook, PreflightRequest, has_ladder, identity
-from pipelines.preflight.sample import held_out, read_rows, sample_plan
+from pipelines.preflight.sample import Wanted, enough_rows
 from pipelines.preflight.student_side import StudentRead, load_side, read_as_student, row_id
 from pipelines.presence import at_work
-from pipelines.stage_plans import refuse_blind
+from pipelines.stage_plans import blind_student, refuse_blind, refuse_default_parts
 from student_train.cache import Cache
 from student_train.methods import create_method
-from student_train.needs import Need
-from student_train.student import open_student
+from teacher_cache.batch import row_positions
+from teacher_cache.codecs.fitting import least_rows
 from teacher_cache.errors import KdcliError
 from teacher_cache.fields import create_field
 from teacher_cache.label_ends import label_ends
-from teacher_cache.model_kind import reads_images
-from teacher_cache.plan import Plan, content_hash, parts_with_images, write_plan
+from teacher_cache.plan import Plan, content_hash, write_plan
 from teacher_cache.prepare import Limits as RowLimits
 from teacher_cache.prepare import Preparer
 from teacher_cache.same_rows import bind_pictures
@@ -39,7 +43,6 @@ from teacher_cache.shards.storage import Storage
 from teacher_cache.teachers.backends import refuse_wants, teacher_fingerprint
 from teacher_cache.teachers.transformers import load_processor, resolve_device
 
-KINDS = ("response", "vision")
 Progress = Callable[[str, int, int], None]
 
 
@@ -63,13 +66,19 @@ class Opened:
     tokens: int
     warnings: list[str]
 
+    @property
+    def fitted(self) -> dict[str, int]:
+        """What calibrations are fitted on: samples, and token rows by kind."""
+        rows = {kind: sum(len(row_positions(row.teacher)[kind]) for row in self.fitting) for kind in KINDS}
+        return {"samples": len(self.fitting), **rows}
+
 
 def preflight(request: PreflightRequest, progress: Progress = lambda event, done, total: None) -> dict[str, Any]:
     """Everything; continues what is in ``request.out``. ``progress(event, done, total)`` is called as it goes on.
 
     Returns:
         One JSON-able object: ``go``, ``reasons``, ``rows``, ``choices``, ``methods``, ``bytes_per_sample``,
-        ``estimate``, ``canaries``, ``params``, ``warnings``, ``kd_toml``.
+        ``estimate``, ``canaries``, ``params``, ``labels``, ``warnings``, ``kd_toml``.
     """
     opened = open_everything(request, progress)
     if opened.read.tokenizer or not opened.judged:
@@ -82,28 +91,51 @@ def preflight(request: PreflightRequest, progress: Progress = lambda event, done
 
 
 def go_on(request: PreflightRequest, opened: Opened, progress: Progress) -> dict[str, Any]:
-    """Everything behind what needs no weights."""
+    """Everything behind what needs no weights. The teacher leaves the memory before the student comes."""
     device = resolve_device(request.teacher)
-    student, rows = load_side(request.settings.train, opened.read, opened.judged, device)
-    answers = ask(request, opened, rows, progress)
-    choices, params = chosen_params(request, opened, student, rows, answers, progress)
+    progress("asking the teacher", 0, 1)
+    answers = ask(request, opened, device)
     receipt = write_canaries(request, opened)
+    opened.live.release()
+    student, rows = load_side(request.settings.train, opened.read, opened.judged, device)
+    chosen = chosen_params(request, opened.notebook, student, rows, answers, progress)
     report = partial(progress, "capturing")
-    seconds = capture_sample(request, opened.plan, opened.preparer, opened.live, opened.fingerprint, params, report)
+    seconds = capture_sample(
+        request, opened.plan, opened.preparer, opened.live, opened.fingerprint, chosen.params, chosen.fitted, report
+    )
     if seconds is not None:
         opened.notebook.note("tokens_per_second", opened.tokens / seconds)
     progress("comparing the cache with the live teacher", 0, 1)
     cache = Cache(request.cache_url)
     terms = compare_terms(cache, opened.preparer, student, rows, answers, terms_for(all_needs(request)))
+    compared = {"compared": sum(map(len, student.batches)), "judged": len(rows)}
     del student
     methods = []
     for done, method in enumerate(request.methods):
         progress(f"a training step of {method}", done, len(request.methods))
         methods.append(judge_method(request, cache, method, opened.read, terms, device))
-    found = Found(choices, params, methods, receipt)
-    body = conclude(request, opened.read, len(rows), opened.notebook, cache, found)
+    found = Found(chosen, methods, receipt, {"fitted": opened.fitted, **compared})
+    body = conclude(request, opened.read, opened.notebook, cache, found)
     body["warnings"] = opened.warnings
+    progress("looking at labels", 0, 1)
+    body["labels"], page = look_at_labels(cache)
+    write_tried(request, body, page)
     return body | {"kd_toml": settle(request, body) if body["go"] else None}
+
+
+def look_at_labels(cache: Cache) -> tuple[dict[str, Any], str]:
+    """(``labels.show.to_json`` of the sampled rows, the same as tables); ``{"error"}`` and nothing where no field tells of labels."""
+    try:
+        made = survey(cache)
+    except KdcliError as error:
+        return {"error": str(error)}, ""
+    return show.to_json(made), show.page(made)
+
+
+def write_tried(request: PreflightRequest, body: dict[str, Any], labels: str) -> None:
+    """The tables of everything that was measured, as a page beside the cache. labels: tables of the labels."""
+    page = "\n\n".join(filter(None, (tried_page(body).rstrip("\n"), labels))) + "\n"
+    Storage(request.out).put_bytes(page.encode(), TRIED)
 
 
 def settle(request: PreflightRequest, body: dict[str, Any]) -> dict[str, Any]:
@@ -126,21 +158,18 @@ def open_everything(request: PreflightRequest, progress: Progress) -> Opened:
     resolve_device(request.teacher)
     unknown = set(capture.parts_without_fields) - {spec.part for spec in request.data}
     if unknown:
-        raise KdcliError(f"parts_without_fields names {', '.join(sorted(unknown))}, which is no part of the mixture")
+        raise KdcliError(f"parts_without_fields names {', '.join(sorted(unknown))}, which is not a part of the mixture")
     for name, params in request.base_fields().items():
         create_field(name, params)
     fingerprint = teacher_fingerprint(request.teacher, processor, config)
-    plan = sample_plan(request.data, request.rows, preparer.fingerprint(), capture.seed)
-    for part in parts_with_images(plan.slices):
-        preparer.check_images(part, plan.spec(part).template)
+    settings = identity(request, fingerprint)
+    Notebook(request.out, settings)  # another preflight is refused before its rows are read
+    kinds = [kind for kind in KINDS if has_ladder(request.base_fields(), kind)]
+    wanted = Wanted(least_rows(int(config.get_text_config().hidden_size)), kinds)
+    plan, sides = enough_rows(request.data, request.rows, preparer, capture, wanted)
     plan = bind_pictures(Storage(request.cache_url), plan)
-    notebook = Notebook(request.out, identity(request, plan.plan_hash, fingerprint))
+    notebook = Notebook(request.out, settings, plan.plan_hash)
     bare = set(capture.parts_without_fields)
-    held = held_out(plan)
-    sides = {
-        side: read_rows(plan, preparer, [one for n, one in enumerate(plan.slices) if (n in held) is side])
-        for side in (False, True)
-    }
     rows = [*sides[False], *sides[True]]
     if not rows:
         raise KdcliError("no sampled row is usable: run `kdcli doctor`")
@@ -158,70 +187,27 @@ def open_everything(request: PreflightRequest, progress: Progress) -> Opened:
 
 
 def refuse_methods(request: PreflightRequest) -> None:
-    """CompatibilityError for a method that learns from vision tokens where teacher or student has none."""
-    blind = "" if request.images else f"teacher {request.teacher.id!r}"
-    if not blind:
-        config = open_student(request.student, request.settings.train.trust_remote_code)[1]
-        blind = "" if reads_images(config) else f"student {request.student!r}"
+    """Methods that cannot be trained whatever is measured: vision tokens that one side has not, parts that the mixture has not."""
+    student = blind_student(request.settings.train)
+    parts = list(dict.fromkeys(spec.part for spec in request.data))
+    for name in request.methods:
+        refuse_default_parts(name, request.settings, parts, bool(student))
+    blind = student if request.images else f"teacher {request.teacher.id!r}"
     for name in request.methods if blind else ():
-        refuse_blind(create_method(name, "paper", request.settings.methods.get(name, {})), name, blind)
+        refuse_blind(create_method(name, knobs=request.settings.methods.get(name, {})), name, blind)
 
 
-def all_needs(request: PreflightRequest) -> frozenset[Need]:
-    return frozenset().union(*(needs_of(request, method) for method in request.methods))
-
-
-def ask(request: PreflightRequest, opened: Opened, student: list[Row], progress: Progress) -> LiveAnswers:
-    """The live teacher on the judged rows, in batches and one at a time."""
-    progress("asking the teacher", 0, 1)
-    rows = [row.teacher for row in student]
-    wants = HIDDEN | ladder_wants(request)
-    outputs = opened.live.listen(rows, wants, request.settings.capture.batch_tokens)
-    alone = opened.live.listen(rows, HIDDEN, 1)
-    return LiveAnswers(outputs, alone, opened.live.head)
-
-
-def ladder_wants(request: PreflightRequest) -> frozenset[str]:
-    """What the teacher must compute for every candidate."""
-    base = request.base_fields()
-    ladder = [one for kind in KINDS if has_ladder(base, kind) for one in candidates(kind, base)]
-    fields = [create_field(name, params) for one in ladder for name, params in one.fields.items()]
-    return frozenset().union(*(one.wants for one in fields))
-
-
-def chosen_params(
-    request: PreflightRequest,
-    opened: Opened,
-    student: Student,
-    rows: list[Row],
-    answers: LiveAnswers,
-    progress: Progress,
-) -> tuple[list[dict[str, Any]], dict[str, dict[str, Any]]]:
-    """(what was chosen for each row kind and why, field → parameters over the profile's); noted, so that a re-run captures the same."""
-    found = opened.notebook.found.get("choices")
-    base = request.base_fields()
-    kinds = [kind for kind in KINDS if has_ladder(base, kind)]
-    if found is None:
-        found = []
-        if kinds:
-            wants = ladder_wants(request) | frozenset(f"hidden.{kind}" for kind in KINDS)
-            fitting = [row.teacher for row in opened.fitting]
-            calibration = thin(opened.live.listen(fitting, wants, request.settings.capture.batch_tokens))
-            teacher_rows = [row.teacher for row in rows]
-            needed = terms_for(all_needs(request))
-            bench = Bench(student, teacher_rows, answers.outputs, calibration, answers.head, needed)
-            left = float(request.max_bytes) if request.max_bytes else None
-            for kind in kinds:
-                limits = Limits(request.max_kl, request.max_angle, left)
-                report = partial(progress, f"choosing parameters of {kind} rows")
-                choice = choose(kind, candidates(kind, base), bench, limits, report)
-                left = max(1.0, left - choice.chosen.bytes_per_sample) if left else None
-                found.append(choice.to_json())
-        opened.notebook.note("choices", found)
-    params = request.kept_params()
-    for choice in found:
-        params |= choice["fields"]
-    return found, params
+def ask(request: PreflightRequest, opened: Opened, device: torch.device) -> LiveAnswers:
+    """The live teacher on the judged rows, those whose whole gradients are compared one at a time too, and on the rows to fit on."""
+    wants, tokens = HIDDEN | ladder_wants(request), request.settings.capture.batch_tokens
+    pairs = opened.read.of(opened.judged)
+    prepared = [row.teacher for row, _ in pairs]
+    outputs = opened.live.listen(prepared, wants, tokens)
+    alone = list(outputs)
+    for number in compared_samples([one for _, one in pairs], device):
+        alone[number] = opened.live.listen([prepared[number]], HIDDEN, 1)[0]
+    fitting = [] if "choices" in opened.notebook.found else [row.teacher for row in opened.fitting]
+    return LiveAnswers(outputs, alone, thin(opened.live.listen(fitting, wants, tokens)), opened.live.head)
 
 
 def write_canaries(request: PreflightRequest, opened: Opened) -> dict[str, Any]:

@@ -19,6 +19,8 @@ from student_train.student import load_student
 
 STEPS = 3
 """The first allocates, the last is measured."""
+MOST_SAMPLES = {"cpu": 2}
+"""Of the measured micro-batch: a CPU takes as long for each of more, and their activations are most of the memory."""
 
 
 def step_cost(cache: Cache, plan: StagePlan, student: str, device: torch.device) -> dict[str, Any]:
@@ -27,7 +29,8 @@ def step_cost(cache: Cache, plan: StagePlan, student: str, device: torch.device)
     peak_bytes: on a GPU what torch allocated for it; on a CPU the most that this whole process ever held, an upper bound.
     """
     rows = CachedRows(cache, plan.parts, plan.served.names, coded=device.type != "cpu")
-    micro = min(plan.settings.per_device_train_batch_size, max(1, sum(rows.counts) // STEPS))
+    batch = plan.settings.per_device_train_batch_size
+    micro = min(batch, MOST_SAMPLES.get(device.type, batch), max(1, sum(rows.counts) // STEPS))
     accumulate = plan.settings.gradient_accumulation_steps
     settings = replace(
         plan.settings,
@@ -57,7 +60,7 @@ def step_cost(cache: Cache, plan: StagePlan, student: str, device: torch.device)
         "samples": micro,
         "tokens": results[-1].tokens,
         "seconds": results[-1].seconds,
-        "optimizer_step_seconds": results[-1].seconds * accumulate,
+        "optimizer_step_seconds": results[-1].seconds * accumulate * batch / micro,
         "peak_bytes": peak,
         "of": "the GPU" if on_gpu else "this whole process",
     }

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from pipelines.fidelity.rows import Row
-from pipelines.fidelity.student import Student
+from pipelines.fidelity.student import Student, compared_samples
 from student_train.compression import asked_for
 from student_train.config import TrainSettings
 from student_train.savable import refuse_quantized
@@ -38,6 +38,10 @@ class StudentRead:
     tokenizer: str
     grids: str
     problems: list[str]
+
+    def of(self, ids: frozenset[str]) -> list[tuple[Row, Prepared]]:
+        """The rows with these ids, as both read them."""
+        return [(row, one) for row, one in zip(self.rows, self.prepared) if row_id(row) in ids]
 
 
 def read_as_student(
@@ -107,7 +111,6 @@ def load_side(
     assert settings.student is not None
     torch.manual_seed(settings.seed)  # of a compressor's fresh weights, as in training
     model, processor = load_student(settings.student, "sdpa", settings.trust_remote_code, asked_for(settings))
-    pairs = [(row, one) for row, one in zip(read.rows, read.prepared) if row_id(row) in ids]
-    rows, prepared = [row for row, _ in pairs], [one for _, one in pairs]
-    pad = processor.tokenizer.pad_token_id or 0
-    return Student(model.to(device), rows, prepared, STAGES["DFT"].trains, pad), rows
+    rows, prepared = [row for row, _ in read.of(ids)], [one for _, one in read.of(ids)]
+    pad, compared = processor.tokenizer.pad_token_id or 0, compared_samples(prepared, device)
+    return Student(model.to(device), rows, prepared, STAGES["DFT"].trains, pad, compared), rows

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from pipelines.report.runs import Run
+from student_train.methods import terms_of
 
 WIDTH, HEIGHT = 340, 190
 LEFT, RIGHT, TOP, BOTTOM = 46, 12, 10, 26
@@ -92,7 +93,7 @@ def stage_charts(runs: Sequence[Run]) -> list[tuple[str, list[Chart]]]:
         series: dict[str, list[tuple[Style, Points]]] = {}
         for style, run in zip(styles, runs):
             for stage in (one for one in run.stages if one.name == name):
-                for term in stage.terms:
+                for term in (*stage.terms, *stage.told):
                     points = [(p["step"], p[term]) for p in stage.points if term in p]
                     series.setdefault(term, []).append((style, points))
         if series.get("loss") == series.get("loss/reg") and len(series) == 2:
@@ -100,6 +101,17 @@ def stage_charts(runs: Sequence[Run]) -> list[tuple[str, list[Chart]]]:
         charts = [chart for term, lines in series.items() if (chart := draw(term, lines))]
         result.append((name, charts))
     return result
+
+
+def term_words(runs: Sequence[Run]) -> list[tuple[str, str]]:
+    """(term, what it is in words) of the loss terms that are drawn, each once; a term that its method does not explain is left out."""
+    found: dict[tuple[str, str], None] = {}
+    for stage in (stage for run in runs for stage in run.stages):
+        words = terms_of(stage.method)
+        for term in (key.removeprefix("loss/") for key in stage.terms):
+            if term in words:
+                found[term, words[term]] = None
+    return list(found)
 
 
 def draw(term: str, series: Sequence[tuple[Style, Points]]) -> Chart | None:

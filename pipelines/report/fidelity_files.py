@@ -66,13 +66,6 @@ def read_fidelity(paths: Sequence[Path | str]) -> list[Measured]:
     return [_read(path) for path in paths]
 
 
-def beside(cache_url: str) -> list[str]:
-    """The preflight whose own cache this is: ``preflight/cache`` lies in its folder."""
-    folder, _, name = place_of(cache_url).text.rpartition("/")
-    beside_it = name == "cache" and folder and not folder.endswith("/")
-    return [f"{folder}/{NOTEBOOK}"] if beside_it and Storage(folder).exists(NOTEBOOK) else []
-
-
 def _read(path: Path | str) -> Measured:
     found = place_of(path)
     place = f"{found.text}/{NOTEBOOK}" if found.local and Path(found.path).is_dir() else found.text
@@ -164,7 +157,7 @@ def _of_preflight(place: str, body: Mapping[str, Any]) -> Measured:
     ]
     return Measured(
         place,
-        "candidates of a preflight on its held-out rows, from the cheapest on until one was good enough",
+        "candidates of a preflight, on rows that nothing was fitted on",
         stored,
         terms,
     )
@@ -176,7 +169,7 @@ def _number(value: Any) -> float:
 
 def _text(value: Any) -> str:
     if not isinstance(value, str):
-        raise TypeError(f"{value!r} is no text")
+        raise TypeError(f"{value!r} is not text")
     return value
 
 

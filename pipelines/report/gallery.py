@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
-from pipelines.inspect_cache import heads, token_text, tokenizer_of, words
+from pipelines.inspect_cache import heads, token_text, words
 from pipelines.report.picture import Picture, background_words, draw_pictures, visible
 from student_train.cache import Cache, CachedRow, CachedRows
+from student_train.teacher_tokenizer import tokenizer_of
 from teacher_cache.errors import KdcliError, SkipRow
 from teacher_cache.fingerprint import preparation_version
 from teacher_cache.shards.commit import committed_shards
@@ -73,9 +74,9 @@ def cache_gallery(cache: Cache, limit: int = EXAMPLES) -> Gallery:
     for part in cache.parts():
         try:
             for row in _rows(cache, part):
-                kind = _kind(row)
+                kind = kind_of(row)
                 if row.sample.images and len(by_kind.setdefault(kind, [])) < CANDIDATES:
-                    by_kind[kind].append(_decode(cache, tokenizer, row, kind))
+                    by_kind[kind].append(decode(cache, tokenizer, row, kind))
         except KdcliError as error:
             gallery.notes.append(f"part {part}: {error}")
     ranked = [sorted(rows, key=lambda one: -one.variety()) for rows in by_kind.values()]
@@ -85,7 +86,7 @@ def cache_gallery(cache: Cache, limit: int = EXAMPLES) -> Gallery:
     gallery.background = background_words([one.vision for one in chosen])
     for one in chosen:
         try:
-            gallery.examples.append(_example(one, set(gallery.background), upright))
+            gallery.examples.append(example_of(one, set(gallery.background), upright))
         except (KdcliError, SkipRow) as error:
             gallery.notes.append(f"{one.row.key}: {error}")
     return gallery
@@ -95,7 +96,7 @@ def _rows(cache: Cache, part: str) -> Iterator[CachedRow]:
     """The first rows of some shards spread over the part, with the fields that tell words."""
     shards = set(cache.shards([part]))
     done = [name for name in cache.fields if shards <= set(committed_shards(cache.storage, f"fields/{name}"))]
-    fields = [name for kind in ("vision", "response") if (name := _teller(done, kind))]
+    fields = [name for kind in ("vision", "response") if (name := teller(done, kind))]
     rows = CachedRows(cache, [part], fields)
     filled = [position for position, count in enumerate(rows.counts) if count]
     for position in filled[:: max(1, -(-len(filled) // SHARDS_LOOKED_AT))]:
@@ -103,24 +104,24 @@ def _rows(cache: Cache, part: str) -> Iterator[CachedRow]:
             yield rows.read(position, row)
 
 
-def _teller(fields: Sequence[str], kind: str) -> str | None:
+def teller(fields: Sequence[str], kind: str) -> str | None:
     """The cheapest field that tells the words of such rows."""
     return next((name for name in (f"{kind}_topk", f"{kind}_hidden") if name in fields), None)
 
 
-def _kind(row: CachedRow) -> str:
+def kind_of(row: CachedRow) -> str:
     source = row.sample.extra.get("family") or row.sample.extra.get("data_source")
     return f"{row.sample.part} / {source}" if source else row.sample.part
 
 
-def _decode(cache: Cache, tokenizer: object, row: CachedRow, kind: str) -> Decoded:
+def decode(cache: Cache, tokenizer: object, row: CachedRow, kind: str) -> Decoded:
     vision = [words(tokenizer, head) for head in heads(cache, row, "vision")]
     expected = [words(tokenizer, head) for head in heads(cache, row, "response")]
     labels = [token_text(tokenizer, int(i)) for i in row.text.response_ids.tolist()]
     return Decoded(row, kind, vision, list(zip(labels, expected)))
 
 
-def _example(one: Decoded, background: set[str], upright: bool) -> Example:
+def example_of(one: Decoded, background: set[str], upright: bool) -> Example:
     tokens = [
         Token(visible(label), [(visible(word), p, word == label) for word, p in expected])
         for label, expected in one.response[:TOKENS_SHOWN]

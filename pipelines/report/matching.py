@@ -23,7 +23,7 @@ from student_train.methods import create_method, hook
 from student_train.needs import Served
 from student_train.stream import Order, TrainBatch, TrainDataset, join
 from student_train.student import RowForward, load_student
-from student_train.teacher_view import TeacherSignals
+from student_train.teacher_view import TeacherHeads
 from teacher_cache.errors import KdcliError, SkipRow, one_line
 from teacher_cache.fingerprint import preparation_version
 from teacher_cache.prepare import Preparer
@@ -85,7 +85,7 @@ def matching_section(runs: Sequence[Run], cache: Cache) -> MatchingSection | Non
         except (KdcliError, SkipRow) as error:
             section.notes.append(f"{run.name}: {error}")
         except KeyError as error:
-            section.notes.append(f"{run.folder / 'run.json'}: it does not say {error}")
+            section.notes.append(f"{run.folder / 'run.json'}: it lacks {error}")
         except (TypeError, ValueError, AttributeError) as error:  # settings and knobs of any type
             section.notes.append(f"{run.folder / 'run.json'}: it does not fit its model ({one_line(error)})")
     return section if section.runs or section.notes else None
@@ -100,7 +100,7 @@ def _student(run: Run, cache: Cache) -> Student | None:
         card = cards[stage.folder.name]
         if not set(NEEDS) & set(card.get("fields", {})) or not (stage.folder / "model").is_dir():
             continue
-        method = create_method(card["method"], "paper", card.get("knobs", {}))
+        method = create_method(card["method"], knobs=card.get("knobs", {}))
         matching = hook(method, "alignment")()
         if matching and matching.by != "pool":  # pooling assigns nothing
             return Student(run, stage.folder, card, method, matching)
@@ -117,7 +117,7 @@ def _match(one: Student, cache: Cache) -> MatchedRun:
     model, processor = load_student(str(one.folder / "model"), TrainSettings().attn_implementation)
     served = Served({need: tuple(names) for need, names in one.card["fields"].items() if need in NEEDS}, ())
     student = RowForward(model.eval(), _maps(one, cache, model, served)).to(device)
-    signals = TeacherSignals.open(cache, served, device)
+    signals = TeacherHeads.open(cache, served, device)
     upright = preparation_version(cache.plan.preparation) > 1
     pictures = [
         _picture(sample, batch, _assignment(one.matching, student, signals, batch, device), upright)
@@ -164,7 +164,7 @@ def _batches(
 
 @torch.no_grad()
 def _assignment(
-    matching: Matching, student: RowForward, signals: TeacherSignals, batch: TrainBatch, device: torch.device
+    matching: Matching, student: RowForward, signals: TeacherHeads, batch: TrainBatch, device: torch.device
 ) -> list[int]:
     """Teacher row of every vision row of the student, ``UNMATCHED`` for newlines."""
     hidden = student(batch.batch.to(device), ["vision"])

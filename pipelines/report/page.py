@@ -10,15 +10,19 @@ from typing import Any
 import jinja2
 
 from pipelines import inspect_cache
-from pipelines.report.charts import run_styles, short, stage_charts
+from pipelines.preflight.request import beside
+from pipelines.report.charts import run_styles, short, stage_charts, term_words
 from pipelines.report.efficiency import efficiency
-from pipelines.report.fidelity_files import beside, read_fidelity
+from pipelines.report.fidelity_files import read_fidelity
 from pipelines.report.frontier import frontiers
 from pipelines.report.gallery import cache_gallery
+from pipelines.report.labels import label_section
+from pipelines.report.lead import Lead
 from pipelines.report.matching import matching_section
 from pipelines.report.runs import Run, read_runs
 from pipelines.report.scores import collect_results, score_rows
 from pipelines.report.sizes import cache_sizes
+from pipelines.report.term_gradients import term_gradients
 from student_train.cache import Cache
 from teacher_cache.whole_file import refuse_unwritable, write_whole
 
@@ -33,6 +37,7 @@ def write_report(
     title: str = TITLE,
     fidelity: Sequence[Path | str] = (),
     matching: bool = True,
+    lead: Lead | None = None,
 ) -> Path:
     """Write the page.
 
@@ -41,6 +46,7 @@ def write_report(
         scores: name (``teacher``, ``llava-kd``, …) → a result of ``pipelines.evaluate.score``, or a list of them, one a seed;
             names that are missing here come from ``scores.json`` in the run folders.
         fidelity: files of ``kdcli fidelity --out FILE.json`` or folders of ``kdcli preflight``; none: the preflight that the cache is of.
+        lead: what the page is to say first.
         matching: match the vision tokens of finished students whose method does, which loads each and runs it on two rows.
 
     Raises:
@@ -54,15 +60,19 @@ def write_report(
     status = inspect_cache.status(cache) if cache else None
     page = template().render(
         title=title,
+        lead=lead,
         header=header(read, cache),
         scores=score_rows(collect_results(read, scores)),
         runs=[run_row(run, cache) for run in read],
         styles=run_styles(read),
         stages=stage_charts(read),
+        term_words=term_words(read),
+        gradients=term_gradients(read),
         efficiency=efficiency(read, status),
         sizes=cache_sizes(cache, status) if cache and status else None,
         frontiers=frontiers(measured),
         gallery=cache_gallery(cache) if cache else None,
+        labels=label_section(cache, status["columns"]["samples"]["written"]) if cache and status else None,
         matching=matching_section(read, cache) if cache and matching else None,
         settings=[(run, settings_table(run)) for run in read],
     )

@@ -24,6 +24,7 @@ class Stage:
 
     Attributes:
         points: one dictionary a logged step, as in ``metrics.jsonl``. terms: its ``loss`` keys, the total first.
+        told: its ``weight`` and ``kept`` keys: of terms that have a schedule, or select.
         done: the stage ended (``done.json`` is there). written: when its last file was. folder: of the stage.
     """
 
@@ -36,6 +37,7 @@ class Stage:
     done: bool
     written: datetime
     folder: Path
+    told: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -121,6 +123,7 @@ def _read_stage(folder: Path, method: str) -> Stage:
     ended = os.path.lexists(done)
     result = read_record(done, fits(DONE), TRAIN_AGAIN).get("result", {}) if ended else {}
     terms = dict.fromkeys(key for point in points for key in point if key == "loss" or key.startswith("loss/"))
+    told = dict.fromkeys(key for point in points for key in point if key.startswith(("weight/", "kept/")))
     last = done if ended else log
     return Stage(
         name=folder.name.partition("-")[2] or folder.name,
@@ -132,4 +135,5 @@ def _read_stage(folder: Path, method: str) -> Stage:
         done=ended,
         written=datetime.fromtimestamp(last.stat().st_mtime, UTC),
         folder=folder,
+        told=tuple(told),
     )

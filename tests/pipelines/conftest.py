@@ -249,3 +249,25 @@ def shaky(healthy: Faulty, monkeypatch: pytest.MonkeyPatch) -> Iterator[Proxy]:
     yield proxy
     proxy.close()
     fsspec.filesystem("s3").clear_instance_cache()
+
+
+@pytest.fixture(scope="session")
+def noisy(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """(cache, planted): 12 captions and 72 chat rows by the demo teacher, a fifth of the answers made wrong.
+
+    planted: (row, number of the answer) → as in ``wrong_answers.json``. Top-8 of response rows, top-2 of vision rows.
+    """
+    from pipelines.cache_teacher import capture
+    from pipelines.capture_shards import CaptureRequest
+    from pipelines.demo.run import TEACHER, Recipe, make_world
+    from pipelines.settings import CaptureSettings
+    from teacher_cache.teachers.transformers import TeacherSpec
+
+    folder = tmp_path_factory.mktemp("noisy")
+    world, data = make_world(
+        folder / "world", Recipe(captions=12, train=72, heldout=7, defects=0, wrong_answers=0.2), 0
+    )
+    params: dict[str, dict[str, Any]] = {"response_topk": {"k": 8}, "vision_topk": {"k": 2}}
+    settings = CaptureSettings(shards=6, fields=tuple(params), workers=1)
+    capture(CaptureRequest(TeacherSpec(str(TEACHER)), data, str(folder / "cache"), settings, params))
+    return folder / "cache", {(one["row"], one["turn"]): one for one in world.wrong}

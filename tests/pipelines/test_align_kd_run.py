@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
+from tests.warm import Warm
 
 
 @pytest.fixture(scope="module")
@@ -24,23 +21,19 @@ def cache(make_request: Callable[..., Any], tmp_path_factory: pytest.TempPathFac
     return out
 
 
-def train(cache: Path, student: Path, output: Path, processes: int, batch: int) -> list[dict[str, Any]]:
+def train(warm: Warm, cache: Path, student: Path, output: Path, processes: int, batch: int) -> list[dict[str, Any]]:
     """Metrics of both stages, two steps each."""
     words = ["train-student", "--cache", str(cache), "--student", str(student), "--method", "align-kd"]
     words += ["--output-dir", str(output), "--max-steps", "2", "--per-device-train-batch-size", str(batch)]
     words += ["--gradient-accumulation-steps", "1", "--report-to", "none", "--set", "gamma=20"]
-    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-    command = [*start, "cli.py", *words] if processes > 1 else [sys.executable, "cli.py", *words]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
+    warm.together(processes, words, output.parent)
     files = [output / f"0{number}-{stage}" / "metrics.jsonl" for number, stage in ((1, "DPT"), (2, "DFT"))]
     return [json.loads(line) for file in files for line in file.read_text().splitlines()]
 
 
-def test_two_processes_are_one(cache: Path, tiny_student: Path, tmp_path: Path) -> None:
-    one = train(cache, tiny_student, tmp_path / "one", 1, 8)
-    two = train(cache, tiny_student, tmp_path / "two", 2, 4)
+def test_two_processes_are_one(cache: Path, tiny_student: Path, tmp_path: Path, warm: Warm) -> None:
+    one = train(warm, cache, tiny_student, tmp_path / "one", 1, 8)
+    two = train(warm, cache, tiny_student, tmp_path / "two", 2, 4)
     assert len(one) == len(two) == 4
     for alone, together in zip(one, two):
         assert {name for name in alone if name.startswith("loss/")} == {

@@ -2,15 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
-import pickle
 import random
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -29,9 +24,8 @@ from teacher_cache.errors import CacheError, CompatibilityError, KdcliError
 from teacher_cache.shards.commit import read_commit
 from teacher_cache.shards.storage import Storage
 from teacher_cache.sources import DataSpec
+from tests.warm import Warm
 
-PROGRAM = Path(__file__).with_name("capture_in_process.py")
-ROOT = Path(__file__).parents[2]
 KILLS = 10
 
 
@@ -51,34 +45,18 @@ def undisturbed(make_request, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-class Captures:
-    """Runs captures in processes that can be killed."""
+@pytest.fixture
+def run(warm: Warm, tmp_path: Path) -> Callable[..., int]:
+    """``run(request, kill_after=None)``: exit status of a capture in another process, -9 where the kill came in time."""
 
-    def __init__(self, folder: Path):
-        self.pickled = folder / "request.pickle"
-        environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-        self.server = subprocess.Popen([sys.executable, PROGRAM], env=environment, **pipes)
-        assert self.server.stdout.readline() == "ready\n"
-
-    def run(self, request, kill_after: float | None = None) -> int:
-        """Exit status of one capture, -9 where the kill came in time."""
-        self.pickled.write_bytes(pickle.dumps(request))
-        print(self.pickled, file=self.server.stdin, flush=True)
-        child = int(self.server.stdout.readline())
+    def one(request, kill_after: float | None = None) -> int:
+        child = warm.start(capture, request, folder=tmp_path)
         if kill_after is not None:
             time.sleep(kill_after)
-            with contextlib.suppress(ProcessLookupError):  # it was done before
-                os.kill(child, signal.SIGKILL)
-        return int(self.server.stdout.readline())
+            child.kill()
+        return child.wait()
 
-
-@pytest.fixture
-def captures(tmp_path: Path):
-    running = Captures(tmp_path)
-    yield running
-    running.server.stdin.close()
-    running.server.wait(timeout=60)
+    return one
 
 
 def test_rows_are_written_plus_skipped_in_every_column(tiny_cache: Path) -> None:
@@ -159,15 +137,15 @@ def test_two_workers_write_the_same_cache(undisturbed: Path, make_request, tmp_p
     assert tree(out) == tree(undisturbed)
 
 
-def test_sigkill_at_any_moment_then_resume(undisturbed: Path, make_request, tmp_path: Path, captures) -> None:
+def test_sigkill_at_any_moment_then_resume(undisturbed: Path, make_request, tmp_path: Path, run) -> None:
     """Kills at random moments of one capture after another; what stands is always clean, and the end is the same bytes."""
     begun = time.monotonic()
-    assert captures.run(make_request(tmp_path / "whole")) == 0
+    assert run(make_request(tmp_path / "whole")) == 0
     seconds = time.monotonic() - begun
     assert tree(tmp_path / "whole") == tree(undisturbed)
     out, rng, kills, stages = tmp_path / "killed", random.Random(11), 0, set()
     for _ in range(3 * KILLS):
-        status = captures.run(make_request(out), kill_after=rng.uniform(0, seconds))
+        status = run(make_request(out), kill_after=rng.uniform(0, seconds))
         kills += status == -signal.SIGKILL
         stages.add(len(tree(out)) if out.exists() else 0)
         if (out / "manifest.json").exists():
@@ -178,7 +156,7 @@ def test_sigkill_at_any_moment_then_resume(undisturbed: Path, make_request, tmp_
             shutil.rmtree(out)  # it was done: begin again, so that kills fall on every stage of a capture
     assert kills >= KILLS
     assert len(stages) >= 3, "the kills all fell on the same moment"
-    assert captures.run(make_request(out)) == 0
+    assert run(make_request(out)) == 0
     left = {name: data for name, data in tree(out).items() if name in tree(undisturbed)}
     assert left == tree(undisturbed)
     collect_garbage(Cache(str(out)), remove=True)
@@ -376,16 +354,17 @@ def test_a_field_goes_on_with_the_codec_version_that_it_was_begun_with(make_requ
 
 
 @pytest.mark.parametrize(
-    ("field", "given", "older"),
+    ("field", "given", "older", "version"),
     [
-        ("vision_hidden", {"codec": "sketch"}, {"codec_version": 1}),
-        ("affinity", {"layout": "factored"}, {"codec_version": 1, "text": "all", "step": 0.02}),
-        ("affinity", {"layout": "dense"}, {"text": "all"}),
+        ("vision_hidden", {"codec": "sketch"}, {"codec_version": 1}, 1),
+        ("affinity", {"layout": "factored"}, {"codec_version": 1, "text": "all", "step": 0.02}, 1),
+        ("affinity", {"layout": "factored"}, {"step": 0.02}, 2),
+        ("affinity", {"layout": "dense"}, {"text": "all"}, 1),
     ],
-    ids=["sketch", "factored affinity", "dense affinity"],
+    ids=["sketch", "factored affinity", "factored affinity of one step", "dense affinity"],
 )
-def test_version_1_of_coded_fields_goes_on(
-    make_request, tmp_path: Path, field: str, given: dict[str, Any], older: dict[str, Any]
+def test_older_versions_of_coded_fields_go_on(
+    make_request, tmp_path: Path, field: str, given: dict[str, Any], older: dict[str, Any], version: int
 ) -> None:
     """A cache of before: described as it always was, read, found done by today's command, and mended with the bytes that stood there."""
     folder = tmp_path / "cache"
@@ -393,7 +372,8 @@ def test_version_1_of_coded_fields_goes_on(
     capture(replace(request, field_params={field: {**given, **older}}))
     before = tree(folder)
     body = Cache(str(folder)).fields[field]
-    assert body["version"] == 1 and "text" not in body["params"]
+    assert body["version"] == version and "long_step" not in body["params"]
+    assert ("text" in body["params"]) == (version > 1)
     capture(request)
     assert tree(folder) == before
     (folder / f"fields/{field}/commits/000000.json").unlink()

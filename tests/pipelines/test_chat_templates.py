@@ -12,6 +12,7 @@ import PIL.Image
 import pytest
 import torch
 from click.testing import CliRunner
+from transformers import LlavaConfig
 
 from cli import main
 from pipelines.evaluation.answers import Prompt, answer, answers_or_skips, prompt_of
@@ -102,7 +103,7 @@ def test_a_template_that_cannot_be_used_is_one_line_everywhere(
 class Asked:
     """Stands where a model does: ``generate`` keeps what it was given, and says nothing."""
 
-    device, dtype = torch.device("cpu"), torch.float32
+    device, dtype, config = torch.device("cpu"), torch.float32, LlavaConfig()
 
     def generate(self, **inputs: Any) -> torch.Tensor:
         self.ids: torch.Tensor = inputs["input_ids"]

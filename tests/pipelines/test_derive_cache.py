@@ -22,7 +22,7 @@ from pipelines.settings import CaptureSettings, Settings
 from pipelines.train_student import train
 from student_train.cache import Cache, CachedRow, CachedRows
 from student_train.config import TrainSettings
-from teacher_cache import cache_shard
+from teacher_cache import behind
 from teacher_cache.errors import KdcliError
 from teacher_cache.shards.commit import read_commit
 from teacher_cache.shards.storage import Storage
@@ -179,10 +179,8 @@ def test_skip_records_stay_where_every_row_does(with_skips: Path, tmp_path: Path
 
 def test_rows_that_only_a_field_skips(make_request, tmp_path: Path, monkeypatch) -> None:
     """The teacher says NaN of every third row: subsets keep the field's own skip records of their rows, and all counts hold."""
-    real, asked = cache_shard.is_finite, []
-    monkeypatch.setattr(
-        cache_shard, "is_finite", lambda output: bool(len(asked.append(0) or asked) % 3) and real(output)
-    )
+    real, asked = behind.is_finite, []
+    monkeypatch.setattr(behind, "is_finite", lambda output: bool(len(asked.append(0) or asked) % 3) and real(output))
     capture(make_request(tmp_path / "nan", fields=("response_topk",)))
     whole = complete(tmp_path / "nan")["columns"]["fields/response_topk"]
     assert whole["skipped"] == {"nonfinite_teacher": 10}
@@ -392,9 +390,9 @@ BAD_SUBSETS = [
     (["--fraction", "1.5"], ["--fraction must be", "1.5"]),
     (["--max-rows", "0"], ["--max-rows must be at least 1"]),
     (["--parts", "caption", "--text-only"], ["no row of part caption passes the filters"]),
-    (["--keys", "no/such/file"], ["--keys no/such/file", "one a line"]),
+    (["--keys", "no/such/file"], ["--keys no/such/file", "one per line"]),
     (["--keys", "empty"], ["--keys empty: holds no key"]),
-    (["--keys", "strange"], ["1 of the --keys are not in samples", "000000000-00000000", "take them out"]),
+    (["--keys", "strange"], ["1 of the --keys are not in samples", "000000000-00000000", "remove them"]),
     (["--workers", "-1"], ["--workers must not be negative"]),
 ]
 

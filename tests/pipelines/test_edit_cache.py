@@ -28,6 +28,8 @@ from teacher_cache.shards.storage import Storage
 from teacher_cache.sources import DataSpec
 from teacher_cache.teachers.transformers import TeacherSpec
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 TOPK = {"k": 8, "coding": "plain", "value_dtype": "float32"}
 
 
@@ -35,15 +37,6 @@ def tree(folder: Path) -> dict[str, bytes]:
     """Every file that belongs to the cache; what lies in ``.staging`` does not."""
     files = (f for f in sorted(folder.rglob("*")) if f.is_file() and ".staging" not in f.parts)
     return {str(f.relative_to(folder)): f.read_bytes() for f in files}
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Sums split over threads round differently; one thread makes bytes comparable."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture
@@ -231,13 +224,13 @@ def test_a_field_of_another_teacher_is_asked_for(tiny_cache: Path, copy_of, add,
     drop_field(str(folder), "response_hidden", remove=True)
     with pytest.raises(KdcliError, match=r"hidden_size: cache 48, here 32.*--other-teacher"):
         add(folder, teacher=tiny_student, response_hidden={"codec": "fp32"})
-    with pytest.raises(KdcliError, match=r"dtype: cache float32, here bfloat16.*--dtype as then"):
+    with pytest.raises(KdcliError, match=r"dtype: cache float32, here bfloat16.*the original --teacher and --dtype"):
         add(folder, dtype="bfloat16", response_hidden={"codec": "fp32"})
     add(folder, teacher=tiny_student, other_teacher=True, response_hidden={"codec": "fp32"})
     cache = Cache(str(folder))
     assert cache.teacher_head("response_hidden").shape[1] == 32 and cache.teacher_head("vision_hidden").shape[1] == 48
     assert check(cache) == []
-    with pytest.raises(KdcliError, match=r"response_hidden is there by another teacher.*drop-field"):
+    with pytest.raises(KdcliError, match=r"response_hidden exists, made by another teacher.*drop-field"):
         add(folder, response_hidden={"codec": "fp32"})
 
 
@@ -313,7 +306,7 @@ BAD = [
     (["--field", "depth"], ["unknown field 'depth'", "affinity, attention, relation"]),
     (
         ["--field", "vision_topk"],
-        ["vision_topk is there with other parameters", "params.k: cache 8, here 64", "drop-field"],
+        ["vision_topk exists with other parameters", "params.k: cache 8, here 64", "drop-field"],
     ),
     (
         ["--field", "vision_topk", "--field", "relation", "--set", "k=8"],
@@ -363,6 +356,6 @@ def test_other_refusals(tiny_cache: Path, copy_of, tiny_teacher: Path, world, tm
     template.write_text(template.read_text().replace("<|end|>", "<|end|>\\n"))
     refused(
         run("cache", "add-field", tiny_cache, "--field", "relation", "--teacher", other, "--other-teacher"),
-        r"prepares rows in another way than this cache: preparation\.chat_template: cache",
+        r"prepares rows differently from this cache: preparation\.chat_template: cache",
         "--teacher",
     )

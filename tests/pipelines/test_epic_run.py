@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +18,7 @@ from pipelines.train_student import train
 from student_train.config import TrainSettings
 from teacher_cache.errors import KdcliError
 from teacher_cache.sources import DataSpec
+from tests.warm import Warm
 
 
 def settings_for(output: Path, student: Path) -> Settings:
@@ -60,16 +58,13 @@ def test_broken_off_and_run_again_ends_with_the_same_bits(
     assert lines[0]["loss/self"] > -1e-6 and all(line["loss/self"] > 1e-5 for line in lines[-2:])
 
 
-def test_two_processes(tiny_cache: Path, tiny_student: Path, tmp_path: Path) -> None:
-    """The teaching pass goes past the gradient averaging, the student's pass through it."""
-    launch = [sys.executable, "-P", "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    launch += ["--no-python", str(Path(sys.executable).with_name("kdcli"))]
+def test_two_processes(tiny_cache: Path, tiny_student: Path, tmp_path: Path, warm: Warm) -> None:
+    """The teaching pass goes past the gradient averaging, the student's pass through it. The paper's tower trains, too."""
     line = ["train-student", "--method", "epic-tcd", "--student", str(tiny_student), "--cache", str(tiny_cache)]
     line += ["--stages", "DFT", "--output-dir", str(tmp_path / "run"), "--max-steps", "3", "--set", "layer=1"]
     line += ["--per-device-train-batch-size", "2", "--gradient-accumulation-steps", "2", "--report-to", "none"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([*launch, *line], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=200)
-    assert done.returncode == 0, done.stderr[-3000:]
+    line += ["--preset", "paper"]
+    warm.together(2, line, tmp_path)
     lines = [json.loads(one) for one in (tmp_path / "run/01-DFT/metrics.jsonl").read_text().splitlines()]
     assert len(lines) == 3 and all(one["grad_norm"] > 0 for one in lines)
     assert abs(lines[0]["loss/self"]) < 1e-6 and all(

@@ -24,7 +24,7 @@ from pipelines.estimate.field_sizes import (
     size_field,
     stand_in,
 )
-from pipelines.estimate.mixture_sample import parse_rows, sample_mixture
+from pipelines.estimate.mixture_sample import Few, parse_rows, sample_mixture
 from pipelines.estimate.notes import shard_notes
 from pipelines.estimate.report import estimate_tables
 from pipelines.estimate.run import PlanRequest, estimate
@@ -148,7 +148,7 @@ def test_parts_without_fields_and_speed(make_request: Callable[..., Any], tmp_pa
     assert found.hours["gpu_hours"] == pytest.approx(found.tokens / 10 / 3600)
     assert found.hours["wall_hours"] == pytest.approx(found.hours["gpu_hours"] / 2)
     assert 0 < found.hours["preparation_wall_hours"] == found.hours["preparation_process_hours"] / 2
-    with pytest.raises(KdcliError, match="no part"):
+    with pytest.raises(KdcliError, match="not a part"):
         estimate(plan_of(make_request(tmp_path / "no", parts_without_fields=("x",))))
 
 
@@ -241,9 +241,30 @@ def test_rows_and_blocks() -> None:
 def test_samples_are_spread(mixture: tuple[DataSpec, ...], teacher_parts: tuple[Any, Any]) -> None:
     """Seven of 21 rows, from the beginning to the end, other rows for another seed."""
     preparer = Preparer(*teacher_parts)
-    (one,) = sample_mixture(mixture[1:], preparer, {}, 7, seed=0)
+    (one,) = sample_mixture(mixture[1:], preparer, {}, Few(7))
     ordinals = [row.ordinal for row in one.usable]
     assert one.read >= 7 and ordinals == sorted(set(ordinals)) and one.scanned == 21
+
+
+@pytest.mark.parametrize(
+    ("shards", "rows", "message"),
+    [
+        (512, {}, "--shards 512 is more than the 21 rows of the mixture: use at most --shards 21"),
+        (512, {"sft": 511}, "--shards 512 is more than the 511 rows"),
+        (0, {}, "1 parts need at least that many"),
+    ],
+)
+def test_too_many_shards_are_refused_before_a_row_is_prepared(
+    mixture: tuple[DataSpec, ...],
+    teacher_parts: tuple[Any, Any],
+    monkeypatch: pytest.MonkeyPatch,
+    shards: int,
+    rows: dict[str, int],
+    message: str,
+) -> None:
+    monkeypatch.setattr(Preparer, "prepare", lambda *asked: pytest.fail("a row is prepared"))
+    with pytest.raises(KdcliError, match=message):
+        sample_mixture(mixture[1:], Preparer(*teacher_parts), rows, Few(7, shards=shards))
 
 
 def test_rows_option() -> None:

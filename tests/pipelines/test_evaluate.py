@@ -14,6 +14,7 @@ import torch
 
 from pipelines.evaluate import MAX_NEW_TOKENS, Answer, evaluate, evaluate_folder, score
 from pipelines.evaluation.metrics.exact_match import normalise
+from pipelines.evaluation.score import calibration_error
 from pipelines.tables import score_table
 from student_train.pruning import Pruning
 from student_train.pruning.plain import pruned_states
@@ -76,16 +77,25 @@ def own_answers(student: tuple[Any, Any], images: Path) -> list[str]:
 
 @torch.inference_mode()
 def answer_tokens(student: tuple[Any, Any], prompt: str, answer: str, pictures: list[PIL.Image.Image]) -> list[float]:
-    """Nats of each token of ``answer`` and its end of turn, from one forward over the whole text: no batch, no label mask."""
+    """Nats of each token of ``answer`` and its end of turn."""
+    log_probs, ids = answer_rows(student, prompt, answer, pictures)
+    return [float(-row[token]) for row, token in zip(log_probs, ids)]
+
+
+def answer_rows(
+    student: tuple[Any, Any], prompt: str, answer: str, pictures: list[PIL.Image.Image]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """float64 log-probs before each token of the answer, and these tokens: one forward over the whole text, no batch, no label mask."""
     model, processor = student
     whole, asked = (
         processor(text=[t], images=pictures or None, return_tensors="pt") for t in (f"{prompt}{answer}<|end|>", prompt)
     )
     ids = whole.pop("input_ids")
     whole.pop("attention_mask")
-    log_probs = model.eval()(input_ids=ids, **whole).logits[0].double().log_softmax(-1)
+    with torch.inference_mode():
+        log_probs = model.eval()(input_ids=ids, **whole).logits[0].double().log_softmax(-1)
     first = asked["input_ids"].shape[1]
-    return [float(-log_probs[at - 1, ids[0, at]]) for at in range(first, ids.shape[1])]
+    return log_probs[first - 1 : -1], ids[0, first:]
 
 
 def write(folder: Path, rows: list[dict[str, Any]], images: Path) -> DataSpec:
@@ -175,6 +185,11 @@ def test_nll_is_of_the_last_answer_and_skips_what_training_cannot_render(
     prompt = "<|user|><image>\nwhat is it<|end|><|assistant|>a circle<|end|><|user|>how many<|end|><|assistant|>"
     own = answer_tokens(student, prompt, "three", [PIL.Image.open(images / "0.png").convert("RGB")])
     odd, last = result["answers"]
+    log_probs, ids = answer_rows(student, prompt, "three", [PIL.Image.open(images / "0.png").convert("RGB")])
+    tops = [(float(one.max().exp()), bool(one.argmax() == token)) for one, token in zip(log_probs, ids)]
+    assert [one[1] for one in last.tops] == [one[1] for one in tops] and not odd.tops
+    assert [one[0] for one in last.tops] == pytest.approx([one[0] for one in tops], rel=1e-5)
+    assert result["ece"] == pytest.approx(calibration_error(tops), rel=1e-5)
     assert (odd.tokens, last.tokens) == (0, len(own)) and last.nats == pytest.approx(sum(own), rel=1e-5)
     assert result["families"]["odd"]["nll"] is None and result["nll_skipped"] == {"reserved_token": 1}
     assert "nll without 1 of them: 1 reserved_token" in score_table({"student": result})
@@ -240,7 +255,7 @@ def test_a_run_stands_for_its_last_stage(tiny_student: Path, images: Path, tmp_p
     result = CliRunner().invoke(main, ["eval", str(run), *command])
     assert result.exit_code == 0 and "01-SFT/model | questions |" in result.stdout and "note" not in result.stderr
     result = CliRunner().invoke(main, ["eval", str(run.parent), *command])
-    assert result.exit_code == 1 and f"no run (run.json): the runs in it are {run}" in result.stderr
+    assert result.exit_code == 1 and f"nor a run (run.json): the runs in it are {run}" in result.stderr
 
 
 def test_the_command_shows_what_was_not_asked(tiny_student: Path, images: Path, tmp_path: Path) -> None:
@@ -254,7 +269,7 @@ def test_the_command_shows_what_was_not_asked(tiny_student: Path, images: Path, 
     assert shown.stdout.endswith("\n\n1 of 2 rows asked, 1 skipped: 1 placeholder_mismatch\n")
     (said,) = [line for line in shown.stderr.splitlines() if line.startswith("note: ")]
     assert said.startswith(
-        "note: 1 of 2 rows were not asked, the scores are of the other 1; the first, heldout.json row 1:"
+        "note: 1 of 2 rows were not asked, the scores cover the other 1; the first, heldout.json row 1:"
     )
     assert said.endswith("2 images")
     body = json.loads(
@@ -362,7 +377,7 @@ def test_compressed_answers_are_those_of_the_plain_forward(
             ["--compress", "fastvv", "--keep", "4"],
             "unknown compression operator 'fastvv': choose from dart, fastv, pyramiddrop, random",
         ),
-        (["--compress", "dart"], "say how many vision tokens an image keeps"),
+        (["--compress", "dart"], "give the number of vision tokens to keep"),
         (["--compress", "dart", "--keep", "0"], "at least 1 vision token"),
         (
             ["--compress", "dart", "--keep", "4", "--compress-layer", "3"],

@@ -67,7 +67,7 @@ def test_parts_have_rows_of_the_same_number(tiny_cache: Path) -> None:
 
 
 def test_one_way_to_choose(tiny_cache: Path) -> None:
-    refused(run("inspect", tiny_cache, "--row", 0, "--id", "x"), "--row and --id each choose a row")
+    refused(run("inspect", tiny_cache, "--row", 0, "--id", "x"), "--row and --id each select a row")
     refused(run("inspect", tiny_cache, "--row", -1), "--row counts from 0, got -1")
     refused(run("inspect", tiny_cache, "--source-row", -1), "--source-row counts from 0, got -1")
     first = CachedRows(Cache(str(tiny_cache)), Cache(str(tiny_cache)).parts(), []).key(0, 0)

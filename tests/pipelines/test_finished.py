@@ -96,7 +96,8 @@ CHANGES: dict[str, Callable[[CaptureRequest, Path], CaptureRequest]] = {
     ),
     "a lost commit": lambda asked, at: next((at / "cache" / "samples" / "commits").iterdir()).unlink() or asked,
     "another description": lambda asked, at: (
-        (at / "cache" / "fields" / "response_topk" / "field.json").open("a").write(" ") and asked
+        [one.write_text(" " + one.read_text()) for one in (at / "cache" / "fields").glob("response_topk/field.json")]
+        and asked
     ),
     "a broken memory": lambda asked, at: [one.write_text("[") for one in (at / "memory").iterdir()] and asked,
     "no memory": lambda asked, at: shutil.rmtree(at / "memory") or asked,

@@ -81,6 +81,19 @@ def test_every_command_that_the_file_has_values_for_reads_it() -> None:
     assert named & without == named and without - named <= {"export", "eval-tasks"}
 
 
-@pytest.mark.parametrize(("given", "said"), [("tensorboard,mlflow", "got mlflow"), ("none,wandb", "none stands alone")])
+@pytest.mark.parametrize(
+    ("given", "said"), [("tensorboard,mlflow", "got mlflow"), ("none,wandb", "none must be the only one")]
+)
 def test_trackers_by_flag(folder: Path, given: str, said: str) -> None:
     assert re.search(said, refusal("train-student", "--report-to", given, "--config", "run.toml"))
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (("--schedule", "vis"), "--schedule vis: write TERM=TEXT"),
+        (("--log-term-gradients", "-1"), "must be at least 0"),
+    ],
+)
+def test_flags_of_terms(folder: Path, given: tuple[str, ...], said: str) -> None:
+    assert re.search(said, refusal("train-student", *given, "--config", "run.toml"))

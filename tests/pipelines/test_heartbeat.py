@@ -61,7 +61,7 @@ def test_nonsense_in_the_folder_is_nobody(tmp_path: Path) -> None:
 def test_rate_time_left_and_who_is_lost() -> None:
     now = 10_000.0
     said = [
-        Word("a", "one:1", started=now - 100, updated=now - 5, shard=4, shard_rows=50, rows=950),
+        Word("a", "one:1", started=now - 100, updated=now - 5, shard=4, shard_rows=50, rows=950, waited=19.0),
         Word("b", "two:2", started=now - 100, updated=now, shard=None, rows=1000),
         Word("c", "three:3", started=now - 900, updated=now - LOST_AFTER - 1, shard=6, shard_rows=9, rows=99),
     ]
@@ -70,7 +70,8 @@ def test_rate_time_left_and_who_is_lost() -> None:
     assert found["rows_per_second"] == 20.0 and found["seconds_left"] == 40
     text = work_lines(found)
     assert "2 workers running, 20.0 rows/s, 40 s left" in text
-    assert "one:1: shard 000004, 50 rows" in text and "three:3, shard 000006" in text
+    assert "one:1: shard 000004, 50 rows of it; its teacher waited 20% of the time for encoding" in text
+    assert "three:3, shard 000006" in text
     assert summary(said[2:], 850, now)["seconds_left"] is None
 
 

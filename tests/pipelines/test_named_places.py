@@ -62,7 +62,7 @@ NO_PLACE = {
     ("train-student", "--cache", "c", "--student", "s", "--output-dir", ""): "empty",
     ("train-student", "--cache", "c", "--student", "s", "--local-cache", "s3://bucket/run"): "disk of this machine",
     ("report", "runs", "--out", "s3://bucket/page.html"): "disk of this machine",
-    ("report", "runs", "--out", "new/"): "a folder is named",
+    ("report", "runs", "--out", "new/"): "names a folder",
     ("eval", "model", "--data", "x.json", "--out", "s3://bucket/scores.json"): "disk of this machine",
     ("eval", "model", "--data", "x.json", "--answers", "s3:/bucket/scores.json"): "two slashes",
     ("export", "run", "--out", "s3://bucket/model"): "disk of this machine",

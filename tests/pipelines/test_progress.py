@@ -9,7 +9,7 @@ import pytest
 from rich.console import Console
 
 from pipelines import progress
-from pipelines.progress import Lines, bar, train_progress
+from pipelines.progress import Lines, bar, doctor_progress, train_progress
 
 
 def log_file() -> Console:
@@ -66,3 +66,17 @@ def test_a_training_into_a_log() -> None:
 def test_a_terminal_has_bars() -> None:
     console = Console(file=io.StringIO(), force_terminal=True, width=100)
     assert not isinstance(bar(console, "rows"), Lines)
+
+
+def test_a_doctor_s_rate_is_that_of_the_whole_part() -> None:
+    """Groups come in bursts, 400 rows within a blink; two parts of one name have a bar each."""
+    clock = [1000.0]
+    console = Console(file=io.StringIO(), width=60, get_time=lambda: clock[0])
+    with doctor_progress(console) as show:
+        for total in (400, 100):
+            show("sft", 0, total)
+            clock[0] += 4.0
+            for done in range(100, total + 1, 100):
+                show("sft", done, total)
+                clock[0] += 1e-6
+    assert text(console).splitlines() == ["sft: 400/400 rows, 100.0 rows/s", "sft: 100/100 rows, 25.0 rows/s"]

@@ -273,7 +273,7 @@ def test_what_it_is_not_made_of_is_refused(
     tar = next(folder.glob("fields/response_topk/data/000000*"))
     intact = tar.read_bytes()
     flip(tar)
-    assert "name the teacher that made the cache" in refusals(folder, replace(request, teacher=None))
+    assert "give the cache's teacher" in refusals(folder, replace(request, teacher=None))
     student = TeacherSpec(str(tiny_student), dtype="float32", device="cpu")
     assert "made by another teacher than" in refusals(folder, replace(request, teacher=student))
     tar.write_bytes(intact)

@@ -178,7 +178,7 @@ def test_two_workers_of_other_pictures_do_not_mix(asked, roots, tmp_path: Path, 
     monkeypatch.setattr(same_rows, "refuse_other_pictures", lambda *_: None)
     monkeypatch.setattr("pipelines.cache_teacher.refuse_other_pictures", lambda *_: None)
     monkeypatch.setattr(ShardWriter, "commit", late)
-    with pytest.raises(CacheError, match="shard 000000 was captured meanwhile by another worker, of other rows"):
+    with pytest.raises(CacheError, match="shard 000000 was captured meanwhile by another worker, with other rows"):
         capture(asked(one, (0, 2)))
     assert committed_shards(Storage(str(tmp_path / "cache")), "fields/response_topk") == []
 

@@ -106,10 +106,7 @@ def test_a_forgotten_image_root_stops_before_the_job(world: Any, weightless: Pat
     said = run(*words, "--out", str(tmp_path / "cache"))
     assert said.exit_code == 1 and not (tmp_path / "cache").exists()
     (line,) = said.output.strip().splitlines()
-    assert (
-        "part 'caption': of 10 rows that were looked at, 10 are skipped: 10 by image_missing (captions.json row 0"
-        in line
-    )
+    assert "part 'caption': of 10 checked rows, 10 are skipped: 10 by image_missing (captions.json row 0" in line
     assert "--image-root" in line and "--allow-skips 1 " in line
     (tmp_path / "kd.toml").write_text("[capture]\nallow_skips = 1.0\nfields = []\nstore = 'none'\n")
     said = run(*words, "--out", str(tmp_path / "cache"), "--config", str(tmp_path / "kd.toml"))
@@ -149,7 +146,7 @@ def test_one_bad_row_does_not_stop_a_small_job(asked, hide) -> None:
     hide(3)
     summary = capture(asked(fields=("response_topk",)))
     assert summary["columns"]["samples"]["skipped"] == {"image_missing": 1} and "excess" not in summary
-    with pytest.raises(KdcliError, match=r"of 10 rows .*, 1 are skipped: 1 by image_missing"):
+    with pytest.raises(KdcliError, match=r"of 10 checked rows, 1 are skipped: 1 by image_missing"):
         capture(asked("strict", allow_skips=0.0))
 
 
@@ -172,7 +169,7 @@ def test_defects_of_the_data_are_counted_behind_the_job_unless_nearly_all_rows_h
     assert "the cache is kept; --retry-skipped" in kept
     assert "10 of 20 rows are skipped in samples, 10 by empty_answer (10.json row 0" in line
     assert "--allow-skips 0.5 " in line and "kdcli doctor" in line
-    with pytest.raises(KdcliError, match=r"of 20 rows .*, 19 are skipped: 19 by empty_answer"):
+    with pytest.raises(KdcliError, match=r"of 20 checked rows, 19 are skipped: 19 by empty_answer"):
         capture(asked(19))
 
 
@@ -217,7 +214,7 @@ def test_rows_whose_cause_is_gone_are_taken_in(asked, hide, tmp_path: Path) -> N
     bring()
     assert capture(asked()) == first, "it is finished; rows are taken in when that is asked for"
     summary = capture(asked(again=True))
-    assert summary["notes"][0].startswith("2 rows taken in, ") and "notes" not in first
+    assert summary["notes"][0].startswith("2 rows added, ") and "notes" not in first
     for column in summary["columns"].values():
         assert (column["written"], column["skipped"]) == (ROWS, {})
     cache = Cache(str(tmp_path / "cache"))

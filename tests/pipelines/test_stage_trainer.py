@@ -17,9 +17,10 @@ from pipelines.settings import Settings
 from pipelines.stage_identity import stage_identity
 from pipelines.stage_plans import plan_stages
 from pipelines.stage_trainer import load_maps, save_maps
-from pipelines.train_student import check_head, train
+from pipelines.train_student import train
 from student_train.cache import Cache
 from student_train.config import StageSettings, TrainSettings
+from student_train.token_ids import check_head
 from teacher_cache.errors import CompatibilityError
 
 

@@ -27,8 +27,10 @@ from student_train.cache import Cache
 from student_train.checkpoint import checkpoints
 from student_train.config import TrainSettings
 from teacher_cache.shards.storage import Storage
+from tests.warm import Child, Warm, kdcli
 
 KDCLI = str(Path(sys.executable).with_name("kdcli"))
+Process = subprocess.Popen[bytes] | Child
 SHARDS = 31
 
 
@@ -40,15 +42,30 @@ def started(line: list[str], folder: Path) -> Iterator[subprocess.Popen[bytes]]:
         process = subprocess.Popen(
             line, cwd=folder, env=environment, stdout=subprocess.DEVNULL, stderr=errors, start_new_session=True
         )
-        try:
+        with none_left(process):
             yield process
-        finally:
-            with suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
 
 
-def until(seen: Callable[[], Any], process: subprocess.Popen[bytes], folder: Path) -> Any:
+@contextmanager
+def forked(warm: Warm, line: list[str], folder: Path) -> Iterator[Child]:
+    """The same of a process that imports nothing."""
+    process = warm.start(kdcli, line[1:], folder=folder, errors=folder / "stderr")
+    with none_left(process):
+        yield process
+
+
+@contextmanager
+def none_left(process: Process) -> Iterator[None]:
+    """Its whole group is gone behind this block."""
+    try:
+        yield
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+def until(seen: Callable[[], Any], process: Process, folder: Path) -> Any:
     """What ``seen`` says once it says something; the process must still run then."""
     while not (found := seen()):
         assert process.poll() is None, (folder / "stderr").read_text()[-3000:]
@@ -116,26 +133,39 @@ def stopped_request(make_request: Callable[..., CaptureRequest], tmp_path: Path)
 
 @pytest.mark.parametrize(
     ("workers", "number", "to_all"),
-    [(1, signal.SIGTERM, True), (2, signal.SIGTERM, False), (2, signal.SIGUSR1, True)],
+    [
+        (1, signal.SIGTERM, True),
+        (1, signal.SIGUSR1, False),
+        (2, signal.SIGTERM, False),
+        pytest.param(2, signal.SIGUSR1, True, marks=pytest.mark.exhaustive),
+    ],
 )
 def test_a_capture_ends_in_order(
-    workers: int, number: int, to_all: bool, stopped_request: CaptureRequest, tmp_path: Path
+    workers: int,
+    number: int,
+    to_all: bool,
+    stopped_request: CaptureRequest,
+    own_modules: Callable[[Path], Path],
+    tmp_path: Path,
+    warm: Warm,
 ) -> None:
-    """Sent to the command alone, or to every process as Slurm does."""
-    cache = tmp_path / "cache"
-    with started(capture_line(stopped_request, workers), tmp_path) as process:
+    """Sent to the command alone, or to every process as Slurm does. With two workers it is the program itself, in a folder where the
+    user has modules with names of ours."""
+    cache, line = tmp_path / "cache", capture_line(stopped_request, workers)
+    own_modules(tmp_path)
+    with started(line, tmp_path) if workers > 1 else forked(warm, line, tmp_path) as process:
         numbers = until(capturing(cache), process, tmp_path)
         (os.killpg if to_all else os.kill)(process.pid, number)
         assert process.wait(60) == 128 + number
-    said = f"stopped by {signal.Signals(number).name}: what is committed stays, the shard that was begun is dropped"
+    said = f"stopped by {signal.Signals(number).name}: committed shards are kept, the unfinished shard is dropped"
     assert last_line(tmp_path).startswith(said)
     continues(stopped_request, numbers)
 
 
-def test_workers_whose_command_was_killed(stopped_request: CaptureRequest, tmp_path: Path) -> None:
+def test_workers_whose_command_was_killed(stopped_request: CaptureRequest, tmp_path: Path, warm: Warm) -> None:
     """They end, too; until the next run nobody is said to work."""
     cache = tmp_path / "cache"
-    with started(capture_line(stopped_request, 2), tmp_path) as process:
+    with forked(warm, capture_line(stopped_request, 2), tmp_path) as process:
         numbers = until(capturing(cache), process, tmp_path)
         process.kill()
         process.wait()
@@ -173,11 +203,12 @@ def settings_of(student: Path, folder: Path, steps: int) -> TrainSettings:
     return TrainSettings(student=str(student), output_dir=str(folder), report_to="none", **own)
 
 
-def test_training_ends_behind_a_checkpoint(tiny_cache: Path, tiny_student: Path, tmp_path: Path) -> None:
+@pytest.mark.usefixtures("one_thread")
+def test_training_ends_behind_a_checkpoint(tiny_cache: Path, tiny_student: Path, tmp_path: Path, warm: Warm) -> None:
     """Every process gets the signal, those that load rows too; the run goes on from the step that was made last."""
     settings = settings_of(tiny_student, tmp_path / "run", 60)
     line = train_line(tiny_cache, settings, "--dataloader-num-workers", "1")
-    with started(line, tmp_path) as process:
+    with forked(warm, line, tmp_path) as process:
         until(lambda: steps_logged(tmp_path / "run") >= 3, process, tmp_path)
         os.killpg(process.pid, signal.SIGTERM)
         assert process.wait(60) == 128 + signal.SIGTERM
@@ -200,8 +231,38 @@ def ranks(process: subprocess.Popen[bytes]) -> list[int]:
     return sorted(map(int, told.stdout.split()))
 
 
-def test_two_processes_stop_at_one_step(tiny_cache: Path, tiny_student: Path, tmp_path: Path) -> None:
-    """One of them gets SIGUSR1; then torchrun gets SIGTERM, and hands it on."""
+def test_two_processes_stop_at_one_step(tiny_cache: Path, tiny_student: Path, tmp_path: Path, warm: Warm) -> None:
+    """One of them gets SIGUSR1; then both get SIGTERM."""
+    line = train_line(tiny_cache, settings_of(tiny_student, tmp_path / "run", 100_000))[1:]
+    made = 0
+    for number, told in ((signal.SIGUSR1, slice(1, 2)), (signal.SIGTERM, slice(2))):
+        both = warm.ranks(2, kdcli, line, tmp_path)
+        try:
+            while steps_logged(tmp_path / "run") < made + 3:
+                assert both[0].poll() is None, both[0].said()
+                time.sleep(0.005)
+            for one in both[told]:
+                os.kill(one.pid, number)
+            first, second = (one.wait(100) for one in both)  # who is told by the other ends as by SIGTERM
+            assert second == 128 + number and first == 128 + signal.SIGTERM
+        finally:
+            for one in both:
+                one.kill()
+        made = stopped_behind_a_checkpoint(tmp_path / "run", made, both[0].said())
+
+
+def stopped_behind_a_checkpoint(run: Path, before: int, said: str) -> int:
+    """The newest one is of the last step, which is told once. Returns that step."""
+    made = steps_logged(run)
+    newest = checkpoints(run / "01-SFT" / "checkpoints")[-1]
+    assert int(newest.name.removeprefix("step-")) == made > before
+    assert said.count(f"01-SFT: step {made} of 100000 is in a checkpoint") == 1, said[-3000:]
+    return made
+
+
+@pytest.mark.exhaustive
+def test_torchrun_hands_a_signal_on(tiny_cache: Path, tiny_student: Path, tmp_path: Path) -> None:
+    """One of its processes gets SIGUSR1; then torchrun gets SIGTERM."""
     launch = [sys.executable, "-P", "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--no-python"]
     line = [*launch, *train_line(tiny_cache, settings_of(tiny_student, tmp_path / "run", 100_000))]
     made = 0
@@ -213,10 +274,7 @@ def test_two_processes_stop_at_one_step(tiny_cache: Path, tiny_student: Path, tm
             assert process.wait(100) != 0 and len(numbers) == 2 and all(ended(number) for number in numbers)
         said = (tmp_path / "stderr").read_text()
         assert "SIGKILL" not in said, "none of them had to be killed"
-        newest = checkpoints(tmp_path / "run" / "01-SFT" / "checkpoints")[-1]
-        assert int(newest.name.removeprefix("step-")) == steps_logged(tmp_path / "run") > made
-        made = steps_logged(tmp_path / "run")
-        assert said.count(f"01-SFT: step {made} of 100000 is in a checkpoint") == 1, said[-3000:]
+        made = stopped_behind_a_checkpoint(tmp_path / "run", made, said)
 
 
 def test_a_run_ends_with_its_killed_torchrun(tiny_cache: Path, tiny_student: Path, tmp_path: Path) -> None:

@@ -82,6 +82,6 @@ def test_what_is_never_listed_is_said(lagging: Lagging, monkeypatch: pytest.Monk
     monkeypatch.setattr("teacher_cache.shards.commit.LONGEST_LAG_S", 0.1)
     storage = Storage("s3://bucket/lagging/never")
     assert storage.put_new("samples/commits/000000.json", b"x")
-    with pytest.raises(CacheError, match=r"samples/commits/000000.json is there, and its store has not listed it"):
+    with pytest.raises(CacheError, match=r"samples/commits/000000.json exists, but its store has not listed it"):
         await_listed(storage, {0: ["samples"]})
     await_listed(storage, {1: ["samples"]}, ["relation"])  # another run's: not waited for

@@ -1,4 +1,4 @@
-"""A teacher and students that read text alone, by every command along the way; what they cannot have is refused by name."""
+"""A teacher and students that read text-only, by every command along the way; what they cannot have is refused by name."""
 
 from __future__ import annotations
 
@@ -26,8 +26,9 @@ from student_train.config import TrainSettings
 from teacher_cache.errors import CompatibilityError, KdcliError
 from teacher_cache.sources import DataSpec
 from teacher_cache.teachers.transformers import TeacherSpec
-from tests.pipelines.test_processes import command, torchrun
+from tests.pipelines.test_processes import command
 from tests.text_models import build_text_folder, write_rows
+from tests.warm import Warm
 
 ROWS = 36
 
@@ -107,7 +108,7 @@ def test_every_command_takes_a_teacher_of_text(here: Path, tmp_path: Path, monke
     planned = json.loads(kdcli("plan", *teacher, *rows, "--shards", 2, "--json"))
     fields = ["fields/response_topk", "fields/response_hidden"]
     assert [one["name"] for one in planned["columns"]] == ["samples", *fields] and planned["hours"]["flops"] > 0
-    tried = ("--rows", ROWS, "--shards", 2, "--max-kl", 9, "--max-angle", 90)
+    tried = ("--rows", ROWS, "--shards", 2, "--max-kl", 9, "--fidelity", 90)
     went = json.loads(kdcli("preflight", *teacher, *student, *rows, *tried, "--json", "--no-write"))
     assert went["go"] and [one["method"] for one in went["methods"]] == ["kd"]
     kdcli("cache-teacher", *teacher, *rows, "--out", "cache", "--shards", 2)
@@ -143,12 +144,10 @@ def test_vision_methods_are_refused_by_name_before_any_model_loads(
     monkeypatch.setattr("transformers.PreTrainedModel.from_pretrained", None)
     monkeypatch.setattr("transformers.AutoModelForCausalLM.from_pretrained", None)
     for method in ("llava-kd", "em-kd", "align-kd", "epic-tcd", "epic-lcd"):
-        with pytest.raises(
-            CompatibilityError, match=rf"method {method} needs .*reads text alone: use .*kd.*sft"
-        ) as one:
+        with pytest.raises(CompatibilityError, match=rf"method {method} needs .*is text-only: use .*kd.*sft") as one:
             train(str(cache), method, settings_of(here / "student", tmp_path / "run"))
         assert "\n" not in str(one.value) and "student" in str(one.value)
-        with pytest.raises(CompatibilityError, match=rf"method {method} needs .*the teacher of .*reads text alone"):
+        with pytest.raises(CompatibilityError, match=rf"method {method} needs .*the teacher of .*is text-only"):
             train(str(cache), method, settings_of(tiny_student, tmp_path / "run"))
     with pytest.raises(CompatibilityError, match="stage PT trains the projector alone"):
         train(str(cache), "kd", settings_of(here / "student", tmp_path / "run"), "PT,DFT")
@@ -161,9 +160,9 @@ def test_vision_methods_are_refused_by_name_before_any_model_loads(
 
 def test_fields_of_images_are_refused_by_name(here: Path, cache: Path, tmp_path: Path) -> None:
     for name in ("vision_topk", "affinity", "relation", "attention", "vision_features"):
-        with pytest.raises(CompatibilityError, match=rf"field {name} .*text alone.*response_topk"):
+        with pytest.raises(CompatibilityError, match=rf"field {name} .*text-only.*response_topk"):
             capture(request_of(here, tmp_path / "out", fields=("response_topk", name)))
-        with pytest.raises(CompatibilityError, match=rf"field {name} .*text alone"):
+        with pytest.raises(CompatibilityError, match=rf"field {name} .*text-only"):
             add_fields(str(cache), TeacherSpec(str(here / "teacher")), {name: {}}, CaptureSettings(workers=1))
     assert not (tmp_path / "out").exists()
 
@@ -188,7 +187,7 @@ def test_rows_with_images_are_skip_records(here: Path, tmp_path: Path) -> None:
     """Told before the job, counted with their reason; no excess, however many: they are what the user chose. All of them are refused."""
     mixed, warnings = with_images(here, tmp_path, 9), list[str]()
     said = capture(request_of(here, tmp_path / "cache", data=str(mixed)), warn=warnings.append)
-    assert any("rows with images (9 images) are skipped: the teacher reads text alone" in line for line in warnings)
+    assert any("rows with images (9 images) are skipped: the teacher is text-only" in line for line in warnings)
     assert "excess" not in said and said["columns"]["samples"]["skipped"] == {"images_unread": 9}
     assert said["columns"]["fields/response_hidden"]["written"] == ROWS - 9
     assert not survey(str(tmp_path / "cache"))[1]
@@ -204,7 +203,7 @@ def test_a_student_of_text_leaves_rows_with_images_out(
     """A cache of images and text serves a student of text by its rows without images; a method by vision tokens is refused."""
     said: list[str] = []
     made = train(str(tiny_cache), "kd", settings_of(here / "student", tmp_path / "run"), say=said.append)
-    assert made["stages"][0]["steps"] == 2 and any("reads text alone" in line for line in said)
+    assert made["stages"][0]["steps"] == 2 and any("is text-only" in line for line in said)
 
 
 def test_a_student_of_images_learns_from_a_teacher_of_text(cache: Path, tiny_student: Path, tmp_path: Path) -> None:
@@ -252,12 +251,12 @@ def test_a_run_goes_on_from_its_checkpoint(here: Path, cache: Path, tmp_path: Pa
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[n], theirs[n]) for n in ours)
 
 
-def test_shards_of_a_student_make_the_steps_of_one_process(here: Path, cache: Path, tmp_path: Path) -> None:
-    """FSDP2 under torchrun."""
+def test_shards_of_a_student_make_the_steps_of_one_process(here: Path, cache: Path, tmp_path: Path, warm: Warm) -> None:
+    """FSDP2."""
     alone = settings_of(here / "student", tmp_path / "alone", gradient_accumulation_steps=2)
     train(str(cache), "kd", alone)
     own = replace(alone.train, output_dir=str(tmp_path / "sharded"), gradient_accumulation_steps=1, fsdp=True)
-    torchrun(2, command(cache, own, "DFT", "kd"), tmp_path)
+    warm.together(2, command(cache, own, "DFT", "kd"), tmp_path)
     losses = [
         [json.loads(line)["loss"] for line in (tmp_path / n / "01-DFT" / "metrics.jsonl").read_text().splitlines()]
         for n in ("sharded", "alone")

@@ -50,7 +50,7 @@ def test_a_list_of_trackers(given: Any, names: tuple[str, ...]) -> None:
 
 @pytest.mark.parametrize(
     ("given", "said"),
-    [('"mlflow,wandb"', "got mlflow"), ('["none", "wandb"]', "none stands alone"), ("3", "report_to")],
+    [('"mlflow,wandb"', "got mlflow"), ('["none", "wandb"]', "none must be the only one"), ("3", "report_to")],
 )
 def test_other_names_are_refused_where_they_are_read(tmp_path: Path, given: str, said: str) -> None:
     (tmp_path / "kd.toml").write_text(f"[train]\nreport_to = {given}\n")
@@ -141,7 +141,7 @@ def test_a_run_is_gone_on_with_and_no_step_comes_twice(board: type[Board], tmp_p
 def test_a_tracker_that_fails_is_one_note(board: type[Board], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Board, "breaks", 2)
     (said,) = log_steps(tmp_path / "one", 0, 5)
-    assert said.startswith("note: board failed, training goes on without it") and "the service is away" in said
+    assert said.startswith("note: board failed, training continues without it") and "the service is away" in said
     assert list(board.runs.values()) == [[0, 1]]
     folder = tmp_path / "two"
     stage(folder)

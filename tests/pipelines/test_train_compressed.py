@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -23,6 +21,7 @@ from student_train.config import TrainSettings
 from student_train.metrics_log import StepResult
 from teacher_cache.errors import CompatibilityError, KdcliError
 from teacher_cache.sources import DataSpec
+from tests.warm import Warm
 
 NAMES = sorted(compressor_modules())
 
@@ -181,21 +180,15 @@ def test_a_method_may_come_with_a_compressor(
 
 
 def test_two_processes_draw_the_same_count(
-    tiny_cache: Path, settings_for: Callable[..., Settings], tmp_path: Path
+    tiny_cache: Path, settings_for: Callable[..., Settings], tmp_path: Path, warm: Warm
 ) -> None:
-    """torchrun, gloo, mqt: the metrics of one process with twice the micro-batches."""
+    """gloo, mqt: the metrics of one process with twice the micro-batches."""
     one = settings_for(tmp_path / "one", "mqt", per_device_train_batch_size=1, gradient_accumulation_steps=4)
     train(str(tiny_cache), "sft", one, "SFT")
-    launch = [sys.executable, "-P", "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    launch += ["--no-python", str(Path(sys.executable).with_name("kdcli"))]
     line = ["train-student", "--method", "sft", "--student", str(one.train.student), "--cache", str(tiny_cache)]
     line += ["--stages", "SFT", "--output-dir", str(tmp_path / "two"), "--max-steps", "2", "--report-to", "none"]
     line += ["--per-device-train-batch-size", "1", "--gradient-accumulation-steps", "2", "--compressor", "mqt"]
-    import os
-
-    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run([*launch, *line], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=240)
-    assert done.returncode == 0, done.stderr[-3000:]
+    warm.together(2, line, tmp_path)
     ours, theirs = (
         [json.loads(text) for text in (tmp_path / run / "01-SFT" / "metrics.jsonl").read_text().splitlines()]
         for run in ("two", "one")

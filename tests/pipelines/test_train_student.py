@@ -3,12 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import random
 import shutil
-import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -22,9 +18,9 @@ from safetensors.torch import load_file, save_file
 from pipelines.settings import Settings
 from pipelines.train_student import train
 from student_train.config import StageSettings, TrainSettings
-from teacher_cache.errors import CacheError, CompatibilityError, KdcliError
+from teacher_cache.errors import CompatibilityError, KdcliError
+from tests.warm import Warm, kdcli
 
-ROOT = Path(__file__).parents[2]
 STEPS = 6
 
 
@@ -80,30 +76,26 @@ def command(cache: Path, settings: Settings, stages: str, method: str = "llava-k
     return [*line, "--gradient-accumulation-steps", str(s.gradient_accumulation_steps)]
 
 
-def environment() -> dict[str, str]:
-    threads = str(torch.get_num_threads())
-    return {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": threads, "CUDA_VISIBLE_DEVICES": ""}
+def in_threads(threads: int, line: list[str]) -> None:
+    torch.set_num_threads(threads)
+    kdcli(line)
 
 
 def test_killed_and_run_again_ends_with_the_same_bits(
-    tiny_cache: Path, settings_for: Callable[..., Settings], dropout_student: Path, tmp_path: Path
+    tiny_cache: Path, settings_for: Callable[..., Settings], dropout_student: Path, tmp_path: Path, warm: Warm
 ) -> None:
     """SIGKILL at a random moment behind a random step of two stages; the rerun's weights and metrics are those of a quiet run."""
     quiet = settings_for(tmp_path / "quiet", student=str(dropout_student))
     train(str(tiny_cache), "llava-kd", quiet, "DPT,DFT")
     killed = settings_for(tmp_path / "killed", student=str(dropout_student))
     stage, at = random.choice(["01-DPT", "02-DFT"]), random.randrange(1, STEPS - 2)
-    process = subprocess.Popen(
-        [sys.executable, "-P", "-m", "cli", *command(tiny_cache, killed, "DPT,DFT")],
-        cwd=tmp_path,
-        env=environment(),
-        stdout=subprocess.DEVNULL,
-    )
+    line = command(tiny_cache, killed, "DPT,DFT")
+    process = warm.start(in_threads, torch.get_num_threads(), line, folder=tmp_path)
     log = tmp_path / "killed" / stage / "metrics.jsonl"
     while process.poll() is None and not (log.is_file() and log.read_text().count("\n") >= at):
         time.sleep(0.005)
     assert process.poll() is None, "the run was to be killed, not to end"
-    process.send_signal(signal.SIGKILL)
+    process.kill()
     process.wait()
     assert not (tmp_path / "killed" / stage / "done.json").exists()
     train(str(tiny_cache), "llava-kd", killed, "DPT,DFT")
@@ -218,8 +210,12 @@ def no_model(folder: Path, student: Path) -> Path:
 
 BEFORE_MODEL: dict[str, tuple[type[KdcliError], str, dict[str, Any]]] = {
     "method": (KdcliError, "unknown method 'llava-dk': choose from .*llava-kd.*, sft", {"method": "llava-dk"}),
-    "preset": (KdcliError, "no preset 'papers': choose from paper, code", {"preset": "papers"}),
-    "knob": (KdcliError, "no knob gama; it has alpha, beta, gamma", {"knobs": {"gama": 1.0}}),
+    "preset": (KdcliError, "no preset 'papers': choose from default, paper, code", {"preset": "papers"}),
+    "knob": (
+        KdcliError,
+        "no knob gama; it has temperature, temperature_squared, alpha, beta, gamma, reg",
+        {"knobs": {"gama": 1.0}},
+    ),
     "knob type": (KdcliError, "gamma must be a float, got 'much'", {"knobs": {"gamma": "much"}}),
     "knob value": (KdcliError, "reduction must be mean or sum, got 'max'", {"knobs": {"reduction": "max"}}),
     "pruned layer": (
@@ -228,7 +224,11 @@ BEFORE_MODEL: dict[str, tuple[type[KdcliError], str, dict[str, Any]]] = {
         {"method": "epic-tcd", "knobs": {"layer": 9}},
     ),
     "stage": (KdcliError, "unknown stage DST: choose from PT, DPT, SFT, DFT", {"stages": "DPT,DST"}),
-    "part": (CacheError, "no part talk; it has caption, sft", {"own": {"DFT": StageSettings(parts=("talk",))}}),
+    "part": (
+        KdcliError,
+        "stage DFT trains on part talk, and .* has caption, sft: name its parts in kd.toml",
+        {"own": {"DFT": StageSettings(parts=("talk",))}},
+    ),
 }
 
 

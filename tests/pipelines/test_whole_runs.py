@@ -124,7 +124,7 @@ def test_a_damaged_newest_checkpoint_gives_way_to_the_one_before(
     assert again.call()["model"] == str(run / "02-SFT" / "model")
     assert again.steps == [("02-SFT", 2), ("02-SFT", 3)], "from the checkpoint before"
     (note,) = [one for one in again.notes if "damaged" in one]
-    assert "step-0000003" in note and SAID[what] in note and "goes on from step-0000002" in note
+    assert "step-0000003" in note and SAID[what] in note and "continues from step-0000002" in note
     assert (saved / ".damaged-step-0000003").is_dir()
     assert same_weights(run / "02-SFT" / "model", finished / "02-SFT" / "model")
 
@@ -156,7 +156,7 @@ def test_a_file_more_in_a_checkpoint_is_not_read(again: Again, run: Path) -> Non
     (weights,) = newest.glob("*.safetensors")
     shutil.copyfile(weights, newest / "shard-00002-model-00001-of-00001.safetensors")
     again.call()
-    assert again.steps[0] == ("02-SFT", 2) and any("is no part of it" in one for one in again.notes)
+    assert again.steps[0] == ("02-SFT", 2) and any("does not belong to it" in one for one in again.notes)
 
 
 def test_no_whole_checkpoint_is_one_line_and_nothing_is_touched(again: Again, run: Path) -> None:
@@ -228,7 +228,7 @@ def test_a_damaged_model_is_not_trained_on(again: Again, run: Path) -> None:
     run.with_name("bare").rename(run)
     shutil.rmtree(run / "01-PT" / "checkpoints")
     again.steps.clear()
-    again.refused("01-PT: model/model.safetensors is not what was written, by its sha256, and no checkpoint")
+    again.refused("01-PT: model/model.safetensors differs from the written file, by its sha256, and no checkpoint")
 
 
 def test_a_model_that_nobody_needs_any_more_may_go(again: Again, run: Path) -> None:
@@ -301,7 +301,7 @@ def test_eval_and_export_look_at_the_sums(name: str, run: Path, tmp_path: Path, 
         lambda: export(ExportRequest(run, tmp_path / "out")),
     ):
         with pytest.raises(
-            KdcliError, match=f"02-SFT: model/{name} is not what was written.*restore it, or run the same"
+            KdcliError, match=f"02-SFT: model/{name} differs from the written file.*restore it, or run the same"
         ):
             read()
     assert not (tmp_path / "out").exists()

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+
+from pipelines.ablate import cell, runner
+from tests.warm import Child, Warm
 
 BASE = """
 cache = "{cache}"
@@ -52,3 +57,17 @@ def write_grid(tmp_path: Path, tiny_cache: Path, tiny_student: Path, world: Any)
         return path
 
     return write
+
+
+@pytest.fixture
+def forked_cells(warm: Warm, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Students in processes that import nothing; those that start a program stand in ``test_an_interrupt_ends_the_children…``."""
+    fork_cells(warm, monkeypatch)
+
+
+def fork_cells(warm: Warm, patch: pytest.MonkeyPatch) -> None:
+    def start(command: list[str], stdout: Any, env: dict[str, str], **_: Any) -> Child:
+        own = {"CUDA_VISIBLE_DEVICES": env["CUDA_VISIBLE_DEVICES"]}
+        return warm.start(cell.main, command[-1:], folder=Path.cwd(), errors=Path(stdout.name), log=True, **own)
+
+    patch.setattr(runner, "subprocess", SimpleNamespace(**{**vars(subprocess), "Popen": start}))

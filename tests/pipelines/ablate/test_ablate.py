@@ -17,9 +17,9 @@ from rich.console import Console
 
 from cli import main
 from pipelines.ablate.cell import run_cell
-from pipelines.ablate.cells import Cell, make_cells, request
+from pipelines.ablate.cells import LOG, Cell, make_cells, request
 from pipelines.ablate.grid import load_grid
-from pipelines.ablate.run import AblateRequest, ablate, dry_run
+from pipelines.ablate.run import LOG_TAIL, AblateRequest, ablate, dry_run, running_line
 from pipelines.ablate.runner import Slot, conclude, make_slots, prune_models, run_cells
 from pipelines.output_lock import alone
 from pipelines.report.runs import read_runs
@@ -56,17 +56,9 @@ def stamps(out: Path, pattern: str) -> dict[Path, int]:
     return {path: path.stat().st_mtime_ns for path in sorted(out.glob(pattern))}
 
 
-def test_a_grid_from_the_command_line_and_again(
-    write_grid: Callable[..., Path],
-    own_modules: Callable[[Path], Path],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """Two rows of two seeds side by side; a PT a seed serves both rows; the second call trains nothing and says the same.
-
-    In a folder where the user has modules with names of ours.
-    """
-    monkeypatch.chdir(own_modules(tmp_path / "work"))
+@pytest.mark.usefixtures("forked_cells")
+def test_a_grid_from_the_command_line_and_again(write_grid: Callable[..., Path], tmp_path: Path) -> None:
+    """Two rows of two seeds side by side; a PT a seed serves both rows; the second call trains nothing and says the same."""
     grid, out = write_grid(top='baseline = "sft"\n'), tmp_path / "out"
     arguments = ["ablate", str(grid), "--out", str(out), "--workers", "2"]
     first = CliRunner().invoke(main, arguments)
@@ -115,10 +107,14 @@ def test_a_changed_grid_runs_only_what_is_new(write_grid: Callable[..., Path], t
 
 
 def test_an_interrupt_ends_the_children_and_the_next_run_continues(
-    write_grid: Callable[..., Path], tmp_path: Path
+    write_grid: Callable[..., Path],
+    own_modules: Callable[[Path], Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Stopped between two checkpoints of the first stage: the child is gone, the next one starts from the checkpoint. The second time
-    by a signal; the child has time for a checkpoint of its last step."""
+    by a signal; the child has time for a checkpoint of its last step. In a folder where the user has modules with names of ours."""
+    monkeypatch.chdir(own_modules(tmp_path / "work"))
     out, grid = tmp_path / "out", write_grid()
     grid.write_text(grid.read_text().replace("max_steps = 1\n", "max_steps = 400\nsave_steps = 2\n"))
     (cell,) = (one for one in make_cells(load_grid(grid), out) if one.name == "sft/seed-0")
@@ -150,6 +146,7 @@ def test_an_interrupt_ends_the_children_and_the_next_run_continues(
     assert conclude(cell, -9) and cell.state() == "failed"
 
 
+@pytest.mark.usefixtures("forked_cells")
 def test_a_failing_student_does_not_stop_the_others(write_grid: Callable[..., Path], tmp_path: Path) -> None:
     """A learning rate that blows the weights up: told with its log, kept out of the table, tried again only when asked."""
     out = tmp_path / "out"
@@ -231,7 +228,7 @@ def test_only_and_limit_choose(write_grid: Callable[..., Path], tmp_path: Path) 
     ]
     assert go(grid, out, limit=0)["failed"] == []
     assert "0 of 4 students finished" in (out / "results.md").read_text()
-    with pytest.raises(KdcliError, match="fits no cell"):
+    with pytest.raises(KdcliError, match="matches no student"):
         dry_run(AblateRequest(grid, out, only="nothing*"))
 
 
@@ -250,3 +247,17 @@ def test_where_cells_run(monkeypatch: pytest.MonkeyPatch) -> None:
             make_slots(devices, workers)
     with pytest.raises(KdcliError, match="at least 1"):
         make_slots(None, 0)
+
+
+def test_the_bar_says_how_far_a_student_is(write_grid: Callable[..., Path], tmp_path: Path) -> None:
+    cell = make_cells(load_grid(write_grid()), tmp_path / "out")[0]
+    assert running_line(cell) == "sft/seed-0", "no log yet"
+    cell.folder.mkdir(parents=True)
+    for said, told in (
+        ("", ""),
+        ("note: something\n", ""),
+        ("x" * LOG_TAIL + "\n02-SFT step 120/200 loss 1.5\n", " 02-SFT step 120/200"),
+        ("02-SFT step 200/200 loss 1.5\nevaluating: heldout\n", " evaluating"),
+    ):
+        (cell.folder / LOG).write_text(said)
+        assert running_line(cell) == f"sft/seed-0{told}"

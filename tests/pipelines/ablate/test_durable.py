@@ -165,6 +165,16 @@ def test_a_stage_that_another_process_trains_is_waited_for_with_a_word(
     assert capsys.readouterr().out.count("waiting: ") == 1
 
 
+def test_a_finished_stage_is_taken_while_its_trainer_goes_on(
+    grid: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its lock is held until the trainer's last stage ends: students that share a projector's stage would train one after the other."""
+    cell = done_cell(grid, tmp_path / "out")
+    with holder(cell.stage_folders()[0]), ExitStack() as locks:
+        claim(cell.stage_folders(), locks)
+    assert "waiting: " not in capsys.readouterr().out
+
+
 def test_a_cell_without_room_is_no_failure_of_its_own(grid: Path, tmp_path: Path, monkeypatch: Any) -> None:
     cell = the_cell(grid, tmp_path / "out")
     cell.folder.mkdir(parents=True)

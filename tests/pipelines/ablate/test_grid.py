@@ -85,11 +85,11 @@ ONE = '[[variants]]\nname = "a"\nmethod = "sft"\n'
         ('[grid]\nmethod = "kd"\npreset = ["papr"]\n', "no preset 'papr'"),
         ("[grid]\nseed = [0]\n", "no method"),
         ('[grid]\nmethod = "sft"\nlearning_rate = ["fast"]\n', "learning_rate must be a number"),
-        (ONE + ONE, "stands twice"),
-        (ONE + ONE.replace('"a"', '"a/"'), "folder names of their own"),
-        (ONE.replace('"a"', '"stages"'), "folder names of their own"),
+        (ONE + ONE, "is used twice"),
+        (ONE + ONE.replace('"a"', '"a/"'), "the same folder name"),
+        (ONE.replace('"a"', '"stages"'), "the same folder name"),
         ('[[variants]]\nmethod = "sft"\n', "a variant is a table with a name"),
-        ('[grid]\nmethod = ["sft"]\n' + ONE, "which .grid. varies"),
+        ('[grid]\nmethod = ["sft"]\n' + ONE, "which .grid. also varies"),
         (ONE + "eval = [{temperature = 2}]\n", "unknown option temperature; known are batch_size"),
         (ONE + "eval = [{keep = 4}]\n", "'a' eval: .*need"),
         (ONE + 'eval = [{compress = "fast", keep = 4}]\n', "fast"),
@@ -98,7 +98,7 @@ ONE = '[[variants]]\nname = "a"\nmethod = "sft"\n'
         ('[grid]\nmethod = "sft"\ncompressor = ["squeeze"]\n', "squeeze"),
         (ONE + 'cache = "nowhere"\n', "nowhere"),
         (ONE + "colour = 1\n", "variant 'a': unknown key colour"),
-        ('[[eval]]\nname = "heldout"\npath = "{heldout}"\n' + ONE, "the name heldout stands twice"),
+        ('[[eval]]\nname = "heldout"\npath = "{heldout}"\n' + ONE, "the name heldout is used twice"),
         ('[[eval]]\nname = "more"\npath = "absent.json"\n' + ONE, "absent.json"),
         ('[[eval]]\nname = "more"\n' + ONE, "path is missing"),
         ('[[eval]]\nname = "more"\npath = "{heldout}"\ntemplate = "v2"\n' + ONE, "unknown template 'v2'"),
@@ -112,7 +112,7 @@ def test_mistakes_are_refused_before_anything_trains(
 
 
 def test_a_baseline_is_a_row_and_the_top_has_known_keys(write_grid: Callable[..., Path]) -> None:
-    with pytest.raises(KdcliError, match="baseline 'sfd' is no row; the rows are a"):
+    with pytest.raises(KdcliError, match="baseline 'sfd' is not a row; the rows are a"):
         names(write_grid(ONE, top='baseline = "sfd"\n'))
     with pytest.raises(KdcliError, match="unknown key base_line"):
         names(write_grid(ONE, top='base_line = "a"\n'))

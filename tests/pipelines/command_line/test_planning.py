@@ -90,7 +90,7 @@ def test_show_prints_tokens_with_labels(folder: Path, tiny_teacher: Path) -> Non
     assert row["tail"][-1] == {"token": "<|end|>", "id": 4, "role": "assistant", "label": True, "end": True}
     for flag, value in (("--show", "1"), ("--max-length", "9"), ("--over-length", "cut")):
         refused = run("doctor", "rows.json", *IMAGES, flag, value)
-        assert refused.exit_code == 1 and f"Error: {flag} is about tokens: name the model" in refused.stderr
+        assert refused.exit_code == 1 and f"Error: {flag} needs a tokenizer: name its model" in refused.stderr
 
 
 @pytest.mark.parametrize("command", ["doctor", "plan", "cache-teacher"])

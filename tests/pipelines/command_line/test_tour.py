@@ -13,7 +13,8 @@ from click.testing import CliRunner
 
 from cli import Group, main
 from pipelines import command_line
-from pipelines.command_line.tour import EXAMPLES, OTHERS, SECTIONS
+from pipelines.command_line.tour import CONTINUED, EXAMPLES, OTHERS, SECTIONS
+from teacher_cache.stopping import Stopped
 
 WIDE = 120
 
@@ -85,3 +86,29 @@ def test_an_option_is_explained_in_one_line(name: str) -> None:
             assert len(record[1]) <= WIDE - 36, (
                 f"{name} {option.opts}: {len(record[1])} characters are more than a line"
             )
+
+
+@pytest.mark.parametrize(
+    "words", ["preflight", "cache subset CACHE --out NEW", "eval RUN --data D --out OUT", "eval RUN --data D", "doctor"]
+)
+def test_who_is_interrupted_is_told_how_to_continue_where_that_is_true(
+    words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(**asked: object) -> None:
+        raise signals.pop()
+
+    name = " ".join(words.split()[: 2 if words.startswith("cache") else 1])
+    monkeypatch.setattr(COMMANDS[name], "callback", stop)
+    signals: list[BaseException] = [Stopped(15, "all stays"), Stopped(15), KeyboardInterrupt()]
+    interrupted, stopped, worded = [CliRunner().invoke(main, words.split()) for _ in range(3)]
+    again = "run the same command again to continue"
+    goes_on = words not in ("eval RUN --data D", "doctor")
+    assert interrupted.exit_code == 1
+    assert interrupted.output.strip() == (f"Error: interrupted: {again}" if goes_on else "Aborted!")
+    assert stopped.output.strip() == f"stopped by SIGTERM{f': {again}' if goes_on else ''}"
+    assert worded.output.strip() == "stopped by SIGTERM: all stays" and worded.exit_code == stopped.exit_code == 143
+
+
+def test_what_continues_is_a_command_with_these_options() -> None:
+    for name, options in CONTINUED.items():
+        assert set(options) <= {one.name for one in COMMANDS[name].params}, name

@@ -1,27 +1,43 @@
-"""The demo end to end, with a tenth of its rows and steps: what `make demo` prints and leaves must be there."""
+"""The demo end to end, with a tenth of its rows and fewer steps: what `make demo` prints and leaves must be there."""
 
 from __future__ import annotations
 
 import io
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 from rich.console import Console
 
-from pipelines.demo.run import Recipe, quicker, run_demo
+from cli import main
+from pipelines.ablate.grid import load_grid
+from pipelines.demo import run
+from pipelines.demo.run import DEMO, Recipe, run_demo
 from pipelines.output_lock import alone
 from pipelines.profiles import PROFILES
+from pipelines.report.runs import Run, read_runs
 from teacher_cache.errors import KdcliError
+from tests.pipelines.ablate.conftest import fork_cells
+from tests.warm import Warm
+
+SHORT = replace(DEMO, captions=32, train=64, heldout=14, projector_steps=2, tuning_steps=6)
 
 
 @pytest.fixture(scope="module")
-def demo(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str, dict]:
+def demo(tmp_path_factory: pytest.TempPathFactory, warm: Warm) -> tuple[Path, str, dict]:
     out = tmp_path_factory.mktemp("demo")
     printed = io.StringIO()
-    result = run_demo(out, seed=0, console=Console(file=printed, width=120), recipe=quicker(Recipe(), 0.1))
+    with pytest.MonkeyPatch.context() as patch:
+        fork_cells(warm, patch)
+        result = run_demo(out, seed=3, console=Console(file=printed, width=120), recipe=SHORT)
     return out, printed.getvalue(), result
+
+
+def runs_of(out: Path) -> dict[str, Run]:
+    return {run.group: run for run in read_runs([out / "students"])}
 
 
 def test_two_demos_in_one_folder(tmp_path: Path) -> None:
@@ -31,15 +47,34 @@ def test_two_demos_in_one_folder(tmp_path: Path) -> None:
 
 
 def test_prints_defects_cache_and_scores(demo: tuple[Path, str, dict]) -> None:
-    _, printed, result = demo
-    assert set(result["scores"]) == {"teacher", "sft", "llava-kd"}
+    out, printed, result = demo
+    assert list(result["scores"]) == list(json.loads((out / "scores.json").read_text())) == ["teacher", "sft", "kd"]
     for expected in ("image_corrupt", "fields/vision_hidden", "mean of families", "shapes_color", "report.html"):
         assert expected in printed
 
 
-def test_in_a_log_file_progress_is_named_after_the_table_rows(demo: tuple[Path, str, dict]) -> None:
-    _, printed, result = demo
-    assert re.findall(r"^eval (.+?): \d+", printed, re.MULTILINE) == list(result["scores"])
+def test_says_what_is_wrong_and_what_came_of_it(demo: tuple[Path, str, dict]) -> None:
+    """The sentence stands at the end of what is printed and before everything else on the page, and so does the cost."""
+    out, printed, result = demo
+    wrong = json.loads((out / "world" / "wrong_answers.json").read_text())
+    told, page = result["lead"], (out / "report.html").read_text()
+    assert f"{len(wrong):,} of " in printed and "training answers are wrong on purpose" in printed
+    last = " ".join(printed.split())
+    assert told.sentence in last and last.index(told.sentence) > last.index("mean of families")
+    cost = dict(told.facts)["Cost"]
+    assert re.fullmatch(
+        r"training sft \d+ s, kd \d+ s, side by side; the cache took \d+ s, once for all students, [\d.]+ [kM]B", cost
+    )
+    captured = int(re.search(r"cache took (\d+) s", cost)[1])  # type: ignore[index]
+    assert captured < result["seconds"] - 1, "the capture's own time, without what came behind it"
+    assert page.index('class="lead"') < page.index('id="h-results"') and f"<dd>{cost}</dd>" in page
+    assert "Over seeds" not in dict(told.facts), "known for the whole demo alone"
+
+
+def test_in_a_log_file_progress_names_the_students(demo: tuple[Path, str, dict]) -> None:
+    _, printed, _ = demo
+    assert re.findall(r"^eval (.+?): \d+", printed, re.MULTILINE) == ["teacher"]
+    assert set(re.findall(r"^\d/2 (\w+)/seed-3 heldout: ", printed, re.MULTILINE)) == {"sft", "kd"}
 
 
 def test_leaves_every_field_in_eight_shards(demo: tuple[Path, str, dict]) -> None:
@@ -48,17 +83,42 @@ def test_leaves_every_field_in_eight_shards(demo: tuple[Path, str, dict]) -> Non
         assert len(list((out / "cache" / "fields" / field / "commits").glob("*.json"))) >= 8
 
 
-def test_students_share_start_steps_and_rates(demo: tuple[Path, str, dict]) -> None:
+def test_students_share_start_and_steps_and_have_their_own_rates(demo: tuple[Path, str, dict]) -> None:
     out, _, _ = demo
-    cards = {name: json.loads((out / "runs" / name / "run.json").read_text()) for name in ("sft", "llava-kd")}
-    shared = ("student", "max_steps", "learning_rate", "per_device_train_batch_size", "seed")
-    sft, kd = ([{k: s["settings"][k] for k in shared} for s in cards[name]["stages"]] for name in ("sft", "llava-kd"))
-    assert sft == kd
-    assert [s["method"] for s in cards["llava-kd"]["stages"]] == ["llava-kd", "sft", "llava-kd"]
+    cards = {name: run.card["stages"] for name, run in runs_of(out).items()}
+    shared = ("student", "max_steps", "per_device_train_batch_size", "seed")
+    sft, kd = ([{k: s["settings"][k] for k in shared} for s in cards[name]] for name in ("sft", "kd"))
+    assert sft == kd and sft[0]["seed"] == 3
+    rates = {name: [stage["settings"]["learning_rate"] for stage in stages] for name, stages in cards.items()}
+    assert rates == {"sft": [1e-3, 5e-4], "kd": [1e-3, 1e-3]}
+    assert [s["method"] for s in cards["kd"]] == ["sft", "kd"] and [s["method"] for s in cards["sft"]] == ["sft"] * 2
+
+
+def test_the_distilled_student_never_sees_an_answer(demo: tuple[Path, str, dict]) -> None:
+    out, _, _ = demo
+    stages = runs_of(out)["kd"].stages
+    assert [stage.terms for stage in stages] == [("loss", "loss/reg"), ("loss", "loss/res")]
+
+
+def test_its_grid_is_one_that_kdcli_ablate_takes(demo: tuple[Path, str, dict]) -> None:
+    out, _, _ = demo
+    grid = load_grid(out / "grid.toml")
+    assert grid.baseline == "sft" and [one.name for one in grid.variants] == ["sft", "kd"]
 
 
 def test_report_is_one_file_that_asks_for_nothing(demo: tuple[Path, str, dict]) -> None:
     out, _, _ = demo
     page = (out / "report.html").read_text()
-    assert "llava-kd" in page and "<svg" in page
+    assert "kd/seed-3" in page and "<svg" in page
     assert 'src="http' not in page and 'href="http' not in page
+
+
+def test_flags_reach_the_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[int, Recipe]] = []
+    monkeypatch.setattr(run, "run_demo", lambda out, seed, console, recipe: asked.append((seed, recipe)))
+    for flags in ([], ["--wrong-answers", "0", "--seed", "4"]):
+        done = CliRunner().invoke(main, ["demo", "--out", str(tmp_path), *flags])
+        assert done.exit_code == 0, done.output
+    assert asked == [(0, DEMO), (4, replace(DEMO, wrong_answers=0.0))]
+    refused = CliRunner().invoke(main, ["demo", "--out", str(tmp_path), "--wrong-answers", "40"])
+    assert refused.exit_code == 2 and "0<=x<=1" in refused.output

@@ -151,7 +151,7 @@ def test_parts_limits_progress_and_json(mixture):
     seen = []
     specs = [mixture, replace(mixture, part="first", limit=7)]
     report = examine(specs, progress=lambda *call: seen.append(call))
-    assert seen == [("sft", 200, 480), ("sft", 400, 480), ("sft", 480, 480), ("first", 7, 7)]
+    assert seen == [*(("sft", done, 480) for done in (0, 200, 400, 480)), ("first", 0, 7), ("first", 7, 7)]
     plain = json.loads(json.dumps(report.to_json()))
     assert plain["rows"] == plain["usable"] + plain["defective"] == 487
     assert [part["part"] for part in plain["parts"]] == ["sft", "first"]

@@ -116,7 +116,10 @@ def test_a_flipped_bit_costs_the_rest_and_nothing_else(tmp_path: Path, at: int) 
     """Wherever it is: what is given back was written so."""
     file, rows = (
         tmp_path / "a.partial",
-        [[{"given": f"g{i}", "nats": 0.5, "tokens": 1, "nll_skip": None}] for i in range(4)],
+        [
+            [{"given": f"g{i}", "nats": 0.5, "tokens": 1, "nll_skip": None, "sure": [0.5], "right": [True]}]
+            for i in range(4)
+        ],
     )
     with keeping(KeepIn(file), {"model": "m"}) as kept:
         for one in rows:
@@ -139,7 +142,7 @@ def test_two_at_once_and_what_is_no_file(tmp_path: Path) -> None:
     with file.open() as opened:
         fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
     os.mkfifo(tmp_path / "pipe")
-    with pytest.raises(KdcliError, match="pipe is no file"):
+    with pytest.raises(KdcliError, match="pipe is not a file"):
         keeping(KeepIn(tmp_path / "pipe"), {}).__enter__()
     assert partial_of(None, "/dev/stdout", str(tmp_path / "s.json")) == KeepIn(tmp_path / "s.json.partial")
     assert partial_of("/dev/null") is None and partial_of(None) is None

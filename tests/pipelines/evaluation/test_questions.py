@@ -231,7 +231,7 @@ def test_an_export_says_how_its_model_is_asked(trained_with, tmp_path: Path) -> 
 
 
 def test_several_templates_have_to_be_chosen_from(trained_with) -> None:
-    with pytest.raises(KdcliError, match=r"trained with the templates chat and v1: say which one asks \(--template\)"):
+    with pytest.raises(KdcliError, match=r"trained with the templates chat and v1: choose one with --template"):
         trained_template(str(trained_with(sft="v1", more="chat", caption="plain")))
 
 

@@ -107,6 +107,7 @@ def slow(worker: int) -> Callable[[int], int]:
     return task
 
 
+@pytest.mark.exhaustive  # two nodes take long to start; above a worker is lost in its shard
 def test_a_node_that_goes_away() -> None:
     """Two nodes of one CPU each; one is removed while its actor works. Its shard, and all that are left, are done by the other."""
     from ray.cluster_utils import Cluster as Nodes

@@ -135,4 +135,4 @@ def test_parts_of_the_shards(make_request: Callable[..., CaptureRequest], tmp_pa
     result = CliRunner().invoke(
         main, ["cache-teacher", "--teacher", "t", "--data", "d", "--out", "c", "--part-of-shards", "x"]
     )
-    assert result.exit_code and "--part-of-shards is I/N, e.g. 3/64, got 'x'" in result.output
+    assert result.exit_code and "--part-of-shards: expected I/N, e.g. 3/64, got 'x'" in result.output

@@ -59,6 +59,28 @@ def test_standard_is_close_and_compact_is_not_in_reverse(
     assert whole["payload_per_row"] > bare["payload_per_row"] > 5
 
 
+def test_memory_changes_no_number(
+    compared: Callable[..., Any], tiny_cache_standard: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One sample a forward, one term's gradients and one stored distribution at a time."""
+    whole = compared(tiny_cache_standard)
+    monkeypatch.setattr("pipelines.fidelity.student.BATCH_TOKENS", {"cpu": 1})
+    monkeypatch.setattr("pipelines.fidelity.compare.MOST_BYTES", 1)
+    monkeypatch.setattr("pipelines.fidelity.stored.MOST_BYTES", 1)
+    small = compared(tiny_cache_standard, fresh=True)
+    for name, one in whole["terms"].items():
+        for key in ("loss_error", "gradient_angle", "gradient_norm_ratio"):
+            assert small["terms"][name]["cache"][key] == pytest.approx(one["cache"][key], rel=1e-2, abs=1e-4), (
+                name,
+                key,
+            )
+    for name, one in whole["distributions"].items():
+        assert small["distributions"][name]["kl"]["mean"] == pytest.approx(one["kl"]["mean"], rel=1e-3)
+        assert small["distributions"][name]["forward"]["head_angle"] == pytest.approx(
+            one["forward"]["head_angle"], rel=1e-2
+        )
+
+
 class Shuffled(Source):
     """A cache whose rows of each sample have lost their order."""
 

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from pipelines.fidelity import measure
 from pipelines.fidelity.measure import (
     angles,
     distribution_error,
@@ -90,6 +91,39 @@ def test_distribution_error_grows_with_the_damage(teacher: DenseTeacher) -> None
             lambda one, d=direction: one[d]["row_angle"]["median"]
         )
     assert seen[-1]["forward"]["row_angle"]["median"] > 10
+
+
+def test_chunks_are_the_whole(teacher: DenseTeacher, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Several stored ones in chunks of 7 rows, against every gradient written out over all rows at once."""
+    torch.manual_seed(2)
+    hidden, head = torch.randn(40, 6), torch.randn(50, 6)
+    stored = {noise: DenseTeacher(teacher.hidden + noise * torch.randn(40, 8), teacher.head) for noise in (0.1, 1.0)}
+    monkeypatch.setattr(measure, "WIDE_VOCABULARY", 1)
+    monkeypatch.setattr(measure, "WIDE_CHUNK_BYTES", 7 * 4 * 50)
+    found = measure.Comparison(stored)
+    chunks = list(measure.row_chunks(40, head))
+    assert [len(range(40)[rows]) for rows in chunks] == [7, 7, 7, 7, 7, 5]
+    for rows in chunks:
+        found.add(teacher[rows], {name: one[rows] for name, one in stored.items()}, hidden[rows] @ head.T, hidden[rows])
+    log_p, log_s = teacher.log_probs(), torch.log_softmax(hidden @ head.T, dim=1)
+
+    def gradients(log_t: torch.Tensor) -> dict[str, torch.Tensor]:
+        ratio = log_s - log_t
+        value = (log_s.exp() * ratio).sum(dim=1, keepdim=True)
+        return {"forward": log_s.exp() - log_t.exp(), "reverse": log_s.exp() * (ratio - value)}
+
+    for name, one in found.summary().items():
+        log_q = stored[name].log_probs()
+        assert one["kl"]["mean"] == pytest.approx(float((log_p.exp() * (log_p - log_q)).sum(1).mean()), rel=1e-4)
+        for direction, live in gradients(log_p).items():
+            other = gradients(log_q)[direction]
+            angle, ratio = whole_angle([live.T @ hidden], [other.T @ hidden])
+            assert (one[direction]["head_angle"], one[direction]["head_norm_ratio"]) == pytest.approx(
+                (angle, ratio), rel=1e-3
+            )
+            assert one[direction]["row_angle"]["median"] == pytest.approx(
+                spread([angles(live, other)])["median"], rel=1e-3
+            )
 
 
 def test_the_draw_is_even_and_its_beginning_is_a_draw() -> None:

@@ -8,10 +8,12 @@ from typing import Any
 
 import pytest
 
-from pipelines.fidelity import sweep as module
+from pipelines.fidelity import run
+from pipelines.fidelity.frontier import Configuration, Frontier
 from pipelines.fidelity.plot import plot_points, write_plot
 from pipelines.fidelity.show import report
-from pipelines.fidelity.sweep import Configuration, configurations
+from pipelines.fidelity.sweep import configurations
+from teacher_cache.errors import KdcliError
 
 
 def test_every_configuration_is_of_fields_that_exist() -> None:
@@ -32,15 +34,15 @@ def swept(compared: Callable[..., Any], tiny_cache_standard: Path, monkeypatch: 
     """A few configurations of vision rows, and one of response rows that cannot be fitted."""
     few = [one for one in configurations(["vision"]) if one.label in LABELS]
     hopeless = Configuration("response", "top-8, no rows", {"response_topk": {"k": 8}})
-    monkeypatch.setattr(module, "configurations", lambda: [*few, hopeless])
-    real = module.fit_field
+    monkeypatch.setattr(run, "configurations", lambda: [*few, hopeless])
+    real = Frontier.fit
 
-    def fit_field(name: str, *rest: Any) -> Any:
+    def fit(self: Frontier, name: str, params: Any) -> Any:
         if name == "response_topk":
-            raise module.KdcliError("field response_topk: too few rows")
-        return real(name, *rest)
+            raise KdcliError("field response_topk: too few rows")
+        return real(self, name, params)
 
-    monkeypatch.setattr(module, "fit_field", fit_field)
+    monkeypatch.setattr(Frontier, "fit", fit)
     return compared(tiny_cache_standard, fresh=True, samples=3, sweep=True)
 
 
@@ -73,8 +75,6 @@ def test_the_frontier(swept: dict[str, Any], tmp_path: Path) -> None:
 def test_calibration_and_compared_rows_are_apart(
     compared: Callable[..., Any], tiny_cache_standard: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from pipelines.fidelity import run
-
     seen: dict[str, set[str]] = {}
 
     def note(request: Any, opened: Any, rows: Any, others: Any) -> Any:
@@ -88,7 +88,5 @@ def test_calibration_and_compared_rows_are_apart(
 
 
 def test_a_sweep_needs_other_rows(compared: Callable[..., Any], tiny_cache_standard: Path) -> None:
-    from teacher_cache.errors import KdcliError
-
     with pytest.raises(KdcliError, match="too few for --samples 500, since --sweep calibrates on others"):
         compared(tiny_cache_standard, samples=500, sweep=True)

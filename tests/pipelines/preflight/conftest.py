@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from pipelines.preflight.budget import Budget
 from pipelines.preflight.request import PreflightRequest
 from pipelines.preflight.run import preflight
 from pipelines.settings import CaptureSettings, Settings
@@ -36,18 +37,23 @@ student = "student"   # the one
 def ask(
     tiny_teacher: Path, tiny_student: Path, preflight_data: tuple[DataSpec, ...]
 ) -> Callable[..., PreflightRequest]:
-    """``ask(out, capture={…}, train={…}, …request settings)``: llava-kd and kd on 36 rows."""
+    """``ask(out, capture={…}, train={…}, stage_parts={…}, …request settings)``: llava-kd and kd on 36 rows."""
 
-    def make(out: Path, capture: Any = None, train: Any = None, **asked: Any) -> PreflightRequest:
+    def make(
+        out: Path, capture: Any = None, train: Any = None, stage_parts: Any = None, **asked: Any
+    ) -> PreflightRequest:
         settings = Settings(
             capture=replace(CaptureSettings(), **{"shards": 5, "workers": 1, "batch_tokens": 1024, **(capture or {})}),
             train=replace(
                 TrainSettings(), **{"student": str(tiny_student), "per_device_train_batch_size": 2, **(train or {})}
             ),
-            stages={"SFT": StageSettings(), "DFT": StageSettings()},
+            stages={
+                name: StageSettings(parts=(stage_parts or {}).get(name, ())) for name in ("PT", "DPT", "SFT", "DFT")
+            },
         )
         teacher = TeacherSpec(str(tiny_teacher), dtype="float32", device="cpu")
-        defaults = {"methods": ("llava-kd", "kd"), "rows": 48, "data": preflight_data}
+        budget = {name: asked.pop(name) for name in ("fidelity", "bytes_per_token", "max_kl") if name in asked}
+        defaults = {"methods": ("llava-kd", "kd"), "rows": 48, "data": preflight_data, "budget": Budget(**budget)}
         return PreflightRequest(teacher, settings=settings, out=str(out), **{**defaults, **asked})
 
     return make

@@ -57,7 +57,7 @@ def test_another_codec_leaves_no_step_behind() -> None:
     ],
 )
 def test_what_line_edits_do_not_reach_is_left_alone(tmp_path: Path, text: str) -> None:
-    with pytest.raises(KdcliError, match="one key a line"):
+    with pytest.raises(KdcliError, match="one key per line"):
         edited(text, TABLES)
     file = tmp_path / "kd.toml"
     file.write_text(text)

@@ -15,15 +15,17 @@ import torch
 from pipelines import cache_teacher
 from pipelines.cache_teacher import capture
 from pipelines.capture_shards import CaptureRequest
+from pipelines.edit_cache import drop_field
 from pipelines.inspect_cache import check
-from pipelines.preflight.report import report
-from pipelines.preflight.request import PreflightRequest
-from pipelines.preflight.run import preflight
+from pipelines.preflight.report import TRIED, label_lines, place_of_choice, report
+from pipelines.preflight.request import NOTEBOOK, Notebook, PreflightRequest
+from pipelines.preflight.run import look_at_labels, preflight
 from pipelines.preflight.sample import held_out
 from pipelines.run_records import finite
 from pipelines.settings import load_settings
 from student_train.cache import Cache
 from teacher_cache.errors import CacheError, CompatibilityError, KdcliError
+from teacher_cache.shards.sealed import seal, unseal
 from teacher_cache.teachers.transformers import TransformersTeacher
 
 Ask = Callable[..., PreflightRequest]
@@ -39,18 +41,21 @@ def test_go_says_what_was_chosen_and_why(flown: Any) -> None:
         chosen = next(one for one in choice["ladder"] if one["label"] == choice["label"])
         assert chosen["kl"] <= 0.005 and max(chosen["angles"].values()) <= 1.0
         assert chosen["bytes_per_row"] > 0 and not chosen["error"]
-        cheaper = [
-            one for one in choice["ladder"] if not one["error"] and one["bytes_per_row"] < chosen["bytes_per_row"]
-        ]
-        assert all(
-            one["kl"] > 0.005 or max([*one["head_angles"].values(), *one["angles"].values()]) > 0.5 for one in cheaper
-        )
     terms = {name for one in result["methods"] for name in one["terms"]}
     assert terms == {"forward KL, response", "forward KL, vision", "RDist"}
     assert all(one["step"]["seconds"] > 0 and one["step"]["peak_bytes"] > 1e6 for one in result["methods"])
     assert result["estimate"]["bytes"] > 0 and result["tokens_per_second"] > 0
     text = report(result)
-    assert text.startswith("GO\n") and "top-4 + sketch" in text and "Whole job: 54 rows" in text
+    assert text.startswith("GO\n") and "Whole job: 54 rows" in text
+    assert "\nChosen: " in text and "° from the live gradient, " in text and "\nNext step up: " in text
+    at, steps = place_of_choice(result), result["frontier"]
+    assert steps[at]["measured"] and steps[at]["angle"] <= 1.0 and steps[at]["kl"] <= 0.005
+    assert all(one["angle"] > 1.0 or one["kl"] > 0.005 for one in steps[:at]), "cheaper ones are not near enough"
+    tried = (Path(result["out"]) / TRIED).read_text()
+    assert "| **top-" in tried and "\n## Labels\n" in tried and "answers to look at first:" in tried
+    assert [one["part"] for one in result["labels"]["parts"]] == ["caption", "sft"] and result["labels"]["rows"] > 40
+    (said,) = [line for line in text.splitlines() if line.startswith("- part sft: ")]
+    assert "the teacher contradicts" in said and said[2:] in result["labels"]["advice"]
     json.dumps(finite(result), allow_nan=False)
 
 
@@ -58,11 +63,22 @@ def test_labels_without_an_end_stand_under_the_verdict(
     ask: Ask, preflight_data: Any, endless_teacher: Path, tmp_path: Path
 ) -> None:
     """Whatever the verdict is: here the student's own template ends its answers, so no row is alike and no weights are loaded."""
-    request = ask(tmp_path / "preflight", data=preflight_data[1:])
+    request = ask(tmp_path / "preflight", data=preflight_data[1:], stage_parts={"PT": ("sft",), "DPT": ("sft",)})
     result = preflight(replace(request, teacher=replace(request.teacher, id=str(endless_teacher))))
     (line,) = result["warnings"]
     assert "part 'sft'" in line and "no label ends an answer" in line
     assert f"\n- WARNING: {line}" in report(finite(result))
+
+
+def test_a_profile_that_tells_nothing_of_labels_is_no_obstacle(
+    tiny_cache: Path, copy_of: Callable[[Path], Path]
+) -> None:
+    cache = copy_of(tiny_cache)
+    for name in ("response_topk", "response_hidden"):
+        drop_field(str(cache), name, remove=True)
+    found, page = look_at_labels(Cache(str(cache)))
+    assert "response_topk or response_hidden" in found["error"] and page == ""
+    assert label_lines({"labels": found, "out": "there"}).startswith("Labels were not checked: ")
 
 
 def test_its_cache_is_a_cache(flown: Any) -> None:
@@ -121,14 +137,16 @@ def test_a_teacher_that_answers_otherwise_is_refused(
                 parameter.mul_(1 + 0.01 * torch.randn_like(parameter))
 
     monkeypatch.setattr(cache_teacher, "open_teacher", Perturbed)
-    with pytest.raises(CompatibilityError, match="answers otherwise than at preflight: relative difference"):
+    with pytest.raises(CompatibilityError, match="differs from the preflight's: relative difference"):
         capture(real_job(flown, ask, tmp_path / "cache"))
     assert not list((tmp_path / "cache").glob("samples/commits/*"))
 
 
 def test_another_teachers_calibration_is_refused(flown: Any, ask: Ask, tmp_path: Path, tiny_student: Path) -> None:
     job = real_job(flown, ask, tmp_path / "cache")
-    with pytest.raises(CompatibilityError, match=r"fitted otherwise: .*teacher\.weights: there .*--calibration ''"):
+    with pytest.raises(
+        CompatibilityError, match=r"fitted with other settings: .*teacher\.weights: there .*--calibration ''"
+    ):
         capture(replace(job, teacher=replace(job.teacher, id=str(tiny_student))))
     assert not (tmp_path / "cache").exists(), "refused before anything is written"
 
@@ -141,7 +159,7 @@ def test_another_teachers_calibration_is_refused(flown: Any, ask: Ask, tmp_path:
             ("vision_hidden",),
             r"params\.step: there 0\.\d+, here 0\.5",
         ),
-        ({}, ("vision_sampled", "relation", "response_topk"), "field response_topk was fitted otherwise"),
+        ({}, ("vision_sampled", "relation", "response_topk"), "field response_topk was fitted with other settings"),
     ],
 )
 def test_another_fields_calibration_is_refused(
@@ -169,7 +187,9 @@ def test_a_calibration_of_too_few_rows_is_refused(
         capture(real_job(flown, ask, tmp_path / "cache"))
 
 
-def test_a_rerun_reuses_and_other_settings_are_refused(flown: Any, ask: Ask, tmp_path: Path) -> None:
+def test_a_rerun_reuses_and_other_settings_are_refused(
+    flown: Any, ask: Ask, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     folder = Path(shutil.copytree(flown[0] / "preflight", tmp_path / "preflight"))
     commits = sorted(folder.glob("cache/*/commits/*.json"))
     before = [one.stat().st_mtime_ns for one in commits]
@@ -178,11 +198,33 @@ def test_a_rerun_reuses_and_other_settings_are_refused(flown: Any, ask: Ask, tmp
     assert before == [one.stat().st_mtime_ns for one in commits]
     assert "put this into kd.toml" in report(again)
     with pytest.raises(
-        CacheError, match=r"holds another preflight: max_kl: there 0\.005, here 0\.1: choose another --out"
+        CacheError, match=r"holds another preflight: budget\.max_kl: there None, here 0\.1: choose another --out"
     ):
         preflight(ask(folder, max_kl=0.1))
-    with pytest.raises(CacheError, match=r"holds another preflight: .*plan_hash"):
+    read: list[Any] = []
+    monkeypatch.setattr("pipelines.preflight.sample.read_rows", lambda *asked: read.append(asked))
+    with pytest.raises(CacheError, match=r"holds another preflight: rows: there 48, here 24: choose another --out"):
         preflight(ask(folder, rows=24))
+    assert not read
+
+
+def test_a_folder_is_another_preflight_s_with_and_without_its_rows(tmp_path: Path) -> None:
+    """What is known before the rows are read is looked at then; notebooks of older versions do not tell how many were asked for."""
+    asked, out = {"rows": 48, "budget": {"max_kl": None}}, str(tmp_path)
+    Notebook(out, asked, "abc").note("choices", [])
+    assert Notebook(out, asked).found == Notebook(out, asked, "abc").found == {"choices": []}
+    for other, rows, message in (
+        ({**asked, "rows": 24}, None, "rows: there 48, here 24"),
+        (asked, "def", "plan_hash: there abc, here def"),
+        ({"rows": 48, "budget": {"max_kl": 0.1}}, None, r"budget\.max_kl: there None, here 0\.1"),
+    ):
+        with pytest.raises(CacheError, match=f"holds another preflight: {message}: choose another --out"):
+            Notebook(out, other, rows)
+    older = unseal((tmp_path / NOTEBOOK).read_bytes(), "")
+    del older["identity"]["rows"]
+    (tmp_path / NOTEBOOK).write_bytes(seal(older))
+    Notebook(out, {**asked, "rows": 24})
+    assert Notebook(out, asked, "abc").found == {"choices": []}
 
 
 def as_plain(value: Any) -> Any:
@@ -192,9 +234,9 @@ def as_plain(value: Any) -> Any:
 def test_no_go_where_nothing_is_fine_enough(ask: Ask, tmp_path: Path) -> None:
     kd_file = tmp_path / "kd.toml"
     kd_file.write_text("")
-    result = preflight(ask(tmp_path / "out", max_angle=1e-9, methods=("kd",), rows=12, kd_file=kd_file))
+    result = preflight(ask(tmp_path / "out", fidelity=1e-9, methods=("kd",), rows=12, kd_file=kd_file))
     assert not result["go"] and report(result).startswith("NO-GO\n")
-    assert any("response rows: no parameters reach" in reason for reason in result["reasons"])
+    assert any("no measured setting meets --fidelity 1e-09: closest are" in one for one in result["reasons"])
     assert kd_file.read_text() == "" and result["kd_toml"] is None
 
 
@@ -222,15 +264,22 @@ def test_no_go_where_the_student_has_another_tokenizer(ask: Ask, tmp_path: Path,
     ("asked", "message"),
     [
         ({"rows": 3}, "--rows must be at least 12"),
-        ({"max_angle": 0.0}, "--max-angle must be above 0"),
+        ({"fidelity": 0.0}, "--fidelity must be above 0"),
         ({"max_kl": -1.0}, "--max-kl must be above 0"),
-        ({"max_bytes": 0}, "--max-bytes must be above 0"),
+        ({"bytes_per_token": 0}, "--bytes-per-token must be above 0"),
+        ({"fidelity": 1.0, "bytes_per_token": 60}, "--fidelity and --bytes-per-token are two budgets: give one"),
         ({"gpus": 0}, "--gpus must be at least 1"),
         ({"methods": ()}, "--methods is empty"),
         ({"methods": ("nonsense",)}, "unknown method 'nonsense': choose from"),
         ({"train": {"student": ""}}, "no student"),
+        (
+            {"stage_parts": {"DPT": ("talk",)}},
+            "llava-kd: stage DPT trains on part talk, and the mixture has caption, sft: name its parts",
+        ),
         ({"train": {"student": "/no/such"}}, "cannot be loaded"),
         ({"capture": {"store": "tiny"}}, "--store 'tiny': choose from"),
+        ({"capture": {"shards": 512}}, "--shards 512 is more than the 54 rows of the mixture: use at most --shards 54"),
+        ({"capture": {"shards": 1}}, "so 2 parts need at least that many shards"),
         ({"capture": {"parts_without_fields": ("x",)}}, "parts_without_fields names x"),
     ],
 )
@@ -280,6 +329,7 @@ def test_the_command_line(
 
     monkeypatch.chdir(tmp_path)
     caption, _ = preflight_data
+    Path("kd.toml").write_text("".join(f"[stages.{name}]\nparts = ['caption']\n" for name in ("SFT", "DFT")))
     words = ["preflight", "--teacher", str(tiny_teacher), "--student", str(tiny_student), "--device", "cpu"]
     words += ["--data", caption.path, "--image-root", caption.image_root, "--template", "plain", "--part", "caption"]
     words += ["--fields", "response_topk", "--shards", "2", "--methods", "llava-kd", "--json"]

@@ -67,6 +67,7 @@ def em_kd_run(tmp_path_factory: pytest.TempPathFactory, tiny_cache: Path, coarse
         per_device_train_batch_size=4,
         max_steps=1,
         report_to="none",
+        log_term_gradients=1,
     )
     train(str(tiny_cache), "em-kd", Settings(train=settings), "DFT")
     return output

@@ -63,8 +63,8 @@ def test_the_page_opens_quietly_and_alone(cache, make_run, tmp_path, request):
 def test_a_page_with_every_section_opens_quietly_too(whole_page, tmp_path):
     console, asked, document = browse(whole_page, tmp_path / "profile")
     assert (console, asked) == ([], [])
-    sections = ("results", "runs", "losses", "efficiency", "cache", "fidelity", "images", "matching", "settings")
-    assert re.findall(r'<section id="(\w+)"', document) == list(sections)
+    names = "results runs losses gradients efficiency cache fidelity images labels matching settings"
+    assert re.findall(r'<section id="(\w+)"', document) == names.split()
     assert document.count("<rect") == whole_page.read_text(encoding="utf-8").count("<rect")
 
 

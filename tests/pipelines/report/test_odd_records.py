@@ -169,5 +169,5 @@ def test_something_else_in_its_place(make_run: Callable[..., Path], tmp_path: Pa
 
 def test_the_name_of_a_stage_leads_nowhere(make_run: Callable[..., Path]) -> None:
     run = make_run("kd", stages=[{"stage": "/../../etc", "method": "kd"}])
-    with pytest.raises(KdcliError, match=r"run\.json: stage '/../../etc' is no name"):
+    with pytest.raises(KdcliError, match=r"run\.json: stage '/../../etc' is not the name"):
         find_model(run)

@@ -10,6 +10,7 @@ import pytest
 
 from pipelines import inspect_cache
 from pipelines.find_row import Asked
+from pipelines.report.lead import Lead
 from pipelines.report.page import write_report
 from pipelines.tables import human_bytes
 from student_train.cache import Cache
@@ -87,9 +88,25 @@ def check_self_contained(page: Page) -> None:
 def test_the_page_is_complete_and_self_contained(full_page):
     check_self_contained(full_page)
     ids = {attributes["id"] for attributes in full_page.all("section")}
-    assert ids == {"results", "runs", "losses", "efficiency", "cache", "images", "settings"}
+    assert ids == {"results", "runs", "losses", "efficiency", "cache", "images", "labels", "settings"}
     for expected in ("A <title>", "60.0 ± 14.1", "<b>bold</b>", "trained from another cache plan", "torch 2.9"):
         assert expected in full_page.text
+
+
+def test_loss_terms_are_explained_above_their_charts(full_page):
+    losses = full_page.text[full_page.text.index("One chart for each loss term") :]
+    assert "cross-entropy of the labels on response tokens" in losses
+    assert "vlad" not in losses, "terms of these runs alone"
+
+
+def test_a_lead_is_said_before_anything_else(make_run, tmp_path):
+    lead = Lead("It <gained>.", [("+11 points", "exact match")], [("Cost", "60 s & 18 MB")])
+    out = write_report([make_run("kd")], None, tmp_path / "page.html", title="A title", lead=lead)
+    page = Page(out.read_text(encoding="utf-8"))
+    check_self_contained(page)
+    said = [words.strip() for words in page.words if words.strip()]
+    told = [*(said[said.index("A title", 1) :])][1:6]
+    assert told == ["It <gained>.", "+11 points", "exact match", "Cost", "60 s & 18 MB"]
 
 
 def test_style_sheet_asks_for_nothing(full_page):
@@ -118,10 +135,11 @@ def test_cache_numbers_are_those_of_status(full_page, tiny_cache):
 
 
 def test_images_carry_the_words_that_the_cache_tells(full_page, tiny_cache):
-    examples = full_page.all("article")
-    assert 4 <= len(examples) <= 6
+    pictures = [attributes for attributes in full_page.all("svg") if attributes.get("class") == "patches"]
+    of_gallery = [one for one in full_page.all("image") if not one["id"].startswith("image-label-")]
+    assert 4 <= len(of_gallery) <= 6 < len(pictures)
     cells = [attributes for attributes in full_page.all("rect") if attributes.get("class") == "cell"]
-    assert len(cells) == len(examples) * 36
+    assert len(cells) == len(pictures) * 36
     decoded = inspect_cache.inspect(
         Cache(str(tiny_cache)), Asked(key=re.search(r"\d{9}-[0-9a-f]{8}", full_page.text)[0])
     )
@@ -156,7 +174,19 @@ def test_a_page_of_everything(whole_page):
     page = Page(whole_page.read_text(encoding="utf-8"))
     check_self_contained(page)
     ids = [attributes["id"] for attributes in page.all("section")]
-    assert ids == ["results", "runs", "losses", "efficiency", "cache", "fidelity", "images", "matching", "settings"]
+    assert ids == [
+        "results",
+        "runs",
+        "losses",
+        "gradients",
+        "efficiency",
+        "cache",
+        "fidelity",
+        "images",
+        "labels",
+        "matching",
+        "settings",
+    ]
     told = [
         attributes["aria-label"]
         for attributes in page.all("svg")
