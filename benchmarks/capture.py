@@ -43,6 +43,7 @@ from benchmarks.common import (
 from benchmarks.worlds import World, fit_fields, open_world
 from pipelines.profiles import PROFILES
 from pipelines.settings import CaptureSettings
+from teacher_cache import behind
 from teacher_cache import cache_shard as line
 from teacher_cache.batch import collate, token_batches
 from teacher_cache.cache_shard import CaptureJob, cache_shard, prepare_windows, read_ahead
@@ -136,8 +137,8 @@ STAGES = (
     (TransformersTeacher, "hidden", "teacher forward"),
     (signals, "topk_rows", "head product + top-k"),
     (TransformersTeacher, "__call__", "teacher, all"),
-    (line, "is_finite", "finite check"),
-    (line.container, "pack", "pack"),
+    (behind, "is_finite", "finite check"),
+    (behind.container, "pack", "pack"),
     (line, "encode_sample", "encode samples"),
     (ShardWriter, "add", "write"),
     (ShardWriter, "commit", "hash + commit"),

@@ -86,6 +86,7 @@ def measure(folder: Path, options: Any) -> dict[str, Any]:
     data, out = write_rows(folder, options.rows, options.side), folder / "cache"
     words = ["cache-teacher", "--teacher", f"null:{folder / 'teacher'}", "--data", str(data), "--out", str(out)]
     words += ["--store", "exact", "--dtype", "bfloat16", "--shards", "1", "--workers", "1", "--device", "cpu"]
+    words += ["--encode-workers", str(options.encode_workers)]
     done = watched([sys.executable, "-m", "cli", *words, "--max-length", "16384"])
     (first, *_) = Cache(str(out)).column("samples").entries(0)
     tar = sum(file.stat().st_size for file in out.rglob("*.tar"))
@@ -102,6 +103,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--rows", type=int, default=48)
     parser.add_argument("--width", type=int, default=WIDTH, help="of hidden states")
     parser.add_argument("--side", type=int, default=SIDE, help="pixels of a view")
+    parser.add_argument("--encode-workers", type=int, default=4)
     options = parser.parse_args(arguments)
     described = machine("cpu")
     with tempfile.TemporaryDirectory() as folder:
@@ -110,6 +112,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "machine": described,
         "shapes": f"{VISION_TOKENS} x {options.width}" if options.side == SIDE else "small",
         "rows": options.rows,
+        "encode_workers": options.encode_workers,
         "window_mib": WINDOW_BYTES // 2**20,
         "limit_mib": LIMIT_MIB,
         **found,

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.text_teacher import load_text_teacher
+from benchmarks.text_corpus import english_pieces
 from pipelines.demo.run import STUDENT_START, TEACHER
 from pipelines.demo.write_world import write_world
 from teacher_cache.cache_shard import ask
@@ -20,6 +20,9 @@ from teacher_cache.teachers.head import topk_rows
 from teacher_cache.teachers.transformers import TeacherSpec, TransformersTeacher, load_processor
 
 LARGEST_K = 128
+PROMPT = 16
+PIECE = 256 + PROMPT
+"""Tokens."""
 
 
 @dataclass
@@ -64,7 +67,7 @@ def demo_rows(folder: Path, calibration: int, test: int) -> list[Rows]:
     prepared = _prepare(specs, Preparer(processor, config))
     order = torch.randperm(len(prepared), generator=torch.Generator().manual_seed(0)).tolist()
     fit, measured = ([prepared[i] for i in part] for part in (order[:calibration], order[calibration:]))
-    teacher, student = (_model(path, processor, config) for path in (TEACHER, STUDENT_START))
+    teacher, student = (_model(path, processor) for path in (TEACHER, STUDENT_START))
     said, fitted = listen(teacher, measured), listen(teacher, fit)
     student_said = listen(student, measured)
     return [
@@ -82,8 +85,9 @@ def demo_rows(folder: Path, calibration: int, test: int) -> list[Rows]:
     ]
 
 
-def _model(folder: Path, processor: Any, config: Any) -> TransformersTeacher:
-    return TransformersTeacher(TeacherSpec(str(folder), dtype="float32", device="cpu"), processor, config)
+def _model(folder: Path, processor: Any) -> TransformersTeacher:
+    spec = TeacherSpec(str(folder), dtype="float32", device="cpu")
+    return TransformersTeacher(spec, processor, load_processor(spec)[1])
 
 
 def _prepare(specs: Sequence[DataSpec], preparer: Preparer) -> list[Prepared]:
@@ -106,21 +110,25 @@ def listen(model: TransformersTeacher, prepared: Sequence[Prepared]) -> list[Tea
 
 @torch.inference_mode()
 def text_rows(folder: Path, calibration: int, test: int) -> Rows:
-    """Response rows of the larger language model on text that it has not seen; its early exit, two layers sooner, is the student."""
-    model, tokens = load_text_teacher(folder)
-    model = model.eval()
+    """Response rows of a language model on documentation, behind a prompt of ``PROMPT`` tokens a piece; its early exit, after two thirds of
+    its layers, is the student. The first pieces fit, those behind them are measured.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokens = english_pieces(lambda text: tokenizer(text)["input_ids"], PIECE, calibration + test)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     head = model.get_output_embeddings().weight.detach().to(torch.float32)
-    layers = model.config.num_hidden_layers
     outputs, exits = [], []
-    for block in tokens[: calibration + test]:
-        states = model.model(block[None].long(), output_hidden_states=True)
-        hidden = states.last_hidden_state[0].to(torch.float32)
+    for piece in tokens:
+        states = model.model(piece[None], output_hidden_states=True)
+        hidden = states.last_hidden_state[0, PROMPT:].to(torch.float32)
         outputs.append(TeacherOutput({"response": hidden}, {"response": topk_rows(hidden, head, LARGEST_K)}))
-        early = model.model.norm(states.hidden_states[layers - 2])[0].to(torch.float32)
-        exits.append(TeacherOutput({"response": early}))
-    prepared = [_text_sample(number, len(block)) for number, block in enumerate(tokens[: calibration + test])]
+        early = model.model.norm(states.hidden_states[model.config.num_hidden_layers * 2 // 3])
+        exits.append(TeacherOutput({"response": early[0, PROMPT:].to(torch.float32)}))
+    prepared = [_text_sample(number, len(one.hidden["response"])) for number, one in enumerate(outputs)]
     return Rows(
-        f"text teacher, {len(head)} × {head.shape[1]}",
+        f"{model.config.model_type} on text, {len(head)} × {head.shape[1]}",
         "response",
         head,
         outputs[:calibration],

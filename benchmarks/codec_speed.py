@@ -76,10 +76,14 @@ class Kind:
 
     def encode(self, version: int) -> dict[str, torch.Tensor]:
         """The host's part of one record."""
+        return self.encoded(self.symbols, version)
+
+    def encoded(self, symbols: torch.Tensor, version: int = 2) -> dict[str, torch.Tensor]:
+        """Of the first so many rows."""
         if self.name == "affinity":
-            before = [(np.array([len(self.symbols)]), VISION_ROWS)]
-            return self.coder.record(self.symbols, self.grids, before, version)
-        return self.coder.record(self.symbols, self.grids, [(self.means, self.table)], version)
+            before = [(np.array([len(symbols)]), VISION_ROWS)]
+            return self.coder.record(symbols, self.grids, before, version)
+        return self.coder.record(symbols, self.grids, [(self.means[: len(symbols)], self.table)], version)
 
     def field(self, version: int) -> Any:
         params = {"codec": "sketch", "codec_version": version, "step": STEPS[self.name]}

@@ -1,13 +1,15 @@
 """How few bytes hold a teacher's distribution, and at what fidelity? Our fields beside what others store.
 
-    python -m benchmarks.codecs [--text-model runs/text_teacher/model] [--save]
+    python -m benchmarks.codecs [--save]
+    python -m benchmarks.codecs --only-text [--text-model runs/smollm2] [--save]
 
-On the shipped demo teacher, vision and response rows apart (the shipped student, not yet distilled, supplies the gradients), and on
-the larger language model of ``benchmarks.text_teacher`` where its folder is there (its early exit is the student). Every one of our
-rows goes through the real field: fitted on other samples, encoded, packed as a tar member, unpacked, decoded.
+On the shipped demo teacher, vision and response rows apart (the shipped student, not yet distilled, supplies the gradients); with
+``--only-text`` on a released language model instead, which reads documentation of what is installed (its early exit is the student). Every
+one of our rows goes through the real field: fitted on other samples, encoded, packed as a tar member, unpacked, decoded.
 
-Columns: payload bytes a row (and with the member's container); KL(p‖p̂) in nats; angle in degrees of the forward- and reverse-KL gradient
-of the student's head, summed over all test rows, against the dense teacher; median and 95th percentile of the angles row by row.
+Columns: payload bytes a row (and with the member's container); KL(p‖p̂) in nats, at temperature 1 and 4; angle in degrees of the forward-
+and reverse-KL gradient of the student's head, summed over all test rows, against the dense teacher; median and 95th percentile of the
+angles row by row.
 """
 
 from __future__ import annotations
@@ -21,9 +23,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks.codec_measures import Fixed, measure
+from benchmarks.codec_measures import Fixed, Yardstick
 from benchmarks.codec_rows import Rows, demo_rows, text_rows
-from benchmarks.codec_vision import vision_terms
+from benchmarks.codec_targets import RECOMMENDED_NAME, RELEASED, SMALL, Targets, judge
+from benchmarks.codec_vision import long_answers, vision_terms
 from benchmarks.common import argument_parser, finish, machine, print_table
 from benchmarks.published import BUDGET, RECOMMENDED, sampled_bytes, sampled_probs
 from student_train.distributions import DenseTeacher, Distribution, HeadAndSketch, HeadAndTail, SketchTeacher
@@ -36,21 +39,50 @@ from teacher_cache.teachers.low_rank import LowRankHead
 
 STEPS = (0.4, 0.2, 0.1, 0.04, 0.02, 0.01)
 DRAWS = 50
-TEXT_CALIBRATION, TEXT_TEST = 48, 12
-"""Blocks of 256 tokens."""
+SAMPLING = f"random sampling N={DRAWS}"
+TEXT_CALIBRATION, TEXT_TEST = 63, 12
+"""Pieces of 256 tokens."""
 Params = dict[str, dict[str, Any]]
 
 
 def configurations() -> dict[str, Params]:
     """Name → suffix of the field → its parameters."""
-    sketch = {step: {"codec": "sketch", "step": step} for step in STEPS}
+    return {
+        **others_than_standard(),
+        "top-50, plain": {"topk": {"k": 50, "coding": "plain"}},
+        **{f"sketch Δ={step}": {"hidden": sketch(step)} for step in (0.1, 0.02)},
+        **{f"top-{k} + sketch Δ=0.1": {"topk": {"k": k}, "hidden": sketch(0.1)} for k in (4, 16)},
+        **{f"top-8 + sketch Δ={step}": {"topk": {"k": 8}, "hidden": sketch(step)} for step in STEPS},
+    }
+
+
+def others_than_standard() -> dict[str, Params]:
     return {
         **{f"top-{k}": {"topk": {"k": k}} for k in (12, 50, 128)},
-        "top-50, plain": {"topk": {"k": 50, "coding": "plain"}},
         **{f"hidden {codec}": {"hidden": {"codec": codec}} for codec in ("bf16", "int8", "int4")},
-        **{f"sketch Δ={step}": {"hidden": sketch[step]} for step in (0.1, 0.02)},
-        **{f"top-{k} + sketch Δ=0.1": {"topk": {"k": k}, "hidden": sketch[0.1]} for k in (4, 16)},
-        **{f"top-8 + sketch Δ={step}": {"topk": {"k": 8}, "hidden": one} for step, one in sketch.items()},
+    }
+
+
+def sketch(step: float) -> dict[str, Any]:
+    return {"codec": "sketch", "step": step}
+
+
+RELEASED_STEPS = (0.2, 0.1, 0.06, 0.04, 0.02)
+RELEASED_AT_BYTES = (0.21, 0.066, 0.045)
+RELEASED_HEADS = ((4, 0.1), (16, 0.1))
+COARSE_HEAD = 1 / 16
+"""Nats: of head values beside a sketch that is coarser still."""
+
+
+def released_configurations() -> dict[str, Params]:
+    """Of a released model: the steps that its targets are about, and heads of other sizes and steps beside them."""
+    coarse = {"k": 8, "step": COARSE_HEAD}
+    return {
+        **others_than_standard(),
+        **{f"sketch Δ={step}": {"hidden": sketch(step)} for step in (0.1, 0.03)},
+        **{f"top-8 + sketch Δ={step}": {"topk": {"k": 8}, "hidden": sketch(step)} for step in RELEASED_STEPS},
+        **{f"top-8 in 1/16 + sketch Δ={step}": {"topk": coarse, "hidden": sketch(step)} for step in RELEASED_AT_BYTES},
+        **{f"top-{k} + sketch Δ={step}": {"topk": {"k": k}, "hidden": sketch(step)} for k, step in RELEASED_HEADS},
     }
 
 
@@ -72,8 +104,9 @@ class Coded:
                 fitted = field.fit(rows.calibration, rows.head)
                 field = field.with_calibration(fitted.tensors)
                 if fitted.low_rank_head:
-                    low_rank = LowRankHead(fitted.low_rank_head["weight"], fitted.low_rank_head["bias"])
-                    self.low_rank = low_rank.to(torch.device("cpu"))
+                    low_rank = fitted.low_rank_head
+                    made = LowRankHead(low_rank["weight"], low_rank["bias"], field.params["step"])
+                    self.low_rank = made.to(torch.device("cpu"))
             self.fields[suffix] = field
             self.records[suffix] = [self._through(field, one, said) for one, said in zip(rows.prepared, rows.test)]
         self.count = len(rows.hidden)
@@ -94,14 +127,15 @@ class Coded:
         if self.low_rank is None:
             return DenseTeacher(torch.cat(hidden), head)
         sketch = Sketch.join(hidden)
-        return SketchTeacher(sketch, self.low_rank) if topk is None else HeadAndSketch(topk, sketch, self.low_rank)
+        return SketchTeacher(sketch, self.low_rank) if topk is None else HeadAndSketch.of(topk, sketch, self.low_rank)
 
 
-def our_rows(rows: Rows, live: DenseTeacher) -> dict[str, dict[str, float]]:
+def our_rows(rows: Rows, yardstick: Yardstick, chosen: dict[str, Params]) -> dict[str, dict[str, float]]:
     results = {}
-    for name, params in configurations().items():
+    for name, params in chosen.items():
         coded = Coded(rows, params)
-        body = measure(live, coded.distribution(rows.head), rows.student_hidden, rows.student_head)
+        distribution: Any = coded.distribution(rows.head)
+        body = yardstick.measure(lambda chunk, truth, all_rows=distribution: all_rows[chunk])
         size = {"bytes": coded.payload / coded.count, "with_container": coded.stored / coded.count}
         results[name] = {**size, **body, **(rate(rows, coded) if coded.low_rank is not None else {})}
         print(f"  {name}: {size['bytes']:.1f} B, KL {body['kl']:.5f}", flush=True)
@@ -133,20 +167,14 @@ def _entropy(symbols: np.ndarray) -> float:
     return float(-(share * np.log2(share)).sum())
 
 
-def others(rows: Rows, live: DenseTeacher) -> dict[str, dict[str, float]]:
+def others(rows: Rows, yardstick: Yardstick) -> dict[str, dict[str, float]]:
     """The published codings on the same rows."""
     topk = TopK.join([one.topk[rows.kind] for one in rows.test])
     vocabulary = len(rows.head)
     results = {}
-    for name, one in (("DistillKit recommended", RECOMMENDED), ("DistillKit budget", BUDGET)):
+    for name, one in ((RECOMMENDED_NAME, RECOMMENDED), ("DistillKit budget", BUDGET)):
         if one.k <= topk.ids.shape[1]:
-            body = measure(
-                live,
-                None,
-                rows.student_hidden,
-                rows.student_head,
-                make=lambda chunk, truth, one=one: Fixed(one.log_probs(topk[chunk], vocabulary)),
-            )
+            body = yardstick.measure(lambda chunk, truth, one=one: Fixed(one.log_probs(topk[chunk], vocabulary)))
             results[name] = {"bytes": one.bytes_per_row(vocabulary), **body}
     generator, unique = torch.Generator().manual_seed(0), []
 
@@ -155,14 +183,9 @@ def others(rows: Rows, live: DenseTeacher) -> dict[str, dict[str, float]]:
         unique.append(kept)
         return Fixed(estimate.log())
 
-    body = measure(live, None, rows.student_hidden, rows.student_head, make=draw)
-    body |= {"kl": math.inf, "kl_p95": math.inf}
-    results[f"random sampling N={DRAWS}"] = {
-        "bytes": sampled_bytes(float(np.mean(unique)), vocabulary, DRAWS),
-        "unique": float(np.mean(unique)),
-        **body,
-    }
-    return results
+    body = yardstick.measure(draw) | dict.fromkeys(("kl", "kl_p95", "soft_kl"), math.inf)
+    size = sampled_bytes(float(np.mean(unique)), vocabulary, DRAWS)
+    return {**results, SAMPLING: {"bytes": size, "unique": float(np.mean(unique)), **body}}
 
 
 def report(rows: Rows, results: dict[str, dict[str, float]]) -> None:
@@ -174,68 +197,75 @@ def report(rows: Rows, results: dict[str, dict[str, float]]) -> None:
         "reverse_row_median",
         "reverse_row_p95",
     )
-    header = ["", "B/row", "+container", "KL nats", "fwd°", "fwd med°", "fwd p95°", "rev°", "rev med°", "rev p95°"]
+    header = [
+        "",
+        "B/row",
+        "+container",
+        "KL nats",
+        "KL T=4",
+        "fwd°",
+        "fwd med°",
+        "fwd p95°",
+        "rev°",
+        "rev med°",
+        "rev p95°",
+    ]
     lines = []
     for name, one in sorted(results.items(), key=lambda item: item[1]["bytes"]):
         angles = [f"{one[key]:.2f}" if key in one else "–" for key in names]
         container_bytes = f"{one['with_container']:.1f}" if "with_container" in one else "–"
-        lines.append([name, f"{one['bytes']:.1f}", container_bytes, f"{one['kl']:.5f}", *angles])
+        lines.append(
+            [name, f"{one['bytes']:.1f}", container_bytes, f"{one['kl']:.5f}", f"{one['soft_kl']:.5f}", *angles]
+        )
     print(f"\n{rows.name}: {len(rows.hidden)} test rows, {len(rows.calibration)} calibration samples")
     print_table(header, lines)
 
 
-def targets(rows: Rows, results: dict[str, dict[str, float]]) -> dict[str, Any]:
-    """The targets, each with the best configuration that meets it, or what is nearest."""
+def run(rows: Rows, chosen: dict[str, Params], wanted: Targets) -> dict[str, Any]:
+    yardstick = Yardstick(DenseTeacher(rows.hidden, rows.head), rows.student_hidden, rows.student_head)
+    results = {**our_rows(rows, yardstick, chosen), **others(rows, yardstick)}
+    report(rows, results)
     width, vocabulary = rows.head.shape[1], len(rows.head)
-    ours = {name: one for name, one in results.items() if "with_container" in one}
-    small = [one for n, one in ours.items() if "+ sketch" in n and one["bytes"] <= 2 * width / 10]
-    recommended = results.get("DistillKit recommended", {"kl": math.nan})
-    half = [one for one in ours.values() if one["bytes"] <= RECOMMENDED.bytes_per_row(vocabulary) / 2]
-    least = [one for n, one in ours.items() if "+ sketch" in n and one["bytes"] <= 36]
-    sampling = results[f"random sampling N={DRAWS}"]["forward_angle"]
     return {
-        "tenth_of_bf16": {
-            "bytes_allowed": 2 * width / 10,
-            "met": any(o["kl"] <= 0.005 and o["forward_angle"] <= 1 and o["reverse_angle"] <= 1 for o in small),
-            "best_kl": min((o["kl"] for o in small), default=None),
-        },
-        "half_of_distillkit": {
-            "bytes_allowed": RECOMMENDED.bytes_per_row(vocabulary) / 2,
-            "kl_ratio": recommended["kl"] / min(o["kl"] for o in half) if half else None,
-        },
-        "at_36_bytes": {
-            "met": any(o["forward_angle"] < sampling and o["reverse_angle"] <= 5 for o in least),
-            "forward_angle": min((o["forward_angle"] for o in least), default=None),
-            "reverse_angle": min((o["reverse_angle"] for o in least), default=None),
-            "random_sampling_forward_angle": sampling,
-        },
-        "rate_over_entropy": max(one.get("rate_over_entropy", 0.0) for one in ours.values()),
+        "rows": len(rows.hidden),
+        "calibration rows": sum(len(one.hidden[rows.kind]) for one in rows.calibration),
+        "vocabulary": vocabulary,
+        "width": width,
+        "entropy": yardstick.entropy(),
+        "mass of top-128 at temperature 4": yardstick.soft_mass(min(128, vocabulary)),
+        "results": results,
+        "targets": judge(results, wanted, vocabulary, width, SAMPLING),
     }
 
 
-def run(rows: Rows) -> dict[str, Any]:
-    live = DenseTeacher(rows.hidden, rows.head)
-    results = {**our_rows(rows, live), **others(rows, live)}
-    report(rows, results)
-    body = {"rows": len(rows.hidden), "vocabulary": len(rows.head), "width": rows.head.shape[1]}
-    return {**body, "results": results, "targets": targets(rows, results)}
+def on_demo(calibration: int, test: int) -> dict[str, Any]:
+    body: dict[str, Any] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        for rows in demo_rows(Path(folder), calibration, test):
+            body[rows.name] = run(rows, configurations(), SMALL)
+            if rows.kind == "vision":
+                body["vision terms"] = vision_terms(rows, Coded(rows, configurations()[STANDARD]))
+                body["affinities of long records"] = long_answers(rows)
+    return body
 
 
 def main() -> None:
     parser = argument_parser(__doc__ or "")
-    parser.add_argument("--text-model", type=Path, default=Path("runs/text_teacher/model"))
+    parser.add_argument(
+        "--text-model", type=Path, default=Path("runs/smollm2"), help="`make real-text-teacher` writes it"
+    )
     parser.add_argument("--calibration", type=int, default=256, help="demo samples that fit the fields")
     parser.add_argument("--test", type=int, default=128, help="demo samples measured")
+    parser.add_argument("--only-text", action="store_true", help="the language model in place of the demo teacher")
     options = parser.parse_args()
-    body: dict[str, Any] = {"machine": machine("cpu"), "shapes": options.shapes}
-    with tempfile.TemporaryDirectory() as folder:
-        for rows in demo_rows(Path(folder), options.calibration, options.test):
-            body[rows.name] = run(rows)
-            if rows.kind == "vision":
-                body["vision terms"] = vision_terms(rows, Coded(rows, configurations()[STANDARD]))
-    if options.text_model.is_dir():
+    if options.only_text and not options.text_model.is_dir():
+        parser.error(f"no folder {options.text_model}: `make real-text-teacher` makes runs/smollm2")
+    body: dict[str, Any] = {"machine": machine("cpu"), "shapes": "text" if options.only_text else options.shapes}
+    if options.only_text:
         rows = text_rows(options.text_model, TEXT_CALIBRATION, TEXT_TEST)
-        body[rows.name] = run(rows)
+        body[rows.name] = run(rows, released_configurations(), RELEASED)
+    else:
+        body |= on_demo(options.calibration, options.test)
     print(json.dumps({name: one["targets"] for name, one in body.items() if "targets" in one}, indent=1))
     finish("codecs", body, options.save)
 

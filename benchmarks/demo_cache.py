@@ -33,7 +33,7 @@ FIELDS: dict[str, dict[str, Any]] = {
 
 
 def make(out: Path, recipe: Recipe, seed: int) -> dict[str, Any]:
-    """``out/world`` and ``out/cache``; the capture's summary."""
+    """``out/world`` and ``out/cache``; the capture's summary. A share of the training answers is wrong where the recipe says so."""
     _, data = make_world(out / "world", recipe, seed)
     settings = CaptureSettings(shards=recipe.shards, fields=tuple(FIELDS), workers=1)
     return capture(CaptureRequest(TeacherSpec(str(TEACHER)), data, str(out / "cache"), settings, FIELDS))
@@ -45,6 +45,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     for name in ("captions", "train", "heldout", "shards"):
         parser.add_argument(f"--{name}", type=int, default=None)
+    parser.add_argument("--wrong-answers", type=float, default=None, help="share of the training answers, 0 to 1")
     given = vars(parser.parse_args())
     out, seed = given.pop("out"), given.pop("seed")
     recipe = replace(Recipe(defects=0), **{name: value for name, value in given.items() if value is not None})

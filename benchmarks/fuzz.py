@@ -1,6 +1,7 @@
 """Every reader of foreign bytes against many hostile inputs: only the project's own errors come out, and memory stays bounded.
 
     python -m benchmarks.fuzz --inputs 100000 --save
+    python -m benchmarks.fuzz --inputs 100000 --save --only "symbols of" "hidden sketch"    # saved under a name of their own
 
 Inputs are made by hypothesis (``benchmarks.fuzz_targets`` says how); each target gets the same number of them. What must not come out is
 printed with the smallest input that hypothesis finds for it, and the run fails at its end. A run that was broken off goes on where it was
@@ -14,6 +15,7 @@ import resource
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -59,13 +61,14 @@ def peak() -> int:
 def main() -> None:
     parser = argument_parser(__doc__ or "")
     parser.add_argument("--inputs", type=int, default=4000, help="all targets together")
-    parser.add_argument("--only", default="", help="targets whose name holds this")
+    parser.add_argument("--only", nargs="+", metavar="WORDS", help="targets whose name is or holds one of these")
     parser.add_argument("--state", help="file that keeps what is done; a run with the same file goes on")
     arguments = parser.parse_args()
     state = Path(arguments.state) if arguments.state else None
     done: dict[str, dict[str, Any]] = json.loads(state.read_text()) if state and state.is_file() else {}
     with tempfile.TemporaryDirectory(prefix="kdcli-fuzz-") as scratch:
-        chosen = [one for one in targets(Path(scratch)) if arguments.only in one.name]
+        every = {one.name: one for one in targets(Path(scratch))}
+        chosen = [every[name] for name in chosen_names(list(every), arguments.only)]
         share = -(-arguments.inputs // len(chosen))
         while left := [one for one in chosen if to_do(done, one.name, share)]:
             for target in left:  # in turn, so that a run that is broken off has tried everything
@@ -76,7 +79,20 @@ def main() -> None:
                 total["grown"], total["failure"] = max(total["grown"], batch["grown"]), batch["failure"]
                 if state:
                     state.write_text(json.dumps(done))
-    report([(name, one) for name, one in done.items() if arguments.only in name], arguments)
+    report([(one.name, done[one.name]) for one in chosen], arguments)
+
+
+def chosen_names(names: Sequence[str], only: Sequence[str] | None) -> list[str]:
+    """Targets by whole name, else by part of it; all where nothing was named."""
+    if only is None:
+        return list(names)
+    found: set[str] = set()
+    for words in only:
+        ours = {words} if words in names else {name for name in names if words in name}
+        if not ours:
+            sys.exit(f"fuzz: --only {words!r} is part of no target's name: choose from {', '.join(map(repr, names))}")
+        found |= ours
+    return [name for name in names if name in found]
 
 
 def to_do(done: dict[str, dict[str, Any]], name: str, share: int) -> bool:
@@ -100,7 +116,7 @@ def report(rows: list[tuple[str, dict[str, Any]]], arguments: Any) -> None:
     failed = [name for name, one in rows if one["failure"] or one["grown"] > MOST_GROWTH]
     body = {
         "machine": machine("cpu"),
-        "shapes": "hostile",
+        "shapes": "hostile" if arguments.only is None else f"hostile, {len(rows)} readers",
         "inputs": sum(one["inputs"] for _, one in rows),
         "taken": sum(one["taken"] for _, one in rows),
         "failed": failed,

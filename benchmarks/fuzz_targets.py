@@ -59,6 +59,8 @@ FIELDS: list[tuple[str, dict[str, Any]]] = [
     ("affinity", {"layout": "factored", "text": "all", "codec_version": 1}),
     *(("attention", {}), ("relation", {}), ("vision_features", {"codec": "int8"})),
 ]
+WIDE = 64
+WIDE_FIELDS = (("vision_hidden", (("codec", "sketch"),)), ("affinity", (("layout", "factored"),)))
 DTYPES = (torch.uint8, torch.int8, torch.int32, torch.int64, torch.float16, torch.bfloat16, torch.float32, torch.bool)
 NUMBERS = st.sampled_from([0, 1, -1, 2, 7, 255, 65535, 2**31 - 1, -(2**31), 2**32, 2**63 - 1, 2**63, 10**30])
 FLOATS = st.floats() | st.sampled_from([float("nan"), float("inf"), -0.0, 1e308, 5e-324])
@@ -206,6 +208,25 @@ def made_field(number: int) -> tuple[Any, bytes, bytes]:
         one, calibration = fitted.with_calibration(tensors), container.pack(tensors)
     record = container.pack(one.encode(prepared(), teacher_output(9, frozenset(one.wants))))
     return one, record, calibration
+
+
+@cache
+def made_wide(name: str, params: tuple[tuple[str, Any], ...]) -> tuple[Any, bytes]:
+    """(coded field, a whole record of it that has frequencies of its own: other dimensions are large than in the calibration's rows)"""
+
+    def said(seed: int, each: torch.Tensor) -> TeacherOutput:
+        generator = torch.Generator().manual_seed(seed)
+        counts = {"vision": 192, "response": RESPONSE, "text": TEXT}
+        return TeacherOutput(
+            {kind: each * torch.randn(rows, WIDE, generator=generator) for kind, rows in counts.items()}
+        )
+
+    one: Any = create_field(name, dict(params))
+    head, falling = torch.randn(V, WIDE, generator=torch.Generator().manual_seed(0)), torch.linspace(1, 0.01, WIDE) ** 2
+    one = one.with_calibration(one.fit([said(seed, falling) for seed in range(8)], head).tensors)
+    stored = one.encode(prepared(), said(9, falling.flip(0)))
+    assert "symbols" in stored, name
+    return one, container.pack(stored)
 
 
 def scaled_symbols() -> tuple[bytes, list[int]]:
@@ -597,6 +618,11 @@ def document_targets(scratch: Path) -> Iterator[Target]:
     yield Target("worker's word", read_words, (), others)
 
 
+def read_coded(one: Any, data: bytes) -> None:
+    """As training does: symbols alone, then numbers where the student is."""
+    one.restore([decode_record(one, data, "here", coded=True)], torch.device("cpu"))
+
+
 def record_targets() -> Iterator[Target]:
     for number, (name, params) in enumerate(FIELDS):
         one, record, calibration = made_field(number)
@@ -608,6 +634,12 @@ def record_targets() -> Iterator[Target]:
         if calibration:
             inputs = (partial(changed, calibration), *[partial(repacked, calibration)] * 3)
             yield Target(f"calibration of {kind}", partial(read_calibration, number), (CacheError,), inputs)
+    for name, params in WIDE_FIELDS:
+        one, record = made_wide(name, params)
+        inputs = (random_bytes, partial(changed, record), *[partial(repacked, record)] * 3)
+        yield Target(
+            f"record of {name} with symbols of its own, restored", partial(read_coded, one), (CacheError,), inputs
+        )
     tensors = made_field(0)[1]
     yield Target("container", container.unpack, (CacheError,), (random_bytes, partial(changed, tensors)))
     framed = frame.compress(b"a" * 300)

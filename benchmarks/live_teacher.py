@@ -9,7 +9,7 @@ import torch
 from student_train.cache import Cache
 from student_train.needs import Served
 from student_train.stream import TrainBatch
-from student_train.teacher_view import TeacherSignals, TeacherView
+from student_train.teacher_view import TeacherHeads, TeacherView
 from teacher_cache.teachers.transformers import TeacherSpec, TransformersTeacher, load_processor
 
 HIDDEN = {
@@ -26,7 +26,7 @@ class LiveTeacher:
     def __init__(self, teacher: TransformersTeacher, device: torch.device):
         self.teacher, self.device = teacher, device
         heads = {f"{kind}_hidden": teacher.head for kind in ("response", "vision")}
-        self.signals = TeacherSignals(Served(HIDDEN, ()), heads, teacher.vocabulary, device)
+        self.signals = TeacherHeads(Served(HIDDEN, ()), heads, teacher.vocabulary, device)
 
     @classmethod
     def opener(cls, teacher: str):

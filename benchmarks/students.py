@@ -26,24 +26,41 @@ from scipy.stats import t as student_t
 from benchmarks.live_teacher import LiveTeacher
 from pipelines.cache_teacher import capture
 from pipelines.capture_shards import CaptureRequest
-from pipelines.demo.run import STUDENT_START, TEACHER, Recipe, heldout, make_world, score, student_settings
+from pipelines.demo.run import STUDENT_START, TEACHER, Recipe, heldout, make_world, score
 from pipelines.settings import CaptureSettings, Settings
 from pipelines.tables import table
 from pipelines.train_student import train
-from student_train.config import StageSettings
-from student_train.teacher_view import TeacherSignals
+from student_train.config import StageSettings, TrainSettings
+from student_train.teacher_view import TeacherHeads
 from teacher_cache.teachers.transformers import TeacherSpec
 
 VARIANTS = {"sft": ("sft", "exact"), "standard": ("llava-kd", "standard"), "exact": ("llava-kd", "exact")}
 VARIANTS |= {"live": ("llava-kd", "exact")}
 """Student → method and the cache whose rows it reads; ``live`` takes nothing else from it."""
+RECIPE = Recipe(
+    heldout=280, projector_steps=40, tuning_steps=90, projector_learning_rate=2e-3, tuning_learning_rate=2e-3
+)
+"""Where no flag says otherwise."""
 STAGES = {"sft": "PT,SFT,SFT", "llava-kd": "DPT,SFT,DFT"}
+
+
+def student_settings(output: Path, recipe: Recipe, seed: int) -> Settings:
+    """The same start, steps and learning rates for every method."""
+    projector = StageSettings(max_steps=recipe.projector_steps, learning_rate=recipe.projector_learning_rate)
+    tuning = StageSettings(max_steps=recipe.tuning_steps, learning_rate=recipe.tuning_learning_rate)
+    train_settings = TrainSettings(
+        student=str(STUDENT_START),
+        output_dir=str(output),
+        per_device_train_batch_size=recipe.batch_size,
+        seed=seed,
+    )
+    return Settings(train=train_settings, stages={"PT": projector, "DPT": projector, "SFT": tuning, "DFT": tuning})
 
 
 def train_variant(name: str, folder: Path, output: Path, settings: Settings, stages: str | None = None) -> str:
     """Train one student; its model folder."""
     method, cache = VARIANTS[name]
-    signals = LiveTeacher.opener(str(TEACHER)) if name == "live" else TeacherSignals.open
+    signals = LiveTeacher.opener(str(TEACHER)) if name == "live" else TeacherHeads.open
     body = train(str(folder / cache), method, settings, stages or STAGES[method], open_signals=signals)
     return body["model"]
 
@@ -140,7 +157,7 @@ def parse() -> argparse.Namespace:
 def main() -> None:
     arguments = parse()
     given = {one.name: getattr(arguments, one.name) for one in fields(Recipe)}
-    recipe = replace(Recipe(), **{name: value for name, value in given.items() if value is not None})
+    recipe = replace(RECIPE, **{name: value for name, value in given.items() if value is not None})
     variants = arguments.variants.split(",")
     seeds = range(arguments.first_seed, arguments.first_seed + arguments.seeds)
     runs = [run_seed(seed, recipe, variants, arguments.work, arguments.update_steps) for seed in seeds]

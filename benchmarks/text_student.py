@@ -28,15 +28,19 @@ METHODS = ("sft", "kd")
 
 
 def with_fewer_layers(model: Any, layers: int) -> Any:
-    """A model of the same class that begins as ``layers`` of these layers, evenly spread, the first and the last among them."""
-    count = model.config.num_hidden_layers
+    """A model of the same class that begins as ``layers`` of these layers, evenly spread, the first and the last among them.
+
+    Of a model with a vision tower, the language model's layers are meant; the tower stays whole.
+    """
+    count = model.config.get_text_config().num_hidden_layers
     if not 2 <= layers <= count:
         raise ValueError(f"{layers} layers of {count}: choose from 2 to {count}")
     kept = [round(i * (count - 1) / (layers - 1)) for i in range(layers)]
     config = copy.deepcopy(model.config)
-    config.num_hidden_layers = layers
-    if kinds := getattr(config, "layer_types", None):
-        config.layer_types = [kinds[i] for i in kept]
+    text = config.get_text_config()
+    text.num_hidden_layers = layers
+    if kinds := getattr(text, "layer_types", None):
+        text.layer_types = [kinds[i] for i in kept]
     student = type(model)(config).to(model.dtype)
     state = {}
     for name, tensor in model.state_dict().items():

@@ -32,7 +32,9 @@ def test_variants_with_ratios_memory_and_decoding(
     assert set(body["memory_mib"]) == set(body["gflop_a_step"]) == set(VARIANTS)
     assert all(0 < one["before"] <= one["peak"] for one in body["memory_mib"].values())
     flops, losses = body["gflop_a_step"], body["loss_of_a_step"]
-    assert flops[SFT] < flops[COMPACT] < flops[STANDARD] <= flops[EXACT] < flops[LIVE]
+    assert flops[SFT] < flops[COMPACT] < min(flops[STANDARD], flops[EXACT]) and flops[EXACT] < flops[LIVE]
+    # Fewer dimensions than exact, and the products by which the head corrects the sketch: a few percent at this size.
+    assert flops[STANDARD] < 1.05 * flops[EXACT]
     assert losses[EXACT] == pytest.approx(losses[LIVE], rel=2e-3)  # the same losses, but for the cache's bfloat16
     assert losses[STANDARD] == pytest.approx(losses[LIVE], rel=1e-2)
     assert losses[COMPACT] <= losses[EXACT] + 1e-3
