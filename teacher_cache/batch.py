@@ -7,7 +7,8 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from teacher_cache.records import KINDS_OF_TOKENS, Prepared
+from teacher_cache.families import token_kinds
+from teacher_cache.records import Prepared
 
 KINDS = ("vision", "response", "text", "answer")
 """Rows at the vision tokens; those that predict a response token (shifted); at every text token; at the response tokens themselves."""
@@ -73,7 +74,7 @@ def _join_pixels(prepared: Sequence[Prepared], length: int) -> dict[str, torch.T
     joined: dict[str, torch.Tensor] = {}
     for name in sorted({name for one in prepared for name in one.pixels}):
         tensors = [one.pixels[name] for one in prepared if name in one.pixels]
-        if name == KINDS_OF_TOKENS:
+        if name in token_kinds():
             tensors = [torch.nn.functional.pad(t, (0, length - t.shape[1])) for t in tensors]
         elif (
             tensors[0].ndim >= 4

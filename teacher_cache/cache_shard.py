@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import Counter, deque
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from functools import cache
 from typing import Any, Protocol
 
-import torch
-
 from teacher_cache.batch import token_batches
+from teacher_cache.behind import Behind, Record, Waits, encode_row
 from teacher_cache.codecs import container
 from teacher_cache.errors import CacheError, OutOfMemory, SkipRow, one_line, out_of_memory
 from teacher_cache.fields import Field
@@ -51,6 +49,7 @@ class CaptureJob:
         staging_bytes: as ``ShardWriter`` takes it.
         writer: of a shard that is new; or of one that is there (``shards/mender.py``).
         keep_rows: a shard that is there is written again, and must hold every row that it held.
+        encode_workers: threads that encode beside the teacher.
     """
 
     storage: Storage
@@ -62,6 +61,7 @@ class CaptureJob:
     staging_bytes: int = 0
     writer: type[ShardWriter] = ShardWriter
     keep_rows: bool = False
+    encode_workers: int = 1
 
     def columns(self, shard: int) -> list[str]:
         """Columns of this shard, ``samples`` first."""
@@ -113,22 +113,28 @@ def cache_shard(
     preparer: Preparer,
     teacher: Teacher | None,
     advance: Callable[[int], None] = lambda rows: None,
+    waits: Waits | None = None,
 ) -> None:
-    """Write and commit the given columns of one shard. ``teacher`` may be None where only ``samples`` is missing."""
+    """Write and commit the given columns of one shard.
+
+    Args:
+        teacher: may be None where only ``samples`` is missing. advance: told how many rows it has seen, and ``waits`` how long it waited.
+    """
     recorded = RecordedRows.of(job.storage, job.plan.plan_hash, shard, columns, own=job.keep_rows)
     hashes = {column: job.fields.get(column.removeprefix("fields/"), "") for column in columns}
     writers = {c: job.writer(job.storage, c, shard, job.plan.plan_hash, hashes[c], job.staging_bytes) for c in columns}
     fields = {c: job.field_objects[c.removeprefix("fields/")] for c in columns if c != "samples"}
     wants = frozenset().union(*(one.wants for one in fields.values()))
     try:
-        with naming_shard(job, shard), WriteBehind() as behind:
+        with naming_shard(job, shard), Behind(job.encode_workers, waits) as behind:
             weigh = weigher(wants, teacher, preparer.config)
             for window in read_ahead(prepare_windows(job, shard, source, preparer, recorded, weigh)):
-                outputs = None
+                records: deque[Future[Record]] = deque()
                 if fields and teacher is not None:
-                    outputs = ask(teacher, window.prepared, wants, job.batch_tokens, window.drop_pixels)
+                    said = answers(teacher, window.prepared, wants, job.batch_tokens, window.drop_pixels)
+                    records = encode_window(window, said, fields, weigh, behind)
                 window.drop_pixels(range(len(window.prepared)))  # also where there is no teacher
-                behind.submit(write_window, window, outputs, fields, writers)
+                behind.write(records, write_window, window, fields, writers)
                 advance(len(window))
         commit_all(writers)
     except BaseException:
@@ -143,7 +149,7 @@ def commit_all(writers: Mapping[str, ShardWriter]) -> None:
         standing = writer.commit()
         if column == "samples" and standing.tar_sha256 != writer.tar_sha256:
             raise CacheError(
-                f"{writer.storage}: shard {writer.shard:06d} was captured meanwhile by another worker, of other rows or pictures than here "
+                f"{writer.storage}: shard {writer.shard:06d} was captured meanwhile by another worker, with other rows or images than here "
                 f"({standing.tar} there): every worker must read the same data and --image-root"
             )
 
@@ -193,19 +199,43 @@ def prepare_row(
 
 
 def ask(
+    teacher: Teacher, prepared: Sequence[Prepared], wants: frozenset[str], batch_tokens: int
+) -> list[TeacherOutput]:
+    """What the teacher says of every row, in their order."""
+    outputs = dict(answers(teacher, prepared, wants, batch_tokens))
+    return [outputs[i] for i in range(len(prepared))]
+
+
+def answers(
     teacher: Teacher,
     prepared: Sequence[Prepared],
     wants: frozenset[str],
     batch_tokens: int,
     seen: Callable[[Sequence[int]], None] = lambda indices: None,
-) -> list[TeacherOutput]:
-    """What the teacher says of every row, in their order, asked in batches of similar length. seen: told behind each of them."""
-    outputs: dict[int, TeacherOutput] = {}
+) -> Iterator[tuple[int, TeacherOutput]]:
+    """(place, what the teacher says of that row) of every row, asked in batches of similar length. seen: told behind each of them."""
     for indices in token_batches(prepared, batch_tokens):
         with naming_batch([len(prepared[i]) for i in indices], batch_tokens):
-            outputs.update(zip(indices, teacher([prepared[i] for i in indices], wants)))
+            left = deque(zip(indices, teacher([prepared[i] for i in indices], wants)))
         seen(indices)
-    return [outputs[i] for i in range(len(prepared))]
+        while left:  # none of them is kept while the next batch is asked
+            yield left.popleft()
+
+
+def encode_window(
+    window: Window,
+    said: Iterator[tuple[int, TeacherOutput]],
+    fields: Mapping[str, Field],
+    weigh: Weigh,
+    behind: Behind,
+) -> deque[Future[Record]]:
+    """Records to come of a window's usable rows, in their order: a row is encoded while the teacher works on the batches behind it."""
+    records: dict[int, Future[Record]] = {}
+    for i, output in said:
+        row = window.samples[i], window.prepared[i]
+        records[i] = behind.encode(weigh(*row), encode_row, *row, output, fields)
+        del output
+    return deque(records[i] for i in range(len(window.prepared)))
 
 
 @contextmanager
@@ -219,7 +249,7 @@ def naming_batch(lengths: Sequence[int], batch_tokens: int) -> Iterator[None]:
         smaller = "--batch-tokens" if len(lengths) > 1 else "--max-length"
         raise OutOfMemory(
             f"out of memory with a batch of {len(lengths)} rows of up to {max(lengths):,} tokens ({_reason(error)}): give a smaller "
-            f"{smaller} (--batch-tokens is {batch_tokens:,}), or take a machine with more memory"
+            f"{smaller} (--batch-tokens is {batch_tokens:,}), or use a machine with more memory"
         ) from None
 
 
@@ -234,10 +264,11 @@ def naming_shard(job: CaptureJob, shard: int) -> Iterator[None]:
         said = (
             str(error)
             if isinstance(error, OutOfMemory)
-            else f"out of memory ({_reason(error)}): give fewer --workers or a smaller --batch-tokens (it is {job.batch_tokens:,})"
+            else f"out of memory ({_reason(error)}): give fewer --workers, fewer --encode-workers (they are {job.encode_workers}) or a "
+            f"smaller --batch-tokens (it is {job.batch_tokens:,})"
         )
         raise OutOfMemory(
-            f"{job.storage}: shard {shard:06d}: {said}; what is committed stays, run the same command again to continue"
+            f"{job.storage}: shard {shard:06d}: {said}; committed shards are kept, run the same command again to continue"
         ) from None
 
 
@@ -246,12 +277,16 @@ def _reason(error: BaseException) -> str:
 
 
 def write_window(
+    records: deque[Future[Record]],
     window: Window,
-    outputs: Sequence[TeacherOutput] | None,
-    fields: Mapping[str, Field],
+    fields: Collection[str],
     writers: Mapping[str, ShardWriter],
 ) -> None:
-    """Append a window to every column, in the slice's own order; ``outputs`` None: only ``samples`` is written."""
+    """Append a window to every column, in the slice's own order.
+
+    Args:
+        records: of its usable rows, taken out one by one; none where only ``samples`` is written. fields: columns of the others.
+    """
     for record in window.skipped:
         for writer in writers.values():
             writer.skip(record)
@@ -261,47 +296,21 @@ def write_window(
             writers["samples"].add(prepared, members)
             writers["samples"].count(cut_counts(members, sample.place))
             writers["samples"].count(Counter(kind for kind, _ in sample.notes))
-    with beside_the_teacher(outputs[0].device if outputs else None):
-        for sample, prepared, output in zip(window.samples, window.prepared, outputs or ()):
-            if not is_finite(output):
+    for sample, prepared in zip(window.samples, window.prepared) if records else ():
+        encoded = records[0].result()
+        records.popleft()  # not before: a teacher that waits looks there for what is not encoded yet
+        for column in fields:
+            if encoded is None:
                 skip = SkipRow("nonfinite_teacher", "NaN or infinity in the teacher's output")
-                for column in fields:
-                    writers[column].skip(skip_record(sample, skip))
-                continue
-            for column, one in fields.items():
-                writers[column].add(prepared, {container.EXTENSION: container.pack(one.encode(prepared, output))})
+                writers[column].skip(skip_record(sample, skip))
+            else:
+                writers[column].add(prepared, {container.EXTENSION: encoded[column]})
     for writer in writers.values():
         writer.check_staging()
 
 
-def beside_the_teacher(device: torch.device | None) -> AbstractContextManager[Any]:
-    """What is computed in this context does not queue behind the batch that the teacher is at: a stream of its own on a GPU."""
-    if device is None or device.type != "cuda":
-        return nullcontext()
-    return torch.cuda.stream(_side_stream(device))
-
-
-@cache
-def _side_stream(device: torch.device) -> torch.cuda.Stream:
-    return torch.cuda.Stream(device, priority=-1)
-
-
 def skip_record(sample: Sample, skip: SkipRow) -> SkipRecord:
     return SkipRecord(sample.part, sample.ordinal, sample.source_id, sample.place, skip.reason, skip.detail)
-
-
-def is_finite(output: TeacherOutput) -> bool:
-    """False where anything that the teacher said is NaN or infinite (an empty tail, -inf, is no defect)."""
-    heads = [column for head in output.topk.values() for column in (head.log_probs, head.log_z)]
-    samples = [column for one in output.sampled.values() for column in (one.weights, one.entropy)]
-    tensors = [*output.hidden.values(), *output.attention.values(), *heads, *samples]
-    tensors += [one for one in (output.gram, output.features) if one is not None]
-    return all(_all_finite(tensor) for tensor in tensors)
-
-
-def _all_finite(tensor: torch.Tensor) -> bool:
-    """NaN and infinity survive a sum, which is one pass without a mask; a sum that merely overflows is looked at again."""
-    return bool(torch.isfinite(tensor.sum(dtype=torch.float32))) or bool(torch.isfinite(tensor).all())
 
 
 def read_ahead(windows: Iterator[Any]) -> Iterator[Any]:
@@ -311,30 +320,3 @@ def read_ahead(windows: Iterator[Any]) -> Iterator[Any]:
         while (window := waiting.result()) is not None:
             waiting = pool.submit(next, windows, None)
             yield window
-
-
-class WriteBehind:
-    """Runs one job at a time in a thread, so that encoding, hashing and disks do not keep the teacher waiting.
-
-    ``submit`` first waits for the job before, and raises what it raised; leaving the block without an error does the same.
-    """
-
-    def __init__(self) -> None:
-        self._pool = ThreadPoolExecutor(1, thread_name_prefix="write")
-        self._last: Future[Any] | None = None
-
-    def submit(self, job: Callable[..., Any], *arguments: Any) -> None:
-        self._wait()
-        self._last = self._pool.submit(job, *arguments)
-
-    def _wait(self) -> None:
-        if self._last is not None:
-            self._last.result()
-
-    def __enter__(self) -> WriteBehind:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, *rest: Any) -> None:
-        self._pool.shutdown(wait=True)
-        if kind is None:
-            self._wait()

@@ -45,7 +45,7 @@ PROBES: Mapping[str, tuple[tuple[Turn, ...], ...]] = {
     kind: (turns[:2], turns, (_SYSTEM, *turns[:2])) for kind, turns in (("text", _TALK), ("image", _SHOWN))
 }
 """An exchange, a talk of two, an exchange behind a system turn; without an image and with one."""
-FIX = 'mend chat_template.jinja in the model\'s folder, or use another template ("v1", "qwen_1_5", "plain")'
+FIX = 'fix chat_template.jinja in the model\'s folder, or use another template ("v1", "qwen_1_5", "plain")'
 
 
 class Chat:

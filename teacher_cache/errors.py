@@ -171,10 +171,10 @@ def is_of_disk(error: Exception) -> bool:
 def advice(error: OSError) -> str:
     """What helps against an error of a disk that something was to be written to."""
     if error.errno in FULL:
-        return "what is complete stays; make room and run the same command again"
+        return "complete files are kept; make room and run the same command again"
     if error.errno in NOT_ALLOWED:
         return "name a place that you may write to"
-    return "name another place, or mend this one, and run the same command again"
+    return "name another place, or fix this one, and run the same command again"
 
 
 class SkipRow(Exception):
@@ -221,20 +221,20 @@ SKIP_REASONS = {
     "no_answer": "the row has no assistant turn",
     "bad_turn_order": "turns do not alternate user, assistant, starting with the user",
     "bad_row": "the row is not of the format's shape (missing key, wrong type)",
-    "media_unsupported": "the row has a video or a sound, which are not read (images alone are)",
+    "media_unsupported": "the row has video or audio, which kdcli does not read",
     "tools_unsupported": "the row calls a tool or holds a tool's answer, which no template here writes",
     "not_for_training": "the row, or an answer in it, is marked as no label (weight 0, train false)",
     "over_length": "the row has more tokens than the limit",
     "reserved_token": "the text holds a token that the template or the model reserves",
     "template_refused": "the model's chat template refuses the row, or labels cannot be placed in what it writes",
     "unknown_token": "the text holds a token for which the model's embedding has no row",
-    "processor_refused": "the model's processor does not take the row",
-    "images_unread": "the row has images, and the model reads text alone",
+    "processor_refused": "the model's processor refuses the row",
+    "images_unread": "the row has images, and the model is text-only",
     "nonfinite_teacher": "the teacher's output holds NaN or infinity",
 }
 
 ROW_NOTES = {
     "columns_unused": "the row has columns or keys that change training elsewhere and are not used here",
-    "image_in_answer": "<image> stands in an answer: the picture is put there",
+    "image_in_answer": "an answer contains <image>: the image is placed there",
 }
 """What is worth knowing of a row that is used."""

@@ -45,7 +45,7 @@ CLASS = re.compile(
 )
 """Of processors and tokenizers. transformers takes any name of its own there, models too."""
 PLAIN_NAME = re.compile(r"[\w][\w.-]*", re.ASCII)
-REACH = "may load code or weights from elsewhere: read what it names, then give --trust-remote-code, or remove that key"
+REACH = "may load code or weights from elsewhere: read that code, then give --trust-remote-code, or remove that key"
 
 POSITIVE = {
     *("hidden_size", "d_model", "embed_dim", "intermediate_size", "num_hidden_layers", "num_layers", "depth"),
@@ -92,7 +92,7 @@ def check_model_files(what: str, name: str, revision: str | None = None, trusted
                 _check_body(what, file, read_json(path), trusted)
             except RecursionError:
                 raise KdcliError(
-                    f"{path}: nested too deeply: give the file as the model's maker published it"
+                    f"{path}: nested too deeply: use the file as the model's author published it"
                 ) from None
 
 
@@ -106,7 +106,7 @@ def read_json(path: Path) -> Any:
         raise KdcliError(f"{path}: {error.strerror or error}") from None
     except (ValueError, RecursionError) as error:
         raise KdcliError(
-            f"{path}: not readable as JSON ({str(error)[:200]}): take the file from where the model is from"
+            f"{path}: not readable as JSON ({str(error)[:200]}): download the file again from the model's source"
         ) from None
     if not isinstance(body, dict):
         raise KdcliError(f"{path}: a JSON object is expected, this is a {type(body).__name__}")
@@ -174,9 +174,7 @@ def _check_body(what: str, file: str, body: Mapping[str, Any], trusted: bool) ->
     for path, key, value, around in _entries(body):
         said = f"{what}: {file} says {path} = {_short(value)}"
         if key in ("transformers_weights", "configuration_files", "fast_tokenizer_files") and value:
-            raise KdcliError(
-                f"{said}, which puts other files in the place of those that are looked at: remove that key"
-            )
+            raise KdcliError(f"{said}, which replaces the files that are checked: remove that key")
         if not trusted and (reason := _reaches(file, path, key, value, around)) is not None:
             raise KdcliError(f"{said}{reason}, which {REACH}")
         if (
@@ -192,7 +190,7 @@ def _check_body(what: str, file: str, body: Mapping[str, Any], trusted: bool) ->
         if file == CONFIG and TOKEN.search(key) and not all(_is_id(one) for one in _leaves(value)):
             raise KdcliError(f"{said}: a token's number is expected")
         if file in SIZED and (fault := _size_fault(key, value)):
-            raise KdcliError(f"{said}: {fault}: give {file} as the model's maker published it")
+            raise KdcliError(f"{said}: {fault}: use {file} as the model's author published it")
     if file == CONFIG:
         _check_whole(what, body)
 
@@ -296,9 +294,7 @@ def _check_whole(what: str, body: Mapping[str, Any]) -> None:
         )
         most = max((one for one in experts if isinstance(one, int)), default=1)
         if isinstance(layers, int) and layers * most > MANY:
-            raise KdcliError(
-                f"{what}: {CONFIG} says {layers} layers of {most} experts: at most {MANY:,} of them are taken"
-            )
+            raise KdcliError(f"{what}: {CONFIG} says {layers} layers of {most} experts: at most {MANY:,} are supported")
 
 
 def _short(value: Any) -> str:

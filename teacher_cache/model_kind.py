@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from teacher_cache.errors import CompatibilityError, KdcliError, check_reads_images
+from teacher_cache.families import family_of
 from teacher_cache.model_files import check_model_files
 from teacher_cache.model_load import naming_what_fails, try_tokenizer
 
@@ -97,7 +98,7 @@ def open_config(what: str, name: str, revision: str | None = None, trust_remote_
 def _check_fast(what: str, tokenizer: Any) -> None:
     if not getattr(tokenizer, "is_fast", False):
         raise CompatibilityError(
-            f"{what}: {type(tokenizer).__name__} does not say where its tokens stand in the text, and labels are placed by that: give the "
+            f"{what}: {type(tokenizer).__name__} gives no positions of its tokens in the text, and labels need them: give the "
             "model a fast tokenizer (tokenizer.json)"
         )
 
@@ -136,10 +137,5 @@ def auto_model(config: Any) -> Any:
 
 
 def decoder_of(model: Any) -> Any:
-    """The model without its head, whose last hidden states the head reads: ``model.model``, or whatever its architecture calls it
-    (``transformer`` of GPT-2); None where there is none."""
-    inner = getattr(model, "model", None)
-    if isinstance(inner, torch.nn.Module):
-        return inner
-    inner = getattr(model, getattr(model, "base_model_prefix", "") or "", None)
-    return inner if isinstance(inner, torch.nn.Module) else None
+    """The model without its head, whose last hidden states the head reads, where its family keeps it; None: there is none."""
+    return family_of(getattr(model, "config", None)).decoder(model)

@@ -35,13 +35,13 @@ def naming_what_fails(what: str) -> Iterator[None]:
                 held.clear()
                 raise KdcliError(
                     f"{what} cannot be loaded (one of its files breaks the library that reads it: {one_line(error)[:300]}): "
-                    "take its tokenizer.json and weights from where the model is from"
+                    "download its tokenizer.json and weights again from the model's source"
                 ) from None
             if not isinstance(error, Exception):
                 raise
             if out_of_memory(error):
                 raise KdcliError(
-                    f"{what} does not fit into memory ({one_line(error)[:200]}): take a machine with more, or --dtype bfloat16"
+                    f"{what} does not fit into memory ({one_line(error)[:200]}): use a machine with more, or --dtype bfloat16"
                 ) from None
             raise not_loaded(what, error) from None
 

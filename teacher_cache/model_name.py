@@ -33,7 +33,7 @@ def _reason(name: str, revision: str | None) -> str:
     """What is wrong with the name, "" for nothing."""
     folder = Path(name)
     if found := gguf_file(folder):
-        return f"{found.name} is a GGUF file, and weights are read as safetensors: docs/text.md says how to convert it"
+        return f"{found.name} is a GGUF file, and kdcli reads safetensors: convert it (docs/text.md)"
     if folder.is_dir():
         return "" if (folder / "config.json").is_file() else _no_model(folder)
     if folder.exists():
@@ -69,17 +69,17 @@ def _asked_hub(name: str, revision: str | None) -> str:
 
     copied = isinstance(try_to_load_from_cache(name, "config.json", revision=revision), str)
     if constants.is_offline_mode():
-        return "" if copied else "HF_HUB_OFFLINE keeps the hub from being asked"
+        return "" if copied else "HF_HUB_OFFLINE blocks access to the hub"
     try:
         get_hf_file_metadata(hf_hub_url(name, "config.json", revision=revision), timeout=HUB_TIMEOUT)
     except errors.GatedRepoError:
-        return "the hub shows it to those alone who asked for access: do that on its page, then `hf auth login`"
+        return "the model is gated: request access on its page, then run `hf auth login`"
     except errors.RepositoryNotFoundError:
         return "the hub has no such model, or a private one (`hf auth login`)"
     except errors.RevisionNotFoundError:
         return f"the hub has no revision {revision!r} of it"
     except errors.EntryNotFoundError:
-        return "what the hub has there has no config.json: it is no model that transformers knows"
+        return "the hub has no config.json for it: it is not a model for transformers"
     except errors.HfHubHTTPError:
         return ""  # the hub is busy, or has more to say: transformers asks again and says it
     except Exception as error:  # of the network, in the types of whatever library the hub's client uses

@@ -70,7 +70,7 @@ class Place:
         return found, str(kind._strip_protocol(self.path))
 
 
-_COPY = "copy what lies there to a folder or a store, and name that"
+_COPY = "copy its content to a folder or a store, and name that"
 
 
 def place_of(given: str | Path, what: str = "") -> Place:
@@ -105,7 +105,7 @@ def local_path(given: str | Path, what: str = "") -> Path:
     place = place_of(given, what)
     if not place.local:
         raise KdcliError(
-            f"{what or given}{f' {given}' if what else ''}: must lie on a disk of this machine, and this is a URL"
+            f"{what or given}{f' {given}' if what else ''}: must be on a disk of this machine, and this is a URL"
         )
     return Path(place.text)
 
@@ -156,7 +156,7 @@ def _checked_url(url: str, scheme: str, before: str) -> str:
     if {".", ".."} & set(rest.split("/")):
         raise KdcliError(f"{before}: . and .. mean nothing in a store: write the URL without them")
     if scheme in READ_ONLY and "#" in rest:
-        raise KdcliError(f"{before}: what stands behind # is never asked for: write %23")
+        raise KdcliError(f"{before}: a web server never receives the text after #: write %23")
     if "?versionId=" in rest and scheme not in READ_ONLY:
-        raise KdcliError(f"{before}: versions of objects are not read: name the object alone")
+        raise KdcliError(f"{before}: versions of objects are not supported: name the object without one")
     return url.rstrip("/")

@@ -192,18 +192,10 @@ def make_plan(
     if known and (again := _again(known, specs, shards, preparation, seed)):
         return again
     scanned = [_scan(spec, shards) for spec in specs]
-    total = sum(part.rows for part, _ in scanned)
-    if total == 0:
+    if not any(part.rows for part, _ in scanned):
         raise KdcliError(f"the mixture holds no rows: {', '.join(spec.path for spec in specs)}")
-    if shards > total:
-        raise KdcliError(
-            f"--shards {shards} is more than the {total} rows of the mixture: use at most --shards {total}"
-        )
+    check_shards(shards, [part.rows for part, _ in scanned])
     filled = [(part, groups) for part, groups in scanned if part.rows]
-    if shards < len(filled):
-        raise KdcliError(
-            f"--shards {shards}: a shard never straddles parts, so {len(filled)} parts need at least that many shards"
-        )
 
     def cost(group: RowGroup) -> int:
         return group.characters // CHARACTERS_PER_TOKEN + group.images * image_tokens + group.rows
@@ -221,6 +213,19 @@ def make_plan(
             f"--shards {shards} makes shards of {most:,} rows, at most {MOST_SHARD_ROWS:,} are read: give more --shards"
         )
     return Plan(tuple(part for part, _ in scanned), tuple(slices), preparation, seed)
+
+
+def check_shards(shards: int, rows: Sequence[int]) -> None:
+    """Every shard has a row, and rows of one part alone. rows: of each part; KdcliError naming what fits."""
+    total, filled = sum(rows), sum(count > 0 for count in rows)
+    if shards > total:
+        raise KdcliError(
+            f"--shards {shards} is more than the {total} rows of the mixture: use at most --shards {total}"
+        )
+    if shards < filled:
+        raise KdcliError(
+            f"--shards {shards}: a shard never straddles parts, so {filled} parts need at least that many shards"
+        )
 
 
 def _again(
@@ -311,7 +316,7 @@ def _check_counts(plan: Plan) -> None:
             raise ValueError(f"a slice of {one.rows:,} rows, at most {MOST_SHARD_ROWS:,} are read")
     said = {part.spec.part: part.rows for part in plan.parts}
     if strange := rows.keys() - said.keys():
-        raise ValueError(f"a slice of part {min(strange)!r}, which is none of its parts")
+        raise ValueError(f"a slice of part {min(strange)!r}, which is not one of its parts")
     if len(said) != len(plan.parts):
         raise ValueError("two parts have one name")
     if wrong := [part for part, count in said.items() if rows[part] != count]:
@@ -325,7 +330,7 @@ def parts_with_images(slices: Sequence[Slice]) -> list[str]:
 
 def _checked_keys(keys: Sequence[str]) -> tuple[str, ...]:
     if strange := [key for key in keys if not _KEY.fullmatch(key)]:
-        raise ValueError(f"{strange[0][:60]!r} is no key of a row")
+        raise ValueError(f"{strange[0][:60]!r} is not the key of a row")
     return tuple(keys)
 
 

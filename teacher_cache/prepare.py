@@ -19,10 +19,11 @@ import torch
 
 from teacher_cache.chat import Chat
 from teacher_cache.errors import CompatibilityError, KdcliError, SkipRow, refusing_row
+from teacher_cache.families import family_of
 from teacher_cache.fingerprint import PREPARATION, preparation_version, processor_fingerprint
 from teacher_cache.layout import image_layout
 from teacher_cache.pixels import check_resized
-from teacher_cache.records import KINDS_OF_TOKENS, ROLES, ImageLayout, Prepared, Sample, TextTokens, Turn
+from teacher_cache.records import ROLES, ImageLayout, Prepared, Sample, TextTokens, Turn
 from teacher_cache.rendering import Rendered, expanded, image_text
 from teacher_cache.rows import PLACEHOLDER, check_turns, decode_image, row_key
 from teacher_cache.templates import TEMPLATES, check_tokens, find_template
@@ -61,7 +62,8 @@ class Preparer:
         self.image_token_id = int(config.image_token_id) if self.reads_images else NO_TOKEN
         self._text_alone: set[str] = set()
         """Templates of which a row without images was seen to become what the tokenizer alone says: no processor is asked again."""
-        self._tells_kinds = KINDS_OF_TOKENS in getattr(processor, "model_input_names", ())
+        self._family = family_of(config)
+        self._tells_kinds = self._family.token_kinds in getattr(processor, "model_input_names", ())
         self._reserved: dict[str, re.Pattern[str] | None] = {}
         """By template that was checked: what no row may hold."""
         check_token_ids(self.tokenizer, config)
@@ -103,7 +105,7 @@ class Preparer:
         that the model reads no images of."""
         if not self.reads_images:
             if sample.images:
-                raise SkipRow("images_unread", f"{len(sample.images)} images, and the model reads text alone")
+                raise SkipRow("images_unread", f"{len(sample.images)} images, and the model is text-only")
             return []
         images = [decode_image(image, max_image_pixels, self.upright) for image in sample.images]
         check_resized(self.processor.image_processor, images, max_image_pixels)
@@ -183,7 +185,7 @@ class Preparer:
         text_positions = torch.nonzero(~is_vision).flatten()
         layout = self._layout(images, pixels, int(is_vision.sum()))
         if self._tells_kinds:
-            pixels = {**pixels, KINDS_OF_TOKENS: is_vision[None].to(torch.int64)}
+            pixels = {**pixels, self._family.token_kinds: is_vision[None].to(torch.int64)}
         labels_at = text_positions[text.response]
         return Prepared(
             key=key,
@@ -232,29 +234,28 @@ class Preparer:
 
     def _expand(self, rendered: Rendered, images: list[Any]) -> tuple[dict[str, torch.Tensor], list[dict[str, Any]]]:
         """(the processor's tensors, what it wrote in place of each image: ``span`` in the text, ``replacement``)"""
-        arguments: dict[str, Any] = {"text": [rendered.text], "return_tensors": "pt"}
-        arguments["add_special_tokens"] = rendered.begins
+        given: dict[str, Any] = {"text": [rendered.text], "return_tensors": "pt", "add_special_tokens": rendered.begins}
         if images:
             # A list in a list: the images of one row (OneVision sees several images of a row otherwise than one).
-            arguments |= {"images": [images], "return_text_replacement_offsets": True}
+            given |= {"images": [images], "return_text_replacement_offsets": True}
+            given |= self._family.image_arguments(self.processor)
         with refusing_row("the processor refuses the row"):
-            inputs = dict(self.processor(**arguments))
+            inputs = dict(self.processor(**given))
         inputs.pop("attention_mask", None)
         replaced = inputs.pop("text_replacement_offsets", [[]])
         return inputs, replaced[0] if replaced else []
 
     def _check_kinds(self, inputs: dict[str, torch.Tensor], input_ids: torch.Tensor, place: str) -> None:
         """Takes the kinds of tokens out of ``inputs``: ``assemble`` makes them, for stored tokens as well."""
-        kinds = inputs.pop(KINDS_OF_TOKENS, None)
+        kinds = inputs.pop(self._family.token_kinds, None)
         if kinds is not None and not torch.equal(kinds[0] == 1, input_ids == self.image_token_id):
             raise CompatibilityError(
                 f"{place}: the processor counts other tokens than image tokens to its images; this family is not supported"
             )
-        # PaliGemma's say which tokens may look ahead: of a row without its suffix all, the answer included.
         for name, value in inputs.items():
             if tuple(getattr(value, "shape", ())) == (1, len(input_ids)):
                 raise CompatibilityError(
-                    f"{place}: the processor says {name} of every token, which is not known here: this family is not supported"
+                    f"{place}: the processor says {name} for every token, which is unknown: this family is not supported"
                 )
 
     @cached_property
@@ -267,7 +268,7 @@ class Preparer:
             return ()
         sizes = [image.size for image in images]
         told = ", ".join(f"{width} × {height}" for width, height in sizes)
-        with refusing_row(f"no vision layout is known of its images ({told} pixels)"):
+        with refusing_row(f"its images have an unknown vision layout ({told} pixels)"):
             layout = image_layout(self.config, self.processor, sizes, inputs, tokens)
         if any(0 in view.grid for one in layout for view in one.views):
             raise SkipRow(

@@ -17,9 +17,6 @@ from torch.nn.functional import pad
 ROLES = ("system", "user", "assistant")
 """Role codes of text tokens: the index in this tuple is what is stored. The template's own tokens count to their turn."""
 
-KINDS_OF_TOKENS = "mm_token_type_ids"
-"""int64 ``[1, T]`` among a row's ``pixels``: 1 at image tokens, 0 at text. Models with M-RoPE (Qwen-VL) count their positions by it."""
-
 
 @dataclass(frozen=True)
 class Turn:
@@ -78,7 +75,8 @@ class RowGroup:
 
     Attributes:
         start: ordinal of the first row, rows: how many.
-        locator: JSON-able, the source's own way to get there fast (file, byte offset, parquet row group, …).
+        locator: JSON-able: ``file``, the number of the group's file in the part's paths, and the source's own way to get there fast (byte
+            offset, parquet row group, …).
         characters: characters of text in the group, images: number of images; both only for balancing slices.
     """
 
@@ -164,7 +162,8 @@ class Prepared:
         response_rows: int64 ``[R_response]``: position t-1 of every response token t. THE next-token shift: the row at
             position t-1 predicts the token at t. Vision rows are *not* shifted: they are taken at the vision token itself.
         labels: int64 ``[R_response]``: the response token ids, aligned with ``response_rows``.
-        pixels: the processor's other tensors (``pixel_values``, ``image_sizes``, …), empty for text-only rows.
+        pixels: the processor's other tensors (``pixel_values``, ``image_sizes``, …), empty for text-only rows; and the family's
+            ``token_kinds``, where the model reads them.
         turns: turns of the row that are in it, the first ones; fewer than it has where ``over_length = "cut"`` dropped some.
             None: all.
         images: the row's images as the mixture holds them (the sample's own bytes), for a teacher that reads images itself.

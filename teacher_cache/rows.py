@@ -129,7 +129,9 @@ def decode_image(image: Image, max_pixels: int, upright: bool = True) -> PIL.Ima
         raise SkipRow("image_too_large", f"{image.name!r}: {error}") from error
     except PIL.UnidentifiedImageError as error:
         start = image.data[:8]
-        raise SkipRow("image_corrupt", f"{image.name!r} is no image of a known kind, begins with {start!r}") from error
+        raise SkipRow(
+            "image_corrupt", f"{image.name!r} is not an image of a known format, begins with {start!r}"
+        ) from error
     except Exception as error:  # damaged bytes make Pillow's decoders raise nearly anything (struct, index, value, …)
         raise SkipRow("image_corrupt", f"{image.name!r}: {type(error).__name__}: {str(error)[:120]}") from error
 

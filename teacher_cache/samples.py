@@ -20,6 +20,8 @@ from teacher_cache.records import ROLES, Image, ImageLayout, Prepared, Sample, T
 from teacher_cache.rows import image_extension
 from teacher_cache.shards.schema import COUNT, require
 
+TEXT = frozenset({"json", f"tokens.{container.EXTENSION}"})
+"""Members that tell a row without its images' bytes."""
 MOST_VISION_TOKENS = 1 << 20
 """Of one row: what a layout may ask a reader to count through."""
 _VIEW = {"crop": [int], "grid": [COUNT], "newline": bool, "tail?": COUNT}
@@ -84,14 +86,21 @@ def cut_counts(members: Mapping[str, bytes], place: str) -> dict[str, int]:
     return {"cut_rows": 1, "cut_images": cut["images"]} if cut else {}
 
 
-def decode_sample(members: dict[str, bytes], place: str) -> tuple[Sample, TextTokens, tuple[ImageLayout, ...]]:
-    """The row as the mixture held it, its tokens as the teacher read them, and its layout; CacheError naming ``place``."""
+def decode_sample(
+    members: Mapping[str, bytes], place: str, pictures: bool = True
+) -> tuple[Sample, TextTokens, tuple[ImageLayout, ...]]:
+    """The row as the mixture held it, its tokens as the teacher read them, and its layout; CacheError naming ``place``.
+
+    pictures: False where ``TEXT`` alone was read: images then have names and no bytes.
+    """
     try:
         body: dict[str, Any] = json.loads(members["json"])
         require(body, _SHAPE, f"{place}: not a sample record")
         stored = container.unpack(members[f"tokens.{container.EXTENSION}"], place)
-        pictures = {int(ext.split(".")[0]): data for ext, data in members.items() if ext[:1].isdecimal()}
-        images = tuple(Image(name, pictures[number]) for number, name in enumerate(body["images"]))
+        stored_images = {int(ext.split(".")[0]): data for ext, data in members.items() if ext[:1].isdecimal()}
+        images = tuple(
+            Image(name, stored_images[number] if pictures else b"") for number, name in enumerate(body["images"])
+        )
         turns = tuple(Turn(role, text) for role, text in body["turns"])
         sample = Sample(body["part"], body["ordinal"], body["source_id"], body["place"], turns, images, body["extra"])
         text = TextTokens(stored["ids"], stored["role"], stored["turn"], stored["response"], tuple(body["image_at"]))
@@ -109,11 +118,11 @@ def _check(text: TextTokens, layout: tuple[ImageLayout, ...]) -> None:
     kinds = (torch.uint32, torch.uint8, torch.uint16, torch.bool)
     columns = (text.ids, text.role, text.turn, text.response)
     if any(one.dtype != kind or one.shape != (len(text.ids),) for one, kind in zip(columns, kinds)):
-        raise ValueError("its token columns are not of one length, or of another type")
+        raise ValueError("its token columns differ in length, or have another type")
     if len(text.ids) and int(text.role.max()) >= len(ROLES):
         raise ValueError(f"a role {int(text.role.max())}")
     if list(text.image_at) != sorted(text.image_at) or any(at > len(text.ids) for at in text.image_at):
-        raise ValueError("an image stands outside of the text")
+        raise ValueError("an image is outside the text")
     if sum(one.tokens() for one in layout) > MOST_VISION_TOKENS:
         raise ValueError(f"a layout of more than {MOST_VISION_TOKENS:,} vision tokens")
 

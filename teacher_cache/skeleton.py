@@ -139,7 +139,8 @@ def _alike(one: str, other: str) -> int:
 
 def _no_prefix() -> SkipRow:
     return SkipRow(
-        "template_refused", "the chat template's generation prompt is no prefix of its answers: labels cannot be placed"
+        "template_refused",
+        "the chat template's generation prompt is not a prefix of its answers: labels cannot be placed",
     )
 
 

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+CONTINUE = "run the same command again to continue"
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 _number = 0
 _held = 0
@@ -25,17 +26,17 @@ class Stopped(SystemExit):
     """A signal asked this process to end. No ``Exception``: what goes on after an error of its own does not go on after this.
 
     Attributes:
-        number: of the signal. status: of the process that ends by it, 128 more.
+        number: of the signal. status: of the process that ends by it, 128 more. what: became of the work, "" where nobody said it.
     """
 
     def __init__(self, number: int, what: str = ""):
         super().__init__(number, what)
         self.number = number
         self.code = self.status = 128 + number
-        self._what = what
+        self.what = what
 
     def __str__(self) -> str:
-        return f"stopped by {signal.Signals(self.number).name}{self._what and ': '}{self._what}"
+        return f"stopped by {signal.Signals(self.number).name}{self.what and ': '}{self.what}"
 
 
 def listen() -> dict[int, Any]:

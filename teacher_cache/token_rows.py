@@ -6,9 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from teacher_cache.errors import CompatibilityError
-
-TAKEN_OUT = ("gemma3", "paligemma")
-"""Model types that look nothing up for an image token beyond their embedding."""
+from teacher_cache.families import family_of
 
 
 def embedding_rows(config: Any) -> int:
@@ -35,6 +33,6 @@ def _token_ids(tokenizer: Any, config: Any) -> Iterator[tuple[str, Any, str]]:
         yield f"the tokenizer's {name} token", getattr(tokenizer, f"{name}_token_id", None), fix
     text = config.get_text_config()
     yield "pad_token_id of config.json", getattr(text, "pad_token_id", None), f"set another one there, or {bigger}"
-    if config.model_type not in TAKEN_OUT:
+    if family_of(config).embeds_image_token:
         fix = f"set image_token_id in config.json to the one that the model was trained with, or {bigger}"
         yield "the image token", getattr(config, "image_token_id", None), fix

@@ -56,7 +56,7 @@ class Table:
         each = self.probabilities
         fits = each.dtype == torch.float32 and each.ndim == 1 and 2 <= len(each) <= MOST_TABLE
         if not fits or not bool(((each > 0) & (each <= 1)).all()) or not -(1 << 31) <= self.low < (1 << 31) - len(each):
-            raise CacheError("a calibration holds a table that is none: it is damaged, or of another kind of field")
+            raise CacheError("a calibration holds an invalid table: it is damaged, or of another kind of field")
 
     @cached_property
     def model(self) -> Any:
@@ -249,14 +249,14 @@ class Decoder:
         raw = data.numpy().tobytes()
         self.rows, escapes, words = _HEADER.unpack_from(raw)
         if len(raw) != _HEADER.size + 4 * (escapes + words):
-            raise CacheError("a coded record has not the length that its header says: run `kdcli cache verify`")
+            raise CacheError("a coded record differs from the length in its header: run `kdcli cache verify`")
         if self.rows > MOST_ROWS:
             raise CacheError(f"a coded record claims {self.rows} rows: run `kdcli cache verify`")
         self._left = MOST_SYMBOLS
         self._escapes = np.frombuffer(raw, "<i4", escapes, _HEADER.size)
         coded = np.frombuffer(raw, "<u4", words, _HEADER.size + 4 * escapes).astype(np.uint32)
         if words and not coded[-1]:  # what the library would refuse with an error of its own
-            raise CacheError("a coded record ends in a way that none does: run `kdcli cache verify`")
+            raise CacheError("a coded record has an invalid end: run `kdcli cache verify`")
         self._coder = constriction.stream.stack.AnsCoder(coded)
 
     def promise(self, symbols: int) -> None:

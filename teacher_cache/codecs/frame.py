@@ -15,7 +15,7 @@ MOST_BYTES = 1 << 29
 def compress(data: bytes, level: int = LEVEL) -> bytes:
     """One frame; the same bytes for the same version of zstd. KdcliError where it is more than a reader takes."""
     if len(data) > MOST_BYTES:
-        raise KdcliError(f"a record of {len(data)} bytes, at most {MOST_BYTES} are read: store less of a row")
+        raise KdcliError(f"a record of {len(data)} bytes, at most {MOST_BYTES} are read: store less per row")
     compressor = zstandard.ZstdCompressor(level=level, write_checksum=True, write_content_size=True)
     return compressor.compress(data)
 
@@ -30,7 +30,7 @@ def decompress(data: bytes, place: str, most: int = MOST_BYTES) -> bytes:
     try:
         length = zstandard.frame_content_size(data)
         if length < 0:
-            raise CacheError(f"{place}: a compressed frame that does not say its length: it was not written by kdcli")
+            raise CacheError(f"{place}: a compressed frame without its length: it was not written by kdcli")
         if length > (most := min(most, MOST_BYTES)):
             raise CacheError(f"{place}: a compressed frame of {length} bytes, at most {most} are read")
         plain = zstandard.ZstdDecompressor().decompress(data, max_output_size=most, allow_extra_data=False)

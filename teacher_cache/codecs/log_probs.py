@@ -33,7 +33,7 @@ def quantise(log_probs: torch.Tensor, step: float) -> torch.Tensor:
     finite = torch.isfinite(wide)
     if bool((steps[finite] >= INFINITE).any()):
         raise KdcliError(
-            f"log-prob {float(wide[finite].min()):g} is beyond what steps of {step} nats reach: raise the step"
+            f"log-prob {float(wide[finite].min()):g} is out of range for steps of {step} nats: raise the step"
         )
     return torch.where(finite, steps, INFINITE).to(torch.int64)
 

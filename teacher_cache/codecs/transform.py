@@ -7,6 +7,7 @@ calibration rows, then fixed: basis, ranks and entropy tables lie beside the cac
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -33,6 +34,8 @@ those of the calibration, and 4 ms and more of a core to read them."""
 MEMBER_BYTES = 72
 """Of a second tensor in a tar member."""
 CPU = torch.device("cpu")
+_KEEPING = threading.Lock()
+"""Of all coders: rows are encoded in several threads."""
 
 
 def check_version(version: int) -> None:
@@ -114,14 +117,18 @@ class Transform:
 
     def order(self, rows: int, grids: tuple[Grid, ...]) -> SymbolOrder:
         """A function of the layout, which records share."""
-        if (rows, grids) in self._orders:
-            return self._orders[rows, grids]
+        if found := self._orders.get((rows, grids)):
+            return found
         made = SymbolOrder(self.classes.numpy(), self._tables, rows, grids)
+        with _KEEPING:
+            self._keep(made, (rows, grids))
+        return made
+
+    def _keep(self, made: SymbolOrder, layout: tuple[int, tuple[Grid, ...]]) -> None:
         if made.symbols <= MOST_KEPT:
             while self._orders and made.symbols + sum(one.symbols for one in self._orders.values()) > MOST_KEPT:
                 self._orders.pop(next(iter(self._orders)))
-            self._orders[rows, grids] = made
-        return made
+            self._orders[layout] = made
 
     @cached_property
     def _placed(self) -> dict[torch.device, tuple[torch.Tensor, ...]]:

@@ -18,6 +18,7 @@ import torch
 from teacher_cache.codecs import container
 from teacher_cache.errors import CacheError, KdcliError
 from teacher_cache.fields.calibration import Calibration
+from teacher_cache.plugins import with_plugins
 from teacher_cache.records import Prepared, TeacherOutput
 
 DAMAGE = (ArithmeticError, AttributeError, LookupError, MemoryError, RuntimeError, TypeError, ValueError)
@@ -59,7 +60,14 @@ class Field(Protocol):
 
 
 class CalibratedField(Field, Protocol):
-    """A field that is fitted before the job starts."""
+    """A field that is fitted before the job starts.
+
+    Attributes:
+        settled_last: parameters on which only the end of a fit depends: fields that differ in these alone share a ground
+            (``GroundedField``); none: a fit has no such end.
+    """
+
+    settled_last: tuple[str, ...]
 
     def fit(self, outputs: Sequence[TeacherOutput], head: torch.Tensor) -> Calibration:
         """Learn from what the teacher said of the calibration samples; head W ``[V, D]``."""
@@ -70,13 +78,30 @@ class CalibratedField(Field, Protocol):
         ...
 
 
+class GroundedField(CalibratedField, Protocol):
+    """One whose fit has two halves: ``fit(outputs, head)`` is ``fit_on(ground(outputs, head), head)``."""
+
+    def ground(self, outputs: Sequence[TeacherOutput], head: torch.Tensor) -> Any:
+        """The half that does not depend on ``settled_last``."""
+        ...
+
+    def fit_on(self, ground: Any, head: torch.Tensor) -> Calibration:
+        """The other half."""
+        ...
+
+
 def field_kinds() -> dict[str, ModuleType]:
-    """The module that serves each field name."""
+    """The module that serves each field name, those of installed packages too (``kdcli.fields``)."""
     kinds = {}
     for info in pkgutil.iter_modules(__path__):
         module = importlib.import_module(f"{__name__}.{info.name}")
         kinds.update(dict.fromkeys(getattr(module, "FIELDS", ()), module))
-    return kinds
+    return with_plugins("kdcli.fields", kinds, _names)
+
+
+def _names(module: ModuleType) -> tuple[str, ...]:
+    _ = module.create
+    return tuple(module.FIELDS)
 
 
 def create_field(

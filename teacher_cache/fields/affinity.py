@@ -7,13 +7,17 @@ a column for each token, NaN where it is not stored. Layouts:
 - ``factored``: the unit-normalised vision and text states, transform-coded in the Euclidean metric: (R + n)·~30 bytes, far smaller where
   tokens are many. Cosines are products of the factors, off by about 0.4·step (root mean square).
 
-Version 1 held all text tokens: fields that were begun with it are read, gone on with and mended by it.
+A longer step serves records of many text tokens (``MANY_TEXT``): a token's error is shared by its cosines with all vision tokens, and
+averages out over tokens alone.
+
+Version 1 held all text tokens, version 2 had one step for all records: fields that were begun with them are read, gone on with and mended
+by them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import pairwise
 from typing import Any
@@ -31,19 +35,25 @@ from teacher_cache.fields.grids import grids_of, grids_of_all
 from teacher_cache.records import Coded, Prepared, TeacherOutput
 
 FIELDS = ("affinity",)
-VERSIONS = (1, 2)
+VERSIONS = (1, 2, 3)
 LAYOUTS = ("dense", "factored")
 TEXTS = ("response", "all")
 VISION_ROWS = entropy.Table(0, torch.full((1 << 16,), 2.0**-16))
 """Number of vision rows, which the reader must know to split the factors: two bytes."""
 
+STEP, LONG_STEP = 0.02, 0.03
+MANY_TEXT = 128
+"""Stored text tokens of a record from which on ``long_step`` is its step."""
+
 
 @dataclass(frozen=True)
 class Params:
-    """step: of the ``factored`` layout's quantiser, in units of the unit vectors' components. text: the text tokens that are stored."""
+    """step: of the ``factored`` layout's quantiser, in units of the unit vectors' components; long_step: that of records with many text
+    tokens; where ``step`` alone is given it is of all records. text: the text tokens that are stored."""
 
     layout: str = "dense"
     step: float | None = None
+    long_step: float | None = None
     text: str = "response"
     codec_version: int | None = None
 
@@ -52,8 +62,10 @@ class Params:
             if getattr(self, name) not in choices:
                 given = getattr(self, name)
                 raise KdcliError(f"affinity field: {name} must be one of {', '.join(choices)}, got {given!r}")
-        if self.step is not None and (self.layout == "dense" or not 0 < self.step < 1):
-            raise KdcliError("affinity field: step belongs to layout = 'factored' and must be in (0, 1)")
+        for name in ("step", "long_step"):
+            value = getattr(self, name)
+            if value is not None and (self.layout == "dense" or not 0 < value < 1):
+                raise KdcliError(f"affinity field: {name} belongs to layout = 'factored' and must be in (0, 1)")
         transform.check_version(self.codec_version or transform.VERSION)
 
 
@@ -105,19 +117,30 @@ class CodedAffinity(Coded):
         """Of the cosines: (R_vision, N)."""
         return self.vision, int(self.text[0])
 
+    @property
+    def stored(self) -> int:
+        """Text tokens that are stored."""
+        return self.quantised.rows - self.vision if self.quantised else 0
+
 
 class FactoredAffinity:
     name = "affinity"
     calibrated = True
+    settled_last: tuple[str, ...] = ()
     temperatures: tuple[float, ...] | None = None
     wants = frozenset({"hidden.vision", "hidden.text"})
 
     def __init__(self, params: Params, calibration: Mapping[str, torch.Tensor] | None = None):
-        step, version = params.step or 0.02, params.codec_version or transform.VERSION
+        step, version = params.step or STEP, params.codec_version or transform.VERSION
+        self._long_step = params.long_step or params.step or LONG_STEP
         self.params: dict[str, Any] = {"layout": "factored", "step": step}
-        self.version = 1 if (params.text, version) == ("all", 1) else 2
+        self.version = 3
+        if self._long_step == step:
+            self.version = 1 if (params.text, version) == ("all", 1) else 2
         if self.version > 1:
             self.params |= {"text": params.text, "codec_version": version}
+        if self.version > 2:
+            self.params |= {"long_step": self._long_step}
         self._given, self._codec_version, self._calibration = params, version, calibration
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -129,6 +152,16 @@ class FactoredAffinity:
             raise KdcliError("field affinity: the factored layout needs its calibration")
         return Transform.of(dict(self._calibration))
 
+    @cached_property
+    def _long_coder(self) -> Transform:
+        """Of records with many text tokens. Classes and tables are those of the other step: such a record is coded by frequencies of its
+        own."""
+        return replace(self._coder, step=self._long_step)
+
+    def _coder_of(self, text: int) -> Transform:
+        """Of a record with so many stored text tokens."""
+        return self._long_coder if text >= MANY_TEXT else self._coder
+
     def encode(self, prepared: Prepared, output: TeacherOutput) -> dict[str, torch.Tensor]:
         vision, text = unit_states(output)
         runs = torch.tensor([len(text)], dtype=torch.int32)
@@ -138,8 +171,9 @@ class FactoredAffinity:
             columns, runs = response_columns(prepared, len(text))
             text = text[columns.to(text.device)]
         grids = grids_of(output, "vision")
-        symbols = self._coder.quantise(torch.cat([vision, text]), grids)
-        stored = self._coder.record(symbols, grids, [(np.array([len(vision)]), VISION_ROWS)], self._codec_version)
+        coder = self._coder_of(len(text))
+        symbols = coder.quantise(torch.cat([vision, text]), grids)
+        stored = coder.record(symbols, grids, [(np.array([len(vision)]), VISION_ROWS)], self._codec_version)
         return stored if self.version == 1 else {**stored, "text": runs}
 
     def decode(self, stored: dict[str, torch.Tensor]) -> torch.Tensor:
@@ -174,14 +208,17 @@ class FactoredAffinity:
 
     def restore(self, records: Sequence[CodedAffinity], device: torch.device) -> list[torch.Tensor]:
         """Of each the cosines float32 ``[R_vision, N]`` on ``device``."""
-        pictured = [one.quantised for one in records if one.quantised is not None]
-        states = iter(self._coder.restore(pictured, device) if pictured else [])
+        states: dict[int, torch.Tensor] = {}
+        for coder in (self._coder, self._long_coder):
+            own = {number: one.quantised for number, one in enumerate(records) if one.quantised is not None}
+            own = {number: one for number, one in own.items() if self._coder_of(records[number].stored) is coder}
+            states.update(zip(own, coder.restore(list(own.values()), device)))
         found = []
-        for one in records:
-            if one.quantised is None:
+        for number, one in enumerate(records):
+            if number not in states:
                 found.append(torch.zeros(one.shape, device=device))
                 continue
-            factors = next(states)
+            factors = states[number]
             found.append(spread(factors[: one.vision] @ factors[one.vision :].T, one.text))
         return found
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -62,6 +62,19 @@ class Params:
             raise KdcliError(f"hidden field: step must be above 0, got {self.step}")
 
 
+class Ground(NamedTuple):
+    """What no step of a sketch changes: axes, S⁻¹·R float32 ``[D, D]``, b float32 ``[V]``, further tensors, how many rows were seen.
+
+    W′, as large as the head, is made of it and the head at each step: grounds of several fields stand in memory for long.
+    """
+
+    basis: fitting.Basis
+    expand: torch.Tensor
+    bias: torch.Tensor
+    others: dict[str, torch.Tensor]
+    rows: int
+
+
 class HiddenField:
     """Hidden states by a row codec."""
 
@@ -93,6 +106,7 @@ class SketchField:
 
     version = 1
     calibrated = True
+    settled_last: tuple[str, ...] = ("step",)
     temperatures: tuple[float, ...] | None = None
 
     def __init__(self, name: str, params: Params, calibration: Mapping[str, torch.Tensor] | None = None):
@@ -151,7 +165,11 @@ class SketchField:
         return [Sketch(values, one.mean_logit.to(device)) for values, one in zip(made, records)]
 
     def fit(self, outputs: Sequence[TeacherOutput], head: torch.Tensor) -> Calibration:
-        """Basis, entropy tables and low-rank head from the rows of a few hundred samples; head W ``[V, D]``, on whose device they are made.
+        """Basis, tables and low-rank head from the rows of a few hundred samples; head W ``[V, D]``, on whose device they are made."""
+        return self.fit_on(self.ground(outputs, head), head)
+
+    def ground(self, outputs: Sequence[TeacherOutput], head: torch.Tensor) -> Ground:
+        """What fits of every step have in common; as ``fit`` takes it.
 
         W′ = W_c S⁻¹ R and b = W_c h̄ with W_c = W minus its uniform column mean (centred before it is rounded to bfloat16).
         """
@@ -159,23 +177,35 @@ class SketchField:
         try:
             root, inverse = fitting.head_metric(head, mean_probs(rows, head))
             grids = grids_of_all(outputs, self.rows, [len(one.hidden[self.rows]) for one in outputs])
-            coder = fitting.fit(rows, root, self.params["step"], grids=grids)
+            basis = fitting.fit_basis(rows, root, grids=grids)
         except KdcliError as error:
             raise KdcliError(
                 f"field {self.name}: {error}: raise --calibration-rows, or use another codec (bf16)"
             ) from None
-        wide = head.to(torch.float32)
-        centre = wide.mean(dim=0)
+        wide, centre = centred(head)
         # encode = S·R, so R = S⁻¹·encode and h − h̄ ≈ S⁻¹·R·y.
-        expand = (inverse @ (inverse @ coder.encode.to(inverse))).to(torch.float32)
-        weight = ((wide - centre) @ expand).to(torch.bfloat16)
-        bias = (wide - centre) @ coder.mean.to(wide.device)
+        expand = (inverse @ (inverse @ basis.encode.to(inverse))).to(torch.float32)
+        bias = wide @ basis.mean.to(wide)
         means = fit_smooth_table(MEAN_LOGIT.quantise((rows @ centre).cpu()).numpy())
-        tensors = {**coder.tensors(), **tensors_of({"mean_logit": means}), "mean_weight": centre.cpu()}
-        return Calibration(tensors, len(rows), {"weight": weight.cpu(), "bias": bias.cpu()})
+        others = {**tensors_of({"mean_logit": means}), "mean_weight": centre.cpu()}
+        return Ground(basis, expand, bias.cpu(), others, len(rows))
+
+    def fit_on(self, ground: Ground, head: torch.Tensor) -> Calibration:
+        """At this field's step; head as ``ground`` took it."""
+        coder = fitting.at_step(ground.basis, self.params["step"])
+        weight = (centred(head)[0] @ ground.expand).to(torch.bfloat16).cpu()
+        low_rank = {"weight": weight[:, : coder.rank].contiguous(), "bias": ground.bias}
+        return Calibration({**coder.tensors(), **ground.others}, ground.rows, low_rank)
 
     def with_calibration(self, tensors: Mapping[str, torch.Tensor]) -> SketchField:
         return SketchField(self.name, Params(**self.params), tensors)
+
+
+def centred(head: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """(W minus its column mean float32 ``[V, D]``, the mean ``[D]``), on the head's device."""
+    wide = head.to(torch.float32)
+    centre = wide.mean(dim=0)
+    return wide - centre, centre
 
 
 def mean_probs(rows: torch.Tensor, head: torch.Tensor) -> torch.Tensor:

@@ -42,7 +42,7 @@ class RelationField:
         values = stored["upper"].to(torch.float32) * stored["scale"]
         rows = round(((8 * values.numel() + 1) ** 0.5 - 1) / 2)
         if rows * (rows + 1) // 2 != values.numel():
-            raise CacheError(f"field relation: {values.numel()} entries are no triangle")
+            raise CacheError(f"field relation: {values.numel()} entries are not a triangle")
         gram = values.new_zeros(rows, rows)
         upper = torch.triu_indices(rows, rows)
         gram[upper[0], upper[1]] = values

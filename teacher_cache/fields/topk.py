@@ -87,6 +87,7 @@ def coding_of(name: str, params: Params, calibration: Mapping[str, torch.Tensor]
 
 class TopKField:
     version = 2
+    settled_last: tuple[str, ...] = ()
     temperatures: tuple[float, ...] | None = (1.0,)
 
     def __init__(self, name: str, params: Params, calibration: Mapping[str, torch.Tensor] | None = None):

@@ -41,7 +41,7 @@ class PackedTopK:
         log_tail, log_z = stored["scalars"]
         k, bound = stored["ids"][:SIZES].clone().view(torch.int32).tolist()
         if not 0 <= k <= self.k or bound < 1:
-            raise CacheError(f"field {self.name}: a record of {k} entries a row: run `kdcli cache verify`")
+            raise CacheError(f"field {self.name}: a record of {k} entries per row: run `kdcli cache verify`")
         rows = len(log_tail)
         ids = RankOrder.decode(stored["ids"][SIZES:], rows, k, bound)
         most = rows * (6 + 5 * k)  # every value escaped

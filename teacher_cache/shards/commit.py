@@ -63,7 +63,7 @@ class Commit:
         data = seal({"format_version": FORMAT_VERSION, **asdict(self)})
         if len(data) > MOST_COMMIT:
             raise CacheError(
-                f"shard {self.shard:06d} skips {len(self.skipped):,} rows, more than a commit can hold: mend the mixture (`kdcli doctor`), "
+                f"shard {self.shard:06d} skips {len(self.skipped):,} rows, more than a commit can hold: fix the mixture (`kdcli doctor`), "
                 "or make the cache with more --shards"
             )
         return data
@@ -145,7 +145,7 @@ def await_listed(storage: Storage, left: Mapping[int, Iterable[str]], fields: It
     while hidden := next(_hidden(storage, wanted), None) if not storage.local else None:
         if time.monotonic() - started > LONGEST_LAG_S:
             raise CacheError(
-                f"{storage}/{hidden} is there, and its store has not listed it for {LONGEST_LAG_S:.0f} seconds: what was written is "
+                f"{storage}/{hidden} exists, but its store has not listed it for {LONGEST_LAG_S:.0f} seconds: the cache is "
                 "complete; run the command again when `kdcli cache status` counts it"
             )
         time.sleep(0.5)
@@ -164,12 +164,12 @@ def _hidden(storage: Storage, wanted: Mapping[str, Iterable[int]]) -> Iterator[s
 def _check(commit: Commit) -> None:
     for name in (commit.tar, commit.index):
         if not _FILE_NAME.fullmatch(name):
-            raise ValueError(f"{name[:60]!r} is no name of a tar or index")
+            raise ValueError(f"{name[:60]!r} is not the name of a tar or index")
     if len(commit.counts) > MOST_COUNTS:
         raise ValueError(f"{len(commit.counts):,} totals, at most {MOST_COUNTS:,} are read")
     for digest in (commit.tar_sha256, commit.index_sha256):  # a local cache names files by the first
         if not _SHA256.fullmatch(digest):
-            raise ValueError(f"{digest[:70]!r} is no sha256")
+            raise ValueError(f"{digest[:70]!r} is not a sha256")
     if commit.rows != commit.written + len(commit.skipped):
         raise ValueError(f"{commit.rows} rows are not {commit.written} written + {len(commit.skipped)} skipped")
     if len({skip.ordinal for skip in commit.skipped}) != len(commit.skipped):

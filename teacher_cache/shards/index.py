@@ -116,7 +116,7 @@ class Entries(Sequence[Entry]):
             raise ValueError("a member reaches beyond the tar")
         of = np.repeat(np.arange(len(keys)), np.diff(self._first))
         if len(set(keys)) != len(keys) or len(np.unique(np.stack([of, self._kind]), axis=1).T) != len(of):
-            raise ValueError("a key, or a member of a sample, stands in it twice")
+            raise ValueError("a key, or a member of a sample, occurs twice")
 
     def __len__(self) -> int:
         return len(self._keys)

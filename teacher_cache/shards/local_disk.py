@@ -146,7 +146,7 @@ def open_own(path: Path, flags: int = os.O_RDONLY) -> BinaryIO:
     handle = os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
     if not stat.S_ISREG(os.fstat(handle).st_mode):
         os.close(handle)
-        raise OSError(errno.ELOOP, "is no regular file", str(path))
+        raise OSError(errno.ELOOP, "is not a regular file", str(path))
     return os.fdopen(handle, "rb" if flags & os.O_ACCMODE == os.O_RDONLY else "r+b")
 
 
@@ -161,14 +161,12 @@ def check_own_folder(folder: Path, fix: str, links: bool = False) -> None:
         real = os.stat(folder)
     reason = ""
     if stat.S_ISLNK(link.st_mode) and not links:
-        reason = "is a link, which somebody else may have put there"
+        reason = "is a link, which somebody else may have made"
     elif not stat.S_ISDIR(real.st_mode):
         reason = "is no folder"
     elif {link.st_uid, real.st_uid} != {os.getuid()}:
         reason = "belongs to another user"
     elif real.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
-        reason = (
-            f"can be written to by others (mode {stat.S_IMODE(real.st_mode):o}; `chmod go-w` where it is yours alone)"
-        )
+        reason = f"can be written to by others (mode {stat.S_IMODE(real.st_mode):o}; `chmod go-w` if it is yours alone)"
     if reason:
         raise CacheError(f"{folder} {reason}: {fix}")

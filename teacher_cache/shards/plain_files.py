@@ -72,7 +72,7 @@ def regular_size(path: str | Path) -> int:
 
     Raises:
         FileNotFoundError, NotADirectoryError: nothing is there.
-        StrangeFile: it is no regular file. CacheError: the disk does not say.
+        StrangeFile: it is not a regular file. CacheError: the disk does not say.
     """
     try:
         return _size_of(path, os.stat(path))

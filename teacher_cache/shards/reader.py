@@ -136,20 +136,26 @@ class ColumnReader:
             except FileNotFoundError as error:
                 raise self._damaged(commit, f"{error.filename or error} is missing") from None
             if size != commit.tar_bytes:
-                raise self._damaged(commit, f"{tar_path} has {size} bytes, its commit says {commit.tar_bytes}")
+                raise self._damaged(commit, f"{tar_path} has {size} bytes, not the {commit.tar_bytes} of its commit")
         return parse_index(data, f"{self.storage}/{index_path}", commit.tar_bytes, commit.written)
 
-    def place(self, shard: int, row: int) -> tuple[str, int, int]:
+    def place(self, shard: int, row: int, only: frozenset[str] | None = None) -> tuple[str, int, int]:
         """(file, first byte, last byte + 1) of a sample; 0, 0 for one without members."""
-        return self._tar_path(self.commit(shard)), *self._span(shard, row, self.entries(shard).members(row))
+        return self._tar_path(self.commit(shard)), *self._span(shard, row, self._members(shard, row, only))
 
-    def read(self, shard: int, row: int, data: bytes | None = None) -> dict[str, bytes]:
+    def _members(self, shard: int, row: int, only: frozenset[str] | None) -> tuple[Member, ...]:
+        members = self.entries(shard).members(row)
+        return members if only is None else tuple(one for one in members if one.ext in only)
+
+    def read(
+        self, shard: int, row: int, data: bytes | None = None, only: frozenset[str] | None = None
+    ) -> dict[str, bytes]:
         """Members of one sample by extension; CacheError naming shard and key where a byte is wrong.
 
         Args:
-            data: the bytes of ``place(shard, row)``, if they were read already.
+            data: the bytes of ``place(shard, row, only)``, if they were read already. only: extensions; None: all.
         """
-        members = self.entries(shard).members(row)
+        members = self._members(shard, row, only)
         start, stop = self._span(shard, row, members)
         if stop == 0:
             return {}

@@ -57,15 +57,15 @@ def persistently(place: str, call: Callable[[], T]) -> T:
             raise
         except FileNotFoundError as error:
             if _code(error) == "NoSuchBucket":
-                raise CacheError(f"{place}: there is no such bucket: create it, or mend the URL") from None
+                raise CacheError(f"{place}: there is no such bucket: create it, or fix the URL") from None
             raise
         except Exception as error:  # libraries of all kinds lie behind a URL, each with errors of its own
             if fix := _for_good(error):
                 raise CacheError(f"{place}: {_words(error)}: {fix}") from None
             if number + 1 == tries:
                 raise CacheError(
-                    f"{place}: the store did not answer as it should, {tries} times ({_words(error)}): look at network, endpoint "
-                    "and the store's own state, then run the command again: it goes on from here"
+                    f"{place}: the store failed {tries} times ({_words(error)}): check network, endpoint "
+                    "and the store itself, then run the command again: it continues from here"
                 ) from None
         time.sleep(min(LONGEST_WAIT_S, 2.0**number) * random.uniform(0.25, 1.0))  # apart: workers fail together
     raise AssertionError("unreachable")
@@ -114,7 +114,7 @@ def _for_good(error: Exception) -> str:
     """The fix of an error that would be the same next time; empty where it may pass."""
     kind = type(error).__name__
     if kind in ("NoCredentialsError", "PartialCredentialsError", "ProfileNotFound", "DefaultCredentialsError"):
-        return "give credentials as the store's own tools take them, e.g. AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE"
+        return "give credentials as for the store's own tools, e.g. AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE"
     if isinstance(error, PermissionError) or getattr(error, "status", None) in (401, 403):
         return "these credentials may not do that there: ask for the permission, or use others"
     if isinstance(error, NotImplementedError):

@@ -34,7 +34,7 @@ def base() -> Path:
     """Where the folders of all processes of this user lie. CacheError where ``TMPDIR`` names no folder: Python would take another one
     without a word, whose disk may be too small."""
     if (named := os.environ.get("TMPDIR")) and not os.path.isdir(named):
-        raise CacheError(f"TMPDIR names {named!r}, which is no folder: make it, or name another one")
+        raise CacheError(f"TMPDIR names {named!r}, which is not a folder: create it, or name another one")
     return Path(tempfile.gettempdir()) / f"kdcli-staging-{os.getuid()}"
 
 
@@ -105,6 +105,6 @@ def told_when_full(folder: Path | str) -> Iterator[None]:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
         raise CacheError(
-            f"{folder}: {error.strerror}: make room there (or set TMPDIR to another disk, where the cache goes to an object store), "
-            "then run the command again: it goes on from the last committed shard"
+            f"{folder}: {error.strerror}: make room there (or set TMPDIR to another disk, if the cache is in an object store), "
+            "then run the command again: it continues after the last committed shard"
         ) from None

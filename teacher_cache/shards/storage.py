@@ -43,7 +43,7 @@ class Storage:
         parts = relative.split("/")
         if relative.startswith("/") or ".." in parts or max(map(len, parts)) > 250 or set(relative) & {"\\", "\0"}:
             raise CacheError(
-                f"{self}: {relative[:80]!r} is no file of a cache: the document that names it is damaged or hostile"
+                f"{self}: {relative[:80]!r} is not a file of a cache: the document that names it is damaged or hostile"
             )
         return f"{self.root}/{relative}" if relative else self.root
 
@@ -76,7 +76,7 @@ class Storage:
         return True
 
     def size(self, relative: str) -> int:
-        """Bytes; FileNotFoundError where it is absent, CacheError where it is no regular file."""
+        """Bytes; FileNotFoundError where it is absent, CacheError where it is not a regular file."""
         if self.local:
             return plain_files.regular_size(self.path(relative))
         return int(self._ask(relative, lambda fs: fs.size(self.path(relative))))
@@ -113,11 +113,11 @@ class Storage:
             return None
 
     def open(self, relative: str) -> BinaryIO:
-        """A file of a local cache to seek in; CacheError where it is no regular file."""
+        """A file of a local cache to seek in; CacheError where it is not a regular file."""
         return plain_files.open_plain(self.path(relative))
 
     def read(self, relative: str) -> bytes:
-        """Whole content; FileNotFoundError where it is absent, CacheError where it is no regular file, or longer than its kind can be."""
+        """Whole content; FileNotFoundError where it is absent, CacheError where it is not a regular file, or too long."""
         return next(self.read_each([relative]))
 
     def read_each(self, relatives: Sequence[str]) -> Iterator[bytes]:
@@ -208,7 +208,7 @@ class Storage:
         """Remove a file, or a link itself; CacheError where it lies outside of the cache, in a folder that is linked into it."""
         path = self.path(relative)
         if self.local and not _is_inside(os.path.dirname(path), self.root):
-            raise CacheError(f"{path} lies outside of the cache, behind a link: remove it there by hand, or the link")
+            raise CacheError(f"{path} is outside the cache, behind a link: remove it there by hand, or remove the link")
         self._ask(relative, lambda fs: fs.rm_file(path))
 
     def remove_empty_folders(self, folder: str) -> None:

@@ -15,12 +15,26 @@ from collections import Counter
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import replace
+from pathlib import Path
+from typing import Any, cast
 
 from teacher_cache.records import Prepared, SkipRecord
 from teacher_cache.shards import staging
 from teacher_cache.shards.commit import Commit, read_commit
 from teacher_cache.shards.index import Entry, Member, dump_index
 from teacher_cache.shards.storage import Storage
+
+
+class _Summed:
+    """A new file that is written from front to back, summed as it grows: nobody waits at its end for it to be read again."""
+
+    def __init__(self, path: Path):
+        self._file, self.sha256 = path.open("wb"), hashlib.sha256()
+        self.tell, self.close, self.fileno = self._file.tell, self._file.close, self._file.fileno
+
+    def write(self, data: bytes) -> int:
+        self.sha256.update(data)
+        return self._file.write(data)
 
 
 class ShardWriter:
@@ -42,8 +56,8 @@ class ShardWriter:
         staging.check_room(self._folder, self._bound)
         self._draft = self._folder / f"{column.replace('/', '-')}-{shard:06d}-{uuid.uuid4().hex}.tar"
         # One extra handle on the same file gives exact member offsets without trusting tarfile's buffering.
-        self._file = self._draft.open("wb")
-        self._tar = tarfile.open(fileobj=self._file, mode="w", format=tarfile.USTAR_FORMAT)
+        self._file = _Summed(self._draft)
+        self._tar = tarfile.open(fileobj=cast(Any, self._file), mode="w", format=tarfile.USTAR_FORMAT)
         self._entries: list[Entry] = []
         self._skipped: list[SkipRecord] = []
         self._counts: Counter[str] = Counter()
@@ -103,8 +117,7 @@ class ShardWriter:
         self._tar.close()
         self._file.close()
         staging.check_bound(self._folder, self._bound)
-        with self._draft.open("rb") as written:
-            self.tar_sha256 = digest = hashlib.file_digest(written, "sha256").hexdigest()
+        self.tar_sha256 = digest = self._file.sha256.hexdigest()
         stem = f"{self.shard:06d}-{digest[:8]}"
         index = dump_index(self._entries)
         index_digest = hashlib.sha256(index).hexdigest()

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from teacher_cache.errors import DataError
+from teacher_cache.plugins import with_plugins
 from teacher_cache.records import RowGroup, Sample, SkipRecord
 from teacher_cache.sources.files import expand_paths
 from teacher_cache.sources.foreign import described, refuse_foreign
@@ -22,14 +23,14 @@ class DataSpec:
     """One mixture part as the user names it.
 
     Attributes:
-        part: its name (``caption``, ``sft``, …), by which training stages choose it.
+        part: name of the part (``caption``, ``sft``, …); training stages select parts by name.
         path: file, glob or brace URL; several files of one format make one part.
-        image_root: folder that relative image paths start from; without it the folder of the first file.
-        format: of the files: ``llava-json``, ``llava-next-parquet``, ``messages-jsonl``, ``webdataset``; without it found from the files.
-        template: how rows become text: ``chat`` (the model's own), ``plain`` (image and caption), ``v1`` (Vicuna), ``qwen_1_5`` (ChatML).
-        limit: use only the first so many rows.
+        image_root: folder that relative image paths start from; default: the folder of the first file.
+        format: format of the files: ``llava-json``, ``llava-next-parquet``, ``messages-jsonl``, ``webdataset``; default: detected.
+        template: text template of rows: ``chat`` (the model's own), ``plain`` (image and caption), ``v1`` (Vicuna), ``qwen_1_5`` (ChatML).
+        limit: use only this many first rows.
         max_image_pixels: larger images are skipped (decompression bombs).
-        follow_links: links below ``image_root`` may lead out of it (docs/security.md).
+        follow_links: follow links below ``image_root`` that lead out of it (docs/security.md).
     """
 
     part: str
@@ -62,13 +63,18 @@ class Source(Protocol):
 
 
 def source_modules() -> dict[str, Any]:
-    """Every source format by name."""
+    """Every source format by name, those of installed packages too (``kdcli.sources``)."""
     found = {}
     for info in pkgutil.iter_modules(__path__):
         module = importlib.import_module(f"{__name__}.{info.name}")
         if hasattr(module, "FORMAT"):
             found[module.FORMAT] = module
-    return dict(sorted(found.items()))
+    return dict(sorted(with_plugins("kdcli.sources", found, _names).items()))
+
+
+def _names(module: Any) -> tuple[str]:
+    _ = module.matches, module.open
+    return (module.FORMAT,)
 
 
 def open_source(spec: DataSpec) -> Source:
@@ -98,4 +104,4 @@ def _no_format(paths: list[str], fitting: list[str], formats: list[str]) -> str:
         return f"{paths[0]} is of no known format: {what}"
     found = f"fits several formats ({', '.join(fitting)})" if fitting else "is of no known format"
     more = f" and {len(paths) - 1} more" if len(paths) > 1 else ""
-    return f"{paths[0]}{more} {found}; files of a part share one format, say which: {', '.join(formats)}"
+    return f"{paths[0]}{more} {found}; files of a part share one format, name it: {', '.join(formats)}"

@@ -27,8 +27,8 @@ def expand_paths(pattern: str) -> list[str]:
     """
     if is_remote(pattern) and without_secrets(pattern) != pattern:
         raise DataError(
-            f"{without_secrets(pattern)}: a password, signature or key in an address would stand in the cache's manifest: give it by the "
-            "environment or the configuration of the store's client, and leave it out here"
+            f"{without_secrets(pattern)}: a password, signature or key in an address would be stored in the cache's manifest: give it in "
+            "the environment or the configuration of the store's client instead"
         )
     if not is_remote(pattern):
         pattern = str(local_path(pattern))

@@ -58,13 +58,13 @@ def described(path: str) -> str:
     is_line = not newline or _is_row(line)
     if keys.keys() & {"messages", "conversations", "prompt", "completion"}:
         if is_line:
-            return "it is one JSON object a line: give format messages-jsonl"
-        return f"it is JSON objects over many lines each; write one a line: `jq -c . {path} > rows.jsonl`"
+            return "it has one JSON object per line: give format messages-jsonl"
+        return f"its JSON objects span many lines each; write one per line: `jq -c . {path} > rows.jsonl`"
     if is_line and rest.lstrip()[:1] == b"{":
-        return f"it is one JSON object a line, with the keys {names}; a row needs 'conversations', 'messages' or 'prompt' and 'completion'"
+        return f"it has a JSON object per line, with the keys {names}; a row needs 'conversations', 'messages' or 'prompt' and 'completion'"
     lists = [name for name, is_list in keys.items() if is_list]
     if lists and re.fullmatch(r"\w+", lists[0]):
-        return f"it is one JSON object with the keys {names}; write the list of rows alone: `jq .{lists[0]} {path} > rows.json`"
+        return f"it is one JSON object with the keys {names}; write only the list of rows: `jq .{lists[0]} {path} > rows.json`"
     return f"it is one JSON object with the keys {names}; rows are the elements of a JSON list: `jq '[.[]]' {path} > rows.json`"
 
 

@@ -67,7 +67,7 @@ class ImageFolder:
         written = os.path.normpath(os.path.join(root, name))
         if not _is_below(written, root) and not _is_below(written, os.path.abspath(given)):
             mend = ": --image-root is the folder that a path must be below" if os.path.isabs(name) else ""
-            raise SkipRow("image_path_unsafe", f"{name!r} leads out of the image root (to {written!r}){mend}")
+            raise SkipRow("image_path_unsafe", f"{name!r} leaves the image root (to {written!r}){mend}")
         try:
             path = os.path.realpath(os.path.join(root, name))
         except ValueError as error:

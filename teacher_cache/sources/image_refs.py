@@ -115,7 +115,7 @@ def ref_of(value: Any, what: str) -> ImageRef:
     if (scheme := _SCHEME.match(name)) and (name.startswith(f"{scheme[1]}://") or scheme[1].lower() == "data"):
         raise SkipRow(
             "image_missing",
-            f"{name[:80]!r} is an address, and rows cannot name what is fetched: download it and write its path below the image root",
+            f"{name[:80]!r} is a web address, and kdcli fetches none: download it and write its path below the image root",
         )
     if name.rpartition(".")[2].lower() in MEDIA:
         raise SkipRow("media_unsupported", f"{what} is {name[-80:]!r}")

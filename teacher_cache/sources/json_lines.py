@@ -50,7 +50,7 @@ def _raw_lines(
         held += len(chunk) - at
         if held > MAX_ROW_BYTES:
             raise DataError(
-                f"{name}: line {number}, at byte {offset}, is longer than {MAX_ROW_BYTES:,} bytes: one JSON object a line is read here"
+                f"{name}: line {number}, at byte {offset}, is longer than {MAX_ROW_BYTES:,} bytes: the format is one JSON object per line"
             )
     if held:
         yield offset, number, b"".join(pieces), False

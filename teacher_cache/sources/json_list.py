@@ -143,4 +143,4 @@ def _value_end(data: bytes, at: int) -> int | None:
 
 
 def broken_json(name: str, row: int, byte: int, what: str) -> DataError:
-    return DataError(f"{name}: unreadable json at row {row}, byte {byte}: {what}; mend or fetch the file again")
+    return DataError(f"{name}: unreadable json at row {row}, byte {byte}: {what}; fix the file or fetch it again")

@@ -36,7 +36,7 @@ def _looks_like_list(path: str) -> bool:
 def open(spec: DataSpec, paths: list[str]) -> LlavaJson:
     """DataError where the format was given and a file begins with an object."""
     if files.first_bytes(paths[0], 1) == b"{" and (what := described(paths[0])):
-        raise DataError(f"{paths[0]} is no JSON list: {what}")
+        raise DataError(f"{paths[0]} is not a JSON list: {what}")
     root = spec.image_root if spec.image_root is not None else os.path.dirname(paths[0]) or "."
     return LlavaJson(spec, tuple(paths), ImageFolder(root, spec.follow_links))
 

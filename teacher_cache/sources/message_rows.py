@@ -189,7 +189,7 @@ def _filled(named: list[ImageRef | None], listed: list[ImageRef]) -> list[ImageR
     open_parts = named.count(None)
     if open_parts != len(listed):
         raise SkipRow(
-            "placeholder_mismatch", f"{open_parts} image parts without a file, {len(listed)} images beside the text"
+            "placeholder_mismatch", f"{open_parts} image parts without a file, {len(listed)} images listed for the row"
         )
     waiting = iter(listed)
     return [ref if ref is not None else next(waiting) for ref in named]
@@ -198,7 +198,7 @@ def _filled(named: list[ImageRef | None], listed: list[ImageRef]) -> list[ImageR
 def _before_first_question(raw: RawTurns, images: int) -> tuple[Turn, ...]:
     first = next((i for i, (role, _) in enumerate(raw.pieces) if role == "user"), None)
     if first is None:
-        raise SkipRow("placeholder_mismatch", f"{images} images, and no user turn that they could stand in")
+        raise SkipRow("placeholder_mismatch", f"{images} images, and no user turn to place them in")
     before: Pieces = [None] * images
     return tuple(
         Turn(role, joined([*before, *pieces] if i == first else pieces)) for i, (role, pieces) in enumerate(raw.pieces)

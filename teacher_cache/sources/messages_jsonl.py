@@ -80,7 +80,7 @@ class MessagesJsonl:
                 value, characters, images = _parse(data), 0, 0
                 if before and not isinstance(value, dict) and _goes_on(before, data):
                     raise DataError(
-                        f"{path}: one JSON object a line is read here, and what begins before line {line} goes on in it: "
+                        f"{path}: the format is one JSON object per line, and one that begins before line {line} continues in it: "
                         f"write it so (`jq -c . {path} > rows.jsonl`; a list: `jq -c '.[]'`)"
                     )
                 before = data if isinstance(value, Unparsed) and data[:1] in (b"{", b"[") else b""
@@ -114,7 +114,9 @@ class MessagesJsonl:
                 empty = Sample(self.spec.part, ordinal, "", f"{os.path.basename(path)} line {line}", ())
                 yield read_sample(empty, _parse(data), read_row, self.images.fetch)
         if (count, end) != (group.rows, where["end"]):
-            raise DataError(f"{path}: line {where['line']} and what follows is not what the scan saw: the file changed")
+            raise DataError(
+                f"{path}: line {where['line']} and the following text differ from the scan: the file changed"
+            )
 
 
 def _goes_on(line: bytes, following: bytes) -> bool:

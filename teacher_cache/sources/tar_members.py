@@ -167,5 +167,5 @@ class _Reader:
         self.stream.seek(at)
         while chunk := self.stream.read(_PADDING_CHUNK):
             if chunk.strip(b"\0"):
-                self.fail(at, "more stands behind the end-of-archive block (tars joined with cat?)")
+                self.fail(at, "there is data after the end-of-archive block (tars joined with cat?)")
             at += len(chunk)

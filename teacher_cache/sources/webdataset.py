@@ -113,9 +113,7 @@ class WebDataset:
                 yield self._sample(stream, sample, group.start + count, place)
                 count, end = count + 1, sample.end
         if (count, end) != (group.rows, where["end"]):
-            raise DataError(
-                f"{path}: what stands from byte {where['offset']:,} on is not what the scan saw: the tar changed"
-            )
+            raise DataError(f"{path}: the data from byte {where['offset']:,} on differs from the scan: the tar changed")
 
     def _sample(self, stream: BinaryIO, sample: _Files, ordinal: int, place: str) -> Sample | SkipRecord:
         empty = Sample(self.spec.part, ordinal, _shown(sample.key), place, ())
@@ -163,7 +161,7 @@ def _json_of(stream: BinaryIO, sample: _Files) -> Any:
     except RecursionError:
         return Unparsed(f"{member.name[:80]!r} is nested too deep")
     except ValueError as error:
-        return Unparsed(f"{member.name[:80]!r} is no JSON: {str(error)[:80]}")
+        return Unparsed(f"{member.name[:80]!r} is not JSON: {str(error)[:80]}")
     except SkipRow as skip:
         return Unparsed(skip.detail)
     return {"conversations": row} if isinstance(row, list) else row  # a bare list of turns

@@ -13,9 +13,9 @@ from typing import Any
 import torch
 
 from teacher_cache.errors import CompatibilityError
+from teacher_cache.families.decoders import ATTENTION
 
-KNOWN_ATTENTION = ("LlamaAttention", "MistralAttention", "Qwen2Attention", "Qwen3Attention")
-"""Attention modules whose arithmetic is the one written here; each is tested against its own eager attention."""
+KNOWN_ATTENTION = tuple(ATTENTION.values())
 
 
 def check_attention(layer: Any) -> None:

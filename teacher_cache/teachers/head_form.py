@@ -73,7 +73,9 @@ def head_form(model: Any) -> HeadForm:
     """
     name, inner, head = type(model).__name__, decoder_of(model), model.get_output_embeddings()
     if inner is None or not hasattr(head, "weight") or model.config.is_encoder_decoder:
-        raise CompatibilityError(f"{name} has no decoder whose last hidden states its head reads alone: not supported")
+        raise CompatibilityError(
+            f"{name} has no decoder whose last hidden states are the head's only input: not supported"
+        )
     if getattr(head, "bias", None) is not None:
         raise CompatibilityError(f"the head of {name} has a bias: logits are not W·h; not supported")
     points = torch.tensor(POINTS, dtype=torch.float64, device=head.weight.device)

@@ -16,15 +16,17 @@ class LowRankHead:
     Attributes:
         weight: W′ ``[V, r]``, columns centred over the vocabulary: bfloat16 as stored, float32 on a CPU.
         bias: b float32 ``[V]``, centred too.
+        step: Δ of the sketch's coefficients, which says how far from the teacher's they may be; None: not known.
     """
 
-    def __init__(self, weight: torch.Tensor, bias: torch.Tensor):
-        self.weight, self.bias = weight, bias
+    def __init__(self, weight: torch.Tensor, bias: torch.Tensor, step: float | None = None):
+        self.weight, self.bias, self.step = weight, bias, step
 
     def to(self, device: torch.device) -> LowRankHead:
         """On the device; in float32 on a CPU, whose half-precision products are slow or inexact."""
         weight = self.weight.to(device)
-        return LowRankHead(weight.to(torch.float32) if device.type == "cpu" else weight, self.bias.to(device))
+        weight = weight.to(torch.float32) if device.type == "cpu" else weight
+        return LowRankHead(weight, self.bias.to(device), self.step)
 
     def logits(self, sketch: Sketch) -> torch.Tensor:
         """float32 ``[R, V]``."""
@@ -33,7 +35,7 @@ class LowRankHead:
 
     def at(self, columns: torch.Tensor) -> LowRankHead:
         """The head of the tokens ``columns`` int64 ``[m]`` alone."""
-        return LowRankHead(self.weight[columns], self.bias[columns])
+        return LowRankHead(self.weight[columns], self.bias[columns], self.step)
 
     def logits_at(self, sketch: Sketch, ids: torch.Tensor) -> torch.Tensor:
         """float32 ``[R, K]``: the logits of the tokens ``ids`` ``[R, K]`` only."""

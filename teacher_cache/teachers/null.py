@@ -26,7 +26,7 @@ from teacher_cache.teachers.transformers import TeacherSpec, resolve_dtype
 
 BACKEND = "null"
 PREFIX = f"{BACKEND}:"
-NOTE = "of the null teacher, whose numbers are made up: nothing can be learnt from them"
+NOTE = "of the null teacher, whose signals are fake: nothing can be learnt from them"
 VERSION = 1
 """Of the made-up numbers: others are another teacher."""
 HEAD_BLOCK = 1024
@@ -62,7 +62,7 @@ def null_settings(teacher: str) -> NullSettings:
         if not 0 <= values[name] < math.inf:
             raise KdcliError(f"teacher {teacher!r}: write null:FOLDER,width=D,ms_per_row=X, got {one!r}")
     if not folder:
-        raise KdcliError(f"teacher {teacher!r}: name the model folder whose processor is taken, null:FOLDER")
+        raise KdcliError(f"teacher {teacher!r}: name the model folder that the processor comes from, null:FOLDER")
     return NullSettings(folder, **values)
 
 

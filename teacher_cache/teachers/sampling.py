@@ -34,9 +34,7 @@ def sampled_wants(wants: frozenset[str]) -> dict[str, tuple[str, int, int]]:
         if want.startswith("sampled."):
             kind, sampler, size, seed = want.removeprefix("sampled.").split(":")
             if kind in found:
-                raise KdcliError(
-                    f"{kind} rows are asked to be sampled in two ways at once: capture one {kind}_sampled field"
-                )
+                raise KdcliError(f"{kind} rows cannot be sampled in two ways at once: capture one {kind}_sampled field")
             found[kind] = sampler, int(size), int(seed)
     return found
 

@@ -14,6 +14,7 @@ import torch
 
 from teacher_cache.batch import Batch
 from teacher_cache.errors import CompatibilityError, KdcliError
+from teacher_cache.families import family_of
 from teacher_cache.model_kind import auto_model
 from teacher_cache.model_load import naming_what_fails
 from teacher_cache.teachers.attention import check_attention, layer_attention
@@ -30,21 +31,10 @@ class LayerInput:
     positions: dict[int, Any] = field(default_factory=dict)
 
 
-def language_model(base: Any) -> Any:
-    """The decoder inside of a model without its head: ``language_model``, or Idefics' ``text_model``, or (of a model that reads text
-    alone) itself; AttributeError: none has layers."""
-    for name in ("language_model", "text_model"):
-        if hasattr(getattr(base, name, None), "layers"):
-            return getattr(base, name)
-    if hasattr(base, "layers"):
-        return base
-    raise AttributeError(f"{type(base).__name__} has no language_model with layers")
-
-
 def decoder_layer(model: Any, number: int) -> Any:
     """A layer of the language model; errors by name where it is not there."""
     try:
-        layers = language_model(model.model).layers
+        layers = family_of(model.config).language_model(model.model).layers
     except AttributeError:
         raise CompatibilityError(
             f"{type(model).__name__} has no model.language_model.layers: its attention cannot be read"

@@ -38,15 +38,15 @@ class TeacherSpec:
     """Which model, and how it runs.
 
     Attributes:
-        id: model folder or hub id; ``null:FOLDER`` makes signals up.
+        id: model folder or hub id; ``null:FOLDER`` generates fake signals.
         dtype: ``float32``, ``bfloat16`` or ``float16``; ``auto``: the checkpoint's own on a GPU, float32 on a CPU.
-        device: ``cpu``, ``cuda``, ``cuda:1``; ``auto``: the GPU where there is one.
+        device: ``cpu``, ``cuda``, ``cuda:1``; ``auto``: a GPU if there is one.
         attn_implementation: ``sdpa``, ``eager`` or ``flash_attention_2``.
         revision: branch, tag or commit of a hub id.
         trust_remote_code: run the program code that the model's folder or repository brings; read it first.
         backend: ``transformers`` or ``vllm``.
-        vllm_route: what vLLM hands out: ``hidden`` states, of which everything follows, or its own ``logprobs``, whose tail is inexact.
-        vllm_memory: share of the GPU's memory that vLLM takes, key-value cache included; what it leaves is for the head.
+        vllm_route: output taken from vLLM: ``hidden`` states, which serve every field, or its own ``logprobs``, with an inexact tail.
+        vllm_memory: share of the GPU's memory for vLLM, including its key-value cache; the rest is for the head.
     """
 
     id: str

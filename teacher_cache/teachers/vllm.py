@@ -39,7 +39,7 @@ def load_processor(spec: TeacherSpec) -> tuple[Any, Any]:
     processor, config = transformers.load_processor(spec)
     if processor.image_processor is None:
         raise CompatibilityError(
-            f"model {spec.id!r} ({type(config).__name__}) reads text alone, and backend vllm takes image-text-to-text models: "
+            f"model {spec.id!r} ({type(config).__name__}) is text-only, and backend vllm supports image-text-to-text models only: "
             "use --backend transformers for it"
         )
     return processor, config

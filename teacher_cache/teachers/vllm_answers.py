@@ -148,5 +148,5 @@ def refuse_wants(wants: frozenset[str], route: str) -> None:
         if want.startswith(("attention.", "features.")):
             raise CompatibilityError(f"vLLM gives no {want.split(':')[0].split('.')[0]} ({want}): {FIX}")
         raise CompatibilityError(
-            f'vllm_route = "logprobs" gives top-k alone (--store compact), not {want}: use vllm_route = "hidden", or {FIX}'
+            f'vllm_route = "logprobs" gives only top-k (--store compact), not {want}: use vllm_route = "hidden", or {FIX}'
         )

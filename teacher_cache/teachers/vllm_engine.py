@@ -44,7 +44,7 @@ def vllm_version() -> str:
             except PackageNotFoundError:
                 continue
     raise KdcliError(
-        "backend vllm: vLLM is not installed: pip install 'kdcli[vllm]' (README.md), or use --backend transformers"
+        "backend vllm: vLLM is not installed: pip install 'kdcli[vllm]' (docs/models.md), or use --backend transformers"
     )
 
 
@@ -133,7 +133,7 @@ def naming_refusals(what: str) -> Iterator[None]:
         if not known and not type(error).__module__.startswith("vllm."):
             raise
         raise CompatibilityError(
-            f"vLLM does not take {what} ({_first_line(error)}): use --backend transformers for it"
+            f"vLLM does not support {what} ({_first_line(error)}): use --backend transformers for it"
         ) from None
 
 

@@ -72,7 +72,10 @@ def teacher_batch(cache_url: Path, parts: tuple[str, ...], keys: tuple[str, ...]
 @torch.no_grad()
 def live_view(model: Any, batch: Batch, vocabulary: int, text: Any) -> TeacherView:
     """Everything that a need can ask for, of every sample."""
-    out = model(**batch.inputs, use_cache=False, output_attentions=True, output_hidden_states=True)
+    # Padding stands on the right, where no token looks. Masked itself it would be NaN beyond a sliding window, and 0 · NaN in other rows:
+    # eager attention rounds the mask of a float64 model to float32, where a row that sees nothing has no finite score.
+    inputs = {**batch.inputs, "attention_mask": torch.ones_like(batch.inputs["attention_mask"])}
+    out = model(**inputs, use_cache=False, output_attentions=True, output_hidden_states=True)
     states, head = out.hidden_states[-1].flatten(0, 1), model.get_output_embeddings().weight[:vocabulary]
     rows = {kind: states[at] for kind, at in batch.rows.items()}
     split = {kind: one.split(list(batch.counts[kind])) for kind, one in rows.items()}
@@ -97,8 +100,14 @@ def live_view(model: Any, batch: Batch, vocabulary: int, text: Any) -> TeacherVi
     )
 
 
-def reference(trainer: Any, one: Any, view: TeacherView) -> tuple[float, dict[str, float], dict[str, torch.Tensor]]:
-    """(loss, terms, gradients by parameter) of the trainer's student and method on one micro-batch, which is the whole step."""
+def reference(
+    trainer: Any, one: Any, view: TeacherView, weights: Mapping[str, torch.Tensor] | None = None
+) -> tuple[float, dict[str, float], dict[str, torch.Tensor]]:
+    """(loss, terms, gradients by parameter) of the trainer's student and method on one micro-batch, which is the whole step.
+
+    Args:
+        weights: term → of every value that it averages; none: all alike.
+    """
     student = copy.deepcopy(trainer.model).double()
     batch = in_float64(one.batch)
     generator = trainer._generator(0, 0)
@@ -112,31 +121,37 @@ def reference(trainer: Any, one: Any, view: TeacherView) -> tuple[float, dict[st
     rows = replace(student.rows(hidden, batch, one.student_text), head_gram=lambda v: head[:v].T @ head[:v])
     if trainer.matching:
         view = trainer.matching.align(view, rows, one, generator)
-    values = {name: plain_mean(term, rows, view) for name, term in trainer.terms.items()}
+    values = {name: plain_mean(term, rows, view, (weights or {}).get(name)) for name, term in trainer.terms.items()}
     loss = sum(term.weight * values[name] for name, term in trainer.terms.items())
     loss.backward()
     gradients = {name: p.grad for name, p in student.named_parameters() if p.grad is not None}
     return float(loss.detach()), {name: float(value.detach()) for name, value in values.items()}, gradients
 
 
-def plain_mean(term: Any, student: StudentRows, view: TeacherView) -> torch.Tensor:
-    """The term's mean over what it counts, over whole matrices."""
+def plain_mean(term: Any, student: StudentRows, view: TeacherView, weights: torch.Tensor | None = None) -> torch.Tensor:
+    """The term's mean over what it counts, over whole matrices; with weights Σ w·value / Σ w."""
+    values = plain_values(term, student, view)
+    return values.mean() if weights is None else (weights * values).sum() / weights.sum()
+
+
+def plain_values(term: Any, student: StudentRows, view: TeacherView) -> torch.Tensor:
+    """Of all that a term averages."""
     if isinstance(term, RowTerm):
-        return _mean_of_rows(term, student, view)
+        return _values_of_rows(term, student, view)
     if isinstance(term, HiddenTerm):
         rows = HiddenRows(student.hidden[term.rows], view.hidden[term.rows], student.maps or {})
         kept = torch.cat([_kept(term.rows, i, count, view) for i, count in enumerate(student.counts[term.rows])])
-        return term.loss(rows)[kept].mean()
+        return term.loss(rows)[kept]
     counts = zip(*([n - term.skip_first * (kind == "vision") for n in student.counts[kind]] for kind in term.rows))
     found = [
         term.loss(SampleRows(number, student, view, term.skip_first))
         for number, each in enumerate(counts)
         if all(count > 0 for count in each)
     ]
-    return torch.stack(found).mean()
+    return torch.stack(found)
 
 
-def _mean_of_rows(term: RowTerm, student: StudentRows, view: TeacherView) -> torch.Tensor:
+def _values_of_rows(term: RowTerm, student: StudentRows, view: TeacherView) -> torch.Tensor:
     kind, counts = term.rows, student.counts[term.rows]
     teacher: Mapping[str, Any] = view.distributions
     values = term.loss(
@@ -151,8 +166,8 @@ def _mean_of_rows(term: RowTerm, student: StudentRows, view: TeacherView) -> tor
         one[term.skip_first :][_kept(kind, i, len(one), view)[term.skip_first :]] for i, one in enumerate(values)
     ]
     if term.sum_rows:
-        return torch.stack([one.sum() for one in samples if len(one)]).mean()
-    return torch.cat(samples).mean()
+        return torch.stack([one.sum() for one in samples if len(one)])
+    return torch.cat(samples)
 
 
 def _kept(kind: str, sample: int, count: int, view: TeacherView) -> torch.Tensor:

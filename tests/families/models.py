@@ -7,7 +7,7 @@ tokenizer. An image is never more than some dozen pixels to a model, so that til
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -34,8 +34,10 @@ class Family:
 
     Attributes:
         build: (text width, head rows, seed) → (configuration, processor).
-        image_token: by string; ``marks``: what the processor writes around an image, or ``written``, of an image of these views, where it
-            writes more than that.
+        image_token: by string, in what the model reads; ``placeholder``: in what the template writes, where that is another.
+        marks: what the processor writes around an image, or ``written``, of an image of these views, where it writes more than that, with
+            these special tokens (``around``) in it.
+        arguments: further keywords of the family's own processor, beside images.
         views: by image (``square`` 48 × 48, ``wide`` 96 × 40, ``tall`` 32 × 88), and ``pair``: each of two square ones in a row.
         zeroed: names of the vision tower's attention outputs: without them a token sees its own patch alone.
     """
@@ -47,20 +49,24 @@ class Family:
     zeroed: tuple[str, ...]
     marks: tuple[str, str] = ("", "")
     written: Callable[[Views], str] | None = None
+    around: tuple[str, ...] = ()
+    placeholder: str = ""
+    arguments: Mapping[str, Any] = field(default_factory=dict)
 
     def text_of(self, views: Views) -> str:
         """The text that stands for an image, without its image tokens."""
         return self.written(views) if self.written else "".join(self.marks)
 
 
-def tokenizer_with(tokens: tuple[str, ...] = (), **named: str) -> Any:
-    """The demo's tokenizer and a family's special tokens, ``named`` ones as attributes of it."""
+def tokenizer_with(tokens: tuple[str, ...] = (), folder: Path | None = None, **named: str) -> Any:
+    """The demo's tokenizer (or that of ``folder``) and a family's special tokens, ``named`` ones as attributes of it."""
     from transformers import PreTrainedTokenizerFast
 
     from pipelines.demo.tokenizer import TOKENIZER_FOLDER
 
-    tokenizer = PreTrainedTokenizerFast.from_pretrained(TOKENIZER_FOLDER, extra_special_tokens=named)
-    wanted = [token for token in (*tokens, *named.values()) if token not in tokenizer.get_vocab()]
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(folder or TOKENIZER_FOLDER, extra_special_tokens=named)
+    known = tokenizer.get_vocab()
+    wanted = [token for token in (*tokens, *named.values()) if token not in known]
     if wanted:
         kept = tokenizer.additional_special_tokens if hasattr(tokenizer, "additional_special_tokens") else []
         tokenizer.add_special_tokens({"additional_special_tokens": [*kept, *wanted]})
@@ -295,6 +301,57 @@ def split(kind: str, width: int, extra_rows: int, seed: int) -> tuple[Any, Any]:
     return config, processor
 
 
+GEMMA_PANNED = {
+    "do_pan_and_scan": True,
+    "pan_and_scan_min_crop_size": 8,
+    "pan_and_scan_max_num_crops": 3,
+    "pan_and_scan_min_ratio_to_activate": 1.2,
+}
+
+
+GEMMA_NAMED = {"boi_token": "<start_of_image>", "eoi_token": "<end_of_image>", "image_token": "<image_soft_token>"}
+
+
+def gemma3(width: int, extra_rows: int, seed: int, tokenizer: Any = None) -> tuple[Any, Any]:
+    """Gemma 3: 3 × 3 a view (16 × 16), the whole image and up to three crops, each between marks; a window of 24 tokens in one of two
+    layers. tokenizer: in place of the demo's."""
+    from transformers import Gemma3Config, Gemma3ImageProcessor, Gemma3Processor, Gemma3TextConfig, SiglipVisionConfig
+
+    tokenizer = tokenizer or tokenizer_with(**GEMMA_NAMED)
+    ids = {name: tokenizer.convert_tokens_to_ids(token) for name, token in GEMMA_NAMED.items()}
+    head = width // 2
+    text = {
+        **text_sizes(width, tokenizer, extra_rows),
+        "head_dim": head,
+        "query_pre_attn_scalar": head,
+        "sliding_window": 24,
+        "layer_types": ["sliding_attention", "full_attention"],
+    }
+    config = Gemma3Config(
+        text_config=Gemma3TextConfig(**text),
+        vision_config=SiglipVisionConfig(**vision_sizes(24, 4), vision_use_head=False),
+        mm_tokens_per_image=9,
+        boi_token_index=ids["boi_token"],
+        eoi_token_index=ids["eoi_token"],
+        image_token_index=ids["image_token"],
+    )
+    return config, Gemma3Processor(
+        image_processor=Gemma3ImageProcessor(size=square(24), **GEMMA_PANNED),
+        tokenizer=tokenizer,
+        image_seq_length=9,
+        chat_template=template("<start_of_image>"),
+    )
+
+
+def panned_text(views: Views) -> str:
+    """Each view between its marks; before crops, words that say what they are."""
+    one = "\n\n<start_of_image><end_of_image>\n\n"
+    if len(views) == 1:
+        return one
+    crops = " ".join([one] * (len(views) - 1))
+    return f"Here is the original image {one} and here are some crops to help you see better {crops}"
+
+
 def split_text(views: Views) -> str:
     """``<row_1_col_1>`` and so on: a mark before every tile, a line a row of tiles, and the whole image behind an empty line."""
     fake, whole = SPLIT_TOKENS[0], "".join(SPLIT_TOKENS[index] for index in (0, 1, 0))
@@ -312,7 +369,12 @@ def model_of(config: Any, seed: int) -> Any:
 
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        return AutoModelForImageTextToText.from_config(config).eval()
+        model = AutoModelForImageTextToText.from_config(config).eval()
+        for name, parameter in model.named_parameters():
+            # Gemma 3's projection begins at zero: no picture would change anything.
+            if name.endswith("mm_input_projection_weight"):
+                parameter.data.normal_(std=0.5)
+        return model
 
 
 def build_folder(family: Family, folder: Path, width: int = 32, extra_rows: int = 5, seed: int = 1) -> Path:
@@ -355,6 +417,14 @@ INTERNVL_VIEWS: dict[str, Views] = {
     "tall": tiles([(0, 0, 32, 29), (0, 29, 32, 58), (0, 58, 32, 88)], WHOLE["tall"]),
 }
 SPLIT_VIEWS: dict[str, Views] = {**INTERNVL_VIEWS, "tall": tiles([(0, 0, 32, 44), (0, 44, 32, 88)], WHOLE["tall"])}
+GEMMA_VIEWS: dict[str, Views] = {
+    name: [(box, (3, 3), False, 0) for box in (WHOLE[name], *crops)]
+    for name, crops in {
+        "square": [],
+        "wide": [(0, 0, 48, 40), (48, 0, 96, 40)],
+        "tall": [(0, 0, 32, 30), (0, 30, 32, 60), (0, 60, 32, 88)],
+    }.items()
+}
 CLIP_OUT, QWEN_OUT = ("out_proj",), ("attn.proj",)
 
 FAMILIES = {
@@ -393,9 +463,21 @@ FAMILIES = {
                 {**SPLIT_VIEWS, "pair": SPLIT_VIEWS["square"]},
                 ("out_proj",),
                 written=split_text,
+                around=SPLIT_TOKENS,
             )
             for name, kind in (("idefics3", "Idefics3"), ("smolvlm", "SmolVLM"))
             if kind == "Idefics3" or find_spec("num2words")  # what SmolVLM's processor wants for videos
+        ),
+        Family(
+            "gemma-3",
+            gemma3,
+            "<image_soft_token>",
+            {**GEMMA_VIEWS, "pair": GEMMA_VIEWS["square"]},
+            CLIP_OUT,
+            written=panned_text,
+            around=("<start_of_image>", "<end_of_image>"),
+            placeholder="<start_of_image>",
+            arguments={"images_kwargs": GEMMA_PANNED},
         ),
     )
 }

@@ -6,6 +6,7 @@ import json
 import random
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import PIL.Image
@@ -21,14 +22,16 @@ from student_train.student import freeze_except, module_group
 from teacher_cache.batch import collate
 from teacher_cache.chat import content
 from teacher_cache.errors import CompatibilityError, SkipRow
+from teacher_cache.families import families
 from teacher_cache.known_text import KnownText
+from teacher_cache.layout import image_layout
 from teacher_cache.prepare import Limits, Preparer
 from teacher_cache.records import Image, ImageLayout, Sample, Turn, View
 from teacher_cache.rows import decode_image
 from teacher_cache.teachers.transformers import TeacherSpec, TransformersTeacher, load_processor
 from tests.contracts.dense_reference import in_float64, live_view, load64, reference, teacher_batch
 from tests.contracts.test_methods import loss_and_gradients
-from tests.families.models import FAMILIES, SPLIT_TOKENS, Family
+from tests.families.models import FAMILIES, Family
 from tests.families.rows import CHAT, SIZES, read_rows
 
 each_family = pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
@@ -74,18 +77,17 @@ def test_rows_become_tokens_and_layouts(family: Family, folder_of: Any, rows_fol
 
 def check_text(family: Family, processor: Any, sample: Sample, row: Any, views: list[Any]) -> None:
     """The text is the template's, with what the processor writes around an image; that is the user's, and no label."""
-    first, *rest = processor.apply_chat_template(messages_of(sample), tokenize=False).split(family.image_token)
+    first, *rest = processor.apply_chat_template(messages_of(sample), tokenize=False).split(
+        family.placeholder or family.image_token
+    )
     written = first + "".join(family.text_of(one) + text for one, text in zip(views, rest, strict=True))
     assert processor.tokenizer.decode(row.text.ids.tolist()) == written
     for at in row.text.image_at:
         place = int(row.text_positions[at - 1])
         assert place + 1 in row.vision_positions, "image_at counts the text before an image's own tokens"
-    around = ids_of(processor.tokenizer, SPLIT_TOKENS if family.written else family.marks)
-    marks = torch.isin(row.text.ids.to(torch.int64), torch.tensor(around))
-    if family.written:  # one before every tile, and one behind the last
-        assert int(marks.sum()) == sum(2 * len(one.views) + 1 for one in row.layout)
-    else:
-        assert int(marks.sum()) == len(sample.images) * sum(map(bool, family.marks))
+    around = [token for token in family.around or family.marks if token]
+    marks = torch.isin(row.text.ids.to(torch.int64), torch.tensor(ids_of(processor.tokenizer, around)))
+    assert int(marks.sum()) == sum(family.text_of(one).count(token) for one in views for token in around)
     assert (row.text.role[marks] == 1).all() and not row.text.response[marks].any()
 
 
@@ -93,8 +95,8 @@ def messages_of(sample: Sample) -> list[dict[str, Any]]:
     return [{"role": turn.role, "content": content(turn.text)} for turn in sample.turns]
 
 
-def ids_of(tokenizer: Any, tokens: tuple[str, ...]) -> list[int]:
-    return [tokenizer.convert_tokens_to_ids(token) for token in tokens if token]
+def ids_of(tokenizer: Any, tokens: list[str]) -> list[int]:
+    return [tokenizer.convert_tokens_to_ids(token) for token in tokens]
 
 
 @each_family
@@ -129,7 +131,7 @@ def test_a_batch_says_what_the_model_says_of_each_row(family: Family, opened: An
     for number, (sample, row) in enumerate(zip(samples, prepared)):
         text = processor.apply_chat_template(messages_of(sample), tokenize=False)
         images = [decode_image(one, 10**6) for one in sample.images]
-        inputs = processor(text=[text], images=[images] if images else None, return_tensors="pt")
+        inputs = processor(text=[text], images=[images] if images else None, return_tensors="pt", **family.arguments)
         assert torch.equal(inputs["input_ids"][0], row.input_ids)
         logits = teacher.model(**inputs).logits[0]
         torch.testing.assert_close(states[number, : len(row)] @ head.T, logits, rtol=1e-4, atol=1e-4)
@@ -329,6 +331,25 @@ def test_one_narrow_picture_ends_no_capture_and_no_training(
     stages = {"DFT": StageSettings(parts=("sft",))}
     train(str(tmp_path / "llava-onevision"), "sft", Settings(train=settings, stages=stages), "DFT", say=told.append)
     assert any("keeps no patch" in one for one in told) and any("left out" in one for one in told)
+
+
+def test_every_family_that_is_read_has_an_entry_here() -> None:
+    """PaliGemma's rows are refused; SmolVLM's processor needs a package that may be absent."""
+    built = {family.build(32, 5, 1)[0].model_type for family in FAMILIES.values()}
+    assert {name for one in families() for name in one.model_types} - built <= {"paligemma", "smolvlm"}
+
+
+@pytest.mark.parametrize(
+    "family", [one for one in FAMILIES.values() if one.name != "gemma-3"], ids=lambda one: one.name
+)
+def test_a_new_model_with_a_known_processor_is_cut_alike(family: Family, folder_of: Any, rows_folder: Path) -> None:
+    """Without a file of its own."""
+    processor, config = load_processor(TeacherSpec(str(folder_of(family.name))))
+    preparer, new = Preparer(processor, config), SimpleNamespace(model_type="new", vision_config=config.vision_config)
+    for sample in read_rows(rows_folder)[:4]:
+        row = preparer.prepare(sample)
+        sizes = [one.size for one in row.layout]
+        assert image_layout(new, processor, sizes, row.pixels, len(row.vision_positions)) == row.layout
 
 
 def test_idefics_tiles_are_the_processors_at_any_size(folder_of: Callable[..., Path]) -> None:

@@ -191,6 +191,7 @@ def test_other_compressors_of_tiles(name: str, folder_of: Any, rows_folder: Path
         ("llava-next", "mqt", "keeps the first tokens of an image.*use --compressor adaptive_pool"),
         ("llava-onevision", "adaptive_pool", "is of family llava_onevision: compressors need"),
         ("qwen3-vl", "adaptive_pool", "is of family qwen3_vl: compressors need"),
+        ("gemma-3", "adaptive_pool", "is of family gemma3: compressors need"),
     ],
 )
 def test_compressors_that_do_not_fit_are_refused(family: str, compressor: str, reason: str, folder_of: Any) -> None:

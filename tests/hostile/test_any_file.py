@@ -22,7 +22,7 @@ from pipelines.cache_teacher import capture
 from pipelines.inspect_cache import survey
 from student_train.cache import Cache, CachedRows
 from student_train.needs import Served
-from student_train.teacher_view import TeacherSignals
+from student_train.teacher_view import TeacherHeads
 from teacher_cache.errors import CacheError, KdcliError
 from teacher_cache.shards.sealed import seal, unseal
 
@@ -156,7 +156,7 @@ def read_all(folder: Path) -> list[str]:
     cache = Cache(str(folder))
     names = tuple(sorted(cache.fields))
     rows = CachedRows(cache, cache.parts(), names)
-    TeacherSignals.open(cache, Served({"all": names}, ()), __import__("torch").device("cpu"))
+    TeacherHeads.open(cache, Served({"all": names}, ()), __import__("torch").device("cpu"))
     read = [rows.read(p, r) for p, count in enumerate(rows.counts) for r in range(count)]
     return [f"{row.key} {row.sample} {row.fields}" for row in read]
 
@@ -243,7 +243,9 @@ def test_other_bytes_than_those_that_are_gone_are_refused(whole: Path, again, tm
     other = {**unseal(commit.read_bytes(), ""), "tar": "000000-ffffffff.tar", "tar_sha256": "f" * 64}
     tar.unlink()
     commit.write_bytes(seal(other))
-    with pytest.raises(CacheError, match=r"data/000000-ffffffff.tar is missing; made again here .* repair --replace"):
+    with pytest.raises(
+        CacheError, match=r"data/000000-ffffffff.tar is missing; capturing it again here .* repair --replace"
+    ):
         capture(again(folder))
     assert unseal(commit.read_bytes(), "") == unseal(seal(other), "")
 

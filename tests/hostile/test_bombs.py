@@ -180,7 +180,7 @@ def test_frames_are_refused_before_they_are_unpacked() -> None:
         with pytest.raises(CacheError, match="here: a compressed frame") as caught:
             frame.decompress(data, "here")
         said.append(str(caught.value))
-    assert "at most" in said[0] and "does not say its length" in said[1] and "at most" in said[2]
+    assert "at most" in said[0] and "without its length" in said[1] and "at most" in said[2]
 
 
 def test_a_frame_that_holds_more_than_it_says() -> None:

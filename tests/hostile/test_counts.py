@@ -98,7 +98,7 @@ def test_a_document_of_too_many_values() -> None:
 def test_a_document_that_says_two_things() -> None:
     """Other readers take the first: its checksum is right for both."""
     whole = small_cache()[COMMIT]
-    with pytest.raises(CacheError, match=r"here: .*a key stands in it twice"):
+    with pytest.raises(CacheError, match=r"here: .*a key occurs twice"):
         unseal(whole.replace(b"{", b'{"rows": 7, ', 1), "here")
 
 

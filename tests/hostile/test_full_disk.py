@@ -57,7 +57,7 @@ def test_a_shard_that_finds_no_room_leaves_no_draft(tmp_path: Path) -> None:
     ],
 )
 def test_every_way_to_say_it_names_the_place(error: Exception) -> None:
-    said = r"^s3://bucket/cache: .*: what is complete stays; make room and run the same"
+    said = r"^s3://bucket/cache: .*: complete files are kept; make room and run the same"
     with pytest.raises(KdcliError, match=said), naming_full_disk("s3://bucket/cache"):
         raise error
 

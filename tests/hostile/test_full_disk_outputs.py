@@ -13,7 +13,6 @@ import pytest
 import torch
 
 from pipelines import trackers
-from pipelines.demo.run import save_scores
 from pipelines.fidelity import write_plot
 from pipelines.fidelity.show import write_record
 from pipelines.preflight import kd_toml
@@ -30,7 +29,9 @@ MEASURED: dict[str, Any] = {"distributions": {}, "sweep": [], "terms": {}, "note
 WRITERS: dict[str, Callable[[Path], Any]] = {
     "fidelity.json": lambda folder: write_record(folder / "fidelity.json", MEASURED),
     "fidelity.png": lambda folder: write_plot(MEASURED, folder / "fidelity.png"),
-    "scores.json": lambda folder: save_scores(folder, {name: result(0.5) for name in ("teacher", "sft", "llava-kd")}),
+    "scores.json": lambda folder: write_record(
+        folder / "scores.json", {name: result(0.5) for name in ("teacher", "sft", "llava-kd")}
+    ),
     "kd.toml": write_template,
     "metrics.jsonl": lambda folder: MetricsLog(folder, 10**6, 1, Processes(0, 1, torch.device("cpu")), lambda step: ()),
 }
@@ -114,7 +115,7 @@ def kdcli(line: str, folder: Path) -> subprocess.CompletedProcess[str]:
     ("line", "status", "said"),
     [
         ("ulimit -f 0; kdcli init", 1, "kd.toml: cannot be written (File too large)"),
-        ("kdcli completion bash > /dev/full", 1, "standard output: No space left on device: what is complete stays"),
+        ("kdcli completion bash > /dev/full", 1, "standard output: No space left on device: complete files are kept"),
         ("kdcli --help > /dev/full", 1, "standard output: No space left on device"),
         ("kdcli completion bash | head -1; exit ${PIPESTATUS[0]}", None, ""),
         ("kdcli init >&- 2>&- <&-", 0, ""),
@@ -146,8 +147,8 @@ def test_notes_that_nobody_can_read_end_nothing(tmp_path: Path) -> None:
 
 def test_a_full_temporary_folder_is_named(tiny_cache: Path, small_files: Callable[..., Any]) -> None:
     """A report unpacks the cache's tokenizer into it."""
-    from pipelines.inspect_cache import tokenizer_of
     from student_train.cache import Cache
+    from student_train.teacher_tokenizer import tokenizer_of
 
     cache = Cache(str(tiny_cache))
     with small_files(600), pytest.raises(DiskError, match=r"tokenizer.*\.json: cannot be written"):

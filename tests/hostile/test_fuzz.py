@@ -14,7 +14,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from benchmarks.fuzz import MOST_GROWTH, fuzz
+from benchmarks.fuzz import MOST_GROWTH, chosen_names, fuzz
 from benchmarks.fuzz_targets import VALUES, Target, random_bytes, small_cache, targets
 from teacher_cache.codecs import container
 from teacher_cache.errors import CacheError
@@ -83,9 +83,9 @@ def test_a_calibration_whose_tables_are_none() -> None:
     from teacher_cache.fields.calibration import tables_of
 
     for each in ([0.0, 1.0], [float("nan")] * 3, [-1.0, 2.0], [1.0], [float("inf"), 1.0]):
-        with pytest.raises(CacheError, match="a table that is none"):
+        with pytest.raises(CacheError, match="an invalid table"):
             tables_of({"table.ids": torch.tensor(each), "low.ids": torch.tensor([0])})
-    with pytest.raises(CacheError, match="a table that is none"):
+    with pytest.raises(CacheError, match="an invalid table"):
         tables_of({"table.ids": torch.tensor([0.5, 0.5]), "low.ids": torch.tensor([1 << 40])})
     with pytest.raises(CacheError, match="where it begins"):
         tables_of({"table.ids": torch.tensor([0.5, 0.5])})
@@ -96,3 +96,12 @@ def test_another_format_version_is_refused_by_name(kind: str) -> None:
     body = unseal(small_cache()[DOCUMENTS[kind]], "") | {"format_version": 2}
     with pytest.raises(CacheError, match="format version '2'; this kdcli reads 1"):
         PARSERS[kind](seal(body), "here")
+
+
+def test_targets_by_whole_name_else_by_part_of_it() -> None:
+    names = ["a record", "a record, version 1", "index"]
+    assert chosen_names(names, None) == names
+    assert chosen_names(names, ["index", "a record"]) == ["a record", "index"]
+    assert chosen_names(names, ["record"]) == names[:2]
+    with pytest.raises(SystemExit, match="'tar' is part of no target's name: choose from 'a record'"):
+        chosen_names(names, ["index", "tar"])

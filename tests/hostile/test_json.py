@@ -109,6 +109,15 @@ PLACES = {
 }
 
 
+def test_a_document_that_was_cut_is_never_whole() -> None:
+    """Not even without its last byte, which JSON could do without."""
+    whole = seal({"rows": 5, "tar": {"name": "x"}})
+    assert unseal(whole, "place") == {"rows": 5, "tar": {"name": "x"}}
+    for size in range(len(whole)):
+        with pytest.raises(CacheError, match="place: damaged or edited"):
+            unseal(whole[:size], "place")
+
+
 @pytest.mark.parametrize("kind", ODD)
 @pytest.mark.parametrize("name", PLACES)
 def test_a_document_of_a_cache(name: str, kind: str) -> None:
@@ -180,7 +189,7 @@ def test_a_checkpoint_of_other_shapes_is_no_broadcast(tmp_path: Path) -> None:
     saved = checkpoints_of(tmp_path, small, {})
     saved.save(1)
     saved.wait()
-    with pytest.raises(KdcliError, match="not those of this student"):
+    with pytest.raises(KdcliError, match="do not match this student"):
         checkpoints_of(tmp_path, wide, {}).load()
 
 

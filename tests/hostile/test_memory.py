@@ -1,4 +1,4 @@
-"""Out of memory: one line that names what was too large and the setting, what is committed stays. The errors are torch's own."""
+"""Out of memory: one line that names what was too large and the setting, committed shards are kept. The errors are torch's own."""
 
 from __future__ import annotations
 
@@ -48,7 +48,13 @@ def test_a_teacher_without_memory(
         done = CliRunner().invoke(cli.main, command)
     last = done.output.strip().splitlines()[-1]
     assert done.exit_code == 1 and last.startswith("Error: "), done.output
-    for word in ("shard 00000", "out of memory with a batch of", "tokens", "--batch-tokens", "what is committed stays"):
+    for word in (
+        "shard 00000",
+        "out of memory with a batch of",
+        "tokens",
+        "--batch-tokens",
+        "committed shards are kept",
+    ):
         assert word in last, last
     assert len(list(commits.glob("*.json"))) == 1
     assert CliRunner().invoke(cli.main, command).exit_code == 0 and len(list(commits.glob("*.json"))) == 2

@@ -55,7 +55,7 @@ def folder() -> Folder:
 @pytest.mark.parametrize("key", ["tar", "index"])
 def test_a_commit_names_files_of_its_folder_only(key: str, name: str) -> None:
     data = small_cache()["samples/commits/000000.json"]
-    with pytest.raises(CacheError, match=r"here: damaged commit .*no name of a tar or index"):
+    with pytest.raises(CacheError, match=r"here: damaged commit .*not the name of a tar or index"):
         parse_commit(seal({**unseal(data, ""), key: name}), "here")
 
 
@@ -69,7 +69,7 @@ def test_a_field_is_read_with_files_of_the_cache_only(folder: Folder, path: str)
     body["calibration"] = {"path": path, "sha256": hashlib.sha256(b"mine").hexdigest()}
     folder.write(name, seal(body))
     try:
-        with pytest.raises(CacheError, match="is no file of a cache"):
+        with pytest.raises(CacheError, match="is not a file of a cache"):
             Cache(str(folder.path)).open_field("vision_hidden")
     finally:
         secret.unlink()
@@ -79,9 +79,9 @@ def test_a_field_is_read_with_files_of_the_cache_only(folder: Folder, path: str)
 def test_a_storage_reads_and_writes_below_its_root_only(tmp_path: Path, path: str) -> None:
     storage = Storage(tmp_path / "cache")
     for use in (storage.read, storage.size, storage.open, storage.names, storage.exists, storage.remove):
-        with pytest.raises(CacheError, match="is no file of a cache"):
+        with pytest.raises(CacheError, match="is not a file of a cache"):
             use(path)
-    with pytest.raises(CacheError, match="is no file of a cache"):
+    with pytest.raises(CacheError, match="is not a file of a cache"):
         storage.put_new(path, b"")
 
 
@@ -163,7 +163,7 @@ def test_nothing_behind_a_link_is_removed(folder: Folder, tmp_path: Path) -> Non
             file.unlink()
         place.rmdir()
         place.symlink_to(photographs)
-    with pytest.raises(CacheError, match="outside of the cache, behind a link"):
+    with pytest.raises(CacheError, match="outside the cache, behind a link"):
         collect_garbage(Cache(str(folder.path)), remove=True)
     drop_field(str(folder.path), "vision_hidden", remove=True)
     assert [one.read_bytes() for one in photographs.iterdir()] == [b"dear to me"] * 3

@@ -75,7 +75,7 @@ CHANGES: dict[str, tuple[str, Callable[[dict[str, bytes]], Any], str]] = {
     "fewer entries": (
         "vision_topk",
         tensors(lambda t: t.update(ids=t["ids"][:, :3], log_probs=t["log_probs"][:, :3])),
-        "3 entries a row, not 8",
+        "3 entries per row, not 8",
     ),
     "more ids than values": ("vision_topk", tensors(lambda t: t.update(log_probs=t["log_probs"][:, :3])), "columns of"),
     "a column for one row": ("response_topk", tensors(lambda t: t.update(log_z=t["log_z"][:1])), "columns of shapes"),

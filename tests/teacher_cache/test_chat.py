@@ -129,7 +129,10 @@ def test_content_is_passed_as_the_template_wants_it(
         (each(BOTH + BOTH), "2 times"),
         (each(BOTH, "messages[-1:]"), "turn 0 .user. 0 times"),
         (each(BOTH, "messages[::-1]"), "before that of an earlier turn"),
-        (each(BOTH, prompt=PROMPT.replace("<|assistant|>", "<|assistant|><think>")), "generation prompt is no prefix"),
+        (
+            each(BOTH, prompt=PROMPT.replace("<|assistant|>", "<|assistant|><think>")),
+            "generation prompt is not a prefix",
+        ),
         (each("{% if m['role'] == 'user' and not loop.last %}(said){% endif %}" + BOTH), "rewrites earlier turns"),
         ("", "no chat template"),
     ],

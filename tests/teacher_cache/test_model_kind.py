@@ -107,5 +107,5 @@ def test_gguf_is_named(text_folder: Path, tmp_path: Path) -> None:
 
 
 def test_vllm_is_refused_for_a_language_model(text_folder: Path) -> None:
-    with pytest.raises(CompatibilityError, match=r"reads text alone.*--backend transformers"):
+    with pytest.raises(CompatibilityError, match=r"is text-only.*--backend transformers"):
         load_processor(TeacherSpec(str(text_folder), backend="vllm"))

@@ -105,7 +105,7 @@ def test_folders(hub: HTTPServer, tmp_path: Path, tiny_student: Path) -> None:
     ("answer", "said"),
     [
         ((404, "RepoNotFound"), "the hub has no such model, or a private one"),
-        ((403, "GatedRepo"), "asked for access"),
+        ((403, "GatedRepo"), "request access"),
         ((404, "RevisionNotFound"), "the hub has no revision 'v9' of it"),
         ((404, "EntryNotFound"), "no config.json"),
     ],
@@ -143,7 +143,7 @@ def test_a_hub_that_says_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 def test_offline_by_choice(hub: HTTPServer, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    assert "HF_HUB_OFFLINE keeps the hub from being asked" in refusal("owner/name")
+    assert "HF_HUB_OFFLINE blocks access to the hub" in refusal("owner/name")
     assert not hub.asked  # type: ignore[attr-defined]
 
 

@@ -180,7 +180,7 @@ def test_a_working_folder_that_is_gone(here: Path) -> None:
 
 
 def test_a_url_is_no_local_path() -> None:
-    with pytest.raises(KdcliError, match="--output-dir s3://bucket/run: must lie on a disk"):
+    with pytest.raises(KdcliError, match="--output-dir s3://bucket/run: must be on a disk"):
         local_path("s3://bucket/run", "--output-dir")
 
 

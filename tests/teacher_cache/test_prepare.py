@@ -291,7 +291,7 @@ def test_what_a_processor_says_of_every_token_is_refused_where_it_is_not_known(t
             return {**said, "token_type_ids": torch.zeros_like(said["input_ids"])}
 
     sample = row(("user", "<image>\nwhat?"), ("assistant", "red"), images=(png(),))
-    with pytest.raises(CompatibilityError, match=r"a\.json row 7: the processor says token_type_ids of every token"):
+    with pytest.raises(CompatibilityError, match=r"a\.json row 7: the processor says token_type_ids for every token"):
         Preparer(Typed(processor, ValueError()), config).prepare(sample)
 
 
@@ -304,7 +304,7 @@ def test_a_layout_that_is_wrong_for_a_row_is_its_skip_record(
     sample = row(("user", "<image>\nwhat?"), ("assistant", "red"), images=(png((33, 40)),))
     whole = View((0, 0, 33, 40), GRID)
     for views, said in (
-        (None, r"no vision layout is known of its images \(33 × 40 pixels\): ZeroDivisionError"),
+        (None, r"its images have an unknown vision layout \(33 × 40 pixels\): ZeroDivisionError"),
         ((whole, whole), "does not account for the 36 vision tokens"),
         ((whole, View((0, 0, 33, 40), (0, 6))), "so narrow that a view of it keeps no patch"),
     ):

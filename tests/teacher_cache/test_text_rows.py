@@ -103,7 +103,7 @@ def test_a_base_model_is_told_what_to_give(tmp_path: Path) -> None:
 def test_a_row_with_images_is_a_skip_with_its_reason(parts: Any) -> None:
     preparer = Preparer(*parts)
     turns = (Turn("user", "<image>\nWhat is this?"), Turn("assistant", "A fact."))
-    with pytest.raises(SkipRow, match="images_unread: 1 images, and the model reads text alone"):
+    with pytest.raises(SkipRow, match="images_unread: 1 images, and the model is text-only"):
         preparer.prepare(sample(*turns, images=(Image("a.png", b"never looked at"),)))
     preparer.check_images("sft", "chat")  # no error of the model's
 

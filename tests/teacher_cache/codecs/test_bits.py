@@ -58,4 +58,4 @@ def test_other_lengths_are_refused() -> None:
 
 
 def test_width_of_a_vocabulary() -> None:
-    assert [width_of(n) for n in (1, 2, 3, 256, 257, 151_936)] == [1, 1, 2, 8, 9, 18]
+    assert [width_of(n) for n in (1, 2, 3, 256, 257, 151_936, 262_145)] == [1, 1, 2, 8, 9, 18, 19]

@@ -124,8 +124,8 @@ def test_the_streams_of_a_record_share_the_bound() -> None:
     [
         (b"", "too short"),
         (b"\0" * 11, "too short"),
-        (struct.pack("<III", 1, 2**32 - 1, 2**32 - 1), "length that its header says"),
-        (struct.pack("<III", 1, 0, 2) + struct.pack("<II", 5, 0), "ends in a way"),
+        (struct.pack("<III", 1, 2**32 - 1, 2**32 - 1), "length in its header"),
+        (struct.pack("<III", 1, 0, 2) + struct.pack("<II", 5, 0), "an invalid end"),
     ],
 )
 def test_what_is_wrong_is_said(data: bytes, said: str) -> None:

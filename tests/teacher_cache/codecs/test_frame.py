@@ -35,7 +35,7 @@ def test_bombs_are_refused_before_they_burst() -> None:
 
 def test_frames_without_a_length_are_refused() -> None:
     unsized = zstandard.ZstdCompressor(write_content_size=False).compress(DATA)
-    with pytest.raises(CacheError, match="row 7: a compressed frame that does not say its length"):
+    with pytest.raises(CacheError, match="row 7: a compressed frame without its length"):
         frame.decompress(unsized, "row 7")
 
 

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from teacher_cache.codecs import adaptive, entropy, spectrum, transform
+from teacher_cache.codecs import adaptive, entropy, fitting, spectrum, transform
 from teacher_cache.codecs.entropy import Decoder
-from teacher_cache.codecs.fitting import LARGEST, fit, head_metric, scale_classes
+from teacher_cache.codecs.fitting import LARGEST, fit, head_metric, least_rows, scale_classes
 from teacher_cache.codecs.spectrum import Grid
 from teacher_cache.codecs.symbol_order import SymbolOrder
 from teacher_cache.codecs.transform import Transform
@@ -183,9 +185,41 @@ def test_any_shape_and_scale(width: int, count: int, seed: int, scale: float) ->
     assert decoded(again, part).shape == (len(part), coder.rank)
 
 
-def test_too_few_rows_are_refused() -> None:
-    with pytest.raises(KdcliError, match="saw 47 rows of width 24: at least 48 are needed"):
-        fit(rows_of(1, 47), None, 0.1)
+@pytest.mark.parametrize(("width", "least"), [(24, 48), (100, 128), (576, 288), (3584, 1792)])
+def test_too_few_rows_are_refused(width: int, least: int) -> None:
+    assert least_rows(width) == least
+    with pytest.raises(KdcliError, match=f"saw {least - 1} rows of width {width}: at least {least} are needed"):
+        fit(torch.zeros(least - 1, width), None, 0.1)
+
+
+@pytest.mark.parametrize(("count", "over"), [(150, 1.25), (400, 1.15)])
+def test_a_fit_on_few_rows_knows_how_large_others_are(count: int, over: float) -> None:
+    """No dimension that others need is left out, and their bytes are near those of tables and axes that were fitted on them."""
+    wide = torch.logspace(1, -1, 300)
+    few, others = rows_of(1, count, wide), rows_of(2, 2000, wide)
+    basis = fitting.fit_basis(few, None)
+    own_rows = ((few.double() - basis.mean) @ basis.encode).float().numpy()
+    coder, naive = (fitting.at_step(one, 0.2) for one in (basis, replace(basis, coefficients=own_rows)))
+    assert coder.rank == 300 and naive.rank == min(300, count - 1)
+    size = len(encoded(coder, others))
+    assert size < over * len(encoded(fit(others, None, 0.2), others))
+    assert naive.rank < 300 or size < 0.85 * len(encoded(naive, others))
+
+
+def test_folds_cut_no_grid() -> None:
+    grids = [Grid(10, 5, 6, 7), Grid(60, 5, 6, 6)]
+    parts = fitting.folds(100, grids)
+    assert sorted(torch.cat(parts).tolist()) == list(range(100)) and 1 < len(parts) <= fitting.FOLDS
+    for grid in grids:
+        assert sum(bool(set(grid.places().flatten().tolist()) & set(part.tolist())) for part in parts) == 1
+
+
+def test_one_basis_serves_every_step() -> None:
+    rows = rows_of(7, 400)
+    basis = fitting.fit_basis(rows, root_of(1))
+    for step in (0.5, 0.02):
+        shared, own = fitting.at_step(basis, step).tensors(), fit(rows, root_of(1), step).tensors()
+        assert all(torch.equal(shared[name], own[name]) for name in own)
 
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf, 1e30])

@@ -14,7 +14,7 @@ from torch.nn.functional import cosine_similarity
 from teacher_cache.codecs import container
 from teacher_cache.errors import CacheError, KdcliError
 from teacher_cache.fields import create_field, decode_record, open_field
-from teacher_cache.fields.affinity import columns_of
+from teacher_cache.fields.affinity import MANY_TEXT, columns_of
 from teacher_cache.records import ImageLayout, Prepared, TeacherOutput, TextTokens, View
 
 D = 40
@@ -159,6 +159,25 @@ def test_a_record_that_names_other_text_tokens_is_refused(layout: str) -> None:
         field.decode({**stored, "text": torch.tensor([8, 0, 6], dtype=torch.int32)})
     with pytest.raises(CacheError, match=r"^here: .*'text'"):
         decode_record(field, container.pack({name: one for name, one in stored.items() if name != "text"}), "here")
+
+
+def test_many_text_tokens_have_a_longer_step() -> None:
+    """Both kinds of records are read in one go; a step that is given is of all records, as it was before there were two."""
+    field = of_responses("factored")
+    samples = {length: said(8, length) for length in (MANY_TEXT - 1, MANY_TEXT, 30)}
+    stored = [field.encode(row_of([True] * length), of) for length, of in samples.items()]
+    errors = [
+        float((one.double() - exact(of)).square().mean().sqrt())
+        for one, of in zip(field.decode_many(stored), samples.values())
+    ]
+    assert errors[0] < 0.75 * errors[1] > errors[2]
+    again = create_field("affinity", field.params, field._calibration)
+    assert (again.params, again.version) == (field.params, 3)
+    assert torch.equal(again.decode(stored[1]), field.decode(stored[1]))
+    before = {key: value for key, value in field.params.items() if key != "long_step"}
+    older = open_field("affinity", {"version": 2, "params": before}, field._calibration)
+    assert (older.version, older.params) == (2, before)
+    assert older.encode(row_of([True] * MANY_TEXT), said(8, MANY_TEXT))["text"].tolist() == stored[1]["text"].tolist()
 
 
 @pytest.mark.parametrize("layout", ["dense", "factored"])

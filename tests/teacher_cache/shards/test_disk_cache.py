@@ -202,7 +202,7 @@ def test_a_folder_of_another_user_is_refused_and_a_link_of_ones_own_is_not(
 
 def test_a_hash_that_is_a_path_is_no_commit() -> None:
     commit = Commit(0, "", "", "0.tar", SIZE, "../../home", "0.parquet", "0" * 64, 0, 0, (), {})
-    with pytest.raises(CacheError, match="no sha256"):
+    with pytest.raises(CacheError, match="not a sha256"):
         parse_commit(commit.to_bytes(), "here")
 
 

@@ -171,5 +171,5 @@ def test_a_disk_without_locks_is_said(temporary: Path, monkeypatch: pytest.Monke
 def test_a_temporary_folder_that_is_not_there_is_said(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Python takes ``/tmp`` then, and the disk that was chosen for its room stays empty."""
     monkeypatch.setenv("TMPDIR", str(tmp_path / "scratch"))
-    with pytest.raises(CacheError, match=r"TMPDIR names '.*/scratch', which is no folder: make it"):
+    with pytest.raises(CacheError, match=r"TMPDIR names '.*/scratch', which is not a folder: create it"):
         staging.base()

@@ -210,7 +210,7 @@ def test_images_that_no_folder_holds(tmp_path):
     (made,) = rows_of(write(tmp_path, [image_row(f"file://{tmp_path}/a.png")]))
     assert made.images[0].data == b"a"
     for name, reason, says in (
-        ("https://host/a.png", "image_missing", "is an address"),
+        ("https://host/a.png", "image_missing", "is a web address"),
         ("file:///etc/passwd", "image_path_unsafe", "--image-root is the folder that a path must be below"),
         ("/etc/passwd", "image_path_unsafe", "--image-root is the folder that a path must be below"),
         (".\\a.png", "image_missing", "folders are parted by /"),

@@ -115,8 +115,8 @@ def test_a_file_url_is_a_path_that_may_not_leave_the_root(tmp_path):
     [
         (asked("<image>", image="https://host/a.png"), "image_missing", "download it"),
         (asked([{"type": "image_url", "image_url": {"url": "http://host/a"}}]), "image_missing", "download it"),
-        (asked("<image>", image="s3://bucket/a.png"), "image_missing", "is an address"),
-        (asked("<image>", image="data:,a"), "image_missing", "is an address"),
+        (asked("<image>", image="s3://bucket/a.png"), "image_missing", "is a web address"),
+        (asked("<image>", image="data:,a"), "image_missing", "is a web address"),
         (asked("<image>", image="data:image/png;base64,a$b="), "image_corrupt", "base64"),
         (asked("<image>", image="data:image/png;base64,"), "image_missing", "no bytes"),
         (asked("<image>", image={"bytes": [1, 2]}), "bad_row", "'bytes' of 'image' is list"),
@@ -199,7 +199,7 @@ def test_objects_over_many_lines_are_named_as_such(tmp_path, indent):
     later = json.dumps(rows[0]).encode() + b"\n" + pretty
     for data, line in ((pretty, 2), (later, 3), (json.dumps(rows, indent=indent).encode(), 2)):
         path = write(tmp_path, data)
-        with pytest.raises(DataError, match=rf"begins before line {line} goes on in it: .*jq -c \."):
+        with pytest.raises(DataError, match=rf"begins before line {line} continues in it: .*jq -c \."):
             open_source(DataSpec("sft", path, format="messages-jsonl")).scan(10)
 
 

@@ -136,7 +136,7 @@ def test_files_that_no_reader_takes_say_what_they_are(tmp_path, name):
             r"'info', 'annotations', 'more'; .*`jq \.annotations ",
         ),
         ({"0001": ROW, "0002": ROW}, r"the keys '0001', '0002'; .*`jq '\[\.\[\]\]' "),
-        (ROW, "JSON objects over many lines each; write one a line: `jq -c "),
+        (ROW, "JSON objects span many lines each; write one per line: `jq -c "),
     ],
 )
 def test_a_json_object_is_told_what_to_do(tmp_path, value, says):
@@ -154,9 +154,13 @@ def test_a_json_object_is_told_what_to_do(tmp_path, value, says):
         (
             '{"text": "a", "tags": []}\n{"text": "b"}',
             None,
-            "one JSON object a line, with the keys 'text', 'tags'; a row needs",
+            "a JSON object per line, with the keys 'text', 'tags'; a row needs",
         ),
-        (json.dumps(ROW) + "\n" + json.dumps(ROW), "llava-json", "one JSON object a line: give format messages-jsonl"),
+        (
+            json.dumps(ROW) + "\n" + json.dumps(ROW),
+            "llava-json",
+            "one JSON object per line: give format messages-jsonl",
+        ),
     ],
 )
 def test_a_json_object_on_one_line_is_told_too(tmp_path, text, given, says):

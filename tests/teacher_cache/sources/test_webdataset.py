@@ -122,10 +122,10 @@ def link(name, kind=tarfile.SYMTYPE):
         ([("0.txt", "a cat")], "image_missing", "a caption without an image"),
         ([("0.json", {"image": "a.jpg", **LOOK})], "image_missing", "no image travels with it"),
         ([("0.jpg", b""), ("0.txt", "a cat")], "image_missing", "is empty"),
-        ([("0.jpg", b"a"), ("0.json", b"{")], "bad_row", "is no JSON"),
+        ([("0.jpg", b"a"), ("0.json", b"{")], "bad_row", "is not JSON"),
         ([("0.jpg", b"a"), ("0.json", b"3")], "bad_row", "int, not an object"),
         ([("0.jpg", b"a"), ("0.json", b"[" * 100_000)], "bad_row", "nested too deep"),
-        ([("0.jpg", b"a"), ("0.json", b'{"caption": ' + b"9" * 5000 + b"}")], "bad_row", "is no JSON"),
+        ([("0.jpg", b"a"), ("0.json", b'{"caption": ' + b"9" * 5000 + b"}")], "bad_row", "is not JSON"),
         ([("0.jpg", b"a"), ("0.txt", b"\xff")], "bad_row", "is not UTF-8"),
         ([("0.jpg", b"a"), ("0.json", {"caption": 3})], "bad_row", "the caption is int"),
         ([("0.jpg", b"a"), ("0.jpg", b"b"), ("0.txt", "x")], "bad_row", "two files 'jpg' of one key"),
@@ -235,7 +235,7 @@ def test_a_damaged_header_and_joined_tars_are_errors(tmp_path):
     with pytest.raises(DataError, match=f"no tar header .* at byte {hit[0]:,}"):
         open_source(DataSpec("sft", str(damaged))).scan(10)
     damaged.write_bytes(open_bytes(tmp_path / "a.tar") * 2)
-    with pytest.raises(DataError, match="more stands behind the end-of-archive block"):
+    with pytest.raises(DataError, match="there is data after the end-of-archive block"):
         open_source(DataSpec("sft", str(damaged))).scan(10)
 
 

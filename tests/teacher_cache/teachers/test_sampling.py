@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from teacher_cache.cache_shard import is_finite
+from teacher_cache.behind import is_finite
 from teacher_cache.errors import KdcliError
 from teacher_cache.records import Sampled, TeacherOutput
 from teacher_cache.teachers import sampling

@@ -201,8 +201,8 @@ def test_a_tail_that_rounding_ate_stays_finite() -> None:
     [
         ("attention.0:mean", "hidden", "vLLM gives no attention"),
         ("features.vision", "hidden", "vLLM gives no features"),
-        ("hidden.vision", "logprobs", "gives top-k alone"),
-        ("sampled.vision:threshold:8:0", "logprobs", "gives top-k alone"),
+        ("hidden.vision", "logprobs", "gives only top-k"),
+        ("sampled.vision:threshold:8:0", "logprobs", "gives only top-k"),
     ],
 )
 def test_what_it_cannot_give(spec, want: str, route: str, words: str) -> None:
