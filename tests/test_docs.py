@@ -1,5 +1,5 @@
-"""Every command that README and docs show is run, line by line: README's in an empty folder that gets what README names, with the kd.toml
-that `kdcli init` writes, edited where README says so; then page by page."""
+"""Every command that README and docs show is run, line by line: README's in an empty folder that gets the files that README names, then
+those of docs/workflow.md with the kd.toml that `kdcli init` writes, edited as the page says; then page by page."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import click
 import pytest
 import torch
 from click.testing import CliRunner
@@ -24,11 +25,12 @@ from tests.conftest import ending_as_vicuna
 from tests.text_models import build_text_folder, write_rows
 
 ROOT = Path(__file__).parent.parent
-FIRST = [ROOT / "README.md", ROOT / "docs" / "cache.md", ROOT / "docs" / "train.md", ROOT / "docs" / "fidelity.md"]
+WORKFLOW = ROOT / "docs" / "workflow.md"
+FIRST = [ROOT / "README.md", WORKFLOW, *(ROOT / "docs" / f"{name}.md" for name in ("cache", "train", "fidelity"))]
 """Other pages work with the caches, students and files of these."""
 PAGES = [*FIRST, *(page for page in sorted((ROOT / "docs").glob("*.md")) if page not in FIRST)]
 ROWS, SHARDS = 150, 16
-"""Of the user's chat mixture, and of the job that README's kd.toml gives 512."""
+"""Of the user's chat mixture, and of the job that the kd.toml of `kdcli init` gives 512."""
 EDITS = {
     "llava-hf/llava-1.5-7b-hf": "teacher",
     "data/blip_laion_cc_sbu_558k.json": "captions.json",
@@ -38,7 +40,7 @@ EDITS = {
     "path/to/student": "student",
     "shards = 512": f"shards = {SHARDS}",
 }
-"""What README tells the user to edit in kd.toml."""
+"""What the workflow page tells the user to edit in kd.toml."""
 QUICKER = {"dataloader_num_workers = 4": "dataloader_num_workers = 0"}
 """And what no user would: loader processes take longer to start than these rows to read."""
 
@@ -118,16 +120,39 @@ def _parted(words: list[str], mark: str) -> Iterator[list[str]]:
 
 
 @pytest.mark.timeout(900)  # every command of every page
-def test_every_command_of_the_docs_runs(user_folder: Path) -> None:
-    for page in PAGES:
+@pytest.mark.parametrize(
+    "pages",
+    [FIRST[:2], pytest.param(PAGES, marks=pytest.mark.exhaustive)],
+    ids=["README.md and workflow.md", "every page"],
+)
+def test_every_command_of_the_docs_runs(pages: list[Path], user_folder: Path) -> None:
+    """Other pages' commands work with what these two leave; that their words are known is tested below."""
+    for page in pages:
         for name, text in files_shown(page).items():
             (user_folder / name).write_text(text)
         for command in commands(page):
             run(command)
-        if page == FIRST[0]:
+        if page == WORKFLOW:
             assert (user_folder / "runs" / "llava-kd" / "03-DFT" / "model" / "model.safetensors").is_file()
             assert len(list((user_folder / "cache" / "samples" / "commits").iterdir())) == SHARDS
             assert "exact match" in (user_folder / "report.html").read_text().lower()
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if commands(page)], ids=lambda page: page.name)
+def test_every_command_of_the_docs_has_words_that_the_program_knows(page: Path) -> None:
+    """Commands, flags, choices and numbers as click reads them; nothing runs."""
+    import cli
+
+    for command in commands(page):
+        words, group = next(_parted(command, ">"))[1:], cli.main
+        if command[0] == "python":
+            assert command[1] in files_shown(page), shlex.join(command)
+            continue
+        context = click.Context(group)
+        while isinstance(group, click.Group):
+            name, group, words = group.resolve_command(context, list(words))
+            context = click.Context(group, parent=context, info_name=name)
+        group.make_context(name, list(words), parent=context.parent)
 
 
 MEASURED = "docs/fidelity.md"
@@ -210,3 +235,24 @@ def test_links_lead_somewhere(page: Path) -> None:
     prose = re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL)
     for target in re.findall(r"\]\((?!http)([^)#]+)", prose):
         assert (page.parent / target).exists(), f"{page.name} links to {target}"
+
+
+def anchors(page: Path) -> list[str]:
+    """Of the page's headings, as GitHub makes them: lower case, hyphens for spaces, other marks dropped."""
+    prose = re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL)
+    titles = re.findall(r"^#+ (.*)$", prose, flags=re.MULTILINE)
+    return [re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_to_headings_lead_to_one(page: Path) -> None:
+    for target, anchor in re.findall(r"\]\((?!http)([^)#]*)#([^)]+)\)", page.read_text()):
+        found = anchors(page.parent / target if target else page).count(anchor)
+        assert found == 1, f"{page.name} links to #{anchor}, which {found} headings have"
+
+
+def test_the_index_of_decisions_has_every_record() -> None:
+    page = ROOT / "docs" / "decisions.md"
+    records = [anchor for anchor in anchors(page) if re.match(r"\d{4}-\d\d-\d\d-", anchor)]
+    listed = re.findall(r"^- \[.*\]\(#(.*)\)$", page.read_text(), flags=re.MULTILINE)
+    assert listed == records and len(records) > 50

@@ -1,4 +1,4 @@
-"""Imports point one way: cli → pipelines → {student_train, teacher_cache}; student_train → teacher_cache; never back."""
+"""Imports point one way: kdcli → cli → pipelines → {student_train, teacher_cache}; student_train → teacher_cache; never back."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-HOUSES = ("cli", "pipelines", "student_train", "teacher_cache")
+HOUSES = ("kdcli", "cli", "pipelines", "student_train", "teacher_cache")
 MAY_IMPORT = {
+    "kdcli": {"kdcli", "cli", "pipelines", "student_train", "teacher_cache"},
     "cli": {"cli", "pipelines", "student_train", "teacher_cache"},
     "pipelines": {"pipelines", "student_train", "teacher_cache"},
     "student_train": {"student_train", "teacher_cache"},

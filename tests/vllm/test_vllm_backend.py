@@ -124,7 +124,7 @@ def test_an_expansion_that_is_not_the_rows_is_refused(spec, teacher_parts, rows)
 def test_rows_too_long_end_in_one_line(spec, teacher_parts, rows) -> None:
     text = replace(rows[0].text, ids=rows[0].text.ids.repeat(400))
     long = replace(rows[0], text=text)
-    with pytest.raises(CompatibilityError, match=r"vLLM does not take rows .*--backend transformers"):
+    with pytest.raises(CompatibilityError, match=r"vLLM does not support rows .*--backend transformers"):
         open_teacher(spec, *teacher_parts)([long], WANTS)
 
 
@@ -226,7 +226,7 @@ def test_compact_by_log_probs_is_near_compact(caches) -> None:
     [
         (("--fields", "attention"), "vLLM gives no attention"),
         (("--fields", "vision_features"), "vLLM gives no features"),
-        (("--vllm-route", "logprobs"), "gives top-k alone"),
+        (("--vllm-route", "logprobs"), "gives only top-k"),
     ],
 )
 def test_what_it_cannot_give_is_refused_before_anything_is_written(
