@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-import pipelines.quiet_threads  # noqa: F401 (before any command imports torch)
+import pipelines.processes.quiet_threads  # noqa: F401 (before any command imports torch)
 from pipelines.command_line import capture, judging, output, planning, start, training
 from pipelines.command_line.cache import cache_group
 from pipelines.command_line.tour import TourGroup

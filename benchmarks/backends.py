@@ -18,7 +18,7 @@ from typing import Any
 
 from benchmarks.common import argument_parser, finish, interleave, machine, median_ratio, print_table, spread, timed
 from benchmarks.worlds import World, open_world
-from pipelines.profiles import PROFILES
+from pipelines.capture.profiles import PROFILES
 from teacher_cache.batch import token_batches
 from teacher_cache.cache_shard import ask
 from teacher_cache.fields import create_field

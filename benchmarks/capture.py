@@ -41,7 +41,7 @@ from benchmarks.common import (
     timed,
 )
 from benchmarks.worlds import World, fit_fields, open_world
-from pipelines.profiles import PROFILES
+from pipelines.capture.profiles import PROFILES
 from pipelines.settings import CaptureSettings
 from teacher_cache import behind
 from teacher_cache import cache_shard as line

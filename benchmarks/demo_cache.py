@@ -14,11 +14,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from pipelines.cache_teacher import capture
-from pipelines.capture_shards import CaptureRequest
+from pipelines.capture.cache_teacher import capture
+from pipelines.capture.worker import CaptureRequest
 from pipelines.demo.run import TEACHER, Recipe, make_world
 from pipelines.settings import CaptureSettings
-from pipelines.tables import cache_table
+from pipelines.terminal.tables import cache_table
 from teacher_cache.teachers.transformers import TeacherSpec
 
 FIELDS: dict[str, dict[str, Any]] = {

@@ -24,7 +24,7 @@ from benchmarks.common import RESULTS, machine
 from pipelines.demo.gain import gain_of, image_mean
 from pipelines.demo.run import DEMO, Recipe, grid_of, make_cache, make_world
 from pipelines.demo.students import DISTILLED, SFT, VARIANTS, Trained, train_and_ask
-from pipelines.tables import table
+from pipelines.terminal.tables import table
 
 RATES = {
     SFT: ("SFT", (7.8e-6, 1.56e-5, 3.125e-5, 6.25e-5, 1.25e-4, 2.5e-4, 5e-4, 1e-3)),

@@ -15,11 +15,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from pipelines.cache_teacher import capture
-from pipelines.capture_shards import CaptureRequest
+from pipelines.capture.cache_teacher import capture
+from pipelines.capture.worker import CaptureRequest
 from pipelines.demo.run import STUDENT_START, TEACHER, Recipe, make_world
 from pipelines.settings import CaptureSettings, Settings
-from pipelines.train_student import train
+from pipelines.train.train_student import train
 from student_train.config import StageSettings, TrainSettings
 from student_train.metrics_log import StepResult
 from student_train.student import load_student, save_student

@@ -27,7 +27,7 @@ from time import perf_counter, process_time, sleep, thread_time
 from typing import Any
 from unittest import mock
 
-import pipelines.quiet_threads  # noqa: F401 (before torch)
+import pipelines.processes.quiet_threads  # noqa: F401 (before torch)
 
 # isort: split
 import torch

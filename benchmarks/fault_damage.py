@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.fault_jobs import PARAMS, Events, files, forked, fresh, identities, tree, wait
-from pipelines.capture_shards import CaptureRequest
-from pipelines.inspect_cache import survey
-from pipelines.repair import RepairRequest, repair
+from pipelines.capture.worker import CaptureRequest
+from pipelines.edit.repair import RepairRequest, repair
+from pipelines.inspect.cache import survey
 
 KINDS = {
     "manifest": ["manifest.json"],

@@ -23,11 +23,11 @@ import transformers.models.llava.modeling_llava
 import transformers.models.qwen2.modeling_qwen2
 import transformers.models.siglip.modeling_siglip  # noqa: F401 (what a child would import)
 
-from pipelines.cache_teacher import capture
-from pipelines.capture_shards import CaptureRequest
+from pipelines.capture.cache_teacher import capture
+from pipelines.capture.worker import CaptureRequest
 from pipelines.demo.run import Recipe, make_world
 from pipelines.settings import CaptureSettings, Settings
-from pipelines.train_student import train
+from pipelines.train.train_student import train
 from student_train.config import TrainSettings
 from teacher_cache.parent import end_with_parent
 from teacher_cache.sources import DataSpec

@@ -25,7 +25,7 @@ from benchmarks.fault_jobs import (
     wait,
     whole_run,
 )
-from pipelines.inspect_cache import check, collect_garbage
+from pipelines.inspect.cache import check, collect_garbage
 from student_train.cache import Cache
 from teacher_cache.shards.commit import committed_shards, read_commit
 from teacher_cache.shards.storage import Storage

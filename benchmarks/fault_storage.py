@@ -31,12 +31,12 @@ from benchmarks.fault_jobs import (
     write_config,
 )
 from benchmarks.fault_kills import ended, trained, undisturbed
-from pipelines.inspect_cache import survey
+from pipelines.inspect.cache import survey
 from teacher_cache.errors import KdcliError
 
 ROOT = Path(__file__).parent.parent
 TESTS = {
-    "ray-node": "tests/pipelines/executors/test_ray.py::test_a_node_that_goes_away",
+    "ray-node": "tests/pipelines/capture/executors/test_ray.py::test_a_node_that_goes_away",
     "s3": "tests/pipelines/test_object_store.py::test_every_fifth_request_fails",
 }
 ENOUGH = 1 << 30

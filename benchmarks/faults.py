@@ -19,7 +19,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-import pipelines.quiet_threads  # noqa: F401 (before torch)
+import pipelines.processes.quiet_threads  # noqa: F401 (before torch)
 
 # isort: split
 import torch

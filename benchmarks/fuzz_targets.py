@@ -25,10 +25,10 @@ import pyarrow.parquet as pq
 import torch
 from hypothesis import strategies as st
 
-from pipelines import heartbeat
-from pipelines.preflight import canaries
+from pipelines.capture import heartbeat
+from pipelines.judge.preflight import canaries
 from pipelines.settings import FILE, load_settings, write_template
-from pipelines.tables import work_lines
+from pipelines.terminal.tables import work_lines
 from student_train.cache import Cache, CachedRows
 from teacher_cache.codecs import adaptive, container, frame
 from teacher_cache.errors import CacheError, DataError, KdcliError, SkipRow

@@ -28,14 +28,14 @@ from benchmarks.common import RESULTS, machine
 from benchmarks.demo_cache import FIELDS
 from pipelines.ablate.results import interval, spread, written
 from pipelines.ablate.run import AblateRequest, ablate
-from pipelines.cache_teacher import capture
-from pipelines.capture_shards import CaptureRequest
+from pipelines.capture.cache_teacher import capture
+from pipelines.capture.worker import CaptureRequest
 from pipelines.demo.gain import image_mean
 from pipelines.demo.run import TEACHER, Recipe, make_world
-from pipelines.evaluate import load_answering
-from pipelines.evaluation.answers import answer, prompt_of
+from pipelines.judge.evaluation.answers import answer, prompt_of
+from pipelines.judge.evaluation.run import load_answering
 from pipelines.settings import CaptureSettings
-from pipelines.tables import table
+from pipelines.terminal.tables import table
 from teacher_cache.records import Sample, Turn
 from teacher_cache.sources import DataSpec, open_source
 from teacher_cache.teachers.transformers import TeacherSpec

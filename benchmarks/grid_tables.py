@@ -14,7 +14,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from pipelines.tables import table
+from pipelines.terminal.tables import table
 
 RESULTS = Path(__file__).parent / "results"
 MEAN, NLL = "mean of families, %", "nll, nats a token"

@@ -28,14 +28,14 @@ from typing import Any
 import torch
 
 from benchmarks.common import argument_parser, finish, machine, print_table
-from pipelines.cache_teacher import capture
-from pipelines.capture_shards import CaptureRequest
+from pipelines.capture.cache_teacher import capture
+from pipelines.capture.worker import CaptureRequest
 from pipelines.demo.run import TEACHER, Recipe, make_world
 from pipelines.demo.world import train_rows
-from pipelines.labels.answers import Answer, answers_of
-from pipelines.labels.reading import Reader, source_of
-from pipelines.labels.survey import Survey, survey
-from pipelines.labels.tally import Tally
+from pipelines.judge.labels.answers import Answer, answers_of
+from pipelines.judge.labels.reading import Reader, source_of
+from pipelines.judge.labels.survey import Survey, survey
+from pipelines.judge.labels.tally import Tally
 from pipelines.settings import CaptureSettings
 from student_train.cache import Cache
 from student_train.teacher_view import TeacherHeads

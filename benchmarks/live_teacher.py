@@ -30,7 +30,7 @@ class LiveTeacher:
 
     @classmethod
     def opener(cls, teacher: str):
-        """``open_signals`` of ``pipelines.train_student.train``: the teacher's folder takes the cache's place."""
+        """``open_signals`` of ``pipelines.train.train_student.train``: the teacher's folder takes the cache's place."""
 
         def open_signals(cache: Cache, served: Served, device: torch.device) -> LiveTeacher:
             spec = TeacherSpec(teacher, dtype="float32", device=str(device))

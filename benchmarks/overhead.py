@@ -24,8 +24,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.common import DEMO_MODELS, finish, machine, print_table
-from pipelines.cache_teacher import capture
-from pipelines.capture_shards import CaptureRequest
+from pipelines.capture.cache_teacher import capture
+from pipelines.capture.worker import CaptureRequest
 from pipelines.demo.questions import CAPTION_REQUESTS, Turn, caption, image_turns
 from pipelines.demo.render import render
 from pipelines.demo.scenes import sample_scene

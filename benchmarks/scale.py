@@ -28,7 +28,7 @@ from benchmarks.scale_tables import print_tables
 PARTS_OF_THE_WHOLE = (16, 4, 1)
 SETTINGS = '[fields.response_topk]\nk = 1\ncoding = "plain"\nvalue_dtype = "float16"\n'
 """The least that a field can store: tens of bytes a row."""
-IMPORTS = "import pipelines.cache_teacher, rich.progress; from transformers import AutoConfig, AutoProcessor"
+IMPORTS = "import pipelines.capture.cache_teacher, rich.progress; from transformers import AutoConfig, AutoProcessor"
 """What every command of a capture imports before it does anything."""
 TARGETS = {"open_seconds": 2.0, "capture again": 5.0}
 

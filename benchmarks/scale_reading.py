@@ -13,7 +13,7 @@ import json
 import time
 from collections.abc import Sequence
 
-import pipelines.quiet_threads  # noqa: F401 (before torch)
+import pipelines.processes.quiet_threads  # noqa: F401 (before torch)
 from benchmarks.memory import resident
 from student_train.cache import Cache, CachedRows
 from student_train.stream import MicroBatches, Order, TrainDataset, step_batches

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.common import RESULTS
-from pipelines.tables import table
+from pipelines.terminal.tables import table
 
 MIXTURES = {"779K (LLaVA-NeXT)": 779_289, "1.2M (LLaVA-1.5, both)": 1_223_426}
 GPUS = (8, 64, 512)

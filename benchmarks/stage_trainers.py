@@ -11,8 +11,8 @@ import torch
 
 from benchmarks.worlds import World
 from pipelines.settings import Settings
-from pipelines.stage_plans import StagePlan, plan_stages
-from pipelines.stage_trainer import make_trainer
+from pipelines.train.stage_plans import StagePlan, plan_stages
+from pipelines.train.stage_trainer import make_trainer
 from student_train.cache import Cache, CachedRows
 from student_train.compression import install, settle, with_grid
 from student_train.compressors import CompressorSpec

@@ -24,12 +24,12 @@ from safetensors.torch import load_file
 from scipy.stats import t as student_t
 
 from benchmarks.live_teacher import LiveTeacher
-from pipelines.cache_teacher import capture
-from pipelines.capture_shards import CaptureRequest
+from pipelines.capture.cache_teacher import capture
+from pipelines.capture.worker import CaptureRequest
 from pipelines.demo.run import STUDENT_START, TEACHER, Recipe, heldout, make_world, score
 from pipelines.settings import CaptureSettings, Settings
-from pipelines.tables import table
-from pipelines.train_student import train
+from pipelines.terminal.tables import table
+from pipelines.train.train_student import train
 from student_train.config import StageSettings, TrainSettings
 from student_train.teacher_view import TeacherHeads
 from teacher_cache.teachers.transformers import TeacherSpec

@@ -113,10 +113,10 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
     """The whole way; what the last line says."""
-    from pipelines.cache_teacher import capture
-    from pipelines.capture_shards import CaptureRequest
-    from pipelines.evaluate import evaluate_folder
-    from pipelines.export import ExportRequest, export
+    from pipelines.capture.cache_teacher import capture
+    from pipelines.capture.worker import CaptureRequest
+    from pipelines.export.run import ExportRequest, export
+    from pipelines.judge.evaluation.run import evaluate_folder
     from pipelines.settings import CaptureSettings
     from student_train.cache import Cache, CachedRows
     from teacher_cache.sources import DataSpec
@@ -181,7 +181,7 @@ class Seconds:
 
 def train_one(cache: Path, method: str, student: Path, run: Path, options: argparse.Namespace) -> None:
     from pipelines.settings import Settings
-    from pipelines.train_student import train
+    from pipelines.train.train_student import train
     from student_train.config import TrainSettings
 
     settings = TrainSettings(

@@ -11,10 +11,10 @@ from typing import Any
 import torch
 
 from benchmarks import real_shapes
-from pipelines.calibrate import calibrate
+from pipelines.capture.calibrate import calibrate
+from pipelines.capture.describe import describe
+from pipelines.capture.profiles import PROFILES
 from pipelines.demo.write_world import write_world
-from pipelines.describe import describe
-from pipelines.profiles import PROFILES
 from pipelines.settings import CaptureSettings
 from teacher_cache.cache_shard import CaptureJob, cache_shard
 from teacher_cache.fields import CalibratedField, create_field

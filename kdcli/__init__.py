@@ -49,7 +49,7 @@ def __getattr__(name: str) -> Any:
         return import_module("kdcli.losses")
     if name not in _HOMES:
         raise AttributeError(f"module 'kdcli' has no attribute {name!r}; it has {', '.join(__all__)}")
-    import_module("pipelines.quiet_threads")  # before torch
+    import_module("pipelines.processes.quiet_threads")  # before torch
     found = globals()[name] = getattr(import_module(_HOMES[name]), name)
     return found
 

@@ -6,8 +6,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from pipelines import cache_teacher, train_student
+from pipelines.capture import cache_teacher
 from pipelines.settings import CaptureSettings, Settings, build
+from pipelines.train import train_student
 from student_train.config import StageSettings, TrainSettings
 from student_train.methods import DEFAULT
 from teacher_cache.errors import KdcliError

@@ -27,7 +27,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class CaptureSettings:
-    """``[capture]``: how the cache is made. (``pipelines/settings_page.py`` turns the text below ``Attributes`` into a page.)
+    """``[capture]``: how the cache is made. (``pipelines/command_line/settings_page.py`` turns the text below ``Attributes`` into a page.)
 
     Attributes:
         shards: number of shards, fixed for the life of the cache.
@@ -242,7 +242,7 @@ def write_template(folder: Path) -> Path:
     target = folder / FILE
     if target.exists():
         raise KdcliError(f"{target} already exists: edit it, or move it away first")
-    write_whole(target, (files("pipelines") / "kd_template.toml").read_bytes())
+    write_whole(target, (files("pipelines.command_line") / "kd_template.toml").read_bytes())
     return target
 
 

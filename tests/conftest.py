@@ -22,7 +22,7 @@ os.environ["KDCLI_MEMORY"] = tempfile.mkdtemp(prefix="kdcli-memory-")  # finishe
 
 import pytest
 
-import pipelines.quiet_threads  # noqa: F401 (before torch)
+import pipelines.processes.quiet_threads  # noqa: F401 (before torch)
 
 # isort: split
 import torch
@@ -234,7 +234,7 @@ def mixture(world: Any) -> tuple[Any, ...]:
 @pytest.fixture(scope="session")
 def make_request(tiny_teacher: Path, mixture: tuple[Any, ...]) -> Callable[..., Any]:
     """``make_request(out, codec="fp32", data=None, teacher=None, device="cpu", **capture settings)`` → CaptureRequest; 5 shards, k 8."""
-    from pipelines.capture_shards import CaptureRequest
+    from pipelines.capture.worker import CaptureRequest
     from pipelines.settings import CaptureSettings
     from teacher_cache.teachers.transformers import TeacherSpec
 
@@ -263,7 +263,7 @@ def make_request(tiny_teacher: Path, mixture: tuple[Any, ...]) -> Callable[..., 
 @pytest.fixture(scope="session")
 def tiny_cache(tmp_path_factory: pytest.TempPathFactory, make_request: Callable[..., Any]) -> Path:
     """A complete cache of ``mixture`` by the tiny teacher: every field, hidden states as fp32, top-8 as float32."""
-    from pipelines.cache_teacher import capture
+    from pipelines.capture.cache_teacher import capture
 
     out = tmp_path_factory.mktemp("caches") / "fp32"
     capture(make_request(out))
@@ -273,7 +273,7 @@ def tiny_cache(tmp_path_factory: pytest.TempPathFactory, make_request: Callable[
 @pytest.fixture(scope="session")
 def tiny_cache_bf16(tmp_path_factory: pytest.TempPathFactory, make_request: Callable[..., Any]) -> Path:
     """The same rows with hidden states as bf16 and top-8 log-probs as float16."""
-    from pipelines.cache_teacher import capture
+    from pipelines.capture.cache_teacher import capture
 
     out = tmp_path_factory.mktemp("caches") / "bf16"
     capture(make_request(out, codec="bf16"))
@@ -283,7 +283,7 @@ def tiny_cache_bf16(tmp_path_factory: pytest.TempPathFactory, make_request: Call
 @pytest.fixture(scope="session")
 def tiny_cache_standard(tmp_path_factory: pytest.TempPathFactory, make_request: Callable[..., Any]) -> Path:
     """The same rows by the profile ``standard``: head + sketch, factored affinities."""
-    from pipelines.cache_teacher import capture
+    from pipelines.capture.cache_teacher import capture
 
     out = tmp_path_factory.mktemp("caches") / "standard"
     capture(make_request(out, store="standard", fields=()))

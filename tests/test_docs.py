@@ -177,7 +177,7 @@ def test_methods_of_the_docs_train(
     """Pasted as they are, they are found by name and take a step."""
     import student_train.methods
     from pipelines.settings import Settings
-    from pipelines.train_student import train
+    from pipelines.train.train_student import train
     from student_train.config import TrainSettings
 
     folder = tmp_path / "methods"
@@ -196,8 +196,8 @@ def test_the_field_of_the_docs_is_captured_and_read(
 ) -> None:
     """Pasted as it is, it is found by name, captured, checked, read back, and planned for."""
     import teacher_cache.fields
-    from pipelines.cache_teacher import capture
-    from pipelines.inspect_cache import survey
+    from pipelines.capture.cache_teacher import capture
+    from pipelines.inspect.cache import survey
     from student_train.cache import Cache, CachedRows
     from teacher_cache.errors import KdcliError
 

@@ -174,11 +174,11 @@ def become(job: Job) -> None:
 
 
 if __name__ == "__main__":
-    import pipelines.quiet_threads  # noqa: F401 (before torch)
+    import pipelines.processes.quiet_threads  # noqa: F401 (before torch)
 
     for name in ("auto.modeling_auto", "llava.modeling_llava", "qwen2.modeling_qwen2", "siglip.modeling_siglip"):
         importlib.import_module(f"transformers.models.{name}")
-    for name in ("cli", "pipelines.cache_teacher", "pipelines.train_student"):
+    for name in ("cli", "pipelines.capture.cache_teacher", "pipelines.train.train_student"):
         importlib.import_module(name)
     print("ready", flush=True)
     mine = serve()

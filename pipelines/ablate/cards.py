@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from pipelines.run_records import Check, fits, misfit_of_result, read_record
+from pipelines.train.run_records import Check, fits, misfit_of_result, read_record
 from teacher_cache.errors import KdcliError
 from teacher_cache.shards.schema import misfit
 

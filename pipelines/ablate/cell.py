@@ -15,23 +15,23 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import pipelines.quiet_threads  # noqa: F401 (before torch)
+import pipelines.processes.quiet_threads  # noqa: F401 (before torch)
 
 # isort: split
 from pipelines.ablate.cards import CARD, read_card
 from pipelines.ablate.cells import shared_folder
 from pipelines.ablate.grid import EvalFile
 from pipelines.command_line.output import give_up_stdout
-from pipelines.evaluate import evaluate_folder, figures
-from pipelines.evaluation.kept import SUFFIX, KeepIn
-from pipelines.exporting.provenance import trained_template
-from pipelines.output_lock import Held, alone
-from pipelines.progress import quiet_library_bars
+from pipelines.export.provenance import trained_template
+from pipelines.judge.evaluation.kept import SUFFIX, KeepIn
+from pipelines.judge.evaluation.run import evaluate_folder, figures
+from pipelines.processes.spawned import end_with_starter
 from pipelines.report.runs import read_runs
-from pipelines.run_records import fits, read_record, write_record
 from pipelines.settings import Settings, build
-from pipelines.spawned import end_with_starter
-from pipelines.train_student import train
+from pipelines.terminal.progress import quiet_library_bars
+from pipelines.train.output_lock import Held, alone
+from pipelines.train.run_records import fits, read_record, write_record
+from pipelines.train.train_student import train
 from student_train.config import StageSettings, TrainSettings
 from student_train.whole import DONE_FILE, finished_damage, read_done
 from teacher_cache import stopping

@@ -16,11 +16,11 @@ from typing import Any
 
 from pipelines.ablate.cards import read_card, read_failure
 from pipelines.ablate.grid import EvalFile, Grid, resolved_train
-from pipelines.evaluate import pruning_of
+from pipelines.judge.evaluation.run import pruning_of
 from pipelines.settings import Settings
-from pipelines.stage_identity import budget, stage_identity, start_hash
-from pipelines.stage_plans import StagePlan, plan_stages
-from pipelines.train_student import settle
+from pipelines.train.stage_identity import budget, stage_identity, start_hash
+from pipelines.train.stage_plans import StagePlan, plan_stages
+from pipelines.train.train_student import settle
 from student_train.cache import Cache, CachedRows
 from student_train.methods import DEFAULT
 from student_train.student import open_student

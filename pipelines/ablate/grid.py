@@ -13,9 +13,9 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
-from pipelines.evaluate import check_metrics, evaluate_folder, pruning_of
+from pipelines.judge.evaluation.run import check_metrics, evaluate_folder, pruning_of
 from pipelines.settings import Settings, build, read_toml, refuse_unknown, settings_of
-from pipelines.trackers import check_trackers
+from pipelines.train.trackers import check_trackers
 from student_train.config import StageSettings, TrainSettings
 from student_train.stages import STAGES
 from teacher_cache.errors import KdcliError
@@ -35,7 +35,7 @@ class EvalFile:
     Attributes:
         name: how the tables call it. limit: only the first so many rows. template: None: that each
             student was trained with.
-        options: further keywords of ``pipelines.evaluate.evaluate_folder``.
+        options: further keywords of ``pipelines.judge.evaluation.run.evaluate_folder``.
     """
 
     name: str

@@ -11,7 +11,7 @@ from typing import Any
 from scipy.stats import t as student_t
 
 from pipelines.ablate.cells import Cell
-from pipelines.tables import further_metrics, table, uncounted_lines
+from pipelines.terminal.tables import further_metrics, table, uncounted_lines
 
 MEAN, NLL = "mean of families, %", "nll, nats a token"
 ECE = "calibration error"
@@ -101,7 +101,7 @@ def current_scores(cell: Cell, card: Mapping[str, Any]) -> dict[str, Mapping[str
 
 
 def score_metrics(scores: Mapping[str, Any]) -> dict[str, float]:
-    """``pipelines.evaluate.score`` → the columns of a table: percent, and nats a token where they were measured."""
+    """``pipelines.judge.evaluation.run.score`` → the columns of a table: percent, and nats a token where they were measured."""
     found = {MEAN: 100 * scores["family_mean"]}
     if scores.get("nll_family_mean") is not None:
         found[NLL] = scores["nll_family_mean"]

@@ -18,9 +18,9 @@ from pipelines.ablate.cells import LOG, Cell, make_cells
 from pipelines.ablate.grid import Grid, load_grid
 from pipelines.ablate.page import write_page
 from pipelines.ablate.runner import Slot, make_slots, prune_models, run_cells
-from pipelines.output_lock import NAME, alone
-from pipelines.run_records import write_record
-from pipelines.tables import table
+from pipelines.terminal.tables import table
+from pipelines.train.output_lock import NAME, alone
+from pipelines.train.run_records import write_record
 from teacher_cache.errors import KdcliError
 from teacher_cache.whole_file import write_whole
 
@@ -102,7 +102,7 @@ def run_shown(
     waiting: Sequence[Cell], slots: Sequence[Slot], grid: Grid, cells: Sequence[Cell], console: Any
 ) -> dict[str, str]:
     """Run cells under a bar, a line for each that ends; the errors of those that did not end well, by name."""
-    from pipelines.progress import bar
+    from pipelines.terminal.progress import bar
 
     if not waiting:
         return {}

@@ -17,9 +17,9 @@ import pipelines
 from pipelines.ablate.cards import FAILED
 from pipelines.ablate.cell import CHOOSE, DISK, WHAT
 from pipelines.ablate.cells import LOG, REQUEST, Cell, request
-from pipelines.output_lock import NAME, Held, alone
-from pipelines.run_records import write_record
-from pipelines.spawned import GRACE_SECONDS
+from pipelines.processes.spawned import GRACE_SECONDS
+from pipelines.train.output_lock import NAME, Held, alone
+from pipelines.train.run_records import write_record
 from teacher_cache import stopping
 from teacher_cache.errors import KdcliError, one_line
 

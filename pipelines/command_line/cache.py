@@ -26,8 +26,8 @@ def cache_group() -> None:
 @json_option
 def status(url: str | None, config: str | None, as_json: bool) -> None:
     """Show shards, rows, skips by reason and bytes by field; during a capture also workers, speed and time left."""
-    from pipelines import inspect_cache
-    from pipelines.tables import cache_table, work_lines
+    from pipelines.inspect import cache as inspect_cache
+    from pipelines.terminal.tables import cache_table, work_lines
 
     body = inspect_cache.status(open_cache(url, config))
     if as_json:
@@ -48,9 +48,9 @@ def status(url: str | None, config: str | None, as_json: bool) -> None:
 @config_option
 def inspect(url: str | None, config: str | None, **asked: Any) -> None:
     """Show one sample as words: the teacher's likeliest token at each vision patch and response position, and bytes by field."""
-    from pipelines import inspect_cache
-    from pipelines.find_row import Asked
-    from pipelines.tables import sample_view
+    from pipelines.inspect import cache as inspect_cache
+    from pipelines.inspect.find_sample import Asked
+    from pipelines.terminal.tables import sample_view
 
     which = Asked(**asked)
     say(sample_view(inspect_cache.inspect(open_cache(url, config), which)))
@@ -62,7 +62,7 @@ def inspect(url: str | None, config: str | None, **asked: Any) -> None:
 @json_option
 def verify(url: str | None, config: str | None, as_json: bool) -> None:
     """Check every checksum. Exit status 1 if anything is damaged or missing."""
-    from pipelines import inspect_cache
+    from pipelines.inspect import cache as inspect_cache
 
     _, problems = inspect_cache.survey(named_cache(url, config))
     if as_json:
@@ -102,7 +102,7 @@ def urls(url: str | None, column: str) -> None:
 @config_option
 def gc(url: str | None, yes: bool, config: str | None) -> None:
     """List or remove files that no commit names (left by killed or duplicate writers)."""
-    from pipelines import inspect_cache
+    from pipelines.inspect import cache as inspect_cache
 
     found = inspect_cache.collect_garbage(open_cache(url, config), remove=yes)
     for name in found:

@@ -78,10 +78,10 @@ def repair(
 
     Exit status 1 if something stays damaged, with the reason.
     """
-    from pipelines import repair as pipeline
-    from pipelines.progress import capture_progress
+    from pipelines.edit import repair as pipeline
     from pipelines.settings import override
-    from pipelines.tables import repair_lines
+    from pipelines.terminal.progress import capture_progress
+    from pipelines.terminal.tables import repair_lines
 
     settings = load(config)
     specs = data_specs(data, **take(flags, EACH_PART)) or settings.data
@@ -134,9 +134,9 @@ def add_field(
     **flags: Any,
 ) -> None:
     """Capture more fields from the cache's own samples, without the mixture. Run the command again to continue."""
-    from pipelines import edit_cache as pipeline
-    from pipelines.progress import capture_progress
+    from pipelines.edit import fields as pipeline
     from pipelines.settings import override
+    from pipelines.terminal.progress import capture_progress
 
     settings = load(config)
     cache = open_cache(url, config)
@@ -160,8 +160,8 @@ def add_field(
 @json_option
 def drop_field(url: str | None, name: str, yes: bool, as_json: bool) -> None:
     """Remove one field of a cache. Without --yes, only list its files."""
-    from pipelines.edit_cache import drop_field as drop
-    from pipelines.tables import human_bytes
+    from pipelines.edit.fields import drop_field as drop
+    from pipelines.terminal.tables import human_bytes
 
     found = drop(named_cache(url, None), name, remove=yes)
     if as_json:
@@ -198,9 +198,9 @@ def subset(
     **rows: Any,
 ) -> None:
     """Write a new cache with some rows, parts or fields of a cache, without the teacher. Run the command again to continue."""
-    from pipelines.choose_rows import RowFilter, read_keys
-    from pipelines.derive_cache import subset as pipeline
-    from pipelines.progress import capture_progress
+    from pipelines.edit.choose_samples import RowFilter, read_keys
+    from pipelines.edit.derive import subset as pipeline
+    from pipelines.terminal.progress import capture_progress
 
     chosen = RowFilter(keys=read_keys(keys) if keys else None, **rows)
     with capture_progress(console()) as progress:
@@ -220,8 +220,8 @@ def subset(
 def merge(urls: tuple[str, ...], out: str, fields: str | None, keep: str | None, workers: int, as_json: bool) -> None:
     """Join the rows of several caches in a new one; all must have the same teacher and preparation.
     Run the command again to continue."""
-    from pipelines.derive_cache import merge as pipeline
-    from pipelines.progress import capture_progress
+    from pipelines.edit.derive import merge as pipeline
+    from pipelines.terminal.progress import capture_progress
 
     with capture_progress(console()) as progress:
         summary = pipeline(urls, out, split(fields), keep, workers, progress)

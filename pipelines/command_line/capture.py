@@ -82,9 +82,9 @@ def cache_teacher(
     """Run the teacher over every row once and write the cache. Run the command again to continue."""
     import shlex
 
-    from pipelines import cache_teacher as pipeline
-    from pipelines.progress import capture_progress
+    from pipelines.capture import cache_teacher as pipeline
     from pipelines.settings import override
+    from pipelines.terminal.progress import capture_progress
 
     settings = load(config)
     specs = data_specs(data, **take(flags, EACH_PART)) or settings.data
@@ -138,7 +138,7 @@ SCHEDULING = {"executor", "slurm_tasks", "slurm_options", "dry_run", "ray_addres
 
 def submit_to_slurm(capture: Any, dry_run: bool) -> None:
     """The command as it was given, without what says how it is scheduled, as the task of an array."""
-    from pipelines.executors.slurm import SlurmJob
+    from pipelines.capture.executors.slurm import SlurmJob
 
     # -P: not the cli.py of the folder in which the tasks run.
     program = [sys.argv[0]] if Path(sys.argv[0]).name == "kdcli" else [sys.executable, "-P", "-m", "cli"]

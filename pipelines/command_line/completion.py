@@ -43,7 +43,7 @@ def fields() -> list[str]:
 
 
 def stores() -> list[str]:
-    from pipelines.profiles import PROFILES
+    from pipelines.capture.profiles import PROFILES
 
     return list(PROFILES)
 

@@ -116,7 +116,7 @@ def split(text: str | None) -> tuple[str, ...] | None:
 
 def field_params(settings: Any, capture: Any, k: int | None, codec: str | None) -> dict[str, dict[str, Any]]:
     """``[fields.NAME]`` of kd.toml for the captured fields, with ``--k`` and ``--codec`` over it."""
-    from pipelines.profiles import chosen_fields
+    from pipelines.capture.profiles import chosen_fields
 
     captured = chosen_fields(capture.store, capture.fields, {})
     params = {name: dict(value) for name, value in settings.fields.items() if name in captured}

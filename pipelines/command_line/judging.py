@@ -80,13 +80,13 @@ def evaluate(
 ) -> None:
     """Score a student or teacher on held-out questions: exact match and other metrics by family, and nll of the expected answers.
     MODEL: a run (its last stage), a stage, a model folder, or a hub id."""
-    from pipelines.evaluate import evaluate_folder, figures
-    from pipelines.evaluation.kept import partial_of
-    from pipelines.evaluation.score import answer_row
-    from pipelines.exporting.provenance import find_model, trained_template
-    from pipelines.progress import bar
-    from pipelines.run_records import finite, write_record
-    from pipelines.tables import lost_rows, score_table
+    from pipelines.export.provenance import find_model, trained_template
+    from pipelines.judge.evaluation.kept import partial_of
+    from pipelines.judge.evaluation.run import evaluate_folder, figures
+    from pipelines.judge.evaluation.score import answer_row
+    from pipelines.terminal.progress import bar
+    from pipelines.terminal.tables import lost_rows, score_table
+    from pipelines.train.run_records import finite, write_record
     from teacher_cache.sources import DataSpec
     from teacher_cache.whole_file import refuse_unwritable, write_whole
 
@@ -164,9 +164,9 @@ def fidelity(
     **asked: Any,
 ) -> None:
     """Compare cached losses and gradients with the live teacher, for every method, beside the live-vs-live noise floor."""
-    from pipelines import fidelity as pipeline
-    from pipelines.fidelity import show
-    from pipelines.run_records import finite
+    from pipelines.judge import fidelity as pipeline
+    from pipelines.judge.fidelity import show
+    from pipelines.train.run_records import finite
     from teacher_cache.errors import KdcliError
     from teacher_cache.whole_file import refuse_unwritable
 
@@ -207,7 +207,7 @@ def report(
     config: str | None,
 ) -> None:
     """Write one self-contained HTML page: results, losses, costs, cache sizes, fidelity, images with words, matched tokens."""
-    from pipelines.preflight.request import beside
+    from pipelines.judge.preflight.request import beside
     from pipelines.report.page import write_report
 
     settings = load(config)
@@ -250,8 +250,8 @@ def export_model(
     as_json: bool,
 ) -> None:
     """Write a student as a folder that plain transformers loads. SOURCE: a run (its last stage), a stage, or a model folder."""
-    from pipelines.export import ExportRequest, export
-    from pipelines.tables import export_lines
+    from pipelines.export.run import ExportRequest, export
+    from pipelines.terminal.tables import export_lines
 
     result = export(
         ExportRequest(Path(source), Path(out), dtype, vision_tokens, check, Path(scores) if scores else None)

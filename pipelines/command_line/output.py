@@ -101,7 +101,7 @@ def say_summary(summary: dict[str, Any], as_json: bool, line: str | None = None)
     Raises:
         KdcliError: behind all that, where too many of its rows were skipped.
     """
-    from pipelines.tables import cache_table
+    from pipelines.terminal.tables import cache_table
     from teacher_cache.errors import KdcliError
 
     if as_json:

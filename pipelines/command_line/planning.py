@@ -100,9 +100,9 @@ def doctor(
         return
     from rich.console import Console
 
-    from pipelines.doctor import Reading, examine, print_report
-    from pipelines.progress import doctor_progress
+    from pipelines.judge.doctor import Reading, examine, print_report
     from pipelines.settings import override
+    from pipelines.terminal.progress import doctor_progress
     from teacher_cache.errors import KdcliError
     from teacher_cache.prepare import Limits
 
@@ -146,11 +146,11 @@ def refuse_both(cache_url: str | None, of_rows: dict[str, Any], of_labels: dict[
 
 def examine_labels(url: str, parts: Any, worst: int, weights: str | None, as_json: bool) -> None:
     """``doctor --cache``."""
-    from pipelines.labels.show import report, to_json
-    from pipelines.labels.survey import survey
-    from pipelines.labels.weights import WeightsFile
-    from pipelines.progress import bar
-    from pipelines.run_records import finite
+    from pipelines.judge.labels.show import report, to_json
+    from pipelines.judge.labels.survey import survey
+    from pipelines.judge.labels.weights import WeightsFile
+    from pipelines.terminal.progress import bar
+    from pipelines.train.run_records import finite
     from student_train.cache import Cache
 
     file = WeightsFile(Path(weights)) if weights else None
@@ -210,13 +210,13 @@ def plan(
     **flags: Any,
 ) -> None:
     """Estimate rows, tokens, bytes by column, shards and hours of a capture, from a few real rows and no weights."""
-    from pipelines.estimate.mixture_sample import parse_rows
-    from pipelines.estimate.report import estimate_tables
-    from pipelines.estimate.run import PlanRequest, estimate
-    from pipelines.estimate.teacher_cost import Speed
-    from pipelines.preflight.budget import Budget
-    from pipelines.progress import bar
+    from pipelines.judge.plan.mixture_sample import parse_rows
+    from pipelines.judge.plan.report import estimate_tables
+    from pipelines.judge.plan.run import PlanRequest, estimate
+    from pipelines.judge.plan.teacher_cost import Speed
+    from pipelines.judge.preflight.budget import Budget
     from pipelines.settings import override
+    from pipelines.terminal.progress import bar
 
     settings = load(config)
     specs = data_specs(data, **take(flags, EACH_PART)) or settings.data
@@ -282,12 +282,12 @@ def preflight(
     Exit status 1: no-go."""
     from dataclasses import replace
 
-    from pipelines.preflight import report
-    from pipelines.preflight.budget import Budget
-    from pipelines.preflight.request import PreflightRequest, default_methods
-    from pipelines.preflight.run import preflight as run
-    from pipelines.run_records import finite
+    from pipelines.judge.preflight import report
+    from pipelines.judge.preflight.budget import Budget
+    from pipelines.judge.preflight.request import PreflightRequest, default_methods
+    from pipelines.judge.preflight.run import preflight as run
     from pipelines.settings import FILE, override
+    from pipelines.train.run_records import finite
     from teacher_cache.places import place_of
 
     settings = load(config)

@@ -53,7 +53,7 @@ def init() -> None:
 @json_option
 def methods(as_json: bool) -> None:
     """List the methods with their needs, the fields that serve them, papers and loss terms; and methods not offered, with the reason."""
-    from pipelines import method_table
+    from pipelines.train import method_table
 
     say(json.dumps(method_table.as_json()) if as_json else method_table.text())
 

@@ -88,8 +88,8 @@ def train_student(
     """Train a student from a cache, stage by stage. Run the command again to continue. Also runs under torchrun."""
     from dataclasses import replace
 
-    from pipelines import train_student as pipeline
-    from pipelines.progress import train_progress
+    from pipelines.terminal.progress import train_progress
+    from pipelines.train import train_student as pipeline
     from teacher_cache.errors import KdcliError
 
     settings = load(config)

@@ -11,7 +11,7 @@ from pipelines.demo.questions import IMAGE_FAMILIES
 from pipelines.demo.students import DISTILLED, SFT, Trained
 from pipelines.report.lead import Lead
 from pipelines.report.runs import Run
-from pipelines.tables import human_bytes
+from pipelines.terminal.tables import human_bytes
 
 Z = 2.0
 """Standard errors that a difference of exact match must exceed to be called shown."""

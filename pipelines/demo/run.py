@@ -15,21 +15,21 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from pipelines.cache_teacher import capture
-from pipelines.capture_shards import CaptureRequest
+from pipelines.capture.cache_teacher import capture
+from pipelines.capture.worker import CaptureRequest
 from pipelines.demo.gain import KNOWN, compared, cost, gain_of, lead, spread
 from pipelines.demo.students import STUDENT_START, Trained, grid_text, train_and_ask
 from pipelines.demo.write_world import WorldPaths, write_world
-from pipelines.doctor import examine, print_report
-from pipelines.evaluate import evaluate_folder, figures
-from pipelines.output_lock import alone
-from pipelines.progress import bar, capture_progress
+from pipelines.judge.doctor import examine, print_report
+from pipelines.judge.evaluation.run import evaluate_folder, figures
 from pipelines.report.lead import Lead
 from pipelines.report.page import write_report
 from pipelines.report.runs import read_runs
-from pipelines.run_records import write_record
 from pipelines.settings import CaptureSettings
-from pipelines.tables import cache_table, score_table
+from pipelines.terminal.progress import bar, capture_progress
+from pipelines.terminal.tables import cache_table, score_table
+from pipelines.train.output_lock import alone
+from pipelines.train.run_records import write_record
 from teacher_cache.errors import naming_full_disk
 from teacher_cache.sources import DataSpec
 from teacher_cache.teachers.transformers import TeacherSpec
@@ -90,7 +90,7 @@ def heldout(world: WorldPaths) -> DataSpec:
 
 
 def score(model: str, spec: DataSpec, console: Any = None, name: str = "") -> dict[str, Any]:
-    """``pipelines.evaluate.score`` of a model folder, without the single answers; on a console, with a bar of this name."""
+    """``pipelines.judge.evaluation.run.score`` of a model folder, without the single answers; on a console, with a bar of this name."""
     if console is None:
         result = evaluate_folder(model, spec)
     else:

@@ -12,8 +12,8 @@ from typing import Any
 from pipelines.ablate.cells import make_cells
 from pipelines.ablate.grid import load_grid
 from pipelines.ablate.run import AblateRequest, ablate
-from pipelines.cores import usable_cores
 from pipelines.demo.write_world import WorldPaths
+from pipelines.processes.cores import usable_cores
 from teacher_cache.errors import KdcliError
 from teacher_cache.whole_file import write_whole
 

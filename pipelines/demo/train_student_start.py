@@ -7,7 +7,7 @@ the projector between them is random. No picture is ever shown with a question h
 
 from __future__ import annotations
 
-import pipelines.quiet_threads  # noqa: F401 (before torch)
+import pipelines.processes.quiet_threads  # noqa: F401 (before torch)
 
 # isort: split
 import argparse

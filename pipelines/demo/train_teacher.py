@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import pipelines.quiet_threads  # noqa: F401 (before torch)
+import pipelines.processes.quiet_threads  # noqa: F401 (before torch)
 
 # isort: split
 import argparse

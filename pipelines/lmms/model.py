@@ -17,8 +17,8 @@ from lmms_eval.api.model import lmms
 from lmms_eval.utils import simple_parse_args_string
 from tqdm import tqdm
 
-from pipelines.evaluate import load_answering
-from pipelines.evaluation.answers import Compression, answers_or_skips, check_asking, expected
+from pipelines.judge.evaluation.answers import Compression, answers_or_skips, check_asking, expected
+from pipelines.judge.evaluation.run import load_answering
 from pipelines.lmms.requests import UNASKED, UNLIKELY, Generation, generation, lost_note, model_arguments, prompt, row
 from student_train.student import RowForward
 from teacher_cache.errors import KdcliError, SkipRow

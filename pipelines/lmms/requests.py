@@ -11,9 +11,9 @@ from typing import Any
 import PIL.Image
 import torch
 
-from pipelines.evaluate import pruning_of
-from pipelines.evaluation.answers import Prompt
-from pipelines.exporting.provenance import trained_template
+from pipelines.export.provenance import trained_template
+from pipelines.judge.evaluation.answers import Prompt
+from pipelines.judge.evaluation.run import pruning_of
 from pipelines.settings import build
 from student_train.pruning import Pruning
 from teacher_cache.errors import CompatibilityError, KdcliError

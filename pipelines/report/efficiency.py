@@ -11,8 +11,8 @@ from typing import Any
 
 from pipelines.report.charts import short
 from pipelines.report.runs import Run, Stage, stage_cards
-from pipelines.run_records import open_plain, parse_record
-from pipelines.tables import human_bytes
+from pipelines.terminal.tables import human_bytes
+from pipelines.train.run_records import open_plain, parse_record
 from teacher_cache.shards.schema import COUNT, MOST, misfit
 
 NOTHING = "–"

@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pipelines.fidelity.plot import family_of
-from pipelines.preflight.request import NOTEBOOK
-from pipelines.run_records import fits, parse_record, read_plain
+from pipelines.judge.fidelity.plot import family_of
+from pipelines.judge.preflight.request import NOTEBOOK
+from pipelines.train.run_records import fits, parse_record, read_plain
 from teacher_cache.errors import KdcliError
 from teacher_cache.places import local_path, place_of
 from teacher_cache.shards.storage import Storage

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
-from pipelines.inspect_cache import heads, token_text, words
+from pipelines.inspect.cache import heads, token_text, words
 from pipelines.report.picture import Picture, background_words, draw_pictures, visible
 from student_train.cache import Cache, CachedRow, CachedRows
 from student_train.teacher_tokenizer import tokenizer_of

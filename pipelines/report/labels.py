@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from pipelines.labels.advice import advise, percent
-from pipelines.labels.reading import Reader
-from pipelines.labels.show import notes, wrong_words
-from pipelines.labels.survey import Survey, Suspect, survey
+from pipelines.judge.labels.advice import advise, percent
+from pipelines.judge.labels.reading import Reader
+from pipelines.judge.labels.show import notes, wrong_words
+from pipelines.judge.labels.survey import Survey, Suspect, survey
 from pipelines.report.gallery import Example, decode, example_of, kind_of, teller
 from student_train.cache import Cache
 from student_train.teacher_tokenizer import tokenizer_of

@@ -9,11 +9,11 @@ from typing import Any
 
 import torch
 
-from pipelines.progress import quiet_library_bars
 from pipelines.report.efficiency import parameters
 from pipelines.report.matching_picture import MatchedPicture, draw_matching, tokens_of
 from pipelines.report.runs import Run, stage_cards
-from pipelines.stage_trainer import MAPS, load_maps
+from pipelines.terminal.progress import quiet_library_bars
+from pipelines.train.stage_trainer import MAPS, load_maps
 from student_train.alignment import Matching
 from student_train.cache import Cache, CachedRows
 from student_train.compression import compressor_of, with_grid

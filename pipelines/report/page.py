@@ -9,8 +9,8 @@ from typing import Any
 
 import jinja2
 
-from pipelines import inspect_cache
-from pipelines.preflight.request import beside
+from pipelines.inspect import cache as inspect_cache
+from pipelines.judge.preflight.request import beside
 from pipelines.report.charts import run_styles, short, stage_charts, term_words
 from pipelines.report.efficiency import efficiency
 from pipelines.report.fidelity_files import read_fidelity
@@ -43,7 +43,7 @@ def write_report(
 
     Args:
         runs: output folders of ``kdcli train-student``, or folders of such. cache_url: adds sizes and decoded images.
-        scores: name (``teacher``, ``llava-kd``, …) → a result of ``pipelines.evaluate.score``, or a list of them, one a seed;
+        scores: name (``teacher``, ``llava-kd``, …) → a result of ``pipelines.judge.evaluation.run.score``, or a list of them, one a seed;
             names that are missing here come from ``scores.json`` in the run folders.
         fidelity: files of ``kdcli fidelity --out FILE.json`` or folders of ``kdcli preflight``; none: the preflight that the cache is of.
         lead: what the page is to say first.

@@ -10,8 +10,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from pipelines.run_records import DONE, TRAIN_AGAIN, fits, read_points, read_record, read_run_card, read_scores
-from pipelines.stage_records import folder_of
+from pipelines.train.run_records import DONE, TRAIN_AGAIN, fits, read_points, read_record, read_run_card, read_scores
+from pipelines.train.stage_records import folder_of
 from teacher_cache.errors import KdcliError
 
 SEED = re.compile(r"^(?P<group>.*?)[-_./]*seed[-_=]?\d+(-[0-9a-f]{8})?$")

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from pipelines.report.runs import Run
-from pipelines.run_records import misfit_of_result
-from pipelines.tables import uncounted_lines
+from pipelines.terminal.tables import uncounted_lines
+from pipelines.train.run_records import misfit_of_result
 from teacher_cache.errors import KdcliError
 
 Results = dict[str, list[Mapping[str, Any]]]

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from pipelines.tables import human_bytes
+from pipelines.terminal.tables import human_bytes
 from student_train.cache import Cache
 from teacher_cache.errors import SKIP_REASONS
 

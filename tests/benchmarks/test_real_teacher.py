@@ -79,7 +79,7 @@ def test_matrices_are_named_by_the_bias_of_their_product(tower: Any, tmp_path: P
 def test_the_folder_is_a_teacher(ends: Path, tmp_path: Path, world: Any, make_request: Callable[..., Any]) -> None:
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
-    from pipelines.cache_teacher import capture
+    from pipelines.capture.cache_teacher import capture
     from teacher_cache.sources import DataSpec
 
     processor = AutoProcessor.from_pretrained(ends)

@@ -31,7 +31,7 @@ MIXED = 31
 @pytest.fixture(scope="module")
 def full_cache(tmp_path_factory: pytest.TempPathFactory, make_request: Callable[..., Any]) -> Path:
     """The rows of ``tiny_cache`` with every field that any method needs."""
-    from pipelines.cache_teacher import capture
+    from pipelines.capture.cache_teacher import capture
     from teacher_cache.fields import field_kinds
 
     out = tmp_path_factory.mktemp("caches") / "full"
@@ -45,8 +45,8 @@ def open_method(
 ) -> Callable[..., tuple[Any, Any]]:
     """``open_method(name, preset, **train settings)`` → (trainer, micro-batches of one step over captions and chats)."""
     from pipelines.settings import Settings
-    from pipelines.stage_plans import plan_stages
-    from pipelines.stage_trainer import make_trainer
+    from pipelines.train.stage_plans import plan_stages
+    from pipelines.train.stage_trainer import make_trainer
     from student_train.config import StageSettings, TrainSettings
     from student_train.student import load_student
 
@@ -71,7 +71,7 @@ def open_method(
 @pytest.fixture(scope="module")
 def topk_cache(tmp_path_factory: pytest.TempPathFactory, make_request: Callable[..., Any]) -> Path:
     """The rows of ``tiny_cache`` without hidden states: top-8 in float32, and the Gram matrices."""
-    from pipelines.cache_teacher import capture
+    from pipelines.capture.cache_teacher import capture
 
     out = tmp_path_factory.mktemp("caches") / "topk"
     capture(make_request(out, fields=("response_topk", "vision_topk", "relation")))

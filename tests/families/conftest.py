@@ -64,7 +64,7 @@ def captured(
     make_request: Callable[..., Any], rows_folder: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Callable[..., Path]:
     """``captured(teacher folder)`` → a complete cache of the rows with exact hidden states."""
-    from pipelines.cache_teacher import capture
+    from pipelines.capture.cache_teacher import capture
     from tests.families.rows import mixture
 
     def make(teacher: Path) -> Path:
@@ -80,9 +80,9 @@ def captured(
 def open_step(tmp_path: Path) -> Callable[..., tuple[Any, Any]]:
     """``open_step(cache, student, method, **train settings)`` → (trainer, the one micro-batch of a step over all rows)."""
     from pipelines.settings import Settings
-    from pipelines.stage_plans import plan_stages
-    from pipelines.stage_trainer import make_trainer
-    from pipelines.train_student import settle
+    from pipelines.train.stage_plans import plan_stages
+    from pipelines.train.stage_trainer import make_trainer
+    from pipelines.train.train_student import settle
     from student_train import distributed
     from student_train.cache import Cache, CachedRows
     from student_train.config import StageSettings, TrainSettings

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from pipelines.settings import Settings
-from pipelines.train_student import train
+from pipelines.train.train_student import train
 from student_train.config import TrainSettings
 from student_train.pruning import Pruning
 from student_train.student import freeze_except, module_group
@@ -252,7 +252,7 @@ def test_modules_are_told_apart(family: Family, folder_of: Any) -> None:
 @each_family
 def test_answers_of_a_batch_are_those_of_single_rows(family: Family, folder_of: Any, rows_folder: Path) -> None:
     """As `kdcli eval` asks: padded on the left, rows with two images and none among them."""
-    from pipelines.evaluation.answers import answer, prompt_of
+    from pipelines.judge.evaluation.answers import answer, prompt_of
     from student_train.student import load_student
 
     model, processor = load_student(str(folder_of(family.name)), "sdpa")
@@ -308,7 +308,7 @@ def test_one_narrow_picture_ends_no_capture_and_no_training(
     folder_of: Callable[..., Path], make_request: Any, tmp_path: Path
 ) -> None:
     """Of a family that has no layout for it in the capture; and behind a capture by a family that reads it."""
-    from pipelines.cache_teacher import capture
+    from pipelines.capture.cache_teacher import capture
     from student_train.config import StageSettings
     from teacher_cache.sources import DataSpec
 

@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 import torch
 
-from pipelines.cache_teacher import capture
-from pipelines.evaluation.answers import answer, prompt_of
-from pipelines.export import image_notes
+from pipelines.capture.cache_teacher import capture
+from pipelines.export.run import image_notes
+from pipelines.judge.evaluation.answers import answer, prompt_of
 from student_train.cache import Cache, CachedRows
 from student_train.pruning import Pruning
 from student_train.student import load_student

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from scipy.optimize import linear_sum_assignment
 
 from pipelines.settings import Settings
-from pipelines.train_student import train
+from pipelines.train.train_student import train
 from student_train.cache import Cache
 from student_train.config import TrainSettings
 from student_train.losses.matching import UNMATCHED

@@ -11,7 +11,7 @@ import pyarrow as pa
 import pytest
 import torch
 
-from pipelines.inspect_cache import check
+from pipelines.inspect.cache import check
 from student_train.cache import Cache, CachedRows
 from teacher_cache.errors import CacheError
 from teacher_cache.shards.sealed import seal, unseal

@@ -18,8 +18,8 @@ import pytest
 from click.testing import CliRunner, Result
 
 from cli import main
-from pipelines.cache_teacher import capture
-from pipelines.inspect_cache import survey
+from pipelines.capture.cache_teacher import capture
+from pipelines.inspect.cache import survey
 from student_train.cache import Cache, CachedRows
 from student_train.needs import Served
 from student_train.teacher_view import TeacherHeads

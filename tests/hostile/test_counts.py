@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from benchmarks.fuzz_targets import Folder, joined, shard_of, small_cache
-from pipelines.inspect_cache import survey
+from pipelines.inspect.cache import survey
 from student_train.cache import Cache, CachedRows
 from teacher_cache.codecs import container
 from teacher_cache.errors import CacheError, KdcliError
@@ -177,7 +177,7 @@ def test_a_sparse_file_takes_no_memory(name: str, tmp_path: Path) -> None:
     os.truncate(file, 30 << 30)
     code = (
         "import sys\n"
-        "from pipelines.inspect_cache import survey, status\n"
+        "from pipelines.inspect.cache import survey, status\n"
         "from student_train.cache import Cache, CachedRows\n"
         "from teacher_cache.errors import KdcliError\n"
         "for read in (survey, lambda url: status(Cache(url)), lambda url: [CachedRows(c, c.parts(), [*c.fields]).read(0, 0) "

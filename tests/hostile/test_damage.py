@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from pipelines.inspect_cache import check
+from pipelines.inspect.cache import check
 from student_train.cache import Cache, CachedRow, CachedRows
 from teacher_cache.errors import KdcliError
 from tests.close import equal_tensors
@@ -56,7 +56,7 @@ def is_noticed(folder: Path) -> bool:
 @pytest.fixture(scope="module")
 def mini_cache(make_request, mixture, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two rows of each part in two shards: small, since it is read whole for every damage."""
-    from pipelines.cache_teacher import capture
+    from pipelines.capture.cache_teacher import capture
 
     out = tmp_path_factory.mktemp("caches") / "mini"
     capture(make_request(out, data=[replace(part, limit=2) for part in mixture], shards=4, fields=tuple(FIELDS)))

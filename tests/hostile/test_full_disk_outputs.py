@@ -12,13 +12,13 @@ from typing import Any
 import pytest
 import torch
 
-from pipelines import trackers
-from pipelines.fidelity import write_plot
-from pipelines.fidelity.show import write_record
-from pipelines.preflight import kd_toml
+from pipelines.judge.fidelity import write_plot
+from pipelines.judge.fidelity.show import write_record
+from pipelines.judge.preflight import kd_toml
 from pipelines.report.page import write_report
 from pipelines.settings import write_template
-from pipelines.trackers import TrackedStage, open_trackers
+from pipelines.train import trackers
+from pipelines.train.trackers import TrackedStage, open_trackers
 from student_train.distributed import Processes
 from student_train.metrics_log import MetricsLog
 from teacher_cache.errors import DiskError
@@ -134,7 +134,7 @@ def test_a_command_in_a_shell(tmp_path: Path, line: str, status: int | None, sai
 def test_notes_that_nobody_can_read_end_nothing(tmp_path: Path) -> None:
     program = (
         "from pipelines.command_line.output import console, note, warn; note('x'); warn('y'); "
-        "from pipelines.progress import bar\n"
+        "from pipelines.terminal.progress import bar\n"
         "with bar(console(), 'rows') as progress: progress.update(progress.add_task('a', total=2), completed=2)\n"
         "print('went on')"
     )

@@ -14,12 +14,12 @@ from click.testing import CliRunner
 
 import cli
 from benchmarks.fuzz_targets import Folder, small_cache
-from pipelines import heartbeat
+from pipelines.capture import heartbeat
 from pipelines.command_line.given import parse_knobs
-from pipelines.inspect_cache import status
-from pipelines.preflight import canaries
+from pipelines.inspect.cache import status
+from pipelines.judge.preflight import canaries
 from pipelines.settings import load_settings
-from pipelines.tables import work_lines
+from pipelines.terminal.tables import work_lines
 from student_train.cache import Cache
 from student_train.checkpoint import Checkpoints
 from student_train.distributed import Processes

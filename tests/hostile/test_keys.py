@@ -13,11 +13,11 @@ from click.testing import CliRunner
 
 import cli
 from benchmarks.fuzz_targets import Folder
-from pipelines import heartbeat
-from pipelines.cache_teacher import capture
-from pipelines.inspect_cache import check, status
+from pipelines.capture import heartbeat
+from pipelines.capture.cache_teacher import capture
+from pipelines.inspect.cache import check, status
 from pipelines.settings import Settings
-from pipelines.train_student import train
+from pipelines.train.train_student import train
 from student_train.cache import Cache, CachedRows
 from student_train.config import TrainSettings
 from teacher_cache.errors import KdcliError, one_line, printable

@@ -61,7 +61,7 @@ def test_a_teacher_without_memory(
 
 
 def test_any_command_without_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    import pipelines.method_table as table
+    import pipelines.train.method_table as table
 
     for name in dir(table):
         if callable(getattr(table, name)) and getattr(getattr(table, name), "__module__", "") == table.__name__:

@@ -15,9 +15,9 @@ import PIL.Image
 import pytest
 
 from benchmarks.fuzz_targets import Folder, joined, shard_of, small_cache
-from pipelines.derive_cache import subset
-from pipelines.edit_cache import drop_field
-from pipelines.inspect_cache import check, collect_garbage
+from pipelines.edit.derive import subset
+from pipelines.edit.fields import drop_field
+from pipelines.inspect.cache import check, collect_garbage
 from student_train.cache import Cache
 from teacher_cache.errors import CacheError, SkipRow
 from teacher_cache.records import Sample, SkipRecord

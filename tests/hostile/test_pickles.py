@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from benchmarks.fuzz_targets import Folder, joined, shard_of, small_cache
-from pipelines.inspect_cache import check
+from pipelines.inspect.cache import check
 from student_train.cache import Cache
 from student_train.checkpoint import Checkpoints
 from student_train.distributed import Processes
@@ -33,7 +33,7 @@ HOUSES = ("cli.py", "pipelines", "student_train", "teacher_cache")
 LOADERS = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
 DEMO_CHECKPOINT = ("pipelines/demo/loop.py", "torch.load")
 """Of its own making, and only with ``weights_only=True``."""
-OWN_PROCESSES = (("student_train/packed.py", "pickle"), ("pipelines/executors/local.py", "pickle"))
+OWN_PROCESSES = (("student_train/packed.py", "pickle"), ("pipelines/capture/executors/local.py", "pickle"))
 """Between a run and the processes that it started, never from a file."""
 
 

@@ -140,8 +140,8 @@ def test_a_stock_teacher_is_the_same_with_the_flag(tiny_teacher: Path) -> None:
 
 
 def test_every_command_that_loads_a_model_has_the_flag_and_it_is_off() -> None:
-    from pipelines.evaluate import evaluate_folder
-    from pipelines.fidelity import FidelityRequest
+    from pipelines.judge.evaluation.run import evaluate_folder
+    from pipelines.judge.fidelity import FidelityRequest
     from student_train.config import TrainSettings
     from student_train.student import load_student, open_student
 
@@ -181,7 +181,7 @@ def test_trust_in_one_model_does_not_go_over_to_another() -> None:
 
 def test_training_a_strange_student(strange_model: tuple[Path, Path], tiny_cache: Path, tmp_path: Path) -> None:
     from pipelines.settings import Settings
-    from pipelines.train_student import train
+    from pipelines.train.train_student import train
     from student_train.config import TrainSettings
 
     folder, mark = strange_model

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from pipelines.inspect_cache import check, collect_garbage
+from pipelines.inspect.cache import check, collect_garbage
 from student_train.cache import Cache, CachedRows
 from teacher_cache.errors import CacheError, KdcliError
 from teacher_cache.shards.sealed import seal, unseal
@@ -21,7 +21,7 @@ FLIPS = 200
 
 @pytest.fixture(scope="module")
 def standard_cache(make_request, mixture, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from pipelines.cache_teacher import capture
+    from pipelines.capture.cache_teacher import capture
 
     out = tmp_path_factory.mktemp("standard") / "cache"
     capture(make_request(out, data=mixture, fields=(), store="standard", shards=3))

@@ -37,7 +37,7 @@ class Kept(TrainerCallback):
 @pytest.fixture(scope="module")
 def attention_cache(tmp_path_factory: pytest.TempPathFactory, make_request: Callable[..., Any]) -> Path:
     """What Align-KD reads, of the same rows."""
-    from pipelines.cache_teacher import capture
+    from pipelines.capture.cache_teacher import capture
 
     out = tmp_path_factory.mktemp("caches") / "attention"
     capture(make_request(out, fields=("response_topk", "attention", "vision_features")))

@@ -6,7 +6,7 @@ import itertools
 
 import pytest
 
-from pipelines.evaluation.metrics import anls, relaxed_accuracy, vqa_accuracy
+from pipelines.judge.evaluation.metrics import anls, relaxed_accuracy, vqa_accuracy
 
 TEXTS = ["The Cat.", "two", "none", "dont", "couldn'tve", "red/blue", "red / blue", "1,000", "3.5 m.", "left-hand side"]
 TEXTS += ["wait - what?", "a  \n the\tdog", "its", "shes", "ten 10", "U.S.A.", "no!", "[x]", "somebody'd", ""]

@@ -33,7 +33,7 @@ def one_thread():
 @pytest.fixture(scope="session")
 def standard(make_request, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A complete cache of the standard profile, made on one thread."""
-    from pipelines.cache_teacher import capture
+    from pipelines.capture.cache_teacher import capture
 
     before = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -89,7 +89,7 @@ class Mortal:
         self.budget = -1
         monkeypatch.setattr("teacher_cache.shards.writer.ShardWriter.abandon", lambda writer: None)
         # What it leaves in ``progress/`` is the word of this process, which lives on.
-        monkeypatch.setattr("pipelines.presence.refuse_others", lambda *_: None)
+        monkeypatch.setattr("pipelines.capture.presence.refuse_others", lambda *_: None)
         for name in names:
             monkeypatch.setattr(Storage, name, self._dying(getattr(Storage, name)))
 
@@ -257,8 +257,8 @@ def noisy(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
     planted: (row, number of the answer) → as in ``wrong_answers.json``. Top-8 of response rows, top-2 of vision rows.
     """
-    from pipelines.cache_teacher import capture
-    from pipelines.capture_shards import CaptureRequest
+    from pipelines.capture.cache_teacher import capture
+    from pipelines.capture.worker import CaptureRequest
     from pipelines.demo.run import TEACHER, Recipe, make_world
     from pipelines.settings import CaptureSettings
     from teacher_cache.teachers.transformers import TeacherSpec

@@ -14,7 +14,7 @@ from click.testing import CliRunner
 from safetensors.torch import load_file
 
 import cli
-from pipelines.cache_teacher import capture
+from pipelines.capture.cache_teacher import capture
 from student_train.cache import Cache, CachedRows
 from tests.conftest import ALL_FIELDS
 
@@ -112,7 +112,7 @@ def test_a_broken_off_training_goes_on(
     train: Callable[..., Any], on_gpu: Path, tiny_student: Path, tmp_path: Path
 ) -> None:
     from pipelines.settings import Settings
-    from pipelines.train_student import train as train_in_process
+    from pipelines.train.train_student import train as train_in_process
     from student_train.config import TrainSettings
 
     class Stop(Exception):

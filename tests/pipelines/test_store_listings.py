@@ -12,9 +12,9 @@ import pytest
 from click.testing import CliRunner
 
 from cli import main
-from pipelines.cache_teacher import capture
-from pipelines.capture_shards import CaptureRequest
-from pipelines.inspect_cache import check
+from pipelines.capture.cache_teacher import capture
+from pipelines.capture.worker import CaptureRequest
+from pipelines.inspect.cache import check
 from student_train.cache import Cache
 from teacher_cache.errors import CacheError
 from teacher_cache.shards.commit import await_listed

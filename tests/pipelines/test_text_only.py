@@ -14,19 +14,19 @@ from safetensors.torch import load_file
 
 import cli
 from benchmarks.text_student import write_student
-from pipelines.cache_teacher import capture
-from pipelines.capture_shards import CaptureRequest
-from pipelines.edit_cache import add_fields
-from pipelines.export import ExportRequest, export
-from pipelines.inspect_cache import survey
+from pipelines.capture.cache_teacher import capture
+from pipelines.capture.worker import CaptureRequest
+from pipelines.edit.fields import add_fields
+from pipelines.export.run import ExportRequest, export
+from pipelines.inspect.cache import survey
 from pipelines.settings import CaptureSettings, Settings
-from pipelines.train_student import train
+from pipelines.train.train_student import train
 from student_train.cache import Cache
 from student_train.config import TrainSettings
 from teacher_cache.errors import CompatibilityError, KdcliError
 from teacher_cache.sources import DataSpec
 from teacher_cache.teachers.transformers import TeacherSpec
-from tests.pipelines.test_processes import command
+from tests.pipelines.processes.test_processes import command
 from tests.text_models import build_text_folder, write_rows
 from tests.warm import Warm
 

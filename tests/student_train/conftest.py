@@ -28,7 +28,7 @@ def rich_cache(
     tmp_path_factory: pytest.TempPathFactory, make_request: Callable[..., Any], rich_mixture: Any
 ) -> Callable[..., Path]:
     """``rich_cache(codec="fp32", k=8, fields=…)`` → a complete cache of ``rich_mixture``, made once for the same arguments."""
-    from pipelines.cache_teacher import capture
+    from pipelines.capture.cache_teacher import capture
 
     made: dict[Any, Path] = {}
 
@@ -55,9 +55,9 @@ def open_stage(tmp_path: Path, tiny_student: Path) -> Callable[..., tuple[Any, A
     Unknown keywords are ``TrainSettings``; ``seed`` 0, no TensorBoard.
     """
     from pipelines.settings import Settings
-    from pipelines.stage_identity import budget
-    from pipelines.stage_plans import plan_stages
-    from pipelines.stage_trainer import make_trainer
+    from pipelines.train.stage_identity import budget
+    from pipelines.train.stage_plans import plan_stages
+    from pipelines.train.stage_trainer import make_trainer
     from student_train import distributed
     from student_train.cache import Cache, CachedRows
     from student_train.config import StageSettings, TrainSettings

@@ -16,7 +16,7 @@ import PIL.Image
 import pytest
 
 from pipelines.settings import Settings
-from pipelines.train_student import train
+from pipelines.train.train_student import train
 from student_train.config import StageSettings, TrainSettings
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "loss_curve.json"
@@ -59,7 +59,7 @@ def run(
     tmp_path_factory: pytest.TempPathFactory, make_request: Callable[..., Any], tiny_student: Path
 ) -> Callable[..., list[dict[str, Any]]]:
     """``run(stages, **knobs)`` → every step's loss and terms."""
-    from pipelines.cache_teacher import capture
+    from pipelines.capture.cache_teacher import capture
     from teacher_cache.sources import DataSpec
 
     rows, cache = tmp_path_factory.mktemp("rows"), tmp_path_factory.mktemp("golden") / "cache"

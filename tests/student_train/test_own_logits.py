@@ -140,7 +140,7 @@ def test_the_first_batch_is_held_to_the_models_own_logits(opened: Callable[..., 
 
 
 def test_expected_answers_are_as_likely_as_the_model_says(capped_student: Path, world: Any) -> None:
-    from pipelines.evaluation.answers import expected
+    from pipelines.judge.evaluation.answers import expected
     from student_train.student import load_student
     from teacher_cache.prepare import Preparer
     from teacher_cache.sources import DataSpec, open_source
@@ -167,8 +167,8 @@ def test_fidelity_compares_gradients_of_those_logits(
     kind: str, tiny_student: Path, capped_student: Path, teacher_parts: Any, world: Any
 ) -> None:
     """What a leaf's gradient means for the head's own parameter, and for the hidden states, in float64."""
-    from pipelines.fidelity.rows import Row
-    from pipelines.fidelity.student import Student
+    from pipelines.judge.fidelity.rows import Row
+    from pipelines.judge.fidelity.student import Student
     from student_train.student import load_student
     from teacher_cache.prepare import Preparer
     from teacher_cache.sources import DataSpec, open_source

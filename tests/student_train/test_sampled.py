@@ -121,7 +121,7 @@ def test_what_samples_cannot_serve_is_refused() -> None:
 @pytest.fixture(scope="module", params=PARAMS)
 def sampled_cache(request: Any, tmp_path_factory: pytest.TempPathFactory, make_request: Callable[..., Any]) -> Path:
     """The tiny world's rows with samples only."""
-    from pipelines.cache_teacher import capture
+    from pipelines.capture.cache_teacher import capture
 
     out = tmp_path_factory.mktemp("caches") / request.param
     params = dict.fromkeys(FIELDS, PARAMS[request.param])
@@ -153,7 +153,7 @@ def test_the_batch_has_no_say_in_the_sample(
     sampled_cache: Path, tmp_path: Path, make_request: Callable[..., Any]
 ) -> None:
     """Another batch size, other shards: the same ids; weights as far as the teacher's own rounding goes."""
-    from pipelines.cache_teacher import capture
+    from pipelines.capture.cache_teacher import capture
 
     out, field = tmp_path / "again", FIELDS[0]
     params = {field: Cache(str(sampled_cache)).fields[field]["params"]}

@@ -172,7 +172,7 @@ def refuses_narrow(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(scope="module")
 def narrow_cache(tmp_path_factory: pytest.TempPathFactory, make_request: Callable[..., Any]) -> Callable[..., Path]:
     """``narrow_cache(pattern)`` → a cache of one row a letter, whose picture is narrow where the letter is n."""
-    from pipelines.cache_teacher import capture
+    from pipelines.capture.cache_teacher import capture
     from teacher_cache.sources import DataSpec
 
     def make(pattern: str, text: str = "") -> Path:
@@ -230,7 +230,7 @@ def test_what_is_left_out_is_told(
 ) -> None:
     """The first row when it is met, all of them at the end, and in the metrics of their steps."""
     from pipelines.settings import Settings
-    from pipelines.train_student import train
+    from pipelines.train.train_student import train
     from student_train.config import StageSettings, TrainSettings
 
     cache = narrow_cache("onoonooo")

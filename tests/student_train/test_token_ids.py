@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from pipelines.describe import processor_receipt
+from pipelines.capture.describe import processor_receipt
 from student_train.cache import Cache
 from student_train.token_ids import check_tokenizer, difference_of_tokens, tokens_by_id
 from teacher_cache.errors import CacheError, CompatibilityError

@@ -157,7 +157,7 @@ def test_fields_of_two_teachers_are_read_with_their_own_heads(
     """Vision states of another teacher, added to the cache later: the response term does not move, the vision terms do."""
     import shutil
 
-    from pipelines.cache_teacher import capture
+    from pipelines.capture.cache_teacher import capture
 
     settings = {"per_device_train_batch_size": 4, "max_steps": 1}
     first = first_step(tiny_cache, **settings)

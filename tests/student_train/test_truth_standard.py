@@ -28,7 +28,7 @@ BOUNDS = {"res": 0.002, "vis": 0.002, "rel": 0.005}
 @pytest.fixture(scope="module")
 def standard_cache(make_request, rich_mixture, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     """``standard_cache(field=params, …)``: of ``rich_mixture``, made once for the same parameters."""
-    from pipelines.cache_teacher import capture
+    from pipelines.capture.cache_teacher import capture
 
     made: dict[str, Path] = {}
 
@@ -80,7 +80,7 @@ def test_other_directions(first_step, rich_cache, standard_cache, method: str) -
 def test_a_sketch_without_its_head_still_teaches(
     first_step, rich_cache, make_request, rich_mixture, tmp_path: Path
 ) -> None:
-    from pipelines.cache_teacher import capture
+    from pipelines.capture.cache_teacher import capture
 
     request = make_request(tmp_path / "c", data=rich_mixture, fields=("response_hidden", "vision_hidden"))
     params = {name: {"codec": "sketch", "step": 0.04} for name in ("response_hidden", "vision_hidden")}

@@ -32,8 +32,8 @@ PAIRS = {
 @pytest.fixture(scope="module", params=PAIRS)
 def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, Path, Path]:
     """(teacher, student, rows, cache of fp32 hidden states)"""
-    from pipelines.cache_teacher import capture
-    from pipelines.capture_shards import CaptureRequest
+    from pipelines.capture.cache_teacher import capture
+    from pipelines.capture.worker import CaptureRequest
     from pipelines.settings import CaptureSettings
     from teacher_cache.sources import DataSpec
     from teacher_cache.teachers.transformers import TeacherSpec

@@ -42,7 +42,7 @@ def case(request: pytest.FixtureRequest) -> tuple[Cache, list[CachedRow], Prepar
 
 @pytest.fixture(scope="module")
 def two_picture_cache(make_request, world_json: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from pipelines.cache_teacher import capture
+    from pipelines.capture.cache_teacher import capture
     from teacher_cache.sources import DataSpec
 
     out = tmp_path_factory.mktemp("two") / "cache"

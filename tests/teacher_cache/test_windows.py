@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from pipelines.calibrate import calibration_samples, hidden_rows, mixture_reader
+from pipelines.capture.calibrate import calibration_samples, hidden_rows, mixture_reader
 from teacher_cache import cache_shard as line
 from teacher_cache.cache_shard import CaptureJob, Window, cache_shard, prepare_windows
 from teacher_cache.fields import create_field
@@ -133,7 +133,7 @@ def test_calibration_keeps_no_more_rows_than_a_fit_looks_at(plan: Plan, preparer
     wants = frozenset({"hidden.vision", "hidden.response"})
     every = calibration_samples(plan, preparer, 31, frozenset(), wants=wants)
     assert len(every) == 31
-    monkeypatch.setattr("pipelines.calibrate.MOST_ROWS", 36 * 8)
+    monkeypatch.setattr("pipelines.capture.calibrate.MOST_ROWS", 36 * 8)
     kept = calibration_samples(plan, preparer, 31, frozenset(), wants=wants)
     assert 36 * 4 <= hidden_rows(kept, wants) <= 36 * 8
     stride = -(-len(every) // len(kept))

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from pipelines.export import ExportRequest, export
+from pipelines.export.run import ExportRequest, export
 from student_train.compressors import CompressorSpec, compressor_modules
 from student_train.student import load_student, save_student
 from tests.conftest import build_folder

@@ -21,8 +21,8 @@ from pipelines.ablate.cells import LOG, Cell, make_cells, request
 from pipelines.ablate.grid import load_grid
 from pipelines.ablate.run import LOG_TAIL, AblateRequest, ablate, dry_run, running_line
 from pipelines.ablate.runner import Slot, conclude, make_slots, prune_models, run_cells
-from pipelines.output_lock import alone
 from pipelines.report.runs import read_runs
+from pipelines.train.output_lock import alone
 from teacher_cache.errors import KdcliError
 from teacher_cache.stopping import Stopped
 

@@ -27,7 +27,7 @@ from pipelines.ablate.grid import load_grid
 from pipelines.ablate.results import as_json, markdown
 from pipelines.ablate.run import AblateRequest, ablate, ended_line, write_results
 from pipelines.ablate.runner import _next, _Others, conclude
-from pipelines.output_lock import Held
+from pipelines.train.output_lock import Held
 from student_train.checkpoint import checkpoints
 from tests.odd_json import odd_documents
 from tests.pipelines.report.conftest import result
@@ -39,7 +39,7 @@ method = "sft"
 stages = "SFT"
 """
 HOLD = (
-    "import sys, time; from pathlib import Path; from pipelines.output_lock import alone\n"
+    "import sys, time; from pathlib import Path; from pipelines.train.output_lock import alone\n"
     "with alone(Path(sys.argv[1]), 'kdcli ablate', '--out'):\n"
     "    print('held', flush=True); sys.stdin.read()"
 )

@@ -14,11 +14,11 @@ from rich.console import Console
 
 from cli import main
 from pipelines.ablate.grid import load_grid
+from pipelines.capture.profiles import PROFILES
 from pipelines.demo import run
 from pipelines.demo.run import DEMO, Recipe, run_demo
-from pipelines.output_lock import alone
-from pipelines.profiles import PROFILES
 from pipelines.report.runs import Run, read_runs
+from pipelines.train.output_lock import alone
 from teacher_cache.errors import KdcliError
 from tests.pipelines.ablate.conftest import fork_cells
 from tests.warm import Warm

@@ -15,7 +15,7 @@ HOSTILE = '<script>alert("turn")</script>'
 
 
 def result(exact_match: float, families: tuple[str, ...] = ("charts", "reading"), n: int = 10) -> dict[str, Any]:
-    """The shape of ``pipelines.evaluate.score``."""
+    """The shape of ``pipelines.judge.evaluation.run.score``."""
     found = {name: {"n": n, "exact_match": exact_match} for name in families}
     return {"n": n * len(found), "exact_match": exact_match, "family_mean": exact_match, "families": found}
 
@@ -56,7 +56,7 @@ def make_run(tmp_path: Path) -> Callable[..., Path]:
 def em_kd_run(tmp_path_factory: pytest.TempPathFactory, tiny_cache: Path, coarse_student: Path) -> Path:
     """A finished run of ``em-kd``, one step of four rows: 9 vision tokens an image where the teacher has 36."""
     from pipelines.settings import Settings
-    from pipelines.train_student import train
+    from pipelines.train.train_student import train
     from student_train.config import TrainSettings
 
     output = tmp_path_factory.mktemp("runs") / "em-kd"
@@ -122,7 +122,7 @@ def hostile_cache(tmp_path: Path, make_request: Callable[..., Any]) -> Path:
     """A cache of two rows whose words, ids and file name are markup."""
     import PIL.Image
 
-    from pipelines.cache_teacher import capture
+    from pipelines.capture.cache_teacher import capture
     from teacher_cache.sources import DataSpec
 
     source = tmp_path / "hostile"

@@ -7,10 +7,10 @@ import struct
 
 import pytest
 
-from pipelines.inspect_cache import status
+from pipelines.inspect.cache import status
 from pipelines.report.efficiency import NOTHING, efficiency, parameters
 from pipelines.report.runs import read_runs
-from pipelines.tables import human_bytes
+from pipelines.terminal.tables import human_bytes
 from student_train.cache import Cache
 from teacher_cache.errors import KdcliError
 

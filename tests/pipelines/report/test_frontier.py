@@ -8,7 +8,7 @@ import re
 
 import pytest
 
-from pipelines.preflight.request import NOTEBOOK, beside
+from pipelines.judge.preflight.request import NOTEBOOK, beside
 from pipelines.report.fidelity_files import Measured, Stored, read_fidelity
 from pipelines.report.frontier import BOTTOM, HEIGHT, LEFT, RIGHT, TOP, WIDTH, frontiers
 from teacher_cache.errors import KdcliError

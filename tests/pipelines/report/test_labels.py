@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from pipelines.edit_cache import drop_field
-from pipelines.labels.survey import survey
+from pipelines.edit.fields import drop_field
+from pipelines.judge.labels.survey import survey
 from pipelines.report import labels
 from pipelines.report.labels import label_section
 from pipelines.report.page import write_report

@@ -13,13 +13,13 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from pipelines.exporting.card import model_card
-from pipelines.exporting.provenance import find_model, read_provenance, trained_template
+from pipelines.export.card import model_card
+from pipelines.export.provenance import find_model, read_provenance, trained_template
 from pipelines.report.fidelity_files import read_fidelity
 from pipelines.report.frontier import frontiers
 from pipelines.report.page import write_report
 from pipelines.report.runs import read_runs
-from pipelines.run_records import MOST_BYTES, read_points
+from pipelines.train.run_records import MOST_BYTES, read_points
 from teacher_cache.errors import KdcliError
 from tests.odd_json import BYTES, odd_documents
 from tests.pipelines.report.conftest import result

@@ -8,11 +8,11 @@ from html.parser import HTMLParser
 
 import pytest
 
-from pipelines import inspect_cache
-from pipelines.find_row import Asked
+from pipelines.inspect import cache as inspect_cache
+from pipelines.inspect.find_sample import Asked
 from pipelines.report.lead import Lead
 from pipelines.report.page import write_report
-from pipelines.tables import human_bytes
+from pipelines.terminal.tables import human_bytes
 from student_train.cache import Cache
 from teacher_cache.errors import KdcliError
 
@@ -218,7 +218,7 @@ def test_the_command_leaves_the_matching_out(em_kd_run, tiny_cache, fidelity_fil
 
 
 def test_a_field_less_cache_shows_images_without_words(make_run, make_request, tmp_path):
-    from pipelines.cache_teacher import capture
+    from pipelines.capture.cache_teacher import capture
 
     capture(make_request(tmp_path / "bare", fields=("response_topk",)))
     page = Page(

@@ -207,7 +207,7 @@ def test_capture_by_a_capped_teacher(tmp_path: Path, tiny_teacher: Path, make_re
     """Top-k fields are captured; hidden states, whole or sketched, are refused before anything but the plan is written."""
     from dataclasses import replace
 
-    from pipelines.cache_teacher import capture
+    from pipelines.capture.cache_teacher import capture
     from tests.capped_model import build_capped
 
     folder = build_capped(tmp_path / "teacher", tiny_teacher)

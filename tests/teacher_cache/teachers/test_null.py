@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from pipelines.cache_teacher import capture
-from pipelines.capture_shards import CaptureRequest
+from pipelines.capture.cache_teacher import capture
+from pipelines.capture.worker import CaptureRequest
 from student_train.cache import Cache, CachedRows
 from teacher_cache.errors import KdcliError
 from teacher_cache.fields import create_field, field_kinds
@@ -133,8 +133,8 @@ def test_a_wrong_id_is_one_line(given: str) -> None:
 
 def test_training_from_it_says_so(spec: TeacherSpec, tiny_student: Path, make_request, tmp_path: Path) -> None:
     from pipelines.settings import Settings
-    from pipelines.stage_plans import plan_stages
-    from pipelines.train_student import settle
+    from pipelines.train.stage_plans import plan_stages
+    from pipelines.train.train_student import settle
     from student_train.config import TrainSettings
 
     request = make_request(tmp_path / "cache", fields=("response_topk",))

@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText
 
-from pipelines.profiles import PROFILES, with_tails
+from pipelines.capture.profiles import PROFILES, with_tails
 from student_train.needs import Need, serve
 from teacher_cache.batch import row_positions
 from teacher_cache.errors import CompatibilityError, KdcliError

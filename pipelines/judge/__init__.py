@@ -1,0 +1,1 @@
+"""Judging before and after: ``doctor``, ``plan``, ``preflight``, ``fidelity``, ``eval``, and label errors."""

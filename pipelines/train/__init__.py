@@ -1,0 +1,1 @@
+"""``kdcli train-student``: stages planned, checked, trained, and written down."""
