@@ -80,7 +80,7 @@ def write_rows(folder: Path, rows: int, side: int) -> Path:
 
 def measure(folder: Path, options: Any) -> dict[str, Any]:
     """Peak and seconds of one whole ``cache-teacher``, and what its rows are."""
-    from student_train.cache import Cache
+    from teacher_cache.cache import TeacherCache
 
     write_model(folder / "teacher", options.width, options.side)
     data, out = write_rows(folder, options.rows, options.side), folder / "cache"
@@ -88,7 +88,7 @@ def measure(folder: Path, options: Any) -> dict[str, Any]:
     words += ["--store", "exact", "--dtype", "bfloat16", "--shards", "1", "--workers", "1", "--device", "cpu"]
     words += ["--encode-workers", str(options.encode_workers)]
     done = watched([sys.executable, "-m", "cli", *words, "--max-length", "16384"])
-    (first, *_) = Cache(str(out)).column("samples").entries(0)
+    (first, *_) = TeacherCache(str(out)).column("samples").entries(0)
     tar = sum(file.stat().st_size for file in out.rglob("*.tar"))
     return {
         "vision_tokens": first.vision_rows,

@@ -16,7 +16,7 @@ from unittest import mock
 import torch
 
 from benchmarks.common import synchronize
-from student_train.cache import Cache
+from teacher_cache.cache import TeacherCache
 from teacher_cache.codecs import container
 from teacher_cache.fields import Field
 from teacher_cache.records import Prepared
@@ -102,7 +102,7 @@ def _summary(runs: Sequence[dict[str, float]], fields: Sequence[str]) -> dict[st
 class BatchDecoder:
     """Reads, unpacks and decodes fields of a cache for the rows of a batch, as the stream does for its rows; page cache warm."""
 
-    def __init__(self, cache: Cache, fields: Sequence[str], parts: Sequence[str]):
+    def __init__(self, cache: TeacherCache, fields: Sequence[str], parts: Sequence[str]):
         self.columns = {name: cache.column(name) for name in fields}
         self.fields = {name: cache.open_field(name) for name in fields}
         self.places = {

@@ -16,7 +16,7 @@ from typing import Any
 
 from pipelines.capture.cache_teacher import capture
 from pipelines.capture.worker import CaptureRequest
-from pipelines.demo.run import TEACHER, Recipe, make_world
+from pipelines.demo.run import TEACHER, DemoRecipe, make_world
 from pipelines.settings import CaptureSettings
 from pipelines.terminal.tables import cache_table
 from teacher_cache.teachers.transformers import TeacherSpec
@@ -32,7 +32,7 @@ FIELDS: dict[str, dict[str, Any]] = {
 }
 
 
-def make(out: Path, recipe: Recipe, seed: int) -> dict[str, Any]:
+def make(out: Path, recipe: DemoRecipe, seed: int) -> dict[str, Any]:
     """``out/world`` and ``out/cache``; the capture's summary. A share of the training answers is wrong where the recipe says so."""
     _, data = make_world(out / "world", recipe, seed)
     settings = CaptureSettings(shards=recipe.shards, fields=tuple(FIELDS), workers=1)
@@ -48,7 +48,7 @@ def main() -> None:
     parser.add_argument("--wrong-answers", type=float, default=None, help="share of the training answers, 0 to 1")
     given = vars(parser.parse_args())
     out, seed = given.pop("out"), given.pop("seed")
-    recipe = replace(Recipe(defects=0), **{name: value for name, value in given.items() if value is not None})
+    recipe = replace(DemoRecipe(defects=0), **{name: value for name, value in given.items() if value is not None})
     summary = make(out, recipe, seed)
     print(cache_table(summary["columns"], summary["rows"]))
 

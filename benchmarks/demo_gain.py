@@ -22,7 +22,7 @@ from rich.console import Console
 
 from benchmarks.common import RESULTS, machine
 from pipelines.demo.gain import gain_of, image_mean
-from pipelines.demo.run import DEMO, Recipe, grid_of, make_cache, make_world
+from pipelines.demo.run import DEMO, DemoRecipe, grid_of, make_cache, make_world
 from pipelines.demo.students import DISTILLED, SFT, VARIANTS, Trained, train_and_ask
 from pipelines.terminal.tables import table
 
@@ -58,7 +58,7 @@ def run(work: Path, seeds: int, share: float, tune: bool, console: Console) -> d
     }
 
 
-def at_other_rates(recipe: Recipe) -> dict[str, dict[str, Any]]:
+def at_other_rates(recipe: DemoRecipe) -> dict[str, dict[str, Any]]:
     """The demo's two rows at every other rate of ``RATES``."""
     own = {SFT: recipe.tuning_learning_rate, DISTILLED: recipe.distilling_learning_rate}
     return {

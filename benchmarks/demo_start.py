@@ -17,7 +17,7 @@ from typing import Any
 
 from pipelines.capture.cache_teacher import capture
 from pipelines.capture.worker import CaptureRequest
-from pipelines.demo.run import STUDENT_START, TEACHER, Recipe, make_world
+from pipelines.demo.run import STUDENT_START, TEACHER, DemoRecipe, make_world
 from pipelines.settings import CaptureSettings, Settings
 from pipelines.train.train_student import train
 from student_train.config import StageSettings, TrainSettings
@@ -31,7 +31,7 @@ WORLD_SEED = 1000
 PROJECTOR_STEPS, LEARNING_RATE, BATCH = 100, 2e-3, 8
 
 
-def make(out: Path, recipe: Recipe, steps: int) -> Path:
+def make(out: Path, recipe: DemoRecipe, steps: int) -> Path:
     """``out/start``: the model folder."""
     work = out / "start_work"
     _, data = make_world(work / "world", recipe, WORLD_SEED)
@@ -78,7 +78,7 @@ def main() -> None:
     parser.add_argument("--captions", type=int, default=960)
     parser.add_argument("--train", type=int, default=4000)
     given = parser.parse_args()
-    recipe = replace(Recipe(defects=0, heldout=8), captions=given.captions, train=given.train)
+    recipe = replace(DemoRecipe(defects=0, heldout=8), captions=given.captions, train=given.train)
     print(make(given.out, recipe, given.steps))
 
 

@@ -25,7 +25,7 @@ import transformers.models.siglip.modeling_siglip  # noqa: F401 (what a child wo
 
 from pipelines.capture.cache_teacher import capture
 from pipelines.capture.worker import CaptureRequest
-from pipelines.demo.run import Recipe, make_world
+from pipelines.demo.run import DemoRecipe, make_world
 from pipelines.settings import CaptureSettings, Settings
 from pipelines.train.train_student import train
 from student_train.config import TrainSettings
@@ -67,7 +67,7 @@ class Events:
 
 def mixture(work: Path, captions: int = 6, rows: int = 12) -> tuple[DataSpec, ...]:
     """Both parts of a demo world below ``work``, written once."""
-    made = make_world(work / "world", replace(Recipe(defects=2), captions=captions, train=rows, heldout=7))[1]
+    made = make_world(work / "world", replace(DemoRecipe(defects=2), captions=captions, train=rows, heldout=7))[1]
     return tuple(replace(part, image_root=part.image_root or str(work / "world")) for part in made)
 
 

@@ -26,7 +26,7 @@ from benchmarks.fault_jobs import (
     whole_run,
 )
 from pipelines.inspect.cache import check, collect_garbage
-from student_train.cache import Cache
+from teacher_cache.cache import TeacherCache
 from teacher_cache.shards.commit import committed_shards, read_commit
 from teacher_cache.shards.storage import Storage
 
@@ -125,7 +125,7 @@ def capture_kills(events: Events, work: Path, teacher: str, count: int, seed: in
 
 def ended(job: Job, goal: dict[str, bytes], status: int) -> dict[str, Any]:
     """Whether a finished cache is the undisturbed one: verify finds nothing, and after ``gc`` it has the same files and no others."""
-    cache = Cache(str(job.out))
+    cache = TeacherCache(str(job.out))
     problems, garbage = check(cache), collect_garbage(cache, remove=True)
     scratch = [str(one) for name in (".staging", "progress") for one in (job.out / name).glob("*")]
     same = status == 0 and not problems and not scratch and tree(job.out) == goal

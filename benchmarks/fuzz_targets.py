@@ -29,7 +29,8 @@ from pipelines.capture import heartbeat
 from pipelines.judge.preflight import canaries
 from pipelines.settings import FILE, load_settings, write_template
 from pipelines.terminal.tables import work_lines
-from student_train.cache import Cache, CachedRows
+from teacher_cache.cache import TeacherCache
+from teacher_cache.cached_samples import CachedSamples
 from teacher_cache.codecs import adaptive, container, frame
 from teacher_cache.errors import CacheError, DataError, KdcliError, SkipRow
 from teacher_cache.fields import create_field, decode_record, open_field
@@ -312,9 +313,9 @@ class Folder:
 
     def read_all(self) -> None:
         """As training does."""
-        opened = Cache(str(self.path))
+        opened = TeacherCache(str(self.path))
         fields = list(opened.fields)
-        rows = CachedRows(opened, opened.parts(), fields)
+        rows = CachedSamples(opened, opened.parts(), fields)
         for position, count in enumerate(rows.counts):
             for row in range(count):
                 rows.read(position, row)

@@ -31,7 +31,7 @@ from pipelines.ablate.run import AblateRequest, ablate
 from pipelines.capture.cache_teacher import capture
 from pipelines.capture.worker import CaptureRequest
 from pipelines.demo.gain import image_mean
-from pipelines.demo.run import TEACHER, Recipe, make_world
+from pipelines.demo.run import TEACHER, DemoRecipe, make_world
 from pipelines.judge.evaluation.answers import answer, prompt_of
 from pipelines.judge.evaluation.run import load_answering
 from pipelines.settings import CaptureSettings
@@ -58,7 +58,7 @@ METRICS: dict[str, Callable[[Mapping[str, Any]], float]] = {
 """Column → value of an evaluation's scores. Means of the image families; the family of text apart; means of all families."""
 
 
-def make(folder: Path, recipe: Recipe, world: int) -> None:
+def make(folder: Path, recipe: DemoRecipe, world: int) -> None:
     """``folder/world`` and ``folder/cache``, the five fields of response and vision rows; what is there stays."""
     if (folder / "made.json").is_file():
         return
@@ -67,13 +67,13 @@ def make(folder: Path, recipe: Recipe, world: int) -> None:
     (folder / "made.json").write_text(json.dumps({"rows": summary["rows"], "recipe": repr(recipe)}))
 
 
-def _capture(url: Path, data: Sequence[DataSpec], recipe: Recipe, wanted: Sequence[str]) -> dict[str, Any]:
+def _capture(url: Path, data: Sequence[DataSpec], recipe: DemoRecipe, wanted: Sequence[str]) -> dict[str, Any]:
     fields = {name: FIELDS[name] for name in wanted}
     settings = CaptureSettings(shards=recipe.shards, fields=tuple(fields), workers=1)
     return capture(CaptureRequest(TeacherSpec(str(TEACHER)), tuple(data), str(url), settings, fields))
 
 
-def make_answered(folder: Path, recipe: Recipe, world: int, name: str, times: int = 1) -> None:
+def make_answered(folder: Path, recipe: DemoRecipe, world: int, name: str, times: int = 1) -> None:
     """``folder/NAME``: a cache of the world's pictures and questions, ``times`` as many, whose answers are the teacher's greedy ones."""
     target = folder / f"{name}_world"
     if (target / "made.json").is_file():
@@ -142,7 +142,7 @@ def write_grid(folder: Path, seeds: Sequence[int], rows: Sequence[str], steps: i
     return path
 
 
-def run(out: Path, options: argparse.Namespace, recipe: Recipe) -> None:
+def run(out: Path, options: argparse.Namespace, recipe: DemoRecipe) -> None:
     """All students that are missing; the worlds of one seed before the next seed, so that an early table has all of them."""
     console = Console()
     parts = "".join(chosen_variants(options.rows)[1])
@@ -244,7 +244,7 @@ def main() -> None:
     options.share = options.share or [0.0, 0.4]
     sizes = {name: getattr(options, name) for name in ("captions", "train", "heldout")}
     if not options.tables:
-        run(options.out, options, Recipe(defects=0, **sizes))
+        run(options.out, options, DemoRecipe(defects=0, **sizes))
     found = cells(options.out)
     print(tables(found))
     if options.save:

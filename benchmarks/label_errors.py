@@ -30,22 +30,22 @@ import torch
 from benchmarks.common import argument_parser, finish, machine, print_table
 from pipelines.capture.cache_teacher import capture
 from pipelines.capture.worker import CaptureRequest
-from pipelines.demo.run import TEACHER, Recipe, make_world
+from pipelines.demo.run import TEACHER, DemoRecipe, make_world
 from pipelines.demo.world import train_rows
-from pipelines.judge.labels.answers import Answer, answers_of
+from pipelines.judge.labels.answers import JudgedAnswer, answers_of
 from pipelines.judge.labels.reading import Reader, source_of
 from pipelines.judge.labels.survey import Survey, survey
-from pipelines.judge.labels.tally import Tally
+from pipelines.judge.labels.tally import LabelTally
 from pipelines.settings import CaptureSettings
-from student_train.cache import Cache
 from student_train.teacher_view import TeacherHeads
+from teacher_cache.cache import TeacherCache
 from teacher_cache.records import TopK
 from teacher_cache.teachers.transformers import TeacherSpec
 
 FIELDS: dict[str, dict[str, Any]] = {"response_topk": {"k": 8}}
 SURE = 0.9
 TARGETS = {"precision at the planted share": 0.9, "recall": 0.8}
-SCORES: Mapping[str, Callable[[Answer], float]] = {
+SCORES: Mapping[str, Callable[[JudgedAnswer], float]] = {
     "margin - log n": lambda one: one.score,
     "margin": lambda one: one.margin,
     "sum of -log p": lambda one: one.nll,
@@ -61,23 +61,23 @@ class Labelled:
     sure: its tokens where the teacher's likeliest has p ≥ ``SURE``; sure_right: those of them where that is the label.
     """
 
-    answer: Answer
+    answer: JudgedAnswer
     family: str
     wrong: bool
     sure: int
     sure_right: int
 
 
-def make(folder: Path, rows: int, seed: int, share: float) -> Cache:
+def make(folder: Path, rows: int, seed: int, share: float) -> TeacherCache:
     """The world and its cache in ``folder``."""
-    recipe = Recipe(captions=0, train=rows, heldout=7, defects=0, wrong_answers=share)
+    recipe = DemoRecipe(captions=0, train=rows, heldout=7, defects=0, wrong_answers=share)
     _, data = make_world(folder / "world", recipe, seed)
     settings = CaptureSettings(shards=4, fields=tuple(FIELDS), workers=1)
     capture(CaptureRequest(TeacherSpec(str(TEACHER)), data[1:], str(folder / "cache"), settings, FIELDS))
-    return Cache(str(folder / "cache"))
+    return TeacherCache(str(folder / "cache"))
 
 
-def labelled(cache: Cache, folder: Path, rows: int, seed: int) -> Iterator[Labelled]:
+def labelled(cache: TeacherCache, folder: Path, rows: int, seed: int) -> Iterator[Labelled]:
     """Every answer of a world."""
     planted = {(one["row"], one["turn"]) for one in json.loads((folder / "world" / "wrong_answers.json").read_text())}
     families = [[turn.family for turn in row.turns] for row in train_rows(rows, seed)]
@@ -106,10 +106,10 @@ class TooSure:
         return replace(told, topk=replace(topk, log_probs=doubled[:, :-1], log_tail=doubled[:, -1]))
 
 
-def estimate_too_sure(cache: Cache) -> float:
+def estimate_too_sure(cache: TeacherCache) -> float:
     """Wrong answers that such a teacher would have estimated."""
     reader = Reader(cache)
-    rows, tallies = reader.open(), defaultdict[str, Tally](Tally)
+    rows, tallies = reader.open(), defaultdict[str, LabelTally](LabelTally)
     signals: Any = TooSure(TeacherHeads.open(cache, reader.served, torch.device("cpu")))
     for one in reader.read(rows, signals, max(rows.counts)):
         for answer in answers_of(one.row.text, one.said, reader.ends):
@@ -117,7 +117,7 @@ def estimate_too_sure(cache: Cache) -> float:
     return sum(one.wrong for one in tallies.values() if one.estimable)
 
 
-def ranked(answers: Sequence[Labelled], score: Callable[[Answer], float]) -> float:
+def ranked(answers: Sequence[Labelled], score: Callable[[JudgedAnswer], float]) -> float:
     """Precision, and recall, of as many answers as were planted."""
     planted = sum(one.wrong for one in answers)
     first = sorted(answers, key=lambda one: -score(one.answer))[:planted]

@@ -6,10 +6,10 @@ from dataclasses import replace
 
 import torch
 
-from student_train.cache import Cache
 from student_train.needs import Served
 from student_train.stream import TrainBatch
 from student_train.teacher_view import TeacherHeads, TeacherView
+from teacher_cache.cache import TeacherCache
 from teacher_cache.teachers.transformers import TeacherSpec, TransformersTeacher, load_processor
 
 HIDDEN = {
@@ -32,7 +32,7 @@ class LiveTeacher:
     def opener(cls, teacher: str):
         """``open_signals`` of ``pipelines.train.train_student.train``: the teacher's folder takes the cache's place."""
 
-        def open_signals(cache: Cache, served: Served, device: torch.device) -> LiveTeacher:
+        def open_signals(cache: TeacherCache, served: Served, device: torch.device) -> LiveTeacher:
             spec = TeacherSpec(teacher, dtype="float32", device=str(device))
             return cls(TransformersTeacher(spec, *load_processor(spec)), device)
 

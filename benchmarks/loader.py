@@ -28,8 +28,9 @@ from typing import Any
 from benchmarks.common import argument_parser, finish, interleave, machine, median_ratio, print_table, spread, timed
 from benchmarks.step_variants import COMPACT, FIELDS_OF, SFT, STANDARD, STORE_OF, build_variant, write_caches
 from benchmarks.worlds import World, open_world
-from student_train.cache import Cache, CachedRows
 from student_train.stream import Order
+from teacher_cache.cache import TeacherCache
+from teacher_cache.cached_samples import CachedSamples
 from teacher_cache.shards.disk_cache import DiskCache
 
 READ = (SFT, STANDARD, COMPACT)
@@ -52,11 +53,11 @@ def parse(arguments: Sequence[str] | None) -> Any:
 class Columns:
     """All that a run reads of one cache, row by row in training order, as bytes."""
 
-    cache: Cache
+    cache: TeacherCache
     fields: tuple[str, ...]
 
-    def rows(self, disk: DiskCache | None = None) -> CachedRows:
-        return CachedRows(self.cache, ["sft"], self.fields, disk)
+    def rows(self, disk: DiskCache | None = None) -> CachedSamples:
+        return CachedSamples(self.cache, ["sft"], self.fields, disk)
 
     def read_ours(self) -> int:
         """Members of every row, in training order; how many bytes."""
@@ -103,7 +104,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         world = open_world(options, folder, options.rows)
         url = str(folder / "cache")
         write_caches(world, url)
-        columns = {one: Columns(Cache(f"{url}/{STORE_OF[one]}"), FIELDS_OF[one]) for one in READ}
+        columns = {one: Columns(TeacherCache(f"{url}/{STORE_OF[one]}"), FIELDS_OF[one]) for one in READ}
         rows = sum(columns[SFT].rows().counts)
         body = {
             "machine": described,
@@ -180,7 +181,7 @@ def from_a_store(options: Any, local: Columns, rows: int, folder: Path) -> dict[
         files = fsspec.filesystem("s3")
         files.mkdir("bucket")
         files.put(local.cache.storage.root, "bucket/cache", recursive=True)
-        columns = Columns(Cache("s3://bucket/cache"), local.fields)
+        columns = Columns(TeacherCache("s3://bucket/cache"), local.fields)
         kept = [folder / f"kept-{number}" for number in range(options.repeats)]
         table: dict[str, dict[str, list[float]]] = {}
         for number in range(options.repeats):

@@ -28,13 +28,13 @@ import torch
 from benchmarks.common import argument_parser, clocked, finish, interleave, machine, median_ratio, print_table, spread
 from benchmarks.stage_trainers import open_stage
 from benchmarks.worlds import World, open_world, write_cache
-from student_train.cache import Cache
 from student_train.losses.matching import column_sampled_cost, manhattan_cost, match
 from student_train.losses.terms import StudentRows
 from student_train.match_groups import first_rows
 from student_train.stream import TrainBatch
 from student_train.teacher_view import TeacherView
 from student_train.trainer import Trainer
+from teacher_cache.cache import TeacherCache
 
 BATCH = {"demo": 16, "real": 4}
 COLUMNS = {"demo": (256, 512, 1024, 2048), "real": (512, 1024, 2048, 4096, 8192)}
@@ -58,7 +58,7 @@ def parse(arguments: Sequence[str] | None) -> Any:
 def open_trainer(options: Any, world: World, url: str) -> tuple[Trainer, list[TrainBatch]]:
     """An em-kd stage on a fresh student with pooled vision tokens, and one micro-batch for every step."""
     write_cache(world, world.open_capture(), url, "exact", FIELDS)
-    _, trainer, batches_from = open_stage(world, Cache(url), "em-kd", options.batch, options.steps, pooled=True)
+    _, trainer, batches_from = open_stage(world, TeacherCache(url), "em-kd", options.batch, options.steps, pooled=True)
     return trainer, [batches[0] for _, batches in zip(range(options.steps), (b for _, b in batches_from(0)))]
 
 

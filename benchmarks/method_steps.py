@@ -29,7 +29,7 @@ from benchmarks.common import argument_parser, clocked, finish, interleave, mach
 from benchmarks.stage_trainers import open_stage
 from benchmarks.step_variants import Variant
 from benchmarks.worlds import World, open_world, write_cache
-from student_train.cache import Cache
+from teacher_cache.cache import TeacherCache
 
 BATCH = {"demo": 16, "real": 4}
 EXACT, STANDARD = "exact", "standard"
@@ -98,15 +98,15 @@ def chosen(methods: Sequence[str]) -> dict[str, Case]:
     return {name: case for name, case in CASES.items() if name in wanted}
 
 
-def write_caches(world: World, folder: Path, profiles: set[str]) -> dict[str, Cache]:
+def write_caches(world: World, folder: Path, profiles: set[str]) -> dict[str, TeacherCache]:
     """Profile → a complete cache of its fields."""
     capture = world.open_capture()
     for profile in sorted(profiles):
         write_cache(world, capture, str(folder / profile), profile, FIELDS_OF[profile])
-    return {profile: Cache(str(folder / profile)) for profile in profiles}
+    return {profile: TeacherCache(str(folder / profile)) for profile in profiles}
 
 
-def build(case: Case, name: str, options: Any, world: World, cache: Cache) -> Variant:
+def build(case: Case, name: str, options: Any, world: World, cache: TeacherCache) -> Variant:
     """The case's trainer in the middle of its schedule; every case's batches hold the same rows."""
     _, trainer, batches_from = open_stage(
         world, cache, case.method, options.batch, options.steps, case.knobs, pooled=case.pooled

@@ -26,13 +26,13 @@ from typing import Any
 from benchmarks.common import DEMO_MODELS, finish, machine, print_table
 from pipelines.capture.cache_teacher import capture
 from pipelines.capture.worker import CaptureRequest
-from pipelines.demo.questions import CAPTION_REQUESTS, Turn, caption, image_turns
+from pipelines.demo.questions import CAPTION_REQUESTS, QuestionTurn, caption, image_turns
 from pipelines.demo.render import render
 from pipelines.demo.scenes import sample_scene
 from pipelines.demo.tokenizer import load_tokenizer
-from pipelines.demo.world import Row
+from pipelines.demo.world import WorldRow
 from pipelines.settings import CaptureSettings
-from student_train.cache import Cache
+from teacher_cache.cache import TeacherCache
 from teacher_cache.sources import DataSpec
 from teacher_cache.teachers.transformers import TeacherSpec
 
@@ -58,13 +58,13 @@ def write_rows(folder: Path, rows: int) -> Path:
     return path
 
 
-def long_rows(count: int) -> Iterator[Row]:
+def long_rows(count: int) -> Iterator[WorldRow]:
     """A caption of every picture, then questions about them in turn, up to ``RESPONSE_TOKENS`` in the answers."""
     rng = random.Random("overhead")
     tokenizer = load_tokenizer()
     for number in range(count):
         scenes = tuple(sample_scene(rng, "train") for _ in range(PICTURES))
-        every = [Turn(rng.choice(CAPTION_REQUESTS), caption(scene), "caption") for scene in scenes]
+        every = [QuestionTurn(rng.choice(CAPTION_REQUESTS), caption(scene), "caption") for scene in scenes]
         asked = [turn for scene in scenes for turn in image_turns(scene, rng, 40)]
         rng.shuffle(asked)
         turns, tokens = [], 0
@@ -73,10 +73,10 @@ def long_rows(count: int) -> Iterator[Row]:
                 break
             turns.append(turn)
             tokens += len(tokenizer(turn.answer)["input_ids"]) + 1  # the end-of-turn token is an answer's too
-        yield Row(f"long-{number:06d}", scenes, tuple(turns))
+        yield WorldRow(f"long-{number:06d}", scenes, tuple(turns))
 
 
-def column_sizes(cache: Cache, name: str) -> dict[str, float]:
+def column_sizes(cache: TeacherCache, name: str) -> dict[str, float]:
     """Bytes a sample of one column: payload, safetensors headers, tar headers with padding, and the end of each tar."""
     reader = cache.column(name)
     payload = containers = members = tar = rows = stops = 0
@@ -128,10 +128,10 @@ def measure(models: Path, folder: Path, rows: int, calibration_rows: int) -> dic
     capture(CaptureRequest(teacher, (data,), str(folder / "standard"), settings, {}))
     dense = replace(settings, fields=("affinity",))
     capture(CaptureRequest(teacher, (data,), str(folder / "dense"), dense, {"affinity": {"layout": "dense"}}))
-    cache = Cache(str(folder / "standard"))
+    cache = TeacherCache(str(folder / "standard"))
     fields = sorted(cache.fields)
     columns = {name: column_sizes(cache, name) for name in ("samples", *fields)}
-    columns[DENSE] = column_sizes(Cache(str(folder / "dense")), "affinity")
+    columns[DENSE] = column_sizes(TeacherCache(str(folder / "dense")), "affinity")
     commit = cache.column("samples").commit(0)
     counts = {name: count / commit.written for name, count in commit.counts.items()}
     others = [name for name in fields if name != "affinity"]

@@ -15,8 +15,9 @@ from collections.abc import Sequence
 
 import pipelines.processes.quiet_threads  # noqa: F401 (before torch)
 from benchmarks.memory import resident
-from student_train.cache import Cache, CachedRows
 from student_train.stream import MicroBatches, Order, TrainDataset, step_batches
+from teacher_cache.cache import TeacherCache
+from teacher_cache.cached_samples import CachedSamples
 from teacher_cache.prepare import Preparer
 from teacher_cache.teachers.backends import load_processor
 from teacher_cache.teachers.transformers import TeacherSpec
@@ -35,8 +36,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     processor, config = load_processor(TeacherSpec(options.model))
     before = resident("VmRSS")
     started = time.perf_counter()
-    cache = Cache(options.cache)
-    rows = CachedRows(cache, cache.parts(), tuple(cache.fields))
+    cache = TeacherCache(options.cache)
+    rows = CachedSamples(cache, cache.parts(), tuple(cache.fields))
     order = Order(rows.counts, seed=0)
     order.at(0)
     opened = time.perf_counter() - started

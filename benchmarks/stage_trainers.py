@@ -13,7 +13,6 @@ from benchmarks.worlds import World
 from pipelines.settings import Settings
 from pipelines.train.stage_plans import StagePlan, plan_stages
 from pipelines.train.stage_trainer import make_trainer
-from student_train.cache import Cache, CachedRows
 from student_train.compression import install, settle, with_grid
 from student_train.compressors import CompressorSpec
 from student_train.config import TrainSettings
@@ -21,6 +20,8 @@ from student_train.distributed import Processes
 from student_train.needs import Served
 from student_train.stream import TrainBatch
 from student_train.trainer import Trainer
+from teacher_cache.cache import TeacherCache
+from teacher_cache.cached_samples import CachedSamples
 
 BatchesFrom = Callable[[int], Iterator[tuple[int, list[TrainBatch]]]]
 POOL = "adaptive_pool"
@@ -28,7 +29,7 @@ POOL = "adaptive_pool"
 
 def open_stage(
     world: World,
-    cache: Cache,
+    cache: TeacherCache,
     method: str,
     batch: int,
     steps: int,
@@ -60,7 +61,7 @@ def open_stage(
         assert spec is not None
         install(student, spec)
         processor = with_grid(processor, spec, training=True)
-    rows = CachedRows(cache, plan.parts, plan.served.names, coded=not world.device.startswith("cpu"))
+    rows = CachedSamples(cache, plan.parts, plan.served.names, coded=not world.device.startswith("cpu"))
     processes = Processes(0, 1, torch.device(world.device))
     folder = Path(str(cache.storage)) / "run"
     trainer, batches_from = make_trainer(cache, plan, rows, student, processor, batch * steps, batch, processes, folder)

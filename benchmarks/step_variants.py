@@ -15,10 +15,10 @@ from benchmarks.coding_cost import BatchDecoder
 from benchmarks.live_teacher import LiveTeacher
 from benchmarks.stage_trainers import open_stage
 from benchmarks.worlds import World, write_cache
-from student_train.cache import Cache
 from student_train.stream import TrainBatch
 from student_train.teacher_view import Served
 from student_train.trainer import Trainer
+from teacher_cache.cache import TeacherCache
 from teacher_cache.teachers.transformers import TransformersTeacher
 
 SFT, EXACT, STANDARD = "sft", "llava-kd exact", "llava-kd standard"
@@ -110,7 +110,7 @@ def write_caches(world: World, url: str) -> None:
 
 def build_variant(name: str, world: World, url: str, batch: int, workers: int, steps: int) -> Variant:
     """The trainer of one variant on a fresh student."""
-    cache = Cache(f"{url}/{STORE_OF[name]}")
+    cache = TeacherCache(f"{url}/{STORE_OF[name]}")
     cache.fields = {field: body for field, body in cache.fields.items() if field in FIELDS_OF[name]}
     method = "sft" if name == SFT else "llava-kd"
     served = Served({}, ()) if name == LIVE else None

@@ -26,7 +26,7 @@ from scipy.stats import t as student_t
 from benchmarks.live_teacher import LiveTeacher
 from pipelines.capture.cache_teacher import capture
 from pipelines.capture.worker import CaptureRequest
-from pipelines.demo.run import STUDENT_START, TEACHER, Recipe, heldout, make_world, score
+from pipelines.demo.run import STUDENT_START, TEACHER, DemoRecipe, heldout, make_world, score
 from pipelines.settings import CaptureSettings, Settings
 from pipelines.terminal.tables import table
 from pipelines.train.train_student import train
@@ -37,14 +37,14 @@ from teacher_cache.teachers.transformers import TeacherSpec
 VARIANTS = {"sft": ("sft", "exact"), "standard": ("llava-kd", "standard"), "exact": ("llava-kd", "exact")}
 VARIANTS |= {"live": ("llava-kd", "exact")}
 """Student → method and the cache whose rows it reads; ``live`` takes nothing else from it."""
-RECIPE = Recipe(
+RECIPE = DemoRecipe(
     heldout=280, projector_steps=40, tuning_steps=90, projector_learning_rate=2e-3, tuning_learning_rate=2e-3
 )
 """Where no flag says otherwise."""
 STAGES = {"sft": "PT,SFT,SFT", "llava-kd": "DPT,SFT,DFT"}
 
 
-def student_settings(output: Path, recipe: Recipe, seed: int) -> Settings:
+def student_settings(output: Path, recipe: DemoRecipe, seed: int) -> Settings:
     """The same start, steps and learning rates for every method."""
     projector = StageSettings(max_steps=recipe.projector_steps, learning_rate=recipe.projector_learning_rate)
     tuning = StageSettings(max_steps=recipe.tuning_steps, learning_rate=recipe.tuning_learning_rate)
@@ -65,7 +65,7 @@ def train_variant(name: str, folder: Path, output: Path, settings: Settings, sta
     return body["model"]
 
 
-def run_seed(seed: int, recipe: Recipe, variants: list[str], work: Path, update_steps: int) -> dict[str, Any]:
+def run_seed(seed: int, recipe: DemoRecipe, variants: list[str], work: Path, update_steps: int) -> dict[str, Any]:
     """Scores of every student on one seed's world, and the cosines of their weight updates."""
     folder = work / f"seed-{seed}"
     world, data = make_world(folder / "world", recipe, seed)
@@ -87,7 +87,7 @@ def run_seed(seed: int, recipe: Recipe, variants: list[str], work: Path, update_
     return {"seed": seed, "scores": scores, "update_cosines": cosines}
 
 
-def update_cosines(folder: Path, recipe: Recipe, seed: int, variants: list[str], steps: int) -> dict[str, float]:
+def update_cosines(folder: Path, recipe: DemoRecipe, seed: int, variants: list[str], steps: int) -> dict[str, float]:
     """Cosine of each student's weight change in one DFT stage of so many steps to the live student's."""
     if "live" not in variants:
         return {}
@@ -149,14 +149,14 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--update-steps", type=int, default=50)
     parser.add_argument("--work", type=Path, default=Path("runs/students"))
     parser.add_argument("--save", action="store_true", help="write benchmarks/results/students.json")
-    for one in fields(Recipe):
+    for one in fields(DemoRecipe):
         parser.add_argument(f"--{one.name.replace('_', '-')}", type=type(one.default), default=None)
     return parser.parse_args()
 
 
 def main() -> None:
     arguments = parse()
-    given = {one.name: getattr(arguments, one.name) for one in fields(Recipe)}
+    given = {one.name: getattr(arguments, one.name) for one in fields(DemoRecipe)}
     recipe = replace(RECIPE, **{name: value for name, value in given.items() if value is not None})
     variants = arguments.variants.split(",")
     seeds = range(arguments.first_seed, arguments.first_seed + arguments.seeds)

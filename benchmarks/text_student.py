@@ -118,7 +118,8 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     from pipelines.export.run import ExportRequest, export
     from pipelines.judge.evaluation.run import evaluate_folder
     from pipelines.settings import CaptureSettings
-    from student_train.cache import Cache, CachedRows
+    from teacher_cache.cache import TeacherCache
+    from teacher_cache.cached_samples import CachedSamples
     from teacher_cache.sources import DataSpec
     from teacher_cache.teachers.transformers import TeacherSpec
 
@@ -133,8 +134,8 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     with seconds.of("capture"):
         said = capture(CaptureRequest(TeacherSpec(str(options.teacher)), data, str(cache), settings, {}))
     columns = {name: one for name, one in said["columns"].items() if name != "samples"}
-    opened = Cache(str(cache))
-    read = CachedRows(opened, ["sft"], [])
+    opened = TeacherCache(str(cache))
+    read = CachedSamples(opened, ["sft"], [])
     tokens = sum(int(read.read(p, r).text.response.sum()) for p, n in enumerate(read.counts) for r in range(n))
     question = DataSpec("heldout", str(held_out))
 

@@ -6,9 +6,9 @@ from typing import Any
 
 import torch
 
-from student_train.cache import Cache
 from student_train.methods import Method, hook
 from student_train.needs import Served
+from teacher_cache.cache import TeacherCache
 from teacher_cache.errors import CompatibilityError
 
 STATES = ("vision_hidden", "response_hidden", "vision_features")
@@ -16,7 +16,7 @@ STATES = ("vision_hidden", "response_hidden", "vision_features")
 
 
 def learned_maps(
-    cache: Cache, served: Served, method: Method, name: str, seed: int, model: Any
+    cache: TeacherCache, served: Served, method: Method, name: str, seed: int, model: Any
 ) -> dict[str, torch.nn.Module]:
     """The method's maps between hidden states of the student and of the teacher whose fields serve it; none for most methods.
 

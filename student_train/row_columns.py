@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from student_train.cache import CachedRow
+from teacher_cache.cached_samples import CachedSample
 from teacher_cache.errors import KdcliError, one_line
 from teacher_cache.records import TextTokens
 
@@ -32,7 +32,7 @@ class Column:
     values: Mapping[str, Weight] | None = None
     sha256: str = ""
 
-    def of(self, row: CachedRow) -> Weight:
+    def of(self, row: CachedSample) -> Weight:
         """KdcliError naming a row that has no number there, one below 0, or a list of another length than it has answers."""
         place = f"row {row.key} ({row.sample.place})"
         if self.values is not None:

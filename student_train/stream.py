@@ -21,10 +21,10 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
-from student_train.cache import CachedRow, CachedRows
 from student_train.packed import Packed, pack, unpack
 from student_train.row_columns import Column, Weight
 from teacher_cache.batch import Batch, collate
+from teacher_cache.cached_samples import CachedSample, CachedSamples
 from teacher_cache.errors import CompatibilityError, KdcliError, SkipRow, one_line
 from teacher_cache.known_text import KnownText
 from teacher_cache.parent import end_with_parent
@@ -183,7 +183,7 @@ class TrainDataset(Dataset):
 
     def __init__(
         self,
-        rows: CachedRows,
+        rows: CachedSamples,
         order: Positions,
         preparer: Preparer,
         templates: dict[str, str],
@@ -225,7 +225,7 @@ class TrainDataset(Dataset):
             self.rows.expect(self.order.shards_of(epoch, number), self.order.shards_of(epoch, number + 1))
         return [self._prepare(row) for row in self.rows.read_many([self.order.at(one) for one in positions])]
 
-    def _prepare(self, row: CachedRow) -> TrainRow | RefusedRow:
+    def _prepare(self, row: CachedSample) -> TrainRow | RefusedRow:
         try:
             asked = self.templates[row.sample.part], self.image_limits[row.sample.part]
             if self.known:

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from student_train.cache import Cache, CachedRows
 from student_train.compression import compressor_of, with_grid
 from student_train.methods import Method, hook
 from student_train.needs import ROW_ALIGNED, Served
 from student_train.row_columns import Column
 from student_train.stream import Positions, TrainDataset
+from teacher_cache.cache import TeacherCache
+from teacher_cache.cached_samples import CachedSamples
 from teacher_cache.known_text import same_text_side
 from teacher_cache.prepare import Preparer
 
@@ -21,9 +22,9 @@ def compares_rows(method: Method | None, served: Served) -> bool:
 
 
 def student_rows(
-    cache: Cache,
+    cache: TeacherCache,
     parts: Sequence[str],
-    rows: CachedRows,
+    rows: CachedSamples,
     order: Positions,
     processor: Any,
     config: Any,

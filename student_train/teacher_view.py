@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 
-from student_train.cache import Cache
 from student_train.distributions import (
     DenseTeacher,
     Distribution,
@@ -21,6 +20,7 @@ from student_train.distributions import (
 )
 from student_train.needs import Served
 from student_train.stream import TrainBatch
+from teacher_cache.cache import TeacherCache
 from teacher_cache.records import Coded, TextTokens
 from teacher_cache.teachers.low_rank import LowRankHead
 
@@ -100,7 +100,7 @@ class TeacherHeads:
         self._grams: dict[str, torch.Tensor] = {}
 
     @classmethod
-    def open(cls, cache: Cache, served: Served, device: torch.device) -> TeacherHeads:
+    def open(cls, cache: TeacherCache, served: Served, device: torch.device) -> TeacherHeads:
         unique: dict[str, torch.Tensor] = {}
         heads: dict[str, torch.Tensor | LowRankHead] = {}
         for name in (one for one in served.names if one.endswith("_hidden")):

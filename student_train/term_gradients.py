@@ -20,7 +20,7 @@ from student_train.step_rows import StepRows
 from student_train.stream import TrainBatch
 
 
-class Passes(Protocol):
+class GradientPasses(Protocol):
     """What of a trainer it takes to run the passes of a step one by one."""
 
     parameters: list[torch.nn.Parameter]
@@ -38,7 +38,7 @@ class Passes(Protocol):
     ) -> tuple[float, dict[str, float]]: ...
 
 
-def term_gradients(trainer: Passes, step: int, given: Sequence[TrainBatch]) -> dict[str, float]:
+def term_gradients(trainer: GradientPasses, step: int, given: Sequence[TrainBatch]) -> dict[str, float]:
     """``gradient_norm/TERM``, and ``gradient_cosine/TERM:OTHER`` where neither is 0, before clipping. All processes call it."""
     batches, terms = trainer.drawn(step, given), trainer.terms_at(step)
     rows = trainer.rows_of(step, batches)

@@ -11,7 +11,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from student_train.cache import Cache
+from teacher_cache.cache import TeacherCache
 from teacher_cache.errors import CacheError, CompatibilityError
 from teacher_cache.fingerprint import processor_fingerprint
 from teacher_cache.plan import difference
@@ -20,7 +20,7 @@ CUTTING = ("normalizer", "pre_tokenizer")
 NOTE = "the tokenizers are equal but for special tokens at their ends: the teacher's has {} and the student's {}"
 
 
-def check_tokenizer(cache: Cache, field: str, tokenizer: Any, ours: Mapping[str, Any]) -> str:
+def check_tokenizer(cache: TeacherCache, field: str, tokenizer: Any, ours: Mapping[str, Any]) -> str:
     """A note for the user, "" where the tokenizers are one; CompatibilityError with the first difference.
 
     Args:
@@ -42,7 +42,7 @@ def check_tokenizer(cache: Cache, field: str, tokenizer: Any, ours: Mapping[str,
     return NOTE.format(teacher["length"], ours["length"])
 
 
-def stored_description(cache: Cache, field: str) -> dict[str, Any] | None:
+def stored_description(cache: TeacherCache, field: str) -> dict[str, Any] | None:
     """``tokenizer.json`` as the cache keeps it beside the teacher's processor; None where it has none."""
     folder = cache.fields[field]["teacher_folder"]
     if "tokenizer.json" not in cache.processor_files(folder):
@@ -87,7 +87,7 @@ def tokens_by_id(description: Mapping[str, Any]) -> dict[int, str]:
     return tokens | {int(one["id"]): str(one["content"]) for one in description["added_tokens"]}
 
 
-def check_vocabulary(cache: Cache, fields: set[str], processor: Any) -> list[str]:
+def check_vocabulary(cache: TeacherCache, fields: set[str], processor: Any) -> list[str]:
     """Token ids mean the same on both sides; rows are compared again as they stream. CompatibilityError where they do not.
 
     Returns:

@@ -30,7 +30,7 @@ WINDOW_ROWS = 256
 Teacher = Callable[[Sequence[Prepared], frozenset[str]], list[TeacherOutput]]
 
 
-class RowReader(Protocol):
+class SampleReader(Protocol):
     """What capture asks of a mixture part (``sources.Source``), or of the ``samples`` of a cache (``stored_rows``)."""
 
     def read(self, group: RowGroup) -> Iterator[Sample | SkipRecord]:
@@ -109,7 +109,7 @@ def cache_shard(
     job: CaptureJob,
     shard: int,
     columns: Sequence[str],
-    source: RowReader,
+    source: SampleReader,
     preparer: Preparer,
     teacher: Teacher | None,
     advance: Callable[[int], None] = lambda rows: None,
@@ -157,7 +157,7 @@ def commit_all(writers: Mapping[str, ShardWriter]) -> None:
 def prepare_windows(
     job: CaptureJob,
     shard: int,
-    source: RowReader,
+    source: SampleReader,
     preparer: Preparer,
     recorded: RecordedRows = NOTHING,
     weigh: Weigh = input_bytes,

@@ -198,7 +198,8 @@ def test_the_field_of_the_docs_is_captured_and_read(
     import teacher_cache.fields
     from pipelines.capture.cache_teacher import capture
     from pipelines.inspect.cache import survey
-    from student_train.cache import Cache, CachedRows
+    from teacher_cache.cache import TeacherCache
+    from teacher_cache.cached_samples import CachedSamples
     from teacher_cache.errors import KdcliError
 
     (text,) = files_of("add_a_field.md")
@@ -208,8 +209,8 @@ def test_the_field_of_the_docs_is_captured_and_read(
     monkeypatch.setattr(teacher_cache.fields, "__path__", [*teacher_cache.fields.__path__, str(folder)])
     capture(make_request(tmp_path / "cache", fields=("response_topk", "response_confidence"), shards=2))
     cache, problems = survey(str(tmp_path / "cache"))
-    assert isinstance(cache, Cache) and not problems
-    rows = CachedRows(cache, cache.parts(), ("response_topk", "response_confidence"))
+    assert isinstance(cache, TeacherCache) and not problems
+    rows = CachedSamples(cache, cache.parts(), ("response_topk", "response_confidence"))
     for row in range(3):
         found = rows.read(0, row).fields
         likeliest = found["response_topk"].log_probs[:, 0]

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from pipelines.demo.patch_labels import PATCH_WORDS, patch_words
-from pipelines.demo.questions import CAPTION_REQUESTS, Turn, at, caption, image_turns
+from pipelines.demo.questions import CAPTION_REQUESTS, QuestionTurn, at, caption, image_turns
 from pipelines.demo.scenes import GRID, Scene
 
 IGNORED = -100
@@ -38,7 +38,7 @@ class Encoder:
             self._pieces[text] = tuple(self.tokenizer.encode(text, add_special_tokens=False))
         return self._pieces[text]
 
-    def row(self, turns: list[Turn]) -> tuple[list[int], list[int]]:
+    def row(self, turns: list[QuestionTurn]) -> tuple[list[int], list[int]]:
         """(ids, targets) of one picture and turns about it; ``targets[t]`` is the token behind t where that is an answer's."""
         picture = [self.placeholder] * self.vision_tokens
         parts: list[tuple[tuple[int, ...] | list[int], bool]] = []  # (ids, whether they are answered)
@@ -58,17 +58,17 @@ class Encoder:
         return ids, [one if is_answer else IGNORED for one, is_answer in following]
 
 
-def draw_turns(scene: Scene, rng: random.Random) -> list[Turn]:
+def draw_turns(scene: Scene, rng: random.Random) -> list[QuestionTurn]:
     """What one training row says of a scene: a caption in one of the patterns, or three to five questions."""
     kind = rng.random()
     if kind < 0.15:
-        return [Turn("", caption(scene), PLAIN)]
+        return [QuestionTurn("", caption(scene), PLAIN)]
     if kind < 0.4:
-        return [Turn(rng.choice(CAPTION_REQUESTS), caption(scene), "caption")]
+        return [QuestionTurn(rng.choice(CAPTION_REQUESTS), caption(scene), "caption")]
     if kind < 0.5:
-        return [Turn(LIST_REQUEST, listed(scene), "caption")]
+        return [QuestionTurn(LIST_REQUEST, listed(scene), "caption")]
     if kind < 0.6:
-        return [Turn(SENTENCE_REQUEST, in_sentences(scene), "caption")]
+        return [QuestionTurn(SENTENCE_REQUEST, in_sentences(scene), "caption")]
     return image_turns(scene, rng, rng.randint(3, 5))
 
 

@@ -17,7 +17,7 @@ from torch.nn import functional
 
 from benchmarks.common import finish, machine, print_table
 from benchmarks.real_teacher.lessons import IGNORED, Encoder, collate
-from pipelines.demo.questions import CAPTION_REQUESTS, IMAGE_FAMILIES, Turn, caption
+from pipelines.demo.questions import CAPTION_REQUESTS, IMAGE_FAMILIES, QuestionTurn, caption
 from pipelines.demo.render import render
 from pipelines.demo.scenes import IMAGE_SIZE, sample_scene
 from pipelines.demo.score import questions
@@ -49,7 +49,7 @@ class Judge:
         self.encoder = Encoder(self.processor.tokenizer, config.image_token_id, config.image_seq_length)
 
     @torch.no_grad()
-    def judge(self, asked: list[tuple[Image.Image, Turn]]) -> list[tuple[float, int, bool]]:
+    def judge(self, asked: list[tuple[Image.Image, QuestionTurn]]) -> list[tuple[float, int, bool]]:
         """(summed nats, tokens, whether greedy decoding would say exactly this) of each answer."""
         judged = []
         for first in range(0, len(asked), BATCH):
@@ -82,7 +82,7 @@ def describe_states(judge: Judge, count: int) -> dict[str, dict[str, float]]:
     found: dict[str, list[torch.Tensor]] = {"response": [], "vision": []}
     for _ in range(count):
         scene = sample_scene(rng, "heldout")
-        ids, targets = collate([judge.encoder.row([Turn(CAPTION_REQUESTS[0], caption(scene), "caption")])])
+        ids, targets = collate([judge.encoder.row([QuestionTurn(CAPTION_REQUESTS[0], caption(scene), "caption")])])
         pixels = judge.processor.image_processor([render(scene)], return_tensors="pt")["pixel_values"]
         states = judge.model.model(input_ids=ids, pixel_values=pixels.to(judge.model.dtype)).last_hidden_state
         found["response"].append(states[targets != IGNORED])
@@ -104,7 +104,7 @@ def score_captions(judge: Judge, count: int) -> dict[str, float]:
     """Nats a token of held-out captions, given the picture, a blank one, and another scene's."""
     rng = random.Random("real-teacher/captions")
     scenes = [sample_scene(rng, "heldout") for _ in range(count)]
-    turns = [Turn(rng.choice(CAPTION_REQUESTS), caption(one), "caption") for one in scenes]
+    turns = [QuestionTurn(rng.choice(CAPTION_REQUESTS), caption(one), "caption") for one in scenes]
     pictures = [render(one) for one in scenes]
     shown = {"teacher": pictures, "blank_image": [BLANK] * count, "other_image": [*pictures[1:], pictures[0]]}
     told = {}

@@ -15,15 +15,16 @@ from pathlib import Path
 from typing import Any
 
 from pipelines.ablate.cards import read_card, read_failure
-from pipelines.ablate.grid import EvalFile, Grid, resolved_train
+from pipelines.ablate.grid import AblationGrid, EvalFile, resolved_train
 from pipelines.judge.evaluation.run import pruning_of
 from pipelines.settings import Settings
 from pipelines.train.stage_identity import budget, stage_identity, start_hash
 from pipelines.train.stage_plans import StagePlan, plan_stages
 from pipelines.train.train_student import settle
-from student_train.cache import Cache, CachedRows
 from student_train.methods import DEFAULT
 from student_train.student import open_student
+from teacher_cache.cache import TeacherCache
+from teacher_cache.cached_samples import CachedSamples
 from teacher_cache.errors import KdcliError
 from teacher_cache.plan import content_hash
 from teacher_cache.sources import open_source
@@ -109,7 +110,7 @@ def shared_folder(cell: Path, shared: str) -> Path:
     return cell.parents[1] / "stages" / shared
 
 
-def make_cells(grid: Grid, out: Path) -> list[Cell]:
+def make_cells(grid: AblationGrid, out: Path) -> list[Cell]:
     """Every student of the grid, rows in the order of the file. Refuses whatever cannot be trained, before anything is."""
     planner = _Planner(grid, out)
     cells = [planner.cell(row, values, evaluations) for row, values, evaluations in combinations(grid)]
@@ -130,7 +131,7 @@ def slug(name: str) -> str:
     return re.sub(r"[^\w.+=-]+", "-", name).strip("-.")
 
 
-def combinations(grid: Grid) -> Iterator[tuple[str, dict[str, Any], tuple[Mapping[str, Any], ...] | None]]:
+def combinations(grid: AblationGrid) -> Iterator[tuple[str, dict[str, Any], tuple[Mapping[str, Any], ...] | None]]:
     """(row name, dotted key → value, evaluation options) of every cell; seeds vary fastest."""
     axes = {key: values for key, values in grid.axes.items() if key != "seed"}
     axes |= {"seed": grid.axes["seed"]} if "seed" in grid.axes else {}
@@ -150,12 +151,12 @@ def combinations(grid: Grid) -> Iterator[tuple[str, dict[str, Any], tuple[Mappin
 class _Planner:
     """Plans cells; what several of them ask of a cache or a file is looked up once."""
 
-    def __init__(self, grid: Grid, out: Path):
+    def __init__(self, grid: AblationGrid, out: Path):
         self.grid, self.out = grid, out
-        self.open = remember(Cache)
+        self.open = remember(TeacherCache)
         self.start = remember(start_hash)
         self.config = remember(lambda student: open_student(student, grid.base.train.trust_remote_code)[1])
-        self.rows = remember(lambda url, parts, fields: sum(CachedRows(self.open(url), parts, fields).counts))
+        self.rows = remember(lambda url, parts, fields: sum(CachedSamples(self.open(url), parts, fields).counts))
         self.contents = {file.name: _content(file) for file in grid.files}
 
     def cell(self, row: str, values: Mapping[str, Any], options: tuple[Mapping[str, Any], ...] | None) -> Cell:

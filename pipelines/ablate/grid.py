@@ -70,7 +70,7 @@ class Variant:
 
 
 @dataclass(frozen=True)
-class Grid:
+class AblationGrid:
     """A grid file.
 
     Attributes:
@@ -89,7 +89,7 @@ class Grid:
     keep_models: bool = True
 
 
-def load_grid(path: Path) -> Grid:
+def load_grid(path: Path) -> AblationGrid:
     """Read and check a grid file; KdcliError naming the table and the known keys."""
     body = read_toml(path, "a grid names what varies under [grid] and [[variants]], what stays the same as in kd.toml")
     own = ("grid", "variants", "eval", "baseline", "keep_models")
@@ -110,7 +110,7 @@ def load_grid(path: Path) -> Grid:
             raise KdcliError(
                 f"{path}: variant {variant.name!r} sets {', '.join(twice)}, which [grid] also varies: set it in one place"
             )
-    return Grid(
+    return AblationGrid(
         path=path,
         body=base,
         base=settings_of(base, path),
@@ -215,7 +215,7 @@ def _files(tables: list[Any], path: Path) -> tuple[EvalFile, ...]:
     return tuple(found)
 
 
-def resolved_train(grid: Grid, values: Mapping[str, Any], place: str) -> Settings:
+def resolved_train(grid: AblationGrid, values: Mapping[str, Any], place: str) -> Settings:
     """The settings of one student: base tables, then what its axes and its variant say. TensorBoard only where the base asks."""
     train = {"report_to": "none", **grid.body.get("train", {}), **{key: values[key] for key in TRAIN if key in values}}
     stages: dict[str, dict[str, Any]] = {name: dict(table) for name, table in grid.body.get("stages", {}).items()}

@@ -13,7 +13,7 @@ from pipelines.ablate.cells import Cell
 from pipelines.ablate.results import LEGEND, Section, interval, sections, written
 from pipelines.report.charts import run_styles, stage_charts
 from pipelines.report.page import duration, header, settings_table, template
-from pipelines.report.runs import Run, read_runs
+from pipelines.report.runs import RunRecord, read_runs
 from teacher_cache.errors import KdcliError
 from teacher_cache.whole_file import write_whole
 
@@ -41,7 +41,7 @@ def write_page(
     return out
 
 
-def first_runs(cells: Sequence[Cell]) -> list[Run]:
+def first_runs(cells: Sequence[Cell]) -> list[RunRecord]:
     """The first seed of every row that has logged something: more curves would hide each other."""
     first: dict[str, Cell] = {}
     for cell in cells:

@@ -15,7 +15,7 @@ from typing import Any
 from pipelines.ablate import results
 from pipelines.ablate.cell import ASKED, CHOOSE, WHAT
 from pipelines.ablate.cells import LOG, Cell, make_cells
-from pipelines.ablate.grid import Grid, load_grid
+from pipelines.ablate.grid import AblationGrid, load_grid
 from pipelines.ablate.page import write_page
 from pipelines.ablate.runner import Slot, make_slots, prune_models, run_cells
 from pipelines.terminal.tables import table
@@ -64,7 +64,7 @@ def ablate(request: AblateRequest, console: Any) -> dict[str, Any]:
 
 def run_grid(
     request: AblateRequest,
-    grid: Grid,
+    grid: AblationGrid,
     cells: Sequence[Cell],
     slots: Sequence[Slot],
     console: Any,
@@ -99,7 +99,7 @@ def choose(cells: Sequence[Cell], request: AblateRequest) -> list[Cell]:
 
 
 def run_shown(
-    waiting: Sequence[Cell], slots: Sequence[Slot], grid: Grid, cells: Sequence[Cell], console: Any
+    waiting: Sequence[Cell], slots: Sequence[Slot], grid: AblationGrid, cells: Sequence[Cell], console: Any
 ) -> dict[str, str]:
     """Run cells under a bar, a line for each that ends; the errors of those that did not end well, by name."""
     from pipelines.terminal.progress import bar
@@ -171,7 +171,7 @@ def failures(cells: Sequence[Cell], errors: Mapping[str, str]) -> list[dict[str,
 
 
 def write_results(
-    cells: Sequence[Cell], grid: Grid, request: AblateRequest, errors: Mapping[str, str]
+    cells: Sequence[Cell], grid: AblationGrid, request: AblateRequest, errors: Mapping[str, str]
 ) -> dict[str, Any]:
     """``results.md``, ``results.json`` and ``results.html`` in the output folder."""
     text = results.markdown(cells, grid.baseline, request.losses)

@@ -20,7 +20,7 @@ from pipelines.capture.worker import CaptureRequest, make_preparer, row_readers,
 from pipelines.inspect.cache import status
 from pipelines.judge.preflight import canaries
 from pipelines.judge.preflight.adopt import calibrations
-from student_train.cache import Cache
+from teacher_cache.cache import TeacherCache
 from teacher_cache.cache_shard import CaptureJob
 from teacher_cache.errors import CacheError, KdcliError, naming_full_disk
 from teacher_cache.fields import CalibratedField, Field, create_field
@@ -130,7 +130,7 @@ def capture_fields(
     fields: Mapping[str, Field],
     fingerprint: dict[str, Any],
     loaded: tuple[Any, Any],
-    adoption: tuple[Cache | None, Mapping[str, Calibration]],
+    adoption: tuple[TeacherCache | None, Mapping[str, Calibration]],
     progress: Callable[[str, int, int], None],
 ) -> dict[str, Any]:
     """Describe the fields, then capture every shard that is not committed yet. Returns what ``capture`` does.
@@ -214,7 +214,7 @@ def summary_of(
     request: CaptureRequest, fields: Mapping[str, Field], notes: list[str], complete: bool
 ) -> dict[str, Any]:
     """What ``capture`` returns. Skips are judged when all shards are there: of a job that several share, by the last."""
-    cache = Cache(request.out)
+    cache = TeacherCache(request.out)
     columns = ["samples", *(f"fields/{name}" for name in fields)]
     settings = request.settings  # a field that is added counts the teacher's skips alone: the others are its samples'
     much = excess(cache, columns, settings.allow_skips, of_teacher=request.from_samples) if complete else []
@@ -250,11 +250,11 @@ def made_up(request: CaptureRequest, fields: Mapping[str, Field]) -> list[str]:
 
 def adopted(
     request: CaptureRequest, storage: Storage, fields: Mapping[str, Field], fingerprint: Mapping[str, Any]
-) -> tuple[Cache | None, dict[str, Calibration]]:
+) -> tuple[TeacherCache | None, dict[str, Calibration]]:
     """(the preflight's cache where one is named, calibrations out of it for the fields that the job's cache lacks)."""
     if not request.settings.calibration:
         return None, {}
-    preflight = Cache(request.settings.calibration)
+    preflight = TeacherCache(request.settings.calibration)
     return preflight, calibrations(preflight, new_calibrated(storage, fields), fingerprint)
 
 
@@ -297,7 +297,9 @@ def fit_fields(
     )
 
 
-def ask_canaries(request: CaptureRequest, preflight: Cache, storage: Storage, fingerprint: dict[str, Any]) -> list[str]:
+def ask_canaries(
+    request: CaptureRequest, preflight: TeacherCache, storage: Storage, fingerprint: dict[str, Any]
+) -> list[str]:
     """Notes; CompatibilityError where this machine's teacher is not the preflight's. It leaves the device before workers start."""
     folder = f"teacher/{content_hash(fingerprint)[:12]}"
     processor, config = load_processor(request.teacher)

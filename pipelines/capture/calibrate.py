@@ -10,7 +10,7 @@ import torch
 from teacher_cache import cache_shard
 from teacher_cache.batch import row_positions
 from teacher_cache.behind import is_finite
-from teacher_cache.cache_shard import RowReader, Teacher
+from teacher_cache.cache_shard import SampleReader, Teacher
 from teacher_cache.errors import KdcliError, SkipRow
 from teacher_cache.fields import CalibratedField
 from teacher_cache.fields.calibration import Calibration
@@ -33,7 +33,7 @@ def calibrate(
     samples: int,
     batch_tokens: int,
     parts_without_fields: frozenset[str] = frozenset(),
-    row_reader: Callable[[int], RowReader] | None = None,
+    row_reader: Callable[[int], SampleReader] | None = None,
 ) -> dict[str, Calibration]:
     """Fit every given field on the same samples, spread evenly over the plan.
 
@@ -72,7 +72,7 @@ def calibration_samples(
     preparer: Preparer,
     samples: int,
     parts_without_fields: frozenset[str],
-    row_reader: Callable[[int], RowReader] | None = None,
+    row_reader: Callable[[int], SampleReader] | None = None,
     wants: frozenset[str] = frozenset(),
 ) -> list[Prepared]:
     """The first usable rows of every slice in turn, until there are enough: every part and kind of row has its share.
@@ -118,13 +118,13 @@ def spread(slices: Sequence[Slice], parts_without_fields: frozenset[str]) -> lis
     return [one for *_, one in sorted(places, key=lambda place: place[:2])]
 
 
-def mixture_reader(plan: Plan, seen: Mapping[str, list[int]] | None = None) -> Callable[[int], RowReader]:
+def mixture_reader(plan: Plan, seen: Mapping[str, list[int]] | None = None) -> Callable[[int], SampleReader]:
     """Shard → the mixture part that its rows are read from. seen: as ``SteadyRows`` takes it."""
     sources = {part.spec.part: SteadyRows(part, seen or {}) for part in plan.parts}
     return lambda shard: sources[plan.slices[shard].part]
 
 
-def _usable_rows(plan: Plan, preparer: Preparer, reader: RowReader, shard: int) -> Iterator[Prepared]:
+def _usable_rows(plan: Plan, preparer: Preparer, reader: SampleReader, shard: int) -> Iterator[Prepared]:
     rows = (row for group in plan.slices[shard].groups for row in reader.read(group))
     return usable_rows(rows, preparer, plan.spec(plan.slices[shard].part))
 

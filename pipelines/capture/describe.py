@@ -10,7 +10,7 @@ from typing import Any, cast
 
 import torch
 
-from student_train.cache import read_field
+from teacher_cache.cache import read_field
 from teacher_cache.codecs import container
 from teacher_cache.errors import CacheError
 from teacher_cache.fields import CalibratedField, Field, create_field, described_params

@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from math import log
 
-from student_train.cache import Cache
-from teacher_cache.cache_shard import CaptureJob, RowReader, skip_record
+from teacher_cache.cache import TeacherCache
+from teacher_cache.cache_shard import CaptureJob, SampleReader, skip_record
 from teacher_cache.errors import CacheError, KdcliError, SkipRow
 from teacher_cache.plan import Part, Plan
 from teacher_cache.prepare import Preparer
@@ -112,7 +112,7 @@ def share(part: int, whole: int) -> float:
     return -(-100 * part // whole) / 100
 
 
-def excess(cache: Cache, columns: Sequence[str], allowed: float, of_teacher: bool = False) -> list[str]:
+def excess(cache: TeacherCache, columns: Sequence[str], allowed: float, of_teacher: bool = False) -> list[str]:
     """A line for every part of which more rows than ``allowed`` (a share) were skipped, of its first column where this is so.
 
     Args:
@@ -139,7 +139,7 @@ def excess(cache: Cache, columns: Sequence[str], allowed: float, of_teacher: boo
 def take_in_again(
     job: CaptureJob,
     shards: Sequence[int],
-    reader_of: Callable[[int], RowReader],
+    reader_of: Callable[[int], SampleReader],
     preparer: Preparer,
     run: Callable[[CaptureJob, dict[int, list[str]]], None],
 ) -> list[str]:
@@ -165,7 +165,7 @@ def take_in_again(
 
 
 def usable_again(
-    job: CaptureJob, shards: Sequence[int], reader_of: Callable[[int], RowReader], preparer: Preparer
+    job: CaptureJob, shards: Sequence[int], reader_of: Callable[[int], SampleReader], preparer: Preparer
 ) -> dict[int, list[str]]:
     """Shards, with their columns, that skip a row which can be used now. Each is read up to the first such row.
 
@@ -194,7 +194,7 @@ def _skips(job: CaptureJob, column: str, shard: int) -> frozenset[int]:
 
 
 def _usable(
-    job: CaptureJob, shard: int, wanted: frozenset[int], reader: RowReader, preparer: Preparer
+    job: CaptureJob, shard: int, wanted: frozenset[int], reader: SampleReader, preparer: Preparer
 ) -> Iterator[int]:
     """Ordinals of these rows that can be used now."""
     part = next(part for part in job.plan.parts if part.spec.part == job.plan.slices[shard].part)

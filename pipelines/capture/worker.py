@@ -17,7 +17,7 @@ from pipelines.processes.cores import usable_cores
 from pipelines.settings import CaptureSettings
 from teacher_cache import stopping
 from teacher_cache.behind import Waits
-from teacher_cache.cache_shard import CaptureJob, RowReader, Teacher, cache_shard
+from teacher_cache.cache_shard import CaptureJob, SampleReader, Teacher, cache_shard
 from teacher_cache.errors import KdcliError
 from teacher_cache.fingerprint import PREPARATION
 from teacher_cache.plan import Plan
@@ -79,7 +79,7 @@ def make_preparer(request: CaptureRequest, processor: Any, config: Any) -> Prepa
     return kind(processor, config, Limits(request.settings.max_length, request.settings.over_length), request.version)
 
 
-def row_readers(request: CaptureRequest, storage: Storage, plan: Plan) -> Callable[[int], RowReader]:
+def row_readers(request: CaptureRequest, storage: Storage, plan: Plan) -> Callable[[int], SampleReader]:
     """Shard → where its rows are read."""
     if request.from_samples:
         samples = ColumnReader(storage, "samples", plan.plan_hash, "", slice_rows=plan.slice_rows)

@@ -140,6 +140,6 @@ def named_cache(url: str | None, config: str | None) -> str:
 
 def open_cache(url: str | None, config: str | None) -> Any:
     """The same cache, ready to be read."""
-    from student_train.cache import Cache
+    from teacher_cache.cache import TeacherCache
 
-    return Cache(named_cache(url, config))
+    return TeacherCache(named_cache(url, config))

@@ -151,13 +151,13 @@ def examine_labels(url: str, parts: Any, worst: int, weights: str | None, as_jso
     from pipelines.judge.labels.weights import WeightsFile
     from pipelines.terminal.progress import bar
     from pipelines.train.run_records import finite
-    from student_train.cache import Cache
+    from teacher_cache.cache import TeacherCache
 
     file = WeightsFile(Path(weights)) if weights else None
     with bar(console(), "rows") as progress:
         task = progress.add_task("labels", total=None)
         made = survey(
-            Cache(url),
+            TeacherCache(url),
             worst,
             parts,
             each=file.add if file else None,

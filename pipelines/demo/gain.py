@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pipelines.demo.questions import IMAGE_FAMILIES
 from pipelines.demo.students import DISTILLED, SFT, Trained
 from pipelines.report.lead import Lead
-from pipelines.report.runs import Run
+from pipelines.report.runs import RunRecord
 from pipelines.terminal.tables import human_bytes
 
 Z = 2.0
@@ -18,7 +18,7 @@ Z = 2.0
 
 
 @dataclass(frozen=True)
-class Known:
+class KnownGain:
     """Differences kd − sft of several seeds: what ``command`` saved. share: of wrong training answers. seed: of the order of rows."""
 
     command: str
@@ -28,7 +28,7 @@ class Known:
     nats: tuple[float, ...]
 
 
-KNOWN = Known(
+KNOWN = KnownGain(
     "python -m benchmarks.demo_gain --seeds 5 --save",
     0.4,
     (0, 1, 2, 3, 4),
@@ -145,7 +145,7 @@ def compared(gain: Gain, steps: tuple[int, int], batch_size: int, learning_rates
     )
 
 
-def spread(known: Known) -> str:
+def spread(known: KnownGain) -> str:
     """Over the seeds that are known: mean ± standard deviation, and the least gain."""
     points, nats = known.points, known.nats
     told = f"{signed(statistics.mean(points), 1)} ± {statistics.stdev(points):.1f} points, at least {signed(min(points), 1)}; "
@@ -153,14 +153,14 @@ def spread(known: Known) -> str:
     return f"{told} (seeds {known.seeds[0]}–{known.seeds[-1]} of the order of rows: {known.command})"
 
 
-def cost(runs: Mapping[str, Run], capture_seconds: float | None, cache_bytes: int) -> str:
+def cost(runs: Mapping[str, RunRecord], capture_seconds: float | None, cache_bytes: int) -> str:
     """Training of both, and the cache's, which every further student shares. capture_seconds: None where it was there before."""
     trained = ", ".join(f"{name} {seconds_of(run):.0f} s" for name, run in runs.items())
     captured = "was there before" if capture_seconds is None else f"took {capture_seconds:.0f} s, once for all students"
     return f"training {trained}, side by side; the cache {captured}, {human_bytes(cache_bytes)}"
 
 
-def seconds_of(run: Run) -> float:
+def seconds_of(run: RunRecord) -> float:
     """Of all steps, waiting for data included."""
     points = (point for stage in run.stages for point in stage.points)
     return sum(point.get("seconds", 0.0) + point.get("data_seconds", 0.0) for point in points)

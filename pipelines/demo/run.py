@@ -34,13 +34,13 @@ from teacher_cache.errors import naming_full_disk
 from teacher_cache.sources import DataSpec
 from teacher_cache.teachers.transformers import TeacherSpec
 
-__all__ = ["DEMO", "STUDENT_START", "TEACHER", "Recipe", "heldout", "make_cache", "make_world", "run_demo", "score"]
+__all__ = ["DEMO", "STUDENT_START", "TEACHER", "DemoRecipe", "heldout", "make_cache", "make_world", "run_demo", "score"]
 
 TEACHER = Path(str(files("pipelines.demo") / "assets" / "teacher"))
 
 
 @dataclass(frozen=True)
-class Recipe:
+class DemoRecipe:
     """Sizes of the demo, chosen for four minutes on two cores. wrong_answers: share of the training answers.
 
     Each student has the best learning rate of those that ``benchmarks.demo_gain --tune`` tries.
@@ -60,11 +60,11 @@ class Recipe:
     distilling_learning_rate: float = 1e-3
 
 
-DEMO = Recipe(wrong_answers=KNOWN.share)
+DEMO = DemoRecipe(wrong_answers=KNOWN.share)
 """What ``kdcli demo`` does without flags, and what ``KNOWN`` is of."""
 
 
-def make_world(folder: Path, recipe: Recipe, seed: int = 0) -> tuple[WorldPaths, tuple[DataSpec, ...]]:
+def make_world(folder: Path, recipe: DemoRecipe, seed: int = 0) -> tuple[WorldPaths, tuple[DataSpec, ...]]:
     """Rendered rows on disk in both real formats, and the mixture that reads them."""
     world = write_world(
         folder,
@@ -79,7 +79,9 @@ def make_world(folder: Path, recipe: Recipe, seed: int = 0) -> tuple[WorldPaths,
     return world, (captions, DataSpec("sft", str(world.train), template="chat"))
 
 
-def make_cache(url: str, data: tuple[DataSpec, ...], recipe: Recipe, progress: Any = lambda *_: None) -> dict[str, Any]:
+def make_cache(
+    url: str, data: tuple[DataSpec, ...], recipe: DemoRecipe, progress: Any = lambda *_: None
+) -> dict[str, Any]:
     """The default profile of the shipped teacher on the whole mixture; the capture's summary."""
     settings = CaptureSettings(shards=recipe.shards)
     return capture(CaptureRequest(TeacherSpec(str(TEACHER)), data, url, settings, {}), progress)
@@ -100,7 +102,7 @@ def score(model: str, spec: DataSpec, console: Any = None, name: str = "") -> di
     return figures(result)
 
 
-def run_demo(out: Path, seed: int, console: Any, recipe: Recipe = DEMO) -> dict[str, Any]:
+def run_demo(out: Path, seed: int, console: Any, recipe: DemoRecipe = DEMO) -> dict[str, Any]:
     """The whole loop; prints what it does and returns ``{"scores", "lead", "report", "seconds"}``. seed: of the order of rows."""
     with (
         naming_full_disk(out),
@@ -109,7 +111,7 @@ def run_demo(out: Path, seed: int, console: Any, recipe: Recipe = DEMO) -> dict[
         return _run(out, seed, console, recipe)
 
 
-def _run(out: Path, seed: int, console: Any, recipe: Recipe) -> dict[str, Any]:
+def _run(out: Path, seed: int, console: Any, recipe: DemoRecipe) -> dict[str, Any]:
     started = time.perf_counter()
     with stage(
         console, "1/6 a world of rendered rows: LLaVA-1.5 json with captions, LLaVA-NeXT parquet with questions"
@@ -152,7 +154,7 @@ def _run(out: Path, seed: int, console: Any, recipe: Recipe) -> dict[str, Any]:
     return {"scores": scores, "lead": told, "report": str(page), "seconds": whole}
 
 
-def grid_of(out: Path, world: WorldPaths, recipe: Recipe, seeds: Iterable[int], **more: Any) -> str:
+def grid_of(out: Path, world: WorldPaths, recipe: DemoRecipe, seeds: Iterable[int], **more: Any) -> str:
     """The grid of both students on this world and ``out/cache``."""
     stages = {
         "PT": (recipe.projector_steps, recipe.projector_learning_rate),
@@ -162,7 +164,7 @@ def grid_of(out: Path, world: WorldPaths, recipe: Recipe, seeds: Iterable[int], 
     return grid_text(world, str(out / "cache"), recipe.batch_size, stages, seeds, **more)
 
 
-def tell(trained: Sequence[Trained], world: WorldPaths, recipe: Recipe, seconds: float | None, size: int) -> Lead:
+def tell(trained: Sequence[Trained], world: WorldPaths, recipe: DemoRecipe, seconds: float | None, size: int) -> Lead:
     """The demo's sentence, and what it rests on. seconds, size: of the capture, and bytes of the cache."""
     gain = gain_of(trained, len(world.wrong), world.answers)
     runs = dict(zip((one.row for one in trained), read_runs([one.folder for one in trained])))

@@ -10,14 +10,14 @@ import torch
 from transformers import LlavaForConditionalGeneration
 
 from pipelines.demo.model import normalised
-from pipelines.demo.questions import FAMILIES, Turn, image_turns
+from pipelines.demo.questions import FAMILIES, QuestionTurn, image_turns
 from pipelines.demo.scenes import Scene, sample_scene
 from pipelines.demo.stream import IGNORED, collate, encode_row, picture_tensors
 from pipelines.demo.text_turns import text_turn
 from pipelines.demo.tokenizer import load_tokenizer
 from pipelines.demo.world import KIND_OF_FAMILY
 
-Question = tuple[list[Scene], Turn]
+Question = tuple[list[Scene], QuestionTurn]
 
 
 def questions(split: str, per_family: int, seed: int) -> list[Question]:
@@ -93,7 +93,7 @@ def score_table(model: Any, per_family: int = 200, seed: int = 1) -> dict[str, d
     return table
 
 
-def _prompt(scenes: list[Scene], turn: Turn) -> list[int]:
+def _prompt(scenes: list[Scene], turn: QuestionTurn) -> list[int]:
     ids, targets = encode_row(len(scenes), [turn])
     return ids[: next(t for t, target in enumerate(targets) if target != IGNORED) + 1]
 

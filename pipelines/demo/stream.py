@@ -16,7 +16,7 @@ import torch
 from torch.utils.data import DataLoader, IterableDataset
 
 from pipelines.demo.patch_labels import patch_attributes, patch_words
-from pipelines.demo.questions import CAPTION_REQUESTS, Turn, caption, compare_turn, image_turns
+from pipelines.demo.questions import CAPTION_REQUESTS, QuestionTurn, caption, compare_turn, image_turns
 from pipelines.demo.recipe import TeacherRecipe
 from pipelines.demo.render import pixels_u8
 from pipelines.demo.scenes import GRID, Scene, sample_scene
@@ -25,7 +25,7 @@ from pipelines.demo.tokenizer import load_tokenizer
 
 IGNORED = -100
 PLAIN = "plain caption"  # family of a row without roles
-Row = tuple[list[Scene], list[Turn]]
+Row = tuple[list[Scene], list[QuestionTurn]]
 
 
 @functools.cache
@@ -38,7 +38,7 @@ def _ids(text: str) -> tuple[int, ...]:
     return tuple(_tokenizer().encode(text, add_special_tokens=False))
 
 
-def encode_row(images: int, turns: list[Turn]) -> tuple[list[int], list[int]]:
+def encode_row(images: int, turns: list[QuestionTurn]) -> tuple[list[int], list[int]]:
     """``(ids, targets)`` of a conversation; ``targets[t]`` is what row t must predict (token t+1), or ``IGNORED``."""
     user, assistant, end = (_tokenizer().convert_tokens_to_ids(t) for t in ("<|user|>", "<|assistant|>", "<|end|>"))
     placeholder = _tokenizer().convert_tokens_to_ids("<image>")
@@ -90,7 +90,7 @@ def collate_alone(rows: list[Row]) -> dict[str, torch.Tensor]:
     return {**batch, **picture_tensors([scene for scenes, _ in rows for scene in scenes])}
 
 
-def _encode_alone(turns: list[Turn]) -> tuple[list[int], list[int], list[int], list[int]]:
+def _encode_alone(turns: list[QuestionTurn]) -> tuple[list[int], list[int], list[int], list[int]]:
     """Ids, targets, positions and turn numbers (0: the picture) of a row of independent turns."""
     first, _ = encode_row(1, turns[:1])
     picture = 1 + GRID * GRID
@@ -139,10 +139,10 @@ def text_batch(rng: random.Random, index: int, recipe) -> dict[str, torch.Tensor
 def _image_row(rng: random.Random, recipe: TeacherRecipe) -> Row:
     scene = sample_scene(rng, "train")
     if rng.random() < recipe.plain_share:
-        return [scene], [Turn("", caption(scene), PLAIN)]
+        return [scene], [QuestionTurn("", caption(scene), PLAIN)]
     turns = image_turns(scene, rng, rng.randint(*recipe.turns) if rng.random() < 0.25 else recipe.turns[1])
     if rng.random() < recipe.caption_share:
-        request = Turn(rng.choice(CAPTION_REQUESTS), caption(scene), "caption")
+        request = QuestionTurn(rng.choice(CAPTION_REQUESTS), caption(scene), "caption")
         turns = [request] if rng.random() < 0.3 else [*turns[:8], request]
     return [scene], turns
 
@@ -153,9 +153,9 @@ def _pair_row(rng: random.Random) -> Row:
     return [first, second], list({turn.question: turn for turn in turns}.values())
 
 
-def _text_turns(rng: random.Random) -> list[Turn]:
+def _text_turns(rng: random.Random) -> list[QuestionTurn]:
     turns = [text_turn(rng) for _ in range(4)]
-    turns.append(Turn(rng.choice(CAPTION_REQUESTS), caption(sample_scene(rng, "train")), "caption"))
+    turns.append(QuestionTurn(rng.choice(CAPTION_REQUESTS), caption(sample_scene(rng, "train")), "caption"))
     # One turn a scene: a language model may learn what answers look like, but sees nothing to answer from.
     turns += [image_turns(sample_scene(rng, "train"), rng, 1)[0] for _ in range(4)]
     rng.shuffle(turns)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 
-from pipelines.demo.questions import ORDINALS, Turn
+from pipelines.demo.questions import ORDINALS, QuestionTurn
 from pipelines.demo.scenes import COLORS, WORDS
 
 CORNERS = {"triangle": 3, "square": 4, "circle": 0}
@@ -13,10 +13,10 @@ OPPOSITES = {"left": "right", "right": "left", "top": "bottom", "bottom": "top",
 MIXTURES = {("red", "blue"): "purple", ("blue", "yellow"): "green", ("red", "yellow"): "orange"}
 
 
-def text_turn(rng: random.Random) -> Turn:
+def text_turn(rng: random.Random) -> QuestionTurn:
     """One question about numbers, words or the world's facts."""
     question, answer = rng.choice((_sum, _difference, _next, _letter, _spell, _fact, _larger, _count))(rng)
-    return Turn(question, answer, "text")
+    return QuestionTurn(question, answer, "text")
 
 
 def _sum(rng: random.Random) -> tuple[str, str]:

@@ -15,7 +15,7 @@ from pipelines.demo.questions import (
     FAMILIES,
     IMAGE_FAMILIES,
     SHAPE_FAMILIES,
-    Turn,
+    QuestionTurn,
     caption,
     compare_turn,
     image_turns,
@@ -23,19 +23,19 @@ from pipelines.demo.questions import (
 from pipelines.demo.scenes import Scene, sample_scene
 from pipelines.demo.text_turns import text_turn
 
-__all__ = ["FAMILIES", "IMAGE_FAMILIES", "SHAPE_FAMILIES", "Row", "caption_rows", "heldout_rows", "train_rows"]
+__all__ = ["FAMILIES", "IMAGE_FAMILIES", "SHAPE_FAMILIES", "WorldRow", "caption_rows", "heldout_rows", "train_rows"]
 
 TEXT_SHARE = 0.08  # of the train rows have no picture
 KIND_OF_FAMILY = {"charts": "chart", "reading": "reading"}  # every other image family asks about shapes
 
 
 @dataclass(frozen=True)
-class Row:
+class WorldRow:
     """One row before it is written: ``family`` only on held-out rows, which ask one question."""
 
     id: str
     scenes: tuple[Scene, ...]
-    turns: tuple[Turn, ...]
+    turns: tuple[QuestionTurn, ...]
     family: str | None = None
 
     @property
@@ -54,30 +54,32 @@ class Row:
         return self.scenes[0].kind if self.scenes else "text"
 
 
-def caption_rows(count: int, seed: int) -> Iterator[Row]:
+def caption_rows(count: int, seed: int) -> Iterator[WorldRow]:
     """Rows for the projector's pre-training: one request, one dense caption."""
     rng = random.Random(f"captions/{seed}")
     for i in range(count):
         scene = sample_scene(rng, "train")
-        yield Row(f"caption-{i:06d}", (scene,), (Turn(rng.choice(CAPTION_REQUESTS), caption(scene), "caption"),))
+        yield WorldRow(
+            f"caption-{i:06d}", (scene,), (QuestionTurn(rng.choice(CAPTION_REQUESTS), caption(scene), "caption"),)
+        )
 
 
-def train_rows(count: int, seed: int, two_image_share: float = 0.0) -> Iterator[Row]:
+def train_rows(count: int, seed: int, two_image_share: float = 0.0) -> Iterator[WorldRow]:
     """Multi-turn rows; ``two_image_share`` of them compare two pictures, ``TEXT_SHARE`` have none."""
     rng = random.Random(f"train/{seed}")
     for i in range(count):
         name, kind = f"train-{i:06d}", rng.random()
         if kind < TEXT_SHARE:
-            yield Row(name, (), tuple(text_turn(rng) for _ in range(rng.randint(1, 4))))
+            yield WorldRow(name, (), tuple(text_turn(rng) for _ in range(rng.randint(1, 4))))
         elif kind < TEXT_SHARE + two_image_share:
             first, second = (sample_scene(rng, "train", "shapes") for _ in range(2))
-            yield Row(name, (first, second), (compare_turn(first, second, rng),))
+            yield WorldRow(name, (first, second), (compare_turn(first, second, rng),))
         else:
             scene = sample_scene(rng, "train")
-            yield Row(name, (scene,), tuple(image_turns(scene, rng, rng.randint(3, 6))))
+            yield WorldRow(name, (scene,), tuple(image_turns(scene, rng, rng.randint(3, 6))))
 
 
-def heldout_rows(count: int, seed: int, families: tuple[str, ...] = FAMILIES) -> Iterator[Row]:
+def heldout_rows(count: int, seed: int, families: tuple[str, ...] = FAMILIES) -> Iterator[WorldRow]:
     """Single questions, the families in turn, no question about the same scene twice."""
     rng = random.Random(f"heldout/{seed}")
     asked: set[tuple[str, str]] = set()
@@ -94,10 +96,10 @@ def heldout_rows(count: int, seed: int, families: tuple[str, ...] = FAMILIES) ->
         index += 1
 
 
-def _heldout_row(rng: random.Random, family: str, name: str) -> Row | None:
+def _heldout_row(rng: random.Random, family: str, name: str) -> WorldRow | None:
     """None where the drawn scene has no question of this family."""
     if family == "text":
-        return Row(name, (), (text_turn(rng),), family)
+        return WorldRow(name, (), (text_turn(rng),), family)
     scene = sample_scene(rng, "heldout", KIND_OF_FAMILY.get(family, "shapes"))
     turns = image_turns(scene, rng, 1, family)
-    return Row(name, (scene,), tuple(turns), family) if turns else None
+    return WorldRow(name, (scene,), tuple(turns), family) if turns else None

@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 
 from pipelines.demo.defects import Injector, WrittenRow
 from pipelines.demo.render import render
-from pipelines.demo.world import Row, caption_rows, heldout_rows, train_rows
+from pipelines.demo.world import WorldRow, caption_rows, heldout_rows, train_rows
 from pipelines.demo.wrong_answers import WrongAnswers
 
 TRAIN_FORMATS = ("parquet", "llava-json")
@@ -88,7 +88,7 @@ def write_world(
     return WorldPaths(folder, captions_path, train_path, heldout_path, images, injector.done, wrong.done, wrong.answers)
 
 
-def _written(row: Row) -> WrittenRow:
+def _written(row: WorldRow) -> WrittenRow:
     pictures = []
     for scene in row.scenes:
         buffer = io.BytesIO()

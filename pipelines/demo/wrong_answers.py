@@ -7,10 +7,10 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
-from pipelines.demo.questions import Turn, compare_turn, image_turns
+from pipelines.demo.questions import QuestionTurn, compare_turn, image_turns
 from pipelines.demo.scenes import sample_scene
 from pipelines.demo.text_turns import text_turn
-from pipelines.demo.world import Row
+from pipelines.demo.world import WorldRow
 
 TRIES = 2000
 
@@ -33,7 +33,7 @@ class WrongAnswers:
         self.done: list[dict[str, Any]] = []
         self.answers = 0
 
-    def apply(self, rows: Iterable[Row]) -> Iterator[Row]:
+    def apply(self, rows: Iterable[WorldRow]) -> Iterator[WorldRow]:
         """The rows, some of their answers replaced. Pictures and questions stay as they are."""
         rng = random.Random(f"wrong answers/{self.seed}")
         for index, row in enumerate(rows):
@@ -47,7 +47,7 @@ class WrongAnswers:
             yield replace(row, turns=tuple(turns))
 
 
-def another_answer(turn: Turn, row: Row, rng: random.Random) -> str | None:
+def another_answer(turn: QuestionTurn, row: WorldRow, rng: random.Random) -> str | None:
     """A wrong answer of the same family and form; None where none was drawn in ``TRIES``."""
     for _ in range(TRIES):
         drawn = _drawn(turn, row, rng)
@@ -56,7 +56,7 @@ def another_answer(turn: Turn, row: Row, rng: random.Random) -> str | None:
     return None
 
 
-def _drawn(turn: Turn, row: Row, rng: random.Random) -> Turn | None:
+def _drawn(turn: QuestionTurn, row: WorldRow, rng: random.Random) -> QuestionTurn | None:
     if not row.scenes:
         return text_turn(rng)
     first, *more = (sample_scene(rng, "train", scene.kind) for scene in row.scenes)
@@ -65,7 +65,7 @@ def _drawn(turn: Turn, row: Row, rng: random.Random) -> Turn | None:
     return next(iter(image_turns(first, rng, 1, turn.family)), None)
 
 
-def _form(turn: Turn) -> tuple[bool, bool, int | None]:
+def _form(turn: QuestionTurn) -> tuple[bool, bool, int | None]:
     """Number or word, capitals or not; of what is written, how long. Two questions of one form could have one answer."""
     answer = turn.answer
     written = turn.family == "reading" and (answer.isdigit() or answer.isupper())

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from student_train.cache import Cache
+from teacher_cache.cache import TeacherCache
 from teacher_cache.derived import Choice, ordinals_of
 from teacher_cache.errors import CacheError, KdcliError
 from teacher_cache.records import SkipRecord
@@ -80,7 +80,7 @@ def read_keys(path: str) -> frozenset[str]:
     return keys
 
 
-def choose(cache: Cache, parts: tuple[str, ...] | None, rows: RowFilter) -> list[Choice]:
+def choose(cache: TeacherCache, parts: tuple[str, ...] | None, rows: RowFilter) -> list[Choice]:
     """The rows that a subset takes of every shard; CacheError where a part or key is unknown, or no row is left."""
     names = cache.parts() if parts is None else list(dict.fromkeys(parts))
     shards = cache.shards(names)
@@ -112,7 +112,7 @@ def choose(cache: Cache, parts: tuple[str, ...] | None, rows: RowFilter) -> list
     return choices_of(cache, found)
 
 
-def choices_of(cache: Cache, ordinals: Mapping[int, set[int]], number: int = 0) -> list[Choice]:
+def choices_of(cache: TeacherCache, ordinals: Mapping[int, set[int]], number: int = 0) -> list[Choice]:
     """Shards with rows; one without any is no shard of the new cache."""
     slices = cache.plan.slices
     return [Choice(number, shard, slices[shard].part, frozenset(rows)) for shard, rows in ordinals.items() if rows]
@@ -122,7 +122,7 @@ def shortened(names: Sequence[str]) -> str:
     return ", ".join(names[:NAMED]) + (", …" if len(names) > NAMED else "")
 
 
-def check_samples(cache: Cache, parts: Sequence[str]) -> None:
+def check_samples(cache: TeacherCache, parts: Sequence[str]) -> None:
     missing = set(cache.shards(parts)) - set(committed_shards(cache.storage, "samples"))
     if missing:
         raise CacheError(
@@ -130,7 +130,7 @@ def check_samples(cache: Cache, parts: Sequence[str]) -> None:
         )
 
 
-def distinct_rows(caches: Sequence[Cache], keep: str | None) -> list[Choice]:
+def distinct_rows(caches: Sequence[TeacherCache], keep: str | None) -> list[Choice]:
     """Every row of all caches once; CacheError naming those that two hold, where ``keep`` does not say which to take."""
     choices: list[Choice] = []
     rows: dict[tuple[str, str], int] = {}
@@ -154,7 +154,7 @@ def distinct_rows(caches: Sequence[Cache], keep: str | None) -> list[Choice]:
     return choices
 
 
-def shard_rows(cache: Cache) -> Iterator[tuple[int, str, dict[str, int], tuple[SkipRecord, ...]]]:
+def shard_rows(cache: TeacherCache) -> Iterator[tuple[int, str, dict[str, int], tuple[SkipRecord, ...]]]:
     """(shard, part, key → ordinal, skip records) of every shard."""
     for shard, one in enumerate(cache.plan.slices):
         samples = cache.column("samples")

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from pipelines.capture.describe import HEAD
 from pipelines.capture.executors import local
-from student_train.cache import Cache
+from teacher_cache.cache import TeacherCache
 from teacher_cache.derived import Choice, copy_shard
 from teacher_cache.errors import CacheError
 from teacher_cache.plan import difference
@@ -28,7 +28,7 @@ class Copying:
         choices: one a shard of the new cache. hashes: field → hash of its new ``field.json``. covers: field → parts it has.
     """
 
-    caches: Sequence[Cache]
+    caches: Sequence[TeacherCache]
     storage: Storage
     plan_hash: str
     choices: Sequence[Choice]
@@ -83,7 +83,7 @@ def copy_missing(job: Copying, workers: int, progress: Callable[[str, int, int],
     progress("end", sum(rows), sum(rows))
 
 
-def copy_descriptions(cache: Cache, storage: Storage, plan_hash: str, fields: Sequence[str]) -> dict[str, str]:
+def copy_descriptions(cache: TeacherCache, storage: Storage, plan_hash: str, fields: Sequence[str]) -> dict[str, str]:
     """What reading needs of the teachers, then ``field.json`` of every field bound to the new plan. Returns field → its sha256."""
     copy_teachers(cache, storage, fields)
     hashes = {}
@@ -100,7 +100,7 @@ def copy_descriptions(cache: Cache, storage: Storage, plan_hash: str, fields: Se
     return hashes
 
 
-def copy_teachers(cache: Cache, target: Storage, fields: Sequence[str]) -> None:
+def copy_teachers(cache: TeacherCache, target: Storage, fields: Sequence[str]) -> None:
     """Every file that these fields read of their teachers; the receipts, which say that the others are there, last.
 
     Only what a description or a receipt names is copied, and with the checksum that it names: nothing that somebody else put there, nor a

@@ -10,7 +10,7 @@ from pipelines.capture.presence import at_work
 from pipelines.edit.choose_samples import ALL_ROWS, RowFilter, check_samples, choose, distinct_rows
 from pipelines.edit.copy_shards import Copying, copy_descriptions, copy_missing
 from pipelines.inspect.cache import status
-from student_train.cache import Cache
+from teacher_cache.cache import TeacherCache
 from teacher_cache.derived import Choice, derived_plan
 from teacher_cache.errors import CacheError, CompatibilityError, KdcliError, naming_full_disk
 from teacher_cache.plan import Plan, difference, write_plan
@@ -30,7 +30,7 @@ def subset(
     progress: Progress = lambda *_: None,
 ) -> dict[str, Any]:
     """A new cache of some parts, fields and rows of one; run again to continue. Returns ``inspect_cache.status`` of it."""
-    cache = Cache(url)
+    cache = TeacherCache(url)
     chosen = choose(cache, parts, rows)
     filtered = rows.to_json() | ({"parts": sorted(parts)} if parts is not None else {})
     return derive([cache], chosen, "subset", filtered, fields, out, workers, progress)
@@ -51,7 +51,7 @@ def merge(
     """
     if len(urls) < 2:
         raise KdcliError("merge takes two caches at least; `kdcli cache subset` copies one")
-    caches = [Cache(url) for url in urls]
+    caches = [TeacherCache(url) for url in urls]
     for cache in caches[1:]:
         refuse_other_rows(caches[0], cache)
     for cache in caches:
@@ -60,7 +60,7 @@ def merge(
     return derive(caches, chosen, "merge", {"keep": keep} if keep else {}, fields, out, workers, progress)
 
 
-def refuse_other_rows(first: Cache, other: Cache) -> None:
+def refuse_other_rows(first: TeacherCache, other: TeacherCache) -> None:
     """CompatibilityError with a diff where two caches do not make rows in the same way."""
 
     def rows_made(plan: Plan) -> dict[str, Any]:
@@ -84,7 +84,7 @@ def two_sides(first: Any, other: Any) -> str:
 
 
 def derive(
-    caches: list[Cache],
+    caches: list[TeacherCache],
     choices: list[Choice],
     by: str,
     chosen_by: Mapping[str, Any],
@@ -105,11 +105,11 @@ def derive(
         write_plan(storage, plan)
         hashes = copy_descriptions(caches[0], storage, plan.plan_hash, list(names))
         copy_missing(Copying(caches, storage, plan.plan_hash, choices, hashes, names), workers, progress)
-    return status(Cache(out))
+    return status(TeacherCache(out))
 
 
 def common_fields(
-    caches: list[Cache], asked: tuple[str, ...] | None, choices: Sequence[Choice]
+    caches: list[TeacherCache], asked: tuple[str, ...] | None, choices: Sequence[Choice]
 ) -> dict[str, frozenset[str]]:
     """Field → the parts that it covers, the same in every cache; an error with a diff and the fix where one differs."""
     names = list(asked) if asked is not None else sorted({name for cache in caches for name in cache.fields})
@@ -133,7 +133,7 @@ def common_fields(
     return found
 
 
-def covered_parts(caches: Sequence[Cache], name: str, choices: Sequence[Choice]) -> frozenset[str]:
+def covered_parts(caches: Sequence[TeacherCache], name: str, choices: Sequence[Choice]) -> frozenset[str]:
     """Parts that a field has, of all the chosen shards; CacheError where it has some shards of a part and lacks others."""
     done = [set(committed_shards(cache.storage, f"fields/{name}")) for cache in caches]
     there: dict[str, set[bool]] = {}

@@ -13,7 +13,7 @@ from pipelines.capture.presence import at_work
 from pipelines.capture.profiles import refuse_fields_of_images, with_tails
 from pipelines.capture.worker import CaptureRequest, make_preparer
 from pipelines.settings import CaptureSettings
-from student_train.cache import Cache
+from teacher_cache.cache import TeacherCache
 from teacher_cache.errors import CacheError, CompatibilityError, KdcliError
 from teacher_cache.fields import Field, create_field
 from teacher_cache.fingerprint import preparation_version
@@ -43,7 +43,7 @@ def add_fields(
     Returns:
         ``inspect_cache.status`` of the cache.
     """
-    cache = Cache(url)
+    cache = TeacherCache(url)
     fields = {name: create_field(name, values) for name, values in with_tails(params, teacher).items()}
     refuse_other_params(cache, fields)
     check_parts(cache, settings.parts_without_fields)
@@ -67,7 +67,7 @@ def add_fields(
         return capture_fields(request, cache.plan, fields, fingerprint, (processor, config), adoption, progress)
 
 
-def refuse_other_params(cache: Cache, fields: Mapping[str, Field]) -> None:
+def refuse_other_params(cache: TeacherCache, fields: Mapping[str, Field]) -> None:
     """CacheError with a diff and the fix where a field is there with other parameters or in another version."""
     for name, one in fields.items():
         if name not in cache.fields:
@@ -82,7 +82,7 @@ def refuse_other_params(cache: Cache, fields: Mapping[str, Field]) -> None:
             )
 
 
-def check_parts(cache: Cache, without: tuple[str, ...]) -> None:
+def check_parts(cache: TeacherCache, without: tuple[str, ...]) -> None:
     """CacheError where a part is unknown, or where rows of one that gets fields are not in ``samples`` yet."""
     unknown = sorted(set(without) - set(cache.parts()))
     if unknown:
@@ -98,7 +98,7 @@ def check_parts(cache: Cache, without: tuple[str, ...]) -> None:
         )
 
 
-def as_described(cache: Cache, spec: TeacherSpec, other_teacher: bool) -> TeacherSpec:
+def as_described(cache: TeacherCache, spec: TeacherSpec, other_teacher: bool) -> TeacherSpec:
     """``spec`` whose dtype, where none was asked for, is that of the fields that are there: of the same teacher, another machine's
     default would be another teacher."""
     dtypes = {body["teacher"].get("dtype", "auto") for body in cache.fields.values()}
@@ -107,7 +107,7 @@ def as_described(cache: Cache, spec: TeacherSpec, other_teacher: bool) -> Teache
     )
 
 
-def check_preparation(cache: Cache, spec: TeacherSpec, here: Mapping[str, Any]) -> None:
+def check_preparation(cache: TeacherCache, spec: TeacherSpec, here: Mapping[str, Any]) -> None:
     """CompatibilityError where this teacher reads rows as other tokens or pixels than those of ``samples``."""
     lines = difference(cache.plan.preparation, here, "preparation")
     if lines:
@@ -118,7 +118,7 @@ def check_preparation(cache: Cache, spec: TeacherSpec, here: Mapping[str, Any]) 
 
 
 def check_teacher(
-    cache: Cache, spec: TeacherSpec, here: Mapping[str, Any], other_teacher: bool, adding: tuple[str, ...]
+    cache: TeacherCache, spec: TeacherSpec, here: Mapping[str, Any], other_teacher: bool, adding: tuple[str, ...]
 ) -> None:
     """CompatibilityError where the cache's fields were made by another teacher; with ``other_teacher`` only where a field that is
     to be continued was. That both have one vocabulary is part of ``check_preparation``."""

@@ -21,7 +21,7 @@ from pipelines.edit.fields import as_described, check_preparation
 from pipelines.edit.restore import Descriptions, LoadedTeacher, restore_manifest
 from pipelines.inspect.cache import check_descriptions, hashes, refuse_no_cache, survey
 from pipelines.settings import CaptureSettings
-from student_train.cache import Cache
+from teacher_cache.cache import TeacherCache
 from teacher_cache.cache_shard import CaptureJob
 from teacher_cache.errors import FULL, CacheError, CompatibilityError, KdcliError, naming_full_disk
 from teacher_cache.fingerprint import preparation_version
@@ -146,7 +146,7 @@ def plan_settings(settings: CaptureSettings, plan: Plan) -> CaptureSettings:
 class Repairing:
     """One repair of a cache whose manifest can be read."""
 
-    def __init__(self, request: RepairRequest, cache: Cache, progress: Progress):
+    def __init__(self, request: RepairRequest, cache: TeacherCache, progress: Progress):
         assert request.teacher is not None
         self.request, self.cache, self.progress = request, cache, progress
         self.spec = as_described(cache, request.teacher, other_teacher=False)
@@ -168,7 +168,7 @@ class Repairing:
             self._try([("samples", shard) for shard in broken["samples"]], self._samples, broken["samples"])
         if any(one.shard is None for one in found):
             self._try([(one.column, None) for one in found if one.shard is None], self._descriptions)
-            self.cache = Cache(self.request.url, tolerant=True)
+            self.cache = TeacherCache(self.request.url, tolerant=True)
         columns = {column: shards for column, shards in broken.items() if column != "samples"}
         if columns:
             self._try([(column, n) for column, shards in columns.items() for n in shards], self._fields, columns)
@@ -267,7 +267,7 @@ class Repairing:
 
     def left(self, found: Sequence[Problem]) -> list[tuple[Problem, str]]:
         """What is still wrong at these places, each with the reason; read again, nothing is believed."""
-        self.cache = Cache(self.request.url, tolerant=True)
+        self.cache = TeacherCache(self.request.url, tolerant=True)
         named = hashes(self.cache)
         still = check_descriptions(self.cache)
         for column, shard in broken_shards(found):

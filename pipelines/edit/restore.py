@@ -27,7 +27,7 @@ from pipelines.capture.worker import CaptureRequest, make_preparer
 from pipelines.inspect.cache import receipt, teacher_problems
 from pipelines.judge.preflight import canaries
 from pipelines.judge.preflight.adopt import calibration_of
-from student_train.cache import Cache
+from teacher_cache.cache import TeacherCache
 from teacher_cache.codecs import container
 from teacher_cache.errors import CacheError, KdcliError
 from teacher_cache.fields import CalibratedField, Field, create_field
@@ -111,7 +111,7 @@ class Descriptions:
     """
 
     def __init__(
-        self, cache: Cache, request: CaptureRequest, teacher: LoadedTeacher, params: Mapping[str, Any], say: Say
+        self, cache: TeacherCache, request: CaptureRequest, teacher: LoadedTeacher, params: Mapping[str, Any], say: Say
     ):
         self.cache, self.storage, self.request, self.teacher, self.say = cache, cache.storage, request, teacher, say
         self.own = {name: body for name, body in cache.fields.items() if body["teacher"] == teacher.fingerprint}
@@ -213,7 +213,7 @@ class Descriptions:
             name: one for name, one in self.lost.items() if one.calibrated
         }
         if self.request.settings.calibration:
-            other, adopted = Cache(self.request.settings.calibration), {}
+            other, adopted = TeacherCache(self.request.settings.calibration), {}
             for name in wanted:
                 with suppress(KdcliError):
                     adopted[name] = calibration_of(other, name, fields[name], self.teacher.fingerprint)

@@ -22,7 +22,7 @@ Place = tuple[str, str]
 
 
 @dataclass
-class Source:
+class SourceFile:
     """A module's top level: text of every definition by name, and where every imported name comes from."""
 
     module: str
@@ -106,12 +106,12 @@ def _own(place: Place) -> bool:
 
 
 @cache
-def read_source(module: str) -> Source:
+def read_source(module: str) -> SourceFile:
     """Top level of a module of the project, from its file; the module is not run."""
     spec = importlib.util.find_spec(module)
     assert spec is not None and spec.origin, module
     text = Path(spec.origin).read_text()
-    source = Source(module)
+    source = SourceFile(module)
     previous = ""
     for node in ast.parse(text).body:
         segment = _segment(text, node)
@@ -133,7 +133,7 @@ def read_source(module: str) -> Source:
     return source
 
 
-def _join_shared(source: Source) -> None:
+def _join_shared(source: SourceFile) -> None:
     """``a = b = value`` and ``a, b = values`` define several names in one text: the first stands for all."""
     for i, name in enumerate(source.order):
         first = next(one for one in source.order if source.text[one] == source.text[name])

@@ -21,8 +21,8 @@ from pipelines.train.run_records import (
     read_scores,
 )
 from pipelines.train.stage_records import last_card
-from student_train.cache import Cache
 from student_train.whole import DONE_FILE, read_done
+from teacher_cache.cache import TeacherCache
 from teacher_cache.errors import KdcliError
 from teacher_cache.shards.schema import misfit
 from teacher_cache.templates import TEMPLATES
@@ -147,7 +147,7 @@ def trained_template(model: str) -> str | None:
 def read_cache(card: Mapping[str, Any]) -> dict[str, Any] | None:
     """None where the run's cache is not there any more, or is another one now."""
     with suppress(KdcliError, OSError, ImportError, ValueError):
-        cache = Cache(card["cache"], tolerant=True)
+        cache = TeacherCache(card["cache"], tolerant=True)
         if cache.plan_hash == card["plan_hash"]:
             rows = {part.spec.part: part.rows for part in cache.plan.parts}
             return {"plan_hash": cache.plan_hash, "rows": rows, "fields": cache.fields}

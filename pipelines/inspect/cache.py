@@ -15,14 +15,15 @@ from pipelines.capture import heartbeat
 from pipelines.capture.presence import at_work, dead_words
 from pipelines.inspect.find_sample import Asked, find_row
 from pipelines.judge.preflight import canaries
-from student_train.cache import Cache, CachedRow, CachedRows, read_receipt, read_tensors
-from student_train.teacher_tokenizer import tokenizer_of
+from teacher_cache.cache import TeacherCache, read_receipt, read_tensors
+from teacher_cache.cached_samples import CachedSample, CachedSamples
 from teacher_cache.errors import CacheError
 from teacher_cache.plan import read_plan
 from teacher_cache.records import Sketch, TopK
 from teacher_cache.shards.commit import committed_shards, read_commit
 from teacher_cache.shards.storage import Storage
 from teacher_cache.shards.verify import CALIBRATION_ROLES, OWN, Problem, orphans, verify
+from teacher_cache.teacher_tokenizer import tokenizer_of
 from teacher_cache.teachers.head import topk_rows
 
 WORDS = 3
@@ -37,25 +38,25 @@ class Decoded:
         bytes: stored bytes of this sample by column.
     """
 
-    row: CachedRow
+    row: CachedSample
     vision: list[list[tuple[str, float]]]
     response: list[tuple[str, list[tuple[str, float]]]]
     bytes: dict[str, int]
 
 
-def hashes(cache: Cache) -> dict[str, str]:
+def hashes(cache: TeacherCache) -> dict[str, str]:
     """Column → hash that its commits are bound to."""
     return {"samples": "", **{f"fields/{name}": body["sha256"] for name, body in cache.fields.items()}}
 
 
-def inspect(cache: Cache, asked: Asked) -> Decoded:
+def inspect(cache: TeacherCache, asked: Asked) -> Decoded:
     """That row of the cache as words."""
     done = [
         name
         for name in cache.fields
         if len(committed_shards(cache.storage, f"fields/{name}")) == len(cache.plan.slices)
     ]
-    rows = CachedRows(cache, cache.parts(), done)
+    rows = CachedSamples(cache, cache.parts(), done)
     position, row = find_row(cache, rows, asked)
     found = rows.read(position, row)
     tokenizer = tokenizer_of(cache)
@@ -66,7 +67,7 @@ def inspect(cache: Cache, asked: Asked) -> Decoded:
     return Decoded(found, vision, list(zip(labels, response)), sizes)
 
 
-def heads(cache: Cache, row: CachedRow, kind: str) -> list[tuple[list[int], list[float]]]:
+def heads(cache: TeacherCache, row: CachedSample, kind: str) -> list[tuple[list[int], list[float]]]:
     """(ids, log-probs) of the likeliest tokens of every row, from whichever field tells."""
     if f"{kind}_topk" in row.fields:
         topk: TopK = row.fields[f"{kind}_topk"]
@@ -91,7 +92,7 @@ def words(tokenizer: Any, head: tuple[list[int], list[float]]) -> list[tuple[str
     return [(token_text(tokenizer, i), float(torch.tensor(p).exp())) for i, p in zip(ids, log_probs)]
 
 
-def stored_bytes(cache: Cache, shard: int, key: str) -> dict[str, int]:
+def stored_bytes(cache: TeacherCache, shard: int, key: str) -> dict[str, int]:
     sizes = {}
     for name in ["samples", *cache.fields]:
         if shard in committed_shards(cache.storage, f"fields/{name}" if name != "samples" else name):
@@ -100,7 +101,7 @@ def stored_bytes(cache: Cache, shard: int, key: str) -> dict[str, int]:
     return sizes
 
 
-def status(cache: Cache) -> dict[str, Any]:
+def status(cache: TeacherCache) -> dict[str, Any]:
     """Shards done of every column, rows, bytes, skips by reason; ``work``: ``heartbeat.summary``, None where no worker says anything."""
     columns = {}
     for column in hashes(cache):
@@ -130,12 +131,12 @@ def status(cache: Cache) -> dict[str, Any]:
     }
 
 
-def survey(url: str) -> tuple[Cache | None, list[Problem]]:
+def survey(url: str) -> tuple[TeacherCache | None, list[Problem]]:
     """A cache that may be damaged anywhere, opened as far as it can be (None: its manifest cannot be read), and all its problems."""
     storage = Storage(url)
     refuse_no_cache(storage)
     try:
-        cache = Cache(url, tolerant=True)
+        cache = TeacherCache(url, tolerant=True)
     except CacheError as error:
         return None, [Problem("manifest.json", None, str(error))]
     return cache, check(cache)
@@ -147,7 +148,7 @@ def refuse_no_cache(storage: Storage) -> None:
         read_plan(storage)
 
 
-def check(cache: Cache) -> list[Problem]:
+def check(cache: TeacherCache) -> list[Problem]:
     """Every problem of the cache: damage, and what is not there."""
     columns = hashes(cache)
     columns |= {f"fields/{name}": promised_hash(cache.storage, f"fields/{name}") for name in cache.unreadable}
@@ -160,7 +161,7 @@ def check(cache: Cache) -> list[Problem]:
     return problems + check_descriptions(cache)
 
 
-def check_descriptions(cache: Cache) -> list[Problem]:
+def check_descriptions(cache: TeacherCache) -> list[Problem]:
     """What is wrong with ``field.json`` of every field, and with the files that it names."""
     problems = [Problem(f"fields/{name}", None, what) for name, what in cache.unreadable.items()]
     for folder in sorted({body["teacher_folder"] for body in cache.fields.values()}):
@@ -180,7 +181,7 @@ def promised_hash(storage: Storage, column: str) -> str:
     return said.most_common(1)[0][0] if said else ""
 
 
-def reading_problems(cache: Cache, name: str) -> Iterator[str]:
+def reading_problems(cache: TeacherCache, name: str) -> Iterator[str]:
     """What keeps a field from being read: its calibration, or the head that its rows are multiplied with."""
     body = cache.fields[name]
     files = [body[role] for role in CALIBRATION_ROLES if body.get(role)]
@@ -193,7 +194,7 @@ def reading_problems(cache: Cache, name: str) -> Iterator[str]:
             yield str(error)
 
 
-def missing_shards(cache: Cache, column: str) -> list[int]:
+def missing_shards(cache: TeacherCache, column: str) -> list[int]:
     """Shards that a column should have. A field may leave out whole parts (``parts_without_fields``), never some of a part.
 
     A tar without its commit counts too: of a capture that was killed, or of a commit that is lost, which may be a part's only one.
@@ -209,7 +210,7 @@ def missing_shards(cache: Cache, column: str) -> list[int]:
     return missing
 
 
-def teacher_problems(cache: Cache, folder: str) -> Iterator[str]:
+def teacher_problems(cache: TeacherCache, folder: str) -> Iterator[str]:
     """What is wrong with the teacher's receipts and processor files. The head is checked against each field's description."""
     promised = receipt(cache.storage, f"{folder}/processor.json")
     if isinstance(promised, str):
@@ -240,7 +241,7 @@ def receipt(storage: Storage, path: str) -> dict[str, str] | str:
         return str(error)
 
 
-def collect_garbage(cache: Cache, remove: bool) -> list[str]:
+def collect_garbage(cache: TeacherCache, remove: bool) -> list[str]:
     """Files that no commit names, and what no field reads any more; removed where ``remove``.
 
     Only what has a name that kdcli gives is garbage, and nothing is removed while anybody else is at work in the cache.
@@ -249,19 +250,19 @@ def collect_garbage(cache: Cache, remove: bool) -> list[str]:
         return garbage(cache)
     with at_work(cache.storage, "cache gc", alone=True):
         # Looked at again: a capture may have described a field since the cache was opened.
-        found = garbage(Cache(cache.storage.url))
+        found = garbage(TeacherCache(cache.storage.url))
         for name in found:
             cache.storage.remove(name)
     return found
 
 
-def garbage(cache: Cache) -> list[str]:
+def garbage(cache: TeacherCache) -> list[str]:
     """What ``collect_garbage`` would remove."""
     found = [*orphans(cache.storage, hashes(cache)), *left_by_fields(cache), *dead_words(cache.storage)]
     return list(dict.fromkeys(found))
 
 
-def left_by_fields(cache: Cache) -> list[str]:
+def left_by_fields(cache: TeacherCache) -> list[str]:
     """What no field reads any more (it was dropped, or never described): teachers, heads, calibrations, and field folders."""
     bodies = list(cache.fields.values())
     left = [file for file in cache.storage.files("teacher") if not is_read(file, bodies)]

@@ -6,12 +6,13 @@ import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from student_train.cache import Cache, CachedRows
+from teacher_cache.cache import TeacherCache
+from teacher_cache.cached_samples import CachedSamples
 from teacher_cache.errors import CacheError, KdcliError
 from teacher_cache.records import SkipRecord
 
 Place = tuple[int, int]
-"""(position of the shard in ``CachedRows.shards``, row of it)."""
+"""(position of the shard in ``CachedSamples.shards``, row of it)."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,7 @@ class Asked:
                 raise KdcliError(f"--{name.replace('_', '-')} counts from 0, got {getattr(self, name)}")
 
 
-def find_row(cache: Cache, rows: CachedRows, asked: Asked) -> Place:
+def find_row(cache: TeacherCache, rows: CachedSamples, asked: Asked) -> Place:
     """Where that row lies; CacheError where it is not there, with the reason where the capture skipped it."""
     if asked.part is not None and asked.part not in cache.parts():
         raise CacheError(f"{cache.storage}: no part {asked.part!r}; it has {', '.join(cache.parts())}")
@@ -52,7 +53,7 @@ def find_row(cache: Cache, rows: CachedRows, asked: Asked) -> Place:
     return _by_number(rows, asked.row or 0)
 
 
-def _by_number(rows: CachedRows, number: int) -> Place:
+def _by_number(rows: CachedSamples, number: int) -> Place:
     for position, count in enumerate(rows.counts):
         if number < count:
             return position, number
@@ -60,7 +61,7 @@ def _by_number(rows: CachedRows, number: int) -> Place:
     raise CacheError(f"the cache has {sum(rows.counts)} samples: --row counts from 0")
 
 
-def _by_key(rows: CachedRows, fits: Callable[[str], bool]) -> Iterator[Place]:
+def _by_key(rows: CachedSamples, fits: Callable[[str], bool]) -> Iterator[Place]:
     for position, count in enumerate(rows.counts):
         yield from ((position, row) for row in range(count) if fits(rows.key(position, row)))
 
@@ -71,7 +72,7 @@ def _first(found: Iterator[Place], otherwise: str) -> Place:
     return place
 
 
-def _source_row(cache: Cache, rows: CachedRows, asked: Asked) -> Place:
+def _source_row(cache: TeacherCache, rows: CachedSamples, asked: Asked) -> Place:
     found = {
         cache.plan.slices[rows.shards[place[0]]].part: place
         for place in _by_key(rows, lambda key: int(key.split("-")[0]) == asked.source_row)
@@ -84,7 +85,7 @@ def _source_row(cache: Cache, rows: CachedRows, asked: Asked) -> Place:
     return _first(iter(wanted), f"{cache.storage}: {what} is not in it{skipped}")
 
 
-def _by_id(cache: Cache, rows: CachedRows, asked: Asked) -> Place:
+def _by_id(cache: TeacherCache, rows: CachedSamples, asked: Asked) -> Place:
     """Ids stand in no index: samples are read until one has it."""
     samples = cache.column("samples")
     for position, shard in enumerate(rows.shards):
@@ -99,7 +100,7 @@ def _by_id(cache: Cache, rows: CachedRows, asked: Asked) -> Place:
     raise CacheError(f"{cache.storage}: no sample with id {asked.id!r}{skipped}")
 
 
-def _skipped(cache: Cache, rows: CachedRows, asked: Asked, fits: Callable[[SkipRecord], bool]) -> str:
+def _skipped(cache: TeacherCache, rows: CachedSamples, asked: Asked, fits: Callable[[SkipRecord], bool]) -> str:
     """Why the capture left a row out, as words behind the error; "" where it did not."""
     samples = cache.column("samples")
     skips = (skip for shard in rows.shards for skip in samples.commit(shard).skipped)

@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from pipelines.report.runs import Run
+from pipelines.report.runs import RunRecord
 from student_train.methods import terms_of
 
 WIDTH, HEIGHT = 340, 190
@@ -71,7 +71,7 @@ class Axis:
         return round(self.start + (value - low) / ((high - low) or 1) * (self.end - self.start), 1)
 
 
-def run_styles(runs: Sequence[Run]) -> list[Style]:
+def run_styles(runs: Sequence[RunRecord]) -> list[Style]:
     """A colour a group, a dash a seed."""
     groups = list(dict.fromkeys(run.group for run in runs))
     seen: dict[str, int] = {}
@@ -84,7 +84,7 @@ def run_styles(runs: Sequence[Run]) -> list[Style]:
     return styles
 
 
-def stage_charts(runs: Sequence[Run]) -> list[tuple[str, list[Chart]]]:
+def stage_charts(runs: Sequence[RunRecord]) -> list[tuple[str, list[Chart]]]:
     """(stage, a chart a term), in the order in which stages first occur. Each chart holds every run that has the term."""
     styles = run_styles(runs)
     names = dict.fromkeys(stage.name for run in runs for stage in run.stages if stage.points)
@@ -103,7 +103,7 @@ def stage_charts(runs: Sequence[Run]) -> list[tuple[str, list[Chart]]]:
     return result
 
 
-def term_words(runs: Sequence[Run]) -> list[tuple[str, str]]:
+def term_words(runs: Sequence[RunRecord]) -> list[tuple[str, str]]:
     """(term, what it is in words) of the loss terms that are drawn, each once; a term that its method does not explain is left out."""
     found: dict[tuple[str, str], None] = {}
     for stage in (stage for run in runs for stage in run.stages):

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from pipelines.report.charts import short
-from pipelines.report.runs import Run, Stage, stage_cards
+from pipelines.report.runs import RunRecord, StageRecord, stage_cards
 from pipelines.terminal.tables import human_bytes
 from pipelines.train.run_records import open_plain, parse_record
 from teacher_cache.shards.schema import COUNT, MOST, misfit
@@ -46,7 +46,7 @@ class Efficiency:
     shown: frozenset[str]
 
 
-def efficiency(runs: Sequence[Run], status: Mapping[str, Any] | None) -> Efficiency | None:
+def efficiency(runs: Sequence[RunRecord], status: Mapping[str, Any] | None) -> Efficiency | None:
     """None where no stage has logged a step. status: ``inspect_cache.status`` of the cache."""
     sizes = _bytes_per_sample(status) if status else {}
     costs = [
@@ -61,7 +61,7 @@ def efficiency(runs: Sequence[Run], status: Mapping[str, Any] | None) -> Efficie
     return Efficiency(costs, frozenset(columns))
 
 
-def _cost(run: Run, stage: Stage, sizes: Mapping[str, float]) -> Cost:
+def _cost(run: RunRecord, stage: StageRecord, sizes: Mapping[str, float]) -> Cost:
     points = stage.points
     step, waited = _total(points, "seconds"), _total(points, "data_seconds")
     spent = step + (waited or 0.0) if step is not None else None
@@ -88,7 +88,7 @@ def _total(points: Sequence[Mapping[str, float]], key: str) -> float | None:
     return sum(one[key] for one in points) if all(key in one for one in points) else None
 
 
-def _samples(stage: Stage) -> float | None:
+def _samples(stage: StageRecord) -> float | None:
     """Of the logged steps; where they do not say it, as the whole stage had a step."""
     logged = _total(stage.points, "samples")
     if logged is None and stage.samples and stage.steps:
@@ -110,7 +110,7 @@ def _bytes_per_sample(status: Mapping[str, Any]) -> dict[str, float]:
     return {name: one["bytes"] / one["written"] for name, one in written.items()}
 
 
-def _read(run: Run, stage: Stage, sizes: Mapping[str, float]) -> str:
+def _read(run: RunRecord, stage: StageRecord, sizes: Mapping[str, float]) -> str:
     """What a sample of this stage takes from storage: ``samples`` and the fields that serve its method."""
     card = stage_cards(run.card).get(stage.folder.name)
     if card is None or not sizes:

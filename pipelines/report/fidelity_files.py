@@ -20,7 +20,7 @@ OWN = "this cache"
 
 
 @dataclass(frozen=True)
-class Stored:
+class StoredFidelity:
     """One way to store the distributions of a row kind, as it was measured.
 
     Attributes:
@@ -52,21 +52,21 @@ class LossTerm:
 
 
 @dataclass(frozen=True)
-class Measured:
+class MeasuredFile:
     """One file. about: what was compared, one sentence."""
 
     name: str
     about: str
-    stored: list[Stored]
+    stored: list[StoredFidelity]
     terms: list[LossTerm]
 
 
-def read_fidelity(paths: Sequence[Path | str]) -> list[Measured]:
+def read_fidelity(paths: Sequence[Path | str]) -> list[MeasuredFile]:
     """KdcliError naming a file that is none of the two."""
     return [_read(path) for path in paths]
 
 
-def _read(path: Path | str) -> Measured:
+def _read(path: Path | str) -> MeasuredFile:
     found = place_of(path)
     place = f"{found.text}/{NOTEBOOK}" if found.local and Path(found.path).is_dir() else found.text
     folder, _, name = place.rpartition("/")
@@ -81,7 +81,7 @@ def _read(path: Path | str) -> Measured:
         raise KdcliError(f"{place} holds no measurement ({type(error).__name__}: {error}): {FIX}") from None
 
 
-def _of_fidelity(place: str, body: Mapping[str, Any]) -> Measured:
+def _of_fidelity(place: str, body: Mapping[str, Any]) -> MeasuredFile:
     rows = body["rows"]
     about = (
         f"{body['samples']} samples ({int(rows['response']):,} response and {int(rows['vision']):,} vision rows) of {body['cache']}, live "
@@ -102,12 +102,12 @@ def _of_fidelity(place: str, body: Mapping[str, Any]) -> Measured:
         for one in body["sweep"]
         if "error" not in one
     ]
-    return Measured(place, about, stored, [_term(name, one) for name, one in body["terms"].items()])
+    return MeasuredFile(place, about, stored, [_term(name, one) for name, one in body["terms"].items()])
 
 
-def _stored(kind: str, label: str, family: str, size: float, one: Mapping[str, Any]) -> Stored:
+def _stored(kind: str, label: str, family: str, size: float, one: Mapping[str, Any]) -> StoredFidelity:
     measured = {direction: one[direction] for direction in ("forward", "reverse") if one.get(direction)}
-    return Stored(
+    return StoredFidelity(
         _text(kind),
         _text(label),
         family,
@@ -132,7 +132,7 @@ def _term(name: str, one: Mapping[str, Any]) -> LossTerm:
     )
 
 
-def _of_preflight(place: str, body: Mapping[str, Any]) -> Measured:
+def _of_preflight(place: str, body: Mapping[str, Any]) -> MeasuredFile:
     """Its notebook, or what its ``--json`` printed; candidates that nobody had to measure, since a cheaper one did, are left out."""
     found = body.get("found", body)
     stored = []
@@ -145,7 +145,7 @@ def _of_preflight(place: str, body: Mapping[str, Any]) -> Measured:
                 whole = any(params.get("codec") not in (None, "sketch") for params in one["fields"].values())
                 family = "hidden" if whole else family_of(one["fields"])
                 kind, label, size = _text(one["kind"]), _text(one["label"]), float(one["bytes_per_row"])
-                stored.append(Stored(kind, label, family, size, kl, angles, chosen=own))
+                stored.append(StoredFidelity(kind, label, family, size, kl, angles, chosen=own))
     terms = [
         LossTerm(
             f"{method['method']}: {name}",
@@ -155,7 +155,7 @@ def _of_preflight(place: str, body: Mapping[str, Any]) -> Measured:
         for method in found.get("methods", [])
         for name, one in method["terms"].items()
     ]
-    return Measured(
+    return MeasuredFile(
         place,
         "candidates of a preflight, on rows that nothing was fitted on",
         stored,

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from pipelines.report.charts import Axis, decades, short
-from pipelines.report.fidelity_files import OWN, LossTerm, Measured, Stored
+from pipelines.report.fidelity_files import OWN, LossTerm, MeasuredFile, StoredFidelity
 
 WIDTH, HEIGHT = 340, 250
 LEFT, RIGHT, TOP, BOTTOM = 46, 14, 14, 42
@@ -38,7 +38,7 @@ LETTER, LINE = 5.6, 12
 class Mark:
     """One measured way to store a row. best: no other one is both smaller and nearer. text: (x, y, anchor) of its label, or None."""
 
-    stored: Stored
+    stored: StoredFidelity
     x: float
     y: float
     path: str
@@ -80,7 +80,7 @@ class FrontierRow:
 
 
 @dataclass(frozen=True)
-class Frontier:
+class FrontierPlot:
     """One file of measurements. families: (name, path, colour) for the legend. columns: of the table."""
 
     name: str
@@ -92,11 +92,11 @@ class Frontier:
     terms: list[tuple[str, str, list[str]]]
 
 
-def frontiers(measured: Sequence[Measured]) -> list[Frontier]:
+def frontiers(measured: Sequence[MeasuredFile]) -> list[FrontierPlot]:
     return [_frontier(one) for one in measured if one.stored or one.terms]
 
 
-def _frontier(one: Measured) -> Frontier:
+def _frontier(one: MeasuredFile) -> FrontierPlot:
     charts = [chart for kind in dict.fromkeys(each.kind for each in one.stored) for chart in _charts(kind, one.stored)]
     seen = {each.family for each in one.stored}
     families = [(name, SHAPES[shape], colour) for name, (colour, shape) in FAMILIES.items() if name in seen]
@@ -106,17 +106,17 @@ def _frontier(one: Measured) -> Frontier:
     columns += [f"{d}: {what}" for d in directions for what in (["loss", "angle"] if d in losses else ["angle"])]
     best = [mark.stored for chart in charts for mark in chart.marks if mark.best]
     rows = [_row(each, directions, losses, any(each is mark for mark in best)) for each in _sorted(one.stored)]
-    return Frontier(one.name, one.about, charts, families, columns, rows, [_term_cells(each) for each in one.terms])
+    return FrontierPlot(one.name, one.about, charts, families, columns, rows, [_term_cells(each) for each in one.terms])
 
 
-def _sorted(stored: Sequence[Stored]) -> list[Stored]:
+def _sorted(stored: Sequence[StoredFidelity]) -> list[StoredFidelity]:
     return sorted(stored, key=lambda one: (one.kind, one.bytes))
 
 
-def _charts(kind: str, stored: Sequence[Stored]) -> list[Scatter]:
+def _charts(kind: str, stored: Sequence[StoredFidelity]) -> list[Scatter]:
     """A chart a direction of KL; where no student was compared with these rows, one of the divergence itself."""
     mine = [one for one in stored if one.kind == kind]
-    ways: list[tuple[str, str, str, Callable[[Stored], float]]] = [
+    ways: list[tuple[str, str, str, Callable[[StoredFidelity], float]]] = [
         (f"{kind} rows, {d} KL", "gradient angle in degrees", "angle", lambda one, d=d: one.angles.get(d, math.nan))  # type: ignore[misc]
         for d in ("forward", "reverse")
     ]
@@ -126,7 +126,7 @@ def _charts(kind: str, stored: Sequence[Stored]) -> list[Scatter]:
 
 
 def _scatter(
-    title: str, unit: str, scale: str, value: Callable[[Stored], float], stored: Sequence[Stored]
+    title: str, unit: str, scale: str, value: Callable[[StoredFidelity], float], stored: Sequence[StoredFidelity]
 ) -> Scatter | None:
     """None where fewer than two points can be drawn."""
     points = [(one, one.bytes, value(one)) for one in stored if one.bytes > 0 and math.isfinite(value(one))]
@@ -205,7 +205,7 @@ def _overlap(one: tuple[float, float, float, float], other: tuple[float, float, 
     return one[0] < other[2] and other[0] < one[2] and one[1] < other[3] and other[1] < one[3]
 
 
-def _row(one: Stored, directions: Sequence[str], losses: Sequence[str], best: bool) -> FrontierRow:
+def _row(one: StoredFidelity, directions: Sequence[str], losses: Sequence[str], best: bool) -> FrontierRow:
     cells = [f"{one.bytes:.1f}", _plain(one.kl)]
     for direction in directions:
         if direction in losses:

@@ -7,11 +7,12 @@ from dataclasses import dataclass, field
 
 from pipelines.inspect.cache import heads, token_text, words
 from pipelines.report.picture import Picture, background_words, draw_pictures, visible
-from student_train.cache import Cache, CachedRow, CachedRows
-from student_train.teacher_tokenizer import tokenizer_of
+from teacher_cache.cache import TeacherCache
+from teacher_cache.cached_samples import CachedSample, CachedSamples
 from teacher_cache.errors import KdcliError, SkipRow
 from teacher_cache.fingerprint import preparation_version
 from teacher_cache.shards.commit import committed_shards
+from teacher_cache.teacher_tokenizer import tokenizer_of
 
 EXAMPLES = 6
 SHARDS_LOOKED_AT = 6
@@ -24,7 +25,7 @@ Words = list[tuple[str, float]]
 
 
 @dataclass(frozen=True)
-class Token:
+class GalleryToken:
     """One label of an answer, and what the teacher expected in its place: (word, probability, it is the label)."""
 
     text: str
@@ -32,7 +33,7 @@ class Token:
 
 
 @dataclass(frozen=True)
-class Example:
+class GalleryExample:
     """One row as the page shows it."""
 
     key: str
@@ -40,7 +41,7 @@ class Example:
     place: str
     turns: list[tuple[str, str]]
     pictures: list[Picture]
-    tokens: list[Token]
+    tokens: list[GalleryToken]
     more_tokens: int
 
 
@@ -48,16 +49,16 @@ class Example:
 class Gallery:
     """examples, the words dimmed on all images, and what could not be shown and why."""
 
-    examples: list[Example] = field(default_factory=list)
+    examples: list[GalleryExample] = field(default_factory=list)
     background: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
-class Decoded:
+class DecodedFields:
     """A row and the teacher's words, before it is laid out."""
 
-    row: CachedRow
+    row: CachedSample
     kind: str
     vision: list[Words]
     response: list[tuple[str, Words]]
@@ -66,10 +67,10 @@ class Decoded:
         return len({one[0][0] for one in self.vision if one})
 
 
-def cache_gallery(cache: Cache, limit: int = EXAMPLES) -> Gallery:
+def cache_gallery(cache: TeacherCache, limit: int = EXAMPLES) -> Gallery:
     """Rows with images out of every kind of row; of each kind those whose patches name the most different words."""
     gallery = Gallery()
-    by_kind: dict[str, list[Decoded]] = {}
+    by_kind: dict[str, list[DecodedFields]] = {}
     tokenizer = tokenizer_of(cache)
     for part in cache.parts():
         try:
@@ -92,12 +93,12 @@ def cache_gallery(cache: Cache, limit: int = EXAMPLES) -> Gallery:
     return gallery
 
 
-def _rows(cache: Cache, part: str) -> Iterator[CachedRow]:
+def _rows(cache: TeacherCache, part: str) -> Iterator[CachedSample]:
     """The first rows of some shards spread over the part, with the fields that tell words."""
     shards = set(cache.shards([part]))
     done = [name for name in cache.fields if shards <= set(committed_shards(cache.storage, f"fields/{name}"))]
     fields = [name for kind in ("vision", "response") if (name := teller(done, kind))]
-    rows = CachedRows(cache, [part], fields)
+    rows = CachedSamples(cache, [part], fields)
     filled = [position for position, count in enumerate(rows.counts) if count]
     for position in filled[:: max(1, -(-len(filled) // SHARDS_LOOKED_AT))]:
         for row in range(min(ROWS_LOOKED_AT, rows.counts[position])):
@@ -109,25 +110,25 @@ def teller(fields: Sequence[str], kind: str) -> str | None:
     return next((name for name in (f"{kind}_topk", f"{kind}_hidden") if name in fields), None)
 
 
-def kind_of(row: CachedRow) -> str:
+def kind_of(row: CachedSample) -> str:
     source = row.sample.extra.get("family") or row.sample.extra.get("data_source")
     return f"{row.sample.part} / {source}" if source else row.sample.part
 
 
-def decode(cache: Cache, tokenizer: object, row: CachedRow, kind: str) -> Decoded:
+def decode(cache: TeacherCache, tokenizer: object, row: CachedSample, kind: str) -> DecodedFields:
     vision = [words(tokenizer, head) for head in heads(cache, row, "vision")]
     expected = [words(tokenizer, head) for head in heads(cache, row, "response")]
     labels = [token_text(tokenizer, int(i)) for i in row.text.response_ids.tolist()]
-    return Decoded(row, kind, vision, list(zip(labels, expected)))
+    return DecodedFields(row, kind, vision, list(zip(labels, expected)))
 
 
-def example_of(one: Decoded, background: set[str], upright: bool) -> Example:
+def example_of(one: DecodedFields, background: set[str], upright: bool) -> GalleryExample:
     tokens = [
-        Token(visible(label), [(visible(word), p, word == label) for word, p in expected])
+        GalleryToken(visible(label), [(visible(word), p, word == label) for word, p in expected])
         for label, expected in one.response[:TOKENS_SHOWN]
     ]
     sample = one.row.sample
-    return Example(
+    return GalleryExample(
         key=one.row.key,
         kind=one.kind,
         place=sample.place,

@@ -9,12 +9,12 @@ from pipelines.judge.labels.advice import advise, percent
 from pipelines.judge.labels.reading import Reader
 from pipelines.judge.labels.show import notes, wrong_words
 from pipelines.judge.labels.survey import Survey, Suspect, survey
-from pipelines.report.gallery import Example, decode, example_of, kind_of, teller
-from student_train.cache import Cache
-from student_train.teacher_tokenizer import tokenizer_of
+from pipelines.report.gallery import GalleryExample, decode, example_of, kind_of, teller
+from teacher_cache.cache import TeacherCache
 from teacher_cache.errors import KdcliError, SkipRow
 from teacher_cache.fingerprint import preparation_version
 from teacher_cache.shards.commit import committed_shards
+from teacher_cache.teacher_tokenizer import tokenizer_of
 
 EXAMPLES = 6
 ROWS_LOOKED_AT = 2000
@@ -26,7 +26,7 @@ class Contradicted:
     """One answer of one row: the row as the gallery shows it, but this answer and its question alone."""
 
     suspect: Suspect
-    example: Example
+    example: GalleryExample
 
 
 @dataclass
@@ -41,7 +41,7 @@ class LabelSection:
     notes: list[str] = field(default_factory=list)
 
 
-def label_section(cache: Cache, written: int) -> LabelSection | None:
+def label_section(cache: TeacherCache, written: int) -> LabelSection | None:
     """None where no field tells what the teacher says of labels, or no row has any."""
     try:
         reader = Reader(cache)
@@ -65,7 +65,7 @@ def _line(part: str, source: str, one: Any) -> tuple[str, ...]:
     return name, f"{one.answers:,}", *shares, wrong_words(one.wrong, of)
 
 
-def _show(cache: Cache, reader: Reader, made: Survey, section: LabelSection) -> None:
+def _show(cache: TeacherCache, reader: Reader, made: Survey, section: LabelSection) -> None:
     done = [name for name in cache.fields if _has(cache, name, reader.shards)]
     vision = teller(done, "vision")
     rows = reader.open(pictures=True, extra=[vision] if vision else [])
@@ -82,5 +82,5 @@ def _show(cache: Cache, reader: Reader, made: Survey, section: LabelSection) -> 
             section.notes.append(f"{one.key}: {error}")
 
 
-def _has(cache: Cache, name: str, shards: list[int]) -> bool:
+def _has(cache: TeacherCache, name: str, shards: list[int]) -> bool:
     return set(shards) <= set(committed_shards(cache.storage, f"fields/{name}"))

@@ -11,11 +11,10 @@ import torch
 
 from pipelines.report.efficiency import parameters
 from pipelines.report.matching_picture import MatchedPicture, draw_matching, tokens_of
-from pipelines.report.runs import Run, stage_cards
+from pipelines.report.runs import RunRecord, stage_cards
 from pipelines.terminal.progress import quiet_library_bars
 from pipelines.train.stage_trainer import MAPS, load_maps
 from student_train.alignment import Matching
-from student_train.cache import Cache, CachedRows
 from student_train.compression import compressor_of, with_grid
 from student_train.config import TrainSettings
 from student_train.losses.matching import UNMATCHED
@@ -24,6 +23,8 @@ from student_train.needs import Served
 from student_train.stream import Order, TrainBatch, TrainDataset, join
 from student_train.student import RowForward, load_student
 from student_train.teacher_view import TeacherHeads
+from teacher_cache.cache import TeacherCache
+from teacher_cache.cached_samples import CachedSamples
 from teacher_cache.errors import KdcliError, SkipRow, one_line
 from teacher_cache.fingerprint import preparation_version
 from teacher_cache.prepare import Preparer
@@ -41,10 +42,10 @@ MOST_ON_A_CPU = 1_500_000_000
 
 
 @dataclass(frozen=True)
-class Student:
+class MatchingStudent:
     """A finished stage whose method matches vision tokens."""
 
-    run: Run
+    run: RunRecord
     folder: Path
     card: Mapping[str, Any]
     method: Any
@@ -68,7 +69,7 @@ class MatchingSection:
     notes: list[str] = field(default_factory=list)
 
 
-def matching_section(runs: Sequence[Run], cache: Cache) -> MatchingSection | None:
+def matching_section(runs: Sequence[RunRecord], cache: TeacherCache) -> MatchingSection | None:
     """None where no run has a finished stage that matches vision tokens with this cache's."""
     section = MatchingSection()
     shown: set[str] = set()
@@ -91,7 +92,7 @@ def matching_section(runs: Sequence[Run], cache: Cache) -> MatchingSection | Non
     return section if section.runs or section.notes else None
 
 
-def _student(run: Run, cache: Cache) -> Student | None:
+def _student(run: RunRecord, cache: TeacherCache) -> MatchingStudent | None:
     """The last such stage of a run over this very plan."""
     if run.card.get("plan_hash") != cache.plan_hash:
         return None
@@ -103,11 +104,11 @@ def _student(run: Run, cache: Cache) -> Student | None:
         method = create_method(card["method"], knobs=card.get("knobs", {}))
         matching = hook(method, "alignment")()
         if matching and matching.by != "pool":  # pooling assigns nothing
-            return Student(run, stage.folder, card, method, matching)
+            return MatchingStudent(run, stage.folder, card, method, matching)
     return None
 
 
-def _match(one: Student, cache: Cache) -> MatchedRun:
+def _match(one: MatchingStudent, cache: TeacherCache) -> MatchedRun:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     count = parameters(one.folder / "model") or 0
     if device.type == "cpu" and count > MOST_ON_A_CPU:
@@ -130,7 +131,7 @@ def _match(one: Student, cache: Cache) -> MatchedRun:
     return MatchedRun(one.run.name, how, pictures)
 
 
-def _maps(one: Student, cache: Cache, model: Any, served: Served) -> dict[str, torch.nn.Module]:
+def _maps(one: MatchingStudent, cache: TeacherCache, model: Any, served: Served) -> dict[str, torch.nn.Module]:
     """The stage's learned maps, where its matching looks through one."""
     if one.matching.by != "hungarian-hidden":
         return {}
@@ -141,11 +142,11 @@ def _maps(one: Student, cache: Cache, model: Any, served: Served) -> dict[str, t
 
 
 def _batches(
-    one: Student, cache: Cache, served: Served, config: Any, processor: Any
+    one: MatchingStudent, cache: TeacherCache, served: Served, config: Any, processor: Any
 ) -> Iterator[tuple[Sample, TrainBatch]]:
     """The first rows with an image in the order of training, as micro-batches of one; each image once."""
     settings, parts = one.card["settings"], one.card["parts"]
-    rows = CachedRows(cache, parts, served.names)
+    rows = CachedSamples(cache, parts, served.names)
     reader = with_grid(processor, compressor_of(config), training=True)
     preparer = Preparer.like(cache.plan.preparation, reader, config, settings["max_length"])
     order, templates = Order(rows.counts, settings["seed"]), {part: cache.template(part) for part in parts}

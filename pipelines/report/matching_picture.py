@@ -18,7 +18,7 @@ ON_PLACE = 0.5 + 1e-9
 
 
 @dataclass(frozen=True)
-class Token:
+class PictureToken:
     """A patch of a vision grid in pixels of the image: view, grid row and column, left, top, width, height."""
 
     view: int
@@ -34,7 +34,7 @@ class Token:
         return self.left + self.width / 2, self.top + self.height / 2
 
 
-Pairs = Sequence[tuple[Token, Token]]
+Pairs = Sequence[tuple[PictureToken, PictureToken]]
 """(student's token, teacher's token)"""
 
 
@@ -84,7 +84,7 @@ class MatchedPicture:
         )
 
 
-def tokens_of(layout: ImageLayout) -> dict[int, Token]:
+def tokens_of(layout: ImageLayout) -> dict[int, PictureToken]:
     """Vision row of the image → its patch; newline tokens have no place."""
     found, first = {}, 0
     for number, view in enumerate(layout.views):
@@ -92,7 +92,7 @@ def tokens_of(layout: ImageLayout) -> dict[int, Token]:
         width, height = (right - left) / view.grid[1], (bottom - top) / view.grid[0]
         for row, column, at in view.places():
             place = left + column * width, top + row * height
-            found[first + at] = Token(number, row, column, *place, width, height)
+            found[first + at] = PictureToken(number, row, column, *place, width, height)
         first += view.tokens()
     return found
 
@@ -108,7 +108,7 @@ def mean_distance(pairs: Pairs) -> float:
     return sum(math.hypot(*apart(one)) for one in pairs) / len(pairs) if pairs else math.nan
 
 
-def apart(pair: tuple[Token, Token]) -> tuple[float, float]:
+def apart(pair: tuple[PictureToken, PictureToken]) -> tuple[float, float]:
     """(columns, rows) of the student's grid from a token to its match."""
     (x, y), (to_x, to_y) = pair[0].centre, pair[1].centre
     return (to_x - x) / pair[0].width, (to_y - y) / pair[0].height
@@ -133,7 +133,7 @@ def draw_matching(
     numbers = {one: str(i) for i, one in enumerate(ours, start=1)} if len(ours) <= MOST_NUMBERED else {}
     owner = {b: a for a, b in shown}
 
-    def patch(one: Token, token: Token | None, told: str) -> Patch:
+    def patch(one: PictureToken, token: PictureToken | None, told: str) -> Patch:
         x, y = (one.left - left) * scale, (one.top - top) * scale
         size = round(one.width * scale, 1), round(one.height * scale, 1)
         colour = _colour(token, view.grid) if token else ""
@@ -160,7 +160,7 @@ def draw_matching(
     )
 
 
-def _colour(token: Token, grid: tuple[int, int]) -> str:
+def _colour(token: PictureToken, grid: tuple[int, int]) -> str:
     """By place: the hue turns with the column, the lightness grows with the row."""
     rows, columns = grid
     hue = 300 * (token.column / max(1, columns - 1))
@@ -168,7 +168,7 @@ def _colour(token: Token, grid: tuple[int, int]) -> str:
     return f"hsl({hue:.0f},90%,{light:.0f}%)"
 
 
-def _told(ours: Token | None, theirs: Token) -> str:
+def _told(ours: PictureToken | None, theirs: PictureToken) -> str:
     place = f"teacher's row {theirs.row + 1}, column {theirs.column + 1}"
     if ours is None:
         return f"{place}: matched with none"
@@ -176,7 +176,7 @@ def _told(ours: Token | None, theirs: Token) -> str:
     return f"student's row {ours.row + 1}, column {ours.column + 1}: {place}, {distance:.1f} cells away"
 
 
-def _line(pair: tuple[Token, Token], start: tuple[float, float], scale: float) -> str:
+def _line(pair: tuple[PictureToken, PictureToken], start: tuple[float, float], scale: float) -> str:
     (x, y), (to_x, to_y) = (
         ((a - start[0]) * scale, (b - start[1]) * scale) for a, b in (pair[0].centre, pair[1].centre)
     )

@@ -19,11 +19,11 @@ from pipelines.report.gallery import cache_gallery
 from pipelines.report.labels import label_section
 from pipelines.report.lead import Lead
 from pipelines.report.matching import matching_section
-from pipelines.report.runs import Run, read_runs
+from pipelines.report.runs import RunRecord, read_runs
 from pipelines.report.scores import collect_results, score_rows
 from pipelines.report.sizes import cache_sizes
 from pipelines.report.term_gradients import term_gradients
-from student_train.cache import Cache
+from teacher_cache.cache import TeacherCache
 from teacher_cache.whole_file import refuse_unwritable, write_whole
 
 TITLE = "Students trained from one teacher cache"
@@ -55,7 +55,7 @@ def write_report(
     out = Path(out)
     refuse_unwritable(out)
     read = read_runs(runs)
-    cache = Cache(cache_url) if cache_url else None
+    cache = TeacherCache(cache_url) if cache_url else None
     measured = read_fidelity(fidelity or (beside(cache_url) if cache_url else []))
     status = inspect_cache.status(cache) if cache else None
     page = template().render(
@@ -89,7 +89,7 @@ def template(name: str = "page.html") -> jinja2.Template:
     return environment.get_template(name)
 
 
-def header(runs: Sequence[Run], cache: Cache | None) -> list[tuple[str, str]]:
+def header(runs: Sequence[RunRecord], cache: TeacherCache | None) -> list[tuple[str, str]]:
     """The facts on top: (name, value)."""
     finished = max((run.written for run in runs if run.written), default=None)
     versions = {name: value for run in runs for name, value in run.card.get("versions", {}).items()}
@@ -109,7 +109,7 @@ def header(runs: Sequence[Run], cache: Cache | None) -> list[tuple[str, str]]:
     return facts
 
 
-def run_row(run: Run, cache: Cache | None) -> dict[str, Any]:
+def run_row(run: RunRecord, cache: TeacherCache | None) -> dict[str, Any]:
     """One line of the table of runs."""
     return {
         "name": run.name,
@@ -131,7 +131,7 @@ def duration(seconds: float) -> str:
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
-def settings_table(run: Run) -> dict[str, Any]:
+def settings_table(run: RunRecord) -> dict[str, Any]:
     """Settings as rows, stages as columns; nested groups are flattened, ``knobs`` being the method's own."""
     stages = run.card.get("stages", [])
     rows: dict[str, list[str]] = {}

@@ -25,7 +25,7 @@ Words = list[tuple[str, float]]
 
 
 @dataclass(frozen=True)
-class Cell:
+class PictureCell:
     """A word at its patch: x, y the patch's centre, size in the picture's units, level 0 … STEPS - 1 by probability.
 
     word: as drawn, shortened where it is long. told: the likeliest words with their probabilities.
@@ -56,8 +56,8 @@ class Picture:
     width: float
     height: float
     cell_height: float
-    cells: list[Cell]
-    flow: list[Cell]
+    cells: list[PictureCell]
+    flow: list[PictureCell]
     counts: list[tuple[str, int]]
     caption: str
 
@@ -146,12 +146,12 @@ def _draw(
     )
 
 
-def _cell(row: int, column: int, words: Words, height: float, background: set[str]) -> Cell:
+def _cell(row: int, column: int, words: Words, height: float, background: set[str]) -> PictureCell:
     full = visible(words[0][0])
     word = full if len(full) <= LONGEST_WORD else full[: LONGEST_WORD - 1] + "…"
     size = min(0.3 * CELL, 0.45 * height, 0.9 * CELL / (0.61 * len(word)))  # 0.61: a monospaced letter to its size
     probability = words[0][1]
-    return Cell(
+    return PictureCell(
         x=(column + 0.5) * CELL,
         y=round((row + 0.5) * height, 1),
         top=round(row * height, 1),

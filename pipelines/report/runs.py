@@ -19,7 +19,7 @@ SEED = re.compile(r"^(?P<group>.*?)[-_./]*seed[-_=]?\d+(-[0-9a-f]{8})?$")
 
 
 @dataclass(frozen=True)
-class Stage:
+class StageRecord:
     """One stage of a run.
 
     Attributes:
@@ -41,14 +41,14 @@ class Stage:
 
 
 @dataclass(frozen=True)
-class Run:
+class RunRecord:
     """One run folder. ``group``: its name without the seed, so that runs of several seeds are one line of the results."""
 
     name: str
     group: str
     folder: Path
     card: Mapping[str, Any]
-    stages: list[Stage]
+    stages: list[StageRecord]
     scores: Mapping[str, Any]
 
     @property
@@ -65,12 +65,12 @@ class Run:
         return sum(_scaled(stage, "tokens") for stage in self.stages)
 
 
-def _scaled(stage: Stage, key: str) -> float:
+def _scaled(stage: StageRecord, key: str) -> float:
     values = [point[key] for point in stage.points if key in point]
     return sum(values) / len(values) * max(stage.steps, len(values)) if values else 0.0
 
 
-def read_runs(paths: Sequence[Path]) -> list[Run]:
+def read_runs(paths: Sequence[Path]) -> list[RunRecord]:
     """Every run at these folders; a folder of runs (an ablation) stands for the runs inside it.
 
     Raises:
@@ -99,7 +99,7 @@ def _names(folders: Sequence[Path]) -> list[str]:
     return ["/".join(one[-length:]) for one, length in zip(parts, lengths)]
 
 
-def _read_run(folder: Path, name: str) -> Run:
+def _read_run(folder: Path, name: str) -> RunRecord:
     card = read_run_card(folder / "run.json")
     logs = sorted(folder.glob("*/metrics.jsonl"))
     cards = stage_cards(card)
@@ -109,7 +109,7 @@ def _read_run(folder: Path, name: str) -> Run:
     scores = read_scores(folder / "scores.json") if os.path.lexists(folder / "scores.json") else {}
     if "families" in scores:
         scores = {group: scores}
-    return Run(name, group, folder, card, stages, scores)
+    return RunRecord(name, group, folder, card, stages, scores)
 
 
 def stage_cards(card: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
@@ -117,7 +117,7 @@ def stage_cards(card: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
     return {folder_of(number, one): one for number, one in enumerate(card.get("stages", []), start=1)}
 
 
-def _read_stage(folder: Path, method: str) -> Stage:
+def _read_stage(folder: Path, method: str) -> StageRecord:
     log, done = folder / "metrics.jsonl", folder / "done.json"
     points = read_points(log)
     ended = os.path.lexists(done)
@@ -125,7 +125,7 @@ def _read_stage(folder: Path, method: str) -> Stage:
     terms = dict.fromkeys(key for point in points for key in point if key == "loss" or key.startswith("loss/"))
     told = dict.fromkeys(key for point in points for key in point if key.startswith(("weight/", "kept/")))
     last = done if ended else log
-    return Stage(
+    return StageRecord(
         name=folder.name.partition("-")[2] or folder.name,
         method=method,
         points=points,

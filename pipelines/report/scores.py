@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from pipelines.report.runs import Run
+from pipelines.report.runs import RunRecord
 from pipelines.terminal.tables import uncounted_lines
 from pipelines.train.run_records import misfit_of_result
 from teacher_cache.errors import KdcliError
@@ -16,7 +16,7 @@ Results = dict[str, list[Mapping[str, Any]]]
 
 
 @dataclass(frozen=True)
-class Cell:
+class ScoreCell:
     """Exact match in percent: mean over seeds, sample standard deviation where there are several, questions of one seed."""
 
     mean: float
@@ -39,12 +39,12 @@ class ScoreTable:
 
     names: list[str]
     seeds: list[int]
-    summary: list[Cell]
-    rows: list[tuple[str, str, list[Cell | None]]]
+    summary: list[ScoreCell]
+    rows: list[tuple[str, str, list[ScoreCell | None]]]
     uncounted: list[str]
 
 
-def collect_results(runs: Sequence[Run], scores: Mapping[str, Any] | None) -> Results:
+def collect_results(runs: Sequence[RunRecord], scores: Mapping[str, Any] | None) -> Results:
     """Name → results, one a seed: what the caller gives, else what the run folders hold; the teacher first."""
     given: Results = {name: _as_list(name, one) for name, one in (scores or {}).items()}
     found: Results = {}
@@ -82,30 +82,30 @@ def score_rows(results: Results) -> ScoreTable | None:
     return ScoreTable(names, [len(results[name]) for name in names], summary, rows, uncounted)
 
 
-def _questions(cells: Sequence[Cell | None]) -> str:
+def _questions(cells: Sequence[ScoreCell | None]) -> str:
     counts = [str(cell.questions) if cell else "–" for cell in cells]
     return counts[0] if len(set(counts)) == 1 else " / ".join(counts)
 
 
-def _family(results: Sequence[Mapping[str, Any]], family: str) -> Cell | None:
+def _family(results: Sequence[Mapping[str, Any]], family: str) -> ScoreCell | None:
     found = [one["families"][family] for one in results if family in one["families"]]
     return _cell([(one["exact_match"], one.get("n", 0)) for one in found]) if found else None
 
 
-def _cell(values: Sequence[tuple[float, int]]) -> Cell:
+def _cell(values: Sequence[tuple[float, int]]) -> ScoreCell:
     percents = [100 * value for value, _ in values]
     std = statistics.stdev(percents) if len(percents) > 1 else None
-    return Cell(statistics.mean(percents), std, values[0][1])
+    return ScoreCell(statistics.mean(percents), std, values[0][1])
 
 
-def _mark(cells: list[Cell | None], names: Sequence[str]) -> list[Cell | None]:
+def _mark(cells: list[ScoreCell | None], names: Sequence[str]) -> list[ScoreCell | None]:
     """Mark the best student; the teacher is the ceiling, not a competitor. One student alone is not "best"."""
     students = [cell.mean for cell, name in zip(cells, names) if cell and name != "teacher"]
     if len(students) < 2:
         return cells
     top = round(max(students), 1)
     return [
-        Cell(cell.mean, cell.std, cell.questions, best=name != "teacher" and round(cell.mean, 1) == top)
+        ScoreCell(cell.mean, cell.std, cell.questions, best=name != "teacher" and round(cell.mean, 1) == top)
         if cell
         else None
         for cell, name in zip(cells, names)

@@ -7,14 +7,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from pipelines.terminal.tables import human_bytes
-from student_train.cache import Cache
+from teacher_cache.cache import TeacherCache
 from teacher_cache.errors import SKIP_REASONS
 
 KINDS = {"vision": "vision_rows", "response": "response_rows", "text": "text_tokens"}
 
 
 @dataclass(frozen=True)
-class Column:
+class FieldSize:
     """One column. bar: percent of the largest. per_token: (bytes, kind of token)."""
 
     name: str
@@ -32,7 +32,7 @@ class Column:
 class Sizes:
     """All columns, the largest first. skips: (count, reason, what it means). full: bytes that raw logits would take."""
 
-    columns: list[Column]
+    columns: list[FieldSize]
     total: str
     planned: int
     written: int
@@ -41,7 +41,7 @@ class Sizes:
     full: str
 
 
-def cache_sizes(cache: Cache, body: Mapping[str, Any]) -> Sizes:
+def cache_sizes(cache: TeacherCache, body: Mapping[str, Any]) -> Sizes:
     """body: ``inspect_cache.status``, read from the commits alone, so it costs little on a large cache."""
     found = sorted(body["columns"].items(), key=lambda item: -item[1]["bytes"])
     total = sum(one["bytes"] for _, one in found)
@@ -59,10 +59,10 @@ def cache_sizes(cache: Cache, body: Mapping[str, Any]) -> Sizes:
     )
 
 
-def _column(cache: Cache, name: str, one: dict[str, Any], largest: int, total: int) -> Column:
+def _column(cache: TeacherCache, name: str, one: dict[str, Any], largest: int, total: int) -> FieldSize:
     size, counts = one["bytes"], one["counts"]
     kinds = [kind for kind in _kinds(cache, name) if counts.get(KINDS[kind])]
-    return Column(
+    return FieldSize(
         name=name.removeprefix("fields/"),
         shards=f"{one['done']}/{one['shards']}",
         complete=one["done"] == one["shards"],
@@ -75,7 +75,7 @@ def _column(cache: Cache, name: str, one: dict[str, Any], largest: int, total: i
     )
 
 
-def _kinds(cache: Cache, column: str) -> list[str]:
+def _kinds(cache: TeacherCache, column: str) -> list[str]:
     """The kinds of token that a column describes: what it wanted of the teacher says which."""
     if column == "samples":
         return ["text"]
@@ -83,7 +83,7 @@ def _kinds(cache: Cache, column: str) -> list[str]:
     return [kind for kind in KINDS if any(want.split(".")[-1].split(":")[0] == kind for want in wants)]
 
 
-def _full_logits(cache: Cache, counts: dict[str, int]) -> str:
+def _full_logits(cache: TeacherCache, counts: dict[str, int]) -> str:
     """What bf16 logits of the same vision and response positions would take: the yardstick of every field."""
     widths = [body.get("teacher", {}).get("tokenizer", {}).get("length", 0) for body in cache.fields.values()]
     rows = counts.get("vision_rows", 0) + counts.get("response_rows", 0)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from statistics import median
 
 from pipelines.report.charts import short
-from pipelines.report.runs import Run, Stage
+from pipelines.report.runs import RunRecord, StageRecord
 
 NORM, COSINE = "gradient_norm/", "gradient_cosine/"
 
@@ -34,19 +34,19 @@ class StageGradients:
     rows: list[TermRow]
 
 
-def term_gradients(runs: Sequence[Run]) -> list[StageGradients]:
+def term_gradients(runs: Sequence[RunRecord]) -> list[StageGradients]:
     """A table for each stage that has logged any."""
     return [made for run in runs for stage in run.stages if (made := _of_stage(run.name, stage))]
 
 
-def _of_stage(run: str, stage: Stage) -> StageGradients | None:
+def _of_stage(run: str, stage: StageRecord) -> StageGradients | None:
     terms = dict.fromkeys(key.removeprefix(NORM) for point in stage.points for key in point if key.startswith(NORM))
     measured = sum(any(key.startswith(NORM) for key in point) for point in stage.points)
     rows = [_row(term, list(terms), stage) for term in terms]
     return StageGradients(run, stage.name, measured, rows) if rows else None
 
 
-def _row(term: str, terms: Sequence[str], stage: Stage) -> TermRow:
+def _row(term: str, terms: Sequence[str], stage: StageRecord) -> TermRow:
     norms = _finite(stage, NORM + term)
     pairs = [_finite(stage, f"{COSINE}{term}:{other}") + _finite(stage, f"{COSINE}{other}:{term}") for other in terms]
     cosines = [
@@ -56,5 +56,5 @@ def _row(term: str, terms: Sequence[str], stage: Stage) -> TermRow:
     return TermRow(term, middle, first, last, cosines)
 
 
-def _finite(stage: Stage, key: str) -> list[float]:
+def _finite(stage: StageRecord, key: str) -> list[float]:
     return [point[key] for point in stage.points if math.isfinite(point.get(key, math.nan))]

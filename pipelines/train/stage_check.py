@@ -7,11 +7,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipelines.train.stage_identity import UNKNOWN, Found, begun, check_same, settled_budget, stage_identity, start_hash
+from pipelines.train.stage_identity import (
+    UNKNOWN,
+    FoundStage,
+    begun,
+    check_same,
+    settled_budget,
+    stage_identity,
+    start_hash,
+)
 from pipelines.train.stage_plans import StagePlan
-from student_train.cache import Cache, CachedRows
 from student_train.checkpoint import checkpoint_damage, checkpoints
 from student_train.whole import FILES, added_files, finished_damage
+from teacher_cache.cache import TeacherCache
+from teacher_cache.cached_samples import CachedSamples
 from teacher_cache.errors import KdcliError
 
 
@@ -25,7 +34,7 @@ class Checked:
 
     plan: StagePlan
     folder: Path
-    there: Found | None
+    there: FoundStage | None
 
     @property
     def finished(self) -> bool:
@@ -33,12 +42,12 @@ class Checked:
 
 
 def check_stages(
-    cache: Cache,
+    cache: TeacherCache,
     plans: Sequence[StagePlan],
     start: str,
     output: Path,
     world: int,
-    rows_of: Callable[[StagePlan], CachedRows],
+    rows_of: Callable[[StagePlan], CachedSamples],
 ) -> list[Checked]:
     """What each stage's folder holds.
 
@@ -63,7 +72,7 @@ def check_stages(
     return checked
 
 
-def next_start(folder: Path, there: Found) -> str:
+def next_start(folder: Path, there: FoundStage) -> str:
     """``start`` of the stage that begins with a finished one's model: as it was when it was written, where its record says so."""
     known = there.body.get("weights")
     if isinstance(known, str):

@@ -10,11 +10,11 @@ from typing import Any
 
 from pipelines.train.stage_plans import StagePlan
 from pipelines.train.stage_trainer import MAPS
-from student_train.cache import Cache
 from student_train.checkpoint import newest_state
 from student_train.draws import VERSION as DRAWS
 from student_train.methods import hook
 from student_train.whole import DONE_FILE, read_done
+from teacher_cache.cache import TeacherCache
 from teacher_cache.errors import KdcliError
 from teacher_cache.plan import content_hash, difference
 from teacher_cache.shards.schema import misfit
@@ -25,7 +25,7 @@ UNKNOWN = "unknown"
 
 
 @dataclass(frozen=True)
-class Found:
+class FoundStage:
     """What a stage's folder holds, by its own record.
 
     Attributes:
@@ -40,11 +40,11 @@ class Found:
     body: dict[str, Any]
 
 
-def begun(folder: Path) -> Found | None:
+def begun(folder: Path) -> FoundStage | None:
     """What a stage's folder holds; None where nothing of it is trained yet. KdcliError where its record is damaged."""
     done = (folder / DONE_FILE).is_file()
     body = read_done(folder) if done else newest_state(folder / "checkpoints")
-    return Found(done, body["identity"], _chain(body), body) if body else None
+    return FoundStage(done, body["identity"], _chain(body), body) if body else None
 
 
 def _chain(body: Mapping[str, Any]) -> list[dict[str, Any]] | None:
@@ -53,7 +53,9 @@ def _chain(body: Mapping[str, Any]) -> list[dict[str, Any]] | None:
     return found if good else None
 
 
-def check_same(folder: Path, there: Found, identity: Mapping[str, Any], before: Sequence[Mapping[str, Any]]) -> None:
+def check_same(
+    folder: Path, there: FoundStage, identity: Mapping[str, Any], before: Sequence[Mapping[str, Any]]
+) -> None:
     """KdcliError with the difference where a folder holds another stage than is asked for, or one that began from others.
 
     Args:
@@ -119,7 +121,7 @@ def budget(plan: StagePlan, rows: int, world: int) -> tuple[int, int]:
 
 
 def stage_identity(
-    cache: Cache, plan: StagePlan, total: int, global_batch: int, start: str, processes: int = 1
+    cache: TeacherCache, plan: StagePlan, total: int, global_batch: int, start: str, processes: int = 1
 ) -> dict[str, Any]:
     """What must be equal for a checkpoint of this stage to be continued.
 

@@ -9,8 +9,6 @@ from typing import Any
 
 from pipelines.settings import Settings
 from pipelines.train.term_settings import TermSettings, of_stage, refuse_unknown_terms
-from student_train.cache import Cache
-from student_train.complete_fields import complete_fields
 from student_train.compression import asked_for
 from student_train.compressors import CompressorSpec
 from student_train.config import StageSettings, TrainSettings
@@ -28,6 +26,8 @@ from student_train.selection import needs_of
 from student_train.stages import Stage, parse_stages, stages_of_text
 from student_train.student import open_student
 from student_train.student_rows import compares_rows
+from teacher_cache.cache import TeacherCache
+from teacher_cache.complete_fields import complete_fields
 from teacher_cache.errors import CompatibilityError, KdcliError
 from teacher_cache.fingerprint import is_text_alone
 from teacher_cache.model_kind import open_config, reads_images
@@ -56,7 +56,12 @@ class StagePlan:
 
 
 def plan_stages(
-    cache: Cache, method: str, settings: Settings, stages: str | None, preset: str, knobs: Mapping[str, Any] | None
+    cache: TeacherCache,
+    method: str,
+    settings: Settings,
+    stages: str | None,
+    preset: str,
+    knobs: Mapping[str, Any] | None,
 ) -> list[StagePlan]:
     """Decide every stage; refuses a method, knob, part or need that cannot be had."""
     module, recipe = method_module(method), recipe_of(method, preset)
@@ -116,7 +121,7 @@ def with_recipe(own: StageSettings, train: TrainSettings, recipe: Mapping[str, A
     return replace(own.over(train), **{name: recipe[name] for name in unset})
 
 
-def blind_side(cache: Cache, train: TrainSettings) -> str:
+def blind_side(cache: TeacherCache, train: TrainSettings) -> str:
     """Which side reads text alone, in words: the student, or else the teacher whose rows the cache holds; "" for neither."""
     teacher = f"the teacher of {cache.storage}" if is_text_alone(cache.plan.preparation) else ""
     return blind_student(train) or teacher

@@ -18,16 +18,16 @@ from typing import Any
 import torch
 
 from pipelines.train.stage_plans import StagePlan
-from student_train.cache import Cache
 from student_train.checkpoint import newest_state
 from student_train.whole import DONE_FILE, make_folder, read_done
+from teacher_cache.cache import TeacherCache
 from teacher_cache.errors import KdcliError, stripped
 from teacher_cache.whole_file import write_whole
 
 STAGE_FOLDER = re.compile(r"\d\d+-\w+")
 
 
-def stage_card(cache: Cache, plan: StagePlan) -> dict[str, Any]:
+def stage_card(cache: TeacherCache, plan: StagePlan) -> dict[str, Any]:
     """What a stage was told, resolved, with cache, versions and git commit; JSON types only."""
     import transformers
 

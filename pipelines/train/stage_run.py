@@ -14,7 +14,7 @@ import torch
 
 from pipelines.train.stage_check import Checked, chain_of, check_stages, check_whole, next_start
 from pipelines.train.stage_identity import (
-    Found,
+    FoundStage,
     begun,
     check_same,
     settled_budget,
@@ -26,7 +26,6 @@ from pipelines.train.stage_plans import StagePlan
 from pipelines.train.stage_records import last_card, stage_card, write_run_card
 from pipelines.train.stage_trainer import MAPS, OpenSignals, make_trainer, save_maps
 from pipelines.train.trackers import TrackedStage, open_trackers
-from student_train.cache import Cache, CachedRows
 from student_train.config import TrainSettings
 from student_train.distributed import Processes, gathered
 from student_train.metrics_log import StepResult
@@ -37,6 +36,8 @@ from student_train.student import load_student, save_student
 from student_train.trainer import Trainer
 from student_train.whole import DONE_FILE, FILES, files_below, sums, sync_files, write_sealed
 from teacher_cache import stopping
+from teacher_cache.cache import TeacherCache
+from teacher_cache.cached_samples import CachedSamples
 from teacher_cache.errors import KdcliError, naming_full_disk
 from teacher_cache.plan import content_hash
 from teacher_cache.shards.disk_cache import DiskCache
@@ -65,18 +66,18 @@ class Run:
         start: hash of what the next stage begins with; before: the finished stages so far, as the next one remembers them.
     """
 
-    cache: Cache
+    cache: TeacherCache
     output: Path
     processes: Processes
     on_step: OnStep
     open_signals: OpenSignals
     say: Callable[[str], None]
     start: str = ""
-    there: dict[str, Found | None] = field(default_factory=dict)
-    rows: dict[str, CachedRows] = field(default_factory=dict)
+    there: dict[str, FoundStage | None] = field(default_factory=dict)
+    rows: dict[str, CachedSamples] = field(default_factory=dict)
     before: list[dict[str, Any]] = field(default_factory=list)
 
-    def rows_of(self, plan: StagePlan) -> CachedRows:
+    def rows_of(self, plan: StagePlan) -> CachedSamples:
         """What a stage reads, opened once."""
         name = plan.folder(self.output).name
         if name not in self.rows:
@@ -84,7 +85,7 @@ class Run:
                 self.processes.device.type != "cpu"
             )  # on a CPU the loader processes make the numbers, beside the step
             disk = local_cache(plan.settings)
-            rows = CachedRows(self.cache, plan.parts, plan.served.names, disk, coded)
+            rows = CachedSamples(self.cache, plan.parts, plan.served.names, disk, coded)
             check_columns(plan.terms.selection, rows.keys, plan.parts)
             self.rows[name] = rows
         return self.rows[name]
@@ -146,7 +147,7 @@ class Run:
         plan: StagePlan,
         folder: Path,
         model_id: str,
-        rows: CachedRows,
+        rows: CachedSamples,
         total: int,
         global_batch: int,
         identity: dict[str, Any],
@@ -256,7 +257,7 @@ def local_cache(settings: TrainSettings) -> DiskCache | None:
     return DiskCache(settings.local_cache, int(settings.local_cache_gb * 1e9)) if settings.local_cache else None
 
 
-def check_local_cache(rows: CachedRows, settings: TrainSettings) -> None:
+def check_local_cache(rows: CachedSamples, settings: TrainSettings) -> None:
     """KdcliError where the tars that are read at a time do not fit into the local cache."""
     least = rows.largest_block(BLOCK_SHARDS) / 1e9
     if rows.remote and settings.local_cache and settings.local_cache_gb < least:

@@ -13,7 +13,6 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from pipelines.train.stage_plans import StagePlan
-from student_train.cache import Cache, CachedRows
 from student_train.distributed import Processes
 from student_train.learned_maps import learned_maps
 from student_train.methods import looks_at_images
@@ -24,20 +23,22 @@ from student_train.student import RowForward, freeze_except, share
 from student_train.student_rows import student_rows
 from student_train.teacher_view import TeacherHeads
 from student_train.trainer import Trainer
+from teacher_cache.cache import TeacherCache
+from teacher_cache.cached_samples import CachedSamples
 from teacher_cache.errors import CompatibilityError, KdcliError
 
 PROBED = 512
 """Rows looked through for an image before the first step."""
 MAPS = "maps.safetensors"
 """Beside a stage's model: the method's learned maps, which are no part of the student; the next stage goes on with them."""
-OpenSignals = Callable[[Cache, Served, torch.device], Any]
+OpenSignals = Callable[[TeacherCache, Served, torch.device], Any]
 """(cache, served fields, device) → what has ``view(batch)``: ``TeacherHeads.open``, or a live teacher to compare with."""
 
 
 def make_trainer(
-    cache: Cache,
+    cache: TeacherCache,
     plan: StagePlan,
-    rows: CachedRows,
+    rows: CachedSamples,
     model: Any,
     processor: Any,
     total: int,

@@ -14,7 +14,6 @@ from pipelines.train.stage_run import OnStep, Run
 from pipelines.train.stage_trainer import OpenSignals
 from pipelines.train.trackers import check_trackers
 from student_train import distributed
-from student_train.cache import Cache
 from student_train.losses.liger import check_liger
 from student_train.methods import DEFAULT, hook
 from student_train.methods.soft_targets import square_note
@@ -22,6 +21,7 @@ from student_train.savable import refuse_quantized
 from student_train.teacher_view import TeacherHeads
 from student_train.token_ids import check_head, check_vocabulary
 from student_train.whole import check_model
+from teacher_cache.cache import TeacherCache
 from teacher_cache.errors import KdcliError, naming_full_disk
 from teacher_cache.places import local_path
 from teacher_cache.stopping import Stopped
@@ -51,7 +51,7 @@ def train(
     train_settings = settings.train
     if not train_settings.student:
         raise KdcliError("no student: give --student MODEL, or `student = …` under [train] in kd.toml")
-    cache = Cache(cache_url)
+    cache = TeacherCache(cache_url)
     check_trackers(train_settings.trackers())
     plans = plan_stages(cache, method, settings, stages, preset, knobs)
     plans, notes = settle(cache, plans, train_settings.student)
@@ -79,7 +79,7 @@ def train(
     return {"output": str(output), "model": results[-1]["model"], "stages": results}
 
 
-def settle(cache: Cache, plans: list[StagePlan], student: str) -> tuple[list[StagePlan], list[str]]:
+def settle(cache: TeacherCache, plans: list[StagePlan], student: str) -> tuple[list[StagePlan], list[str]]:
     """The plans as this student can have them, and notes for the user; refuses a student that cannot, before its weights are read."""
     trusted = plans[0].settings.trust_remote_code
     check_model(Path(student))

@@ -8,18 +8,19 @@ from typing import Any
 
 import torch
 
-from student_train import cache as reader
 from student_train.library.dataset import CacheDataset
 from student_train.library.signal_request import request_signals
 from student_train.library.signals import SignalSource, TeacherSignals
 from student_train.methods import DEFAULT, Method
 from student_train.needs import Need
 from student_train.stream import InPlace, TrainBatch
-from student_train.teacher_tokenizer import tokenizer_of
 from teacher_cache.batch import Batch
+from teacher_cache.cache import TeacherCache
+from teacher_cache.cached_samples import CachedSamples
 from teacher_cache.errors import CacheError, KdcliError
 from teacher_cache.model_kind import open_processor
 from teacher_cache.shards.disk_cache import DiskCache
+from teacher_cache.teacher_tokenizer import tokenizer_of
 
 
 def open_cache(url: str) -> Cache:
@@ -36,11 +37,11 @@ class Cache:
 
     Attributes:
         url: as it is shown (without passwords). parts: of the mixture. fields: name → parameters (codec, k, …) as ``field.json`` says.
-        reader: ``student_train.cache.Cache``, the machinery's own.
+        reader: ``teacher_cache.cache.TeacherCache``, the machinery's own.
     """
 
     def __init__(self, url: str):
-        self.reader = reader.Cache(url)
+        self.reader = TeacherCache(url)
         self.url = str(self.reader.storage)
         self.parts: tuple[str, ...] = tuple(self.reader.parts())
         self.fields: Mapping[str, Mapping[str, Any]] = {n: body["params"] for n, body in self.reader.fields.items()}
@@ -49,7 +50,7 @@ class Cache:
     def rows(self) -> Mapping[str, int]:
         """Part → rows that ``samples`` holds. CacheError where the capture is not finished."""
         request_signals(self.reader, None, None, ())
-        return {part: sum(reader.CachedRows(self.reader, [part], ()).counts) for part in self.parts}
+        return {part: sum(CachedSamples(self.reader, [part], ()).counts) for part in self.parts}
 
     def __len__(self) -> int:
         """Rows of all parts."""
@@ -110,7 +111,7 @@ class Cache:
             raise KdcliError("give the student's processor with config=model.config, or its folder as processor")
         request.check_student(self.reader, processor, config)
         disk = DiskCache(local_cache, int(local_cache_gb * 1e9)) if local_cache else None
-        rows = reader.CachedRows(self.reader, request.parts, request.names, disk)
+        rows = CachedSamples(self.reader, request.parts, request.names, disk)
         return CacheDataset(self.reader, request, rows, processor, config, max_length)
 
     def signals(
@@ -125,7 +126,7 @@ class Cache:
     ) -> TeacherSignals:
         """What the teacher says of a few rows (numbers from 0 over ``parts``), without any student: no ``positions``."""
         request = request_signals(self.reader, parts, method, needs, fields=fields)
-        read = reader.CachedRows(self.reader, request.parts, request.names)
+        read = CachedSamples(self.reader, request.parts, request.names)
         places = InPlace(read.counts)
         if wrong := [one for one in rows if not 0 <= one < places.rows]:
             raise CacheError(

@@ -9,11 +9,12 @@ from typing import Any
 import torch
 from torch.utils.data import Dataset, IterableDataset, get_worker_info
 
-from student_train.cache import Cache, CachedRows
 from student_train.library.signal_request import SignalRequest
 from student_train.library.signals import SignalSource
 from student_train.stream import InPlace, MicroBatches, Order, RefusedRow, TrainDataset, TrainRow
 from student_train.student_rows import student_rows
+from teacher_cache.cache import TeacherCache
+from teacher_cache.cached_samples import CachedSamples
 from teacher_cache.errors import CompatibilityError, KdcliError
 from teacher_cache.plan import difference
 
@@ -34,9 +35,9 @@ class CacheDataset(Dataset[TrainRow]):
 
     def __init__(
         self,
-        cache: Cache,
+        cache: TeacherCache,
         request: SignalRequest,
-        rows: CachedRows,
+        rows: CachedSamples,
         processor: Any,
         config: Any,
         max_length: int | None,

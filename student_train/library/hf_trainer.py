@@ -122,7 +122,7 @@ class DistillTrainer(Trainer):
         seed = args.seed if args.data_seed is None else args.data_seed
         each = MicroBatches(total, once, args.per_device_train_batch_size, args.process_index, args.world_size, 0)
         return DataLoader(
-            _Batches(CacheStream(self.rows, seed, each)),
+            _CollatedBatches(CacheStream(self.rows, seed, each)),
             batch_sampler=_Numbers(batches),  # type: ignore[arg-type]
             collate_fn=self.data_collator,
             num_workers=args.dataloader_num_workers,
@@ -217,7 +217,7 @@ class DistillTrainer(Trainer):
             self._loss.module.maps.load_state_dict(load_file(Path(checkpoint) / MAPS))
 
 
-class _Batches(Dataset[NumberedRows]):
+class _CollatedBatches(Dataset[NumberedRows]):
     """Number of a batch in the run → its rows."""
 
     def __init__(self, stream: CacheStream):

@@ -6,11 +6,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from student_train.cache import Cache
-from student_train.complete_fields import complete_fields
 from student_train.methods import DEFAULT, Method, create_method, hook
 from student_train.needs import WHATS, Need, Served, serve
 from student_train.token_ids import check_head, check_vocabulary
+from teacher_cache.cache import TeacherCache
+from teacher_cache.complete_fields import complete_fields
 from teacher_cache.errors import CompatibilityError, KdcliError
 
 
@@ -29,7 +29,7 @@ class SignalRequest:
         """Every field that is read."""
         return sorted({*self.served.names, *self.besides})
 
-    def check_student(self, cache: Cache, processor: Any, config: Any) -> None:
+    def check_student(self, cache: TeacherCache, processor: Any, config: Any) -> None:
         """CompatibilityError where these fields' teachers and this student cannot go together, before its weights are looked at."""
         fields = {name: cache.fields[name] for name in self.names}
         if self.method:
@@ -39,7 +39,7 @@ class SignalRequest:
 
 
 def request_signals(
-    cache: Cache,
+    cache: TeacherCache,
     parts: Sequence[str] | None,
     method: str | Method | None,
     needs: Iterable[str | Need] | str | None,

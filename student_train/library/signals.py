@@ -10,12 +10,12 @@ from weakref import WeakValueDictionary
 
 import torch
 
-from student_train.cache import Cache
 from student_train.distributions import Distribution, HeadAndTail, is_full
 from student_train.needs import Served
 from student_train.packed import Packed, pack, unpack
 from student_train.stream import TrainBatch
 from student_train.teacher_view import TeacherHeads, TeacherView
+from teacher_cache.cache import TeacherCache
 from teacher_cache.errors import CompatibilityError, KdcliError, without_secrets
 from teacher_cache.teachers.head import CHUNK_BYTES, chunk_rows
 
@@ -30,7 +30,7 @@ class SignalSource:
         url: of the cache. served: need → fields that serve it. cache: where it is open already.
     """
 
-    def __init__(self, url: str, served: Mapping[str, tuple[str, ...]], cache: Cache | None = None):
+    def __init__(self, url: str, served: Mapping[str, tuple[str, ...]], cache: TeacherCache | None = None):
         self.url, self.served, self._cache = url, Served(served, ()), cache
         self._heads: dict[str, TeacherHeads] = {}
         _SOURCES[_name(url, served)] = self
@@ -39,7 +39,9 @@ class SignalSource:
         """Read once a device."""
         place = str(device)
         if place not in self._heads:
-            self._heads[place] = TeacherHeads.open(self._cache or Cache(self.url), self.served, torch.device(device))
+            self._heads[place] = TeacherHeads.open(
+                self._cache or TeacherCache(self.url), self.served, torch.device(device)
+            )
         return self._heads[place]
 
     def __str__(self) -> str:

@@ -19,7 +19,7 @@ import torch
 
 from student_train.pruning import ATTENTION_IMPLEMENTATIONS, Pruning, operator_module
 from student_train.pruning.masks import attention_mask
-from student_train.pruning.ranking import LayerInput, Ranking, Tokens
+from student_train.pruning.ranking import RankedTokens, Ranking, RankingInput
 from teacher_cache.errors import CompatibilityError
 from teacher_cache.families import family_of
 from teacher_cache.teachers.attention import check_attention
@@ -74,7 +74,7 @@ class PrunedForward:
 
     positions: torch.Tensor
     """int64 ``[B, T']``: the input row of every row of the last hidden states, -1 on padding."""
-    before: LayerInput | None
+    before: RankingInput | None
     """What the layer before the next pruned one was given."""
 
     def __init__(
@@ -170,9 +170,9 @@ class PrunedForward:
                 kept.inputs |= self._renumbered(hidden, kept.valid)
             return hidden, inputs if kept is None else {**inputs, **kept.inputs}
         if number in self.depths:
-            tokens = Tokens(self.positions, self.vision, self.asking)
+            tokens = RankedTokens(self.positions, self.vision, self.asking)
             rotary = (inputs if self.newest is None else self.newest.inputs)["position_embeddings"]
-            own = LayerInput(self.layers[number], hidden.detach(), rotary)
+            own = RankingInput(self.layers[number], hidden.detach(), rotary)
             keep = self.ranking.staying(self.depths[number], tokens, self.before, own)
             if keep is not None:
                 index = self._gathered(keep)
@@ -182,7 +182,7 @@ class PrunedForward:
             self.kept[number] = self.newest
             inputs = {**inputs, **self.newest.inputs}
         if number + 1 in self.depths:
-            self.before = LayerInput(self.layers[number], hidden.detach(), inputs["position_embeddings"])
+            self.before = RankingInput(self.layers[number], hidden.detach(), inputs["position_embeddings"])
         return hidden, inputs
 
     def _renumbered(self, hidden: torch.Tensor, valid: torch.Tensor) -> dict[str, Any]:

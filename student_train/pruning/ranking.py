@@ -17,7 +17,7 @@ from teacher_cache.teachers.attention import layer_attention, layer_keys
 
 
 @dataclass(frozen=True)
-class LayerInput:
+class RankingInput:
     """A layer that ranks. hidden: its input ``[B, T, D]``. rotary: the cos and sin that it gets."""
 
     layer: Any
@@ -26,7 +26,7 @@ class LayerInput:
 
 
 @dataclass(frozen=True)
-class Tokens:
+class RankedTokens:
     """The tokens that are still there.
 
     Attributes:
@@ -74,7 +74,7 @@ class Ranking:
 
     @torch.no_grad()
     def staying(
-        self, multiple: float, tokens: Tokens, before: LayerInput | None, own: LayerInput
+        self, multiple: float, tokens: RankedTokens, before: RankingInput | None, own: RankingInput
     ) -> torch.Tensor | None:
         """bool ``[B, T]``: the rows that stay; None where all do.
 
@@ -103,7 +103,7 @@ class Ranking:
         totals = of_vision.sum(dim=1).tolist()
         return [min(now, self.pruning.kept(n, m, multiple)) for now, n, m in zip(have, totals, images, strict=True)]
 
-    def _seen(self, tokens: Tokens, before: LayerInput | None, own: LayerInput) -> Iterator[tuple[int, Seen]]:
+    def _seen(self, tokens: RankedTokens, before: RankingInput | None, own: RankingInput) -> Iterator[tuple[int, Seen]]:
         wants = operator_module(self.pruning.operator).WANTS
         given: dict[str, torch.Tensor] = {"vision": tokens.free, "prompt": tokens.positions <= tokens.asking[:, :1]}
         if "own_attention" in wants:
@@ -118,7 +118,7 @@ class Ranking:
             yield sample, Seen(**{name: one[sample, valid] for name, one in given.items()}, generator=self.generator)
 
 
-def paid(ranks: LayerInput, tokens: Tokens) -> torch.Tensor:
+def paid(ranks: RankingInput, tokens: RankedTokens) -> torch.Tensor:
     """float32 ``[B, T]``: what the asking rows pay every row in a layer, mean over its heads and over them."""
     asks = tokens.asks
     there = asks.any(dim=2)  # [B, Q]

@@ -39,7 +39,7 @@ class TooMuch(Exception):
     """What a template does is beyond a bound."""
 
 
-class Row:
+class CountedRow:
     """What is left to the row that this thread renders."""
 
     __slots__ = ("known", "looks", "made", "turns", "until")
@@ -51,7 +51,7 @@ class Row:
 
 
 class Here(local):
-    row: Row | None = None
+    row: CountedRow | None = None
 
 
 Known = dict[int, tuple[Any, int, int]]
@@ -71,7 +71,7 @@ def turn(count: int = 1) -> None:
         clock(row)
 
 
-def clock(row: Row) -> None:
+def clock(row: CountedRow) -> None:
     now = time.thread_time()
     row.until = row.until or now + SECONDS
     if now > row.until:

@@ -15,7 +15,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from teacher_cache.bounded_templates.counting import (
     HEAVY,
     LAZY_KINDS,
-    Row,
+    CountedRow,
     TooMuch,
     heavy,
     here,
@@ -36,7 +36,7 @@ from teacher_cache.bounded_templates.filters import (
     trim,
     turn_filter,
 )
-from teacher_cache.bounded_templates.tree import Counted
+from teacher_cache.bounded_templates.tree import CountedNode
 from teacher_cache.errors import CompatibilityError
 
 SOURCE = 1 << 18
@@ -75,7 +75,7 @@ class bounded:
     def __enter__(self) -> None:
         install()
         self._before = here.row
-        here.row = Row()
+        here.row = CountedRow()
 
     def __exit__(self, *_: object) -> None:
         here.row = self._before
@@ -117,7 +117,7 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
             self.filters[name] = trim if name == "trim" else guarded_filter(name, self.filters[name])
             self._guarded.add(name)
         self.filters |= OWN
-        return super()._generate(Counted().visit(source), *arguments, **settings)
+        return super()._generate(CountedNode().visit(source), *arguments, **settings)
 
     def _compile(self, source: str, filename: str) -> Any:
         try:

@@ -17,7 +17,7 @@ QUICK_TESTS = {
 TURN, KEPT, LOOKED, CUT = "kdcli_turn", "kdcli_kept", "kdcli_looked", "kdcli_cut"
 
 
-class Counted(NodeTransformer):
+class CountedNode(NodeTransformer):
     """A template's tree with the looks in it."""
 
     def generic_visit(self, node: Any, *arguments: Any, **settings: Any) -> Any:

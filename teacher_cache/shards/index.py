@@ -43,7 +43,7 @@ _KEY, _EXT = re.compile(r"[0-9A-Za-z_-]+"), re.compile(r"[0-9A-Za-z_][0-9A-Za-z_
 
 
 @dataclass(frozen=True)
-class Member:
+class TarMember:
     ext: str
     offset: int
     size: int
@@ -59,7 +59,7 @@ class Entry:
     vision_rows: int
     response_rows: int
     text_tokens: int
-    members: tuple[Member, ...] = field(default=())
+    members: tuple[TarMember, ...] = field(default=())
 
 
 def dump_index(entries: list[Entry]) -> bytes:
@@ -138,11 +138,13 @@ class Entries(Sequence[Entry]):
     def key(self, row: int) -> str:
         return self._keys[row].as_py()
 
-    def members(self, row: int) -> tuple[Member, ...]:
+    def members(self, row: int) -> tuple[TarMember, ...]:
         """Of the sample in a row (0 or more), without the rest of its ``Entry``."""
         first, stop = self._first[row : row + 2].tolist()
         kinds = self._kind[first:stop].tolist()
-        return tuple(Member(self._kinds[kind], *place) for kind, place in zip(kinds, self._places[first:stop].tolist()))
+        return tuple(
+            TarMember(self._kinds[kind], *place) for kind, place in zip(kinds, self._places[first:stop].tolist())
+        )
 
 
 def parse_index(data: bytes, place: str, tar_bytes: int, rows: int) -> Entries:

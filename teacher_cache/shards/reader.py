@@ -16,7 +16,7 @@ from typing import BinaryIO, Generic, TypeVar
 from teacher_cache.errors import CacheError
 from teacher_cache.shards.commit import Commit, read_commits
 from teacher_cache.shards.disk_cache import DiskCache
-from teacher_cache.shards.index import Entries, Member, parse_index
+from teacher_cache.shards.index import Entries, TarMember, parse_index
 from teacher_cache.shards.storage import Storage
 
 OPEN_SHARDS, OPEN_CACHED_TARS = 64, 16
@@ -143,7 +143,7 @@ class ColumnReader:
         """(file, first byte, last byte + 1) of a sample; 0, 0 for one without members."""
         return self._tar_path(self.commit(shard)), *self._span(shard, row, self._members(shard, row, only))
 
-    def _members(self, shard: int, row: int, only: frozenset[str] | None) -> tuple[Member, ...]:
+    def _members(self, shard: int, row: int, only: frozenset[str] | None) -> tuple[TarMember, ...]:
         members = self.entries(shard).members(row)
         return members if only is None else tuple(one for one in members if one.ext in only)
 
@@ -168,7 +168,7 @@ class ColumnReader:
             self._forget(shard)  # a store is asked once more: bytes may have been damaged on their way
             return self._checked(shard, row, members, start, self._bytes(shard, row, start, stop))
 
-    def _checked(self, shard: int, row: int, members: Sequence[Member], start: int, data: bytes) -> dict[str, bytes]:
+    def _checked(self, shard: int, row: int, members: Sequence[TarMember], start: int, data: bytes) -> dict[str, bytes]:
         """Contents by extension, each with its checksum."""
         contents = {}
         for member in members:
@@ -230,7 +230,7 @@ class ColumnReader:
             self._open.pop(shard).close()
             self.disk.discard(self.commit(shard))
 
-    def _span(self, shard: int, row: int, members: Sequence[Member]) -> tuple[int, int]:
+    def _span(self, shard: int, row: int, members: Sequence[TarMember]) -> tuple[int, int]:
         """First byte and last byte + 1 of a sample's members in its tar; 0, 0 for one without members."""
         start = min((member.offset for member in members), default=0)
         stop = max((member.offset + member.size for member in members), default=0)

@@ -21,7 +21,7 @@ from typing import Any, cast
 from teacher_cache.records import Prepared, SkipRecord
 from teacher_cache.shards import staging
 from teacher_cache.shards.commit import Commit, read_commit
-from teacher_cache.shards.index import Entry, Member, dump_index
+from teacher_cache.shards.index import Entry, TarMember, dump_index
 from teacher_cache.shards.storage import Storage
 
 
@@ -91,13 +91,13 @@ class ShardWriter:
     def skip(self, record: SkipRecord) -> None:
         self._skipped.append(record)
 
-    def _append(self, key: str, ext: str, content: bytes) -> Member:
+    def _append(self, key: str, ext: str, content: bytes) -> TarMember:
         info = tarfile.TarInfo(f"{key}.{ext}")
         info.size = len(content)
         info.mode = 0o644
         offset = self._tar.offset + tarfile.BLOCKSIZE
         self._tar.addfile(info, io.BytesIO(content))
-        return Member(ext, offset, len(content), zlib.crc32(content))
+        return TarMember(ext, offset, len(content), zlib.crc32(content))
 
     def commit(self) -> Commit:
         """Close the tar and make the shard visible. Returns the commit that stands, ours or an earlier equal-plan one."""

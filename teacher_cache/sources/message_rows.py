@@ -35,7 +35,7 @@ COLUMNS = frozenset({"id", "system", "messages", "conversations", *IMAGE_COLUMNS
 
 
 @dataclass(frozen=True)
-class Row:
+class MessageRow:
     """What a row says: turns with one ``<image>`` an image, the images in that order, further columns, notes (``Sample.notes``)."""
 
     turns: tuple[Turn, ...]
@@ -49,7 +49,7 @@ class Row:
 
 
 def read_sample(
-    empty: Sample, value: Any, parse: Callable[[Any], Row], fetch: Callable[[ImageRef], Image]
+    empty: Sample, value: Any, parse: Callable[[Any], MessageRow], fetch: Callable[[ImageRef], Image]
 ) -> Sample | SkipRecord:
     """The row ``value`` as a sample, or the reason why it is none.
 
@@ -66,7 +66,7 @@ def read_sample(
     return Sample(empty.part, empty.ordinal, source_id, empty.place, row.turns, images, row.extra, row.notes)
 
 
-def read_row(value: Any, members: Sequence[str] | None = None) -> Row:
+def read_row(value: Any, members: Sequence[str] | None = None) -> MessageRow:
     """
     Args:
         members: the image files that travel with the row (a WebDataset sample), in order: they are the row's images. Where the row names
@@ -100,7 +100,9 @@ def read_row(value: Any, members: Sequence[str] | None = None) -> Row:
         turns = _before_first_question(raw, len(listed))
     turns = _with_system(turns, row.get("system"))
     notes = _notes(turns, [*limits.unused_of_row(row), *raw.unused])
-    return Row(turns, tuple(listed), extra_of(row, COLUMNS | set(first.columns) if first.columns else COLUMNS), notes)
+    return MessageRow(
+        turns, tuple(listed), extra_of(row, COLUMNS | set(first.columns) if first.columns else COLUMNS), notes
+    )
 
 
 @dataclass(frozen=True)

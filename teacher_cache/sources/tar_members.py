@@ -55,7 +55,7 @@ def read_members(stream: BinaryIO, place: str, begin: int = 0, stop: int | None 
     Raises:
         DataError: a damaged header, a file that is cut off, or more behind the end; names file and byte.
     """
-    reader = _Reader(stream, place)
+    reader = _TarReader(stream, place)
     at = begin
     while stop is None or at < stop:
         member, at = reader.member(at)
@@ -66,7 +66,7 @@ def read_members(stream: BinaryIO, place: str, begin: int = 0, stop: int | None 
             yield member
 
 
-class _Reader:
+class _TarReader:
     def __init__(self, stream: BinaryIO, place: str):
         self.stream, self.place = stream, place
         self.size = stream.seek(0, 2)

@@ -29,7 +29,7 @@ from teacher_cache.sources.grouping import RowRange, group_rows_of
 from teacher_cache.sources.image_folder import check_size
 from teacher_cache.sources.image_refs import MEDIA, ImageRef
 from teacher_cache.sources.json_list import MAX_ROW_BYTES
-from teacher_cache.sources.message_rows import COLUMNS, TALK, Row, read_row, read_sample
+from teacher_cache.sources.message_rows import COLUMNS, TALK, MessageRow, read_row, read_sample
 from teacher_cache.sources.row_limits import refuse_media_columns, refuse_unlabelled_row
 from teacher_cache.sources.row_values import Unparsed, checked_text, extra_of, row_object
 from teacher_cache.sources.tar_members import BLOCK, Member, read_members
@@ -167,7 +167,7 @@ def _json_of(stream: BinaryIO, sample: _Files) -> Any:
     return {"conversations": row} if isinstance(row, list) else row  # a bare list of turns
 
 
-def _row(stream: BinaryIO, sample: _Files, value: Any) -> Row:
+def _row(stream: BinaryIO, sample: _Files, value: Any) -> MessageRow:
     """Turns, images (each named by its member), further columns.
 
     Raises:
@@ -238,11 +238,11 @@ def _caption_text(stream: BinaryIO, named: Mapping[str, Member], row: Mapping[st
     return checked_text(caption, "the caption").strip()
 
 
-def _caption(text: str, images: Sequence[str], extra: dict[str, Any]) -> Row:
+def _caption(text: str, images: Sequence[str], extra: dict[str, Any]) -> MessageRow:
     if not images:
         raise SkipRow("image_missing", "a caption without an image")
     turns = Turn("user", "\n".join([PLACEHOLDER] * len(images))), Turn("assistant", text)
-    return Row(turns, tuple(map(ImageRef, images)), extra)
+    return MessageRow(turns, tuple(map(ImageRef, images)), extra)
 
 
 def _image(stream: BinaryIO, sample: _Files, ref: ImageRef) -> Image:

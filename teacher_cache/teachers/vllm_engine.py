@@ -49,14 +49,14 @@ def vllm_version() -> str:
 
 
 @dataclass(frozen=True)
-class Opened:
+class OpenedEngine:
     """The one engine of this process."""
 
     key: tuple[Any, ...]
     llm: Any
 
 
-_opened: Opened | None = None
+_opened: OpenedEngine | None = None
 
 
 def engine(spec: TeacherSpec, dtype: torch.dtype, device: torch.device) -> Any:
@@ -65,7 +65,7 @@ def engine(spec: TeacherSpec, dtype: torch.dtype, device: torch.device) -> Any:
     key = (replace(spec, device=str(device)), dtype)
     if _opened is None or _opened.key != key:
         release()
-        _opened = Opened(key, _open(spec, dtype, device))
+        _opened = OpenedEngine(key, _open(spec, dtype, device))
     return _opened.llm
 
 

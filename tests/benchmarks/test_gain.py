@@ -13,10 +13,10 @@ from benchmarks import gain
 from benchmarks.common import RESULTS
 from pipelines.ablate.grid import load_grid
 from pipelines.demo.questions import FAMILIES
-from pipelines.demo.run import Recipe
+from pipelines.demo.run import DemoRecipe
 
 DOCS = Path(__file__).parents[2] / "docs" / "results.md"
-SIZES = Recipe(captions=8, train=8, heldout=14, defects=0, shards=2, wrong_answers=0.5)
+SIZES = DemoRecipe(captions=8, train=8, heldout=14, defects=0, shards=2, wrong_answers=0.5)
 
 
 def scored(row: str, world: int, seed: int, share: float) -> dict[str, Any]:

@@ -15,11 +15,12 @@ from typing import Any
 import torch
 from torch.nn.functional import normalize
 
-from student_train.cache import Cache, CachedRows
 from student_train.losses.terms import HiddenRows, HiddenTerm, Rows, RowTerm, SampleRows, StudentRows
 from student_train.methods import Passes, hook
 from student_train.teacher_view import TeacherView
 from teacher_cache.batch import Batch, collate
+from teacher_cache.cache import TeacherCache
+from teacher_cache.cached_samples import CachedSamples
 from teacher_cache.prepare import Preparer
 
 
@@ -62,8 +63,8 @@ def in_float64(batch: Batch) -> Batch:
 
 def teacher_batch(cache_url: Path, parts: tuple[str, ...], keys: tuple[str, ...], teacher_parts: Any) -> Batch:
     """Rows of the cache as the teacher reads them, in the order of ``keys``."""
-    cache, preparer = Cache(str(cache_url)), Preparer(*teacher_parts)
-    rows = CachedRows(cache, parts, ())
+    cache, preparer = TeacherCache(str(cache_url)), Preparer(*teacher_parts)
+    rows = CachedSamples(cache, parts, ())
     samples = [rows.read(shard, row).sample for shard, count in enumerate(rows.counts) for row in range(count)]
     by_key = {one.key: one for one in (preparer.prepare(sample, cache.template(sample.part)) for sample in samples)}
     return collate([by_key[key] for key in keys], 0)

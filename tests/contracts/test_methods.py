@@ -12,13 +12,14 @@ import pytest
 import torch
 
 from student_train import distributed
-from student_train.cache import Cache, CachedRows
 from student_train.distributions import DenseTeacher
 from student_train.losses.terms import HiddenTerm, Rows, RowTerm, SampleTerm, kinds_of
 from student_train.methods import create_method, hook, method_modules, terms_of
 from student_train.needs import Need, serve, served_by
 from student_train.stages import parse_stages
 from student_train.teacher_view import TeacherView
+from teacher_cache.cache import TeacherCache
+from teacher_cache.cached_samples import CachedSamples
 from teacher_cache.errors import CompatibilityError
 from tests.contracts.dense_reference import in_float64, live_view, load64, reference, teacher_batch
 
@@ -55,10 +56,10 @@ def open_method(
     ) -> tuple[Any, Any]:
         given = {"per_device_train_batch_size": MIXED, "max_steps": 1, "report_to": "none", "seed": 1, **changes}
         train = TrainSettings(student=str(deep_student), **given)
-        cache, stage = Cache(str(cache_url)), parse_stages(method_modules()[name].STAGES)[-1]
+        cache, stage = TeacherCache(str(cache_url)), parse_stages(method_modules()[name].STAGES)[-1]
         own = {stage.name: StageSettings(parts=("caption", "sft"))}
         (plan,) = plan_stages(cache, name, Settings(train=train, stages=own), stage.name, preset, knobs)
-        rows = CachedRows(cache, plan.parts, plan.served.names)
+        rows = CachedSamples(cache, plan.parts, plan.served.names)
         model, processor = load_student(str(deep_student), "sdpa")
         processes = distributed.Processes(0, 1, torch.device("cpu"))
         folder = tmp_path_factory.mktemp("method")

@@ -84,13 +84,14 @@ def open_step(tmp_path: Path) -> Callable[..., tuple[Any, Any]]:
     from pipelines.train.stage_trainer import make_trainer
     from pipelines.train.train_student import settle
     from student_train import distributed
-    from student_train.cache import Cache, CachedRows
     from student_train.config import StageSettings, TrainSettings
     from student_train.student import load_student
+    from teacher_cache.cache import TeacherCache
+    from teacher_cache.cached_samples import CachedSamples
 
     def open_(cache_url: Path, student: Path, method: str, **changes: Any) -> tuple[Any, Any]:
-        cache = Cache(str(cache_url))
-        rows = sum(CachedRows(cache, ("caption", "sft"), ()).counts)
+        cache = TeacherCache(str(cache_url))
+        rows = sum(CachedSamples(cache, ("caption", "sft"), ()).counts)
         given = {"per_device_train_batch_size": rows, "max_steps": 1, "report_to": "none", "max_grad_norm": 0.0}
         train = TrainSettings(student=str(student), **{**given, **changes})
         stages = {"DFT": StageSettings(parts=("caption", "sft"))}
@@ -101,7 +102,7 @@ def open_step(tmp_path: Path) -> Callable[..., tuple[Any, Any]]:
         )
         torch.manual_seed(0)
         model, processor = load_student(str(student), "sdpa", compressor=plan.compressor)
-        reader = CachedRows(cache, plan.parts, plan.served.names)
+        reader = CachedSamples(cache, plan.parts, plan.served.names)
         processes = distributed.Processes(0, 1, torch.device("cpu"))
         folder = tmp_path / f"step-{len(list(tmp_path.iterdir()))}"
         trainer, batches_from = make_trainer(cache, plan, reader, model, processor, rows, rows, processes, folder)

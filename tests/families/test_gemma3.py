@@ -13,9 +13,10 @@ import torch
 from pipelines.capture.cache_teacher import capture
 from pipelines.export.run import image_notes
 from pipelines.judge.evaluation.answers import answer, prompt_of
-from student_train.cache import Cache, CachedRows
 from student_train.pruning import Pruning
 from student_train.student import load_student
+from teacher_cache.cache import TeacherCache
+from teacher_cache.cached_samples import CachedSamples
 from teacher_cache.errors import CompatibilityError
 from teacher_cache.layout import typical_tokens
 from teacher_cache.prepare import Preparer
@@ -108,7 +109,7 @@ def assert_topk_is_the_teachers(folder: Path, teacher: Path) -> None:
     processor, config = load_processor(spec)
     live = TransformersTeacher(spec, processor, config)
     assert live.vocabulary == LENGTH
-    row = CachedRows(Cache(str(folder)), ("sft",), ("response_topk",)).read(0, 0)
+    row = CachedSamples(TeacherCache(str(folder)), ("sft",), ("response_topk",)).read(0, 0)
     stored = row.fields["response_topk"]
     prepared = Preparer(processor, config).prepare(row.sample)
     (said,) = live([prepared], frozenset({f"topk.response:{stored.ids.shape[1]}"}))

@@ -14,10 +14,10 @@ from scipy.optimize import linear_sum_assignment
 
 from pipelines.settings import Settings
 from pipelines.train.train_student import train
-from student_train.cache import Cache
 from student_train.config import TrainSettings
 from student_train.losses.matching import UNMATCHED
 from student_train.student import load_student
+from teacher_cache.cache import TeacherCache
 from teacher_cache.errors import CompatibilityError
 from teacher_cache.prepare import Preparer
 from teacher_cache.teachers.transformers import TeacherSpec, load_processor
@@ -127,7 +127,7 @@ def test_heads_of_other_widths_over_one_vocabulary(
     cache = captured(teacher)
     trainer, one = open_step(cache, student, "kd")
     assert_step_is_the_live_teachers(cache, teacher, trainer, one)
-    fingerprint = Cache(str(cache)).fields["response_hidden"]["teacher"]
+    fingerprint = TeacherCache(str(cache)).fields["response_hidden"]["teacher"]
     assert fingerprint["head_width"] == fingerprint["tokenizer"]["length"] + rows[0]
 
 

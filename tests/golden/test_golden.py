@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from pipelines.inspect.cache import check
-from student_train.cache import Cache, CachedRows
+from teacher_cache.cache import TeacherCache
+from teacher_cache.cached_samples import CachedSamples
 from teacher_cache.errors import CacheError
 from teacher_cache.shards.sealed import seal, unseal
 
@@ -45,8 +46,8 @@ def test_the_writer_writes_the_same_bytes(maker: ModuleType, tmp_path: Path) -> 
 
 
 def test_the_reader_reads_it(maker: ModuleType) -> None:
-    cache = Cache(str(GOLDEN))
-    rows = CachedRows(cache, ["sft"], ["response_topk", "vision_hidden"])
+    cache = TeacherCache(str(GOLDEN))
+    rows = CachedSamples(cache, ["sft"], ["response_topk", "vision_hidden"])
     assert rows.counts == [maker.ROWS]
     for ordinal in range(maker.ROWS):
         row, made = rows.read(0, ordinal), maker.prepared(ordinal)
@@ -70,7 +71,7 @@ def test_its_checksums_hold() -> None:
 
 
 def check_without_teacher() -> list:
-    cache = Cache(str(GOLDEN))  # it holds no teacher: its fields come from integers
+    cache = TeacherCache(str(GOLDEN))  # it holds no teacher: its fields come from integers
     return check(cache)
 
 
@@ -80,7 +81,7 @@ def test_the_next_format_version_is_refused_by_name(copy_of, name: str) -> None:
     body = unseal((folder / name).read_bytes(), "")
     (folder / name).write_bytes(seal({**body, "format_version": 2}))
     with pytest.raises(CacheError, match="format version '2'; this kdcli reads 1"):
-        CachedRows(Cache(str(folder)), ["sft"], [])
+        CachedSamples(TeacherCache(str(folder)), ["sft"], [])
 
 
 def test_the_next_field_version_is_refused_by_name(copy_of) -> None:
@@ -88,12 +89,12 @@ def test_the_next_field_version_is_refused_by_name(copy_of) -> None:
     file = folder / "fields" / "vision_hidden" / "field.json"
     file.write_bytes(seal({**unseal(file.read_bytes(), ""), "version": 2}))
     with pytest.raises(CacheError, match="field vision_hidden version 2 is not readable: this kdcli reads 1"):
-        CachedRows(Cache(str(folder)), ["sft"], ["vision_hidden"])
+        CachedSamples(TeacherCache(str(folder)), ["sft"], ["vision_hidden"])
     body = unseal(file.read_bytes(), "")
     params = {**body["params"], "codec_version": 3}
     file.write_bytes(seal({**body, "version": 1, "params": params}))
     with pytest.raises(CacheError, match="codec int8 version 3 is not readable"):
-        CachedRows(Cache(str(folder)), ["sft"], ["vision_hidden"])
+        CachedSamples(TeacherCache(str(folder)), ["sft"], ["vision_hidden"])
 
 
 def test_it_is_small_and_plain_json() -> None:

@@ -20,9 +20,10 @@ from click.testing import CliRunner, Result
 from cli import main
 from pipelines.capture.cache_teacher import capture
 from pipelines.inspect.cache import survey
-from student_train.cache import Cache, CachedRows
 from student_train.needs import Served
 from student_train.teacher_view import TeacherHeads
+from teacher_cache.cache import TeacherCache
+from teacher_cache.cached_samples import CachedSamples
 from teacher_cache.errors import CacheError, KdcliError
 from teacher_cache.shards.sealed import seal, unseal
 
@@ -153,9 +154,9 @@ def files_of(folder: Path) -> set[str]:
 
 def read_all(folder: Path) -> list[str]:
     """What training reads: every row, and the heads."""
-    cache = Cache(str(folder))
+    cache = TeacherCache(str(folder))
     names = tuple(sorted(cache.fields))
-    rows = CachedRows(cache, cache.parts(), names)
+    rows = CachedSamples(cache, cache.parts(), names)
     TeacherHeads.open(cache, Served({"all": names}, ()), __import__("torch").device("cpu"))
     read = [rows.read(p, r) for p, count in enumerate(rows.counts) for r in range(count)]
     return [f"{row.key} {row.sample} {row.fields}" for row in read]

@@ -17,7 +17,8 @@ import pytest
 
 from benchmarks.fuzz_targets import Folder, joined, shard_of, small_cache
 from pipelines.inspect.cache import survey
-from student_train.cache import Cache, CachedRows
+from teacher_cache.cache import TeacherCache
+from teacher_cache.cached_samples import CachedSamples
 from teacher_cache.codecs import container
 from teacher_cache.errors import CacheError, KdcliError
 from teacher_cache.plan import MOST_SHARD_ROWS, parse_plan
@@ -85,9 +86,9 @@ def test_a_field_that_skips_more_than_there_is(tmp_path: Path) -> None:
     folder, name = Folder(), "fields/vision_hidden/commits/000000.json"
     skips = [vars(SkipRecord("sft", ordinal, "", "", "no_answer", "")) for ordinal in (0, 5)]
     folder.write(name, resealed(name, written=0, skipped=skips))
-    cache = Cache(str(folder.path))
+    cache = TeacherCache(str(folder.path))
     with pytest.raises(CacheError, match="a field skips more rows than samples has"):
-        CachedRows(cache, cache.parts(), ["vision_hidden"])
+        CachedSamples(cache, cache.parts(), ["vision_hidden"])
 
 
 def test_a_document_of_too_many_values() -> None:
@@ -153,7 +154,7 @@ def test_an_index_that_unpacks_to_more_than_its_footer_says(monkeypatch: pytest.
 
 def test_indices_in_memory_are_bounded_together(monkeypatch: pytest.MonkeyPatch, tiny_cache: Path) -> None:
     monkeypatch.setattr("teacher_cache.shards.reader.MOST_KEPT_ROWS", 10)
-    column = Cache(str(tiny_cache)).column("samples")
+    column = TeacherCache(str(tiny_cache)).column("samples")
     for shard in range(5):
         assert len(column.entries(shard)) > 1
     assert sum(map(len, column._entries.values())) <= max(10, len(column.entries(4)))
@@ -178,10 +179,11 @@ def test_a_sparse_file_takes_no_memory(name: str, tmp_path: Path) -> None:
     code = (
         "import sys\n"
         "from pipelines.inspect.cache import survey, status\n"
-        "from student_train.cache import Cache, CachedRows\n"
+        "from teacher_cache.cache import TeacherCache\n"
+        "from teacher_cache.cached_samples import CachedSamples\n"
         "from teacher_cache.errors import KdcliError\n"
-        "for read in (survey, lambda url: status(Cache(url)), lambda url: [CachedRows(c, c.parts(), [*c.fields]).read(0, 0) "
-        "for c in [Cache(url)]]):\n"
+        "for read in (survey, lambda url: status(TeacherCache(url)), lambda url: [CachedSamples(c, c.parts(), [*c.fields]).read(0, 0) "
+        "for c in [TeacherCache(url)]]):\n"
         "    try:\n        read(sys.argv[1])\n    except KdcliError as error:\n        print(error)\n"
         "print(next(line.split()[1] for line in open('/proc/self/status') if line.startswith('VmHWM')))\n"  # ru_maxrss begins with ours
     )

@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from pipelines.inspect.cache import check
-from student_train.cache import Cache, CachedRow, CachedRows
+from teacher_cache.cache import TeacherCache
+from teacher_cache.cached_samples import CachedSample, CachedSamples
 from teacher_cache.errors import KdcliError
 from tests.close import equal_tensors
 
@@ -28,7 +29,7 @@ def leaves(value: object) -> Iterator[object]:
             yield from leaves(inner)
 
 
-def same(a: CachedRow, b: CachedRow) -> bool:
+def same(a: CachedSample, b: CachedSample) -> bool:
     def equal(x: object, y: object) -> bool:
         if isinstance(x, torch.Tensor):
             return isinstance(y, torch.Tensor) and x.dtype == y.dtype and equal_tensors(x, y)
@@ -40,15 +41,15 @@ def same(a: CachedRow, b: CachedRow) -> bool:
     return all(equal(x, y) for x, y in parts)
 
 
-def read_all(folder: Path) -> list[CachedRow]:
-    cache = Cache(str(folder))
-    rows = CachedRows(cache, cache.parts(), FIELDS)
+def read_all(folder: Path) -> list[CachedSample]:
+    cache = TeacherCache(str(folder))
+    rows = CachedSamples(cache, cache.parts(), FIELDS)
     return [rows.read(p, r) for p, count in enumerate(rows.counts) for r in range(count)]
 
 
 def is_noticed(folder: Path) -> bool:
     try:
-        return bool(check(Cache(str(folder))))
+        return bool(check(TeacherCache(str(folder))))
     except KdcliError:
         return True
 
@@ -64,7 +65,7 @@ def mini_cache(make_request, mixture, tmp_path_factory: pytest.TempPathFactory) 
 
 
 @pytest.fixture(scope="module")
-def original(mini_cache: Path) -> list[CachedRow]:
+def original(mini_cache: Path) -> list[CachedSample]:
     return read_all(mini_cache)
 
 
@@ -92,14 +93,14 @@ def damages(folder: Path, count: int, seed: int) -> Iterator[tuple[str, Path, by
             yield f"{file.relative_to(folder)} byte {at} bit {bit}", file, bytes(data)
 
 
-def test_a_whole_cache_is_clean(mini_cache: Path, original: list[CachedRow]) -> None:
-    assert check(Cache(str(mini_cache))) == []
+def test_a_whole_cache_is_clean(mini_cache: Path, original: list[CachedSample]) -> None:
+    assert check(TeacherCache(str(mini_cache))) == []
     assert len(original) == 4
     assert all(same(a, b) for a, b in zip(original, read_all(mini_cache)))
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_damage_is_noticed_and_never_read(mini_cache: Path, copy_of, original: list[CachedRow], seed: int) -> None:
+def test_damage_is_noticed_and_never_read(mini_cache: Path, copy_of, original: list[CachedSample], seed: int) -> None:
     folder = copy_of(mini_cache)
     for what, file, damaged in damages(folder, 70, seed):
         whole = file.read_bytes()

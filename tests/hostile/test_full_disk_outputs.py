@@ -147,9 +147,9 @@ def test_notes_that_nobody_can_read_end_nothing(tmp_path: Path) -> None:
 
 def test_a_full_temporary_folder_is_named(tiny_cache: Path, small_files: Callable[..., Any]) -> None:
     """A report unpacks the cache's tokenizer into it."""
-    from student_train.cache import Cache
-    from student_train.teacher_tokenizer import tokenizer_of
+    from teacher_cache.cache import TeacherCache
+    from teacher_cache.teacher_tokenizer import tokenizer_of
 
-    cache = Cache(str(tiny_cache))
+    cache = TeacherCache(str(tiny_cache))
     with small_files(600), pytest.raises(DiskError, match=r"tokenizer.*\.json: cannot be written"):
         tokenizer_of(cache)

@@ -20,11 +20,11 @@ from pipelines.inspect.cache import status
 from pipelines.judge.preflight import canaries
 from pipelines.settings import load_settings
 from pipelines.terminal.tables import work_lines
-from student_train.cache import Cache
 from student_train.checkpoint import Checkpoints
 from student_train.distributed import Processes
 from student_train.metrics_log import _step_of
 from student_train.whole import read_card
+from teacher_cache.cache import TeacherCache
 from teacher_cache.errors import CacheError, DataError, KdcliError
 from teacher_cache.records import Sample, SkipRecord
 from teacher_cache.shards.schema import COUNT, misfit, require
@@ -139,7 +139,7 @@ def test_what_a_worker_says_is_shown_or_left_out(kind: str) -> None:
     folder = Folder()
     folder.write("progress/a.json", DEEP.encode())
     folder.write("progress/b.json", b'{"worker":"w","host":"h","started":"now","updated":[]}')
-    said = status(Cache(str(folder.path)))
+    said = status(TeacherCache(str(folder.path)))
     assert said["work"] is None and work_lines(heartbeat.summary([], 3))
 
 

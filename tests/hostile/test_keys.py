@@ -18,8 +18,9 @@ from pipelines.capture.cache_teacher import capture
 from pipelines.inspect.cache import check, status
 from pipelines.settings import Settings
 from pipelines.train.train_student import train
-from student_train.cache import Cache, CachedRows
 from student_train.config import TrainSettings
+from teacher_cache.cache import TeacherCache
+from teacher_cache.cached_samples import CachedSamples
 from teacher_cache.errors import KdcliError, one_line, printable
 from teacher_cache.sources import DataSpec
 
@@ -72,10 +73,10 @@ def odd(make_request, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, l
 
 def test_they_are_captured_verified_and_read_back(odd: tuple[Path, list[dict[str, Any]]]) -> None:
     folder, written = odd
-    cache = Cache(str(folder))
+    cache = TeacherCache(str(folder))
     assert check(cache) == [] and cache.parts() == [PART]
     assert status(cache)["columns"]["samples"]["written"] == len(written)
-    found = CachedRows(cache, [PART], list(cache.fields))
+    found = CachedSamples(cache, [PART], list(cache.fields))
     every = {
         one.sample.ordinal: one for p, n in enumerate(found.counts) for one in (found.read(p, r) for r in range(n))
     }
@@ -156,5 +157,5 @@ def test_a_mixture_of_no_rows_and_a_shard_of_one(make_request, tmp_path: Path) -
     talk = [{"from": "human", "value": "hello"}, {"from": "gpt", "value": "good day"}]
     path.write_text(json.dumps([{"id": 1, "conversations": talk}]))
     capture(make_request(tmp_path / "one", data=[DataSpec("sft", str(path))], shards=1, fields=("response_topk",)))
-    cache = Cache(str(tmp_path / "one"))
-    assert check(cache) == [] and CachedRows(cache, ["sft"], ["response_topk"]).read(0, 0).sample.source_id == "1"
+    cache = TeacherCache(str(tmp_path / "one"))
+    assert check(cache) == [] and CachedSamples(cache, ["sft"], ["response_topk"]).read(0, 0).sample.source_id == "1"

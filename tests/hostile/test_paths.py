@@ -18,7 +18,7 @@ from benchmarks.fuzz_targets import Folder, joined, shard_of, small_cache
 from pipelines.edit.derive import subset
 from pipelines.edit.fields import drop_field
 from pipelines.inspect.cache import check, collect_garbage
-from student_train.cache import Cache
+from teacher_cache.cache import TeacherCache
 from teacher_cache.errors import CacheError, SkipRow
 from teacher_cache.records import Sample, SkipRecord
 from teacher_cache.shards.commit import parse_commit
@@ -47,7 +47,7 @@ LEADING_OUT = [
 def folder() -> Folder:
     """A whole small cache, to change."""
     made = Folder()
-    assert [problem for problem in check(Cache(str(made.path))) if "processor.json" not in problem.what] == []
+    assert [problem for problem in check(TeacherCache(str(made.path))) if "processor.json" not in problem.what] == []
     return made
 
 
@@ -70,7 +70,7 @@ def test_a_field_is_read_with_files_of_the_cache_only(folder: Folder, path: str)
     folder.write(name, seal(body))
     try:
         with pytest.raises(CacheError, match="is not a file of a cache"):
-            Cache(str(folder.path)).open_field("vision_hidden")
+            TeacherCache(str(folder.path)).open_field("vision_hidden")
     finally:
         secret.unlink()
 
@@ -141,14 +141,14 @@ def test_a_tar_of_anything_but_the_plain_files_of_its_index(folder: Folder, kind
             content = old.extractfile(info)
             new.addfile(other_member(info, **OTHER_MEMBERS[kind]) if number == 0 else info, content)
     folder.write_shard("samples", joined(stream.getvalue(), index))
-    problems = "\n".join(map(str, check(Cache(str(folder.path)))))
+    problems = "\n".join(map(str, check(TeacherCache(str(folder.path)))))
     assert "does not hold the members that its index lists" in problems
 
 
 def test_a_tar_that_is_none_is_a_problem_and_no_crash(folder: Folder) -> None:
     _, tar, index = shard_of("samples")
     folder.write_shard("samples", joined(b"\xff" * len(tar), index))
-    assert "samples shard 000000" in "\n".join(map(str, check(Cache(str(folder.path)))))
+    assert "samples shard 000000" in "\n".join(map(str, check(TeacherCache(str(folder.path)))))
 
 
 def test_nothing_behind_a_link_is_removed(folder: Folder, tmp_path: Path) -> None:
@@ -164,7 +164,7 @@ def test_nothing_behind_a_link_is_removed(folder: Folder, tmp_path: Path) -> Non
         place.rmdir()
         place.symlink_to(photographs)
     with pytest.raises(CacheError, match="outside the cache, behind a link"):
-        collect_garbage(Cache(str(folder.path)), remove=True)
+        collect_garbage(TeacherCache(str(folder.path)), remove=True)
     drop_field(str(folder.path), "vision_hidden", remove=True)
     assert [one.read_bytes() for one in photographs.iterdir()] == [b"dear to me"] * 3
     assert not (folder.path / "fields" / "vision_hidden").exists()
@@ -241,7 +241,7 @@ def test_a_subset_copies_what_is_named_and_nothing_behind_a_link(tiny_cache: Pat
     (teacher / "calibration").mkdir(exist_ok=True)
     (teacher / "calibration" / "x-calibration-0.safetensors").symlink_to(secret)
     subset(str(folder), str(tmp_path / "small"), parts=("caption",))
-    assert check(Cache(str(tmp_path / "small"))) == []
+    assert check(TeacherCache(str(tmp_path / "small"))) == []
     assert not [one for one in (tmp_path / "small").rglob("*") if one.is_file() and one.read_bytes() == b"mine"]
     (teacher / "head.safetensors").unlink()
     (teacher / "head.safetensors").symlink_to(secret)

@@ -18,11 +18,11 @@ import torch
 
 from benchmarks.fuzz_targets import Folder, joined, shard_of, small_cache
 from pipelines.inspect.cache import check
-from student_train.cache import Cache
 from student_train.checkpoint import Checkpoints
 from student_train.distributed import Processes
 from student_train.student import load_student
 from student_train.whole import FILES, sums, write_sealed
+from teacher_cache.cache import TeacherCache
 from teacher_cache.errors import CacheError, KdcliError
 from teacher_cache.fields import decode_record
 from teacher_cache.shards.sealed import seal, unseal
@@ -116,10 +116,12 @@ def test_a_pickle_in_a_shard_is_no_member(mark: Path) -> None:
             info.size = len(data)
             opened.addfile(info, io.BytesIO(data))
     folder.write_shard("samples", joined(stream.getvalue(), index))
-    assert "does not hold the members that its index lists" in "\n".join(map(str, check(Cache(str(folder.path)))))
+    assert "does not hold the members that its index lists" in "\n".join(
+        map(str, check(TeacherCache(str(folder.path))))
+    )
     folder.read_all()
     for name in ("vision_topk", "vision_hidden", "affinity"):
-        one = Cache(str(folder.path)).open_field(name)
+        one = TeacherCache(str(folder.path)).open_field(name)
         with pytest.raises(CacheError, match="here"):
             decode_record(one, data, "here")
     assert not mark.exists()
@@ -135,7 +137,7 @@ def test_a_pickle_in_place_of_a_calibration(mark: Path, name: str) -> None:
     body["calibration"]["sha256"] = hashlib.sha256(data).hexdigest()
     folder.write(path, seal(body))
     with pytest.raises(CacheError, match=r"calibration/.* is not readable"):
-        Cache(str(folder.path)).open_field(name)
+        TeacherCache(str(folder.path)).open_field(name)
     assert not mark.exists()
 
 

@@ -12,7 +12,8 @@ import torch
 from click.testing import CliRunner
 
 from cli import main
-from student_train.cache import Cache, CachedRows
+from teacher_cache.cache import TeacherCache
+from teacher_cache.cached_samples import CachedSamples
 from teacher_cache.codecs import container
 from teacher_cache.errors import CacheError
 from teacher_cache.shards.commit import committed_shards
@@ -23,7 +24,7 @@ Tensors = dict[str, torch.Tensor]
 
 def rewrite(folder: Path, name: str, change: Callable[[dict[str, bytes]], Any]) -> None:
     """Every sample of a column with its members changed, and every checksum right."""
-    cache = Cache(str(folder))
+    cache = TeacherCache(str(folder))
     reader = cache.column(name)
     digest = "" if name == "samples" else cache.fields[name]["sha256"]
     for shard in committed_shards(cache.storage, reader.column):
@@ -89,8 +90,8 @@ def test_numbers_that_are_not_the_teacher_s(tiny_cache: Path, copy_of, kind: str
     name, change, said = CHANGES[kind]
     folder = copy_of(tiny_cache)
     rewrite(folder, name, change)
-    cache = Cache(str(folder))
-    rows = CachedRows(cache, ["sft"], sorted(cache.fields))
+    cache = TeacherCache(str(folder))
+    rows = CachedSamples(cache, ["sft"], sorted(cache.fields))
     places = [(p, r) for p, count in enumerate(rows.counts) for r in range(count)]
     with pytest.raises(CacheError, match=f"shard .* {name} .*{said}"):
         rows.read_many(places)
@@ -114,7 +115,7 @@ def test_a_head_of_another_width(tiny_cache: Path, tiny_cache_standard: Path, mo
     def narrower(data: bytes, place: str) -> Tensors:
         return {key: one[:, 1:] if key == "weight" else one for key, one in real(data, place).items()}
 
-    whole, standard = Cache(str(tiny_cache)), Cache(str(tiny_cache_standard))
+    whole, standard = TeacherCache(str(tiny_cache)), TeacherCache(str(tiny_cache_standard))
     whole.teacher_head("vision_hidden"), standard.low_rank_head("vision_hidden")
     monkeypatch.setattr(container, "unpack", narrower)
     for read in (whole.teacher_head, standard.low_rank_head):

@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 
 from pipelines.inspect.cache import check, collect_garbage
-from student_train.cache import Cache, CachedRows
+from teacher_cache.cache import TeacherCache
+from teacher_cache.cached_samples import CachedSamples
 from teacher_cache.errors import CacheError, KdcliError
 from teacher_cache.shards.sealed import seal, unseal
 
@@ -31,7 +32,7 @@ def standard_cache(make_request, mixture, tmp_path_factory: pytest.TempPathFacto
 def said_of(folder: Path) -> str:
     """Everything that verify says, "" where it finds nothing wrong."""
     try:
-        return "\n".join(str(problem) for problem in check(Cache(str(folder))))
+        return "\n".join(str(problem) for problem in check(TeacherCache(str(folder))))
     except KdcliError as error:
         return str(error)
 
@@ -89,7 +90,7 @@ def test_every_missing_file_is_caught_and_named(standard_cache: Path, copy_of) -
 
 
 def reading(folder: Path, role: str, name: str) -> Callable[[], Any]:
-    cache = Cache(str(folder))
+    cache = TeacherCache(str(folder))
     return lambda: cache.open_field(name) if role == "calibration" else cache.low_rank_head(name)
 
 
@@ -114,17 +115,17 @@ def test_a_reader_names_the_file_and_the_field(standard_cache: Path, copy_of, na
         assert name in str(caught.value)
         assert f"fields/{name}: " in said_of(folder)
         with pytest.raises(CacheError, match=name):
-            rows = CachedRows(Cache(str(folder)), ["sft"], [name])
+            rows = CachedSamples(TeacherCache(str(folder)), ["sft"], [name])
             rows.read(0, 0)
-            Cache(str(folder)).low_rank_head(name)
+            TeacherCache(str(folder)).low_rank_head(name)
 
 
-def described_otherwise(folder: Path, name: str, change: Callable[[dict[str, Any]], Any]) -> Cache:
+def described_otherwise(folder: Path, name: str, change: Callable[[dict[str, Any]], Any]) -> TeacherCache:
     file = folder / "fields" / name / "field.json"
     body = unseal(file.read_bytes(), "")
     change(body)
     file.write_bytes(seal(body))
-    return Cache(str(folder))
+    return TeacherCache(str(folder))
 
 
 CHANGES: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
@@ -158,7 +159,7 @@ def test_a_field_of_an_unknown_name(standard_cache: Path, copy_of) -> None:
     folder = copy_of(standard_cache)
     (folder / "fields" / "vision_topk").rename(folder / "fields" / "vision_aura")
     with pytest.raises(CacheError, match="unknown field 'vision_aura': this kdcli reads affinity, "):
-        Cache(str(folder)).open_field("vision_aura")
+        TeacherCache(str(folder)).open_field("vision_aura")
 
 
 def test_an_exchanged_calibration_is_refused(standard_cache: Path, copy_of) -> None:
@@ -167,18 +168,18 @@ def test_an_exchanged_calibration_is_refused(standard_cache: Path, copy_of) -> N
     one, two = (next(folder.glob(f"teacher/*/calibration/{k}_hidden-calibration-*")) for k in ("vision", "response"))
     one.write_bytes(two.read_bytes())
     with pytest.raises(CacheError, match="does not have the checksum that field vision_hidden names"):
-        Cache(str(folder)).open_field("vision_hidden")
+        TeacherCache(str(folder)).open_field("vision_hidden")
 
 
 def test_garbage_is_what_no_field_names(standard_cache: Path, copy_of) -> None:
     folder = copy_of(standard_cache)
-    assert collect_garbage(Cache(str(folder)), remove=False) == []
+    assert collect_garbage(TeacherCache(str(folder)), remove=False) == []
     (teacher,) = (one for one in (folder / "teacher").iterdir())
     stray = teacher / "calibration" / "vision_hidden-calibration-0123456789ab.safetensors"
     stray.write_bytes(b"of a slower writer")
     found = [str(stray.relative_to(folder))]
-    assert collect_garbage(Cache(str(folder)), remove=True) == found
-    assert said_of(folder) == "" and collect_garbage(Cache(str(folder)), remove=False) == []
+    assert collect_garbage(TeacherCache(str(folder)), remove=True) == found
+    assert said_of(folder) == "" and collect_garbage(TeacherCache(str(folder)), remove=False) == []
 
 
 def test_a_removed_field_leaves_its_calibration_as_garbage(standard_cache: Path, copy_of) -> None:
@@ -186,7 +187,7 @@ def test_a_removed_field_leaves_its_calibration_as_garbage(standard_cache: Path,
 
     folder = copy_of(standard_cache)
     shutil.rmtree(folder / "fields" / "vision_hidden")
-    found = collect_garbage(Cache(str(folder)), remove=True)
+    found = collect_garbage(TeacherCache(str(folder)), remove=True)
     assert len(found) == 2 and all("vision_hidden-" in name for name in found)
     assert said_of(folder) == ""
 

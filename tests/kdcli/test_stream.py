@@ -14,8 +14,8 @@ import torch
 from torch.utils.data import DataLoader
 
 import kdcli
-from student_train.cache import CachedRows
 from student_train.library.signals import SignalSource, TeacherSignals
+from teacher_cache.cached_samples import CachedSamples
 from teacher_cache.errors import CacheError, CompatibilityError, KdcliError
 
 
@@ -211,7 +211,7 @@ def test_what_is_asked_wrongly_is_one_line(tiny_cache: Path, processor: Any, stu
 def test_top_k_alone_says_what_it_does_not_know(tiny_cache: Path) -> None:
     cache = kdcli.open_cache(str(tiny_cache))
     whole = cache.signals([0], needs="response_logits")
-    found = CachedRows(cache.reader, ["caption"], ["response_topk"]).read(0, 0)
+    found = CachedSamples(cache.reader, ["caption"], ["response_topk"]).read(0, 0)
     batch = replace(whole.batch, fields={"response_topk": [found.fields["response_topk"]]})
     few = TeacherSignals(SignalSource(str(tiny_cache), {"response_logits": ("response_topk",)}), batch)
     assert torch.equal(few.top_k(8)[0], whole.top_k(8)[0])

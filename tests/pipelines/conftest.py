@@ -259,13 +259,13 @@ def noisy(tmp_path_factory: pytest.TempPathFactory) -> Any:
     """
     from pipelines.capture.cache_teacher import capture
     from pipelines.capture.worker import CaptureRequest
-    from pipelines.demo.run import TEACHER, Recipe, make_world
+    from pipelines.demo.run import TEACHER, DemoRecipe, make_world
     from pipelines.settings import CaptureSettings
     from teacher_cache.teachers.transformers import TeacherSpec
 
     folder = tmp_path_factory.mktemp("noisy")
     world, data = make_world(
-        folder / "world", Recipe(captions=12, train=72, heldout=7, defects=0, wrong_answers=0.2), 0
+        folder / "world", DemoRecipe(captions=12, train=72, heldout=7, defects=0, wrong_answers=0.2), 0
     )
     params: dict[str, dict[str, Any]] = {"response_topk": {"k": 8}, "vision_topk": {"k": 2}}
     settings = CaptureSettings(shards=6, fields=tuple(params), workers=1)

@@ -10,7 +10,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from cli import main
-from student_train.cache import Cache
+from teacher_cache.cache import TeacherCache
 
 
 def kdcli(*words: str) -> Result:
@@ -38,7 +38,7 @@ def everything(folder: Path) -> dict[str, bytes]:
 def test_a_field_is_dropped_of_the_cache_that_was_named(caches: Path, prefix: str) -> None:
     before = everything(caches / "c")
     run = kdcli("cache", "drop-field", f"{prefix}c::v2", "affinity", "--yes")
-    assert run.exit_code == 0 and "affinity" not in Cache("c::v2").fields
+    assert run.exit_code == 0 and "affinity" not in TeacherCache("c::v2").fields
     assert everything(caches / "c") == before
 
 
@@ -46,7 +46,7 @@ def test_a_new_cache_goes_where_out_says(caches: Path) -> None:
     before = everything(caches)
     run = kdcli("cache", "subset", "c", "--out", "run::2024/cache", "--parts", "sft", "--fields", "relation")
     assert run.exit_code == 0, run.output
-    assert Cache(str(caches / "run::2024" / "cache")).parts() == ["sft"]
+    assert TeacherCache(str(caches / "run::2024" / "cache")).parts() == ["sft"]
     after = everything(caches)
     assert {name: after[name] for name in before} == before
     assert {Path(name).parts[0] for name in after} == {"c", "c::v2", "run::2024"}
@@ -117,7 +117,9 @@ def test_lists_for_webdataset_name_the_cache_that_was_named(caches: Path, name: 
     (caches / "c").rename(caches / name)
     listed = kdcli("cache", "urls", f"./{name}", "relation").output.splitlines()
     keys = [one["__key__"] for one in webdataset.WebDataset(listed, shardshuffle=False)]
-    assert len(keys) == sum(one.rows for one in Cache(f"./{name}").plan.slices) and not (caches / "made").exists()
+    assert (
+        len(keys) == sum(one.rows for one in TeacherCache(f"./{name}").plan.slices) and not (caches / "made").exists()
+    )
 
 
 @pytest.mark.parametrize("name", ["a\nb", "a\x1b[2J"])

@@ -13,7 +13,7 @@ from cli import main
 from pipelines.capture.cache_teacher import capture
 from pipelines.capture.worker import CaptureRequest
 from pipelines.inspect.cache import check
-from student_train.cache import Cache
+from teacher_cache.cache import TeacherCache
 from teacher_cache.shards.storage import Storage
 
 
@@ -32,7 +32,7 @@ def test_a_whole_job_in_a_bucket(
     capture(make_request(local))
     capture(make_request(url))
     assert cache_in(url) == cache_in(str(local))
-    assert check(Cache(url)) == []
+    assert check(TeacherCache(url)) == []
     run = CliRunner().invoke(main, ["cache", "status", url])
     assert run.exit_code == 0 and "31 written" in run.output
     flags = ["--cache", url, "--student", str(tiny_student), "--output-dir", str(tmp_path / "run")]
@@ -49,7 +49,7 @@ def test_every_fifth_request_fails(make_request: Callable[..., CaptureRequest], 
     healthy.rate = 0.2
     capture(make_request("s3://bucket/faulty", **few))
     assert healthy.failed > 5
-    assert check(Cache("s3://bucket/faulty")) == []
+    assert check(TeacherCache("s3://bucket/faulty")) == []
     assert cache_in("s3://bucket/faulty") == cache_in(str(tmp_path / "local"))
 
 

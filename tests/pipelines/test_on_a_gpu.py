@@ -15,7 +15,8 @@ from safetensors.torch import load_file
 
 import cli
 from pipelines.capture.cache_teacher import capture
-from student_train.cache import Cache, CachedRows
+from teacher_cache.cache import TeacherCache
+from teacher_cache.cached_samples import CachedSamples
 from tests.conftest import ALL_FIELDS
 
 FIRST_LAYER = ("attention", "vision_features")
@@ -29,8 +30,8 @@ def run(*arguments: Any) -> str:
 
 def rows_of(folder: Path, fields: tuple[str, ...]) -> dict[str, dict[str, Any]]:
     """Row key → decoded fields."""
-    cache = Cache(str(folder))
-    rows = CachedRows(cache, cache.parts(), fields)
+    cache = TeacherCache(str(folder))
+    rows = CachedSamples(cache, cache.parts(), fields)
     places = [(position, number) for position, count in enumerate(rows.counts) for number in range(count)]
     return {row.key: row.fields for row in (rows.read(*place) for place in places)}
 

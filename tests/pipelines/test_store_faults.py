@@ -14,7 +14,8 @@ from click.testing import CliRunner
 from cli import main
 from pipelines.capture.cache_teacher import capture
 from pipelines.capture.worker import CaptureRequest
-from student_train.cache import Cache, CachedRows
+from teacher_cache.cache import TeacherCache
+from teacher_cache.cached_samples import CachedSamples
 from teacher_cache.errors import CacheError
 from teacher_cache.shards.storage import Storage
 from teacher_cache.shards.verify import verify
@@ -30,18 +31,18 @@ def uploaded(store: Any, tiny_cache: Path) -> str:
     return "s3://bucket/tiny"
 
 
-def all_keys(rows: CachedRows) -> list[str]:
+def all_keys(rows: CachedSamples) -> list[str]:
     places = [(position, row) for position, count in enumerate(rows.counts) for row in range(count)]
     return [row.key for row in rows.read_many(places)]
 
 
 def test_connections_break_while_reading(uploaded: str, shaky: Any, tiny_cache: Path) -> None:
-    local = Cache(str(tiny_cache))
-    cache = Cache(uploaded)
+    local = TeacherCache(str(tiny_cache))
+    cache = TeacherCache(uploaded)
     shaky.rate = 0.1
     columns = {"samples": "", "fields/vision_topk": cache.fields["vision_topk"]["sha256"]}
     assert verify(cache.storage, columns) == []
-    assert all_keys(CachedRows(cache, ["sft"], FIELDS)) == all_keys(CachedRows(local, ["sft"], FIELDS))
+    assert all_keys(CachedSamples(cache, ["sft"], FIELDS)) == all_keys(CachedSamples(local, ["sft"], FIELDS))
     assert sum(shaky.broken.values()) > 5 and all(shaky.broken.values())
 
 
@@ -146,16 +147,16 @@ def test_a_quarter_of_the_answers_breaks_and_a_batch_arrives(monkeypatch: pytest
 
 
 def test_rows_arrive_without_a_local_cache_at_a_quarter_of_faults(uploaded: str, shaky: Any, tiny_cache: Path) -> None:
-    rows = CachedRows(Cache(uploaded), ["sft"], FIELDS)
+    rows = CachedSamples(TeacherCache(uploaded), ["sft"], FIELDS)
     shaky.rate = 0.25
-    assert all_keys(rows) == all_keys(CachedRows(Cache(str(tiny_cache)), ["sft"], FIELDS))
+    assert all_keys(rows) == all_keys(CachedSamples(TeacherCache(str(tiny_cache)), ["sft"], FIELDS))
     assert sum(shaky.broken.values()) > 5
 
 
 def test_bytes_damaged_on_their_way_are_asked_for_once_more(tiny_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     files = fsspec.filesystem("memory")
     files.put(str(tiny_cache), "/flipped", recursive=True)
-    keys = all_keys(CachedRows(Cache(str(tiny_cache)), ["sft"], FIELDS))
+    keys = all_keys(CachedSamples(TeacherCache(str(tiny_cache)), ["sft"], FIELDS))
     cat_ranges, flips = type(files).cat_ranges, [3]
 
     def flipping(self: Any, *given: Any, **named: Any) -> list[bytes]:
@@ -166,7 +167,7 @@ def test_bytes_damaged_on_their_way_are_asked_for_once_more(tiny_cache: Path, mo
         return answers
 
     monkeypatch.setattr(type(files), "cat_ranges", flipping)
-    rows = CachedRows(Cache("memory://flipped"), ["sft"], FIELDS)
+    rows = CachedSamples(TeacherCache("memory://flipped"), ["sft"], FIELDS)
     places = [(position, row) for position, count in enumerate(rows.counts) for row in range(count)]
     flips[0] = 1
     assert [row.key for row in rows.read_many(places)] == keys and not flips[0]

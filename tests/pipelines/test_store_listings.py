@@ -15,7 +15,7 @@ from cli import main
 from pipelines.capture.cache_teacher import capture
 from pipelines.capture.worker import CaptureRequest
 from pipelines.inspect.cache import check
-from student_train.cache import Cache
+from teacher_cache.cache import TeacherCache
 from teacher_cache.errors import CacheError
 from teacher_cache.shards.commit import await_listed
 from teacher_cache.shards.storage import Storage
@@ -68,14 +68,14 @@ def test_a_capture_ends_well_and_so_does_what_follows(
     summary = capture(make_request(url, data=few, shards=2, fields=("relation",)))
     assert lagging.hidden and summary["work"] is None
     assert {name: one["done"] for name, one in summary["columns"].items()} == dict.fromkeys(COLUMNS, 2)
-    assert check(Cache(url)) == []
+    assert check(TeacherCache(url)) == []
     run = CliRunner().invoke(
         main, ["cache", "subset", url, "--out", "s3://bucket/lagging/two", "--parts", "sft", "--json"]
     )
     assert run.exit_code == 0, run.output
-    assert check(Cache("s3://bucket/lagging/two")) == [] and set(Cache("s3://bucket/lagging/two").fields) == {
-        "relation"
-    }
+    assert check(TeacherCache("s3://bucket/lagging/two")) == [] and set(
+        TeacherCache("s3://bucket/lagging/two").fields
+    ) == {"relation"}
 
 
 def test_what_is_never_listed_is_said(lagging: Lagging, monkeypatch: pytest.MonkeyPatch) -> None:

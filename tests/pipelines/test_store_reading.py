@@ -16,8 +16,9 @@ import pytest
 from click.testing import CliRunner
 
 from cli import main
-from student_train.cache import Cache, CachedRows
 from student_train.stream import Order
+from teacher_cache.cache import TeacherCache
+from teacher_cache.cached_samples import CachedSamples
 from teacher_cache.errors import CacheError, SkipRow
 from teacher_cache.shards.disk_cache import DiskCache
 from teacher_cache.shards.storage import Storage
@@ -35,11 +36,11 @@ def uploaded(store: Any, tiny_cache: Path) -> str:
     return "s3://bucket/read"
 
 
-def open_rows(url: str | Path, disk: DiskCache | None = None) -> CachedRows:
-    return CachedRows(Cache(str(url)), ["sft"], FIELDS, disk)
+def open_rows(url: str | Path, disk: DiskCache | None = None) -> CachedSamples:
+    return CachedSamples(TeacherCache(str(url)), ["sft"], FIELDS, disk)
 
 
-def in_training_order(rows: CachedRows) -> list[str]:
+def in_training_order(rows: CachedSamples) -> list[str]:
     """Key and answer of every row, micro-batch by micro-batch."""
     order, read = Order(rows.counts, seed=3), []
     rows.expect(order.shards_of(0, 0), order.shards_of(0, 1))
@@ -62,7 +63,7 @@ def test_without_a_local_cache_a_row_is_one_exact_range_a_column(uploaded: str, 
 
 
 def test_rows_in_tar_order_come_many_in_a_request(uploaded: str, healthy: Any) -> None:
-    samples = Cache(uploaded).column("samples")
+    samples = TeacherCache(uploaded).column("samples")
     count = len(samples.entries(4))
     assert count > 4
     healthy.asked.clear()

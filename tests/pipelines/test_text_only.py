@@ -21,8 +21,8 @@ from pipelines.export.run import ExportRequest, export
 from pipelines.inspect.cache import survey
 from pipelines.settings import CaptureSettings, Settings
 from pipelines.train.train_student import train
-from student_train.cache import Cache
 from student_train.config import TrainSettings
+from teacher_cache.cache import TeacherCache
 from teacher_cache.errors import CompatibilityError, KdcliError
 from teacher_cache.sources import DataSpec
 from teacher_cache.teachers.transformers import TeacherSpec
@@ -226,7 +226,7 @@ def test_a_head_that_is_tied_or_not_is_saved_as_it_was(here: Path, tied: bool, t
     made = train(str(tmp_path / "cache"), "kd", settings_of(student, tmp_path / "run"))
     names = load_file(Path(made["model"]) / "model.safetensors").keys()
     assert ("lm_head.weight" in names) is not tied
-    assert Cache(str(tmp_path / "cache")).fields["response_hidden"]["teacher"]["head_width"] == 4160 + 7
+    assert TeacherCache(str(tmp_path / "cache")).fields["response_hidden"]["teacher"]["head_width"] == 4160 + 7
     export(ExportRequest(tmp_path / "run", tmp_path / "exported", check=True))
 
 

@@ -59,9 +59,10 @@ def open_stage(tmp_path: Path, tiny_student: Path) -> Callable[..., tuple[Any, A
     from pipelines.train.stage_plans import plan_stages
     from pipelines.train.stage_trainer import make_trainer
     from student_train import distributed
-    from student_train.cache import Cache, CachedRows
     from student_train.config import StageSettings, TrainSettings
     from student_train.student import load_student
+    from teacher_cache.cache import TeacherCache
+    from teacher_cache.cached_samples import CachedSamples
 
     def open_(
         cache_url: Path,
@@ -76,10 +77,10 @@ def open_stage(tmp_path: Path, tiny_student: Path) -> Callable[..., tuple[Any, A
         **settings: Any,
     ) -> tuple[Any, Any]:
         train = replace(TrainSettings(student=str(student), report_to="none"), **settings)
-        cache = Cache(str(cache_url))
+        cache = TeacherCache(str(cache_url))
         stages = {stage: StageSettings(parts=parts)}
         (plan,) = plan_stages(cache, method, Settings(train=train, stages=stages), stage, preset, knobs)
-        rows = CachedRows(cache, plan.parts, plan.served.names, coded=device != "cpu" if coded is None else coded)
+        rows = CachedSamples(cache, plan.parts, plan.served.names, coded=device != "cpu" if coded is None else coded)
         total, global_batch = budget(plan, sum(rows.counts), 1)
         torch.manual_seed(0)
         model, processor = load_student(str(student), "sdpa")

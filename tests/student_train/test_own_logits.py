@@ -167,7 +167,7 @@ def test_fidelity_compares_gradients_of_those_logits(
     kind: str, tiny_student: Path, capped_student: Path, teacher_parts: Any, world: Any
 ) -> None:
     """What a leaf's gradient means for the head's own parameter, and for the hidden states, in float64."""
-    from pipelines.judge.fidelity.rows import Row
+    from pipelines.judge.fidelity.rows import FidelitySample
     from pipelines.judge.fidelity.student import Student
     from student_train.student import load_student
     from teacher_cache.prepare import Preparer
@@ -178,7 +178,7 @@ def test_fidelity_compares_gradients_of_those_logits(
     source = open_source(DataSpec("sft", world.train))
     sample = next(one for group in source.scan(100) for one in source.read(group))
     prepared = Preparer(processor, model.config).prepare(sample)
-    student = Student(model, [Row(prepared.key, sample, prepared, {})], [prepared], ("language_model",), 0)
+    student = Student(model, [FidelitySample(prepared.key, sample, prepared, {})], [prepared], ("language_model",), 0)
     states, _ = student.forward([0])
     side = student.side(0, {name: one.detach() for name, one in states.items()})
     pull = torch.randn(len(prepared.labels), len(side.head), generator=torch.Generator().manual_seed(0))

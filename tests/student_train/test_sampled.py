@@ -11,11 +11,12 @@ from typing import Any
 import pytest
 import torch
 
-from student_train.cache import Cache, CachedRows
 from student_train.distributions import DenseTeacher, SampledTeacher
 from student_train.losses.divergences import forward_kl, reverse_kl
 from student_train.losses.sampled import forward_kl_plain, forward_kl_sampled
 from student_train.needs import Need, serve
+from teacher_cache.cache import TeacherCache
+from teacher_cache.cached_samples import CachedSamples
 from teacher_cache.errors import CompatibilityError
 from teacher_cache.records import Sampled
 from teacher_cache.teachers.sampling import sample_rows, uniforms
@@ -130,7 +131,7 @@ def sampled_cache(request: Any, tmp_path_factory: pytest.TempPathFactory, make_r
 
 
 def records(cache: Path, field: str) -> dict[str, Sampled]:
-    rows = CachedRows(Cache(str(cache)), ("caption", "sft"), (field,))
+    rows = CachedSamples(TeacherCache(str(cache)), ("caption", "sft"), (field,))
     every = [rows.read(position, row) for position, count in enumerate(rows.counts) for row in range(count)]
     return {one.key: one.fields[field] for one in every}
 
@@ -156,7 +157,7 @@ def test_the_batch_has_no_say_in_the_sample(
     from pipelines.capture.cache_teacher import capture
 
     out, field = tmp_path / "again", FIELDS[0]
-    params = {field: Cache(str(sampled_cache)).fields[field]["params"]}
+    params = {field: TeacherCache(str(sampled_cache)).fields[field]["params"]}
     capture(replace(make_request(out, fields=(field,), batch_tokens=200, shards=3), field_params=params))
     ours, theirs = records(sampled_cache, field), records(out, field)
     assert ours.keys() == theirs.keys() and ours

@@ -14,13 +14,14 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from student_train.cache import Cache, CachedRows
 from student_train.distributions import DenseTeacher, HeadAndTail, likeliest
 from student_train.losses.counted import TermWeights, count_rows
 from student_train.losses.terms import RowTerm, SampleTerm, label_loss
 from student_train.needs import serve
 from student_train.row_columns import answer_lengths
 from student_train.selection import Tokens, check_columns, needs_of, parse_selector
+from teacher_cache.cache import TeacherCache
+from teacher_cache.cached_samples import CachedSamples
 from teacher_cache.errors import KdcliError
 from teacher_cache.records import TextTokens
 from tests.contracts.dense_reference import in_float64, live_view, load64, reference, teacher_batch
@@ -164,8 +165,8 @@ def test_a_cache_that_cannot_serve_it_is_told_the_field() -> None:
 
 
 def test_the_likeliest_token_from_whole_logits_is_that_of_the_head(tiny_cache: Path) -> None:
-    cache = Cache(str(tiny_cache))
-    row = CachedRows(cache, ("sft",), ("response_hidden", "response_topk")).read(0, 0)
+    cache = TeacherCache(str(tiny_cache))
+    row = CachedSamples(cache, ("sft",), ("response_hidden", "response_topk")).read(0, 0)
     dense = likeliest(
         DenseTeacher(row.fields["response_hidden"].float(), cache.teacher_head("response_hidden").float())
     )
@@ -177,7 +178,7 @@ def test_weights_of_a_file_and_of_the_mixture(
     tiny_cache: Path, tmp_path: Path, open_stage: Callable[..., Any], first_step: Callable[..., Any]
 ) -> None:
     """By row key; rows without one, weights that are none, and a file of zeros are one line each."""
-    rows = CachedRows(Cache(str(tiny_cache)), ("caption",), ())
+    rows = CachedSamples(TeacherCache(str(tiny_cache)), ("caption",), ())
     keys = list(rows.keys())
     file = tmp_path / "w.parquet"
 
@@ -218,7 +219,7 @@ def test_weights_of_a_file_and_of_the_mixture(
 
 def test_a_step_leaves_single_answers_out(tiny_cache: Path, tmp_path: Path, open_stage: Callable[..., Any]) -> None:
     """Of every row the first answer alone counts: the step's share of tokens is that of first answers."""
-    rows = CachedRows(Cache(str(tiny_cache)), ("sft",), ())
+    rows = CachedSamples(TeacherCache(str(tiny_cache)), ("sft",), ())
     lines, first, every = [], 0, 0
     for position, count in enumerate(rows.counts):
         for number in range(count):

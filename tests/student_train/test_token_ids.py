@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 from pipelines.capture.describe import processor_receipt
-from student_train.cache import Cache
 from student_train.token_ids import check_tokenizer, difference_of_tokens, tokens_by_id
+from teacher_cache.cache import TeacherCache
 from teacher_cache.errors import CacheError, CompatibilityError
 from teacher_cache.fingerprint import processor_fingerprint
 
@@ -96,7 +96,7 @@ def student_tokenizer(special: str | None) -> Any:
 
 def test_the_cache_is_asked_for_its_teachers_strings(tiny_cache: Path, teacher_parts: Any, copy_of: Any) -> None:
     processor = copy.copy(teacher_parts[0])
-    cache = Cache(str(tiny_cache))
+    cache = TeacherCache(str(tiny_cache))
     for special, note in ((None, ""), ("<video>", "has 4160 and the student's 4161")):
         processor.tokenizer = student_tokenizer(special)
         said = check_tokenizer(
@@ -110,13 +110,13 @@ def test_the_cache_is_asked_for_its_teachers_strings(tiny_cache: Path, teacher_p
     ours = processor_fingerprint(processor)["tokenizer"]
     file.write_text(json.dumps({"model": 3}))
     with pytest.raises(CacheError, match=r"tokenizer\.json does not have its checksum"):
-        check_tokenizer(Cache(str(damaged)), "vision_hidden", processor.tokenizer, ours)
+        check_tokenizer(TeacherCache(str(damaged)), "vision_hidden", processor.tokenizer, ours)
     receipt.write_bytes(processor_receipt({"tokenizer.json": file.read_bytes()}))
     with pytest.raises(CacheError, match="not a tokenizer's description"):
-        check_tokenizer(Cache(str(damaged)), "vision_hidden", processor.tokenizer, ours)
+        check_tokenizer(TeacherCache(str(damaged)), "vision_hidden", processor.tokenizer, ours)
     file.unlink()
     with pytest.raises(CacheError, match=r"tokenizer\.json is missing"):
-        check_tokenizer(Cache(str(damaged)), "vision_hidden", processor.tokenizer, ours)
+        check_tokenizer(TeacherCache(str(damaged)), "vision_hidden", processor.tokenizer, ours)
     receipt.write_bytes(processor_receipt({}))  # a cache that lacks the strings is judged by hash and length
     with pytest.raises(CompatibilityError, match=r"another tokenizer: tokenizer\.length: cache 4160, here 4161"):
-        check_tokenizer(Cache(str(damaged)), "vision_hidden", processor.tokenizer, ours)
+        check_tokenizer(TeacherCache(str(damaged)), "vision_hidden", processor.tokenizer, ours)

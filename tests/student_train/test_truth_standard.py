@@ -14,7 +14,8 @@ from typing import Any
 import pytest
 import torch
 
-from student_train.cache import Cache, CachedRows
+from teacher_cache.cache import TeacherCache
+from teacher_cache.cached_samples import CachedSamples
 from teacher_cache.errors import CacheError, CompatibilityError
 from teacher_cache.records import Coded
 from tests.close import assert_all_close
@@ -115,7 +116,7 @@ def test_records_that_the_training_device_restores_are_those_that_the_reader_doe
 
 def test_a_record_that_is_damaged_is_named_where_it_is_read(standard_cache, copy_of, monkeypatch) -> None:
     """Not where its numbers are made: in a loader process, with shard, field and key."""
-    cache = Cache(str(standard_cache()))
+    cache = TeacherCache(str(standard_cache()))
     field = type(cache.open_field("vision_hidden"))
 
     def broken(self, stored):
@@ -123,7 +124,7 @@ def test_a_record_that_is_damaged_is_named_where_it_is_read(standard_cache, copy
 
     monkeypatch.setattr(field, "read_many", broken)
     with pytest.raises(CacheError, match=r"shard 00000\d vision_hidden \S+: symbols are damaged"):
-        CachedRows(cache, ("caption",), ["vision_hidden"], coded=True).read(0, 0)
+        CachedSamples(cache, ("caption",), ["vision_hidden"], coded=True).read(0, 0)
 
 
 def test_em_kd_with_all_text_wants_a_cache_of_all_text(open_stage, standard_cache) -> None:

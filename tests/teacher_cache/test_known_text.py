@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 import torch
 
-from student_train.cache import Cache, CachedRow, CachedRows
 from student_train.compression import compress_processor
+from teacher_cache.cache import TeacherCache
+from teacher_cache.cached_samples import CachedSample, CachedSamples
 from teacher_cache.errors import SkipRow
 from teacher_cache.known_text import KnownText, same_text_side
 from teacher_cache.prepare import Limits, Preparer
@@ -20,14 +21,14 @@ from teacher_cache.teachers.transformers import TeacherSpec, load_processor
 PIXELS = 10_000_000
 
 
-def rows_of(folder: Path) -> tuple[Cache, list[CachedRow]]:
-    cache = Cache(str(folder))
-    rows = CachedRows(cache, cache.parts(), [])
+def rows_of(folder: Path) -> tuple[TeacherCache, list[CachedSample]]:
+    cache = TeacherCache(str(folder))
+    rows = CachedSamples(cache, cache.parts(), [])
     return cache, [rows.read(shard, row) for shard, count in enumerate(rows.counts) for row in range(count)]
 
 
 @pytest.fixture(scope="module", params=["one picture", "two pictures", "coarse student", "compressed student"])
-def case(request: pytest.FixtureRequest) -> tuple[Cache, list[CachedRow], Preparer]:
+def case(request: pytest.FixtureRequest) -> tuple[TeacherCache, list[CachedSample], Preparer]:
     """A cache's rows and a student's preparer with the teacher's text side."""
     get = request.getfixturevalue
     folder = get("two_picture_cache") if request.param == "two pictures" else get("tiny_cache")
@@ -68,7 +69,9 @@ def assert_same(one: Prepared, other: Prepared) -> None:
 
 
 @pytest.mark.parametrize("proofs", [0, 2])
-def test_every_row_is_as_the_long_way_has_it(case: tuple[Cache, list[CachedRow], Preparer], proofs: int) -> None:
+def test_every_row_is_as_the_long_way_has_it(
+    case: tuple[TeacherCache, list[CachedSample], Preparer], proofs: int
+) -> None:
     cache, rows, preparer = case
     known = KnownText(preparer, proofs)
     assert same_text_side(preparer.fingerprint(), cache.plan.preparation)
@@ -112,7 +115,7 @@ def test_a_processor_that_does_more_is_not_trusted(tiny_cache: Path, tiny_studen
 
 
 def test_other_texts_are_other_tokens(tiny_cache: Path, tiny_student: Path) -> None:
-    cache = Cache(str(tiny_cache))
+    cache = TeacherCache(str(tiny_cache))
     preparer = Preparer(*load_processor(TeacherSpec(str(tiny_student))))
     ours = preparer.fingerprint()
     assert not same_text_side({**ours, "chat_template": "another"}, cache.plan.preparation)

@@ -13,7 +13,8 @@ import torch
 from click.testing import CliRunner
 
 import cli
-from student_train.cache import Cache, CachedRows
+from teacher_cache.cache import TeacherCache
+from teacher_cache.cached_samples import CachedSamples
 from teacher_cache.codecs import container
 from teacher_cache.errors import CompatibilityError
 from teacher_cache.records import Prepared, Sample, TeacherOutput
@@ -129,7 +130,7 @@ def test_rows_too_long_end_in_one_line(spec, teacher_parts, rows) -> None:
 
 
 @pytest.fixture(scope="module")
-def caches(tmp_path_factory: pytest.TempPathFactory, folder: Path, mixture) -> dict[tuple[str, str], Cache]:
+def caches(tmp_path_factory: pytest.TempPathFactory, folder: Path, mixture) -> dict[tuple[str, str], TeacherCache]:
     """(backend or route, profile) → a cache of the command line."""
     out = tmp_path_factory.mktemp("caches")
     made = {}
@@ -151,15 +152,15 @@ def command(into: Path, teacher: Path, mixture: Any, profile: str, *more: str) -
     return ["cache-teacher", "--teacher", str(teacher), *data, *out, *run]
 
 
-def capture(into: Path, teacher: Path, mixture: Any, profile: str, *more: str) -> Cache:
+def capture(into: Path, teacher: Path, mixture: Any, profile: str, *more: str) -> TeacherCache:
     words = command(into, teacher, mixture, profile, *more)
     result = CliRunner().invoke(cli.main, words)
     assert result.exit_code == 0, result.output
-    return Cache(words[words.index("--out") + 1])
+    return TeacherCache(words[words.index("--out") + 1])
 
 
-def records(cache: Cache, field: str) -> dict[str, Any]:
-    rows = CachedRows(cache, cache.parts(), [field])
+def records(cache: TeacherCache, field: str) -> dict[str, Any]:
+    rows = CachedSamples(cache, cache.parts(), [field])
     found = [rows.read(i, n) for i, count in enumerate(rows.counts) for n in range(count)]
     return {one.key: one.fields[field] for one in found}
 
@@ -244,7 +245,7 @@ def test_two_workers(tmp_path, folder, mixture, caches) -> None:
     words[words.index("--workers") + 1] = "2"
     result = CliRunner().invoke(cli.main, words)
     assert result.exit_code == 0, result.output
-    ours = records(Cache(words[words.index("--out") + 1]), "response_hidden")
+    ours = records(TeacherCache(words[words.index("--out") + 1]), "response_hidden")
     theirs = records(caches["vllm", "exact"], "response_hidden")
     assert ours.keys() == theirs.keys()
     assert furthest([ours[key].float() for key in ours], [theirs[key].float() for key in ours]) < 0.05

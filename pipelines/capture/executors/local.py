@@ -59,7 +59,7 @@ def run(make_task: MakeTask, shards: Sequence[int], workers: int) -> Generator[A
             stopping.check()
             yield task(shard)
         return
-    pool, at_once = list[Worker](), True
+    pool, at_once = list[LocalWorker](), True
     try:
         with starting():
             for number in range(workers):
@@ -74,7 +74,7 @@ def run(make_task: MakeTask, shards: Sequence[int], workers: int) -> Generator[A
 
 
 @dataclass
-class Worker:
+class LocalWorker:
     """The command's side of a worker. ``shard``: what it is at; None: nothing."""
 
     number: int
@@ -87,7 +87,7 @@ class WorkerDied(KdcliError):
     """Killed, for want of memory or by somebody."""
 
 
-def start(make_task: MakeTask, number: int, workers: int) -> Worker:
+def start(make_task: MakeTask, number: int, workers: int) -> LocalWorker:
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()
     # As bytes: what the task imports comes in behind the worker's own first steps.
@@ -96,10 +96,10 @@ def start(make_task: MakeTask, number: int, workers: int) -> Worker:
     )
     process.start()
     theirs.close()
-    return Worker(number, process, ours)
+    return LocalWorker(number, process, ours)
 
 
-def results(pool: Sequence[Worker], left: deque[int]) -> Iterator[Any]:
+def results(pool: Sequence[LocalWorker], left: deque[int]) -> Iterator[Any]:
     """One shard a worker at a time, in the order given."""
     while left or any(one.shard not in (None, START) for one in pool):
         for one in answered(pool):
@@ -115,14 +115,14 @@ def results(pool: Sequence[Worker], left: deque[int]) -> Iterator[Any]:
                 yield value
 
 
-def answered(pool: Sequence[Worker]) -> list[Worker]:
+def answered(pool: Sequence[LocalWorker]) -> list[LocalWorker]:
     """Workers at work that have said something or are gone."""
     busy = [one for one in pool if one.shard is not None]
     ready = wait_for([one.line for one in busy], LOOK)
     return [one for one in busy if one.line in ready or not one.process.is_alive()]
 
 
-def hear(one: Worker) -> tuple[bool, Any]:
+def hear(one: LocalWorker) -> tuple[bool, Any]:
     """(True, result) or (False, the task's error)."""
     try:
         if one.line.poll():
@@ -132,7 +132,7 @@ def hear(one: Worker) -> tuple[bool, Any]:
     raise gone(one)
 
 
-def gone(one: Worker) -> Exception | Stopped:
+def gone(one: LocalWorker) -> Exception | Stopped:
     """What is to be said of a worker that ended unasked."""
     one.process.join(LOOK)
     code = one.process.exitcode
@@ -146,7 +146,7 @@ def gone(one: Worker) -> Exception | Stopped:
     )
 
 
-def end(pool: Sequence[Worker], at_once: bool) -> None:
+def end(pool: Sequence[LocalWorker], at_once: bool) -> None:
     """No worker is left behind. A second interrupt kills what the first asked to end."""
     for one in pool:
         one.line.close()  # who waits for a shard ends by that

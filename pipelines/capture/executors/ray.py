@@ -43,7 +43,7 @@ class Cluster:
     retries: int = 3
 
 
-class Worker:
+class RayWorker:
     """The actor.
 
     Args:
@@ -135,7 +135,7 @@ def _run(
     try:
         gpus = cluster.gpus if cluster.gpus is not None else float(ray.cluster_resources().get("GPU", 0) > 0)
         size = min(workers or places(ray, cluster, gpus), len(shards))
-        actor = ray.remote(num_gpus=gpus, num_cpus=cluster.cpus, max_restarts=0)(Worker)
+        actor = ray.remote(num_gpus=gpus, num_cpus=cluster.cpus, max_restarts=0)(RayWorker)
         threads = max(1, int(cluster.cpus))
         pool = Pool(ray, actor, ray.put(make_task), size, threads)
         yield from shards_of(pool, shards, cluster.retries)

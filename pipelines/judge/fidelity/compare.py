@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from pipelines.judge.fidelity.measure import RowTally, relative_error, row_chunks, whole_angle
-from pipelines.judge.fidelity.sources import Source
+from pipelines.judge.fidelity.sources import OutputSource
 from pipelines.judge.fidelity.student import KINDS, Gradient, Student
 from pipelines.judge.fidelity.terms import MATCHING, StudentSide, Term
 from student_train.losses.matching import manhattan_cost, match
@@ -19,7 +19,9 @@ MOST_BYTES = 1 << 29
 Matches = Mapping[str, Sequence[torch.Tensor]]
 
 
-def match_all(student: Student, sources: Mapping[str, Source]) -> tuple[dict[str, list[torch.Tensor]], dict[str, Any]]:
+def match_all(
+    student: Student, sources: Mapping[str, OutputSource]
+) -> tuple[dict[str, list[torch.Tensor]], dict[str, Any]]:
     """Each source's assignment of its vision tokens to the student's, and what it costs on the live teacher's own logits.
 
     Returns:
@@ -57,7 +59,7 @@ def match_all(student: Student, sources: Mapping[str, Source]) -> tuple[dict[str
 def compare(
     terms: Mapping[str, Term],
     student: Student,
-    sources: Mapping[str, Source],
+    sources: Mapping[str, OutputSource],
     matches: Matches,
     progress: Callable[[int, int], None] = lambda more, total: None,
 ) -> dict[str, dict[str, Any]]:
@@ -78,7 +80,7 @@ def compare(
 def _compare_group(
     terms: Mapping[str, Term],
     student: Student,
-    sources: Mapping[str, Source],
+    sources: Mapping[str, OutputSource],
     matches: Matches,
     progress: Callable[[], None],
 ) -> dict[str, dict[str, Any]]:
@@ -97,7 +99,7 @@ def _compare_group(
 class TermWork:
     """One term over the batches: a tally and a parameter gradient for every source."""
 
-    def __init__(self, name: str, term: Term, student: Student, sources: Mapping[str, Source], matches: Matches):
+    def __init__(self, name: str, term: Term, student: Student, sources: Mapping[str, OutputSource], matches: Matches):
         self.name, self.term, self.student, self.sources, self.matches = name, term, student, sources, matches
         self.tallies = {source: RowTally() for source in sources}
         self.gradients: dict[str, Gradient] = {source: student.no_gradient() for source in sources}

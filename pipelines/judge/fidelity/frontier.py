@@ -13,7 +13,7 @@ from typing import Any, cast
 
 import torch
 
-from pipelines.judge.fidelity.sources import Source, live_source
+from pipelines.judge.fidelity.sources import OutputSource, live_source
 from pipelines.judge.fidelity.stored import at_once, measure_rows
 from pipelines.judge.fidelity.student import Student
 from student_train.needs import Need, serve
@@ -149,7 +149,7 @@ class Frontier:
         field = self.fit(name, params).field
         return sum(len(container.pack(field.encode(*pair))) for pair in zip(self.prepared, self.outputs))
 
-    def source(self, fields: Mapping[str, Stored], needs: Mapping[str, frozenset[Need]]) -> Source:
+    def source(self, fields: Mapping[str, Stored], needs: Mapping[str, frozenset[Need]]) -> OutputSource:
         """Fields that were made in memory, read as a cache's are. needs: name of the comparison → what it asks for."""
         device = self.student.device
         heads = {
@@ -161,7 +161,7 @@ class Frontier:
             name: TeacherHeads(serve(asked, params, name, ""), heads, len(self.head), device)
             for name, asked in needs.items()
         }
-        return Source(signals, records)
+        return OutputSource(signals, records)
 
     def _reading(self, name: str, head: torch.Tensor | LowRankHead) -> torch.Tensor | LowRankHead:
         """``reading_head``, the last of each field kept: ways that share a field share it."""
@@ -169,7 +169,7 @@ class Frontier:
             self._read[name] = (head, reading_head(head, self.student.device))
         return self._read[name][1]
 
-    def live(self, needs: Mapping[str, frozenset[Need]]) -> Source:
+    def live(self, needs: Mapping[str, frozenset[Need]]) -> OutputSource:
         return live_source(self.outputs, self.head, needs, self.student.device)
 
     def measure(

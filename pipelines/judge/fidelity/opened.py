@@ -6,16 +6,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from pipelines.judge.fidelity.rows import Row, RowReader, parts_with_fields
+from pipelines.judge.fidelity.rows import FidelityReader, FidelitySample, parts_with_fields
 from pipelines.judge.fidelity.sources import same_teacher, serve_terms, teacher_spec
 from pipelines.judge.fidelity.student import Student
 from pipelines.judge.fidelity.terms import MATCHING, MATCHING_NEEDS, TERMS
-from student_train.cache import Cache
-from student_train.complete_fields import complete_fields
 from student_train.needs import Need, Served, served_by
 from student_train.student import load_student
 from student_train.student import open_student as load_student_processor
 from student_train.token_ids import check_tokenizer
+from teacher_cache.cache import TeacherCache
+from teacher_cache.complete_fields import complete_fields
 from teacher_cache.errors import KdcliError
 from teacher_cache.fingerprint import is_text_alone, processor_fingerprint
 from teacher_cache.prepare import Preparer
@@ -54,10 +54,10 @@ class FidelityRequest:
 
 
 @dataclass(frozen=True)
-class Opened:
+class OpenedSides:
     """Everything that is decided before any weights are loaded."""
 
-    cache: Cache
+    cache: TeacherCache
     parts: tuple[str, ...]
     fields: list[str]
     spec: TeacherSpec
@@ -68,9 +68,9 @@ class Opened:
     notes: list[str]
 
 
-def open_cache(request: FidelityRequest) -> Opened:
+def open_cache(request: FidelityRequest) -> OpenedSides:
     """Refuses another teacher, and a cache that serves no term at all."""
-    cache = Cache(request.cache)
+    cache = TeacherCache(request.cache)
     parts = parts_with_fields(cache, request.parts)
     complete = complete_fields(cache, parts)
     if not complete:
@@ -85,15 +85,19 @@ def open_cache(request: FidelityRequest) -> Opened:
         missing = "; ".join(dict.fromkeys(not_served(cache, need) for need in unserved.values()))
         raise KdcliError(f"{cache.storage}: no term can be compared: {missing}")
     notes += [note for one in served.values() for note in one.notes]
-    return Opened(cache, parts, fields, spec, processor, config, served, unserved, list(dict.fromkeys(notes)))
+    return OpenedSides(cache, parts, fields, spec, processor, config, served, unserved, list(dict.fromkeys(notes)))
 
 
-def not_served(cache: Cache, need: Need) -> str:
+def not_served(cache: TeacherCache, need: Need) -> str:
     return f"needs {need}: `kdcli cache add-field {cache.storage} --field {served_by(need)[0]}`"
 
 
 def open_student(
-    request: FidelityRequest, opened: Opened, reader: RowReader, rows: Sequence[Row], trains: Sequence[str]
+    request: FidelityRequest,
+    opened: OpenedSides,
+    reader: FidelityReader,
+    rows: Sequence[FidelitySample],
+    trains: Sequence[str],
 ) -> Student:
     """The student over the compared rows; CompatibilityError where its tokenizer is not the teacher's."""
     assert request.student is not None
@@ -107,7 +111,7 @@ def open_student(
     return Student(model.to(device), rows, prepared, trains, processor.tokenizer.pad_token_id or 0)
 
 
-def comparable(opened: Opened, student: Student) -> tuple[list[str], dict[str, str]]:
+def comparable(opened: OpenedSides, student: Student) -> tuple[list[str], dict[str, str]]:
     """(terms that can be compared, term → why not)."""
     unserved = {name: not_served(opened.cache, need) for name, need in opened.unserved.items()}
     if not student.aligned:

@@ -8,8 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from student_train.cache import Cache, CachedRows
 from student_train.stream import check_same_response
+from teacher_cache.cache import TeacherCache
+from teacher_cache.cached_samples import CachedSamples
 from teacher_cache.errors import CompatibilityError, KdcliError, SkipRow
 from teacher_cache.plan import difference
 from teacher_cache.prepare import Preparer
@@ -18,7 +19,7 @@ from teacher_cache.shards.commit import committed_shards
 
 
 @dataclass(frozen=True)
-class Row:
+class FidelitySample:
     """One sample of the cache. teacher: as the capture read it. records: field → what its reader gives."""
 
     key: str
@@ -40,7 +41,7 @@ def draw(counts: Sequence[int], samples: int, seed: int) -> list[tuple[int, int]
     return found[:samples]
 
 
-def parts_with_fields(cache: Cache, parts: Sequence[str] | None) -> tuple[str, ...]:
+def parts_with_fields(cache: TeacherCache, parts: Sequence[str] | None) -> tuple[str, ...]:
     """The asked parts, or those of which the cache holds any field."""
     if parts:
         cache.shards(parts)  # refuses an unknown part
@@ -52,7 +53,7 @@ def parts_with_fields(cache: Cache, parts: Sequence[str] | None) -> tuple[str, .
     return found
 
 
-def capture_preparer(cache: Cache, processor: Any, config: Any) -> Preparer:
+def capture_preparer(cache: TeacherCache, processor: Any, config: Any) -> Preparer:
     """The teacher's preparer with the capture's limits; CompatibilityError where rows would be prepared otherwise."""
     there = cache.plan.preparation
     preparer = Preparer.like(there, processor, config)
@@ -65,22 +66,22 @@ def capture_preparer(cache: Cache, processor: Any, config: Any) -> Preparer:
     return preparer
 
 
-class RowReader:
+class FidelityReader:
     """Reads rows of some parts with some fields, prepared as the capture prepared them."""
 
-    def __init__(self, cache: Cache, parts: Sequence[str], fields: Sequence[str], preparer: Preparer):
-        self.cached = CachedRows(cache, parts, fields)
+    def __init__(self, cache: TeacherCache, parts: Sequence[str], fields: Sequence[str], preparer: Preparer):
+        self.cached = CachedSamples(cache, parts, fields)
         self.cache, self.preparer = cache, preparer
         self._limits = cache.image_limits()
 
-    def read(self, places: Sequence[tuple[int, int]]) -> list[Row]:
+    def read(self, places: Sequence[tuple[int, int]]) -> list[FidelitySample]:
         return [self._one(*place) for place in places]
 
-    def _one(self, position: int, number: int) -> Row:
+    def _one(self, position: int, number: int) -> FidelitySample:
         row = self.cached.read(position, number)
         prepared = self.prepare(row.sample, self.preparer)
         check_same_response(row.key, row.text, prepared.text)
-        return Row(row.key, row.sample, prepared, row.fields)
+        return FidelitySample(row.key, row.sample, prepared, row.fields)
 
     def prepare(self, sample: Sample, preparer: Preparer) -> Prepared:
         """A captured sample for teacher or student; CompatibilityError where this model cannot read it."""
@@ -92,7 +93,7 @@ class RowReader:
                 "give a model with the capture's tokenizer and template"
             ) from None
 
-    def student_rows(self, rows: Sequence[Row], preparer: Preparer) -> list[Prepared]:
+    def student_rows(self, rows: Sequence[FidelitySample], preparer: Preparer) -> list[Prepared]:
         """The rows as the student reads them, with the teacher's response tokens, one by one."""
         found = []
         for row in rows:
@@ -102,7 +103,7 @@ class RowReader:
         return found
 
 
-def same_grids(rows: Sequence[Row], student: Sequence[Prepared]) -> bool:
+def same_grids(rows: Sequence[FidelitySample], student: Sequence[Prepared]) -> bool:
     """Whether vision token i of the student is vision token i of the teacher, in every row."""
 
     def grids(one: Prepared) -> list[list[tuple[int, int]]]:

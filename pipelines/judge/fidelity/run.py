@@ -12,9 +12,9 @@ import torch
 from pipelines.judge.fidelity.compare import LIVE, compare, match_all
 from pipelines.judge.fidelity.frontier import Frontier, wants_of
 from pipelines.judge.fidelity.measure import DIRECTIONS
-from pipelines.judge.fidelity.opened import FidelityRequest, Opened, comparable, open_cache, open_student
-from pipelines.judge.fidelity.rows import Row, RowReader, capture_preparer, draw
-from pipelines.judge.fidelity.sources import HIDDEN, Source, cache_source, check_head, listen, live_source
+from pipelines.judge.fidelity.opened import FidelityRequest, OpenedSides, comparable, open_cache, open_student
+from pipelines.judge.fidelity.rows import FidelityReader, FidelitySample, capture_preparer, draw
+from pipelines.judge.fidelity.sources import HIDDEN, OutputSource, cache_source, check_head, listen, live_source
 from pipelines.judge.fidelity.stored import bytes_of, cache_bytes, combinations, measure_rows
 from pipelines.judge.fidelity.student import Student
 from pipelines.judge.fidelity.sweep import configurations
@@ -52,7 +52,7 @@ def fidelity(request: FidelityRequest, progress: Progress = lambda event, done, 
     (stage,) = stages
     opened = open_cache(request)
     preparer = capture_preparer(opened.cache, opened.processor, opened.config)
-    reader = RowReader(opened.cache, opened.parts, opened.fields, preparer)
+    reader = FidelityReader(opened.cache, opened.parts, opened.fields, preparer)
     places = draw(reader.cached.counts, request.samples + CALIBRATION_SAMPLES * request.sweep, request.seed)
     progress("reading", 0, 1)
     rows = reader.read(places[: request.samples])
@@ -73,7 +73,9 @@ def fidelity(request: FidelityRequest, progress: Progress = lambda event, done, 
     }
 
 
-def ask_teacher(request: FidelityRequest, opened: Opened, rows: Sequence[Row], others: Sequence[Row]) -> LiveRuns:
+def ask_teacher(
+    request: FidelityRequest, opened: OpenedSides, rows: Sequence[FidelitySample], others: Sequence[FidelitySample]
+) -> LiveRuns:
     """The live teacher on the compared rows three times: as it is, one sample at a time, and in another dtype."""
     own = resolve_dtype(opened.spec, opened.config)
     other = "float32" if own == torch.bfloat16 else "bfloat16"
@@ -93,7 +95,7 @@ def ask_teacher(request: FidelityRequest, opened: Opened, rows: Sequence[Row], o
     return runs
 
 
-def sweep(runs: LiveRuns, rows: Sequence[Row], student: Student, progress: Progress) -> list[dict[str, Any]]:
+def sweep(runs: LiveRuns, rows: Sequence[FidelitySample], student: Student, progress: Progress) -> list[dict[str, Any]]:
     """Many ways to store distributions, fitted on the calibration rows and measured on the compared ones; see ``Frontier.measure``."""
     prepared = [row.teacher for row in rows]
     frontier = Frontier(student, prepared, runs.outputs[LIVE], runs.calibration, runs.heads[LIVE])
@@ -102,7 +104,7 @@ def sweep(runs: LiveRuns, rows: Sequence[Row], student: Student, progress: Progr
 
 
 def compare_cache(
-    opened: Opened, rows: Sequence[Row], student: Student, runs: LiveRuns, progress: Progress
+    opened: OpenedSides, rows: Sequence[FidelitySample], student: Student, runs: LiveRuns, progress: Progress
 ) -> dict[str, Any]:
     """Terms, matching, distributions and bytes of the cache, with the live runs beside them."""
     cache, device = opened.cache, student.device
@@ -113,7 +115,7 @@ def compare_cache(
     live = {name: live_source(runs.outputs[name], runs.heads[name], needs, device) for name in runs.outputs}
     served = {**opened.served, **{n: Served({f"{k}_logits": f}, ()) for n, (k, f) in pairs.items()}}
     stored = cache_source(cache, served, [row.records for row in rows], device)
-    sources: dict[str, Source] = {LIVE: live.pop(LIVE), CACHE: stored, **live}
+    sources: dict[str, OutputSource] = {LIVE: live.pop(LIVE), CACHE: stored, **live}
     chosen = {name: TERMS[name] for name in terms}
     matches: dict[str, list[torch.Tensor]] = {}
     matching: dict[str, Any] = {}
@@ -139,7 +141,7 @@ def compare_cache(
 
 
 def describe_run(
-    request: FidelityRequest, opened: Opened, rows: Sequence[Row], student: Student, stage: str
+    request: FidelityRequest, opened: OpenedSides, rows: Sequence[FidelitySample], student: Student, stage: str
 ) -> dict[str, Any]:
     return {
         "cache": str(opened.cache.storage),

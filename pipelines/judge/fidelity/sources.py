@@ -8,12 +8,12 @@ from typing import Any
 
 import torch
 
-from student_train.cache import Cache
 from student_train.needs import Need, Served, serve
 from student_train.stream import TrainBatch
 from student_train.teacher_view import TeacherHeads, TeacherView
 from teacher_cache.batch import Batch
 from teacher_cache.behind import is_finite
+from teacher_cache.cache import TeacherCache
 from teacher_cache.cache_shard import Teacher, ask
 from teacher_cache.errors import CompatibilityError, KdcliError
 from teacher_cache.fields.affinity import unit_states
@@ -34,7 +34,7 @@ LIVE = {
 _NO_BATCH = Batch((), {}, {}, {}, torch.zeros(0, dtype=torch.int64))
 
 
-class Source:
+class OutputSource:
     """One side's word on every sample.
 
     Args:
@@ -51,7 +51,7 @@ class Source:
 
 def live_source(
     outputs: Sequence[TeacherOutput], head: torch.Tensor, terms: Mapping[str, frozenset[Need]], device: torch.device
-) -> Source:
+) -> OutputSource:
     """The live teacher's full-vocabulary side: its hidden states, its head W ``[V, D]``, cosines in float32."""
     records = []
     for one in outputs:
@@ -66,21 +66,21 @@ def live_source(
     for name, needs in terms.items():
         served = Served({need.what: LIVE[need.what] for need in needs}, ())
         signals[name] = TeacherHeads(served, heads, len(head), device)
-    return Source(signals, records)
+    return OutputSource(signals, records)
 
 
 def cache_source(
-    cache: Cache, served: Mapping[str, Served], records: Sequence[Mapping[str, Any]], device: torch.device
-) -> Source:
+    cache: TeacherCache, served: Mapping[str, Served], records: Sequence[Mapping[str, Any]], device: torch.device
+) -> OutputSource:
     """The cache's side. served: term → the fields that serve it; heads are loaded once for all of them."""
     every = sorted({name for one in served.values() for name in one.names})
     opened = TeacherHeads.open(cache, Served({"all": tuple(every)}, ()), device)
     signals = {name: TeacherHeads(one, opened.heads, opened.vocabulary, device) for name, one in served.items()}
-    return Source(signals, records)
+    return OutputSource(signals, records)
 
 
 def serve_terms(
-    cache: Cache, terms: Mapping[str, frozenset[Need]], fields: Sequence[str]
+    cache: TeacherCache, terms: Mapping[str, frozenset[Need]], fields: Sequence[str]
 ) -> tuple[dict[str, Served], dict[str, Need]]:
     """(term → how the cache serves it, term → the need that it cannot serve)."""
     params = {name: cache.fields[name]["params"] for name in fields}
@@ -98,7 +98,7 @@ def serve_terms(
     return served, unserved
 
 
-def teacher_spec(cache: Cache, fields: Sequence[str], teacher: TeacherSpec, dtype: str | None) -> TeacherSpec:
+def teacher_spec(cache: TeacherCache, fields: Sequence[str], teacher: TeacherSpec, dtype: str | None) -> TeacherSpec:
     """The teacher as the capture ran it (dtype, attention), or with the dtype that was asked for; live it runs by transformers."""
     there = cache.fields[fields[0]]["teacher"]
     own = there["backend"] == "transformers"
@@ -106,7 +106,9 @@ def teacher_spec(cache: Cache, fields: Sequence[str], teacher: TeacherSpec, dtyp
     return replace(teacher, dtype=dtype or there["dtype"], attn_implementation=attention, backend="transformers")
 
 
-def same_teacher(cache: Cache, fields: Sequence[str], spec: TeacherSpec) -> tuple[list[str], list[str], Any, Any]:
+def same_teacher(
+    cache: TeacherCache, fields: Sequence[str], spec: TeacherSpec
+) -> tuple[list[str], list[str], Any, Any]:
     """(fields that this teacher made, notes, processor, config), before any weights are loaded.
 
     Raises:
@@ -134,7 +136,7 @@ def same_teacher(cache: Cache, fields: Sequence[str], spec: TeacherSpec) -> tupl
     return theirs, list(dict.fromkeys(notes)), processor, config
 
 
-def check_head(cache: Cache, fields: Sequence[str], head: torch.Tensor) -> None:
+def check_head(cache: TeacherCache, fields: Sequence[str], head: torch.Tensor) -> None:
     """CompatibilityError where the head that the cache multiplies hidden states with is not the live teacher's, W ``[V, D]``."""
     seen: dict[str, str] = {}
     for name in fields:

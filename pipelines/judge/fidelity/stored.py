@@ -6,10 +6,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from pipelines.judge.fidelity.measure import DIRECTIONS, Comparison, row_chunks
-from pipelines.judge.fidelity.sources import Source
+from pipelines.judge.fidelity.sources import OutputSource
 from pipelines.judge.fidelity.student import Student
-from student_train.cache import Cache
 from student_train.needs import Need, ways
+from teacher_cache.cache import TeacherCache
 from teacher_cache.teachers.head import head_logits
 
 KINDS = ("response", "vision")
@@ -19,7 +19,7 @@ MOST_SHARDS = 64
 """Shards whose indexes are read for bytes a row: a mean does not need all of a large cache's."""
 
 
-def combinations(cache: Cache, fields: Sequence[str]) -> dict[str, tuple[str, tuple[str, ...]]]:
+def combinations(cache: TeacherCache, fields: Sequence[str]) -> dict[str, tuple[str, tuple[str, ...]]]:
     """``"response: response_topk + response_hidden"`` → (row kind, fields): every way that the cache can tell a distribution."""
     codecs = {name: str(cache.fields[name]["params"].get("codec", "")) for name in fields}
     found = {}
@@ -32,8 +32,8 @@ def combinations(cache: Cache, fields: Sequence[str]) -> dict[str, tuple[str, tu
 
 def measure_rows(
     kind: str,
-    live: Source,
-    stored: Mapping[str, Source],
+    live: OutputSource,
+    stored: Mapping[str, OutputSource],
     student: Student,
     directions: Sequence[str] = tuple(DIRECTIONS),
     most_rows: int | None = None,
@@ -60,8 +60,8 @@ def at_once(student: Student, directions: Sequence[str]) -> int:
 
 def _measure_group(
     kind: str,
-    live: Source,
-    stored: Mapping[str, Source],
+    live: OutputSource,
+    stored: Mapping[str, OutputSource],
     student: Student,
     comparison: Comparison,
     most_rows: int | None,
@@ -78,7 +78,7 @@ def _measure_group(
     return comparison.summary()
 
 
-def cache_bytes(cache: Cache, parts: Sequence[str], fields: Sequence[str]) -> dict[str, dict[str, float]]:
+def cache_bytes(cache: TeacherCache, parts: Sequence[str], fields: Sequence[str]) -> dict[str, dict[str, float]]:
     """Field → payload bytes (members of the tars) and tar bytes a row of its kind, over ``MOST_SHARDS`` shards of the parts, evenly."""
     every = cache.shards(parts)
     shards = every[:: -(-len(every) // MOST_SHARDS)]

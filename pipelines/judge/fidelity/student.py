@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from pipelines.judge.fidelity.rows import Row, same_grids
+from pipelines.judge.fidelity.rows import FidelitySample, same_grids
 from pipelines.judge.fidelity.terms import StudentSide, pool
 from student_train.student import RowForward, freeze_except
 from teacher_cache.batch import collate, token_batches
@@ -44,7 +44,7 @@ class Student:
     def __init__(
         self,
         model: Any,
-        rows: Sequence[Row],
+        rows: Sequence[FidelitySample],
         prepared: Sequence[Prepared],
         trains: Sequence[str],
         pad_id: int,

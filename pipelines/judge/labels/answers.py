@@ -18,7 +18,7 @@ from teacher_cache.records import TextTokens
 
 
 @dataclass(frozen=True)
-class Answer:
+class JudgedAnswer:
     """
     Attributes:
         turn: of the row, counted from 0 over all its turns. number: counted from 0 over its answers.
@@ -51,7 +51,7 @@ class Answer:
         return self.margin - math.log(self.tokens) if self.contradicted else -math.inf
 
 
-def answers_of(text: TextTokens, said: OfLabels, ends: Container[int]) -> Iterator[Answer]:
+def answers_of(text: TextTokens, said: OfLabels, ends: Container[int]) -> Iterator[JudgedAnswer]:
     """The answers of one row. said: of its response tokens. ends: ids that do not count at the end of an answer."""
     ids, turns = text.response_ids.tolist(), text.turn[text.response].tolist()
     top, own = (column.double().numpy() for column in (said.log_likeliest, said.log_probs))
@@ -67,11 +67,11 @@ def answers_of(text: TextTokens, said: OfLabels, ends: Container[int]) -> Iterat
 
 def _answer(
     turn: int, number: int, rows: slice, top: np.ndarray, own: np.ndarray, other: np.ndarray, known: np.ndarray
-) -> Answer:
+) -> JudgedAnswer:
     count, wrong = rows.stop - rows.start, np.flatnonzero(other[rows])
     margins = (top[rows] - own[rows])[wrong]
     until = int(wrong[0]) + 1 if len(wrong) else count
-    return Answer(
+    return JudgedAnswer(
         turn,
         number,
         rows.start,

@@ -8,14 +8,15 @@ from typing import Any
 
 import torch
 
-from student_train.cache import Cache, CachedRow, CachedRows
 from student_train.distributions import OfLabels, of_labels
 from student_train.needs import Need, Served, serve
-from student_train.teacher_tokenizer import tokenizer_of
 from student_train.teacher_view import TeacherHeads
+from teacher_cache.cache import TeacherCache
+from teacher_cache.cached_samples import CachedSample, CachedSamples
 from teacher_cache.errors import KdcliError
 from teacher_cache.records import Sample
 from teacher_cache.shards.commit import committed_shards
+from teacher_cache.teacher_tokenizer import tokenizer_of
 
 ROWS_AT_A_TIME = 64
 SOURCE_COLUMNS = ("data_source", "source", "dataset", "family")
@@ -27,7 +28,7 @@ class Read:
     """A row, where it lies, and what the teacher says of its response tokens."""
 
     spot: tuple[int, int]
-    row: CachedRow
+    row: CachedSample
     said: OfLabels
 
 
@@ -38,7 +39,7 @@ class Reader:
         KdcliError: an unknown part; no field that tells, with the command that adds one.
     """
 
-    def __init__(self, cache: Cache, parts: Sequence[str] | None = None):
+    def __init__(self, cache: TeacherCache, parts: Sequence[str] | None = None):
         self.cache, self.parts = cache, list(parts or cache.parts())
         shards = set(cache.shards(self.parts))
         there = set(committed_shards(cache.storage, "samples")) & shards
@@ -58,10 +59,12 @@ class Reader:
         wanted = set(self.cache.shards([part]))
         return [shard for shard in self.shards if shard in wanted]
 
-    def open(self, pictures: bool = False, extra: Sequence[str] = ()) -> CachedRows:
-        return CachedRows(self.cache, self.parts, [*self.served.names, *extra], shards=self.shards, pictures=pictures)
+    def open(self, pictures: bool = False, extra: Sequence[str] = ()) -> CachedSamples:
+        return CachedSamples(
+            self.cache, self.parts, [*self.served.names, *extra], shards=self.shards, pictures=pictures
+        )
 
-    def read(self, rows: CachedRows, signals: TeacherHeads, most: int) -> Iterator[Read]:
+    def read(self, rows: CachedSamples, signals: TeacherHeads, most: int) -> Iterator[Read]:
         """most: rows of each shard, the first ones."""
         for position, count in enumerate(rows.counts):
             count = min(count, most)
@@ -75,7 +78,7 @@ class Reader:
                 yield from map(Read, spots, some, (OfLabels(*columns) for columns in split))
 
 
-def served(available: dict[str, Any], cache: Cache) -> Served:
+def served(available: dict[str, Any], cache: TeacherCache) -> Served:
     """The field that tells what the teacher says of labels; KdcliError naming those that would."""
     try:
         return serve([Need("response_likeliest")], available, "doctor", str(cache.storage))

@@ -8,7 +8,7 @@ from typing import Any
 
 from pipelines.judge.labels.advice import advise, percent
 from pipelines.judge.labels.survey import PartSurvey, Survey, Suspect
-from pipelines.judge.labels.tally import Tally
+from pipelines.judge.labels.tally import LabelTally
 from pipelines.terminal.tables import table
 
 LONGEST = 48
@@ -71,7 +71,7 @@ def counts_table(made: Survey) -> str:
     return table(["part / source", "answers", "contradicted", "expected", "nll", "wrong"], lines)
 
 
-def _line(name: str, one: Tally, part: PartSurvey | None = None) -> list[str]:
+def _line(name: str, one: LabelTally, part: PartSurvey | None = None) -> list[str]:
     if not one.answers:
         return [flat(name), "0", "–", "–", "–", "–"]
     body, least = one.to_json(), "≥ " if one.outside else ""

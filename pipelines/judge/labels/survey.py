@@ -17,17 +17,18 @@ from typing import Any
 import torch
 
 from pipelines.inspect.cache import token_text
-from pipelines.judge.labels.answers import Answer, answers_of
+from pipelines.judge.labels.answers import JudgedAnswer, answers_of
 from pipelines.judge.labels.reading import ROWS_AT_A_TIME, Read, Reader, source_of
-from pipelines.judge.labels.tally import Tally
-from student_train.cache import Cache, CachedRow
+from pipelines.judge.labels.tally import LabelTally
 from student_train.teacher_view import TeacherHeads
+from teacher_cache.cache import TeacherCache
+from teacher_cache.cached_samples import CachedSample
 
 MOST_SOURCES = 200
 """Of a part; answers of further ones are counted together, as ``OTHERS``."""
 OTHERS = "(others)"
 Progress = Callable[[int, int], None]
-Each = Callable[[CachedRow, list[Answer]], None]
+Each = Callable[[CachedSample, list[JudgedAnswer]], None]
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,7 @@ class Suspect:
     key: str
     place: str
     id: str
-    answer: Answer
+    answer: JudgedAnswer
     question: str
     label: str
     token: str
@@ -74,17 +75,17 @@ class PartSurvey:
     part: str
     shards: tuple[int, int]
     rows: int = 0
-    sources: dict[str, Tally] = field(default_factory=dict)
+    sources: dict[str, LabelTally] = field(default_factory=dict)
 
     @property
-    def whole(self) -> Tally:
-        total = Tally()
+    def whole(self) -> LabelTally:
+        total = LabelTally()
         for one in self.sources.values():
             total.join(one)
         return total
 
     @property
-    def estimable(self) -> list[Tally]:
+    def estimable(self) -> list[LabelTally]:
         return [one for one in self.sources.values() if one.estimable]
 
     @property
@@ -132,7 +133,7 @@ class Survey:
 
 
 def survey(
-    cache: Cache,
+    cache: TeacherCache,
     worst: int = 20,
     parts: Sequence[str] | None = None,
     most_rows: int | None = None,
@@ -175,13 +176,13 @@ class _Found:
         self._heap: list[tuple[float, int, Suspect]] = []
         self._seen = 0
 
-    def add(self, one: Read, answers: Sequence[Answer]) -> None:
+    def add(self, one: Read, answers: Sequence[JudgedAnswer]) -> None:
         part = self.parts[one.row.sample.part]
         source = source_of(one.row.sample)
         if source not in part.sources and len(part.sources) >= MOST_SOURCES:
             source = OTHERS
         part.rows += 1
-        tally = part.sources.setdefault(source, Tally())
+        tally = part.sources.setdefault(source, LabelTally())
         for answer in answers:
             tally.add(answer)
             if not answer.contradicted:
@@ -215,7 +216,7 @@ class _Found:
         return cut, sum(score >= cut for own in self._scores.values() for score in own)
 
 
-def suspect(reader: Reader, one: Read, source: str, answer: Answer) -> Suspect:
+def suspect(reader: Reader, one: Read, source: str, answer: JudgedAnswer) -> Suspect:
     """The answer in words."""
     row, said, at, tokenizer = one.row, one.said, answer.at, reader.tokenizer
     sample = row.sample

@@ -1,8 +1,8 @@
 """How many answers of a source the teacher contradicts, and how many of them are probably wrong.
 
 A teacher also contradicts right answers, and says itself how often: where its likeliest token has probability p, a right label is another
-with 1 − p. So of N answers of which D are contradicted, u·N would be if all were right (u: the mean ``Answer.doubt``). A share w of wrong
-ones, nearly all of which are contradicted, makes D = N·(u + w·(1 − u)). Hence w = (D/N − u) / (1 − u).
+with 1 − p. So of N answers of which D are contradicted, u·N would be if all were right (u: the mean ``JudgedAnswer.doubt``). A share w
+of wrong ones, nearly all of which are contradicted, makes D = N·(u + w·(1 − u)). Hence w = (D/N − u) / (1 − u).
 
 It holds as far as the teacher's probabilities do. One that is too sure of itself makes the estimate too high.
 """
@@ -13,7 +13,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from pipelines.judge.labels.answers import Answer
+from pipelines.judge.labels.answers import JudgedAnswer
 
 MOST_DOUBT = 0.5
 """Of u. Where the teacher would contradict most right answers, a wrong one cannot be told from one in other words, and 1 / (1 − u) makes
@@ -21,7 +21,7 @@ noise of the estimate: none is given. Long free texts are so."""
 
 
 @dataclass
-class Tally:
+class LabelTally:
     """Counts over the answers of one source; an answer of no token that counts is ``empty``, and in nothing else."""
 
     answers: int = 0
@@ -32,7 +32,7 @@ class Tally:
     nll: float = 0.0
     doubt: float = 0.0
 
-    def add(self, answer: Answer) -> None:
+    def add(self, answer: JudgedAnswer) -> None:
         if not answer.tokens:
             self.empty += 1
             return
@@ -43,7 +43,7 @@ class Tally:
         self.nll += answer.nll
         self.doubt += answer.doubt
 
-    def join(self, other: Tally) -> None:
+    def join(self, other: LabelTally) -> None:
         for name, value in vars(other).items():
             setattr(self, name, getattr(self, name) + value)
 

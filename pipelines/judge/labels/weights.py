@@ -7,9 +7,9 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from pipelines.judge.labels.answers import Answer
+from pipelines.judge.labels.answers import JudgedAnswer
 from pipelines.judge.labels.survey import Survey
-from student_train.cache import CachedRow
+from teacher_cache.cached_samples import CachedSample
 from teacher_cache.whole_file import naming_file, refuse_unwritable, write_whole
 
 COLUMN = "right"
@@ -18,8 +18,8 @@ COLUMN = "right"
 class WeightsFile:
     """One line a row: ``{"key", "part", "right", "score"}``, the lists with a number for each answer.
 
-    ``right`` is 0 for a suspected answer, else 1; ``score`` is ``Answer.score``, null where the teacher contradicts nothing. Which are
-    suspected is known behind the last row alone, so scores wait in a temporary file.
+    ``right`` is 0 for a suspected answer, else 1; ``score`` is ``JudgedAnswer.score``, null where the teacher contradicts nothing. Which
+    are suspected is known behind the last row alone, so scores wait in a temporary file.
 
     Raises:
         DiskError: the file cannot be written.
@@ -30,7 +30,7 @@ class WeightsFile:
         refuse_unwritable(path)
         self._waiting = tempfile.TemporaryFile("w+", encoding="utf-8")
 
-    def add(self, row: CachedRow, answers: Sequence[Answer]) -> None:
+    def add(self, row: CachedSample, answers: Sequence[JudgedAnswer]) -> None:
         scores = [one.score if one.contradicted else None for one in answers]
         with naming_file(Path(tempfile.gettempdir())):
             self._waiting.write(json.dumps({"key": row.key, "part": row.sample.part, "score": scores}) + "\n")

@@ -15,7 +15,7 @@ from pipelines.judge.plan.mixture_sample import PartSample, SampledRow
 from teacher_cache.codecs import container
 from teacher_cache.plan import CHARACTERS_PER_TOKEN, GROUP_ROWS
 from teacher_cache.shards.commit import Commit
-from teacher_cache.shards.index import Entry, Member, dump_index
+from teacher_cache.shards.index import Entry, TarMember, dump_index
 
 FIELD_JSON_BYTES = 2_000
 MANIFEST_BYTES = 4_000
@@ -109,7 +109,7 @@ def entry_of(row: SampledRow, part: str, size: FieldSize | None) -> Entry:
     counts = row.counts
     members, at = [], row.ordinal * round(row_bytes(row, part, size))
     for ext, count in members_of(row, part, size).items():
-        members.append(Member(ext, at + 512, count, zlib.crc32(f"{row.key}.{ext}".encode())))
+        members.append(TarMember(ext, at + 512, count, zlib.crc32(f"{row.key}.{ext}".encode())))
         at += member_bytes(count)
     return Entry(row.key, row.ordinal, counts.vision, counts.response, counts.text, tuple(members))
 

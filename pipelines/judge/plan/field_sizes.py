@@ -16,7 +16,7 @@ from statistics import NormalDist
 import torch
 
 from pipelines.judge.plan.field_defaults import default_basis, default_bytes, default_files
-from student_train.cache import Cache
+from teacher_cache.cache import TeacherCache
 from teacher_cache.errors import KdcliError
 from teacher_cache.fields import Field
 from teacher_cache.records import Prepared, Sampled, TeacherOutput, TextTokens, TopK
@@ -124,7 +124,7 @@ class FieldSize:
         return sum(member_bytes(round(self.empty + (size - self.empty) * factor)) for factor in SCATTER) / len(SCATTER)
 
 
-def size_field(one: Field, width: int, vocabulary: int, like: Cache | None, heads: int = 1) -> FieldSize:
+def size_field(one: Field, width: int, vocabulary: int, like: TeacherCache | None, heads: int = 1) -> FieldSize:
     """Args: width: D. vocabulary: V without padding rows. heads: of attention.
 
     Raises:
@@ -161,7 +161,7 @@ def empty_record(one: Field, width: int, vocabulary: int) -> int:
         return HEADER_BYTES
 
 
-def differs(like: Cache, one: Field) -> str | None:
+def differs(like: TeacherCache, one: Field) -> str | None:
     """Why bytes of ``like`` say nothing about this field; None where they do."""
     there = like.fields.get(one.name)
     if there is None:
@@ -173,7 +173,7 @@ def differs(like: Cache, one: Field) -> str | None:
     return None
 
 
-def measure(like: Cache, one: Field, empty: int) -> dict[str, float]:
+def measure(like: TeacherCache, one: Field, empty: int) -> dict[str, float]:
     """Bytes a stored row by part and (under "") over all, from the indices of a few shards. empty: bytes of a record without rows."""
     column = like.column(one.name)
     shards = committed_shards(like.storage, column.column)
@@ -261,7 +261,7 @@ def shapes_of(
     )
 
 
-def calibration_files(one: Field, width: int, vocabulary: int, like: Cache | None) -> dict[str, int]:
+def calibration_files(one: Field, width: int, vocabulary: int, like: TeacherCache | None) -> dict[str, int]:
     """Bytes of the files that a calibrated field writes once, by role: ``calibration``, ``low_rank_head``."""
     if like is not None and differs(like, one) is None:
         body = like.fields[one.name]

@@ -10,7 +10,7 @@ from pipelines.judge.plan.field_sizes import EXACT, MEASURED, FieldSize, coded_r
 from pipelines.judge.plan.mixture_sample import PartSample
 from pipelines.settings import CaptureSettings
 from pipelines.terminal.tables import human_bytes
-from student_train.cache import Cache
+from teacher_cache.cache import TeacherCache
 from teacher_cache.codecs.fitting import least_rows
 from teacher_cache.fields import Field
 
@@ -27,7 +27,7 @@ def notes(
     parts: Sequence[PartSample],
     full: Sequence[PartSample],
     columns: Sequence[ColumnEstimate],
-    like: Cache | None,
+    like: TeacherCache | None,
     width: int,
 ) -> list[str]:
     """What a person should know before trusting or starting this."""

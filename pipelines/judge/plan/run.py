@@ -18,7 +18,7 @@ from pipelines.judge.plan.weighing import Weigher
 from pipelines.judge.preflight.budget import Budget
 from pipelines.judge.preflight.steps import pick, saved_steps, step_lines
 from pipelines.settings import CaptureSettings
-from student_train.cache import Cache
+from teacher_cache.cache import TeacherCache
 from teacher_cache.errors import KdcliError
 from teacher_cache.fields import Field, create_field
 from teacher_cache.label_ends import LabelEnds, label_ends
@@ -137,9 +137,9 @@ def end_warnings(part: PartSample, template: str, ends: LabelEnds) -> list[str]:
     return ends.warnings(part.part, template, found, len(part.usable))
 
 
-def open_like(url: str, width: int) -> Cache:
+def open_like(url: str, width: int) -> TeacherCache:
     """The cache to measure bytes on; KdcliError where its teacher is of another width, which its bytes a row would be too."""
-    like = Cache(url)
+    like = TeacherCache(url)
     for name, body in like.fields.items():
         there = body["teacher"]["hidden_size"]
         if there != width:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from pipelines.judge.plan.field_sizes import RowCounts, calibration_files, record_bytes
-from student_train.cache import Cache
+from teacher_cache.cache import TeacherCache
 from teacher_cache.errors import KdcliError
 from teacher_cache.families import family_of
 from teacher_cache.fields import Field
@@ -127,7 +127,7 @@ def files_once(
     fields: Mapping[str, Field],
     width: int,
     vocabulary: int,
-    like: Cache | None,
+    like: TeacherCache | None,
 ) -> dict[str, int]:
     """Bytes of what a cache holds once for all shards, by what it is."""
     if not fields:

@@ -10,7 +10,7 @@ from pipelines.judge.plan.column_sizes import ColumnEstimate, column_estimate, m
 from pipelines.judge.plan.field_sizes import MEASURED, FieldSize, size_field
 from pipelines.judge.plan.mixture_sample import PartSample
 from pipelines.judge.plan.teacher_cost import files_once
-from student_train.cache import Cache
+from teacher_cache.cache import TeacherCache
 from teacher_cache.fields import Field, create_field
 from teacher_cache.teachers.transformers import TeacherSpec
 
@@ -44,7 +44,7 @@ class Weigher:
     parts: Sequence[PartSample]
     bare: frozenset[str]
     shards: int
-    like: Cache | None
+    like: TeacherCache | None
     measured: Mapping[str, float] = field(default_factory=dict)
 
     @property

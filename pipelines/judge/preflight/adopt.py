@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from student_train.cache import Cache, read_tensors
+from teacher_cache.cache import TeacherCache, read_tensors
 from teacher_cache.errors import CacheError, CompatibilityError
 from teacher_cache.fields import CalibratedField
 from teacher_cache.fields.calibration import Calibration
@@ -17,7 +17,7 @@ FIX = "run `kdcli preflight` with these settings, or give --calibration '' to fi
 
 
 def calibrations(
-    cache: Cache, fields: Mapping[str, CalibratedField], fingerprint: Mapping[str, Any]
+    cache: TeacherCache, fields: Mapping[str, CalibratedField], fingerprint: Mapping[str, Any]
 ) -> dict[str, Calibration]:
     """Each field's calibration out of another cache.
 
@@ -28,7 +28,7 @@ def calibrations(
     return {name: calibration_of(cache, name, one, fingerprint) for name, one in fields.items()}
 
 
-def calibration_of(cache: Cache, name: str, one: CalibratedField, fingerprint: Mapping[str, Any]) -> Calibration:
+def calibration_of(cache: TeacherCache, name: str, one: CalibratedField, fingerprint: Mapping[str, Any]) -> Calibration:
     place = str(cache.storage)
     if name not in cache.fields:
         have = ", ".join(sorted(cache.fields)) or "none"

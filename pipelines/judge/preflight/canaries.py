@@ -13,8 +13,9 @@ from typing import Any
 
 import torch
 
-from student_train.cache import Cache, CachedRows
+from teacher_cache.cache import TeacherCache
 from teacher_cache.cache_shard import Teacher
+from teacher_cache.cached_samples import CachedSamples
 from teacher_cache.codecs import container
 from teacher_cache.errors import CacheError, CompatibilityError
 from teacher_cache.prepare import Preparer
@@ -112,7 +113,7 @@ def ids_hash(row: Prepared) -> str:
     return hashlib.sha256(row.input_ids.to(torch.int64).numpy().tobytes()).hexdigest()
 
 
-def check(cache: Cache, folder: str, processor: Any, config: Any, load: Callable[[], Teacher]) -> str:
+def check(cache: TeacherCache, folder: str, processor: Any, config: Any, load: Callable[[], Teacher]) -> str:
     """A note of how near this teacher is; CompatibilityError where it is not the one of the preflight.
 
     Args:
@@ -153,9 +154,9 @@ def checked(storage: Storage, folder: str, receipt: Mapping[str, Any]) -> bytes:
     return data
 
 
-def find(cache: Cache, part: str, key: str, preparer: Preparer) -> Prepared:
+def find(cache: TeacherCache, part: str, key: str, preparer: Preparer) -> Prepared:
     """A canary row out of the samples column, prepared for this teacher."""
-    rows = CachedRows(cache, [part], [])
+    rows = CachedSamples(cache, [part], [])
     for position, count in enumerate(rows.counts):
         for number in range(count):
             if rows.key(position, number) == key:

@@ -54,7 +54,7 @@ class Step:
 
 
 @dataclass(frozen=True)
-class Tokens:
+class TokenCounts:
     """What bytes are counted over: stored token rows of a sample by kind, and bytes a sample of fields that are not chosen here."""
 
     rows: Mapping[str, float]
@@ -66,7 +66,7 @@ class Tokens:
         return sample / max(1e-9, sum(self.rows.values())), sample
 
 
-def frontier(measured: Mapping[str, Sequence[Measured]], tokens: Tokens, budget: Budget) -> list[Step]:
+def frontier(measured: Mapping[str, Sequence[Measured]], tokens: TokenCounts, budget: Budget) -> list[Step]:
     """Rising bytes, falling angles; empty where some kind has no way at all."""
     usable = {kind: [one for one in ways if not one.error] for kind, ways in measured.items()}
     shares = {kind: shares_of(ways, budget) for kind, ways in usable.items()}
@@ -87,7 +87,7 @@ def frontier(measured: Mapping[str, Sequence[Measured]], tokens: Tokens, budget:
 
 
 def step_of(
-    ways: Mapping[str, Measured], usable: Mapping[str, Sequence[Measured]], tokens: Tokens, budget: Budget
+    ways: Mapping[str, Measured], usable: Mapping[str, Sequence[Measured]], tokens: TokenCounts, budget: Budget
 ) -> Step:
     angles = {kind: angle_of(one, usable[kind]) for kind, one in ways.items()}
     known = [angle for angle in angles.values() if not math.isnan(angle)]
@@ -110,7 +110,7 @@ def angle_of(one: Measured, ways: Sequence[Measured]) -> float:
 
 def choose(
     measured: Mapping[str, Sequence[Measured]],
-    tokens: Tokens,
+    tokens: TokenCounts,
     budget: Budget,
     confirm: Callable[[Measured], None] = lambda one: None,
 ) -> tuple[Step | None, list[Step], str]:

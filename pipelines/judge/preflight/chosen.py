@@ -8,9 +8,9 @@ from functools import partial
 from typing import Any
 
 from pipelines.judge.fidelity.frontier import Frontier, wants_of
-from pipelines.judge.fidelity.rows import Row
+from pipelines.judge.fidelity.rows import FidelitySample
 from pipelines.judge.fidelity.student import Student
-from pipelines.judge.preflight.choose import Tokens, choose
+from pipelines.judge.preflight.choose import TokenCounts, choose
 from pipelines.judge.preflight.judge import LiveAnswers, needs_of
 from pipelines.judge.preflight.ladder import Bench, Measured, candidates, terms_for
 from pipelines.judge.preflight.request import Notebook, PreflightRequest, has_ladder, names_of
@@ -51,7 +51,7 @@ def chosen_params(
     request: PreflightRequest,
     notebook: Notebook,
     student: Student,
-    rows: list[Row],
+    rows: list[FidelitySample],
     answers: LiveAnswers,
     progress: Progress,
 ) -> Chosen:
@@ -100,7 +100,7 @@ def measure_and_choose(
     others = [name for name in base if name not in {n for kind in kinds for n in names_of(kind)}]
     samples = max(1, len(frontier.outputs))
     spent = sum(frontier.size(name, base[name]) for name in others if frontier.serves(name, base[name]))
-    tokens = Tokens({kind: frontier.rows(kind) / samples for kind in KINDS}, spent / samples)
+    tokens = TokenCounts({kind: frontier.rows(kind) / samples for kind in KINDS}, spent / samples)
     chosen, steps, why = choose(there, tokens, request.budget, bench.confirm)
     found = []
     for kind, ways in there.items():

@@ -13,12 +13,12 @@ from pipelines.judge.plan.teacher_cost import Speed
 from pipelines.judge.preflight.chosen import Chosen
 from pipelines.judge.preflight.request import Notebook, PreflightRequest
 from pipelines.judge.preflight.student_side import StudentRead
-from student_train.cache import Cache
+from teacher_cache.cache import TeacherCache
 from teacher_cache.errors import KdcliError
 
 
 @dataclass(frozen=True)
-class Found:
+class Conclusion:
     """What was chosen, what the methods say, how exactly the teacher repeats itself (the canaries' receipt), and on how many samples."""
 
     chosen: Chosen
@@ -28,7 +28,7 @@ class Found:
 
 
 def conclude(
-    request: PreflightRequest, read: StudentRead, notebook: Notebook, cache: Cache, found: Found
+    request: PreflightRequest, read: StudentRead, notebook: Notebook, cache: TeacherCache, found: Conclusion
 ) -> dict[str, Any]:
     """One JSON-able object, see ``run.preflight``."""
     summary = status(cache)

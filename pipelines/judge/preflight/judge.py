@@ -10,8 +10,8 @@ from typing import Any
 import torch
 
 from pipelines.judge.fidelity.compare import LIVE, compare, match_all
-from pipelines.judge.fidelity.rows import Row, RowReader
-from pipelines.judge.fidelity.sources import Source, cache_source, live_source, serve_terms
+from pipelines.judge.fidelity.rows import FidelityReader, FidelitySample
+from pipelines.judge.fidelity.sources import OutputSource, cache_source, live_source, serve_terms
 from pipelines.judge.fidelity.student import Student
 from pipelines.judge.fidelity.terms import MATCHING, MATCHING_NEEDS, TERMS
 from pipelines.judge.preflight.ladder import terms_for
@@ -19,11 +19,11 @@ from pipelines.judge.preflight.request import PreflightRequest
 from pipelines.judge.preflight.step_cost import step_cost
 from pipelines.judge.preflight.student_side import StudentRead, row_id
 from pipelines.train.stage_plans import StagePlan, plan_stages, row_aligned, settle_compressor
-from student_train.cache import Cache
-from student_train.complete_fields import complete_fields
 from student_train.methods import DEFAULT, create_method
 from student_train.needs import Need, serve
 from student_train.token_ids import check_vocabulary
+from teacher_cache.cache import TeacherCache
+from teacher_cache.complete_fields import complete_fields
 from teacher_cache.errors import CompatibilityError, KdcliError
 from teacher_cache.prepare import Preparer
 from teacher_cache.records import TeacherOutput
@@ -53,7 +53,12 @@ def needs_of(request: PreflightRequest, method: str) -> frozenset[Need]:
 
 
 def compare_terms(
-    cache: Cache, preparer: Preparer, student: Student, rows: Sequence[Row], answers: LiveAnswers, names: Sequence[str]
+    cache: TeacherCache,
+    preparer: Preparer,
+    student: Student,
+    rows: Sequence[FidelitySample],
+    answers: LiveAnswers,
+    names: Sequence[str],
 ) -> dict[str, dict[str, Any]]:
     """Term → ``{"fields", "loss", "loss_error", "gradient_angle", "floor_error", "floor_angle"}`` from the cache itself.
 
@@ -72,7 +77,7 @@ def compare_terms(
         return {}
     records = records_of(cache, parts, fields, preparer, rows)
     head = answers.head.float() if student.device.type == "cpu" else answers.head  # once for both
-    sources: dict[str, Source] = {
+    sources: dict[str, OutputSource] = {
         LIVE: live_source(answers.outputs, head, needs, student.device),
         CACHE: cache_source(cache, served, records, student.device),
         FLOOR: live_source(answers.alone, head, needs, student.device),
@@ -92,15 +97,15 @@ def compare_terms(
     }
 
 
-def captured(cache: Cache, part: str) -> bool:
+def captured(cache: TeacherCache, part: str) -> bool:
     return bool(cache.fields) and bool(complete_fields(cache, (part,)))
 
 
 def records_of(
-    cache: Cache, parts: Sequence[str], fields: Sequence[str], preparer: Preparer, rows: Sequence[Row]
+    cache: TeacherCache, parts: Sequence[str], fields: Sequence[str], preparer: Preparer, rows: Sequence[FidelitySample]
 ) -> list[dict[str, Any]]:
     """Decoded records of these rows, in their order; KdcliError where one was not captured."""
-    reader = RowReader(cache, parts, fields, preparer)
+    reader = FidelityReader(cache, parts, fields, preparer)
     shards = reader.cached.shards
     places = {
         f"{cache.plan.slices[shards[position]].part}/{reader.cached.key(position, number)}": (position, number)
@@ -115,7 +120,7 @@ def records_of(
 
 def judge_method(
     request: PreflightRequest,
-    cache: Cache,
+    cache: TeacherCache,
     method: str,
     read: StudentRead,
     terms: Mapping[str, Mapping[str, Any]],
@@ -155,7 +160,7 @@ def judge_method(
     return body
 
 
-def unserved(cache: Cache, method: str, needs: frozenset[Need], plans: Sequence[StagePlan]) -> list[str]:
+def unserved(cache: TeacherCache, method: str, needs: frozenset[Need], plans: Sequence[StagePlan]) -> list[str]:
     """Every need that no complete field serves, each with the command that adds one; none where the error was another."""
     if plans:
         return []

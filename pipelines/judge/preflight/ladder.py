@@ -10,7 +10,7 @@ from typing import Any
 from pipelines.judge.fidelity.compare import LIVE, compare
 from pipelines.judge.fidelity.frontier import Configuration, Frontier
 from pipelines.judge.fidelity.measure import DIRECTIONS
-from pipelines.judge.fidelity.sources import Source
+from pipelines.judge.fidelity.sources import OutputSource
 from pipelines.judge.fidelity.terms import TERMS
 from pipelines.judge.preflight.request import names_of
 from student_train.needs import Need
@@ -123,7 +123,7 @@ class Bench:
         found = compare(chosen, self.frontier.student, sources, {})
         measured.angles = {name: one["cache"]["gradient_angle"] for name, one in found.items()}
 
-    def _sources(self, candidate: Configuration, needs: Mapping[str, frozenset[Need]]) -> dict[str, Source]:
+    def _sources(self, candidate: Configuration, needs: Mapping[str, frozenset[Need]]) -> dict[str, OutputSource]:
         """The live teacher and the candidate, as ``compare`` takes them."""
         self.frontier.let_go()
         fields = {name: self.frontier.store(name, params) for name, params in candidate.fields.items()}

@@ -11,7 +11,7 @@ import torch
 
 from pipelines.capture.calibrate import thin
 from pipelines.capture.presence import at_work
-from pipelines.judge.fidelity.rows import Row
+from pipelines.judge.fidelity.rows import FidelitySample
 from pipelines.judge.fidelity.sources import HIDDEN
 from pipelines.judge.fidelity.student import compared_samples
 from pipelines.judge.labels import show
@@ -19,7 +19,7 @@ from pipelines.judge.labels.survey import survey
 from pipelines.judge.preflight import canaries, kd_toml
 from pipelines.judge.preflight.capture import capture_sample
 from pipelines.judge.preflight.chosen import KINDS, all_needs, chosen_params, ladder_wants
-from pipelines.judge.preflight.conclude import Found, conclude
+from pipelines.judge.preflight.conclude import Conclusion, conclude
 from pipelines.judge.preflight.judge import LiveAnswers, compare_terms, judge_method
 from pipelines.judge.preflight.ladder import terms_for
 from pipelines.judge.preflight.live import LiveTeacher
@@ -28,9 +28,9 @@ from pipelines.judge.preflight.request import Notebook, PreflightRequest, has_la
 from pipelines.judge.preflight.sample import Wanted, enough_rows
 from pipelines.judge.preflight.student_side import StudentRead, load_side, read_as_student, row_id
 from pipelines.train.stage_plans import blind_student, refuse_blind, refuse_default_parts
-from student_train.cache import Cache
 from student_train.methods import create_method
 from teacher_cache.batch import row_positions
+from teacher_cache.cache import TeacherCache
 from teacher_cache.codecs.fitting import least_rows
 from teacher_cache.errors import KdcliError
 from teacher_cache.fields import create_field
@@ -47,7 +47,7 @@ Progress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)
-class Opened:
+class OpenedModels:
     """Everything that is known before any weights are loaded.
 
     Attributes:
@@ -60,7 +60,7 @@ class Opened:
     fingerprint: dict[str, Any]
     notebook: Notebook
     live: LiveTeacher
-    fitting: list[Row]
+    fitting: list[FidelitySample]
     read: StudentRead
     judged: frozenset[str]
     tokens: int
@@ -90,7 +90,7 @@ def preflight(request: PreflightRequest, progress: Progress = lambda event, done
         return go_on(request, opened, progress)
 
 
-def go_on(request: PreflightRequest, opened: Opened, progress: Progress) -> dict[str, Any]:
+def go_on(request: PreflightRequest, opened: OpenedModels, progress: Progress) -> dict[str, Any]:
     """Everything behind what needs no weights. The teacher leaves the memory before the student comes."""
     device = resolve_device(request.teacher)
     progress("asking the teacher", 0, 1)
@@ -106,7 +106,7 @@ def go_on(request: PreflightRequest, opened: Opened, progress: Progress) -> dict
     if seconds is not None:
         opened.notebook.note("tokens_per_second", opened.tokens / seconds)
     progress("comparing the cache with the live teacher", 0, 1)
-    cache = Cache(request.cache_url)
+    cache = TeacherCache(request.cache_url)
     terms = compare_terms(cache, opened.preparer, student, rows, answers, terms_for(all_needs(request)))
     compared = {"compared": sum(map(len, student.batches)), "judged": len(rows)}
     del student
@@ -114,7 +114,7 @@ def go_on(request: PreflightRequest, opened: Opened, progress: Progress) -> dict
     for done, method in enumerate(request.methods):
         progress(f"a training step of {method}", done, len(request.methods))
         methods.append(judge_method(request, cache, method, opened.read, terms, device))
-    found = Found(chosen, methods, receipt, {"fitted": opened.fitted, **compared})
+    found = Conclusion(chosen, methods, receipt, {"fitted": opened.fitted, **compared})
     body = conclude(request, opened.read, opened.notebook, cache, found)
     body["warnings"] = opened.warnings
     progress("looking at labels", 0, 1)
@@ -123,7 +123,7 @@ def go_on(request: PreflightRequest, opened: Opened, progress: Progress) -> dict
     return body | {"kd_toml": settle(request, body) if body["go"] else None}
 
 
-def look_at_labels(cache: Cache) -> tuple[dict[str, Any], str]:
+def look_at_labels(cache: TeacherCache) -> tuple[dict[str, Any], str]:
     """(``labels.show.to_json`` of the sampled rows, the same as tables); ``{"error"}`` and nothing where no field tells of labels."""
     try:
         made = survey(cache)
@@ -145,7 +145,7 @@ def settle(request: PreflightRequest, body: dict[str, Any]) -> dict[str, Any]:
     return kd_toml.write(request.kd_file, tables)
 
 
-def open_everything(request: PreflightRequest, progress: Progress) -> Opened:
+def open_everything(request: PreflightRequest, progress: Progress) -> OpenedModels:
     """Reads data, processors and configurations; refuses another preflight in the same folder, or another plan."""
     progress("looking at rows", 0, 1)
     capture = request.settings.capture
@@ -183,7 +183,7 @@ def open_everything(request: PreflightRequest, progress: Progress) -> Opened:
     tokens = sum(len(row.teacher) for row in asked)
     templates = {spec.part: spec.template for spec in request.data}
     warnings = label_ends(request.teacher, preparer).survey((row.teacher for row in rows), templates)
-    return Opened(plan, preparer, fingerprint, notebook, live, fitting, read, judged, tokens, warnings)
+    return OpenedModels(plan, preparer, fingerprint, notebook, live, fitting, read, judged, tokens, warnings)
 
 
 def refuse_methods(request: PreflightRequest) -> None:
@@ -197,7 +197,7 @@ def refuse_methods(request: PreflightRequest) -> None:
         refuse_blind(create_method(name, knobs=request.settings.methods.get(name, {})), name, blind)
 
 
-def ask(request: PreflightRequest, opened: Opened, device: torch.device) -> LiveAnswers:
+def ask(request: PreflightRequest, opened: OpenedModels, device: torch.device) -> LiveAnswers:
     """The live teacher on the judged rows, those whose whole gradients are compared one at a time too, and on the rows to fit on."""
     wants, tokens = HIDDEN | ladder_wants(request), request.settings.capture.batch_tokens
     pairs = opened.read.of(opened.judged)
@@ -210,7 +210,7 @@ def ask(request: PreflightRequest, opened: Opened, device: torch.device) -> Live
     return LiveAnswers(outputs, alone, thin(opened.live.listen(fitting, wants, tokens)), opened.live.head)
 
 
-def write_canaries(request: PreflightRequest, opened: Opened) -> dict[str, Any]:
+def write_canaries(request: PreflightRequest, opened: OpenedModels) -> dict[str, Any]:
     """Their receipt; empty where no row of the mixture is asked."""
     rows = [row.teacher for row in opened.fitting]
     if not rows:

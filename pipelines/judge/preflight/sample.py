@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from pipelines.judge.fidelity.rows import Row
+from pipelines.judge.fidelity.rows import FidelitySample
 from pipelines.settings import CaptureSettings
 from teacher_cache.batch import row_positions
 from teacher_cache.errors import KdcliError, SkipRow
@@ -36,7 +36,7 @@ class Wanted:
 
 def enough_rows(
     specs: Sequence[DataSpec], rows: int, preparer: Preparer, capture: CaptureSettings, wanted: Wanted
-) -> tuple[Plan, dict[bool, list[Row]]]:
+) -> tuple[Plan, dict[bool, list[FidelitySample]]]:
     """(the plan, its usable rows: False to fit on, True held out): ``rows`` rows, more where they hold too few tokens to fit on.
 
     Raises:
@@ -123,7 +123,7 @@ def without_held_out(plan: Plan) -> Plan:
     return replace(plan, slices=tuple(one for number, one in enumerate(plan.slices) if number not in held))
 
 
-def read_rows(plan: Plan, preparer: Preparer, slices: Sequence[Slice]) -> list[Row]:
+def read_rows(plan: Plan, preparer: Preparer, slices: Sequence[Slice]) -> list[FidelitySample]:
     """Usable rows of some slices, as the teacher reads them, with no record of any field."""
     found = []
     sources = {part.spec.part: open_source(part.spec) for part in plan.parts}
@@ -136,5 +136,5 @@ def read_rows(plan: Plan, preparer: Preparer, slices: Sequence[Slice]) -> list[R
                 prepared = preparer.prepare(sample, spec.template, spec.max_image_pixels)
             except SkipRow:
                 continue  # the capture of the same rows records it with its reason
-            found.append(Row(prepared.key, sample, prepared, {}))
+            found.append(FidelitySample(prepared.key, sample, prepared, {}))
     return found

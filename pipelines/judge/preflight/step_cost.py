@@ -13,9 +13,10 @@ import torch
 
 from pipelines.train.stage_plans import StagePlan
 from pipelines.train.stage_trainer import make_trainer
-from student_train.cache import Cache, CachedRows
 from student_train.distributed import Processes
 from student_train.student import load_student
+from teacher_cache.cache import TeacherCache
+from teacher_cache.cached_samples import CachedSamples
 
 STEPS = 3
 """The first allocates, the last is measured."""
@@ -23,12 +24,12 @@ MOST_SAMPLES = {"cpu": 2}
 """Of the measured micro-batch: a CPU takes as long for each of more, and their activations are most of the memory."""
 
 
-def step_cost(cache: Cache, plan: StagePlan, student: str, device: torch.device) -> dict[str, Any]:
+def step_cost(cache: TeacherCache, plan: StagePlan, student: str, device: torch.device) -> dict[str, Any]:
     """``{"stage", "samples", "tokens", "seconds", "peak_bytes", "of", "optimizer_step_seconds"}`` of one micro-batch.
 
     peak_bytes: on a GPU what torch allocated for it; on a CPU the most that this whole process ever held, an upper bound.
     """
-    rows = CachedRows(cache, plan.parts, plan.served.names, coded=device.type != "cpu")
+    rows = CachedSamples(cache, plan.parts, plan.served.names, coded=device.type != "cpu")
     batch = plan.settings.per_device_train_batch_size
     micro = min(batch, MOST_SAMPLES.get(device.type, batch), max(1, sum(rows.counts) // STEPS))
     accumulate = plan.settings.gradient_accumulation_steps

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from pipelines.judge.fidelity.rows import Row
+from pipelines.judge.fidelity.rows import FidelitySample
 from pipelines.judge.fidelity.student import Student, compared_samples
 from student_train.compression import asked_for
 from student_train.config import TrainSettings
@@ -33,19 +33,19 @@ class StudentRead:
         problems: rows that training would stop at, one line a kind.
     """
 
-    rows: list[Row]
+    rows: list[FidelitySample]
     prepared: list[Prepared]
     tokenizer: str
     grids: str
     problems: list[str]
 
-    def of(self, ids: frozenset[str]) -> list[tuple[Row, Prepared]]:
+    def of(self, ids: frozenset[str]) -> list[tuple[FidelitySample, Prepared]]:
         """The rows with these ids, as both read them."""
         return [(row, one) for row, one in zip(self.rows, self.prepared) if row_id(row) in ids]
 
 
 def read_as_student(
-    student: str, rows: Sequence[Row], plan: Plan, teacher: Mapping[str, Any], settings: TrainSettings
+    student: str, rows: Sequence[FidelitySample], plan: Plan, teacher: Mapping[str, Any], settings: TrainSettings
 ) -> StudentRead:
     """teacher: its fingerprint. settings: ``[train]``, whose ``max_length`` (tokens) and compressor count."""
     processor, config, _ = open_student(student, settings.trust_remote_code, asked_for(settings))
@@ -58,7 +58,7 @@ def read_as_student(
         )
         return StudentRead([], [], f"{student}: another tokenizer than the teacher's: {lines}", "", [])
     preparer = Preparer.like(plan.preparation, processor, config)
-    kept: list[tuple[Row, Prepared]] = []
+    kept: list[tuple[FidelitySample, Prepared]] = []
     left_out: list[str] = []  # as training leaves them out
     bad: dict[str, list[str]] = {"unreadable": [], "response": [], "long": []}
     grids = ""
@@ -81,7 +81,7 @@ def read_as_student(
     return StudentRead([row for row, _ in kept], [one for _, one in kept], "", grids, lines_of(bad, rows, train_length))
 
 
-def grid_difference(row: Row, prepared: Prepared) -> str:
+def grid_difference(row: FidelitySample, prepared: Prepared) -> str:
     try:
         check_same_grid(row.key, row.teacher.layout, prepared.layout)
     except CompatibilityError as error:
@@ -89,7 +89,7 @@ def grid_difference(row: Row, prepared: Prepared) -> str:
     return ""
 
 
-def lines_of(bad: Mapping[str, list[str]], rows: Sequence[Row], train_length: int) -> list[str]:
+def lines_of(bad: Mapping[str, list[str]], rows: Sequence[FidelitySample], train_length: int) -> list[str]:
     """One line a kind of problem, with its first case."""
     words = {
         "unreadable": "cannot be read by the student; give it the teacher's template and a longer context",
@@ -99,14 +99,14 @@ def lines_of(bad: Mapping[str, list[str]], rows: Sequence[Row], train_length: in
     return [f"{len(bad[kind])} of {len(rows)} rows {words[kind]} ({bad[kind][0]})" for kind in bad if bad[kind]]
 
 
-def row_id(row: Row) -> str:
+def row_id(row: FidelitySample) -> str:
     """Keys repeat where two parts read one file."""
     return f"{row.sample.part}/{row.key}"
 
 
 def load_side(
     settings: TrainSettings, read: StudentRead, ids: frozenset[str], device: torch.device
-) -> tuple[Student, list[Row]]:
+) -> tuple[Student, list[FidelitySample]]:
     """The student with the modules of its last stage to train, over the rows with these ids; and these rows in its order."""
     assert settings.student is not None
     torch.manual_seed(settings.seed)  # of a compressor's fresh weights, as in training

@@ -11,7 +11,8 @@ import torch
 from click.testing import CliRunner
 
 import cli
-from student_train.cache import Cache, CachedRows
+from teacher_cache.cache import TeacherCache
+from teacher_cache.cached_samples import CachedSamples
 
 FIELDS = ("response_topk", "attention")
 
@@ -36,8 +37,8 @@ def bytes_of(folder: Path) -> dict[str, bytes]:
 
 
 def test_rows_have_the_shape_of_their_tokens(captured: Path) -> None:
-    cache = Cache(str(captured))
-    rows = CachedRows(cache, cache.parts(), FIELDS)
+    cache = TeacherCache(str(captured))
+    rows = CachedSamples(cache, cache.parts(), FIELDS)
     seen = set()
     for position, count in enumerate(rows.counts):
         for number in range(count):

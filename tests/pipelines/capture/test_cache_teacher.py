@@ -19,7 +19,8 @@ from pipelines.capture.cache_teacher import capture
 from pipelines.inspect.cache import check, collect_garbage, inspect, status
 from pipelines.inspect.find_sample import Asked
 from pipelines.terminal.tables import cache_table
-from student_train.cache import Cache, CachedRows
+from teacher_cache.cache import TeacherCache
+from teacher_cache.cached_samples import CachedSamples
 from teacher_cache.errors import CacheError, CompatibilityError, KdcliError
 from teacher_cache.shards.commit import read_commit
 from teacher_cache.shards.storage import Storage
@@ -60,7 +61,7 @@ def run(warm: Warm, tmp_path: Path) -> Callable[..., int]:
 
 
 def test_rows_are_written_plus_skipped_in_every_column(tiny_cache: Path) -> None:
-    summary = status(Cache(str(tiny_cache)))
+    summary = status(TeacherCache(str(tiny_cache)))
     assert (summary["rows"], summary["shards"], len(summary["columns"])) == (31, 5, 7)
     for column in summary["columns"].values():
         assert column["done"] == column["shards"] == 5
@@ -68,9 +69,9 @@ def test_rows_are_written_plus_skipped_in_every_column(tiny_cache: Path) -> None
         assert column["skipped"] == {}
     counts = [column["counts"] for column in summary["columns"].values()]
     assert all(one == counts[0] for one in counts)
-    assert status(Cache(str(tiny_cache)))["rows"] == 31
-    assert check(Cache(str(tiny_cache))) == []
-    assert collect_garbage(Cache(str(tiny_cache)), remove=False) == []
+    assert status(TeacherCache(str(tiny_cache)))["rows"] == 31
+    assert check(TeacherCache(str(tiny_cache))) == []
+    assert collect_garbage(TeacherCache(str(tiny_cache)), remove=False) == []
 
 
 def test_fields_are_what_the_teacher_says_now(tiny_cache: Path, teacher_model, teacher_parts, mixture) -> None:
@@ -78,8 +79,8 @@ def test_fields_are_what_the_teacher_says_now(tiny_cache: Path, teacher_model, t
     from teacher_cache.prepare import Preparer
     from teacher_cache.teachers.transformers import TransformersTeacher
 
-    cache = Cache(str(tiny_cache))
-    rows = CachedRows(cache, cache.parts(), sorted(cache.fields))
+    cache = TeacherCache(str(tiny_cache))
+    rows = CachedSamples(cache, cache.parts(), sorted(cache.fields))
     wants = frozenset().union(*(cache.open_field(name).wants for name in cache.fields))
     teacher = TransformersTeacher.wrap(teacher_model, teacher_parts[0])
     preparer = Preparer(*teacher_parts)
@@ -104,7 +105,7 @@ def test_fields_are_what_the_teacher_says_now(tiny_cache: Path, teacher_model, t
 
 
 def test_the_stored_head_makes_the_models_logits(tiny_cache: Path, teacher_model, teacher_parts) -> None:
-    head = Cache(str(tiny_cache)).teacher_head("response_hidden")
+    head = TeacherCache(str(tiny_cache)).teacher_head("response_hidden")
     weight = teacher_model.get_output_embeddings().weight
     assert torch.equal(head, weight[: len(teacher_parts[0].tokenizer)])
 
@@ -126,7 +127,7 @@ def test_a_field_added_later_is_the_same_field(undisturbed: Path, make_request, 
     assert not list((out / "teacher").rglob("head*"))
     capture(make_request(out, fields=("response_topk", "vision_hidden", "affinity")))
     capture(make_request(out, fields=("relation", "response_hidden", "vision_topk")))
-    assert check(Cache(str(out))) == []
+    assert check(TeacherCache(str(out))) == []
     assert tree(out) == tree(undisturbed)
 
 
@@ -159,14 +160,14 @@ def test_sigkill_at_any_moment_then_resume(undisturbed: Path, make_request, tmp_
     assert run(make_request(out)) == 0
     left = {name: data for name, data in tree(out).items() if name in tree(undisturbed)}
     assert left == tree(undisturbed)
-    collect_garbage(Cache(str(out)), remove=True)
+    collect_garbage(TeacherCache(str(out)), remove=True)
     assert tree(out) == tree(undisturbed)
     assert not list((out / ".staging").iterdir())
 
 
 def check_if_open(out: Path) -> list:
     try:
-        return check(Cache(str(out)))
+        return check(TeacherCache(str(out)))
     except CacheError as error:  # killed between a field's folder and its description
         assert "field.json: damaged or missing" in str(error)
         return []
@@ -206,8 +207,8 @@ def test_kills_between_any_two_writes(undisturbed: Path, make_request, tmp_path:
         except Killed:
             deaths += 1
     assert deaths >= 3
-    assert check(Cache(str(out))) == []
-    collect_garbage(Cache(str(out)), remove=True)
+    assert check(TeacherCache(str(out))) == []
+    collect_garbage(TeacherCache(str(out)), remove=True)
     assert not list((out / ".staging").iterdir())
     once = tmp_path / "once"
     budget = 10_000
@@ -226,8 +227,8 @@ def test_defects_become_skip_records(world_json, make_request, tmp_path: Path) -
     skipped = [skip for shard in (0, 1) for skip in read_commit(storage, "samples", shard).skipped]
     assert {skip.ordinal for skip in skipped} == defects
     assert all(skip.place and skip.detail for skip in skipped)
-    cache = Cache(str(out))
-    assert sum(CachedRows(cache, ["sft"], ["vision_hidden"]).counts) == 24 - len(defects)
+    cache = TeacherCache(str(out))
+    assert sum(CachedSamples(cache, ["sft"], ["vision_hidden"]).counts) == 24 - len(defects)
     assert check(cache) == []
 
 
@@ -242,7 +243,7 @@ def test_notes_of_rows_are_counted_and_shown(make_request, tmp_path: Path) -> No
     assert summary["columns"]["samples"]["skipped"] == {"not_for_training": 1}
     text = cache_table(summary["columns"], summary["rows"])
     assert "note: 2 rows: the row has columns or keys that change training elsewhere" in text
-    assert check(Cache(str(tmp_path / "c"))) == []
+    assert check(TeacherCache(str(tmp_path / "c"))) == []
 
 
 def test_over_length_rows_are_skipped_or_cut(make_request, mixture, tmp_path: Path) -> None:
@@ -254,8 +255,8 @@ def test_over_length_rows_are_skipped_or_cut(make_request, mixture, tmp_path: Pa
         for column in summary["columns"].values():
             assert column["rows"] == 21 == column["written"] + column["skipped"].get("over_length", 0)
         counts[how] = summary["columns"]["samples"]["written"]
-        cache = Cache(str(out))
-        rows = CachedRows(cache, ["sft"], ["response_topk"])
+        cache = TeacherCache(str(out))
+        rows = CachedSamples(cache, ["sft"], ["response_topk"])
         for position, count in enumerate(rows.counts):
             for i in range(count):
                 row = rows.read(position, i)
@@ -278,7 +279,7 @@ def test_a_teacher_that_says_nan(make_request, tiny_teacher: Path, mixture, tmp_
     for name, column in summary["columns"].items():
         assert column["rows"] == 10
         assert column["skipped"] == ({} if name == "samples" else {"nonfinite_teacher": 10})
-    assert check(Cache(str(out))) == []
+    assert check(TeacherCache(str(out))) == []
 
 
 def test_parts_without_fields(make_request, tmp_path: Path) -> None:
@@ -286,7 +287,7 @@ def test_parts_without_fields(make_request, tmp_path: Path) -> None:
     summary = capture(make_request(out, fields=("response_topk",), parts_without_fields=("caption",)))
     assert summary["columns"]["samples"]["rows"] == 31
     assert summary["columns"]["fields/response_topk"]["rows"] == 21
-    assert check(Cache(str(out))) == []
+    assert check(TeacherCache(str(out))) == []
     with pytest.raises(KdcliError, match=r"captions.*the parts are caption, sft"):
         capture(make_request(tmp_path / "d", parts_without_fields=("captions",)))
     assert not (tmp_path / "d").exists()
@@ -345,7 +346,7 @@ def test_a_field_goes_on_with_the_codec_version_that_it_was_begun_with(make_requ
     before = tree(folder)
     capture(request)
     assert tree(folder) == before
-    assert Cache(str(folder)).fields[field]["params"] == {"codec": "int8", "codec_version": 1}
+    assert TeacherCache(str(folder)).fields[field]["params"] == {"codec": "int8", "codec_version": 1}
     (folder / f"fields/{field}/commits/000000.json").unlink()
     capture(request)
     assert tree(folder).keys() == before.keys(), "what was lost is made again, by the same version"
@@ -371,7 +372,7 @@ def test_older_versions_of_coded_fields_go_on(
     request = replace(make_request(folder, fields=(field,)), field_params={field: given})
     capture(replace(request, field_params={field: {**given, **older}}))
     before = tree(folder)
-    body = Cache(str(folder)).fields[field]
+    body = TeacherCache(str(folder)).fields[field]
     assert body["version"] == version and "long_step" not in body["params"]
     assert ("text" in body["params"]) == (version > 1)
     capture(request)
@@ -379,8 +380,8 @@ def test_older_versions_of_coded_fields_go_on(
     (folder / f"fields/{field}/commits/000000.json").unlink()
     capture(request)
     assert tree(folder).keys() == before.keys()
-    cache = Cache(str(folder))
-    row = CachedRows(cache, cache.parts(), [field]).read(0, 0)
+    cache = TeacherCache(str(folder))
+    row = CachedSamples(cache, cache.parts(), [field]).read(0, 0)
     read = row.fields[field]
     assert torch.isfinite(read.coefficients if field == "vision_hidden" else read).all()
 
@@ -400,7 +401,7 @@ def test_another_teachers_field_beside_the_first(tiny_cache: Path, tiny_student:
     out = tmp_path / "c"
     capture(make_request(out, fields=("vision_hidden",)))
     capture(make_request(out, fields=("response_hidden",), teacher=tiny_student))
-    cache = Cache(str(out))
+    cache = TeacherCache(str(out))
     assert cache.teacher_head("vision_hidden").shape[1] == 48
     assert cache.teacher_head("response_hidden").shape[1] == 32
     assert check(cache) == []
@@ -422,11 +423,11 @@ def test_an_error_leaves_no_half_written_shard(make_request, tmp_path: Path, mon
 
 
 def test_inspect_speaks_words(tiny_cache: Path, tiny_cache_bf16: Path) -> None:
-    cache = Cache(str(tiny_cache))
-    rows = CachedRows(cache, cache.parts(), [])
+    cache = TeacherCache(str(tiny_cache))
+    rows = CachedSamples(cache, cache.parts(), [])
     key = rows.key(len(rows.counts) - 1, 0)
     for folder in (tiny_cache, tiny_cache_bf16):
-        decoded = inspect(Cache(str(folder)), Asked(key=key))
+        decoded = inspect(TeacherCache(str(folder)), Asked(key=key))
         assert decoded.row.key == key
         assert len(decoded.response) == len(decoded.row.text.response_ids)
         assert all(0 <= p <= 1 for _, heads in decoded.response for _, p in heads)

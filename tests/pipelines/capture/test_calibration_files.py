@@ -14,7 +14,7 @@ import torch
 from pipelines.capture.cache_teacher import capture
 from pipelines.capture.describe import describe, field_path
 from pipelines.inspect.cache import check, collect_garbage
-from student_train.cache import Cache
+from teacher_cache.cache import TeacherCache
 from teacher_cache.errors import CacheError
 from teacher_cache.fields import create_field
 from teacher_cache.plan import make_plan
@@ -71,8 +71,8 @@ def test_killed_at_any_write_and_run_again(
         with pytest.raises(Killed):
             capture(make_request(out, fields=(), store="standard"))
     capture(make_request(out, fields=(), store="standard"))
-    assert check(Cache(str(out))) == []
-    collect_garbage(Cache(str(out)), remove=True)
+    assert check(TeacherCache(str(out))) == []
+    collect_garbage(TeacherCache(str(out)), remove=True)
     assert tree(out) == tree(standard)
 
 
@@ -85,7 +85,7 @@ def test_calibration_is_committed_before_any_shard(make_request, tmp_path: Path,
     with pytest.raises(Killed):
         capture(make_request(out, fields=(), store="standard"))
     assert not list(out.rglob("commits/*"))
-    cache = Cache(str(out))
+    cache = TeacherCache(str(out))
     assert set(cache.fields) == set(CALIBRATED)
     assert all(cache.open_field(name).calibrated for name in CALIBRATED)
     assert all(cache.low_rank_head(name) for name in ("response_hidden", "vision_hidden"))

@@ -15,8 +15,8 @@ from pipelines.capture.calibrate import mixture_reader
 from pipelines.capture.worker import Captured, encode_workers, waiting
 from pipelines.processes import cores
 from pipelines.settings import CaptureSettings
-from student_train.cache import Cache
 from teacher_cache import cache_shard as line
+from teacher_cache.cache import TeacherCache
 from teacher_cache.cache_shard import CaptureJob, cache_shard
 from teacher_cache.errors import CacheError, KdcliError
 from teacher_cache.prepare import Preparer
@@ -31,7 +31,7 @@ def shards(standard: Path, preparer: Preparer, teacher_model: Any, monkeypatch: 
     change: a field → the field in its place.
     """
     monkeypatch.setattr(line, "WINDOW_ROWS", 4)
-    cache = Cache(str(standard))
+    cache = TeacherCache(str(standard))
     teacher = TransformersTeacher.wrap(teacher_model, preparer.processor)
     hashes = {name: body["sha256"] for name, body in cache.fields.items()}
 
@@ -73,7 +73,7 @@ class Refusing:
 def test_any_number_of_workers_names_the_same_row_and_leaves_nothing(
     shards: Any, standard: Path, tmp_path: Path
 ) -> None:
-    keys = [entry.key for entry in Cache(str(standard)).column("samples").entries(1)]
+    keys = [entry.key for entry in TeacherCache(str(standard)).column("samples").entries(1)]
     said, left = [], []
     for workers in (1, 2, 4):
         folder = tmp_path / str(workers)

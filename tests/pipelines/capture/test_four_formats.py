@@ -17,7 +17,8 @@ import torch
 
 from pipelines.capture.cache_teacher import capture
 from pipelines.judge.doctor import examine
-from student_train.cache import Cache, CachedRows
+from teacher_cache.cache import TeacherCache
+from teacher_cache.cached_samples import CachedSamples
 from teacher_cache.errors import CompatibilityError
 from teacher_cache.plan import difference, make_plan, parse_plan
 from teacher_cache.sources import DataSpec
@@ -115,11 +116,11 @@ def test_the_same_signals_from_every_format(data: tuple[DataSpec, ...], make_req
     fields = ("response_topk", "vision_topk")
     summary = capture(make_request(tmp_path / "cache", data=data, shards=4, fields=fields))
     assert summary["rows"] == LIMIT * len(FORMATS)
-    cache = Cache(str(tmp_path / "cache"))
+    cache = TeacherCache(str(tmp_path / "cache"))
     assert sorted(cache.parts()) == sorted(FORMATS)
     by_part: dict[str, dict[int, Any]] = {}
     for part in FORMATS:
-        rows = CachedRows(cache, [part], list(fields))
+        rows = CachedSamples(cache, [part], list(fields))
         every = [rows.read(position, i) for position, count in enumerate(rows.counts) for i in range(count)]
         by_part[part] = {row.sample.ordinal: row for row in every}
         assert set(by_part[part]) == {0, 1, 2, 4}

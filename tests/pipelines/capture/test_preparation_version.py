@@ -15,7 +15,8 @@ from pipelines.capture.cache_teacher import capture
 from pipelines.edit.fields import add_fields
 from pipelines.edit.repair import RepairRequest, repair
 from pipelines.judge.fidelity.rows import capture_preparer
-from student_train.cache import Cache, CachedRows
+from teacher_cache.cache import TeacherCache
+from teacher_cache.cached_samples import CachedSamples
 from teacher_cache.errors import CompatibilityError
 from teacher_cache.fingerprint import PREPARATION, preparation_version
 from teacher_cache.prepare import Preparer
@@ -61,24 +62,24 @@ def old(request_of: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def sizes(folder: Path) -> set[tuple[int, int]]:
-    rows = CachedRows(Cache(str(folder)), ["sft"], [])
+    rows = CachedSamples(TeacherCache(str(folder)), ["sft"], [])
     return {rows.read(shard, row).layout[0].size for shard, count in enumerate(rows.counts) for row in range(count)}
 
 
 def test_old_caches_have_no_number_and_new_ones_have(old: Path, request_of: Any, tmp_path: Path) -> None:
     capture(request_of(tmp_path / "new"))
-    new = Cache(str(tmp_path / "new")).plan.preparation
-    there = Cache(str(old)).plan.preparation
+    new = TeacherCache(str(tmp_path / "new")).plan.preparation
+    there = TeacherCache(str(old)).plan.preparation
     assert "version" not in there and preparation_version(there) == 1
-    assert preparation_version(Cache(str(GOLDEN)).plan.preparation) == 1
+    assert preparation_version(TeacherCache(str(GOLDEN)).plan.preparation) == 1
     assert new["version"] == PREPARATION and preparation_version(new) == PREPARATION
     assert (sizes(old), sizes(tmp_path / "new")) == ({(64, 32)}, {(32, 64)})
 
 
 def test_an_old_cache_is_prepared_as_it_was(old: Path, teacher_parts: Any) -> None:
     """By whatever reads it: what a student, vLLM and a comparison see are the stored pixels."""
-    cache = Cache(str(old))
-    row = CachedRows(cache, ["sft"], []).read(0, 0)
+    cache = TeacherCache(str(old))
+    row = CachedSamples(cache, ["sft"], []).read(0, 0)
     preparers = [capture_preparer(cache, *teacher_parts), Preparer.like(cache.plan.preparation, *teacher_parts)]
     new = Preparer(*teacher_parts).prepare(row.sample)
     for preparer in preparers:
@@ -94,14 +95,14 @@ def test_an_old_capture_is_finished_as_it_was_begun(request_of: Any, tmp_path: P
     out = tmp_path / "cache"
     capture(replace(request_of(out, version=1), part_of_shards=(0, 2)))
     assert capture(request_of(out))["columns"]["samples"]["rows"] == 4
-    assert sizes(out) == {(64, 32)} and "version" not in Cache(str(out)).plan.preparation
+    assert sizes(out) == {(64, 32)} and "version" not in TeacherCache(str(out)).plan.preparation
 
 
 def test_an_old_cache_grows(old: Path, request_of: Any, copy_of: Any) -> None:
     folder = copy_of(old)
     made = request_of(folder)
     add_fields(str(folder), made.teacher, {"vision_topk": TOPK}, replace(made.settings, parts_without_fields=()))
-    rows = CachedRows(Cache(str(folder)), ["sft"], ["vision_topk", "vision_hidden"])
+    rows = CachedSamples(TeacherCache(str(folder)), ["sft"], ["vision_topk", "vision_hidden"])
     assert all(set(rows.read(0, row).fields) == {"vision_topk", "vision_hidden"} for row in range(rows.counts[0]))
 
 
@@ -120,6 +121,6 @@ def test_an_old_cache_is_repaired(old: Path, request_of: Any, lying: DataSpec, c
 
 
 def test_a_later_version_is_refused_in_one_line(old: Path, teacher_parts: Any) -> None:
-    later = {**Cache(str(old)).plan.preparation, "version": PREPARATION + 1}
+    later = {**TeacherCache(str(old)).plan.preparation, "version": PREPARATION + 1}
     with pytest.raises(CompatibilityError, match=f"version {PREPARATION + 1}.* versions 1 to {PREPARATION}: use "):
         Preparer.like(later, *teacher_parts)

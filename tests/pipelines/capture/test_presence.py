@@ -24,7 +24,7 @@ from pipelines.edit.derive import subset
 from pipelines.edit.fields import drop_field
 from pipelines.edit.repair import RepairRequest, repair
 from pipelines.inspect.cache import collect_garbage
-from student_train.cache import Cache
+from teacher_cache.cache import TeacherCache
 from teacher_cache.errors import CacheError
 from teacher_cache.shards.storage import Storage
 
@@ -58,7 +58,7 @@ def say(cache: Path, doing: str = "cache-teacher", said_ago: float = 0.0, **valu
 
 def edits(cache: Path) -> dict[str, Callable[[], Any]]:
     return {
-        "cache gc": lambda: collect_garbage(Cache(str(cache)), remove=True),
+        "cache gc": lambda: collect_garbage(TeacherCache(str(cache)), remove=True),
         "cache drop-field": lambda: drop_field(str(cache), "relation", remove=True),
         "cache repair": lambda: repair(RepairRequest(str(cache), None, (), None, {})),  # type: ignore[arg-type]
     }
@@ -122,17 +122,17 @@ def test_a_killed_capture_of_this_machine_is_no_obstacle(cache: Path) -> None:
     child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
     path = say(cache, host=f"here:{child.pid}", machine=this_machine(), updated=time.time() + 60)
     with pytest.raises(CacheError, match=r"wait for its end, or end it$"):
-        collect_garbage(Cache(str(cache)), remove=True)
+        collect_garbage(TeacherCache(str(cache)), remove=True)
     child.kill()
     child.wait()
-    assert str(path.relative_to(cache)) in collect_garbage(Cache(str(cache)), remove=True)
+    assert str(path.relative_to(cache)) in collect_garbage(TeacherCache(str(cache)), remove=True)
     assert not path.exists() and not (cache / DRAFT).exists()
 
 
 def test_a_number_that_another_process_has_by_now(cache: Path) -> None:
     """This process is younger than the word that names its number."""
     say(cache, host=f"here:{os.getpid()}", machine=this_machine(), updated=time.time() - 86_400)
-    collect_garbage(Cache(str(cache)), remove=True)
+    collect_garbage(TeacherCache(str(cache)), remove=True)
 
 
 @pytest.mark.parametrize("clock", [-7200.0, 0.0, 7200.0])
@@ -148,7 +148,7 @@ def test_the_word_of_another_machine_ages_by_the_storage_s_clock(cache: Path, cl
 
 def test_a_worker_that_failed_is_not_at_work(cache: Path) -> None:
     say(cache, doing="", error="no memory left")
-    collect_garbage(Cache(str(cache)), remove=True)
+    collect_garbage(TeacherCache(str(cache)), remove=True)
 
 
 def test_two_that_begin_together_never_both_go_on(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -164,7 +164,7 @@ def test_two_that_begin_together_never_both_go_on(cache: Path, monkeypatch: pyte
         real(storage, own, alone)
 
     monkeypatch.setattr(presence, "refuse_others", late)
-    collect_garbage(Cache(str(cache)), remove=True)
+    collect_garbage(TeacherCache(str(cache)), remove=True)
     assert looked and not (cache / DRAFT).exists()
 
 
@@ -179,9 +179,9 @@ def test_a_full_disk_does_not_keep_garbage(cache: Path, monkeypatch: pytest.Monk
         pass
     path = say(cache)
     with pytest.raises(CacheError, match="is at work"):
-        collect_garbage(Cache(str(cache)), remove=True)
+        collect_garbage(TeacherCache(str(cache)), remove=True)
     path.unlink()
-    assert DRAFT in collect_garbage(Cache(str(cache)), remove=True)
+    assert DRAFT in collect_garbage(TeacherCache(str(cache)), remove=True)
 
 
 def test_commands_stay_said_when_workers_are_forgotten(cache: Path) -> None:

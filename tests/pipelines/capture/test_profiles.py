@@ -15,8 +15,9 @@ from pipelines.inspect.cache import check, inspect, status
 from pipelines.inspect.find_sample import Asked
 from pipelines.settings import Settings
 from pipelines.train.train_student import train
-from student_train.cache import Cache, CachedRows
 from student_train.config import TrainSettings
+from teacher_cache.cache import TeacherCache
+from teacher_cache.cached_samples import CachedSamples
 from teacher_cache.errors import CompatibilityError, KdcliError
 from teacher_cache.fields import create_field
 from teacher_cache.shards.commit import read_commit
@@ -95,12 +96,12 @@ def test_profiles_are_never_changed_by_their_users() -> None:
 
 @pytest.mark.parametrize("store", PROFILES)
 def test_every_profile_captures_whole(profile_cache: Callable[[str], Path], store: str) -> None:
-    cache = Cache(str(profile_cache(store)))
+    cache = TeacherCache(str(profile_cache(store)))
     assert set(cache.fields) == set(PROFILES[store])
     assert check(cache) == []
     for column in status(cache)["columns"].values():
         assert column["rows"] == column["written"] == 31 and column["skipped"] == {}
-    rows = CachedRows(cache, cache.parts(), sorted(cache.fields))
+    rows = CachedSamples(cache, cache.parts(), sorted(cache.fields))
     row = rows.read(0, 0)
     for name, record in row.fields.items():
         kind = name.split("_")[0]
@@ -169,7 +170,7 @@ def test_standard_is_smaller_than_exact_even_here(profile_cache) -> None:
     """On a teacher only 48 wide, whose bfloat16 states are as small as they come, and random: no dimension is idle."""
 
     def size(store: str, *names: str) -> int:
-        columns = [Cache(str(profile_cache(store))).column(name) for name in names]
+        columns = [TeacherCache(str(profile_cache(store))).column(name) for name in names]
         entries = [entry for column in columns for shard in range(5) for entry in column.entries(shard)]
         return sum(member.size for entry in entries for member in entry.members)
 
@@ -200,14 +201,14 @@ def test_a_teacher_that_says_nan_of_some_rows(make_request, tmp_path: Path, monk
     for name, column in summary["columns"].items():
         assert column["rows"] == 31 == column["written"] + sum(column["skipped"].values())
         assert column["skipped"] == ({} if name == "samples" else {"nonfinite_teacher": 3}), name
-    cache = Cache(str(out))
+    cache = TeacherCache(str(out))
     assert check(cache) == []
     for name in cache.fields:
         commits = [read_commit(cache.storage, f"fields/{name}", shard) for shard in range(5)]
         skips = [skip for commit in commits for skip in commit.skipped]
         assert {(skip.part, skip.ordinal) for skip in skips} == set(bad)
         assert all(skip.place and "NaN or infinity" in skip.detail for skip in skips)
-    rows = CachedRows(cache, cache.parts(), sorted(cache.fields))
+    rows = CachedSamples(cache, cache.parts(), sorted(cache.fields))
     assert sum(rows.counts) == 28
     for position, count in enumerate(rows.counts):
         for row in range(count):

@@ -21,8 +21,9 @@ from pipelines.capture.cache_teacher import capture
 from pipelines.capture.worker import CaptureRequest
 from pipelines.edit.repair import RepairRequest, repair
 from pipelines.inspect.cache import check
-from student_train.cache import Cache, CachedRows
 from teacher_cache import same_rows
+from teacher_cache.cache import TeacherCache
+from teacher_cache.cached_samples import CachedSamples
 from teacher_cache.errors import CacheError, DataError
 from teacher_cache.rows import row_key
 from teacher_cache.shards.storage import Storage
@@ -223,15 +224,15 @@ def test_repair_takes_no_other_pictures(asked, roots, tmp_path: Path) -> None:
     with pytest.raises(CacheError, match=r"has other pictures under .*other"):
         mend()
     made = asked(one)
-    assert mend() == [] and check(Cache(str(tmp_path / "cache"))) == []
+    assert mend() == [] and check(TeacherCache(str(tmp_path / "cache"))) == []
 
 
 def test_the_keys_in_a_manifest_are_those_of_its_rows_and_no_part_of_the_plan(asked, roots, tmp_path: Path) -> None:
     one, _ = roots
     request = asked(one)
     capture(request)
-    cache = Cache(str(tmp_path / "cache"))
-    rows = CachedRows(cache, ["caption"], [])
+    cache = TeacherCache(str(tmp_path / "cache"))
+    rows = CachedSamples(cache, ["caption"], [])
     keys = {rows.key(at, row) for at, count in enumerate(rows.counts) for row in range(count)}
     assert set(cache.plan.parts[0].pictures) == keys
     source = open_source(request.data[0])

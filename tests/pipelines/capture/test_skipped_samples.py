@@ -18,7 +18,8 @@ from pipelines.capture.cache_teacher import capture
 from pipelines.capture.skipped_samples import is_excess, share
 from pipelines.capture.worker import CaptureRequest
 from pipelines.inspect.cache import check, collect_garbage
-from student_train.cache import Cache, CachedRows
+from teacher_cache.cache import TeacherCache
+from teacher_cache.cached_samples import CachedSamples
 from teacher_cache.errors import CacheError, KdcliError
 from teacher_cache.sources import DataSpec
 
@@ -195,7 +196,7 @@ def test_too_many_skips_fail_the_command_and_keep_the_cache(
         said = run(*words)
         assert said.exit_code == 1
         assert "10 of 10 rows are skipped in fields/relation, 10 by nonfinite_teacher" in said.output
-    assert check(Cache(str(tmp_path / "cache"))) == []
+    assert check(TeacherCache(str(tmp_path / "cache"))) == []
     assert run(*words, "--allow-skips", "1").exit_code == 0
     adding = ["cache", "add-field", str(tmp_path / "cache"), "--field", "affinity", "--set", "layout=dense"]
     said = CliRunner().invoke(main, [*adding, "--teacher", str(broken), "--device", "cpu"])
@@ -217,8 +218,8 @@ def test_rows_whose_cause_is_gone_are_taken_in(asked, hide, tmp_path: Path) -> N
     assert summary["notes"][0].startswith("2 rows added, ") and "notes" not in first
     for column in summary["columns"].values():
         assert (column["written"], column["skipped"]) == (ROWS, {})
-    cache = Cache(str(tmp_path / "cache"))
-    assert sum(CachedRows(cache, ["caption"], FIELDS).counts) == ROWS
+    cache = TeacherCache(str(tmp_path / "cache"))
+    assert sum(CachedSamples(cache, ["caption"], FIELDS).counts) == ROWS
     collect_garbage(cache, remove=True)
     assert without_manifest(tmp_path / "cache") == without_manifest(tmp_path / "whole") and check(cache) == []
     assert capture(asked(again=True))["notes"] == ["no row that was skipped can be used now"]
@@ -233,18 +234,18 @@ def test_a_kill_between_any_two_writes_while_rows_are_taken_in(asked, hide, make
     before = {key for key in rows_of(tmp_path / "cache")}
 
     def no_row_is_lost() -> None:
-        assert check(Cache(str(tmp_path / "cache"))) == []
+        assert check(TeacherCache(str(tmp_path / "cache"))) == []
         assert before <= set(rows_of(tmp_path / "cache"))
 
     mortal = make_mortal("put_file", "put_new")
     assert mortal.until_done(lambda: capture(asked(again=True)), 5, no_row_is_lost) >= 3
-    collect_garbage(Cache(str(tmp_path / "cache")), remove=True)
+    collect_garbage(TeacherCache(str(tmp_path / "cache")), remove=True)
     assert without_manifest(tmp_path / "cache") == without_manifest(tmp_path / "whole")
 
 
 def rows_of(folder: Path) -> list[str]:
     """Keys of the rows that all columns hold."""
-    rows = CachedRows(Cache(str(folder)), ["caption"], FIELDS)
+    rows = CachedSamples(TeacherCache(str(folder)), ["caption"], FIELDS)
     return [rows.key(position, row) for position, count in enumerate(rows.counts) for row in range(count)]
 
 

@@ -11,7 +11,7 @@ import pytest
 from benchmarks.common import RESULTS
 from pipelines.demo.gain import KNOWN, Gain, compared, cost, gain_of, lead, sentence, spread
 from pipelines.demo.questions import IMAGE_FAMILIES
-from pipelines.demo.run import DEMO, Recipe
+from pipelines.demo.run import DEMO, DemoRecipe
 from pipelines.demo.students import Trained
 from pipelines.report.runs import read_runs
 from tests.pipelines.report.conftest import make_run  # noqa: F401
@@ -80,7 +80,7 @@ def test_the_cost_is_that_of_all_steps(make_run) -> None:  # noqa: F811
 
 def test_the_known_spread_is_the_saved_one() -> None:
     saved = json.loads((RESULTS / "demo_gain.json").read_text())
-    assert Recipe(**saved["recipe"]) == DEMO
+    assert DemoRecipe(**saved["recipe"]) == DEMO
     assert (list(KNOWN.points), list(KNOWN.nats), list(KNOWN.seeds)) == (saved["points"], saved["nats"], saved["seeds"])
     told = spread(KNOWN)
     assert KNOWN.command in told and "seeds 0–4" in told

@@ -16,8 +16,8 @@ from cli import main
 from pipelines.ablate.grid import load_grid
 from pipelines.capture.profiles import PROFILES
 from pipelines.demo import run
-from pipelines.demo.run import DEMO, Recipe, run_demo
-from pipelines.report.runs import Run, read_runs
+from pipelines.demo.run import DEMO, DemoRecipe, run_demo
+from pipelines.report.runs import RunRecord, read_runs
 from pipelines.train.output_lock import alone
 from teacher_cache.errors import KdcliError
 from tests.pipelines.ablate.conftest import fork_cells
@@ -36,7 +36,7 @@ def demo(tmp_path_factory: pytest.TempPathFactory, warm: Warm) -> tuple[Path, st
     return out, printed.getvalue(), result
 
 
-def runs_of(out: Path) -> dict[str, Run]:
+def runs_of(out: Path) -> dict[str, RunRecord]:
     return {run.group: run for run in read_runs([out / "students"])}
 
 
@@ -114,7 +114,7 @@ def test_report_is_one_file_that_asks_for_nothing(demo: tuple[Path, str, dict]) 
 
 
 def test_flags_reach_the_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[tuple[int, Recipe]] = []
+    asked: list[tuple[int, DemoRecipe]] = []
     monkeypatch.setattr(run, "run_demo", lambda out, seed, console, recipe: asked.append((seed, recipe)))
     for flags in ([], ["--wrong-answers", "0", "--seed", "4"]):
         done = CliRunner().invoke(main, ["demo", "--out", str(tmp_path), *flags])

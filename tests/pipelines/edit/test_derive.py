@@ -20,9 +20,10 @@ from pipelines.edit.fields import add_fields, drop_field
 from pipelines.inspect.cache import check, collect_garbage, status
 from pipelines.settings import CaptureSettings, Settings
 from pipelines.train.train_student import train
-from student_train.cache import Cache, CachedRow, CachedRows
 from student_train.config import TrainSettings
 from teacher_cache import behind
+from teacher_cache.cache import TeacherCache
+from teacher_cache.cached_samples import CachedSample, CachedSamples
 from teacher_cache.errors import KdcliError
 from teacher_cache.shards.commit import read_commit
 from teacher_cache.shards.storage import Storage
@@ -42,10 +43,10 @@ def tars(folder: Path, column: str) -> set[bytes]:
     return {file.read_bytes() for file in (folder / column / "data").iterdir()}
 
 
-def records(folder: Path, fields: list[str] | None = None) -> dict[tuple[str, str], CachedRow]:
+def records(folder: Path, fields: list[str] | None = None) -> dict[tuple[str, str], CachedSample]:
     """(part, key) → decoded row, every one exactly once."""
-    cache = Cache(str(folder))
-    rows = CachedRows(cache, cache.parts(), FIELDS if fields is None else fields)
+    cache = TeacherCache(str(folder))
+    rows = CachedSamples(cache, cache.parts(), FIELDS if fields is None else fields)
     read = [rows.read(position, row) for position, count in enumerate(rows.counts) for row in range(count)]
     found = {(row.sample.part, row.key): row for row in read}
     assert len(found) == len(read)
@@ -58,7 +59,7 @@ def leaves(value: Any) -> list[Any]:
     return [leaf for inner in vars(value).values() for leaf in leaves(inner)]
 
 
-def same(ours: CachedRow, theirs: CachedRow) -> bool:
+def same(ours: CachedSample, theirs: CachedSample) -> bool:
     """Equal samples, tokens, layouts and decoded fields (those that ``ours`` has)."""
     pairs = list(zip(leaves(ours.text), leaves(theirs.text)))
     pairs += [pair for name in ours.fields for pair in zip(leaves(ours.fields[name]), leaves(theirs.fields[name]))]
@@ -67,7 +68,7 @@ def same(ours: CachedRow, theirs: CachedRow) -> bool:
 
 
 @pytest.fixture(scope="module")
-def original(tiny_cache: Path) -> dict[tuple[str, str], CachedRow]:
+def original(tiny_cache: Path) -> dict[tuple[str, str], CachedSample]:
     return records(tiny_cache)
 
 
@@ -82,7 +83,7 @@ def with_skips(world_json, make_request, tmp_path_factory: pytest.TempPathFactor
 
 def complete(folder: Path) -> dict[str, Any]:
     """The status of a cache in which rows = written + skipped everywhere and every checksum holds."""
-    cache = Cache(str(folder))
+    cache = TeacherCache(str(folder))
     assert check(cache) == []
     assert collect_garbage(cache, remove=False) == []
     summary = status(cache)
@@ -119,14 +120,14 @@ def test_a_subset_holds_the_same_records(tiny_cache: Path, original, tmp_path: P
         and (rows.images is None or rows.images == bool(row.layout))
     }
     found = records(out, fields)
-    assert set(Cache(str(out)).fields) == set(fields)
+    assert set(TeacherCache(str(out)).fields) == set(fields)
     assert all(same(row, original[place]) for place, row in found.items())
     assert found.keys() <= wanted and summary["rows"] == len(found) > 0
     if rows.fraction is None:
         assert len(found) == min(len(wanted), rows.max_rows or len(wanted))
-    derived = Cache(str(out)).plan.derived
-    assert derived["by"] == "subset" and derived["from"] == [Cache(str(tiny_cache)).plan_hash]
-    assert Cache(str(out)).plan_hash != Cache(str(tiny_cache)).plan_hash
+    derived = TeacherCache(str(out)).plan.derived
+    assert derived["by"] == "subset" and derived["from"] == [TeacherCache(str(tiny_cache)).plan_hash]
+    assert TeacherCache(str(out)).plan_hash != TeacherCache(str(tiny_cache)).plan_hash
 
 
 def test_whole_shards_are_the_same_tars(tiny_cache: Path, tmp_path: Path) -> None:
@@ -203,8 +204,8 @@ def test_complementary_subsets_merge_to_every_record(tiny_cache: Path, original,
     found = records(tmp_path / "both")
     assert found.keys() == original.keys()
     assert all(same(row, original[place]) for place, row in found.items())
-    files = {p.spec.part: p.fingerprint for p in Cache(str(tmp_path / "both")).plan.parts}
-    assert files == {p.spec.part: dict(p.fingerprint) for p in Cache(str(tiny_cache)).plan.parts}
+    files = {p.spec.part: p.fingerprint for p in TeacherCache(str(tmp_path / "both")).plan.parts}
+    assert files == {p.spec.part: dict(p.fingerprint) for p in TeacherCache(str(tiny_cache)).plan.parts}
     for name in ("caption", "sft"):
         subset(str(tiny_cache), str(tmp_path / name), parts=(name,))
     merge([str(tmp_path / "caption"), str(tmp_path / "sft")], str(tmp_path / "parts"), workers=2)
@@ -226,7 +227,7 @@ def test_two_mixtures_of_one_part_name(make_request, mixture, world_json, tmp_pa
     assert all(same(row, next(half[place] for half in halves if place in half)) for place, row in found.items())
     skipped = sum(complete(tmp_path / "b")["columns"]["samples"]["skipped"].values())
     assert summary["rows"] == 45 == len(found) + skipped
-    (part,) = Cache(str(tmp_path / "both")).plan.parts
+    (part,) = TeacherCache(str(tmp_path / "both")).plan.parts
     assert part.rows == 45 and len(part.fingerprint["files"]) == len(part.spec.path.split(", ")) + 1
 
 
@@ -310,12 +311,12 @@ def test_kills_between_any_two_writes(tiny_cache: Path, tmp_path: Path, make_mor
 
     def clean() -> None:
         if (tmp_path / "killed" / "manifest.json").exists():
-            assert all("not captured yet" in problem.what for problem in check(Cache(str(tmp_path / "killed"))))
+            assert all("not captured yet" in problem.what for problem in check(TeacherCache(str(tmp_path / "killed"))))
 
     job(tmp_path / "quiet")
     mortal = make_mortal("put_file", "put_new")
     assert mortal.until_done(lambda: job(tmp_path / "killed"), 7, clean) >= 4
-    collect_garbage(Cache(str(tmp_path / "killed")), remove=True)
+    collect_garbage(TeacherCache(str(tmp_path / "killed")), remove=True)
     assert tree(tmp_path / "killed") == tree(tmp_path / "quiet")
     times = {name: (tmp_path / "killed" / name).stat().st_mtime_ns for name in tree(tmp_path / "killed")}
     job(tmp_path / "killed")
@@ -329,11 +330,11 @@ def test_caches_that_are_no_local_folders(tiny_cache: Path, original) -> None:
         subset(str(tiny_cache), place, rows=RowFilter(images=images))
     for _ in range(2):
         merge(places[:2], places[2])
-        cache = Cache(places[2])
+        cache = TeacherCache(places[2])
         assert check(cache) == [] and collect_garbage(cache, remove=False) == []
-        assert sum(CachedRows(cache, cache.parts(), FIELDS).counts) == len(original)
+        assert sum(CachedSamples(cache, cache.parts(), FIELDS).counts) == len(original)
     drop_field(places[2], "relation", remove=True)
-    assert "relation" not in Cache(places[2]).fields and check(Cache(places[2])) == []
+    assert "relation" not in TeacherCache(places[2]).fields and check(TeacherCache(places[2])) == []
 
 
 def test_damage_is_not_copied(tiny_cache: Path, copy_of, tmp_path: Path) -> None:
@@ -344,7 +345,7 @@ def test_damage_is_not_copied(tiny_cache: Path, copy_of, tmp_path: Path) -> None
     tar.write_bytes(data)
     with pytest.raises(KdcliError, match="shard 000004 of fields/vision_hidden is damaged"):
         subset(str(folder), str(tmp_path / "out"))
-    assert all("not captured yet" in problem.what for problem in check(Cache(str(tmp_path / "out"))))
+    assert all("not captured yet" in problem.what for problem in check(TeacherCache(str(tmp_path / "out"))))
 
 
 @pytest.fixture

@@ -20,7 +20,8 @@ from pipelines.capture.cache_teacher import capture
 from pipelines.edit.fields import add_fields, drop_field
 from pipelines.inspect.cache import check, collect_garbage
 from pipelines.settings import CaptureSettings
-from student_train.cache import Cache, CachedRows
+from teacher_cache.cache import TeacherCache
+from teacher_cache.cached_samples import CachedSamples
 from teacher_cache.errors import KdcliError
 from teacher_cache.rows import row_key
 from teacher_cache.shards.commit import read_commit
@@ -83,7 +84,7 @@ def test_added_fields_are_those_of_a_whole_capture_though_the_mixture_is_gone(mo
         name.startswith(("fields/vision_hidden/", "fields/relation/", "teacher/")) for name in after.keys() - before
     )
     assert after == tree(three)
-    assert check(Cache(str(folder))) == []
+    assert check(TeacherCache(str(folder))) == []
     columns = summary["columns"]
     assert columns["samples"]["skipped"] and columns["samples"]["rows"] == 24
     of_samples = columns["samples"] | {"counts": ANY, "bytes": ANY}  # cuts are counted in samples alone
@@ -109,16 +110,16 @@ def test_a_calibrated_field_is_fitted_on_the_stored_rows(make_request, mixture, 
     assert tree(tmp_path / "grown") == tree(tmp_path / "whole")
     add(tmp_path / "grown", vision_hidden={"codec": "sketch"})
     assert len(read_all(tmp_path / "grown", ["vision_hidden"])) == 21
-    assert collect_garbage(Cache(str(tmp_path / "grown")), remove=False) == []
+    assert collect_garbage(TeacherCache(str(tmp_path / "grown")), remove=False) == []
     drop_field(str(tmp_path / "grown"), "vision_hidden", remove=True)
-    garbage = collect_garbage(Cache(str(tmp_path / "grown")), remove=True)
+    garbage = collect_garbage(TeacherCache(str(tmp_path / "grown")), remove=True)
     assert garbage and all("/calibration/vision_hidden-" in name for name in garbage)
-    assert check(Cache(str(tmp_path / "grown"))) == []
+    assert check(TeacherCache(str(tmp_path / "grown"))) == []
 
 
 def read_all(folder: Path, fields: list[str]) -> list[Any]:
-    cache = Cache(str(folder))
-    rows = CachedRows(cache, cache.parts(), fields)
+    cache = TeacherCache(str(folder))
+    rows = CachedSamples(cache, cache.parts(), fields)
     return [rows.read(position, row) for position, count in enumerate(rows.counts) for row in range(count)]
 
 
@@ -145,7 +146,7 @@ def test_kills_between_any_two_writes_of_an_added_field(moved_away, copy_of, add
     job = lambda: add(folder, vision_hidden={"codec": "fp32"}, relation={})  # noqa: E731
     assert mortal.until_done(job, 7, still_reads) >= 2
     mortal.budget = -1
-    collect_garbage(Cache(str(folder)), remove=True)
+    collect_garbage(TeacherCache(str(folder)), remove=True)
     assert tree(folder) == tree(three)
 
 
@@ -156,14 +157,14 @@ def test_kills_between_any_two_removals(tiny_cache: Path, copy_of, make_mortal) 
 
     def still_reads() -> None:
         assert len(read_all(folder, ["vision_topk"])) == 31
-        assert all("not captured yet" in problem.what for problem in check(Cache(str(folder))))
+        assert all("not captured yet" in problem.what for problem in check(TeacherCache(str(folder))))
 
     mortal = make_mortal("remove")
     job = lambda: drop_field(str(folder), "vision_hidden", remove=True)  # noqa: E731
     assert mortal.until_done(job, 1, still_reads) == 15
     assert tree(folder) == {name: data for name, data in whole.items() if not name.startswith("fields/vision_hidden/")}
     assert not (folder / "fields" / "vision_hidden").exists()
-    assert check(Cache(str(folder))) == []
+    assert check(TeacherCache(str(folder))) == []
 
 
 def test_a_killed_removal_ends_as_no_field_or_as_a_field_again(tiny_cache: Path, copy_of, add, make_mortal) -> None:
@@ -174,10 +175,10 @@ def test_a_killed_removal_ends_as_no_field_or_as_a_field_again(tiny_cache: Path,
         drop_field(str(folder), "vision_topk", remove=True)
     mortal.budget = -1  # whoever comes next lives
     add(folder, vision_topk=TOPK)  # two minds: the half-removed field is captured again
-    assert check(Cache(str(folder))) == []
+    assert check(TeacherCache(str(folder))) == []
     assert len(read_all(folder, ["vision_topk"])) == 31
     (folder / "fields" / "empty").mkdir()  # a capture that died at its first write
-    assert "empty" not in Cache(str(folder)).fields
+    assert "empty" not in TeacherCache(str(folder)).fields
 
 
 def test_drop_says_what_would_go_and_leaves_what_others_use(tiny_cache: Path, copy_of) -> None:
@@ -187,17 +188,17 @@ def test_drop_says_what_would_go_and_leaves_what_others_use(tiny_cache: Path, co
     assert tree(folder) == before
     own = {name: data for name, data in before.items() if name.startswith("fields/vision_hidden/")}
     assert (found.shards, found.files, found.bytes) == (5, len(own), sum(map(len, own.values())))
-    for name in sorted(Cache(str(folder)).fields):
+    for name in sorted(TeacherCache(str(folder)).fields):
         drop_field(str(folder), name, remove=True)
-        cache = Cache(str(folder))
+        cache = TeacherCache(str(folder))
         garbage = [file.split("/")[2] for file in collect_garbage(cache, remove=False) if file.startswith("teacher/")]
         with_head = any(name.endswith("_hidden") for name in cache.fields)
         assert ("head.safetensors" in garbage) == (not with_head), "a head is garbage when its last field is gone"
         assert ("processor" in garbage) == (not cache.fields), "and all of its teacher's files when the very last is"
-    collect_garbage(Cache(str(folder)), remove=True)
+    collect_garbage(TeacherCache(str(folder)), remove=True)
     left = tree(folder)
     assert {name.split("/")[0] for name in left} == {"manifest.json", "samples"}
-    assert check(Cache(str(folder))) == []
+    assert check(TeacherCache(str(folder))) == []
 
 
 def test_drop_then_add_with_other_parameters(tiny_cache: Path, copy_of, add) -> None:
@@ -206,7 +207,7 @@ def test_drop_then_add_with_other_parameters(tiny_cache: Path, copy_of, add) -> 
         add(folder, vision_topk=TOPK | {"k": 4})
     drop_field(str(folder), "vision_topk", remove=True)
     add(folder, vision_topk=TOPK | {"k": 4})
-    assert check(Cache(str(folder))) == []
+    assert check(TeacherCache(str(folder))) == []
     assert all(row.fields["vision_topk"].ids.shape[1] == 4 for row in read_all(folder, ["vision_topk"]))
 
 
@@ -214,9 +215,9 @@ def test_a_damaged_description_can_be_dropped(tiny_cache: Path, copy_of) -> None
     folder = copy_of(tiny_cache)
     (folder / "fields" / "relation" / "field.json").write_text("{")
     with pytest.raises(KdcliError):
-        Cache(str(folder))
+        TeacherCache(str(folder))
     drop_field(str(folder), "relation", remove=True)
-    assert check(Cache(str(folder))) == []
+    assert check(TeacherCache(str(folder))) == []
 
 
 def test_a_field_of_another_teacher_is_asked_for(tiny_cache: Path, copy_of, add, tiny_student: Path) -> None:
@@ -227,7 +228,7 @@ def test_a_field_of_another_teacher_is_asked_for(tiny_cache: Path, copy_of, add,
     with pytest.raises(KdcliError, match=r"dtype: cache float32, here bfloat16.*the original --teacher and --dtype"):
         add(folder, dtype="bfloat16", response_hidden={"codec": "fp32"})
     add(folder, teacher=tiny_student, other_teacher=True, response_hidden={"codec": "fp32"})
-    cache = Cache(str(folder))
+    cache = TeacherCache(str(folder))
     assert cache.teacher_head("response_hidden").shape[1] == 32 and cache.teacher_head("vision_hidden").shape[1] == 48
     assert check(cache) == []
     with pytest.raises(KdcliError, match=r"response_hidden exists, made by another teacher.*drop-field"):
@@ -239,7 +240,7 @@ def test_parts_without_the_field(moved_away, tiny_cache: Path, copy_of, add) -> 
     drop_field(str(folder), "relation", remove=True)
     summary = add(folder, relation={}, parts_without_fields=("caption",))
     assert summary["columns"]["fields/relation"]["rows"] == 21
-    assert check(Cache(str(folder))) == []
+    assert check(TeacherCache(str(folder))) == []
 
 
 def test_rows_that_would_become_other_tokens_are_refused(moved_away, copy_of, add, monkeypatch) -> None:
@@ -290,7 +291,7 @@ def test_the_commands(tiny_cache: Path, copy_of, tiny_teacher: Path, tmp_path: P
     added = run("cache", "add-field", folder, *fields, "--teacher", tiny_teacher, "--device", "cpu", "--json")
     assert added.exit_code == 0, (added.output, added.exception)
     assert json.loads(added.stdout)["columns"]["fields/vision_topk"]["written"] == 31
-    cache = Cache(str(folder))
+    cache = TeacherCache(str(folder))
     assert (
         cache.fields["vision_topk"]["params"]["k"] == 4 and cache.fields["vision_hidden"]["params"]["codec"] == "int8"
     )

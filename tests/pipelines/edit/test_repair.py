@@ -21,7 +21,8 @@ from pipelines.edit.derive import subset
 from pipelines.edit.repair import RepairRequest, repair
 from pipelines.inspect.cache import check, collect_garbage, survey
 from pipelines.judge.preflight import canaries
-from student_train.cache import Cache, CachedRows
+from teacher_cache.cache import TeacherCache
+from teacher_cache.cached_samples import CachedSamples
 from teacher_cache.errors import KdcliError
 from teacher_cache.shards.sealed import seal, unseal
 from teacher_cache.shards.storage import Storage
@@ -187,7 +188,7 @@ def test_a_kill_between_any_two_writes(whole: Path, copy_of, mend, make_mortal) 
 
     mortal = make_mortal("put_file", "put_new")
     assert mortal.until_done(lambda: mend(folder), 4, looks_no_better_than_it_is) >= 3
-    collect_garbage(Cache(str(folder)), remove=True)
+    collect_garbage(TeacherCache(str(folder)), remove=True)
     assert tree(folder) == tree(whole)
 
 
@@ -218,8 +219,8 @@ def test_other_bytes_are_not_taken_unless_asked(whole: Path, copy_of, mend, requ
         next(whole.glob("teacher/*/calibration/vision_hidden-calibration-*")),
         next(folder.glob("teacher/*/calibration/")),
     )
-    assert check(Cache(str(folder))) == []
-    assert {name.split("/")[1] for name in collect_garbage(Cache(str(folder)), remove=True)} == {
+    assert check(TeacherCache(str(folder))) == []
+    assert {name.split("/")[1] for name in collect_garbage(TeacherCache(str(folder)), remove=True)} == {
         "response_hidden",
         "vision_topk",
     }
@@ -238,9 +239,9 @@ def test_a_calibration_from_a_copy(whole: Path, copy_of, mend, request_of, monke
 
 def test_canaries_come_back_from_their_preflight(whole, copy_of, mend, request_of, teacher_model, preparer) -> None:
     preflight, folder = copy_of(whole), copy_of(whole)
-    cache, (teacher_folder,) = Cache(str(preflight)), [f"teacher/{one.name}" for one in whole.glob("teacher/*")]
+    cache, (teacher_folder,) = TeacherCache(str(preflight)), [f"teacher/{one.name}" for one in whole.glob("teacher/*")]
     teacher = TransformersTeacher.wrap(teacher_model, preparer.processor)
-    rows = [preparer.prepare(CachedRows(cache, ["sft"], []).read(0, 0).sample)]
+    rows = [preparer.prepare(CachedSamples(cache, ["sft"], []).read(0, 0).sample)]
     canaries.write(cache.storage, teacher_folder, rows, teacher, teacher.head, "float32")
     canaries.copy(cache.storage, Storage(str(folder)), teacher_folder)
     once = tree(folder)

@@ -11,7 +11,8 @@ import pytest
 from click.testing import CliRunner, Result
 
 from cli import main
-from student_train.cache import Cache, CachedRows
+from teacher_cache.cache import TeacherCache
+from teacher_cache.cached_samples import CachedSamples
 
 
 def run(*words: object) -> Result:
@@ -38,7 +39,7 @@ def skipping(world_json: Any, make_request: Any, tmp_path_factory: pytest.TempPa
 
 def test_by_row_and_id_of_the_data(skipping: Path, world_json: Any) -> None:
     data = json.loads(Path(world_json.train).read_text())
-    cache = Cache(str(skipping))
+    cache = TeacherCache(str(skipping))
     skips = [skip for shard in range(3) for skip in cache.column("samples").commit(shard).skipped]
     assert skips
     left_out = {skip.ordinal: skip for skip in skips}
@@ -70,7 +71,7 @@ def test_one_way_to_choose(tiny_cache: Path) -> None:
     refused(run("inspect", tiny_cache, "--row", 0, "--id", "x"), "--row and --id each select a row")
     refused(run("inspect", tiny_cache, "--row", -1), "--row counts from 0, got -1")
     refused(run("inspect", tiny_cache, "--source-row", -1), "--source-row counts from 0, got -1")
-    first = CachedRows(Cache(str(tiny_cache)), Cache(str(tiny_cache)).parts(), []).key(0, 0)
+    first = CachedSamples(TeacherCache(str(tiny_cache)), TeacherCache(str(tiny_cache)).parts(), []).key(0, 0)
     assert run("inspect", tiny_cache).stdout.startswith(first)
 
 

@@ -23,9 +23,9 @@ from pipelines.capture.worker import CaptureRequest
 from pipelines.inspect.cache import check, status
 from pipelines.settings import Settings
 from pipelines.train.train_student import train
-from student_train.cache import Cache
 from student_train.checkpoint import checkpoints
 from student_train.config import TrainSettings
+from teacher_cache.cache import TeacherCache
 from teacher_cache.shards.storage import Storage
 from tests.warm import Child, Warm, kdcli
 
@@ -120,10 +120,10 @@ def continues(request: CaptureRequest, workers: list[int]) -> None:
     cache, numbers = Path(request.out), list(dict.fromkeys(workers))
     assert numbers and all(ended(number) for number in numbers)
     assert not list(cache.glob(".staging/*"))
-    body = status(Cache(request.out))
+    body = status(TeacherCache(request.out))
     assert body["columns"]["samples"]["done"] < SHARDS and body["work"] is None
     summary = capture(request)
-    assert summary["columns"]["fields/affinity"]["done"] == SHARDS and not check(Cache(request.out))
+    assert summary["columns"]["fields/affinity"]["done"] == SHARDS and not check(TeacherCache(request.out))
 
 
 @pytest.fixture
@@ -170,7 +170,7 @@ def test_workers_whose_command_was_killed(stopped_request: CaptureRequest, tmp_p
         process.kill()
         process.wait()
         assert all(ended(number) for number in numbers)
-    work = status(Cache(str(cache)))["work"]
+    work = status(TeacherCache(str(cache)))["work"]
     assert not work["running"] and {
         int(one["host"].rpartition(":")[2]) for one in work["lost"] + work["failed"]
     } >= set(numbers)

@@ -11,7 +11,7 @@ from pipelines.inspect.cache import status
 from pipelines.report.efficiency import NOTHING, efficiency, parameters
 from pipelines.report.runs import read_runs
 from pipelines.terminal.tables import human_bytes
-from student_train.cache import Cache
+from teacher_cache.cache import TeacherCache
 from teacher_cache.errors import KdcliError
 
 
@@ -42,7 +42,7 @@ def test_what_an_older_program_did_not_log_is_left_out(make_run):
 
 
 def test_a_trained_run_says_everything(em_kd_run, tiny_cache):
-    body = status(Cache(str(tiny_cache)))
+    body = status(TeacherCache(str(tiny_cache)))
     (one,) = efficiency(read_runs([em_kd_run]), body).costs
     assert (one.student_tokens, one.teacher_tokens) == ("9", "36")
     read = ("samples", "fields/response_hidden", "fields/vision_hidden", "fields/affinity")

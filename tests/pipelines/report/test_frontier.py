@@ -9,19 +9,19 @@ import re
 import pytest
 
 from pipelines.judge.preflight.request import NOTEBOOK, beside
-from pipelines.report.fidelity_files import Measured, Stored, read_fidelity
+from pipelines.report.fidelity_files import MeasuredFile, StoredFidelity, read_fidelity
 from pipelines.report.frontier import BOTTOM, HEIGHT, LEFT, RIGHT, TOP, WIDTH, frontiers
 from teacher_cache.errors import KdcliError
 from teacher_cache.shards.sealed import seal
 
 
-def drawn(*stored: Stored):
-    (one,) = frontiers([Measured("file", "about", list(stored), [])])
+def drawn(*stored: StoredFidelity):
+    (one,) = frontiers([MeasuredFile("file", "about", list(stored), [])])
     return one
 
 
-def stored(label: str, size: float, forward: float, **more) -> Stored:
-    return Stored("vision", label, "top-k", size, 0.1, {"forward": forward}, **more)
+def stored(label: str, size: float, forward: float, **more) -> StoredFidelity:
+    return StoredFidelity("vision", label, "top-k", size, 0.1, {"forward": forward}, **more)
 
 
 def test_the_frontier_is_what_nothing_beats_in_both(fidelity_file):

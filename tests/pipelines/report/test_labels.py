@@ -13,14 +13,14 @@ from pipelines.judge.labels.survey import survey
 from pipelines.report import labels
 from pipelines.report.labels import label_section
 from pipelines.report.page import write_report
-from student_train.cache import Cache
+from teacher_cache.cache import TeacherCache
 
 
 def test_the_answers_stand_with_question_picture_and_the_teachers_word(
     noisy: Any, make_run: Any, tmp_path: Path
 ) -> None:
     url, planted = noisy
-    cache = Cache(str(url))
+    cache = TeacherCache(str(url))
     section, made = label_section(cache, 84), survey(cache, labels.EXAMPLES)
     assert section and [one.suspect for one in section.examples] == made.worst and section.rows == 84
     assert len(section.lines) == sum(len(part.sources) for part in made.parts)
@@ -38,7 +38,7 @@ def test_the_answers_stand_with_question_picture_and_the_teachers_word(
 
 def test_a_large_cache_is_looked_at_in_part(noisy: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(labels, "ROWS_LOOKED_AT", 12)
-    section = label_section(Cache(str(noisy[0])), 84)
+    section = label_section(TeacherCache(str(noisy[0])), 84)
     assert section and 12 <= section.rows < 30 and section.written == 84
 
 
@@ -56,4 +56,4 @@ def test_a_cache_that_tells_nothing_of_labels_has_no_section(tiny_cache: Path, c
     copy = copy_of(tiny_cache)
     for name in ("response_topk", "response_hidden"):
         drop_field(str(copy), name, remove=True)
-    assert label_section(Cache(str(copy)), 31) is None
+    assert label_section(TeacherCache(str(copy)), 31) is None

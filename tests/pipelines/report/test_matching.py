@@ -11,22 +11,23 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from pipelines.report.matching import EXAMPLES, matching_section
 from pipelines.report.runs import read_runs
-from student_train.cache import Cache, CachedRows
 from teacher_cache.batch import collate
+from teacher_cache.cache import TeacherCache
+from teacher_cache.cached_samples import CachedSamples
 from teacher_cache.prepare import Limits, Preparer
 
 
 @pytest.fixture(scope="module")
 def section(em_kd_run, tiny_cache):
-    return matching_section(read_runs([em_kd_run]), Cache(str(tiny_cache)))
+    return matching_section(read_runs([em_kd_run]), TeacherCache(str(tiny_cache)))
 
 
 def test_it_is_the_cheapest_assignment_of_raw_logits(section, em_kd_run, tiny_cache):
     """Made again with plain transformers, the stored hidden states and scipy."""
-    cache = Cache(str(tiny_cache))
+    cache = TeacherCache(str(tiny_cache))
     folder = em_kd_run / "01-DFT" / "model"
     model, processor = AutoModelForImageTextToText.from_pretrained(folder).eval(), AutoProcessor.from_pretrained(folder)
-    rows = CachedRows(cache, cache.parts(), ["vision_hidden"])
+    rows = CachedSamples(cache, cache.parts(), ["vision_hidden"])
     places = {rows.key(shard, i): (shard, i) for shard, count in enumerate(rows.counts) for i in range(count)}
     (run,) = section.runs
     assert len(run.pictures) == EXAMPLES and not section.notes
@@ -52,7 +53,7 @@ def test_it_is_the_cheapest_assignment_of_raw_logits(section, em_kd_run, tiny_ca
 
 
 def test_only_finished_stages_over_this_cache_are_matched(em_kd_run, tiny_cache, make_run, copy_of):
-    cache = Cache(str(tiny_cache))
+    cache = TeacherCache(str(tiny_cache))
     assert matching_section(read_runs([make_run("sft")]), cache) is None
     for change in ("plan", "done", "model"):
         folder = copy_of(em_kd_run)
@@ -69,5 +70,5 @@ def test_only_finished_stages_over_this_cache_are_matched(em_kd_run, tiny_cache,
 def test_a_student_that_cannot_be_loaded_is_a_note(em_kd_run, tiny_cache, copy_of):
     folder = copy_of(em_kd_run)
     (folder / "01-DFT" / "model" / "model.safetensors").write_bytes(b"no weights")
-    section = matching_section(read_runs([folder]), Cache(str(tiny_cache)))
+    section = matching_section(read_runs([folder]), TeacherCache(str(tiny_cache)))
     assert not section.runs and len(section.notes) == 1 and "model.safetensors" in section.notes[0]

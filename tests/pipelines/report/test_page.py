@@ -13,7 +13,7 @@ from pipelines.inspect.find_sample import Asked
 from pipelines.report.lead import Lead
 from pipelines.report.page import write_report
 from pipelines.terminal.tables import human_bytes
-from student_train.cache import Cache
+from teacher_cache.cache import TeacherCache
 from teacher_cache.errors import KdcliError
 
 VOID = {"meta", "br", "img", "input", "link", "hr"}
@@ -60,7 +60,7 @@ def result(value: float) -> dict:
 
 @pytest.fixture
 def full_page(make_run, tiny_cache, tmp_path) -> Page:
-    plan = Cache(str(tiny_cache)).plan_hash
+    plan = TeacherCache(str(tiny_cache)).plan_hash
     runs = [make_run("sft", plan_hash=plan), make_run("llava-kd", ("reg", "res"), plan_hash="another")]
     scores = {"teacher": result(0.9), "sft": result(0.4), "llava-kd": [result(0.5), result(0.7)]}
     out = write_report(runs, str(tiny_cache), tmp_path / "deep" / "report.html", scores, title="A <title>")
@@ -125,7 +125,7 @@ def test_pictures_have_descriptions_and_tables_have_headers(full_page):
 
 
 def test_cache_numbers_are_those_of_status(full_page, tiny_cache):
-    body = inspect_cache.status(Cache(str(tiny_cache)))
+    body = inspect_cache.status(TeacherCache(str(tiny_cache)))
     vision = body["columns"]["fields/vision_topk"]
     a_token = human_bytes(vision["bytes"] / vision["counts"]["vision_rows"])
     assert f"{a_token} a vision token" in full_page.text
@@ -141,7 +141,7 @@ def test_images_carry_the_words_that_the_cache_tells(full_page, tiny_cache):
     cells = [attributes for attributes in full_page.all("rect") if attributes.get("class") == "cell"]
     assert len(cells) == len(pictures) * 36
     decoded = inspect_cache.inspect(
-        Cache(str(tiny_cache)), Asked(key=re.search(r"\d{9}-[0-9a-f]{8}", full_page.text)[0])
+        TeacherCache(str(tiny_cache)), Asked(key=re.search(r"\d{9}-[0-9a-f]{8}", full_page.text)[0])
     )
     word, probability = decoded.vision[0][0]
     assert f"{word.strip()} {100 * probability:.0f} %" in full_page.text

@@ -10,9 +10,9 @@ import pytest
 from pipelines.settings import Settings
 from pipelines.train.stage_identity import identity_knobs
 from pipelines.train.stage_plans import plan_stages
-from student_train.cache import Cache
 from student_train.config import StageSettings, TrainSettings
 from student_train.methods import create_method, method_modules
+from teacher_cache.cache import TeacherCache
 
 PAPERS = {
     "llava-kd": {"DPT": (1e-3, 0.0), "SFT": (2e-5, 0.0), "DFT": (2e-5, 0.0)},
@@ -25,7 +25,7 @@ PAPERS = {
 def rates(cache: Path, method: str, preset: str, **told: Any) -> dict[str, tuple[float, float]]:
     stages = {name: StageSettings(**one) for name, one in told.pop("stages", {}).items()}
     settings = Settings(train=TrainSettings(**told), stages=stages)
-    plans = plan_stages(Cache(str(cache)), method, settings, None, preset, None)
+    plans = plan_stages(TeacherCache(str(cache)), method, settings, None, preset, None)
     return {one.stage.name: (one.settings.learning_rate, one.settings.vision_tower_learning_rate) for one in plans}
 
 

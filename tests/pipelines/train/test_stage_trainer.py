@@ -18,9 +18,9 @@ from pipelines.train.stage_identity import stage_identity
 from pipelines.train.stage_plans import plan_stages
 from pipelines.train.stage_trainer import load_maps, save_maps
 from pipelines.train.train_student import train
-from student_train.cache import Cache
 from student_train.config import StageSettings, TrainSettings
 from student_train.token_ids import check_head
+from teacher_cache.cache import TeacherCache
 from teacher_cache.errors import CompatibilityError
 
 
@@ -89,7 +89,7 @@ def test_maps_outlive_a_stage_without_them(tmp_path: Path) -> None:
 
 
 def test_what_is_drawn_for_every_micro_batch_is_part_of_a_stages_identity(tiny_cache: Path, tiny_student: Path) -> None:
-    cache = Cache(str(tiny_cache))
+    cache = TeacherCache(str(tiny_cache))
 
     def identity(method: str, size: int, knobs: dict[str, Any] | None = None) -> dict[str, Any]:
         train_settings = TrainSettings(

@@ -9,15 +9,15 @@ import pytest
 
 from pipelines.settings import Settings
 from pipelines.train.stage_plans import plan_stages
-from student_train.cache import Cache
 from student_train.config import StageSettings, TrainSettings
+from teacher_cache.cache import TeacherCache
 from teacher_cache.errors import KdcliError
 
 
 def plan(cache: Path, method: str = "llava-kd", stages: str = "DFT", **told: Any) -> Any:
     own = told.pop("own", {})
     settings = Settings(train=TrainSettings(**told), stages={name: StageSettings(**one) for name, one in own.items()})
-    return plan_stages(Cache(str(cache)), method, settings, stages, "default", None)
+    return plan_stages(TeacherCache(str(cache)), method, settings, stages, "default", None)
 
 
 def test_settings_hold_where_the_method_s_loss_is(tiny_cache: Path) -> None:

@@ -13,13 +13,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from teacher_cache.errors import CacheError
-from teacher_cache.shards.index import Entry, Member, dump_index, parse_index
+from teacher_cache.shards.index import Entry, TarMember, dump_index, parse_index
 from teacher_cache.shards.parquet_pages import pages_bytes, unpacked_bytes
 
 
 def index(rows: int) -> bytes:
     entries = [
-        Entry(f"{i:09d}-00000000", i, i, 1, 2, (Member("json", i, 1, i), Member("0.jpg", i, 2, i))) for i in range(rows)
+        Entry(f"{i:09d}-00000000", i, i, 1, 2, (TarMember("json", i, 1, i), TarMember("0.jpg", i, 2, i)))
+        for i in range(rows)
     ]
     return dump_index(entries)
 

@@ -10,7 +10,8 @@ import torch
 
 from pipelines.capture.cache_teacher import capture
 from pipelines.capture.worker import CaptureRequest
-from student_train.cache import Cache, CachedRows
+from teacher_cache.cache import TeacherCache
+from teacher_cache.cached_samples import CachedSamples
 from teacher_cache.errors import KdcliError
 from teacher_cache.fields import create_field, field_kinds
 from teacher_cache.prepare import Preparer
@@ -97,10 +98,10 @@ def test_a_whole_capture_however_it_is_batched(
         found = (f for f in sorted(out.rglob("*")) if f.is_file() and ".staging" not in f.parts)
         files.append({str(f.relative_to(out)): f.read_bytes() for f in found})
     assert files[0] == files[1]
-    cache = Cache(str(out))
+    cache = TeacherCache(str(out))
     assert not verify(cache.storage, {"samples": ""} | {f"fields/{n}": b["sha256"] for n, b in cache.fields.items()})
     assert all(body["teacher"]["backend"] == "null" for body in cache.fields.values())
-    loaded = CachedRows(cache, cache.parts(), tuple(cache.fields))
+    loaded = CachedSamples(cache, cache.parts(), tuple(cache.fields))
     row = loaded.read(0, 0)
     assert set(row.fields) == set(field_kinds())
 
@@ -139,7 +140,7 @@ def test_training_from_it_says_so(spec: TeacherSpec, tiny_student: Path, make_re
 
     request = make_request(tmp_path / "cache", fields=("response_topk",))
     capture(replace(request, teacher=spec))
-    cache = Cache(str(tmp_path / "cache"))
+    cache = TeacherCache(str(tmp_path / "cache"))
     settings = Settings(train=TrainSettings(student=str(tiny_student)))
     plans = plan_stages(cache, "kd", settings, "DFT", "paper", None)
     _, notes = settle(cache, plans, str(tiny_student))

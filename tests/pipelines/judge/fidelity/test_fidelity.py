@@ -15,7 +15,7 @@ from click.testing import CliRunner
 
 from pipelines.judge.fidelity import run, write_files
 from pipelines.judge.fidelity.compare import LIVE
-from pipelines.judge.fidelity.sources import Source, check_head
+from pipelines.judge.fidelity.sources import OutputSource, check_head
 from pipelines.judge.fidelity.terms import TERMS
 from teacher_cache.errors import CompatibilityError, KdcliError
 from tests.close import assert_all_close
@@ -81,7 +81,7 @@ def test_memory_changes_no_number(
         )
 
 
-class Shuffled(Source):
+class Shuffled(OutputSource):
     """A cache whose rows of each sample have lost their order."""
 
     def view(self, term: str, number: int) -> Any:
@@ -128,9 +128,9 @@ def test_a_teacher_of_the_same_shape_is_refused_by_its_weights(
 
 
 def test_a_head_that_is_not_the_teachers_is_refused(tiny_cache: Path) -> None:
-    from student_train.cache import Cache
+    from teacher_cache.cache import TeacherCache
 
-    cache = Cache(str(tiny_cache))
+    cache = TeacherCache(str(tiny_cache))
     head = cache.teacher_head("vision_hidden")
     check_head(cache, ["vision_hidden", "vision_topk"], head)
     for wrong in (head[:-1], head + 1e-3):

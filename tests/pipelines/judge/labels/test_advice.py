@@ -6,11 +6,11 @@ import pytest
 
 from pipelines.judge.labels.advice import CLEAN, LEAST_ANSWERS, NOISY, SELECT, advise, percent
 from pipelines.judge.labels.survey import PartSurvey, Survey
-from pipelines.judge.labels.tally import Tally
+from pipelines.judge.labels.tally import LabelTally
 
 
-def part(answers: int, contradicted: int, doubt: float = 0.0, **sources: Tally) -> PartSurvey:
-    one = Tally(answers=answers, contradicted=contradicted, tokens=answers, doubt=doubt)
+def part(answers: int, contradicted: int, doubt: float = 0.0, **sources: LabelTally) -> PartSurvey:
+    one = LabelTally(answers=answers, contradicted=contradicted, tokens=answers, doubt=doubt)
     return PartSurvey("sft", (1, 1), rows=answers, sources={"shapes": one, **sources})
 
 
@@ -41,8 +41,8 @@ def test_bounds_and_noise() -> None:
     shaky = part(31, 4, doubt=0.4)
     assert shaky.wrong / shaky.wrong_of > NOISY and shaky.wrong < 2 * shaky.error
     assert "Look at the first ones" in sentence(shaky)
-    text = Tally(answers=100, contradicted=80, doubt=70.0)
-    chart = Tally(answers=100, contradicted=50, doubt=10.0)
+    text = LabelTally(answers=100, contradicted=80, doubt=70.0)
+    chart = LabelTally(answers=100, contradicted=50, doubt=10.0)
     said = sentence(part(800, 80, doubt=80.0, text=text, chart=chart))
     assert "(chart 44 %, shapes 0 %)" in said and "text" not in said and "about 4.9 %" in said
 
@@ -50,7 +50,7 @@ def test_bounds_and_noise() -> None:
 def test_a_part_that_was_not_read_has_no_sentence() -> None:
     assert advise(Survey("c", ("response_topk",), [], [PartSurvey("caption", (0, 3))])) == []
     assert "0 answers were checked, too few" in sentence(
-        PartSurvey("sft", (1, 1), rows=3, sources={"": Tally(empty=3)})
+        PartSurvey("sft", (1, 1), rows=3, sources={"": LabelTally(empty=3)})
     )
 
 

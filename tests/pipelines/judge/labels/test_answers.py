@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from pipelines.judge.labels.answers import Answer, answers_of
-from pipelines.judge.labels.tally import Tally
+from pipelines.judge.labels.answers import JudgedAnswer, answers_of
+from pipelines.judge.labels.tally import LabelTally
 from student_train.distributions import DenseTeacher, HeadAndTail, OfLabels, of_labels
 from teacher_cache.records import TextTokens, TopK
 
@@ -49,7 +49,7 @@ def test_turns_margins_and_ends() -> None:
     assert wrong.doubt == pytest.approx(0.2 + 0.5), "until the first contradicted token, with it"
     assert wrong.nll == pytest.approx(-math.log(0.8 * 0.25 * 0.01))
     assert (empty.turn, empty.number, empty.tokens, empty.contradicted) == (6, 2, 0, 0)
-    tally = Tally()
+    tally = LabelTally()
     for one in (right, wrong, empty):
         tally.add(one)
     assert (tally.answers, tally.empty, tally.contradicted, tally.tokens) == (2, 1, 1, 4)
@@ -59,7 +59,7 @@ def test_a_row_without_an_answer_has_none() -> None:
     text = text_of({})
     none = said([], [], [], [])
     assert list(answers_of(text, none, ())) == []
-    assert not Tally().estimable and Tally().to_json()["wrong"] is None
+    assert not LabelTally().estimable and LabelTally().to_json()["wrong"] is None
 
 
 def test_what_the_head_says_of_labels_is_what_the_whole_vocabulary_says() -> None:
@@ -80,9 +80,9 @@ def test_what_the_head_says_of_labels_is_what_the_whole_vocabulary_says() -> Non
     assert (head.log_probs >= whole.log_probs - 1e-5).all() and not torch.allclose(head.log_probs, whole.log_probs)
 
 
-def by_chance(share: float, count: int, seed: int, lengths: tuple[int, int]) -> Tally:
+def by_chance(share: float, count: int, seed: int, lengths: tuple[int, int]) -> LabelTally:
     """Answers of a teacher whose probabilities hold; a wrong one differs from a right one at one token at least."""
-    rng, tally = random.Random(seed), Tally()
+    rng, tally = random.Random(seed), LabelTally()
     for _ in range(count):
         sure = [rng.uniform(0.6, 1.0) for _ in range(rng.randint(*lengths))]
         other = [rng.random() > p for p in sure]
@@ -90,7 +90,7 @@ def by_chance(share: float, count: int, seed: int, lengths: tuple[int, int]) -> 
             other[rng.randrange(len(sure))] = True
         until = other.index(True) + 1 if any(other) else len(sure)
         doubt = sum(1 - p for p in sure[:until])
-        tally.add(Answer(1, 0, 0, len(sure), 0.0, 0, sum(other), doubt, 1.0, 0))
+        tally.add(JudgedAnswer(1, 0, 0, len(sure), 0.0, 0, sum(other), doubt, 1.0, 0))
     return tally
 
 

@@ -13,11 +13,12 @@ from click.testing import CliRunner, Result
 import cli
 from pipelines.capture.cache_teacher import capture
 from pipelines.judge.labels import show
-from pipelines.judge.labels.answers import Answer
+from pipelines.judge.labels.answers import JudgedAnswer
 from pipelines.judge.labels.survey import survey
-from student_train.cache import Cache, CachedRow, CachedRows
 from student_train.row_columns import answer_lengths, read_column
 from student_train.selection import check_columns, parse_selector
+from teacher_cache.cache import TeacherCache
+from teacher_cache.cached_samples import CachedSample, CachedSamples
 from teacher_cache.errors import CacheError, KdcliError
 from teacher_cache.samples import TEXT
 from teacher_cache.shards.storage import Storage
@@ -33,11 +34,11 @@ def test_planted_errors_are_found(noisy: Any) -> None:
     url, planted = noisy
     seen: list[tuple[float, bool]] = []
 
-    def each(row: CachedRow, answers: list[Answer]) -> None:
+    def each(row: CachedSample, answers: list[JudgedAnswer]) -> None:
         of_part = row.sample.part == "sft"
         seen.extend((one.score, of_part and (row.sample.ordinal, one.number) in planted) for one in answers)
 
-    made = survey(Cache(str(url)), each=each)
+    made = survey(TeacherCache(str(url)), each=each)
     assert sum(wrong for _, wrong in seen) == len(planted) > 40
     first = sorted(seen, reverse=True)[: len(planted)]
     assert sum(wrong for _, wrong in first) >= 0.9 * len(planted)
@@ -49,7 +50,7 @@ def test_planted_errors_are_found(noisy: Any) -> None:
 
 def test_the_worst_name_row_turn_label_and_the_teachers_word(noisy: Any) -> None:
     url, planted = noisy
-    made = survey(Cache(str(url)), worst=15)
+    made = survey(TeacherCache(str(url)), worst=15)
     scores = [one.answer.score for one in made.worst]
     taught = 0
     assert len(scores) == 15 and scores == sorted(scores, reverse=True)
@@ -66,10 +67,10 @@ def test_the_worst_name_row_turn_label_and_the_teachers_word(noisy: Any) -> None
 
 def test_exact_hidden_states_and_the_head_of_eight_agree(tiny_cache: Path, copy_of: Callable[[Path], Path]) -> None:
     """Another field, the same answers: counts alike, nll no less where no bound stands for it."""
-    topk = survey(Cache(str(tiny_cache)))
+    topk = survey(TeacherCache(str(tiny_cache)))
     cache = copy_of(tiny_cache)
     run("cache", "drop-field", str(cache), "response_topk", "--yes")
-    hidden = survey(Cache(str(cache)))
+    hidden = survey(TeacherCache(str(cache)))
     assert topk.fields == ("response_topk",) and hidden.fields == ("response_hidden",)
     for one, other in zip(topk.parts, hidden.parts):
         a, b = one.whole, other.whole
@@ -99,7 +100,7 @@ def test_the_weights_leave_suspected_answers_out(noisy: Any, tmp_path: Path) -> 
     lines = [json.loads(line) for line in file.read_text().splitlines()]
     zeros = {(int(one["key"][:9]), n) for one in lines for n, right in enumerate(one["right"]) if not right}
     assert len(zeros) == json.loads(done.stdout)["suspected"] and len(zeros & set(planted)) >= 0.9 * len(zeros)
-    rows = CachedRows(Cache(str(url)), ["sft"], ())
+    rows = CachedSamples(TeacherCache(str(url)), ["sft"], ())
     select = {"reg": parse_selector("reg", f"file:{file}:right")}
     check_columns(select, rows.keys, ["sft"])
     column = read_column(f"file:{file}:right", "here")
@@ -122,12 +123,12 @@ def test_a_field_that_tells_nothing_is_named(tiny_cache: Path, copy_of: Callable
 def test_half_a_cache_is_half_counted(noisy: Any, copy_of: Callable[[Path], Path]) -> None:
     """Shards without the field are named as not counted, with those of a part of which none is there."""
     url, _ = noisy
-    whole = survey(Cache(str(url)))
+    whole = survey(TeacherCache(str(url)))
     copy = copy_of(url)
-    cache = Cache(str(copy))
+    cache = TeacherCache(str(copy))
     for shard in [*cache.shards(["sft"])[:1], *cache.shards(["caption"])]:
         (copy / "fields" / "response_topk" / "commits" / f"{shard:06d}.json").unlink()
-    made = survey(Cache(str(copy)))
+    made = survey(TeacherCache(str(copy)))
     caption, sft = made.parts
     assert sft.shards == (whole.parts[1].shards[1] - 1, whole.parts[1].shards[1]) and 0 < sft.rows < whole.parts[1].rows
     assert caption.rows == 0 and caption.sources == {}
@@ -139,7 +140,7 @@ def test_half_a_cache_is_half_counted(noisy: Any, copy_of: Callable[[Path], Path
 def test_damage_is_named_by_shard_and_pictures_are_not_read(noisy: Any, copy_of: Callable[[Path], Path]) -> None:
     url, _ = noisy
     copy = copy_of(url)
-    cache = Cache(str(copy))
+    cache = TeacherCache(str(copy))
     for column, member in (("samples", None), ("fields/response_topk", ".safetensors")):
         reader = cache.column(column.rpartition("/")[2])
         entry = reader.entries(0)[0]
@@ -149,11 +150,11 @@ def test_damage_is_named_by_shard_and_pictures_are_not_read(noisy: Any, copy_of:
         data[one.offset + one.size // 2] ^= 1
         tar.write_bytes(data)
         if member is None:
-            assert survey(Cache(str(copy))).rows == 84, "the damaged picture is not looked at"
+            assert survey(TeacherCache(str(copy))).rows == 84, "the damaged picture is not looked at"
             with pytest.raises(CacheError, match="fails its checksum"):
-                CachedRows(cache, cache.parts(), ()).read(0, 0)
+                CachedSamples(cache, cache.parts(), ()).read(0, 0)
     with pytest.raises(CacheError, match="shard 000000 of fields/response_topk is damaged"):
-        survey(Cache(str(copy)))
+        survey(TeacherCache(str(copy)))
 
 
 def test_a_text_only_cache(tmp_path: Path, make_request: Callable[..., Any]) -> None:
@@ -163,7 +164,7 @@ def test_a_text_only_cache(tmp_path: Path, make_request: Callable[..., Any]) -> 
     write_rows(tmp_path / "rows.jsonl", 12)
     data = [DataSpec("sft", str(tmp_path / "rows.jsonl"))]
     capture(make_request(tmp_path / "cache", data=data, teacher=teacher, shards=2, fields=("response_topk",)))
-    made = survey(Cache(str(tmp_path / "cache")))
+    made = survey(TeacherCache(str(tmp_path / "cache")))
     (part,) = made.parts
     assert made.rows == 12 and list(part.sources) == ["no image"] and 0 < part.whole.answers < 30
     assert f"part sft: {part.whole.answers} answers were checked, too few to judge" in show.report(made)
@@ -175,7 +176,7 @@ def test_a_cache_in_a_bucket_says_the_same(noisy: Any) -> None:
     there = Storage("s3://bucket/noisy")
     for file in (one for one in Path(url).rglob("*") if one.is_file()):
         there.put_bytes(file.read_bytes(), str(file.relative_to(url)))
-    local, remote = (show.to_json(survey(Cache(place))) for place in (str(url), "s3://bucket/noisy"))
+    local, remote = (show.to_json(survey(TeacherCache(place))) for place in (str(url), "s3://bucket/noisy"))
     for one in (local, remote):
         del one["cache"], one["seconds"]
     assert local == remote
@@ -197,4 +198,4 @@ def test_flags_of_the_other_doctor_are_refused(words: tuple[str, ...], says: str
 
 def test_an_unknown_part_is_refused(tiny_cache: Path) -> None:
     with pytest.raises(KdcliError, match="no part nobody"):
-        survey(Cache(str(tiny_cache)), parts=["nobody"])
+        survey(TeacherCache(str(tiny_cache)), parts=["nobody"])

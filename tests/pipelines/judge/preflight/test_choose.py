@@ -13,13 +13,13 @@ from pipelines.judge.fidelity.frontier import Configuration
 from pipelines.judge.plan.run import PlanRequest, estimate
 from pipelines.judge.plan.teacher_cost import Speed
 from pipelines.judge.preflight.budget import Budget
-from pipelines.judge.preflight.choose import Tokens, choose, frontier
+from pipelines.judge.preflight.choose import TokenCounts, choose, frontier
 from pipelines.judge.preflight.ladder import Measured
 from pipelines.judge.preflight.request import Notebook
 from pipelines.judge.preflight.steps import pick, saved_steps, step_lines
 from teacher_cache.errors import KdcliError
 
-TOKENS = Tokens({"response": 20.0, "vision": 60.0}, other_bytes=80.0)
+TOKENS = TokenCounts({"response": 20.0, "vision": 60.0}, other_bytes=80.0)
 WHOLE = 0.5
 """Angles of whole gradients are half of the head's here."""
 

@@ -23,7 +23,7 @@ from pipelines.judge.preflight.run import look_at_labels, preflight
 from pipelines.judge.preflight.sample import held_out
 from pipelines.settings import load_settings
 from pipelines.train.run_records import finite
-from student_train.cache import Cache
+from teacher_cache.cache import TeacherCache
 from teacher_cache.errors import CacheError, CompatibilityError, KdcliError
 from teacher_cache.shards.sealed import seal, unseal
 from teacher_cache.teachers.transformers import TransformersTeacher
@@ -35,7 +35,7 @@ def test_go_says_what_was_chosen_and_why(flown: Any) -> None:
     _, result = flown
     assert result["go"] and not result["reasons"] and not result["warnings"]
     assert result["rows"]["written"] + sum(result["rows"]["skipped"].values()) == result["rows"]["sampled"]
-    held = held_out(Cache(result["cache"]).plan)
+    held = held_out(TeacherCache(result["cache"]).plan)
     assert len(held) == 2 and 0 < result["rows"]["judged"] <= result["rows"]["sampled"] // 3 + 2
     for choice in result["choices"]:
         chosen = next(one for one in choice["ladder"] if one["label"] == choice["label"])
@@ -76,14 +76,14 @@ def test_a_profile_that_tells_nothing_of_labels_is_no_obstacle(
     cache = copy_of(tiny_cache)
     for name in ("response_topk", "response_hidden"):
         drop_field(str(cache), name, remove=True)
-    found, page = look_at_labels(Cache(str(cache)))
+    found, page = look_at_labels(TeacherCache(str(cache)))
     assert "response_topk or response_hidden" in found["error"] and page == ""
     assert label_lines({"labels": found, "out": "there"}).startswith("Labels were not checked: ")
 
 
 def test_its_cache_is_a_cache(flown: Any) -> None:
     """Every other command works on it, and a damaged canary file is seen."""
-    cache = Cache(flown[1]["cache"])
+    cache = TeacherCache(flown[1]["cache"])
     assert check(cache) == []
     for choice in flown[1]["choices"]:
         for name, params in choice["fields"].items():
@@ -94,7 +94,7 @@ def test_verify_sees_a_damaged_canary(flown: Any, copy_of: Callable[[Path], Path
     cache = copy_of(flown[0] / "preflight" / "cache")
     (file,) = cache.glob("teacher/*/canaries.safetensors")
     file.write_bytes(file.read_bytes()[:-1] + b"x")
-    assert [one.what for one in check(Cache(str(cache))) if "canaries" in one.what]
+    assert [one.what for one in check(TeacherCache(str(cache))) if "canaries" in one.what]
 
 
 def test_kd_toml_keeps_its_comments(flown: Any) -> None:
@@ -119,7 +119,7 @@ def real_job(flown: Any, ask: Ask, out: Path, **settings: Any) -> CaptureRequest
 def test_the_real_job_takes_the_calibration_and_asks_the_canaries(flown: Any, ask: Ask, tmp_path: Path) -> None:
     summary = capture(real_job(flown, ask, tmp_path / "cache"))
     assert "answered as at preflight" in summary["notes"][0]
-    there, here = Cache(flown[1]["cache"]), Cache(str(tmp_path / "cache"))
+    there, here = TeacherCache(flown[1]["cache"]), TeacherCache(str(tmp_path / "cache"))
     for name, body in here.fields.items():
         assert body["calibration"]["sha256"] == there.fields[name]["calibration"]["sha256"]
         assert body.get("low_rank_head") == there.fields[name].get("low_rank_head")

@@ -6,12 +6,12 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from student_train.cache import Cache
+from teacher_cache.cache import TeacherCache
 from teacher_cache.errors import CacheError
 from teacher_cache.whole_file import naming_file
 
 
-def tokenizer_of(cache: Cache) -> Any:
+def tokenizer_of(cache: TeacherCache) -> Any:
     """The teacher's tokenizer, from the cache itself; None where no field stored it."""
     for body in cache.fields.values():
         folder = body["teacher_folder"]

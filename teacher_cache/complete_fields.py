@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from student_train.cache import Cache
+from teacher_cache.cache import TeacherCache
 from teacher_cache.errors import CacheError
 from teacher_cache.shards.commit import committed_shards
 
 
-def complete_fields(cache: Cache, parts: tuple[str, ...]) -> list[str]:
+def complete_fields(cache: TeacherCache, parts: tuple[str, ...]) -> list[str]:
     """Fields that every shard of the parts has; CacheError where ``samples`` itself is not complete."""
     shards = set(cache.shards(parts))
     missing = shards - set(committed_shards(cache.storage, "samples"))
