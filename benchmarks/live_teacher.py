@@ -6,8 +6,8 @@ from dataclasses import replace
 
 import torch
 
+from student_train.dataset import TrainBatch
 from student_train.needs import Served
-from student_train.stream import TrainBatch
 from student_train.teacher_view import TeacherHeads, TeacherView
 from teacher_cache.cache import TeacherCache
 from teacher_cache.teachers.transformers import TeacherSpec, TransformersTeacher, load_processor

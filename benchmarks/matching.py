@@ -28,10 +28,10 @@ import torch
 from benchmarks.common import argument_parser, clocked, finish, interleave, machine, median_ratio, print_table, spread
 from benchmarks.stage_trainers import open_stage
 from benchmarks.worlds import World, open_world, write_cache
+from student_train.dataset import TrainBatch
 from student_train.losses.matching import column_sampled_cost, manhattan_cost, match
 from student_train.losses.terms import StudentRows
 from student_train.match_groups import first_rows
-from student_train.stream import TrainBatch
 from student_train.teacher_view import TeacherView
 from student_train.trainer import Trainer
 from teacher_cache.cache import TeacherCache

@@ -15,7 +15,9 @@ from collections.abc import Sequence
 
 import pipelines.processes.quiet_threads  # noqa: F401 (before torch)
 from benchmarks.memory import resident
-from student_train.stream import MicroBatches, Order, TrainDataset, step_batches
+from student_train.dataset import TrainDataset
+from student_train.order import MicroBatches, Order
+from student_train.stream import step_batches
 from teacher_cache.cache import TeacherCache
 from teacher_cache.cached_samples import CachedSamples
 from teacher_cache.prepare import Preparer

@@ -16,9 +16,9 @@ from pipelines.train.stage_trainer import make_trainer
 from student_train.compression import install, settle, with_grid
 from student_train.compressors import CompressorSpec
 from student_train.config import TrainSettings
+from student_train.dataset import TrainBatch
 from student_train.distributed import Processes
 from student_train.needs import Served
-from student_train.stream import TrainBatch
 from student_train.trainer import Trainer
 from teacher_cache.cache import TeacherCache
 from teacher_cache.cached_samples import CachedSamples

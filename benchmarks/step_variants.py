@@ -15,7 +15,7 @@ from benchmarks.coding_cost import BatchDecoder
 from benchmarks.live_teacher import LiveTeacher
 from benchmarks.stage_trainers import open_stage
 from benchmarks.worlds import World, write_cache
-from student_train.stream import TrainBatch
+from student_train.dataset import TrainBatch
 from student_train.teacher_view import Served
 from student_train.trainer import Trainer
 from teacher_cache.cache import TeacherCache

@@ -11,12 +11,12 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from student_train.dataset import TrainBatch
 from student_train.group_costs import column_sampled_costs, manhattan_costs
 from student_train.losses.matching import UNMATCHED, hidden_cost
 from student_train.losses.pooling import cell_means, cells_filled, pooled_teacher, pooling_cells
 from student_train.losses.terms import StudentRows
 from student_train.match_groups import MatchGroup, first_rows, match_groups, match_rows
-from student_train.stream import TrainBatch
 from student_train.teacher_view import TeacherView
 from teacher_cache.records import ImageLayout
 

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from student_train.config import TrainSettings
+from student_train.dataset import TrainBatch
 from student_train.distributed import Processes
 from student_train.distributions import DenseTeacher
 from student_train.losses.counted import Weights
@@ -17,7 +18,6 @@ from student_train.losses.reduce import total_loss
 from student_train.losses.terms import Terms, kinds_of
 from student_train.methods import Method, Passes, hook
 from student_train.step_rows import StepRows, Weigh, count_step
-from student_train.stream import TrainBatch
 from student_train.student import RowForward
 from student_train.teacher_view import TeacherView
 from teacher_cache.batch import Batch

@@ -10,8 +10,8 @@ from typing import Any, Protocol
 
 import torch
 
+from student_train.dataset import TrainBatch
 from student_train.distributed import Processes
-from student_train.stream import TrainBatch
 from teacher_cache import stopping
 from teacher_cache.errors import KdcliError
 from teacher_cache.records import ImageLayout

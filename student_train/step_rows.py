@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
+from student_train.dataset import TrainBatch
 from student_train.distributed import Processes
 from student_train.losses.counted import Weights, count_rows
 from student_train.losses.terms import Terms
-from student_train.stream import TrainBatch
 
 Weigh = Callable[[TrainBatch], Weights]
 """micro-batch → how much its rows count, by term."""

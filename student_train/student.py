@@ -14,10 +14,10 @@ from torch import nn
 
 from student_train.compression import compressor_of, first_tokens, install, load_compressed, settle, with_grid
 from student_train.compressors import CompressorSpec
+from student_train.dataset import TrainBatch
 from student_train.losses.terms import FIRST_LAYER, StudentRows
 from student_train.pruning import Descending, Pruning
 from student_train.pruning.forward import prune_vision
-from student_train.stream import TrainBatch
 from student_train.whole import check_model
 from teacher_cache.batch import Batch, keep_vision
 from teacher_cache.errors import CompatibilityError, KdcliError

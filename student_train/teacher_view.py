@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from student_train.dataset import TrainBatch
 from student_train.distributions import (
     DenseTeacher,
     Distribution,
@@ -19,7 +20,6 @@ from student_train.distributions import (
     likeliest,
 )
 from student_train.needs import Served
-from student_train.stream import TrainBatch
 from teacher_cache.cache import TeacherCache
 from teacher_cache.records import Coded, TextTokens
 from teacher_cache.teachers.low_rank import LowRankHead

@@ -14,10 +14,10 @@ from typing import Protocol
 import torch
 from torch.distributed.tensor import DTensor
 
+from student_train.dataset import TrainBatch
 from student_train.distributed import Processes
 from student_train.losses.terms import Terms
 from student_train.step_rows import StepRows
-from student_train.stream import TrainBatch
 
 
 class GradientPasses(Protocol):

@@ -67,3 +67,15 @@ def test_help_imports_nothing_heavy() -> None:
     )
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.stdout.strip() == "[]", done.stdout + done.stderr
+
+
+def test_no_two_classes_are_named_alike() -> None:
+    """A name says one thing in the whole product. Each field keeps its parameters in a class ``Params`` of its own file."""
+    places: dict[str, list[str]] = {}
+    for house in HOUSES:
+        for path in files(house):
+            for node in ast.parse(path.read_text(), str(path)).body:
+                if isinstance(node, ast.ClassDef):
+                    places.setdefault(node.name, []).append(str(path.relative_to(ROOT)))
+    places.pop("Params")
+    assert not {name: found for name, found in places.items() if len(found) > 1}

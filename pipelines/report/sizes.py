@@ -14,7 +14,7 @@ KINDS = {"vision": "vision_rows", "response": "response_rows", "text": "text_tok
 
 
 @dataclass(frozen=True)
-class FieldSize:
+class ColumnSize:
     """One column. bar: percent of the largest. per_token: (bytes, kind of token)."""
 
     name: str
@@ -32,7 +32,7 @@ class FieldSize:
 class Sizes:
     """All columns, the largest first. skips: (count, reason, what it means). full: bytes that raw logits would take."""
 
-    columns: list[FieldSize]
+    columns: list[ColumnSize]
     total: str
     planned: int
     written: int
@@ -59,10 +59,10 @@ def cache_sizes(cache: TeacherCache, body: Mapping[str, Any]) -> Sizes:
     )
 
 
-def _column(cache: TeacherCache, name: str, one: dict[str, Any], largest: int, total: int) -> FieldSize:
+def _column(cache: TeacherCache, name: str, one: dict[str, Any], largest: int, total: int) -> ColumnSize:
     size, counts = one["bytes"], one["counts"]
     kinds = [kind for kind in _kinds(cache, name) if counts.get(KINDS[kind])]
-    return FieldSize(
+    return ColumnSize(
         name=name.removeprefix("fields/"),
         shards=f"{one['done']}/{one['shards']}",
         complete=one["done"] == one["shards"],

@@ -8,12 +8,13 @@ from typing import Any
 
 import torch
 
+from student_train.dataset import TrainBatch
 from student_train.library.dataset import CacheDataset
 from student_train.library.signal_request import request_signals
 from student_train.library.signals import SignalSource, TeacherSignals
 from student_train.methods import DEFAULT, Method
 from student_train.needs import Need
-from student_train.stream import InPlace, TrainBatch
+from student_train.order import InPlace
 from teacher_cache.batch import Batch
 from teacher_cache.cache import TeacherCache
 from teacher_cache.cached_samples import CachedSamples

@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 
+from student_train.dataset import RefusedRow, TrainBatch, TrainRow, join
 from student_train.library.dataset import CacheDataset, NumberedRows
 from student_train.library.signals import TeacherSignals
-from student_train.stream import RefusedRow, TrainBatch, TrainRow, join
 
 IGNORED = -100
 """Label of a token that no loss looks at, as in transformers."""

@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch.utils.data import Dataset, IterableDataset, get_worker_info
 
+from student_train.dataset import RefusedRow, TrainDataset, TrainRow
 from student_train.library.signal_request import SignalRequest
 from student_train.library.signals import SignalSource
-from student_train.stream import InPlace, MicroBatches, Order, RefusedRow, TrainDataset, TrainRow
+from student_train.order import InPlace, MicroBatches, Order
 from student_train.student_rows import student_rows
 from teacher_cache.cache import TeacherCache
 from teacher_cache.cached_samples import CachedSamples

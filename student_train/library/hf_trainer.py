@@ -18,7 +18,7 @@ from student_train.library.collator import Collator
 from student_train.library.dataset import CacheDataset, CacheStream, NumberedRows
 from student_train.library.step_loss import StepLoss
 from student_train.methods import DEFAULT, Method
-from student_train.stream import MicroBatches
+from student_train.order import MicroBatches
 from teacher_cache.errors import KdcliError
 
 MAPS = "maps.safetensors"

@@ -10,10 +10,10 @@ from weakref import WeakValueDictionary
 
 import torch
 
+from student_train.dataset import TrainBatch
 from student_train.distributions import Distribution, HeadAndTail, is_full
 from student_train.needs import Served
 from student_train.packed import Packed, pack, unpack
-from student_train.stream import TrainBatch
 from student_train.teacher_view import TeacherHeads, TeacherView
 from teacher_cache.cache import TeacherCache
 from teacher_cache.errors import CompatibilityError, KdcliError, without_secrets

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from student_train.config import TrainSettings
+from student_train.dataset import TrainBatch
 from student_train.distributed import Processes, spread, summed_loss, summing
 from student_train.draws import draw_seed
 from student_train.learned_maps import learned_maps
@@ -16,7 +17,6 @@ from student_train.library.dataset import CacheDataset, processes
 from student_train.losses.terms import FIRST_LAYER, Terms
 from student_train.method_loss import MethodLoss
 from student_train.step_rows import StepRows
-from student_train.stream import TrainBatch
 from student_train.student import RowForward
 from teacher_cache.errors import KdcliError
 

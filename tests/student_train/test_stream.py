@@ -24,7 +24,8 @@ from hypothesis import strategies as st
 from torch.utils.data import Dataset
 
 from student_train import stream
-from student_train.stream import BLOCK_SHARDS, MicroBatches, Order, held_back
+from student_train.loader_signals import held_back
+from student_train.order import BLOCK_SHARDS, MicroBatches, Order
 from teacher_cache.errors import CacheError, CompatibilityError, KdcliError
 
 COUNTS = st.lists(st.integers(0, 5), min_size=1, max_size=40).filter(any)
@@ -299,7 +300,7 @@ def test_a_killed_loader_process_is_one_line(monkeypatch: pytest.MonkeyPatch, ea
 
 LOADER = """
 import time
-from student_train.stream import leave_signals
+from student_train.loader_signals import leave_signals
 leave_signals(0)
 open(ready, "w").write("ready")
 time.sleep(60)

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from student_train.library.dataset import CacheDataset
-from student_train.stream import InPlace, Order
+from student_train.order import InPlace, Order
 from tests.kdcli.conftest import Gradients, far, first_gradients, here, train_student  # noqa: F401
 from tests.kdcli.test_library_page import CLOSE, example
 

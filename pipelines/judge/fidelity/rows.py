@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from student_train.stream import check_same_response
+from student_train.dataset import check_same_response
 from teacher_cache.cache import TeacherCache
 from teacher_cache.cached_samples import CachedSamples
 from teacher_cache.errors import CompatibilityError, KdcliError, SkipRow

@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
+from student_train.dataset import TrainBatch
 from student_train.needs import Need, Served, serve
-from student_train.stream import TrainBatch
 from student_train.teacher_view import TeacherHeads, TeacherView
 from teacher_cache.batch import Batch
 from teacher_cache.behind import is_finite

@@ -1,0 +1,199 @@
+"""Samples of a cache as a student reads them, held against what the teacher read."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch.utils.data import Dataset
+
+from student_train.order import Positions
+from student_train.row_columns import Column, Weight
+from teacher_cache.batch import Batch, collate
+from teacher_cache.cached_samples import CachedSample, CachedSamples
+from teacher_cache.errors import CompatibilityError, SkipRow
+from teacher_cache.known_text import KnownText
+from teacher_cache.prepare import Preparer
+from teacher_cache.records import ImageLayout, Prepared, TextTokens
+
+FIXES = {"unknown_token": "resize_token_embeddings and save it, or use its own tokenizer"}
+"""By skip reason, where it is not the usual one."""
+
+
+OF_THE_PROCESSOR = ("processor_refused", "image_too_large", "images_unread")
+"""Reasons to skip a captured row that are the student's own: its processor's, not the run's template or lengths."""
+
+
+MOST_REFUSED = 64
+"""Rows one after the other: a student that refuses so many refuses its data."""
+
+
+CheckLayouts = Callable[[str, tuple[ImageLayout, ...], tuple[ImageLayout, ...]], None]
+
+
+@dataclass(frozen=True)
+class TrainRow:
+    """One row as the student reads it, with the teacher's decoded fields."""
+
+    prepared: Prepared
+    text: TextTokens
+    fields: dict[str, Any]
+    layout: tuple[ImageLayout, ...] = ()
+    filler: bool = False
+    columns: Mapping[str, Weight] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class RefusedRow:
+    """A row that the teacher's processor took and the student's does not. line: which one, and why."""
+
+    line: str
+
+
+@dataclass(frozen=True)
+class TrainBatch:
+    """One micro-batch: the student's batch, and per field the decoded records of its samples in the same order.
+
+    Attributes:
+        text, layouts: of each sample as the teacher read it. student_text, student_layouts: as the student reads it.
+        filler: it counts for nothing: this process has fewer samples in the step than another one, which it must keep pace with, or none
+            that the student reads.
+        refused: a line for every row that was left out, since the student's processor does not take it.
+        columns: a weight a sample, by the ``Column`` that it is of.
+    """
+
+    batch: Batch
+    text: tuple[TextTokens, ...]
+    fields: dict[str, list[Any]]
+    layouts: tuple[tuple[ImageLayout, ...], ...] = ()
+    student_text: tuple[TextTokens, ...] = ()
+    student_layouts: tuple[tuple[ImageLayout, ...], ...] = ()
+    filler: bool = False
+    refused: tuple[str, ...] = ()
+    columns: Mapping[str, tuple[Weight, ...]] = field(default_factory=dict)
+
+
+class TrainDataset(Dataset):
+    """Positions of an ``Order`` → rows prepared for the student, checked against what the teacher read.
+
+    Args:
+        templates: part → template. image_limits: part → most pixels of an image. Both as the capture had them.
+        same_grid: the vision layout must be the teacher's, token by token. The response token ids must be, where any field is read.
+        check_layouts: further demand on (row key, teacher's layout, student's layout), a method's own.
+        known_text: the student reads the stored tokens themselves, because its tokenizer and chat template are the teacher's.
+        columns: numbers that every row comes with.
+
+    A row that the student's processor refuses is left out (``RefusedRow``); where none of a micro-batch is left, the next row that can be
+    read stands in, as a filler.
+    """
+
+    def __init__(
+        self,
+        rows: CachedSamples,
+        order: Positions,
+        preparer: Preparer,
+        templates: dict[str, str],
+        image_limits: dict[str, int],
+        same_grid: bool,
+        check_layouts: CheckLayouts | None = None,
+        known_text: bool = False,
+        columns: Sequence[Column] = (),
+    ):
+        self.columns = columns
+        self.rows, self.order, self.preparer, self.templates = rows, order, preparer, templates
+        self.image_limits, self.same_grid, self.check_layouts = image_limits, same_grid, check_layouts
+        self.known = KnownText(preparer) if known_text else None
+        self._block: tuple[int, int] | None = None
+
+    def __getitem__(self, position: int) -> TrainRow:
+        """The row there, or the next one that the student reads."""
+        row = self.__getitems__([position])[-1]
+        assert isinstance(row, TrainRow), "a micro-batch ends with a row"
+        return row
+
+    def __getitems__(self, positions: Sequence[int]) -> list[TrainRow | RefusedRow]:
+        """A micro-batch at once: what a store is asked for its rows it is asked together."""
+        rows = self.read(positions)
+        if any(isinstance(row, TrainRow) for row in rows):
+            return sorted(rows, key=lambda row: isinstance(row, TrainRow))
+        for position in range(positions[-1] + 1, positions[-1] + MOST_REFUSED):
+            (stand_in,) = self.read([position])
+            if isinstance(stand_in, TrainRow):
+                return [*rows, replace(stand_in, filler=True)]
+        first = rows[0]
+        assert isinstance(first, RefusedRow)
+        raise CompatibilityError(f"{first.line}, nor any of the {MOST_REFUSED} rows after it: choose another student")
+
+    def read(self, positions: Sequence[int]) -> list[TrainRow | RefusedRow]:
+        """The rows at these positions; one that the student's processor refuses is a ``RefusedRow``."""
+        if self.rows.remote and (block := self.order.block_of(positions[-1])) != self._block:
+            epoch, number = self._block = block
+            self.rows.expect(self.order.shards_of(epoch, number), self.order.shards_of(epoch, number + 1))
+        return [self._prepare(row) for row in self.rows.read_many([self.order.at(one) for one in positions])]
+
+    def _prepare(self, row: CachedSample) -> TrainRow | RefusedRow:
+        try:
+            asked = self.templates[row.sample.part], self.image_limits[row.sample.part]
+            if self.known:
+                prepared = self.known.prepare(row.sample, row.text, row.key, *asked)
+            else:
+                prepared = self.preparer.prepare(row.sample, *asked)
+        except SkipRow as skip:
+            if skip.reason in OF_THE_PROCESSOR:
+                return RefusedRow(f"row {row.key} ({row.sample.place}): the student refuses it ({skip.detail})")
+            raise CompatibilityError(
+                f"row {row.key} ({row.sample.place}) was captured, but the student cannot read it ({skip}): "
+                + FIXES.get(skip.reason, "give the student the capture's max_length and template")
+            ) from None
+        if row.fields:
+            check_same_response(row.key, row.text, prepared.text)
+            if self.same_grid:
+                check_same_grid(row.key, row.layout, prepared.layout)
+            if self.check_layouts:
+                self.check_layouts(row.key, row.layout, prepared.layout)
+        columns = {one.text: one.of(row) for one in self.columns}
+        return TrainRow(prepared, row.text, row.fields, row.layout, columns=columns)
+
+
+def check_same_response(key: str, teacher: TextTokens, student: TextTokens) -> None:
+    """The teacher's rows belong to the student's response tokens only if these are equal, one by one."""
+    if not torch.equal(teacher.response_ids, student.response_ids):
+        theirs, ours = teacher.response_ids.tolist(), student.response_ids.tolist()
+        at = next((i for i, (a, b) in enumerate(zip(theirs, ours)) if a != b), min(len(theirs), len(ours)))
+        raise CompatibilityError(
+            f"row {key}: response token {at} is {theirs[at : at + 1]} for the teacher and {ours[at : at + 1]} for the student "
+            f"({len(theirs)} and {len(ours)} tokens): the student needs the teacher's tokenizer and chat template"
+        )
+
+
+def check_same_grid(key: str, teacher: tuple[ImageLayout, ...], student: tuple[ImageLayout, ...]) -> None:
+    """Row-aligned vision losses compare token i with token i: both sides must see the same views in the same grids."""
+
+    def grids(layout: tuple[ImageLayout, ...]) -> list[list[tuple[int, int]]]:
+        return [[view.grid for view in image.views] for image in layout]
+
+    if grids(teacher) != grids(student):
+        raise CompatibilityError(
+            f"row {key}: vision grids differ, teacher {grids(teacher)}, student {grids(student)}: "
+            "this method compares vision tokens one by one; use a student with the teacher's image size and patch size and no "
+            "compressor, or method em-kd, which matches them"
+        )
+
+
+def join(given: Sequence[TrainRow | RefusedRow], pad_id: int) -> TrainBatch:
+    """Rows → one micro-batch."""
+    rows = [row for row in given if isinstance(row, TrainRow)]
+    fields = {name: [row.fields[name] for row in rows] for name in rows[0].fields}
+    return TrainBatch(
+        collate([row.prepared for row in rows], pad_id),
+        tuple(row.text for row in rows),
+        fields,
+        tuple(row.layout for row in rows),
+        tuple(row.prepared.text for row in rows),
+        tuple(row.prepared.layout for row in rows),
+        filler=any(row.filler for row in rows),
+        refused=tuple(row.line for row in given if isinstance(row, RefusedRow)),
+        columns={name: tuple(row.columns[name] for row in rows) for name in rows[0].columns},
+    )
