@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 import pipelines.processes.quiet_threads  # noqa: F401 (before any command imports torch)
-from pipelines.command_line import capture, judging, output, planning, start, training
+from pipelines.command_line import capture, judging, output, planning, preflight, start, training
 from pipelines.command_line.cache import cache_group
 from pipelines.command_line.tour import TourGroup
 
@@ -56,7 +56,7 @@ class Group(TourGroup):
 
 COMMANDS = (
     *(start.demo, start.init, start.methods, start.completion),
-    *(planning.doctor, planning.plan, planning.preflight),
+    *(planning.doctor, planning.plan, preflight.preflight),
     *(capture.cache_teacher, cache_group),
     *(training.train_student, training.ablate),
     *(judging.evaluate, judging.evaluation_tasks, judging.fidelity, judging.report, judging.export_model),

@@ -48,7 +48,8 @@ from teacher_cache import cache_shard as line
 from teacher_cache.batch import collate, token_batches
 from teacher_cache.cache_shard import CaptureJob, cache_shard, prepare_windows, read_ahead
 from teacher_cache.fields import Field, create_field
-from teacher_cache.plan import Plan, write_plan
+from teacher_cache.plan import Plan
+from teacher_cache.plan_file import write_plan
 from teacher_cache.prepare import Preparer
 from teacher_cache.records import Prepared
 from teacher_cache.shards.storage import Storage

@@ -22,7 +22,7 @@ import torch
 from benchmarks.common import argument_parser, finish, machine, median_ratio, print_table, spread
 from student_train.checkpoint import Checkpoints
 from student_train.distributed import Processes
-from student_train.student import load_student, save_student
+from student_train.load_student import load_student, save_student
 from student_train.whole import files_below, sums, sync_files, write_sealed
 
 

@@ -26,7 +26,7 @@ import torch
 from benchmarks.coding_cost import one_thread
 from benchmarks.common import argument_parser, finish, machine, median_ratio, print_table, spread
 from teacher_cache.codecs import adaptive, container, entropy, fitting, spectrum, transform
-from teacher_cache.codecs.entropy import fit_smooth_table
+from teacher_cache.codecs.entropy_tables import fit_smooth_table
 from teacher_cache.codecs.spectrum import Grid
 from teacher_cache.fields import create_field, decode_record
 from teacher_cache.fields.affinity import VISION_ROWS

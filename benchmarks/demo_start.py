@@ -21,8 +21,8 @@ from pipelines.demo.run import STUDENT_START, TEACHER, DemoRecipe, make_world
 from pipelines.settings import CaptureSettings, Settings
 from pipelines.train.train_student import train
 from student_train.config import StageSettings, TrainSettings
+from student_train.load_student import load_student, save_student
 from student_train.metrics_log import StepResult
-from student_train.student import load_student, save_student
 from teacher_cache.teachers.transformers import TeacherSpec
 
 PARTS = ("caption", "sft")

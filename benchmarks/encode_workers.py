@@ -44,7 +44,9 @@ from teacher_cache.cache_shard import CaptureJob, cache_shard, prepare_windows, 
 from teacher_cache.codecs import spectrum
 from teacher_cache.codecs.spectrum import Grid
 from teacher_cache.fields import create_field
-from teacher_cache.plan import Plan, make_plan, write_plan
+from teacher_cache.make_plan import make_plan
+from teacher_cache.plan import Plan
+from teacher_cache.plan_file import write_plan
 from teacher_cache.prepare import Preparer
 from teacher_cache.records import Prepared, TeacherOutput, TopK
 from teacher_cache.shards.storage import Storage

@@ -25,8 +25,7 @@ import pyarrow.parquet as pq
 import torch
 from hypothesis import strategies as st
 
-from pipelines.capture import heartbeat
-from pipelines.judge.preflight import canaries
+from pipelines.capture import canaries, heartbeat
 from pipelines.settings import FILE, load_settings, write_template
 from pipelines.terminal.tables import work_lines
 from teacher_cache.cache import TeacherCache
@@ -34,7 +33,8 @@ from teacher_cache.cached_samples import CachedSamples
 from teacher_cache.codecs import adaptive, container, frame
 from teacher_cache.errors import CacheError, DataError, KdcliError, SkipRow
 from teacher_cache.fields import create_field, decode_record, open_field
-from teacher_cache.plan import Part, Plan, Slice, parse_plan
+from teacher_cache.plan import Part, Plan, Slice
+from teacher_cache.plan_file import parse_plan
 from teacher_cache.records import Image, Prepared, RowGroup, Sample, SkipRecord, TeacherOutput, TextTokens, Turn
 from teacher_cache.rows import check_sample, decode_image
 from teacher_cache.samples import decode_sample, encode_sample

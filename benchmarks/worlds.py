@@ -20,7 +20,9 @@ from teacher_cache.cache_shard import CaptureJob, cache_shard
 from teacher_cache.fields import CalibratedField, create_field
 from teacher_cache.fields.calibration import Calibration
 from teacher_cache.fingerprint import processor_fingerprint
-from teacher_cache.plan import Plan, make_plan, write_plan
+from teacher_cache.make_plan import make_plan
+from teacher_cache.plan import Plan
+from teacher_cache.plan_file import write_plan
 from teacher_cache.prepare import Preparer
 from teacher_cache.shards.storage import Storage
 from teacher_cache.sources import DataSpec, open_source

@@ -20,16 +20,10 @@ from teacher_cache.records import ImageLayout, Prepared, TextTokens
 
 FIXES = {"unknown_token": "resize_token_embeddings and save it, or use its own tokenizer"}
 """By skip reason, where it is not the usual one."""
-
-
 OF_THE_PROCESSOR = ("processor_refused", "image_too_large", "images_unread")
 """Reasons to skip a captured row that are the student's own: its processor's, not the run's template or lengths."""
-
-
 MOST_REFUSED = 64
 """Rows one after the other: a student that refuses so many refuses its data."""
-
-
 CheckLayouts = Callable[[str, tuple[ImageLayout, ...], tuple[ImageLayout, ...]], None]
 
 

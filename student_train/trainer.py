@@ -17,12 +17,12 @@ from student_train.checkpoint import Checkpoints
 from student_train.dataset import TrainBatch
 from student_train.distributed import spread, summed_loss, summing
 from student_train.draws import draw_seed
+from student_train.load_student import module_group
 from student_train.losses.terms import FIRST_LAYER, Terms
 from student_train.method_loss import MethodLoss
 from student_train.metrics_log import MetricsLog, OpenTrackers, StepResult, peak_memory, summed_result
 from student_train.schedules import Schedule, scheduled
 from student_train.step_rows import StepRows
-from student_train.student import module_group
 from student_train.term_gradients import term_gradients
 from teacher_cache.errors import KdcliError, OutOfMemory, one_line, out_of_memory
 

@@ -16,7 +16,7 @@ import torch
 from teacher_cache.codecs import container
 from teacher_cache.errors import CacheError
 from teacher_cache.fields import Field, open_field
-from teacher_cache.plan import read_plan
+from teacher_cache.plan_file import read_plan
 from teacher_cache.sample_checks import check_head
 from teacher_cache.shards.commit import committed_shards
 from teacher_cache.shards.disk_cache import DiskCache

@@ -14,8 +14,10 @@ from dataclasses import dataclass, field, replace
 from itertools import islice
 
 from teacher_cache.errors import CacheError, DataError
+from teacher_cache.make_plan import part_fingerprint
 from teacher_cache.places import is_remote
-from teacher_cache.plan import Part, Plan, is_same_data, known_plan, part_fingerprint
+from teacher_cache.plan import Part, Plan, is_same_data
+from teacher_cache.plan_file import known_plan
 from teacher_cache.records import RowGroup, Sample, SkipRecord
 from teacher_cache.rows import row_key
 from teacher_cache.shards.commit import committed_shards, read_commit

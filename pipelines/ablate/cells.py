@@ -21,8 +21,8 @@ from pipelines.settings import Settings
 from pipelines.train.stage_identity import budget, stage_identity, start_hash
 from pipelines.train.stage_plans import StagePlan, plan_stages
 from pipelines.train.train_student import settle
+from student_train.load_student import open_student
 from student_train.methods import DEFAULT
-from student_train.student import open_student
 from teacher_cache.cache import TeacherCache
 from teacher_cache.cached_samples import CachedSamples
 from teacher_cache.errors import KdcliError

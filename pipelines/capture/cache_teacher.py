@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 from pipelines.capture import receipt
-from pipelines.capture.calibrate import calibrate
 from pipelines.capture.describe import as_begun, describe, new_calibrated
 from pipelines.capture.executors import local
+from pipelines.capture.fit_fields import ask_canaries, fit_fields
 from pipelines.capture.heartbeat import forget
 from pipelines.capture.label_warnings import label_warnings
 from pipelines.capture.presence import at_work
@@ -18,16 +17,17 @@ from pipelines.capture.profiles import chosen_fields, with_tails
 from pipelines.capture.skipped_samples import excess, refuse_skips, take_in_again, unread_images
 from pipelines.capture.worker import CaptureRequest, make_preparer, row_readers, run_shards
 from pipelines.inspect.cache import status
-from pipelines.judge.preflight import canaries
 from pipelines.judge.preflight.adopt import calibrations
 from teacher_cache.cache import TeacherCache
 from teacher_cache.cache_shard import CaptureJob
 from teacher_cache.errors import CacheError, KdcliError, naming_full_disk
-from teacher_cache.fields import CalibratedField, Field, create_field
+from teacher_cache.fields import Field, create_field
 from teacher_cache.fields.calibration import Calibration
 from teacher_cache.fingerprint import preparation_version
 from teacher_cache.layout import typical_tokens
-from teacher_cache.plan import Plan, content_hash, known_plan, make_plan, parts_with_images, read_plan, write_plan
+from teacher_cache.make_plan import make_plan
+from teacher_cache.plan import Plan, parts_with_images
+from teacher_cache.plan_file import known_plan, read_plan, write_plan
 from teacher_cache.prepare import Preparer
 from teacher_cache.same_rows import bind_pictures, refuse_other_pictures
 from teacher_cache.shards.commit import await_listed
@@ -35,10 +35,8 @@ from teacher_cache.shards.mender import ShardMender
 from teacher_cache.shards.storage import Storage
 from teacher_cache.teachers import null
 from teacher_cache.teachers.backends import (
-    linear_head,
     load_head,
     load_processor,
-    open_teacher,
     refuse_wants,
     teacher_fingerprint,
     teacher_reads_images,
@@ -271,39 +269,3 @@ def missing_of(
     """Shards with columns that are not committed, before any field is described."""
     bare = frozenset(request.settings.parts_without_fields)
     return CaptureJob(storage, plan, dict.fromkeys(fields, ""), fields, bare).missing()
-
-
-def fit_fields(
-    request: CaptureRequest,
-    storage: Storage,
-    plan: Plan,
-    loaded: tuple[Any, Any],
-    fields: Mapping[str, CalibratedField],
-) -> dict[str, Calibration]:
-    """Calibrations of new fields by the teacher itself, which leaves the device again before workers start."""
-    settings = request.settings
-    teacher = open_teacher(request.teacher, *loaded)
-    sketched = any(name.endswith("_hidden") for name in fields)
-    return calibrate(
-        fields,
-        plan,
-        make_preparer(request, *loaded),
-        teacher,
-        linear_head(teacher) if sketched else teacher.head,
-        settings.calibration_rows,
-        settings.batch_tokens,
-        frozenset(settings.parts_without_fields),
-        row_readers(request, storage, plan),
-    )
-
-
-def ask_canaries(
-    request: CaptureRequest, preflight: TeacherCache, storage: Storage, fingerprint: dict[str, Any]
-) -> list[str]:
-    """Notes; CompatibilityError where this machine's teacher is not the preflight's. It leaves the device before workers start."""
-    folder = f"teacher/{content_hash(fingerprint)[:12]}"
-    processor, config = load_processor(request.teacher)
-    load = partial(open_teacher, request.teacher, processor, config)
-    note = canaries.check(preflight, folder, processor, config, load)
-    canaries.copy(preflight.storage, storage, folder)
-    return [note]

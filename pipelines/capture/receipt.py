@@ -25,7 +25,8 @@ from teacher_cache.cache_shard import CaptureJob
 from teacher_cache.errors import CacheError, KdcliError
 from teacher_cache.fields import Field
 from teacher_cache.places import is_remote, local_path
-from teacher_cache.plan import FORMAT_VERSION, Plan, content_hash, read_plan
+from teacher_cache.plan import FORMAT_VERSION, Plan, content_hash
+from teacher_cache.plan_file import read_plan
 from teacher_cache.shards.schema import misfit
 from teacher_cache.shards.storage import Storage
 from teacher_cache.sources import DataSpec

@@ -18,7 +18,7 @@ from transformers import (
 
 from pipelines.demo.scenes import IMAGE_SIZE, PATCH
 from pipelines.demo.tokenizer import CHAT_TEMPLATE, load_tokenizer
-from student_train.student import share
+from student_train.load_student import share
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,8 @@ from pipelines.inspect.cache import status
 from teacher_cache.cache import TeacherCache
 from teacher_cache.derived import Choice, derived_plan
 from teacher_cache.errors import CacheError, CompatibilityError, KdcliError, naming_full_disk
-from teacher_cache.plan import Plan, difference, write_plan
+from teacher_cache.plan import Plan, difference
+from teacher_cache.plan_file import write_plan
 from teacher_cache.shards.commit import committed_shards
 from teacher_cache.shards.storage import Storage
 

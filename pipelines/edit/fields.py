@@ -17,7 +17,8 @@ from teacher_cache.cache import TeacherCache
 from teacher_cache.errors import CacheError, CompatibilityError, KdcliError
 from teacher_cache.fields import Field, create_field
 from teacher_cache.fingerprint import preparation_version
-from teacher_cache.plan import difference, read_plan
+from teacher_cache.plan import difference
+from teacher_cache.plan_file import read_plan
 from teacher_cache.shards.commit import committed_shards
 from teacher_cache.shards.storage import Storage
 from teacher_cache.teachers.backends import load_processor, refuse_wants, teacher_fingerprint

@@ -12,7 +12,8 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
-from pipelines.capture.cache_teacher import adopted, ask_canaries, plan_for
+from pipelines.capture.cache_teacher import adopted, plan_for
+from pipelines.capture.fit_fields import ask_canaries
 from pipelines.capture.heartbeat import forget
 from pipelines.capture.presence import at_work
 from pipelines.capture.profiles import chosen_fields

@@ -13,7 +13,8 @@ from dataclasses import dataclass, replace
 from itertools import product
 from typing import Any
 
-from pipelines.capture.cache_teacher import fit_fields, plan_for
+from pipelines.capture import canaries
+from pipelines.capture.cache_teacher import plan_for
 from pipelines.capture.describe import (
     HEAD,
     calibration_files,
@@ -23,9 +24,9 @@ from pipelines.capture.describe import (
     processor_receipt,
     reads_with_head,
 )
+from pipelines.capture.fit_fields import fit_fields
 from pipelines.capture.worker import CaptureRequest, make_preparer
 from pipelines.inspect.cache import receipt, teacher_problems
-from pipelines.judge.preflight import canaries
 from pipelines.judge.preflight.adopt import calibration_of
 from teacher_cache.cache import TeacherCache
 from teacher_cache.codecs import container

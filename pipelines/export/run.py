@@ -24,7 +24,7 @@ from pipelines.export.served import serving_notes
 from pipelines.export.weights import round_weights, save_own, save_stock
 from student_train.compression import compressor_of
 from student_train.compressors import CompressorSpec
-from student_train.student import load_student, share
+from student_train.load_student import load_student, share
 from student_train.whole import sync_files
 from teacher_cache.errors import KdcliError, naming_full_disk
 from teacher_cache.families import family_of

@@ -11,14 +11,13 @@ from typing import Any
 
 import torch
 
-from pipelines.capture import heartbeat
+from pipelines.capture import canaries, heartbeat
 from pipelines.capture.presence import at_work, dead_words
 from pipelines.inspect.find_sample import Asked, find_row
-from pipelines.judge.preflight import canaries
 from teacher_cache.cache import TeacherCache, read_receipt, read_tensors
 from teacher_cache.cached_samples import CachedSample, CachedSamples
 from teacher_cache.errors import CacheError
-from teacher_cache.plan import read_plan
+from teacher_cache.plan_file import read_plan
 from teacher_cache.records import Sketch, TopK
 from teacher_cache.shards.commit import committed_shards, read_commit
 from teacher_cache.shards.storage import Storage

@@ -18,11 +18,12 @@ from student_train.alignment import Matching
 from student_train.compression import compressor_of, with_grid
 from student_train.config import TrainSettings
 from student_train.dataset import TrainBatch, TrainDataset, join
+from student_train.load_student import load_student
 from student_train.losses.matching import UNMATCHED
 from student_train.methods import create_method, hook
 from student_train.needs import Served
 from student_train.order import Order
-from student_train.student import RowForward, load_student
+from student_train.student import RowForward
 from student_train.teacher_view import TeacherHeads
 from teacher_cache.cache import TeacherCache
 from teacher_cache.cached_samples import CachedSamples

@@ -12,6 +12,7 @@ from pipelines.train.term_settings import TermSettings, of_stage, refuse_unknown
 from student_train.compression import asked_for
 from student_train.compressors import CompressorSpec
 from student_train.config import StageSettings, TrainSettings
+from student_train.load_student import open_student
 from student_train.methods import (
     DEFAULT,
     Method,
@@ -24,7 +25,6 @@ from student_train.methods import (
 from student_train.needs import Served, serve
 from student_train.selection import needs_of
 from student_train.stages import Stage, parse_stages, stages_of_text
-from student_train.student import open_student
 from student_train.student_rows import compares_rows
 from teacher_cache.cache import TeacherCache
 from teacher_cache.complete_fields import complete_fields

@@ -28,11 +28,11 @@ from pipelines.train.stage_trainer import MAPS, OpenSignals, make_trainer, save_
 from pipelines.train.trackers import TrackedStage, open_trackers
 from student_train.config import TrainSettings
 from student_train.distributed import Processes, gathered
+from student_train.load_student import load_student, save_student
 from student_train.metrics_log import StepResult
 from student_train.order import BLOCK_SHARDS
 from student_train.savable import check_savable
 from student_train.selection import check_columns
-from student_train.student import load_student, save_student
 from student_train.trainer import Trainer
 from student_train.whole import DONE_FILE, FILES, files_below, sums, sync_files, write_sealed
 from teacher_cache import stopping

@@ -16,12 +16,13 @@ from pipelines.train.stage_plans import StagePlan
 from student_train.dataset import TrainBatch, TrainDataset
 from student_train.distributed import Processes
 from student_train.learned_maps import learned_maps
+from student_train.load_student import freeze_except, share
 from student_train.methods import looks_at_images
 from student_train.needs import Served
 from student_train.order import MicroBatches, Order
 from student_train.selection import columns_of, weigher
 from student_train.stream import step_batches
-from student_train.student import RowForward, freeze_except, share
+from student_train.student import RowForward
 from student_train.student_rows import student_rows
 from student_train.teacher_view import TeacherHeads
 from student_train.trainer import Trainer

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from teacher_cache.codecs import spectrum
-from teacher_cache.codecs.entropy import Table, fit_table
+from teacher_cache.codecs.entropy_tables import Table, fit_table
 from teacher_cache.codecs.spectrum import Grid
 from teacher_cache.codecs.transform import Transform
 from teacher_cache.errors import KdcliError

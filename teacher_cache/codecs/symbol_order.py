@@ -9,7 +9,8 @@ import numpy as np
 import torch
 
 from teacher_cache.codecs import spectrum
-from teacher_cache.codecs.entropy import Layout, Table, layout_of
+from teacher_cache.codecs.entropy import Layout, layout_of
+from teacher_cache.codecs.entropy_tables import Table
 from teacher_cache.codecs.spectrum import Grid
 
 

@@ -17,7 +17,8 @@ import numpy as np
 import torch
 
 from teacher_cache.codecs import adaptive, entropy, spectrum
-from teacher_cache.codecs.entropy import MOST_ROWS, Decoder, Stream, Table
+from teacher_cache.codecs.entropy import MOST_ROWS, Decoder, Stream
+from teacher_cache.codecs.entropy_tables import Table
 from teacher_cache.codecs.spectrum import Grid
 from teacher_cache.codecs.symbol_order import SymbolOrder
 from teacher_cache.errors import CacheError, KdcliError

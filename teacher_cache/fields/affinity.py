@@ -28,6 +28,7 @@ from torch.nn.functional import normalize
 
 from teacher_cache.codecs import entropy, fitting, transform
 from teacher_cache.codecs.entropy import open_record
+from teacher_cache.codecs.entropy_tables import Table
 from teacher_cache.codecs.transform import Quantised, Transform
 from teacher_cache.errors import CacheError, KdcliError
 from teacher_cache.fields.calibration import Calibration
@@ -38,7 +39,7 @@ FIELDS = ("affinity",)
 VERSIONS = (1, 2, 3)
 LAYOUTS = ("dense", "factored")
 TEXTS = ("response", "all")
-VISION_ROWS = entropy.Table(0, torch.full((1 << 16,), 2.0**-16))
+VISION_ROWS = Table(0, torch.full((1 << 16,), 2.0**-16))
 """Number of vision rows, which the reader must know to split the factors: two bytes."""
 
 STEP, LONG_STEP = 0.02, 0.03

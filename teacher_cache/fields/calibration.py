@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from teacher_cache.codecs.entropy import Table
+from teacher_cache.codecs.entropy_tables import Table
 from teacher_cache.errors import CacheError
 
 

@@ -16,8 +16,9 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from teacher_cache.codecs import encode_rows, entropy, fitting, row_codec, row_codecs, transform
-from teacher_cache.codecs.entropy import fit_smooth_table, open_record
+from teacher_cache.codecs import encode_rows, fitting, row_codec, row_codecs, transform
+from teacher_cache.codecs.entropy import open_record
+from teacher_cache.codecs.entropy_tables import Table, fit_smooth_table
 from teacher_cache.codecs.scales import Uniform
 from teacher_cache.codecs.transform import Quantised, Transform
 from teacher_cache.errors import CacheError, KdcliError
@@ -122,7 +123,7 @@ class SketchField:
         return create, (self.name, dict(self.params), self._calibration)
 
     @cached_property
-    def _fitted(self) -> tuple[Transform, entropy.Table, torch.Tensor]:
+    def _fitted(self) -> tuple[Transform, Table, torch.Tensor]:
         if self._calibration is None:
             raise KdcliError(f"field {self.name}: a sketch needs its calibration")
         tensors = dict(self._calibration)

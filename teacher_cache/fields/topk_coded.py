@@ -14,7 +14,8 @@ import torch
 from torch.nn.functional import logsigmoid
 
 from teacher_cache.codecs import entropy, repeats
-from teacher_cache.codecs.entropy import Columns, Decoder, Table, fit_smooth_table, fit_table, open_record
+from teacher_cache.codecs.entropy import Columns, Decoder, open_record
+from teacher_cache.codecs.entropy_tables import Table, fit_smooth_table, fit_table
 from teacher_cache.codecs.scales import LogOdds, LogScale, Uniform
 from teacher_cache.errors import CacheError, KdcliError
 from teacher_cache.fields.calibration import Calibration, tables_of, tensors_of

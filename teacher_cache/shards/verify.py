@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import BinaryIO
 
 from teacher_cache.errors import CacheError
-from teacher_cache.plan import Plan, read_plan
+from teacher_cache.plan import Plan
+from teacher_cache.plan_file import read_plan
 from teacher_cache.shards.commit import Commit, committed_shards, read_commit, read_commits
 from teacher_cache.shards.index import Entries, parse_index
 from teacher_cache.shards.plain_files import open_plain, regular_size

@@ -14,7 +14,7 @@ from cli import main
 from pipelines.settings import write_template
 from student_train.compression import compressor_of, with_grid
 from student_train.compressors import CompressorSpec, compressor_modules
-from student_train.student import freeze_except, load_student, module_group, open_student, save_student
+from student_train.load_student import freeze_except, load_student, module_group, open_student, save_student
 from teacher_cache.errors import CompatibilityError
 from tests.close import assert_close
 

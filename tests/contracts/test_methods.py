@@ -49,7 +49,7 @@ def open_method(
     from pipelines.train.stage_plans import plan_stages
     from pipelines.train.stage_trainer import make_trainer
     from student_train.config import StageSettings, TrainSettings
-    from student_train.student import load_student
+    from student_train.load_student import load_student
 
     def open_(
         name: str, preset: str, cache_url: Path = full_cache, knobs: dict[str, Any] | None = None, **changes: Any

@@ -85,7 +85,7 @@ def open_step(tmp_path: Path) -> Callable[..., tuple[Any, Any]]:
     from pipelines.train.train_student import settle
     from student_train import distributed
     from student_train.config import StageSettings, TrainSettings
-    from student_train.student import load_student
+    from student_train.load_student import load_student
     from teacher_cache.cache import TeacherCache
     from teacher_cache.cached_samples import CachedSamples
 

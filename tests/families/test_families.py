@@ -17,8 +17,8 @@ import torch
 from pipelines.settings import Settings
 from pipelines.train.train_student import train
 from student_train.config import TrainSettings
+from student_train.load_student import freeze_except, module_group
 from student_train.pruning import Pruning
-from student_train.student import freeze_except, module_group
 from teacher_cache.batch import collate
 from teacher_cache.chat import content
 from teacher_cache.errors import CompatibilityError, SkipRow
@@ -253,7 +253,7 @@ def test_modules_are_told_apart(family: Family, folder_of: Any) -> None:
 def test_answers_of_a_batch_are_those_of_single_rows(family: Family, folder_of: Any, rows_folder: Path) -> None:
     """As `kdcli eval` asks: padded on the left, rows with two images and none among them."""
     from pipelines.judge.evaluation.answers import answer, prompt_of
-    from student_train.student import load_student
+    from student_train.load_student import load_student
 
     model, processor = load_student(str(folder_of(family.name)), "sdpa")
     prompts = [prompt_of(row) for row in read_rows(rows_folder)]

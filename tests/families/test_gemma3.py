@@ -13,8 +13,8 @@ import torch
 from pipelines.capture.cache_teacher import capture
 from pipelines.export.run import image_notes
 from pipelines.judge.evaluation.answers import answer, prompt_of
+from student_train.load_student import load_student
 from student_train.pruning import Pruning
-from student_train.student import load_student
 from teacher_cache.cache import TeacherCache
 from teacher_cache.cached_samples import CachedSamples
 from teacher_cache.errors import CompatibilityError

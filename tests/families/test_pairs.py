@@ -15,8 +15,8 @@ from scipy.optimize import linear_sum_assignment
 from pipelines.settings import Settings
 from pipelines.train.train_student import train
 from student_train.config import TrainSettings
+from student_train.load_student import load_student
 from student_train.losses.matching import UNMATCHED
-from student_train.student import load_student
 from teacher_cache.cache import TeacherCache
 from teacher_cache.errors import CompatibilityError
 from teacher_cache.prepare import Preparer
@@ -169,7 +169,7 @@ def test_another_tokenizer_is_refused_with_its_reason(
 def test_other_compressors_of_tiles(name: str, folder_of: Any, rows_folder: Path, tmp_path: Path) -> None:
     """As with pooling: as many tokens as places, saved and read back bit by bit."""
     from student_train.compressors import CompressorSpec
-    from student_train.student import save_student
+    from student_train.load_student import save_student
 
     torch.manual_seed(4)
     model, processor = load_student(str(folder_of("llava-next")), "sdpa", compressor=CompressorSpec(name))
@@ -196,7 +196,7 @@ def test_other_compressors_of_tiles(name: str, folder_of: Any, rows_folder: Path
 )
 def test_compressors_that_do_not_fit_are_refused(family: str, compressor: str, reason: str, folder_of: Any) -> None:
     from student_train.compressors import CompressorSpec
-    from student_train.student import open_student
+    from student_train.load_student import open_student
 
     with pytest.raises(CompatibilityError, match=reason) as caught:
         open_student(str(folder_of(family)), compressor=CompressorSpec(compressor))

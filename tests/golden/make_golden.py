@@ -16,7 +16,8 @@ import torch
 
 from teacher_cache.codecs import container
 from teacher_cache.fields import create_field
-from teacher_cache.plan import Part, Plan, Slice, write_plan
+from teacher_cache.plan import Part, Plan, Slice
+from teacher_cache.plan_file import write_plan
 from teacher_cache.records import (
     Image,
     ImageLayout,

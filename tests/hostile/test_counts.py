@@ -21,7 +21,8 @@ from teacher_cache.cache import TeacherCache
 from teacher_cache.cached_samples import CachedSamples
 from teacher_cache.codecs import container
 from teacher_cache.errors import CacheError, KdcliError
-from teacher_cache.plan import MOST_SHARD_ROWS, parse_plan
+from teacher_cache.plan import MOST_SHARD_ROWS
+from teacher_cache.plan_file import parse_plan
 from teacher_cache.records import SkipRecord
 from teacher_cache.shards import plain_files
 from teacher_cache.shards.commit import parse_commit

@@ -14,10 +14,9 @@ from click.testing import CliRunner
 
 import cli
 from benchmarks.fuzz_targets import Folder, small_cache
-from pipelines.capture import heartbeat
+from pipelines.capture import canaries, heartbeat
 from pipelines.command_line.given import parse_knobs
 from pipelines.inspect.cache import status
-from pipelines.judge.preflight import canaries
 from pipelines.settings import load_settings
 from pipelines.terminal.tables import work_lines
 from student_train.checkpoint import Checkpoints

@@ -17,7 +17,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from student_train.student import load_student, open_student
+from student_train.load_student import load_student, open_student
 from teacher_cache.errors import KdcliError
 from teacher_cache.model_files import check_model_files
 from teacher_cache.teachers.backends import open_teacher

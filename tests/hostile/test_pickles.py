@@ -20,7 +20,7 @@ from benchmarks.fuzz_targets import Folder, joined, shard_of, small_cache
 from pipelines.inspect.cache import check
 from student_train.checkpoint import Checkpoints
 from student_train.distributed import Processes
-from student_train.student import load_student
+from student_train.load_student import load_student
 from student_train.whole import FILES, sums, write_sealed
 from teacher_cache.cache import TeacherCache
 from teacher_cache.errors import CacheError, KdcliError

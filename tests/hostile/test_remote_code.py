@@ -143,7 +143,7 @@ def test_every_command_that_loads_a_model_has_the_flag_and_it_is_off() -> None:
     from pipelines.judge.evaluation.run import evaluate_folder
     from pipelines.judge.fidelity import FidelityRequest
     from student_train.config import TrainSettings
-    from student_train.student import load_student, open_student
+    from student_train.load_student import load_student, open_student
 
     with_flag = set()
     context = click.Context(cli.main)

@@ -130,7 +130,7 @@ def test_a_compressed_student(
 ) -> None:
     """EM-KD's own compressor is part of the student that is given: 9 of its vision tokens matched with the teacher's 36."""
     from student_train.compressors import CompressorSpec
-    from student_train.student import load_student
+    from student_train.load_student import load_student
 
     model, _ = load_student(str(tiny_student), "sdpa", compressor=CompressorSpec("adaptive_pool"))
     model.model.vision_tower.requires_grad_(False)

@@ -207,7 +207,7 @@ def test_an_elastic_student_is_asked_at_its_other_counts(filled: Path, tiny_stud
     import torch
 
     from student_train.compressors import CompressorSpec
-    from student_train.student import load_student, save_student
+    from student_train.load_student import load_student, save_student
 
     torch.manual_seed(0)
     model, processor = load_student(str(tiny_student), "sdpa", compressor=CompressorSpec("mqt", 9))

@@ -60,7 +60,7 @@ def open_stage(tmp_path: Path, tiny_student: Path) -> Callable[..., tuple[Any, A
     from pipelines.train.stage_trainer import make_trainer
     from student_train import distributed
     from student_train.config import StageSettings, TrainSettings
-    from student_train.student import load_student
+    from student_train.load_student import load_student
     from teacher_cache.cache import TeacherCache
     from teacher_cache.cached_samples import CachedSamples
 

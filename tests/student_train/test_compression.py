@@ -17,7 +17,7 @@ from PIL import Image
 from student_train.compression import asked_for, compressor_of
 from student_train.compressors import CompressorSpec
 from student_train.config import TrainSettings
-from student_train.student import load_student, module_group, open_student, save_student
+from student_train.load_student import load_student, module_group, open_student, save_student
 from teacher_cache.errors import CompatibilityError, KdcliError
 from teacher_cache.prepare import Preparer
 from teacher_cache.records import Image as Picture

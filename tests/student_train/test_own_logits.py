@@ -36,17 +36,17 @@ def opened(
     """``opened(kind)`` → (trainer of jsd, a micro-batch); kinds: ``cap``, ``scale``, ``odd scale``, ``plain``."""
 
     def open_(kind: str, **how: Any) -> tuple[Any, Any]:
-        from student_train import student
+        from student_train import load_student as loading
 
         scale = {"scale": 0.25, "odd scale": 1 / 3}.get(kind)
         if scale:
-            load = student.load_student
+            load = loading.load_student
 
             def scaled(*arguments: Any) -> tuple[Any, Any]:
                 model, processor = load(*arguments)
                 return outer(model, after=lambda z: z * scale), processor
 
-            monkeypatch.setattr(student, "load_student", scaled)
+            monkeypatch.setattr(loading, "load_student", scaled)
         given = {"student": capped_student} if kind == "cap" else {}
         trainer, batches_from = open_stage(tiny_cache, **{"method": "jsd", "knobs": {"reg": 1.0}, **given, **how})
         return trainer, next(iter(batches_from(0)))[1][0]
@@ -141,7 +141,7 @@ def test_the_first_batch_is_held_to_the_models_own_logits(opened: Callable[..., 
 
 def test_expected_answers_are_as_likely_as_the_model_says(capped_student: Path, world: Any) -> None:
     from pipelines.judge.evaluation.answers import expected
-    from student_train.student import load_student
+    from student_train.load_student import load_student
     from teacher_cache.prepare import Preparer
     from teacher_cache.sources import DataSpec, open_source
 
@@ -169,7 +169,7 @@ def test_fidelity_compares_gradients_of_those_logits(
     """What a leaf's gradient means for the head's own parameter, and for the hidden states, in float64."""
     from pipelines.judge.fidelity.rows import FidelitySample
     from pipelines.judge.fidelity.student import Student
-    from student_train.student import load_student
+    from student_train.load_student import load_student
     from teacher_cache.prepare import Preparer
     from teacher_cache.sources import DataSpec, open_source
 

@@ -14,8 +14,8 @@ import torch
 from transformers import AutoConfig
 
 from student_train import savable
+from student_train.load_student import load_student, save_student
 from student_train.savable import check_savable, refuse_quantized
-from student_train.student import load_student, save_student
 from teacher_cache.errors import CompatibilityError, KdcliError
 
 

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from student_train.student import RowForward, freeze_except, load_student, module_group, save_student
+from student_train.load_student import freeze_except, load_student, module_group, save_student
+from student_train.student import RowForward
 from teacher_cache.errors import CompatibilityError, KdcliError
 
 

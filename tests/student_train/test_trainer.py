@@ -96,7 +96,7 @@ def test_bf16_autocast_stays_near_float32(open_stage: Callable[..., Any], tiny_c
 def test_a_stage_trains_its_modules_alone(
     open_stage: Callable[..., Any], tiny_cache: Path, stage: str, trained: set[str]
 ) -> None:
-    from student_train.student import module_group
+    from student_train.load_student import module_group
 
     trainer, batches_from = open_stage(tiny_cache, stage, per_device_train_batch_size=4, max_steps=1)
     before = {name: p.detach().clone() for name, p in trainer.model.named_parameters()}

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from student_train.student import open_student
+from student_train.load_student import open_student
 from teacher_cache.errors import CompatibilityError, KdcliError
 from teacher_cache.model_kind import TextProcessor, decoder_of, open_config, open_processor, reads_images
 from teacher_cache.teachers.backends import load_processor, teacher_reads_images

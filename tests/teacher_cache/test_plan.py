@@ -12,16 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from teacher_cache.errors import CacheError, KdcliError
-from teacher_cache.plan import (
-    Plan,
-    _balance,
-    _shards_per_part,
-    difference,
-    make_plan,
-    parse_plan,
-    read_plan,
-    write_plan,
-)
+from teacher_cache.make_plan import _balance, _shards_per_part, make_plan
+from teacher_cache.plan import Plan, difference
+from teacher_cache.plan_file import parse_plan, read_plan, write_plan
 from teacher_cache.records import RowGroup
 from teacher_cache.shards.storage import Storage
 from teacher_cache.sources import DataSpec
@@ -225,7 +218,7 @@ def test_a_known_plan_is_taken_again_without_a_scan(specs: list[DataSpec], monke
     made = plan(specs)
     stored = parse_plan(made.to_bytes(), "manifest.json")
     with monkeypatch.context() as patched:
-        patched.setattr("teacher_cache.plan._scan", None)
+        patched.setattr("teacher_cache.make_plan._scan", None)
         assert make_plan(specs, 7, PREPARATION, 0, 10, known=stored) == stored
         assert stored.plan_hash == made.plan_hash
 

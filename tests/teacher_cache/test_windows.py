@@ -14,7 +14,8 @@ from pipelines.capture.calibrate import calibration_samples, hidden_rows, mixtur
 from teacher_cache import cache_shard as line
 from teacher_cache.cache_shard import CaptureJob, Window, cache_shard, prepare_windows
 from teacher_cache.fields import create_field
-from teacher_cache.plan import Plan, make_plan
+from teacher_cache.make_plan import make_plan
+from teacher_cache.plan import Plan
 from teacher_cache.prepare import Preparer
 from teacher_cache.records import Prepared, TeacherOutput
 from teacher_cache.shards.storage import Storage

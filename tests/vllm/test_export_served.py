@@ -12,7 +12,7 @@ import torch
 
 from pipelines.export.run import ExportRequest, export
 from student_train.compressors import CompressorSpec, compressor_modules
-from student_train.student import load_student, save_student
+from student_train.load_student import load_student, save_student
 from tests.conftest import build_folder
 
 pytest.importorskip("vllm", reason="vLLM is not installed here: make test-vllm runs this in an environment that has it")

@@ -30,8 +30,9 @@ from pipelines.judge.evaluation.questions import Questions, by_reason, nothing_a
 from pipelines.judge.evaluation.score import Answer, score
 from pipelines.train.run_records import finite
 from student_train.compressors import CompressorSpec
+from student_train.load_student import load_student, open_student
 from student_train.pruning import Pruning, operator_modules
-from student_train.student import RowForward, load_student, open_student
+from student_train.student import RowForward
 from teacher_cache.cache_shard import skip_record
 from teacher_cache.errors import KdcliError, SkipRow
 from teacher_cache.prepare import Limits, Preparer

@@ -10,9 +10,9 @@ from pipelines.judge.fidelity.rows import FidelityReader, FidelitySample, parts_
 from pipelines.judge.fidelity.sources import same_teacher, serve_terms, teacher_spec
 from pipelines.judge.fidelity.student import Student
 from pipelines.judge.fidelity.terms import MATCHING, MATCHING_NEEDS, TERMS
+from student_train.load_student import load_student
+from student_train.load_student import open_student as load_student_processor
 from student_train.needs import Need, Served, served_by
-from student_train.student import load_student
-from student_train.student import open_student as load_student_processor
 from student_train.token_ids import check_tokenizer
 from teacher_cache.cache import TeacherCache
 from teacher_cache.complete_fields import complete_fields

@@ -10,7 +10,8 @@ import torch
 
 from pipelines.judge.fidelity.rows import FidelitySample, same_grids
 from pipelines.judge.fidelity.terms import StudentSide, pool
-from student_train.student import RowForward, freeze_except
+from student_train.load_student import freeze_except
+from student_train.student import RowForward
 from teacher_cache.batch import collate, token_batches
 from teacher_cache.records import Prepared
 

@@ -19,7 +19,7 @@ from pipelines.judge.plan.teacher_cost import tower_tokens
 from teacher_cache.cache_shard import skip_record
 from teacher_cache.errors import KdcliError, SkipRow
 from teacher_cache.label_ends import LabelEnds, OpenEnd
-from teacher_cache.plan import GROUP_ROWS, check_shards
+from teacher_cache.make_plan import GROUP_ROWS, check_shards
 from teacher_cache.prepare import Preparer
 from teacher_cache.records import RowGroup, Sample, SkipRecord
 from teacher_cache.samples import encode_sample, left_out

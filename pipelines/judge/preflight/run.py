@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from pipelines.capture import canaries
 from pipelines.capture.calibrate import thin
 from pipelines.capture.presence import at_work
 from pipelines.judge.fidelity.rows import FidelitySample
@@ -16,7 +17,7 @@ from pipelines.judge.fidelity.sources import HIDDEN
 from pipelines.judge.fidelity.student import compared_samples
 from pipelines.judge.labels import show
 from pipelines.judge.labels.survey import survey
-from pipelines.judge.preflight import canaries, kd_toml
+from pipelines.judge.preflight import kd_toml
 from pipelines.judge.preflight.capture import capture_sample
 from pipelines.judge.preflight.chosen import KINDS, all_needs, chosen_params, ladder_wants
 from pipelines.judge.preflight.conclude import Conclusion, conclude
@@ -35,7 +36,8 @@ from teacher_cache.codecs.fitting import least_rows
 from teacher_cache.errors import KdcliError
 from teacher_cache.fields import create_field
 from teacher_cache.label_ends import label_ends
-from teacher_cache.plan import Plan, content_hash, write_plan
+from teacher_cache.plan import Plan, content_hash
+from teacher_cache.plan_file import write_plan
 from teacher_cache.prepare import Limits as RowLimits
 from teacher_cache.prepare import Preparer
 from teacher_cache.same_rows import bind_pictures

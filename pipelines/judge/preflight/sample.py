@@ -11,7 +11,8 @@ from pipelines.judge.fidelity.rows import FidelitySample
 from pipelines.settings import CaptureSettings
 from teacher_cache.batch import row_positions
 from teacher_cache.errors import KdcliError, SkipRow
-from teacher_cache.plan import GROUP_ROWS, Part, Plan, Slice, check_shards, part_fingerprint, parts_with_images
+from teacher_cache.make_plan import GROUP_ROWS, check_shards, part_fingerprint
+from teacher_cache.plan import Part, Plan, Slice, parts_with_images
 from teacher_cache.prepare import Preparer
 from teacher_cache.records import RowGroup, SkipRecord
 from teacher_cache.sources import DataSpec, Source, open_source

@@ -14,7 +14,7 @@ import torch
 from pipelines.train.stage_plans import StagePlan
 from pipelines.train.stage_trainer import make_trainer
 from student_train.distributed import Processes
-from student_train.student import load_student
+from student_train.load_student import load_student
 from teacher_cache.cache import TeacherCache
 from teacher_cache.cached_samples import CachedSamples
 

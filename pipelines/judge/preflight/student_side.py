@@ -13,9 +13,9 @@ from pipelines.judge.fidelity.student import Student, compared_samples
 from student_train.compression import asked_for
 from student_train.config import TrainSettings
 from student_train.dataset import OF_THE_PROCESSOR, check_same_grid, check_same_response
+from student_train.load_student import load_student, open_student
 from student_train.savable import refuse_quantized
 from student_train.stages import STAGES
-from student_train.student import load_student, open_student
 from teacher_cache.errors import CompatibilityError, SkipRow
 from teacher_cache.fingerprint import processor_fingerprint
 from teacher_cache.plan import Plan, difference

@@ -20,7 +20,9 @@ from pipelines.judge.doctor import examine
 from teacher_cache.cache import TeacherCache
 from teacher_cache.cached_samples import CachedSamples
 from teacher_cache.errors import CompatibilityError
-from teacher_cache.plan import difference, make_plan, parse_plan
+from teacher_cache.make_plan import make_plan
+from teacher_cache.plan import difference
+from teacher_cache.plan_file import parse_plan
 from teacher_cache.sources import DataSpec
 
 ROWS, LIMIT = 6, 5

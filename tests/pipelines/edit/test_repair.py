@@ -15,12 +15,12 @@ import torch
 from click.testing import CliRunner
 
 from cli import main
+from pipelines.capture import canaries
 from pipelines.capture.cache_teacher import capture
 from pipelines.capture.worker import CaptureRequest
 from pipelines.edit.derive import subset
 from pipelines.edit.repair import RepairRequest, repair
 from pipelines.inspect.cache import check, collect_garbage, survey
-from pipelines.judge.preflight import canaries
 from teacher_cache.cache import TeacherCache
 from teacher_cache.cached_samples import CachedSamples
 from teacher_cache.errors import KdcliError

@@ -23,7 +23,7 @@ from pipelines.train.train_student import train
 from student_train.compression import compressor_of
 from student_train.compressors import CompressorSpec, compressor_modules
 from student_train.config import TrainSettings
-from student_train.student import load_student, save_student
+from student_train.load_student import load_student, save_student
 from teacher_cache.errors import CompatibilityError, KdcliError
 from teacher_cache.sources import DataSpec
 

@@ -83,7 +83,7 @@ def test_counts() -> None:
 @pytest.fixture(scope="module")
 def prepared_rows(tiny_student: Path, world: Any, world_json: Any) -> Callable[[int], list[Any]]:
     """``prepared_rows(m)``: captions, chats, two pictures in a row, none at all, prepared with m tokens an image."""
-    from student_train.student import open_student
+    from student_train.load_student import open_student
     from teacher_cache.prepare import Preparer
     from teacher_cache.records import Sample, SkipRecord, Turn
     from teacher_cache.sources import DataSpec, open_source

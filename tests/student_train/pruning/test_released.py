@@ -16,9 +16,9 @@ import pytest
 import torch
 
 from pipelines.demo.run import TEACHER
+from student_train.load_student import load_student
 from student_train.pruning import Pruning
 from student_train.pruning.forward import prune_vision
-from student_train.student import load_student
 
 
 class Decoder:

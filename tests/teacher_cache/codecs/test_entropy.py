@@ -10,16 +10,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from teacher_cache.codecs.entropy import (
-    MOST_ENTRIES,
-    MOST_ROWS,
-    Decoder,
-    Stream,
-    Table,
-    encode,
-    fit_smooth_table,
-    fit_table,
-)
+from teacher_cache.codecs.entropy import MOST_ROWS, Decoder, Stream, encode
+from teacher_cache.codecs.entropy_tables import MOST_ENTRIES, Table, fit_smooth_table, fit_table
 from teacher_cache.errors import KdcliError
 
 INTS = st.integers(-(2**31), 2**31 - 1)

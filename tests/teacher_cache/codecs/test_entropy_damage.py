@@ -16,7 +16,8 @@ import pytest
 import torch
 
 from teacher_cache.codecs import entropy, fitting
-from teacher_cache.codecs.entropy import MOST_ROWS, MOST_SYMBOLS, Decoder, Table, encode, open_record
+from teacher_cache.codecs.entropy import MOST_ROWS, MOST_SYMBOLS, Decoder, encode, open_record
+from teacher_cache.codecs.entropy_tables import Table
 from teacher_cache.errors import CacheError
 from teacher_cache.fields import create_field
 from teacher_cache.fields.affinity import VISION_ROWS

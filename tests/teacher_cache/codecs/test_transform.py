@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from teacher_cache.codecs import adaptive, entropy, fitting, spectrum, transform
 from teacher_cache.codecs.entropy import Decoder
+from teacher_cache.codecs.entropy_tables import fit_table
 from teacher_cache.codecs.fitting import LARGEST, fit, head_metric, least_rows, scale_classes
 from teacher_cache.codecs.spectrum import Grid
 from teacher_cache.codecs.symbol_order import SymbolOrder
@@ -292,7 +293,7 @@ def test_the_order_of_symbols_is_a_stable_sort_by_class(
 ) -> None:
     """Made block by block, and by sorting as a GPU does."""
     classes = np.random.default_rng(seed).integers(0, count, (spectrum.BANDS, rank)).astype(np.uint8)
-    table = entropy.fit_table(np.zeros(1), -1, 1)
+    table = fit_table(np.zeros(1), -1, 1)
     order = SymbolOrder(classes, [table] * count, ROWS, grids)
     flat = classes[spectrum.bands(ROWS, grids)].reshape(-1)
     assert np.array_equal(order.places(), np.argsort(flat, kind="stable"))

@@ -69,7 +69,7 @@ def write_shard(small_plan: Any) -> Callable[..., Commit]:
 @pytest.fixture
 def small_cache(tmp_path: Any, small_plan: Any, write_shard: Callable[..., Commit]) -> Storage:
     """Two shards of ``samples`` and of one field ``fields/x``, whose commits are bound to the hash ``h``."""
-    from teacher_cache.plan import write_plan
+    from teacher_cache.plan_file import write_plan
 
     storage = Storage(tmp_path / "cache")
     write_plan(storage, small_plan)

@@ -207,7 +207,7 @@ def test_a_model_of_another_task_is_one_line(tiny_teacher: Path, tmp_path: Path)
     """Neither of images and text nor of text alone, as teacher (a null one too) and as student."""
     from transformers import CLIPConfig
 
-    from student_train.student import load_student
+    from student_train.load_student import load_student
     from teacher_cache.teachers import null
 
     folder = Path(shutil.copytree(tiny_teacher, tmp_path / "clip"))

@@ -28,7 +28,7 @@ from tests.conftest import ending_as_vicuna
 
 @pytest.fixture(scope="module")
 def student(tiny_student: Path) -> tuple[Any, Any]:
-    from student_train.student import load_student
+    from student_train.load_student import load_student
 
     return load_student(str(tiny_student), "sdpa")
 

@@ -40,7 +40,7 @@ def picture(number: int) -> bytes:
 
 @pytest.fixture(scope="module")
 def student(tiny_student: Path) -> tuple[Any, Any]:
-    from student_train.student import load_student
+    from student_train.load_student import load_student
 
     return load_student(str(tiny_student), "sdpa")
 
@@ -349,7 +349,7 @@ def test_compressed_answers_are_those_of_the_plain_forward(
     student: tuple[Any, Any], tiny_student: Path, images: Path, tmp_path: Path
 ) -> None:
     """The question with two pictures: 3 tokens each, ranked together, chosen by the prompt, then one token at a time."""
-    from student_train.student import load_student
+    from student_train.load_student import load_student
 
     model, processor = load_student(str(tiny_student), "eager")
     _, text, count = QUESTIONS[4]
@@ -406,7 +406,7 @@ def test_an_elastic_student_answers_with_as_many_tokens_as_asked(
     tiny_student: Path, images: Path, tmp_path: Path
 ) -> None:
     from student_train.compressors import CompressorSpec
-    from student_train.student import load_student, save_student
+    from student_train.load_student import load_student, save_student
 
     torch.manual_seed(0)
     model, processor = load_student(str(tiny_student), "sdpa", compressor=CompressorSpec("mqt", 9))
