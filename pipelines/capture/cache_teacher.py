@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from pipelines.capture import receipt
+from pipelines.capture.adopt_calibration import calibrations
 from pipelines.capture.describe import as_begun, describe, new_calibrated
 from pipelines.capture.executors import local
 from pipelines.capture.fit_fields import ask_canaries, fit_fields
@@ -17,7 +18,6 @@ from pipelines.capture.profiles import chosen_fields, with_tails
 from pipelines.capture.skipped_samples import excess, refuse_skips, take_in_again, unread_images
 from pipelines.capture.worker import CaptureRequest, make_preparer, row_readers, run_shards
 from pipelines.inspect.cache import status
-from pipelines.judge.preflight.adopt import calibrations
 from teacher_cache.cache import TeacherCache
 from teacher_cache.cache_shard import CaptureJob
 from teacher_cache.errors import CacheError, KdcliError, naming_full_disk

@@ -14,6 +14,7 @@ from itertools import product
 from typing import Any
 
 from pipelines.capture import canaries
+from pipelines.capture.adopt_calibration import calibration_of
 from pipelines.capture.cache_teacher import plan_for
 from pipelines.capture.describe import (
     HEAD,
@@ -27,7 +28,6 @@ from pipelines.capture.describe import (
 from pipelines.capture.fit_fields import fit_fields
 from pipelines.capture.worker import CaptureRequest, make_preparer
 from pipelines.inspect.cache import receipt, teacher_problems
-from pipelines.judge.preflight.adopt import calibration_of
 from teacher_cache.cache import TeacherCache
 from teacher_cache.codecs import container
 from teacher_cache.errors import CacheError, KdcliError

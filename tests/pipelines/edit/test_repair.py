@@ -228,7 +228,7 @@ def test_other_bytes_are_not_taken_unless_asked(whole: Path, copy_of, mend, requ
 
 def test_a_calibration_from_a_copy(whole: Path, copy_of, mend, request_of, monkeypatch) -> None:
     """Where the fit is another one here, another cache that has the file serves."""
-    monkeypatch.setattr("pipelines.judge.preflight.adopt.LEAST_ROWS", 1)
+    monkeypatch.setattr("pipelines.capture.adopt_calibration.LEAST_ROWS", 1)
     monkeypatch.setattr("pipelines.edit.restore.fit_fields", None)
     folder = copy_of(whole)
     flip(next(folder.glob("teacher/*/calibration/vision_hidden-low_rank_head-*")))

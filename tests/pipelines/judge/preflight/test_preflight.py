@@ -182,7 +182,7 @@ def test_a_damaged_calibration_is_refused(flown: Any, ask: Ask, tmp_path: Path, 
 def test_a_calibration_of_too_few_rows_is_refused(
     flown: Any, ask: Ask, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("pipelines.judge.preflight.adopt.LEAST_ROWS", 1 << 20)
+    monkeypatch.setattr("pipelines.capture.adopt_calibration.LEAST_ROWS", 1 << 20)
     with pytest.raises(CompatibilityError, match=r"fitted on .* token rows, at least 1048576 are needed"):
         capture(real_job(flown, ask, tmp_path / "cache"))
 
