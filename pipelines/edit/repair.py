@@ -19,7 +19,8 @@ from pipelines.capture.presence import at_work
 from pipelines.capture.profiles import chosen_fields
 from pipelines.capture.worker import CaptureRequest, make_preparer, run_shards
 from pipelines.edit.fields import as_described, check_preparation
-from pipelines.edit.restore import Descriptions, LoadedTeacher, restore_manifest
+from pipelines.edit.restore import Descriptions
+from pipelines.edit.restore_manifest import LoadedTeacher, restore_manifest
 from pipelines.inspect.cache import check_descriptions, hashes, refuse_no_cache, survey
 from pipelines.settings import CaptureSettings
 from teacher_cache.cache import TeacherCache

@@ -170,3 +170,8 @@ def check_own_folder(folder: Path, fix: str, links: bool = False) -> None:
         reason = f"can be written to by others (mode {stat.S_IMODE(real.st_mode):o}; `chmod go-w` if it is yours alone)"
     if reason:
         raise CacheError(f"{folder} {reason}: {fix}")
+
+
+def is_inside(folder: str, root: str) -> bool:
+    real, inside = os.path.realpath(folder), os.path.realpath(root)
+    return os.path.commonpath([real, inside]) == inside

@@ -13,9 +13,9 @@ from typing import Any, BinaryIO, TypeVar
 from teacher_cache.errors import CacheError, without_secrets
 from teacher_cache.places import place_of
 from teacher_cache.shards import plain_files, staging
-from teacher_cache.shards.local_disk import give_name, make_folder, move, sync_file, sync_folder
+from teacher_cache.shards.local_disk import give_name, is_inside, make_folder, move, sync_file, sync_folder
 from teacher_cache.shards.plain_files import AT_ONCE, most_bytes, refuse_long
-from teacher_cache.shards.remote import READ_ONLY, all_persistently, exactly, is_empty, persistently
+from teacher_cache.shards.remote import READ_ONLY, all_persistently, at_most, exactly, persistently
 
 T = TypeVar("T")
 
@@ -130,7 +130,7 @@ class Storage:
         step = max(1, AT_ONCE // most) if relatives else 1
         for start in range(0, len(relatives), step):
             names = relatives[start : start + step]
-            for name, data in zip(names, self._ask_all(names, partial(_whole, most=most))):
+            for name, data in zip(names, self._ask_all(names, partial(at_most, most=most))):
                 refuse_long(f"{self.url}/{name}", len(data), most)
                 yield data
 
@@ -207,7 +207,7 @@ class Storage:
     def remove(self, relative: str) -> None:
         """Remove a file, or a link itself; CacheError where it lies outside of the cache, in a folder that is linked into it."""
         path = self.path(relative)
-        if self.local and not _is_inside(os.path.dirname(path), self.root):
+        if self.local and not is_inside(os.path.dirname(path), self.root):
             raise CacheError(f"{path} is outside the cache, behind a link: remove it there by hand, or remove the link")
         self._ask(relative, lambda fs: fs.rm_file(path))
 
@@ -300,14 +300,3 @@ class Storage:
                 with suppress(PermissionError):  # what stands above a cache need not be readable
                     sync_folder(one)
             self._synced.add(folder)
-
-
-def _is_inside(folder: str, root: str) -> bool:
-    real, inside = os.path.realpath(folder), os.path.realpath(root)
-    return os.path.commonpath([real, inside]) == inside
-
-
-def _whole(fs: Any, paths: list[str], numbers: list[int], most: int) -> list[Any]:
-    """At most one byte more than ``most`` of each: the store is not asked for sizes first, and is not believed either."""
-    found = fs.cat_ranges(paths, [0] * len(paths), [most + 1] * len(paths), on_error="return")
-    return [b"" if is_empty(one) else one for one in found]

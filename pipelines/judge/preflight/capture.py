@@ -68,5 +68,6 @@ def capture_sample(
         task(shard)
     seconds = time.perf_counter() - started
     await_listed(storage, left, fields)
-    release()  # what comes next is the student's
+    del task  # with its teacher: what comes next is the student's
+    release()
     return seconds if fresh else None

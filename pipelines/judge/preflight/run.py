@@ -111,7 +111,7 @@ def go_on(request: PreflightRequest, opened: OpenedModels, progress: Progress) -
     cache = TeacherCache(request.cache_url)
     terms = compare_terms(cache, opened.preparer, student, rows, answers, terms_for(all_needs(request)))
     compared = {"compared": sum(map(len, student.batches)), "judged": len(rows)}
-    del student
+    del student, rows, answers  # a training step needs their memory
     methods = []
     for done, method in enumerate(request.methods):
         progress(f"a training step of {method}", done, len(request.methods))
