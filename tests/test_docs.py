@@ -257,3 +257,14 @@ def test_the_index_of_decisions_has_every_record() -> None:
     records = [anchor for anchor in anchors(page) if re.match(r"\d{4}-\d\d-\d\d-", anchor)]
     listed = re.findall(r"^- \[.*\]\(#(.*)\)$", page.read_text(), flags=re.MULTILINE)
     assert listed == records and len(records) > 50
+
+
+def test_the_style_page_names_files_that_are_there() -> None:
+    lines = [
+        line.split("|") for line in (ROOT / "docs" / "style.md").read_text().splitlines() if line.startswith("| `")
+    ]
+    assert len(lines) >= 10
+    for _, folder, _, example, *_ in lines:
+        house, name = (cell.split("`")[1] for cell in (folder, example))
+        place = ROOT / name if name.startswith("tests/") else ROOT / house.replace("*/", "") / name
+        assert place.is_file(), f"{place} is not there"
