@@ -47,8 +47,8 @@ class CaptureJob:
         parts_without_fields: parts of which only ``samples`` is stored (a projector phase without distillation).
         batch_tokens: padded tokens in one teacher batch.
         staging_bytes: as ``ShardWriter`` takes it.
-        writer: of a shard that is new; or of one that is there (``shards/mender.py``).
-        keep_rows: a shard that is there is written again, and must hold every row that it held.
+        writer: of a new shard, or of an existing one (``shards/mender.py``).
+        keep_rows: an existing shard is written again, and must hold every row that it held.
         encode_workers: threads that encode beside the teacher.
     """
 

@@ -1,4 +1,4 @@
-"""What the name of a model can be, looked at before transformers is asked: a folder that is there, or a model of the hub.
+"""What the name of a model can be, looked at before transformers is asked: an existing folder, or a model of the hub.
 
 transformers asks the hub for half a dozen files, each six times with growing pauses: minutes and dozens of lines for one wrong letter.
 """

@@ -76,7 +76,7 @@ def _pictures(plan: Plan, part: Part) -> tuple[str, ...]:
 
 
 def bind_pictures(storage: Storage, plan: Plan, complete: bool = False) -> Plan:
-    """The plan with the pictures that its rows have now; CacheError where the cache that is there was begun with others."""
+    """The plan with the pictures that its rows have now; CacheError where the existing cache was begun with others."""
     try:
         plan = with_pictures(plan)
     except DataError:

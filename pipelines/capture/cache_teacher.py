@@ -101,7 +101,7 @@ def capture(
 def prepared_request(
     request: CaptureRequest, storage: Storage, fields: Mapping[str, Field]
 ) -> tuple[CaptureRequest, Preparer]:
-    """(the request with the preparation version of a cache that is there, what prepares its rows).
+    """(the request with the preparation version of an existing cache, what prepares its rows).
 
     Refuses what needs no row to be refused.
     """
@@ -257,7 +257,7 @@ def adopted(
 
 
 def plan_for(request: CaptureRequest, storage: Storage, preparer: Preparer, config: Any) -> Plan:
-    """The plan that these flags mean: a changed mixture, template or tokenizer does not pass for that of the cache that is there."""
+    """The plan that these flags mean: a changed mixture, template or tokenizer does not pass for that of the existing cache."""
     settings, known = request.settings, known_plan(storage)
     tokens = typical_tokens(config, preparer.processor)
     return make_plan(request.data, settings.shards, preparer.fingerprint(), settings.seed, tokens, known)

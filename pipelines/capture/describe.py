@@ -177,7 +177,7 @@ def write_head(
     """The teacher's head W, for fields of hidden states. Returns its file's sha256; ``head.json`` says it is complete.
 
     Args:
-        named: what fields that are there read it by. A file that is gone is written again where it comes out as it was.
+        named: what existing fields read it by. A file that is gone is written again where it comes out as it was.
 
     Raises:
         CacheError: it comes out otherwise.

@@ -1,4 +1,4 @@
-"""``kdcli cache add-field | drop-field``: fields of a cache that is there, without touching anything else of it."""
+"""``kdcli cache add-field | drop-field``: fields of an existing cache, without touching anything else of it."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def add_fields(
         params: field → its parameters, in writing order.
         settings: ``workers``, ``batch_tokens``, ``parts_without_fields``, ``calibration_rows`` and ``calibration`` count;
             the rest is the cache's.
-        other_teacher: the fields may come from another teacher than those that are there, over the same vocabulary.
+        other_teacher: the fields may come from another teacher than the existing ones, over the same vocabulary.
 
     Returns:
         ``inspect_cache.status`` of the cache.
@@ -100,7 +100,7 @@ def check_parts(cache: TeacherCache, without: tuple[str, ...]) -> None:
 
 
 def as_described(cache: TeacherCache, spec: TeacherSpec, other_teacher: bool) -> TeacherSpec:
-    """``spec`` whose dtype, where none was asked for, is that of the fields that are there: of the same teacher, another machine's
+    """``spec`` whose dtype, where none was asked for, is that of the existing fields: of the same teacher, another machine's
     default would be another teacher."""
     dtypes = {body["teacher"].get("dtype", "auto") for body in cache.fields.values()}
     return (

@@ -197,7 +197,7 @@ class Descriptions:
         return self._describe(name, self.lost[name], head, descriptions, made)
 
     def _on_disk(self, name: str, role: str, file: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
-        """Whole files of this role that are there: another machine's fit may be lost in its description alone."""
+        """Existing whole files of this role: another machine's fit may be lost in its description alone."""
         folder = f"{self.teacher.folder}/calibration"
         for one in self.storage.names(folder):
             if one.startswith(f"{name}-{role}-") and f"{folder}/{one}" != file["path"]:

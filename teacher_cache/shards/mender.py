@@ -1,4 +1,4 @@
-"""Write a shard that is there, damaged, once more: its files are replaced by bytes that its commit promised, by others never.
+"""Write an existing, damaged shard once more: its files are replaced by bytes that its commit promised, by others never.
 
 Each replacement is one whole file in one atomic step, and the commit comes last: whenever the process dies, the shard is as damaged as it
 was or less, and whole only when it is.

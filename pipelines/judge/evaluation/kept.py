@@ -115,7 +115,7 @@ def keeping(keep: KeepIn, identity: Mapping[str, Any]) -> Iterator[KeptAnswers]:
 
 
 def identity_of(model: str, questions: Sequence[Sample], settings: Mapping[str, Any]) -> dict[str, Any]:
-    """What answers depend on. Metrics are taken of answers that are there, so they do not belong to it."""
+    """What answers depend on. Metrics are taken of existing answers, so they do not belong to it."""
     total = hashlib.sha256()
     for row in questions:
         body = {**asdict(row), "images": [hashlib.sha256(image.data).hexdigest() for image in row.images]}
