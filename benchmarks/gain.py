@@ -47,6 +47,8 @@ UNLABELLED = 3
 """Pictures of ``WORLD/unlabelled``, in training rows of the world."""
 FOLDER = re.compile(r"world-(\d+)-rows-(\d+)-wrong-([\d.]+)")
 WANTED = ("response_topk", "response_hidden", "vision_topk", "vision_hidden", "affinity")
+PLACE = ("rows", "steps", "share", "world", "seed", "row")
+"""What tells students apart."""
 METRICS: dict[str, Callable[[Mapping[str, Any]], float]] = {
     "with an image, %": lambda one: 100 * image_mean(one["families"], "exact_match"),
     "nll with an image": lambda one: image_mean(one["families"], "nll"),
@@ -177,6 +179,18 @@ def cells(out: Path) -> list[dict[str, Any]]:
     return list(found.values())
 
 
+def save(path: Path, found: Sequence[Mapping[str, Any]]) -> None:
+    """Add students to the saved ones, each with its machine; one that was saved before is replaced."""
+    machines = json.loads(path.read_text())["machines"] if path.is_file() else []
+    saved = json.loads(path.read_text())["cells"] if path.is_file() else []
+    here = machine("cpu")
+    machines = [one for one in machines if one["machine"] != here["machine"]] + [here]
+    by_place = {str([one[name] for name in PLACE]): one for one in saved}
+    by_place |= {str([one[name] for name in PLACE]): {**one, "machine": here["machine"]} for one in found}
+    cells = sorted(by_place.values(), key=lambda one: tuple(one[name] for name in PLACE))
+    path.write_text(json.dumps({"machines": machines, "cells": cells}, indent=1) + "\n")
+
+
 def tables(found: Sequence[Mapping[str, Any]]) -> str:
     """Two tables a setting: means over pairs, and the paired difference to tuned sft with its 95 % interval."""
     parts = []
@@ -239,7 +253,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=1, help="times those of the grid's last stages")
     parser.add_argument("--workers", type=int, default=1)
     parser.add_argument("--tables", action="store_true", help="train nothing")
-    parser.add_argument("--save", action="store_true", help="benchmarks/results/gain.json")
+    parser.add_argument("--save", action="store_true", help="add to benchmarks/results/gain.json")
     options = parser.parse_args()
     options.share = options.share or [0.0, 0.4]
     sizes = {name: getattr(options, name) for name in ("captions", "train", "heldout")}
@@ -248,8 +262,7 @@ def main() -> None:
     found = cells(options.out)
     print(tables(found))
     if options.save:
-        body = {"machine": machine("cpu"), "sizes": sizes, "cells": found}
-        (RESULTS / "gain.json").write_text(json.dumps(body, indent=1) + "\n")
+        save(RESULTS / "gain.json", found)
     print(json.dumps({"students": len(found)}))
 
 

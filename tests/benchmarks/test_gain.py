@@ -51,6 +51,15 @@ def test_the_docs_show_the_saved_tables():
     assert [line for line in gain.tables(saved).splitlines() if line not in text] == []
 
 
+def test_saved_students_stay_beside_new_ones(tmp_path: Path):
+    one, other = scored("kd", 0, 0, 0.2), scored("kd", 1, 0, 0.3)
+    gain.save(tmp_path / "gain.json", [one, other])
+    gain.save(tmp_path / "gain.json", [scored("kd", 0, 0, 0.5)])
+    saved = json.loads((tmp_path / "gain.json").read_text())
+    assert [cell["scores"]["family_mean"] for cell in saved["cells"]] == [0.5, 0.3]
+    assert [one["machine"] for one in saved["machines"]] == [saved["cells"][0]["machine"]]
+
+
 def test_more_steps_are_of_the_last_stages(tmp_path: Path):
     text = gain.write_grid(tmp_path, [0], ["kd"], 4).read_text()
     assert text.count("max_steps = 800") == 2 and text.count("max_steps = 20\n") == 2
