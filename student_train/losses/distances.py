@@ -1,4 +1,4 @@
-"""Manhattan distances between the rows of two matrices without ever holding ``[A, B, V]`` (slow twin: ``plain.manhattan``).
+"""Manhattan distances between the rows of two matrices without ever holding ``[A, B, V]`` (slow twin: the tests' ``plain_losses``).
 
 In a column where every a is at least every b (or none is above any), Σ|a − b| is ±(Σa − Σb): no pair is looked at. Two models'
 logits are so in most columns, the more the fewer rows are taken at a time: what is left is halved by rows and looked at again. In the

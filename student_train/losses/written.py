@@ -1,4 +1,4 @@
-"""The divergences with their gradients written down: half the passes over ``[R, V]`` that autograd takes (``losses.plain``).
+"""The divergences with their gradients written down: half the passes over ``[R, V]`` that autograd takes (the tests' ``plain_losses``).
 
 Each takes what is known of the teacher (mostly its log-probs b ``[R, V]``) and the student's logits z ``[R, V]`` and returns the value
 ``[R]`` and its gradient ∂/∂z ``[R, V]``; a = log softmax(z), p_s = e^a, p_t = e^b. For a divergence whose derivative after p_s is g,

@@ -14,9 +14,9 @@ import torch
 from student_train.load_student import load_student
 from student_train.methods import create_method
 from student_train.pruning import Descending, Pruning
-from student_train.pruning.plain import pruned_states
 from student_train.student import RowForward, asking_rows
 from teacher_cache.errors import CompatibilityError, KdcliError
+from tests.student_train.pruning.plain import pruned_states
 
 
 def drawn(method: Any, progress: float, draws: int = 400) -> torch.Tensor:

@@ -9,7 +9,7 @@ import torch
 from scipy.optimize import linear_sum_assignment
 
 from student_train.distributions import DenseTeacher, HeadAndTail
-from student_train.losses import distances, matching, plain
+from student_train.losses import distances, matching
 from student_train.losses.matching import (
     UNMATCHED,
     column_sampled_cost,
@@ -21,6 +21,7 @@ from student_train.losses.matching import (
 from teacher_cache.errors import KdcliError
 from teacher_cache.teachers.head import topk_rows
 from tests.close import assert_close
+from tests.student_train import plain_losses as plain
 
 VOCABULARY, PADDED, WIDTH, TEACHER_WIDTH = 61, 66, 7, 11
 

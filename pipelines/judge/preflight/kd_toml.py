@@ -1,14 +1,16 @@
-"""The choice, written into an existing kd.toml: only those keys change, comments and order stay; checked by parsing before it is kept."""
+"""The choice, written into an existing kd.toml: only those keys change, comments and order stay."""
 
 from __future__ import annotations
 
 import difflib
-import json
-import re
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+import tomlkit
+from tomlkit.exceptions import TOMLKitError
+from tomlkit.items import Table
 
 from teacher_cache.errors import DiskError, KdcliError
 from teacher_cache.whole_file import write_whole
@@ -30,84 +32,51 @@ def tables_of(store: str, calibration: str, params: Mapping[str, Mapping[str, An
 
 def block(tables: Tables) -> str:
     """TOML to paste."""
-    texts = []
-    for name, values in tables.items():
-        lines = [f"{key} = {toml_value(value)}" for key, value in values.items() if value is not None]
-        texts.append("\n".join([f"[{name}]", *lines]))
-    return "\n\n".join(texts) + "\n"
-
-
-def toml_value(value: Any) -> str:
-    """A text, number or boolean; JSON's notation of these is TOML's too."""
-    if not isinstance(value, str | int | float | bool):
-        raise KdcliError(f"kd.toml: cannot write {value!r}")
-    return json.dumps(value, ensure_ascii=False)
+    return edited("", tables)
 
 
 def edited(text: str, tables: Tables) -> str:
-    """``text`` with these keys; KdcliError where it is written in a way that line edits do not reach."""
-    new = text
-    for name, values in tables.items():
-        new = edit_table(new, name, values)
-    wanted = tomllib.loads(text)
-    for name, values in tables.items():
-        at: dict[str, Any] = wanted
-        for step in name.split("."):
-            at = at.setdefault(step, {})
-        for key, value in values.items():
-            at.pop(key, None)
-            if value is not None:
-                at[key] = value
+    """``text`` with these keys; KdcliError where the edit would say anything else."""
+    wanted, new = tomllib.loads(text), text
     try:
-        same = without_empty(tomllib.loads(new)) == without_empty(wanted)
-    except tomllib.TOMLDecodeError:
+        for name, values in tables.items():
+            put(wanted, name, values)
+            document = tomlkit.parse(new)
+            put(document, name, values)
+            new = tomlkit.dumps(document)
+        same = tomllib.loads(new) == wanted
+    except (TOMLKitError, tomllib.TOMLDecodeError, TypeError):  # [capture] is no table
         same = False
     if not same:
-        raise KdcliError("its tables are not written as [capture] and [fields.NAME] with one key per line")
+        raise KdcliError("its tables are not written as [capture] and [fields.NAME]")
     return new
 
 
-def without_empty(value: Any) -> Any:
-    """A table that holds nothing says nothing."""
-    if not isinstance(value, dict):
-        return value
-    kept = {key: without_empty(one) for key, one in value.items()}
-    return {key: one for key, one in kept.items() if one != {}}
-
-
-def edit_table(text: str, name: str, values: Mapping[str, Any]) -> str:
-    lines = text.split("\n")
-    header = re.compile(rf"^\s*\[\s*{re.escape(name)}\s*\]\s*(#.*)?$")
-    start = next((number for number, line in enumerate(lines) if header.match(line)), None)
-    if start is None:
-        present = {key: value for key, value in values.items() if value is not None}
-        return text.rstrip("\n") + "\n\n" + block({name: present}) if present else text
-    stop = next((n for n in range(start + 1, len(lines)) if re.match(r"^\s*\[", lines[n])), len(lines))
-    body = lines[start + 1 : stop]
+def put(document: Any, name: str, values: Mapping[str, Any]) -> None:
+    """Set, add and remove keys of one table in a parsed file."""
+    *above, last = name.split(".")
+    for step in above:
+        document = document.setdefault(step, {})
+    if last not in document:
+        document[last] = {key: value for key, value in values.items() if value is not None}
+        return
+    table = document[last]
     for key, value in values.items():
-        body = edit_key(body, key, value)
-    return "\n".join([*lines[: start + 1], *body, *lines[stop:]])
+        if value is None:
+            table.pop(key, None)
+            continue
+        added = key not in table
+        table[key] = value
+        if added and isinstance(table, Table):
+            behind_keys(table)
 
 
-def edit_key(body: list[str], key: str, value: Any) -> list[str]:
-    """One key of a table's lines: replaced where it stands, its comment kept; else put after the last key."""
-    pattern = re.compile(rf"^(\s*{re.escape(key)}\s*=\s*)(\"[^\"]*\"|'[^']*'|[^\s#]+)(\s*#.*)?\s*$")
-    at = next((number for number, line in enumerate(body) if pattern.match(line)), None)
-    if value is None:
-        return body if at is None else [*body[:at], *body[at + 1 :]]
-    if at is None:
-        keys = [number for number, line in enumerate(body) if re.match(r"^\s*[A-Za-z_]\w*\s*=", line)]
-        place = keys[-1] + 1 if keys else 0
-        return [*body[:place], f"{key} = {toml_value(value)}", *body[place:]]
-    match = pattern.match(body[at])
-    assert match is not None
-    before = match[2]
-    after = toml_value(value)
-    comment = match[3] or ""
-    if comment:  # its column stays where it can
-        spaces = len(comment) - len(comment.lstrip())
-        comment = " " * max(1, spaces + len(before) - len(after)) + comment.lstrip()
-    return [*body[:at], f"{match[1]}{after}{comment}", *body[at + 1 :]]
+def behind_keys(table: Table) -> None:
+    """Move the key added last up to the others: a comment at a table's end often belongs to the next table."""
+    body = table.value.body
+    *rest, added = (place for place, (key, _) in enumerate(body) if key is not None)
+    if rest:
+        body.insert(rest[-1] + 1, body.pop(added))
 
 
 def write(path: Path | None, tables: Tables) -> dict[str, Any]:

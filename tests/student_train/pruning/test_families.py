@@ -9,9 +9,9 @@ import torch
 
 from student_train.pruning import Pruning
 from student_train.pruning.forward import prune_vision
-from student_train.pruning.plain import pruned_states
 from teacher_cache.errors import CompatibilityError
 from tests.close import assert_close
+from tests.student_train.pruning.plain import pruned_states
 
 ANYRES = {"pixel_values": torch.Size([1, 3, 3, 16, 16]), "tokens": 16 + 4 * 8 + 4}
 """An image of 16 × 32 pixels: one overview, two tiles, a newline token behind each of four rows."""

@@ -11,9 +11,9 @@ import torch
 
 from student_train.pruning import Pruning, operator_modules
 from student_train.pruning.forward import prune_vision
-from student_train.pruning.plain import CHOICES, pruned_states
 from teacher_cache.errors import CompatibilityError
 from tests.close import assert_close
+from tests.student_train.pruning.plain import CHOICES, pruned_states
 
 OPERATORS = sorted(operator_modules())
 ASKING = torch.tensor([20, 24, 8, 38, 19])

@@ -9,8 +9,8 @@ import torch
 
 from student_train.pruning import Pruning, operator_modules
 from student_train.pruning.forward import prune_vision
-from student_train.pruning.plain import pruned_states
 from teacher_cache.errors import CompatibilityError
+from tests.student_train.pruning.plain import pruned_states
 
 NEW = 6
 OPERATORS = sorted(operator_modules())

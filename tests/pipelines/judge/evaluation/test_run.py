@@ -17,9 +17,9 @@ from pipelines.judge.evaluation.run import MAX_NEW_TOKENS, Answer, evaluate, eva
 from pipelines.judge.evaluation.score import calibration_error
 from pipelines.terminal.tables import score_table
 from student_train.pruning import Pruning
-from student_train.pruning.plain import pruned_states
 from teacher_cache.errors import CompatibilityError, DataError
 from teacher_cache.sources import DataSpec
+from tests.student_train.pruning.plain import pruned_states
 
 QUESTIONS = [
     ("shape", "<image>\nwhat is it", 1),

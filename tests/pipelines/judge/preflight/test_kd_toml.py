@@ -1,4 +1,4 @@
-"""Line edits of kd.toml: what changes is exactly what was asked, or nothing changes."""
+"""Edits of kd.toml: what changes is exactly what was asked, or nothing changes."""
 
 from __future__ import annotations
 
@@ -26,6 +26,11 @@ TABLES = tables_of(
         "[capture]\nstore = 'exact'\nfields = []\n\n[fields.vision_hidden]\ncodec = \"int8\"\n",
         "[fields.vision_topk]\nk = 64    # wide\n[fields.vision_hidden]\nstep=0.5\ncodec_version = 1\n",
         '[[data]]\npart = "sft"\npath = "x"',
+        "fields.vision_topk.k = 64\n",
+        "[fields]\nvision_topk = {k = 64}\n",
+        'capture = {store = "exact"}\n',
+        "[capture]\nfields = [\n  'x',\n]\n",
+        "[fields.vision_topk]\nk = 64\n\n[train]\nstudent = 'x' # s\n\n[fields.vision_hidden]\nstep = 0.5 # t\n",
     ],
 )
 def test_the_result_says_what_was_asked_and_all_the_rest(text: str) -> None:
@@ -47,17 +52,14 @@ def test_another_codec_leaves_no_step_behind() -> None:
     }
 
 
-@pytest.mark.parametrize(
-    "text",
-    [
-        "fields.vision_topk.k = 64\n",
-        "[fields]\nvision_topk = {k = 64}\n",
-        'capture = {store = "exact"}\n',
-        "[capture]\nfields = [\n  'x',\n]\n",
-    ],
-)
-def test_what_line_edits_do_not_reach_is_left_alone(tmp_path: Path, text: str) -> None:
-    with pytest.raises(KdcliError, match="one key per line"):
+def test_a_key_stands_behind_the_others_and_above_the_comments() -> None:
+    text = '[capture]\nstore = "exact"   # s\n# workers = 0\n\n# a student\n[train]\nbf16 = true\n'
+    assert edited(text, {"capture": {"calibration": "c"}}) == text.replace("# s\n", '# s\ncalibration = "c"\n')
+
+
+@pytest.mark.parametrize("text", ["capture = 3\n", "[fields]\nvision_topk = 'k'\n", "fields = []\n", "[[capture]]\n"])
+def test_what_is_no_table_is_left_alone(tmp_path: Path, text: str) -> None:
+    with pytest.raises(KdcliError, match=r"as \[capture\] and \[fields.NAME\]"):
         edited(text, TABLES)
     file = tmp_path / "kd.toml"
     file.write_text(text)

@@ -1,4 +1,4 @@
-"""The same pruning written down plainly, for tests: one sample, no padding, no hooks, whole attention maps, choices token by token.
+"""The same pruning written down plainly: one sample, no padding, no hooks, whole attention maps, choices token by token.
 
 The model must run eager attention (the only one that shows its probabilities).
 """
