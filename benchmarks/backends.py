@@ -28,6 +28,7 @@ from teacher_cache.sources import open_source
 from teacher_cache.teachers.backends import open_teacher
 from teacher_cache.teachers.transformers import TeacherSpec
 from teacher_cache.teachers.vllm_engine import vllm_version
+from teacher_cache.wants import Wants
 
 PAIRS = (("standard", "hidden"), ("compact", "hidden"), ("compact", "logprobs"))
 """(profile, vLLM's route), each measured beside transformers."""
@@ -54,9 +55,9 @@ def prepared_rows(world: World) -> list[Prepared]:
     ]
 
 
-def wants_of(profile: str) -> frozenset[str]:
+def wants_of(profile: str) -> Wants:
     """What the teacher must compute for a profile."""
-    return frozenset().union(*(create_field(name, params).wants for name, params in PROFILES[profile].items()))
+    return Wants.together(create_field(name, params).wants for name, params in PROFILES[profile].items())
 
 
 def furthest(ours: Sequence[TeacherOutput], theirs: Sequence[TeacherOutput]) -> dict[str, float]:

@@ -18,6 +18,7 @@ from teacher_cache.records import Prepared, SkipRecord, TeacherOutput, TextToken
 from teacher_cache.sources import DataSpec, open_source
 from teacher_cache.teachers.head import topk_rows
 from teacher_cache.teachers.transformers import TeacherSpec, TransformersTeacher, load_processor
+from teacher_cache.wants import Wants
 
 LARGEST_K = 128
 PROMPT = 16
@@ -104,7 +105,7 @@ def _prepare(specs: Sequence[DataSpec], preparer: Preparer) -> list[Prepared]:
 def listen(model: TransformersTeacher, prepared: Sequence[Prepared]) -> list[TeacherOutput]:
     """Hidden states of vision, response and text rows and the largest top-k, sample by sample."""
     kinds = ("vision", "response")
-    wants = frozenset({*(f"topk.{kind}:{LARGEST_K}" for kind in kinds), *(f"hidden.{k}" for k in (*kinds, "text"))})
+    wants = Wants(hidden={*kinds, "text"}, topk=dict.fromkeys(kinds, LARGEST_K))
     return ask(model, prepared, wants, 8192)
 
 

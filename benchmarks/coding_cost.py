@@ -18,7 +18,7 @@ import torch
 from benchmarks.common import synchronize
 from teacher_cache.cache import TeacherCache
 from teacher_cache.codecs import container
-from teacher_cache.fields import Field
+from teacher_cache.fields import Field, wants_of
 from teacher_cache.records import Prepared
 from teacher_cache.teachers.transformers import TransformersTeacher
 
@@ -61,7 +61,7 @@ def _encode_once(
     teacher: TransformersTeacher, batches: Sequence[Sequence[Prepared]], fields: Fields, device: str
 ) -> dict[str, float]:
     spent: Counter[str] = Counter()
-    wants = frozenset().union(*(one.wants for one in fields.values()))
+    wants = wants_of(fields.values())
     for batch in batches:
         with mock.patch.object(TransformersTeacher, "hidden", _watched_forward(spent, device)):
             outputs = teacher(batch, wants)

@@ -43,7 +43,7 @@ from teacher_cache.behind import Waits
 from teacher_cache.cache_shard import CaptureJob, cache_shard, prepare_windows, read_ahead
 from teacher_cache.codecs import spectrum
 from teacher_cache.codecs.spectrum import Grid
-from teacher_cache.fields import create_field
+from teacher_cache.fields import create_field, wants_of
 from teacher_cache.make_plan import make_plan
 from teacher_cache.plan import Plan
 from teacher_cache.plan_file import write_plan
@@ -51,6 +51,7 @@ from teacher_cache.prepare import Preparer
 from teacher_cache.records import Prepared, TeacherOutput, TopK
 from teacher_cache.shards.storage import Storage
 from teacher_cache.sources import DataSpec, open_source
+from teacher_cache.wants import Wants
 from teacher_cache.window_bytes import weigher
 
 TARGET, MOST_CORES = 0.95, 4
@@ -100,7 +101,7 @@ class HostPart:
 
     def __init__(self, answers: Answers, kind: str, states: Sequence[str]):
         self.name, self._kind, self._states = kind, kind, states
-        self.wants = frozenset(f"hidden.{one}" for one in states)
+        self.wants = Wants(hidden=set(states))
         self._answers, self._one = answers, answers.kinds[kind]
         self._one.coder.__dict__["_ordered"] = self._looked_up
 
@@ -123,7 +124,7 @@ class Teacher:
         self.launches: list[float] = []
         self._small = torch.zeros(8)
 
-    def __call__(self, prepared: Sequence[Prepared], wants: frozenset[str]) -> list[TeacherOutput]:
+    def __call__(self, prepared: Sequence[Prepared], wants: Wants) -> list[TeacherOutput]:
         began = perf_counter()
         for _ in range(LAUNCHES):
             self._small.add_(1)
@@ -152,9 +153,7 @@ class Bench:
 
     def batches(self, job: CaptureJob) -> Iterator[list[Prepared]]:
         """In the windows of a capture, which are bounded by what the teacher will say."""
-        weigh = weigher(
-            frozenset().union(*(one.wants for one in self.fields.values())), self.teacher, self.preparer.config
-        )
+        weigh = weigher(wants_of(self.fields.values()), self.teacher, self.preparer.config)
         for shard in range(len(self.plan.slices)):
             source = open_source(self.plan.spec(self.plan.slices[shard].part))
             for window in read_ahead(prepare_windows(job, shard, source, self.preparer, weigh=weigh)):

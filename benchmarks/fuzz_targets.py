@@ -47,6 +47,7 @@ from teacher_cache.shards.writer import ShardWriter
 from teacher_cache.sources import DataSpec, open_source
 from teacher_cache.teachers.head import topk_rows
 from teacher_cache.teachers.sampling import sample_batch
+from teacher_cache.wants import NOTHING, Wants
 
 Build = Callable[[Any], bytes]
 """Draws (``hypothesis.data``) → an input."""
@@ -176,7 +177,7 @@ def prepared() -> Prepared:
     return Prepared("000000000-00000000", "sft", none, ids[:VISION], none, ids[:RESPONSE], none, text, (), {})
 
 
-def teacher_output(seed: int, wants: frozenset[str] = frozenset()) -> TeacherOutput:
+def teacher_output(seed: int, wants: Wants = NOTHING) -> TeacherOutput:
     generator = torch.Generator().manual_seed(seed)
     counts = {"vision": VISION, "response": RESPONSE, "text": TEXT}
     hidden = {name: torch.randn(rows, D, generator=generator) for name, rows in counts.items()}
@@ -207,7 +208,7 @@ def made_field(number: int) -> tuple[Any, bytes, bytes]:
         fitted: Any = one
         tensors = fitted.fit([teacher_output(seed) for seed in range(8)], head_matrix()).tensors
         one, calibration = fitted.with_calibration(tensors), container.pack(tensors)
-    record = container.pack(one.encode(prepared(), teacher_output(9, frozenset(one.wants))))
+    record = container.pack(one.encode(prepared(), teacher_output(9, one.wants)))
     return one, record, calibration
 
 

@@ -13,7 +13,7 @@ from teacher_cache.batch import token_batches
 from teacher_cache.behind import Behind, Record, Waits, encode_row
 from teacher_cache.codecs import container
 from teacher_cache.errors import CacheError, OutOfMemory, SkipRow, one_line, out_of_memory
-from teacher_cache.fields import Field
+from teacher_cache.fields import Field, wants_of
 from teacher_cache.plan import Plan
 from teacher_cache.prepare import Preparer
 from teacher_cache.records import Prepared, RowGroup, Sample, SkipRecord, TeacherOutput
@@ -24,10 +24,11 @@ from teacher_cache.shards.storage import Storage
 from teacher_cache.shards.verify import lost
 from teacher_cache.shards.writer import ShardWriter
 from teacher_cache.sources import DataSpec
+from teacher_cache.wants import Wants
 from teacher_cache.window_bytes import WINDOW_BYTES, Weigh, input_bytes, weigher
 
 WINDOW_ROWS = 256
-Teacher = Callable[[Sequence[Prepared], frozenset[str]], list[TeacherOutput]]
+Teacher = Callable[[Sequence[Prepared], Wants], list[TeacherOutput]]
 
 
 class SampleReader(Protocol):
@@ -124,7 +125,7 @@ def cache_shard(
     hashes = {column: job.fields.get(column.removeprefix("fields/"), "") for column in columns}
     writers = {c: job.writer(job.storage, c, shard, job.plan.plan_hash, hashes[c], job.staging_bytes) for c in columns}
     fields = {c: job.field_objects[c.removeprefix("fields/")] for c in columns if c != "samples"}
-    wants = frozenset().union(*(one.wants for one in fields.values()))
+    wants = wants_of(fields.values())
     try:
         with naming_shard(job, shard), Behind(job.encode_workers, waits) as behind:
             weigh = weigher(wants, teacher, preparer.config)
@@ -198,9 +199,7 @@ def prepare_row(
     return recorded.agree(row, prepared.key) or (row, prepared)
 
 
-def ask(
-    teacher: Teacher, prepared: Sequence[Prepared], wants: frozenset[str], batch_tokens: int
-) -> list[TeacherOutput]:
+def ask(teacher: Teacher, prepared: Sequence[Prepared], wants: Wants, batch_tokens: int) -> list[TeacherOutput]:
     """What the teacher says of every row, in their order."""
     outputs = dict(answers(teacher, prepared, wants, batch_tokens))
     return [outputs[i] for i in range(len(prepared))]
@@ -209,7 +208,7 @@ def ask(
 def answers(
     teacher: Teacher,
     prepared: Sequence[Prepared],
-    wants: frozenset[str],
+    wants: Wants,
     batch_tokens: int,
     seen: Callable[[Sequence[int]], None] = lambda indices: None,
 ) -> Iterator[tuple[int, TeacherOutput]]:

@@ -7,8 +7,7 @@ from typing import Any
 
 from teacher_cache.batch import row_positions
 from teacher_cache.records import Prepared, Sample
-from teacher_cache.teachers.sampling import sampled_wants
-from teacher_cache.teachers.text_vision import attention_layers
+from teacher_cache.wants import Wants
 
 WINDOW_BYTES = 1 << 30
 """Of one window. Three are there at a time: one is prepared, one lies with the teacher, one is written."""
@@ -23,7 +22,7 @@ def input_bytes(sample: Sample, prepared: Prepared) -> int:
     return pixels + sum(len(image.data) for image in sample.images)
 
 
-def weigher(wants: frozenset[str], teacher: Any, config: Any) -> Weigh:
+def weigher(wants: Wants, teacher: Any, config: Any) -> Weigh:
     """Bytes of a row with the answer of a teacher to ``wants``.
 
     Args:
@@ -35,21 +34,13 @@ def weigher(wants: frozenset[str], teacher: Any, config: Any) -> Weigh:
     return lambda sample, prepared: input_bytes(sample, prepared) + output_bytes(prepared, wants, state, heads)
 
 
-def output_bytes(prepared: Prepared, wants: frozenset[str], state: int, heads: int) -> int:
+def output_bytes(prepared: Prepared, wants: Wants, state: int, heads: int) -> int:
     """Of a ``TeacherOutput``. state: bytes of a hidden state. heads: of a decoder layer."""
     rows = {kind: len(at) for kind, at in row_positions(prepared).items()}
-    total = 0
-    for want in wants:
-        name, _, rest = want.partition(".")
-        if name in ("hidden", "features"):
-            total += rows[rest] * state
-        elif name == "topk":
-            kind, k = rest.split(":")
-            total += rows[kind] * int(k) * TOPK_BYTES
-        elif name == "gram":
-            total += rows["vision"] ** 2 * 4
-    for kind, (_, size, _) in sampled_wants(wants).items():
-        total += rows[kind] * size * TOPK_BYTES
-    for asked in attention_layers(wants).values():
-        total += (1 if asked == {"mean"} else heads) * rows["text"] * rows["vision"] * 4
+    total = (sum(rows[kind] for kind in wants.hidden) + wants.features * rows["vision"]) * state
+    total += sum(rows[kind] * k for kind, k in wants.topk.items()) * TOPK_BYTES
+    total += sum(rows[kind] * one.size for kind, one in wants.sampled.items()) * TOPK_BYTES
+    total += wants.gram * rows["vision"] ** 2 * 4
+    for asked in wants.attention.values():
+        total += (1 if asked == "mean" else heads) * rows["text"] * rows["vision"] * 4
     return total

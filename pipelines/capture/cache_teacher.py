@@ -21,7 +21,7 @@ from pipelines.inspect.cache import status
 from teacher_cache.cache import TeacherCache
 from teacher_cache.cache_shard import CaptureJob
 from teacher_cache.errors import CacheError, KdcliError, naming_full_disk
-from teacher_cache.fields import Field, create_field
+from teacher_cache.fields import Field, create_field, wants_of
 from teacher_cache.fields.calibration import Calibration
 from teacher_cache.fingerprint import preparation_version
 from teacher_cache.layout import typical_tokens
@@ -105,7 +105,7 @@ def prepared_request(
 
     Refuses what needs no row to be refused.
     """
-    refuse_wants(request.teacher, wants_of(fields))
+    refuse_wants(request.teacher, wants_of(fields.values()))
     processor, config = load_processor(request.teacher)
     parts = [spec.part for spec in request.data]
     if unknown := set(request.settings.parts_without_fields) - set(parts):
@@ -136,7 +136,7 @@ def capture_fields(
     Args:
         loaded: the teacher's (processor, config). adoption: as ``adopted`` found it.
     """
-    check_layers(wants_of(fields), loaded[1], request.teacher.trust_remote_code)
+    check_layers(wants_of(fields.values()), loaded[1], request.teacher.trust_remote_code)
     storage, (preflight, taken) = Storage(request.out), adoption
     with naming_full_disk(storage):
         hashes, bound = describe(
@@ -234,11 +234,6 @@ def retry_skipped(
     return take_in_again(
         job, list(mine), row_readers(request, job.storage, job.plan), make_preparer(request, *loaded), run
     )
-
-
-def wants_of(fields: Mapping[str, Field]) -> frozenset[str]:
-    """What these fields want of the teacher."""
-    return frozenset().union(*(one.wants for one in fields.values()))
 
 
 def made_up(request: CaptureRequest, fields: Mapping[str, Field]) -> list[str]:

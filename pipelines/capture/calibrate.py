@@ -12,13 +12,14 @@ from teacher_cache.batch import row_positions
 from teacher_cache.behind import is_finite
 from teacher_cache.cache_shard import SampleReader, Teacher
 from teacher_cache.errors import KdcliError, SkipRow
-from teacher_cache.fields import CalibratedField
+from teacher_cache.fields import CalibratedField, wants_of
 from teacher_cache.fields.calibration import Calibration
 from teacher_cache.plan import Plan, Slice
 from teacher_cache.prepare import Preparer
 from teacher_cache.records import Prepared, Sample, SkipRecord, TeacherOutput
 from teacher_cache.same_rows import SteadyRows
 from teacher_cache.sources import DataSpec
+from teacher_cache.wants import NOTHING, Wants
 
 MOST_ROWS = 1 << 16
 """Rows of one kind that a fit looks at: enough for any width, and a bound on its memory."""
@@ -41,7 +42,7 @@ def calibrate(
         head: W ``[V, D]``. samples: how many rows of the mixture the teacher reads.
         row_reader: shard → where its rows are read; None: from the mixture.
     """
-    wants = frozenset().union(*(field.wants for field in fields.values()))
+    wants = wants_of(fields.values())
     prepared = calibration_samples(plan, preparer, samples, parts_without_fields, row_reader, wants)
     outputs = ask(teacher, prepared, wants, batch_tokens)
     if not outputs:
@@ -73,7 +74,7 @@ def calibration_samples(
     samples: int,
     parts_without_fields: frozenset[str],
     row_reader: Callable[[int], SampleReader] | None = None,
-    wants: frozenset[str] = frozenset(),
+    wants: Wants = NOTHING,
 ) -> list[Prepared]:
     """The first usable rows of every slice in turn, until there are enough: every part and kind of row has its share.
 
@@ -102,10 +103,9 @@ def calibration_samples(
     return kept
 
 
-def hidden_rows(prepared: Sequence[Prepared], wants: frozenset[str]) -> int:
+def hidden_rows(prepared: Sequence[Prepared], wants: Wants) -> int:
     """Hidden states of the kind of which these rows have the most."""
-    kinds = {want.removeprefix("hidden.") for want in wants if want.startswith("hidden.")}
-    return sum(max((len(row_positions(one)[kind]) for kind in kinds), default=0) for one in prepared)
+    return sum(max((len(row_positions(one)[kind]) for kind in wants.hidden), default=0) for one in prepared)
 
 
 def spread(slices: Sequence[Slice], parts_without_fields: frozenset[str]) -> list[Slice]:
@@ -140,9 +140,7 @@ def usable_rows(rows: Iterable[Sample | SkipRecord], preparer: Preparer, spec: D
             continue
 
 
-def ask(
-    teacher: Teacher, prepared: Sequence[Prepared], wants: frozenset[str], batch_tokens: int
-) -> list[TeacherOutput]:
+def ask(teacher: Teacher, prepared: Sequence[Prepared], wants: Wants, batch_tokens: int) -> list[TeacherOutput]:
     """The finite outputs of the samples, in their order."""
     return [one for one in cache_shard.ask(teacher, prepared, wants, batch_tokens) if is_finite(one)]
 

@@ -24,11 +24,12 @@ from teacher_cache.shards.schema import require
 from teacher_cache.shards.sealed import seal, unseal
 from teacher_cache.shards.storage import Storage
 from teacher_cache.teachers.head import head_logits
+from teacher_cache.wants import Wants
 
 FILE, RECEIPT = "canaries.safetensors", "canaries.json"
 ROWS, MOST_STATES = 8, 64
-WANTS = frozenset({"hidden.vision", "hidden.response"})
 KINDS = ("vision", "response")
+WANTS = Wants(hidden=set(KINDS))
 TOLERANCE = {"float32": 1e-4, "bfloat16": 3e-2, "float16": 6e-3}
 """Relative RMS of hidden states that another machine may differ by, however quiet the floor was: other kernels sum in another order."""
 FLOOR_TIMES = 10

@@ -59,8 +59,7 @@ def fields_of_images(names: Iterable[str]) -> list[str]:
     """Those of the fields that hold what a teacher says at, or of, vision tokens."""
     from teacher_cache.fields import create_field
 
-    kinds = ("vision", "attention")
-    return [name for name in names if any(kind in want for want in create_field(name).wants for kind in kinds)]
+    return [name for name in names if create_field(name).wants.of_images]
 
 
 def refuse_fields_of_images(names: Iterable[str]) -> None:

@@ -31,6 +31,7 @@ from teacher_cache.stored_rows import StoredPreparer, StoredRows
 from teacher_cache.teachers import null
 from teacher_cache.teachers.backends import load_processor, open_teacher, release
 from teacher_cache.teachers.transformers import TeacherSpec, resolve_device
+from teacher_cache.wants import Wants
 
 MOST_ENCODERS = 4
 """Threads that encode by default: a third of what they do holds the interpreter's lock, so that more of them gain little."""
@@ -215,7 +216,7 @@ def waiting(every: Sequence[Captured]) -> str:
 def stoppable(teacher: Teacher) -> Teacher:
     """The teacher; before each batch it looks for a signal to stop."""
 
-    def ask(prepared: Sequence[Prepared], wants: frozenset[str]) -> list[TeacherOutput]:
+    def ask(prepared: Sequence[Prepared], wants: Wants) -> list[TeacherOutput]:
         stopping.check()
         return teacher(prepared, wants)
 

@@ -7,7 +7,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
-from pipelines.capture.cache_teacher import adopted, capture_fields, wants_of
+from pipelines.capture.cache_teacher import adopted, capture_fields
 from pipelines.capture.executors import local
 from pipelines.capture.presence import at_work
 from pipelines.capture.profiles import refuse_fields_of_images, with_tails
@@ -15,7 +15,7 @@ from pipelines.capture.worker import CaptureRequest, make_preparer
 from pipelines.settings import CaptureSettings
 from teacher_cache.cache import TeacherCache
 from teacher_cache.errors import CacheError, CompatibilityError, KdcliError
-from teacher_cache.fields import Field, create_field
+from teacher_cache.fields import Field, create_field, wants_of
 from teacher_cache.fingerprint import preparation_version
 from teacher_cache.plan import difference
 from teacher_cache.plan_file import read_plan
@@ -54,7 +54,7 @@ def add_fields(
     settings = replace(settings, fields=tuple(fields), **own)
     version = preparation_version(preparation, cache.storage)
     request = CaptureRequest(spec, (), url, settings, params, from_samples=True, version=version)
-    refuse_wants(spec, wants_of(fields))
+    refuse_wants(spec, wants_of(fields.values()))
     processor, config = load_processor(spec)
     if processor.image_processor is None:
         refuse_fields_of_images(fields)

@@ -80,7 +80,7 @@ def _kinds(cache: TeacherCache, column: str) -> list[str]:
     if column == "samples":
         return ["text"]
     wants = cache.open_field(column.removeprefix("fields/")).wants
-    return [kind for kind in KINDS if any(want.split(".")[-1].split(":")[0] == kind for want in wants)]
+    return [kind for kind in KINDS if kind in wants.row_kinds]
 
 
 def _full_logits(cache: TeacherCache, counts: dict[str, int]) -> str:

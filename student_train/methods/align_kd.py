@@ -25,6 +25,7 @@ from student_train.methods.soft_targets import SoftTargets
 from student_train.needs import Need
 from teacher_cache.errors import CompatibilityError, KdcliError
 from teacher_cache.teachers.text_vision import check_layers
+from teacher_cache.wants import Wants
 
 NAME = "align-kd"
 PAPER = "Align-KD, arXiv 2412.01282"
@@ -80,7 +81,7 @@ class AlignKD(SoftTargets):
         """CompatibilityError where the student's first layer is of an unknown kind, or its heads have no counterpart in the cache."""
         if not self.focus + self.gamma:
             return
-        check_layers(frozenset({"attention.0:each"}), config)
+        check_layers(Wants(attention={0: "each"}), config)
         if self.gamma and self.heads == "each" and fields["attention"]["params"].get("heads") == "mean":
             raise CompatibilityError(
                 "align-kd: heads=each, but field attention holds the mean over heads: --set heads=mean, or another cache"

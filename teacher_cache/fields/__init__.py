@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from types import ModuleType
 from typing import Any, Protocol
 
@@ -20,6 +20,7 @@ from teacher_cache.errors import CacheError, KdcliError
 from teacher_cache.fields.calibration import Calibration
 from teacher_cache.plugins import with_plugins
 from teacher_cache.records import Prepared, TeacherOutput
+from teacher_cache.wants import Wants
 
 DAMAGE = (ArithmeticError, AttributeError, LookupError, MemoryError, RuntimeError, TypeError, ValueError)
 """What torch and numpy raise of tensors that are not what a reader takes them for."""
@@ -32,9 +33,7 @@ class Field(Protocol):
         name: folder name under ``fields/``.
         version: of the stored layout; an unknown one is refused by name.
         params: JSON-able, complete: with them ``create`` makes the same field again. Bound in ``field.json``.
-        wants: what the teacher must compute: ``hidden.vision``, ``hidden.response``, ``hidden.text``, ``topk.vision:K``,
-            ``topk.response:K``, ``gram.vision``, ``sampled.KIND:SAMPLER:SIZE:SEED``,
-            ``attention.LAYER:each`` or ``attention.LAYER:mean``, ``features.vision``.
+        wants: what the teacher must compute.
         calibrated: it needs a ``Calibration`` to encode or decode.
         temperatures: at which the stored distributions are valid; None: at all of them.
     """
@@ -42,7 +41,7 @@ class Field(Protocol):
     name: str
     version: int
     params: Mapping[str, Any]
-    wants: frozenset[str]
+    wants: Wants
     calibrated: bool
     temperatures: tuple[float, ...] | None
 
@@ -112,9 +111,20 @@ def create_field(
     if name not in kinds:
         raise KdcliError(f"unknown field {name!r}: the fields are {', '.join(sorted(kinds))}")
     try:
-        return kinds[name].create(name, dict(params or {}), *([calibration] if calibration is not None else []))
+        field: Field = kinds[name].create(name, dict(params or {}), *([calibration] if calibration is not None else []))
     except TypeError as error:
         raise KdcliError(f"field {name}: {error}") from None
+    if not isinstance(wants := getattr(field, "wants", None), Wants):
+        raise KdcliError(
+            f"field {name} of {kinds[name].__name__}: wants is {wants!r}: declare a teacher_cache.wants.Wants, as "
+            'Wants(topk={"response": 1}) for {"topk.response:1"} (docs/add_a_field.md)'
+        )
+    return field
+
+
+def wants_of(fields: Iterable[Field]) -> Wants:
+    """What the teacher must compute for all of them."""
+    return Wants.together(one.wants for one in fields)
 
 
 def open_field(

@@ -34,6 +34,7 @@ from teacher_cache.errors import CacheError, KdcliError
 from teacher_cache.fields.calibration import Calibration
 from teacher_cache.fields.grids import grids_of, grids_of_all
 from teacher_cache.records import Coded, Prepared, TeacherOutput
+from teacher_cache.wants import Wants
 
 FIELDS = ("affinity",)
 VERSIONS = (1, 2, 3)
@@ -81,7 +82,7 @@ class DenseAffinity:
     name = "affinity"
     calibrated = False
     temperatures: tuple[float, ...] | None = None
-    wants = frozenset({"hidden.vision", "hidden.text"})
+    wants = Wants(hidden={"vision", "text"})
 
     def __init__(self, text: str = "response") -> None:
         self.version = 1 if text == "all" else 2  # of all tokens as it always was
@@ -129,7 +130,7 @@ class FactoredAffinity:
     calibrated = True
     settled_last: tuple[str, ...] = ()
     temperatures: tuple[float, ...] | None = None
-    wants = frozenset({"hidden.vision", "hidden.text"})
+    wants = Wants(hidden={"vision", "text"})
 
     def __init__(self, params: Params, calibration: Mapping[str, torch.Tensor] | None = None):
         step, version = params.step or STEP, params.codec_version or transform.VERSION

@@ -20,6 +20,7 @@ import torch
 from teacher_cache.codecs import frame, probabilities
 from teacher_cache.errors import CacheError, KdcliError
 from teacher_cache.records import Prepared, TeacherOutput
+from teacher_cache.wants import Wants
 
 FIELDS = ("attention",)
 HEADS = ("each", "mean")
@@ -54,7 +55,7 @@ class AttentionField:
 
     def __init__(self, params: Params):
         self.params: dict[str, Any] = asdict(params)
-        self.wants = frozenset({f"attention.{params.layer}:{params.heads}"})
+        self.wants = Wants(attention={params.layer: params.heads})
         self._given = params
 
     def encode(self, prepared: Prepared, output: TeacherOutput) -> dict[str, torch.Tensor]:

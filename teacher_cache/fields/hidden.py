@@ -25,6 +25,7 @@ from teacher_cache.errors import CacheError, KdcliError
 from teacher_cache.fields.calibration import Calibration, tables_of, tensors_of
 from teacher_cache.fields.grids import grids_of, grids_of_all
 from teacher_cache.records import Coded, Prepared, Sketch, TeacherOutput
+from teacher_cache.wants import Wants
 
 FIELDS = ("vision_hidden", "response_hidden")
 SKETCH = "sketch"
@@ -88,7 +89,7 @@ class HiddenField:
         self.rows = name.removesuffix("_hidden")
         self._codec = row_codec(params.codec, params.codec_version)
         self.params = {"codec": params.codec, "codec_version": self._codec.VERSION}
-        self.wants = frozenset({f"hidden.{self.rows}"})
+        self.wants = Wants(hidden={self.rows})
 
     def __reduce__(self) -> tuple[Any, ...]:
         # A codec is a module, and those do not travel to worker processes.
@@ -116,7 +117,7 @@ class SketchField:
         self.name = name
         self.rows = name.removesuffix("_hidden")
         self.params: dict[str, Any] = {"codec": SKETCH, "codec_version": version, "step": params.step or 0.1}
-        self.wants = frozenset({f"hidden.{self.rows}"})
+        self.wants = Wants(hidden={self.rows})
         self._calibration = calibration
 
     def __reduce__(self) -> tuple[Any, ...]:

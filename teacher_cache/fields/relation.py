@@ -12,6 +12,7 @@ import torch
 
 from teacher_cache.errors import CacheError
 from teacher_cache.records import Prepared, TeacherOutput
+from teacher_cache.wants import Wants
 
 FIELDS = ("relation",)
 
@@ -21,14 +22,14 @@ class RelationField:
     version = 1
     calibrated = False
     temperatures: tuple[float, ...] | None = None
-    wants = frozenset({"gram.vision"})
+    wants = Wants(gram=True)
 
     def __init__(self) -> None:
         self.params: dict[str, Any] = {}
 
     def encode(self, prepared: Prepared, output: TeacherOutput) -> dict[str, torch.Tensor]:
         gram = output.gram
-        assert gram is not None, "the teacher was asked for gram.vision"
+        assert gram is not None, "the teacher was asked for gram"
         rows = gram.shape[0]
         scale = gram.abs().amax().clamp_min(1e-30) if rows else gram.new_ones(())
         upper = torch.triu_indices(rows, rows)

@@ -21,6 +21,7 @@ import torch
 from teacher_cache.codecs.bits import WIDEST, pack_bits, unpack_bits, width_of
 from teacher_cache.errors import CacheError, KdcliError
 from teacher_cache.records import Prepared, Sampled, TeacherOutput
+from teacher_cache.wants import Sampling, Wants
 
 FIELDS = ("vision_sampled", "response_sampled")
 DEFAULTS = {"threshold": 16, "random": 50}
@@ -67,7 +68,7 @@ class SampledField:
             "draws" if self._random else "k": params.size,
             "seed": params.seed,
         }
-        self.wants = frozenset({f"sampled.{self.rows}:{params.sampler}:{params.size}:{params.seed}"})
+        self.wants = Wants(sampled={self.rows: Sampling(params.sampler, params.size, params.seed)})
 
     def encode(self, prepared: Prepared, output: TeacherOutput) -> dict[str, torch.Tensor]:
         sampled = output.sampled[self.rows]

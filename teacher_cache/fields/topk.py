@@ -25,6 +25,7 @@ from teacher_cache.fields.topk_coded import CodedTopK
 from teacher_cache.fields.topk_packed import PackedTopK
 from teacher_cache.fields.topk_plain import DTYPES, PlainTopK
 from teacher_cache.records import Prepared, TeacherOutput, TopK
+from teacher_cache.wants import Wants
 
 FIELDS = ("vision_topk", "response_topk")
 CODINGS = ("coded", "packed", "plain")
@@ -96,7 +97,7 @@ class TopKField:
         self.params = asdict(params)
         if params.tail == "exact":
             del self.params["tail"]  # as descriptions always were
-        self.wants = frozenset({f"topk.{self.rows}:{params.k}"})
+        self.wants = Wants(topk={self.rows: params.k})
         self.calibrated = params.coding == "coded"
         self._given, self._calibration = params, calibration
         self._coding = coding_of(name, params, calibration)

@@ -14,6 +14,7 @@ import torch
 from teacher_cache.codecs import encode_rows, row_codec, row_codecs
 from teacher_cache.errors import CacheError
 from teacher_cache.records import Prepared, TeacherOutput
+from teacher_cache.wants import Wants
 
 FIELDS = ("vision_features",)
 
@@ -35,7 +36,7 @@ class VisionFeatures:
     version = 1
     calibrated = False
     temperatures: tuple[float, ...] | None = None
-    wants = frozenset({"features.vision"})
+    wants = Wants(features=True)
 
     def __init__(self, params: Params):
         self._codec = row_codec(params.codec, params.codec_version)
@@ -45,7 +46,7 @@ class VisionFeatures:
         return create, (self.name, dict(self.params))
 
     def encode(self, prepared: Prepared, output: TeacherOutput) -> dict[str, torch.Tensor]:
-        assert output.features is not None, "the teacher was asked for features.vision"
+        assert output.features is not None, "the teacher was asked for features"
         return encode_rows(self._codec, output.features, output.device)
 
     def decode(self, stored: dict[str, torch.Tensor]) -> torch.Tensor:

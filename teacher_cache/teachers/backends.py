@@ -14,6 +14,7 @@ from teacher_cache.teachers.null import NullTeacher
 from teacher_cache.teachers.signals import ONLY_LINEAR
 from teacher_cache.teachers.transformers import TeacherSpec, TransformersTeacher, resolve_dtype
 from teacher_cache.teachers.vllm import VllmTeacher
+from teacher_cache.wants import Wants
 
 OpenTeacher = TransformersTeacher | NullTeacher | VllmTeacher
 
@@ -62,7 +63,7 @@ def linear_head(teacher: OpenTeacher) -> torch.Tensor:
     return teacher.head
 
 
-def refuse_wants(spec: TeacherSpec, wants: frozenset[str]) -> None:
+def refuse_wants(spec: TeacherSpec, wants: Wants) -> None:
     """CompatibilityError, before anything is loaded, for what the backend cannot give of any model."""
     if _backend(spec) is vllm:
         vllm_answers.refuse_wants(wants, spec.vllm_route)

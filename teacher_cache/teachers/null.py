@@ -20,9 +20,9 @@ from teacher_cache.errors import KdcliError
 from teacher_cache.fingerprint import processor_fingerprint
 from teacher_cache.records import Prepared, Sampled, TeacherOutput, TopK
 from teacher_cache.teachers import transformers
-from teacher_cache.teachers.sampling import sampled_wants, uniforms
-from teacher_cache.teachers.text_vision import attention_layers
+from teacher_cache.teachers.sampling import uniforms
 from teacher_cache.teachers.transformers import TeacherSpec, resolve_dtype
+from teacher_cache.wants import Wants
 
 BACKEND = "null"
 PREFIX = f"{BACKEND}:"
@@ -119,36 +119,29 @@ class NullTeacher:
         drawn = [self._states(f"head/{at}", "head", min(HEAD_BLOCK, self.vocabulary - at)) for at in blocks]
         return torch.cat(drawn) / math.sqrt(self.width)
 
-    def __call__(self, prepared: Sequence[Prepared], wants: frozenset[str]) -> list[TeacherOutput]:
+    def __call__(self, prepared: Sequence[Prepared], wants: Wants) -> list[TeacherOutput]:
         """What the fields want of each row, on the CPU."""
         if self._seconds_per_row:
             time.sleep(self._seconds_per_row * len(prepared))
         return [self._say(one, wants) for one in prepared]
 
-    def _say(self, row: Prepared, wants: frozenset[str]) -> TeacherOutput:
+    def _say(self, row: Prepared, wants: Wants) -> TeacherOutput:
         rows = {
             "vision": len(row.vision_positions),
             "response": len(row.response_rows),
             "text": len(row.text_positions),
         }
-        hidden = {want.removeprefix("hidden.") for want in wants if want.startswith("hidden.")}
-        largest: dict[str, int] = {}
-        for want in wants:
-            if want.startswith("topk."):
-                kind, k = want.removeprefix("topk.").split(":")
-                largest[kind] = max(largest.get(kind, 0), int(k))
-        sampled = {kind: (sampler, size) for kind, (sampler, size, _) in sampled_wants(wants).items()}
         return TeacherOutput(
-            hidden={kind: self._states(row.key, kind, rows[kind]) for kind in hidden},
-            topk={kind: self._topk(row.key, kind, rows[kind], k) for kind, k in largest.items()},
-            gram=self._gram(row.key, rows["vision"]) if "gram.vision" in wants else None,
+            hidden={kind: self._states(row.key, kind, rows[kind]) for kind in wants.hidden},
+            topk={kind: self._topk(row.key, kind, rows[kind], k) for kind, k in wants.topk.items()},
+            gram=self._gram(row.key, rows["vision"]) if wants.gram else None,
             layout=row.layout,
-            sampled={kind: self._sampled(row.key, kind, rows[kind], size) for kind, (_, size) in sampled.items()},
+            sampled={kind: self._sampled(row.key, kind, rows[kind], one.size) for kind, one in wants.sampled.items()},
             attention={
-                layer: self._attention(row, layer, 1 if heads == {"mean"} else self._heads)
-                for layer, heads in attention_layers(wants).items()
+                layer: self._attention(row, layer, 1 if heads == "mean" else self._heads)
+                for layer, heads in wants.attention.items()
             },
-            features=self._states(row.key, "features", rows["vision"]) if "features.vision" in wants else None,
+            features=self._states(row.key, "features", rows["vision"]) if wants.features else None,
         )
 
     def _states(self, key: str, kind: str, rows: int) -> torch.Tensor:

@@ -16,9 +16,9 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import torch
 
-from teacher_cache.errors import KdcliError
 from teacher_cache.records import Sampled
 from teacher_cache.teachers.head import CHUNK_BYTES, chunk_rows, head_logits
+from teacher_cache.wants import Wants
 
 SAMPLERS = ("threshold", "random")
 _SURE = 1 - 1e-9
@@ -27,24 +27,12 @@ _LOWEST = -1e4
 """Logit below the row's largest at which an id has no mass; finite, since 0·∞ is not 0."""
 
 
-def sampled_wants(wants: frozenset[str]) -> dict[str, tuple[str, int, int]]:
-    """Row kind → (sampler, size, seed) out of ``sampled.KIND:SAMPLER:SIZE:SEED``."""
-    found: dict[str, tuple[str, int, int]] = {}
-    for want in sorted(wants):
-        if want.startswith("sampled."):
-            kind, sampler, size, seed = want.removeprefix("sampled.").split(":")
-            if kind in found:
-                raise KdcliError(f"{kind} rows cannot be sampled in two ways at once: capture one {kind}_sampled field")
-            found[kind] = sampler, int(size), int(seed)
-    return found
-
-
 def sample_batch(
     rows: Mapping[str, torch.Tensor],
     head_VD: torch.Tensor,
     keys: Sequence[str],
     counts: Mapping[str, Sequence[int]],
-    wants: frozenset[str],
+    wants: Wants,
     cap: float | None = None,
 ) -> dict[str, list[Sampled]]:
     """Per row kind, the samples of every mixture row, on the CPU.
@@ -54,7 +42,7 @@ def sample_batch(
         cap: as ``head_logits`` takes it.
     """
     result = {}
-    for kind, (sampler, size, seed) in sampled_wants(wants).items():
+    for kind, (sampler, size, seed) in wants.sampled.items():
         draws = size if sampler == "random" else 1
         each = [uniforms(seed, key, kind, count, draws) for key, count in zip(keys, counts[kind])]
         whole = sample_rows(rows[kind], head_VD, sampler, size, torch.cat(each), cap).to("cpu")

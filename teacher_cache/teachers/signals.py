@@ -10,6 +10,7 @@ from teacher_cache.errors import CompatibilityError
 from teacher_cache.records import Prepared, TeacherOutput, TopK
 from teacher_cache.teachers.head import topk_rows
 from teacher_cache.teachers.sampling import sample_batch
+from teacher_cache.wants import Wants
 
 ONLY_LINEAR = (
     "the teacher caps its logits softly (at {cap:g}): hidden states are not read back as its logits, nor relations made of them; "
@@ -29,7 +30,7 @@ class Signals:
         rows: Mapping[str, torch.Tensor],
         counts: Mapping[str, Sequence[int]],
         prepared: Sequence[Prepared],
-        wants: frozenset[str],
+        wants: Wants,
     ) -> list[TeacherOutput]:
         """What is wanted of each sample, on the CPU.
 
@@ -38,12 +39,11 @@ class Signals:
         """
         heads = self._heads(rows, counts, wants)
         samples = sample_batch(rows, self.head, [one.key for one in prepared], counts, wants, self.cap)
-        grams = self._grams(rows["vision"], counts["vision"]) if "gram.vision" in wants else None
-        hidden = {want.split(".")[1] for want in wants if want.startswith("hidden.")}
-        by_kind = {name: rows[name].cpu().split(list(counts[name])) for name in hidden}
+        grams = self._grams(rows["vision"], counts["vision"]) if wants.gram else None
+        by_kind = {name: rows[name].cpu().split(list(counts[name])) for name in wants.hidden}
         return [
             TeacherOutput(
-                hidden={name: by_kind[name][i] for name in hidden},
+                hidden={name: by_kind[name][i] for name in wants.hidden},
                 topk={name: heads[name][i] for name in heads},
                 gram=grams[i] if grams is not None else None,
                 layout=one.layout,
@@ -54,11 +54,11 @@ class Signals:
         ]
 
     def _heads(
-        self, rows: Mapping[str, torch.Tensor], counts: Mapping[str, Sequence[int]], wants: frozenset[str]
+        self, rows: Mapping[str, torch.Tensor], counts: Mapping[str, Sequence[int]], wants: Wants
     ) -> dict[str, list[TopK]]:
         """Per row kind, the head of every sample."""
         result = {}
-        for name, k in largest_k(wants).items():
+        for name, k in wants.topk.items():
             whole = topk_rows(rows[name], self.head, k, self.cap)
             columns = [column.cpu().split(list(counts[name])) for column in vars(whole).values()]
             result[name] = [TopK(*one) for one in zip(*columns)]
@@ -73,18 +73,3 @@ class Signals:
             self._gram = head.T @ head
         split = vision.to(torch.float32).split(list(counts))
         return [((one @ self._gram) @ one.T).cpu() for one in split]
-
-
-def largest_k(wants: frozenset[str]) -> dict[str, int]:
-    """Row kind → k of its top-k: several fields of one kind share the largest."""
-    largest: dict[str, int] = {}
-    for want in wants:
-        if want.startswith("topk."):
-            name, entries = want.removeprefix("topk.").split(":")
-            largest[name] = max(largest.get(name, 0), int(entries))
-    return largest
-
-
-def row_kinds(wants: frozenset[str]) -> set[str]:
-    """Kinds of rows whose hidden states these wants follow from."""
-    return {want.split(":")[0].split(".")[1] for want in wants if not want.startswith("attention.")}

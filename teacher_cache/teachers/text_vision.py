@@ -18,6 +18,7 @@ from teacher_cache.families import family_of
 from teacher_cache.model_kind import auto_model
 from teacher_cache.model_load import naming_what_fails
 from teacher_cache.teachers.attention import check_attention, layer_attention
+from teacher_cache.wants import Wants
 
 CHUNK_BYTES = 256 << 20
 """float32 probabilities ``[H, chunk, T]`` that exist at once where no gradient is asked; the keys are made once a chunk."""
@@ -46,27 +47,16 @@ def decoder_layer(model: Any, number: int) -> Any:
     return layers[number]
 
 
-def attention_layers(wants: frozenset[str]) -> dict[int, set[str]]:
-    """Layer → ``each`` and ``mean``, as fields want it of heads."""
-    asked: dict[int, set[str]] = {}
-    for want in wants:
-        if want.startswith("attention."):
-            layer, heads = want.removeprefix("attention.").split(":")
-            asked.setdefault(int(layer), set()).add(heads)
-    return asked
-
-
-def check_layers(wants: frozenset[str], config: Any, trust_remote_code: bool = False) -> None:
+def check_layers(wants: Wants, config: Any, trust_remote_code: bool = False) -> None:
     """What a capture would stop at after loading the weights, from the configuration alone: a layer that is not there, or whose
     attention is computed in a way that is not known here."""
-    layers = {*attention_layers(wants), *([0] if "features.vision" in wants else [])}
-    if not layers:
+    if not wants.layers:
         return
     with naming_what_fails("the teacher"), torch.device("meta"):
         model = auto_model(config).from_config(config, trust_remote_code=trust_remote_code)
-    for number in sorted(layers):
+    for number in wants.layers:
         layer = decoder_layer(model, number)
-        if number in attention_layers(wants):
+        if number in wants.attention:
             check_attention(layer)
 
 

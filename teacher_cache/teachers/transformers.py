@@ -26,8 +26,9 @@ from teacher_cache.model_weights import check_weights, refuse_missing
 from teacher_cache.records import Prepared, TeacherOutput
 from teacher_cache.teachers.head import head_logits
 from teacher_cache.teachers.head_form import check_rows, head_form
-from teacher_cache.teachers.signals import Signals, row_kinds
-from teacher_cache.teachers.text_vision import attention_layers, layer_inputs, text_vision_attention
+from teacher_cache.teachers.signals import Signals
+from teacher_cache.teachers.text_vision import layer_inputs, text_vision_attention
+from teacher_cache.wants import Wants
 
 BACKENDS = ("transformers", "vllm")
 VLLM_ROUTES = ("hidden", "logprobs")
@@ -215,11 +216,11 @@ class TransformersTeacher:
         return states.flatten(0, 1)
 
     @torch.inference_mode()
-    def __call__(self, prepared: Sequence[Prepared], wants: frozenset[str]) -> list[TeacherOutput]:
+    def __call__(self, prepared: Sequence[Prepared], wants: Wants) -> list[TeacherOutput]:
         """What the fields want of each row, on the CPU; NaN and infinity come back as they are."""
         batch = collate(prepared, self.pad_id).to(self.device)
         states, attention, features = self._hidden_and_first(batch, wants)
-        rows = {name: states[batch.rows[name]] for name in row_kinds(wants)}
+        rows = {name: states[batch.rows[name]] for name in wants.row_kinds}
         return [
             replace(
                 said,
@@ -230,21 +231,20 @@ class TransformersTeacher:
         ]
 
     def _hidden_and_first(
-        self, batch: Batch, wants: frozenset[str]
+        self, batch: Batch, wants: Wants
     ) -> tuple[torch.Tensor, dict[int, list[torch.Tensor]], Sequence[torch.Tensor] | None]:
         """Hidden states; by layer what text tokens pay vision tokens, the mean over heads where no field wants each; vision features.
 
         The latter two are on the CPU, one a sample.
         """
-        asked = attention_layers(wants)
-        with layer_inputs(self.model, sorted({*asked, *([0] if "features.vision" in wants else [])})) as seen:
+        with layer_inputs(self.model, wants.layers) as seen:
             states = self.hidden(batch)
         attention = {
-            layer: [one.cpu() for one in text_vision_attention(self.model, layer, seen, batch, heads == {"mean"})]
-            for layer, heads in asked.items()
+            layer: [one.cpu() for one in text_vision_attention(self.model, layer, seen, batch, heads == "mean")]
+            for layer, heads in wants.attention.items()
         }
         features = None
-        if "features.vision" in wants:
+        if wants.features:
             features = seen.hidden[0].flatten(0, 1)[batch.rows["vision"]].cpu().split(list(batch.counts["vision"]))
         return states, attention, features
 

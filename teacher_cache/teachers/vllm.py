@@ -18,7 +18,7 @@ from teacher_cache.errors import CompatibilityError
 from teacher_cache.records import Prepared, TeacherOutput
 from teacher_cache.teachers import transformers
 from teacher_cache.teachers.head_form import NOT_PLAIN
-from teacher_cache.teachers.signals import Signals, largest_k
+from teacher_cache.teachers.signals import Signals
 from teacher_cache.teachers.transformers import TeacherSpec, resolve_device, resolve_dtype
 from teacher_cache.teachers.vllm_answers import (
     MOST_PADDING,
@@ -30,6 +30,7 @@ from teacher_cache.teachers.vllm_answers import (
     refuse_wants,
 )
 from teacher_cache.teachers.vllm_engine import engine, naming_refusals, read_head, vllm_version
+from teacher_cache.wants import Wants
 
 BACKEND = "vllm"
 STATES = {"hidden": "after the final norm, not normalised", "logprobs": "none, log-probs alone"}
@@ -95,12 +96,12 @@ class VllmTeacher:
         """Of one hidden state as it is told."""
         return self.head.shape[1] * self.dtype.itemsize
 
-    def __call__(self, prepared: Sequence[Prepared], wants: frozenset[str]) -> list[TeacherOutput]:
+    def __call__(self, prepared: Sequence[Prepared], wants: Wants) -> list[TeacherOutput]:
         """What the fields want of each row, on the CPU; CompatibilityError for what vLLM cannot give."""
         refuse_wants(wants, self.route)
         if self.route == "hidden":
             return outputs_of_states(self.states(prepared), prepared, wants, self._signals, self.dtype)
-        said = self.log_probs(prepared, max(largest_k(wants).values()))
+        said = self.log_probs(prepared, max(wants.topk.values()))
         return outputs_of_log_probs(said, prepared, wants, self.vocabulary)
 
     def states(self, prepared: Sequence[Prepared]) -> list[torch.Tensor]:

@@ -15,7 +15,8 @@ from teacher_cache.batch import row_positions
 from teacher_cache.errors import CompatibilityError
 from teacher_cache.records import Prepared, TeacherOutput, TopK
 from teacher_cache.rows import decode_image
-from teacher_cache.teachers.signals import Signals, largest_k, row_kinds
+from teacher_cache.teachers.signals import Signals
+from teacher_cache.wants import Wants
 
 FIX = "use --backend transformers for it"
 LEAST_TAIL = 2.0**-20
@@ -75,12 +76,12 @@ def check_expansion(one: Prepared, expanded: Sequence[int]) -> None:
 def outputs_of_states(
     states: Sequence[torch.Tensor],
     prepared: Sequence[Prepared],
-    wants: frozenset[str],
+    wants: Wants,
     signals: Signals,
     dtype: torch.dtype,
 ) -> list[TeacherOutput]:
     """Route ``hidden``. states: ``[T, D]`` of every row at every token, after the final norm and not normalised."""
-    kinds = row_kinds(wants)
+    kinds = wants.row_kinds
     rows: dict[str, list[torch.Tensor]] = {kind: [] for kind in kinds}
     counts: dict[str, list[int]] = {kind: [] for kind in kinds}
     for one, said in zip(prepared, states):
@@ -95,13 +96,13 @@ def outputs_of_states(
 
 
 def outputs_of_log_probs(
-    said: Sequence[Said], prepared: Sequence[Prepared], wants: frozenset[str], vocabulary: int
+    said: Sequence[Said], prepared: Sequence[Prepared], wants: Wants, vocabulary: int
 ) -> list[TeacherOutput]:
     """Route ``logprobs``. vocabulary: V without the head's padding rows, whose entries are dropped."""
     outputs = []
     for one, whole in zip(prepared, said):
         positions = row_positions(one)
-        topk = {kind: topk_at(whole, positions[kind], k, vocabulary, one.key) for kind, k in largest_k(wants).items()}
+        topk = {kind: topk_at(whole, positions[kind], k, vocabulary, one.key) for kind, k in wants.topk.items()}
         outputs.append(TeacherOutput(topk=topk, layout=one.layout))
     return outputs
 
@@ -139,14 +140,13 @@ def _likeliest(said: Said, position: int, k: int, vocabulary: int, key: str) -> 
     return ids[kept], values[kept]
 
 
-def refuse_wants(wants: frozenset[str], route: str) -> None:
-    """CompatibilityError naming the first want that this route of vLLM cannot give."""
-    known = ("topk.",) if route == "logprobs" else ("topk.", "hidden.", "gram.", "sampled.")
-    for want in sorted(wants):
-        if want.startswith(known):
-            continue
-        if want.startswith(("attention.", "features.")):
-            raise CompatibilityError(f"vLLM gives no {want.split(':')[0].split('.')[0]} ({want}): {FIX}")
+def refuse_wants(wants: Wants, route: str) -> None:
+    """CompatibilityError naming what this route of vLLM cannot give."""
+    if wants.attention or wants.features:
+        raise CompatibilityError(f"vLLM gives no {'attention' if wants.attention else 'features'}: {FIX}")
+    if route == "logprobs" and not wants <= Wants(topk=wants.topk):
+        signals = {"hidden states": wants.hidden, "samples": wants.sampled, "Gram matrices": wants.gram}
+        others = " or ".join(name for name, wanted in signals.items() if wanted)
         raise CompatibilityError(
-            f'vllm_route = "logprobs" gives only top-k (--store compact), not {want}: use vllm_route = "hidden", or {FIX}'
+            f'vllm_route = "logprobs" gives only top-k (--store compact), no {others}: use vllm_route = "hidden", or {FIX}'
         )

@@ -18,6 +18,7 @@ from teacher_cache.fields import create_field, decode_record, decode_records, fi
 from teacher_cache.records import Prepared, Sampled, Sketch, TeacherOutput, TextTokens, TopK
 from teacher_cache.teachers.head import topk_rows
 from teacher_cache.teachers.sampling import sample_batch
+from teacher_cache.wants import NOTHING, Wants
 
 PLAIN = {"coding": "plain"}
 SAMPLERS: list[dict[str, Any]] = [
@@ -71,7 +72,7 @@ def prepared(text_tokens: int) -> Prepared:
 
 
 def output(
-    seed: int, vision: int, response: int, text: int, scale: float = 1.0, wants: frozenset[str] = frozenset()
+    seed: int, vision: int, response: int, text: int, scale: float = 1.0, wants: Wants = NOTHING
 ) -> TeacherOutput:
     generator = torch.Generator().manual_seed(seed)
     head = torch.randn(V, D, generator=generator) * scale

@@ -13,15 +13,14 @@ import torch
 
 from teacher_cache.prepare import Preparer
 from teacher_cache.records import Image, Prepared, Sample, Turn
+from teacher_cache.wants import Wants
 
 RECORDED = Path(__file__).parent / "vllm_recorded.safetensors"
 VERSIONS = RECORDED.with_suffix(".json")
 SIDE = 96  # as the tiny teacher sees pictures: nothing is resized
 FLAT = ("start_indices", "end_indices", "token_ids", "logprobs")
-WANTS = frozenset(
-    {"hidden.vision", "hidden.response", "hidden.text", "topk.vision:8", "topk.response:8", "gram.vision"}
-)
-TOPK = frozenset({"topk.vision:8", "topk.response:8"})
+TOPK = Wants(topk={"vision": 8, "response": 8})
+WANTS = TOPK | Wants(hidden={"vision", "response", "text"}, gram=True)
 BOUND = 1e-3
 """Nats between the log-probs of both backends in float32, and of log tails and log Z."""
 

@@ -29,6 +29,7 @@ from teacher_cache.prepare import Limits, Preparer
 from teacher_cache.records import Image, ImageLayout, Sample, Turn, View
 from teacher_cache.rows import decode_image
 from teacher_cache.teachers.transformers import TeacherSpec, TransformersTeacher, load_processor
+from teacher_cache.wants import Wants
 from tests.contracts.dense_reference import in_float64, live_view, load64, reference, teacher_batch
 from tests.contracts.test_methods import loss_and_gradients
 from tests.families.models import FAMILIES, Family
@@ -148,7 +149,7 @@ def test_vision_tokens_stand_where_their_pixels_are(family: Family, opened: Any,
     before, after = (
         preparer.prepare(picture_row([size] * (1 + (kind == "pair")), painted)) for painted in (False, True)
     )
-    features = [teacher([row], frozenset({"features.vision"}))[0].features for row in (before, after)]
+    features = [teacher([row], Wants(features=True))[0].features for row in (before, after)]
     changed = (features[0] - features[1]).abs().amax(1) > 1e-4
     first = 0
     for number, image in enumerate(after.layout):

@@ -22,6 +22,7 @@ from teacher_cache.layout import typical_tokens
 from teacher_cache.prepare import Preparer
 from teacher_cache.teachers.text_vision import check_layers
 from teacher_cache.teachers.transformers import TeacherSpec, TransformersTeacher, load_processor
+from teacher_cache.wants import Wants
 from tests.families.models import GEMMA_NAMED, gemma3, model_of, tokenizer_with
 from tests.families.rows import mixture, read_rows, write_rows
 from tests.families.test_pairs import assert_step_is_the_live_teachers
@@ -112,7 +113,7 @@ def assert_topk_is_the_teachers(folder: Path, teacher: Path) -> None:
     row = CachedSamples(TeacherCache(str(folder)), ("sft",), ("response_topk",)).read(0, 0)
     stored = row.fields["response_topk"]
     prepared = Preparer(processor, config).prepare(row.sample)
-    (said,) = live([prepared], frozenset({f"topk.response:{stored.ids.shape[1]}"}))
+    (said,) = live([prepared], Wants(topk={"response": stored.ids.shape[1]}))
     assert torch.equal(stored.ids, said.topk["response"].ids)
     assert (stored.ids == LENGTH - 1).any()
 
@@ -122,4 +123,4 @@ def test_what_needs_causal_layers_is_refused(folder_of: Callable[..., Path]) -> 
     with pytest.raises(CompatibilityError, match="cannot be removed inside a gemma3_text language model"):
         Pruning("dart", layer=1, keep=2).check(config)
     with pytest.raises(CompatibilityError, match="attention of Gemma3Attention cannot be computed apart"):
-        check_layers(frozenset({"attention.0:mean"}), config)
+        check_layers(Wants(attention={0: "mean"}), config)

@@ -21,6 +21,7 @@ from teacher_cache.records import Prepared, TeacherOutput
 from teacher_cache.shards.storage import Storage
 from teacher_cache.teachers.null import NullTeacher
 from teacher_cache.teachers.transformers import TeacherSpec
+from teacher_cache.wants import ROW_KINDS, Sampling, Wants
 from teacher_cache.window_bytes import input_bytes, output_bytes, weigher
 
 VISION = 36 * 48 * 4
@@ -54,7 +55,7 @@ def windows(job: CaptureJob, preparer: Preparer, weigh: Any) -> Iterator[Window]
 
 
 def test_a_window_takes_no_more_bytes_than_it_may(job, preparer: Preparer, null, monkeypatch) -> None:
-    weigh = weigher(frozenset({"hidden.vision"}), null, preparer.config)
+    weigh = weigher(Wants(hidden={"vision"}), null, preparer.config)
 
     def size(window: Window) -> int:
         return sum(weigh(*row) for row in zip(window.samples, window.prepared))
@@ -78,7 +79,7 @@ def test_pixels_go_with_the_batch_that_the_teacher_has_seen(job, preparer: Prepa
     seen: list[weakref.ref[torch.Tensor]] = []
     batches = []
 
-    def teacher(prepared: Sequence[Prepared], wants: frozenset[str]) -> list[TeacherOutput]:
+    def teacher(prepared: Sequence[Prepared], wants: Wants) -> list[TeacherOutput]:
         assert len([one for one in seen if one() is not None]) <= 1, "the preparing thread may hold its last row"
         assert all("pixel_values" in one.pixels and one.images for one in prepared if one.layout)
         seen.extend(weakref.ref(one.pixels["pixel_values"]) for one in prepared if one.layout)
@@ -91,13 +92,18 @@ def test_pixels_go_with_the_batch_that_the_teacher_has_seen(job, preparer: Prepa
 
 
 WANTS = (
-    *("hidden.vision", "hidden.response", "hidden.text", "topk.vision:8", "topk.response:50", "gram.vision"),
-    *("features.vision", "attention.0:each", "attention.1:mean", "sampled.response:threshold:12:0"),
+    *(Wants(hidden={kind}) for kind in ROW_KINDS),
+    Wants(topk={"vision": 8}),
+    Wants(topk={"response": 50}),
+    Wants(sampled={"response": Sampling("threshold", 12, 0)}),
+    Wants(attention={0: "each", 1: "mean"}),
+    Wants(gram=True),
+    Wants(features=True),
 )
 
 
 @pytest.mark.parametrize("want", WANTS)
-def test_an_answer_takes_what_was_expected(plan: Plan, preparer: Preparer, null, want: str) -> None:
+def test_an_answer_takes_what_was_expected(plan: Plan, preparer: Preparer, null, want: Wants) -> None:
     """To the few bytes a row (tail, log Z, entropy) that are not counted."""
 
     def bytes_of(value: Any) -> int:
@@ -109,9 +115,9 @@ def test_an_answer_takes_what_was_expected(plan: Plan, preparer: Preparer, null,
 
     heads = preparer.config.get_text_config().num_attention_heads
     for row in calibration_samples(plan, preparer, 6, frozenset()):
-        (said,) = null([row], frozenset({want}))
+        (said,) = null([row], want)
         real = sum(map(bytes_of, vars(said).values()))
-        guessed = output_bytes(row, frozenset({want}), null.state_bytes, heads)
+        guessed = output_bytes(row, want, null.state_bytes, heads)
         assert guessed <= real <= guessed + 8 * (len(row.vision_positions) + len(row.response_rows))
 
 
@@ -120,8 +126,8 @@ def test_a_row_weighs_its_pixels_its_files_and_its_answer(plan: Plan, preparer: 
     sample, prepared = next((s, p) for s, p in zip(window.samples, window.prepared) if p.layout)
     bare = len(sample.images[0].data) + 3 * 96 * 96 * 4
     assert input_bytes(sample, prepared) == bare
-    assert weigher(frozenset({"hidden.vision"}), null, preparer.config)(sample, prepared) == bare + VISION
-    assert weigher(frozenset({"hidden.vision"}), None, preparer.config)(sample, prepared) == bare + VISION
+    assert weigher(Wants(hidden={"vision"}), null, preparer.config)(sample, prepared) == bare + VISION
+    assert weigher(Wants(hidden={"vision"}), None, preparer.config)(sample, prepared) == bare + VISION
 
 
 def prepare_windows_of(plan: Plan, preparer: Preparer) -> Iterator[Window]:
@@ -131,7 +137,7 @@ def prepare_windows_of(plan: Plan, preparer: Preparer) -> Iterator[Window]:
 
 def test_calibration_keeps_no_more_rows_than_a_fit_looks_at(plan: Plan, preparer: Preparer, monkeypatch) -> None:
     """Every second of those that come, and again, so that pixels and answers of more are never there."""
-    wants = frozenset({"hidden.vision", "hidden.response"})
+    wants = Wants(hidden={"vision", "response"})
     every = calibration_samples(plan, preparer, 31, frozenset(), wants=wants)
     assert len(every) == 31
     monkeypatch.setattr("pipelines.capture.calibrate.MOST_ROWS", 36 * 8)

@@ -23,6 +23,7 @@ from teacher_cache.teachers.backends import load_head, load_processor, open_teac
 from teacher_cache.teachers.transformers import TeacherSpec
 from teacher_cache.teachers.vllm import VllmTeacher
 from teacher_cache.teachers.vllm_engine import vllm_version
+from teacher_cache.wants import Wants
 from tests.contracts.vllm_rows import (
     BOUND,
     RECORDED,
@@ -34,7 +35,7 @@ from tests.contracts.vllm_rows import (
     tensors_of_flat,
 )
 
-LOG_PROBS_WANTS = frozenset({"topk.vision:50", "topk.response:50"})
+LOG_PROBS_WANTS = Wants(topk={"vision": 50, "response": 50})
 
 
 @pytest.fixture(scope="module")

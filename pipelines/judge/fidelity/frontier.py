@@ -25,6 +25,7 @@ from teacher_cache.fields.calibration import Calibration
 from teacher_cache.records import Prepared, TeacherOutput
 from teacher_cache.teachers.low_rank import LowRankHead
 from teacher_cache.teachers.sampling import sample_batch
+from teacher_cache.wants import Wants
 
 Params = Mapping[str, Any]
 
@@ -140,8 +141,7 @@ class Frontier:
     def serves(self, name: str, params: Params) -> bool:
         """Whether what the teacher has said is all that this field wants."""
         said = self.outputs[0]
-        known = {f"hidden.{kind}" for kind in said.hidden}
-        known |= {f"topk.{kind}:{k}" for kind, one in said.topk.items() for k in range(1, one.ids.shape[1] + 1)}
+        known = Wants(frozenset(said.hidden), {kind: one.ids.shape[1] for kind, one in said.topk.items()})
         return create_field(name, params).wants <= known
 
     def size(self, name: str, params: Params) -> int:
@@ -228,7 +228,7 @@ def with_samples(
     field: Field, prepared: Sequence[Prepared], outputs: Sequence[TeacherOutput], head: torch.Tensor
 ) -> list[TeacherOutput]:
     """The outputs with what a field of samples wants, drawn from their hidden states as a capture draws it; head W ``[V, D]``."""
-    if not any(want.startswith("sampled.") for want in field.wants):
+    if not field.wants.sampled:
         return list(outputs)
     found = []
     for one, output in zip(prepared, outputs, strict=True):
@@ -246,7 +246,7 @@ def reading_head(head: torch.Tensor | LowRankHead, device: torch.device) -> torc
     return head.to(torch.float32)
 
 
-def wants_of(chosen: Sequence[Configuration]) -> frozenset[str]:
+def wants_of_ways(chosen: Sequence[Configuration]) -> Wants:
     """What the teacher must compute for all of them; samples are drawn later, since it draws in one way only (``with_samples``)."""
     fields = [create_field(name, params) for one in chosen for name, params in one.fields.items()]
-    return frozenset(want for field in fields for want in field.wants if not want.startswith("sampled."))
+    return Wants.together(field.wants.without_samples() for field in fields)

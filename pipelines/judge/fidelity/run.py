@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from pipelines.judge.fidelity.compare import LIVE, compare, match_all
-from pipelines.judge.fidelity.frontier import Frontier, wants_of
+from pipelines.judge.fidelity.frontier import Frontier, wants_of_ways
 from pipelines.judge.fidelity.measure import DIRECTIONS
 from pipelines.judge.fidelity.opened import FidelityRequest, OpenedSides, comparable, open_cache, open_student
 from pipelines.judge.fidelity.rows import FidelityReader, FidelitySample, capture_preparer, draw
@@ -80,7 +80,7 @@ def ask_teacher(
     own = resolve_dtype(opened.spec, opened.config)
     other = "float32" if own == torch.bfloat16 else "bfloat16"
     prepared = [row.teacher for row in rows]
-    wants = HIDDEN | (wants_of(configurations()) if request.sweep else frozenset())
+    wants = HIDDEN | wants_of_ways(configurations() if request.sweep else [])
     runs = LiveRuns()
     teacher = TransformersTeacher(opened.spec, opened.processor, opened.config)
     check_head(opened.cache, opened.fields, linear_head(teacher))

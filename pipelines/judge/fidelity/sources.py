@@ -20,8 +20,9 @@ from teacher_cache.fields.affinity import unit_states
 from teacher_cache.plan import difference
 from teacher_cache.records import Prepared, TeacherOutput
 from teacher_cache.teachers.transformers import TeacherSpec, load_processor, teacher_fingerprint
+from teacher_cache.wants import ROW_KINDS, Wants
 
-HIDDEN = frozenset({"hidden.vision", "hidden.response", "hidden.text"})
+HIDDEN = Wants(hidden=set(ROW_KINDS))
 RUN_SETTINGS = ("dtype", "attn_implementation", "backend", "vllm")
 """Parts of a fingerprint that say how a teacher ran, not who it is."""
 LIVE = {
@@ -151,9 +152,7 @@ def check_head(cache: TeacherCache, fields: Sequence[str], head: torch.Tensor) -
                 )
 
 
-def listen(
-    teacher: Teacher, prepared: Sequence[Prepared], wants: frozenset[str], batch_tokens: int
-) -> list[TeacherOutput]:
+def listen(teacher: Teacher, prepared: Sequence[Prepared], wants: Wants, batch_tokens: int) -> list[TeacherOutput]:
     """The live teacher's outputs in the samples' order; KdcliError naming the first that is not finite.
 
     batch_tokens: padded tokens of one batch; 1: one sample at a time.

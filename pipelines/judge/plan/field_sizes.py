@@ -22,6 +22,7 @@ from teacher_cache.fields import Field
 from teacher_cache.records import Prepared, Sampled, TeacherOutput, TextTokens, TopK
 from teacher_cache.shards.commit import committed_shards
 from teacher_cache.shards.index import Entry
+from teacher_cache.wants import Wants
 
 EXACT, MEASURED = "exact", "measured"
 MOST_LIKE_SHARDS = 16
@@ -222,42 +223,29 @@ def stand_in(counts: RowCounts) -> Prepared:
     return Prepared("", "", nothing, nothing, nothing, nothing, nothing, text, (), {})
 
 
-def shapes_of(
-    wants: frozenset[str], counts: RowCounts, width: int, vocabulary: int, device: str = "meta"
-) -> TeacherOutput:
+def shapes_of(wants: Wants, counts: RowCounts, width: int, vocabulary: int, device: str = "meta") -> TeacherOutput:
     """What the teacher would answer, as shapes."""
 
     def empty(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         return torch.empty(shape, dtype=dtype, device=device)
 
-    hidden, topk, sampled, attention = {}, {}, {}, {}
-    gram = features = None
-    for want in wants:
-        what, _, kind = want.partition(".")
-        kind, _, number = kind.partition(":")
-        if (
-            what == "attention"
-        ):  # any number of heads: such a field looks at values, and is asked for its empty record only
-            attention[int(kind)] = empty(1, counts.text, counts.vision)
-            continue
-        rows = getattr(counts, kind)
-        if what == "hidden":
-            hidden[kind] = empty(rows, width, dtype=torch.bfloat16)
-        elif what == "topk":
-            k = min(int(number), vocabulary)
-            topk[kind] = TopK(empty(rows, k, dtype=torch.int64), empty(rows, k), empty(rows), empty(rows))
-        elif what == "sampled":
-            k = min(int(number.split(":")[1]), vocabulary)
-            sampled[kind] = Sampled(empty(rows, k, dtype=torch.int64), empty(rows, k), empty(rows))
-        elif what == "gram":
-            gram = empty(rows, rows)
-        elif what == "features":
-            features = empty(rows, width, dtype=torch.bfloat16)
-        else:
-            raise NotImplementedError(want)
-    where = torch.device(device)
+    def states(kind: str) -> torch.Tensor:
+        return empty(rows[kind], width, dtype=torch.bfloat16)
+
+    def entries(kind: str, k: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        k = min(k, vocabulary)
+        return empty(rows[kind], k, dtype=torch.int64), empty(rows[kind], k), empty(rows[kind])
+
+    rows = vars(counts)
+    # Of any number of heads: a field of attention looks at values, and is asked for its empty record only.
     return TeacherOutput(
-        hidden=hidden, topk=topk, sampled=sampled, gram=gram, attention=attention, features=features, device=where
+        hidden={kind: states(kind) for kind in wants.hidden},
+        topk={kind: TopK(*entries(kind, k), empty(rows[kind])) for kind, k in wants.topk.items()},
+        sampled={kind: Sampled(*entries(kind, one.size)) for kind, one in wants.sampled.items()},
+        attention={layer: empty(1, counts.text, counts.vision) for layer in wants.attention},
+        gram=empty(counts.vision, counts.vision) if wants.gram else None,
+        features=states("vision") if wants.features else None,
+        device=torch.device(device),
     )
 
 

@@ -20,7 +20,7 @@ from pipelines.judge.preflight.steps import pick, saved_steps, step_lines
 from pipelines.settings import CaptureSettings
 from teacher_cache.cache import TeacherCache
 from teacher_cache.errors import KdcliError
-from teacher_cache.fields import Field, create_field
+from teacher_cache.fields import Field, create_field, wants_of
 from teacher_cache.label_ends import LabelEnds, label_ends
 from teacher_cache.prepare import Limits, Preparer
 from teacher_cache.sources import DataSpec
@@ -174,7 +174,7 @@ def hours(
     flops = 0.0
     if asked and speed.tokens_per_second is None:
         model = model_size(request.teacher, config, vocabulary)
-        wants = frozenset().union(*(one.wants for one in fields.values()))
+        wants = wants_of(fields.values())
         flops = sum(
             part.total(lambda row: model.flops(row.tokens, row.patches, head_rows(wants, row.counts))) for part in asked
         )

@@ -18,6 +18,7 @@ from teacher_cache.fields import Field
 from teacher_cache.model_kind import auto_model, decoder_of, reads_images
 from teacher_cache.records import Prepared
 from teacher_cache.teachers.transformers import TeacherSpec, resolve_dtype
+from teacher_cache.wants import Wants
 
 
 @dataclass(frozen=True)
@@ -110,14 +111,9 @@ def tower_tokens(prepared: Prepared, config: Any) -> int:
     return int(views * (pixels.shape[-2] // side) * (pixels.shape[-1] // side))
 
 
-def head_rows(wants: frozenset[str], counts: RowCounts) -> int:
+def head_rows(wants: Wants, counts: RowCounts) -> int:
     """Rows whose logits the capture computes."""
-    kinds = {
-        want.partition(".")[2].partition(":")[0]
-        for want in wants
-        if not want.startswith(("hidden.", "attention.", "features."))
-    }
-    return sum(getattr(counts, kind) for kind in kinds)
+    return sum(getattr(counts, kind) for kind in wants.head_kinds)
 
 
 def files_once(

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from pipelines.judge.fidelity.frontier import Frontier, wants_of
+from pipelines.judge.fidelity.frontier import Frontier, wants_of_ways
 from pipelines.judge.fidelity.rows import FidelitySample
 from pipelines.judge.fidelity.student import Student
 from pipelines.judge.preflight.choose import TokenCounts, choose
@@ -16,6 +16,7 @@ from pipelines.judge.preflight.ladder import Bench, Measured, candidates, terms_
 from pipelines.judge.preflight.request import Notebook, PreflightRequest, has_ladder, names_of
 from student_train.needs import Need
 from teacher_cache.fields.calibration import Calibration
+from teacher_cache.wants import Wants
 
 KINDS = ("response", "vision")
 Progress = Callable[[str, int, int], None]
@@ -25,10 +26,10 @@ def all_needs(request: PreflightRequest) -> frozenset[Need]:
     return frozenset().union(*(needs_of(request, method) for method in request.methods))
 
 
-def ladder_wants(request: PreflightRequest) -> frozenset[str]:
+def ladder_wants(request: PreflightRequest) -> Wants:
     """What the teacher must compute for every candidate."""
     base = request.base_fields()
-    return wants_of([one for kind in KINDS if has_ladder(base, kind) for one in candidates(kind, base)])
+    return wants_of_ways([one for kind in KINDS if has_ladder(base, kind) for one in candidates(kind, base)])
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from teacher_cache.records import Prepared, TeacherOutput
 from teacher_cache.teachers import backends
 from teacher_cache.teachers.backends import OpenTeacher
 from teacher_cache.teachers.transformers import TeacherSpec
+from teacher_cache.wants import Wants
 
 
 class LiveTeacher:
@@ -32,7 +33,7 @@ class LiveTeacher:
         """W ``[V, D]`` on the CPU; CompatibilityError where logits are no product with it."""
         return backends.linear_head(self.model).cpu()
 
-    def listen(self, rows: Sequence[Prepared], wants: frozenset[str], batch_tokens: int) -> list[TeacherOutput]:
+    def listen(self, rows: Sequence[Prepared], wants: Wants, batch_tokens: int) -> list[TeacherOutput]:
         return listen(self.model, rows, wants, batch_tokens)
 
     def release(self) -> None:

@@ -22,6 +22,7 @@ from pipelines.terminal.tables import cache_table
 from teacher_cache.cache import TeacherCache
 from teacher_cache.cached_samples import CachedSamples
 from teacher_cache.errors import CacheError, CompatibilityError, KdcliError
+from teacher_cache.fields import wants_of
 from teacher_cache.shards.commit import read_commit
 from teacher_cache.shards.storage import Storage
 from teacher_cache.sources import DataSpec
@@ -81,7 +82,7 @@ def test_fields_are_what_the_teacher_says_now(tiny_cache: Path, teacher_model, t
 
     cache = TeacherCache(str(tiny_cache))
     rows = CachedSamples(cache, cache.parts(), sorted(cache.fields))
-    wants = frozenset().union(*(cache.open_field(name).wants for name in cache.fields))
+    wants = wants_of(cache.open_field(name) for name in cache.fields)
     teacher = TransformersTeacher.wrap(teacher_model, teacher_parts[0])
     preparer = Preparer(*teacher_parts)
     seen = set()

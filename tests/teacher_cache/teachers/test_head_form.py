@@ -19,9 +19,10 @@ from teacher_cache.teachers.backends import linear_head
 from teacher_cache.teachers.head import head_logits
 from teacher_cache.teachers.head_form import HeadForm, check_rows, head_form
 from teacher_cache.teachers.transformers import TransformersTeacher
+from teacher_cache.wants import Sampling, Wants
 from tests.capped_model import CAP, capped_config
 
-WANTS = frozenset({"hidden.response", "topk.vision:8", "topk.response:8", "sampled.response:threshold:8:0"})
+WANTS = Wants({"response"}, {"vision": 8, "response": 8}, {"response": Sampling("threshold", 8, 0)})
 
 
 class Outer(LlavaForConditionalGeneration):
@@ -198,7 +199,7 @@ def test_what_is_made_of_a_linear_head_is_refused_of_a_capped_one(
     teacher = TransformersTeacher.wrap(capped(teacher_model), teacher_parts[0])
     fix = r"caps its logits softly \(at 3\).*--store compact"
     with pytest.raises(CompatibilityError, match=fix):
-        teacher(rows, frozenset({"gram.vision"}))
+        teacher(rows, Wants(gram=True))
     with pytest.raises(CompatibilityError, match=fix):
         linear_head(teacher)
 

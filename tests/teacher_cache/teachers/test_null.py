@@ -13,7 +13,7 @@ from pipelines.capture.worker import CaptureRequest
 from teacher_cache.cache import TeacherCache
 from teacher_cache.cached_samples import CachedSamples
 from teacher_cache.errors import KdcliError
-from teacher_cache.fields import create_field, field_kinds
+from teacher_cache.fields import create_field, field_kinds, wants_of
 from teacher_cache.prepare import Preparer
 from teacher_cache.records import Prepared
 from teacher_cache.shards.verify import verify
@@ -21,8 +21,9 @@ from teacher_cache.sources import open_source
 from teacher_cache.teachers.backends import load_processor, open_teacher, teacher_fingerprint
 from teacher_cache.teachers.null import NullTeacher, null_settings
 from teacher_cache.teachers.transformers import TeacherSpec
+from teacher_cache.wants import Wants
 
-WANTS = frozenset().union(*(create_field(name, {}).wants for name in field_kinds()))
+WANTS = wants_of(create_field(name, {}) for name in field_kinds())
 
 
 @pytest.fixture(scope="module")
@@ -122,7 +123,7 @@ def test_it_sleeps_as_a_gpu_would(spec: TeacherSpec, teacher_parts, rows: list[P
 
     slow = open_teacher(replace(spec, id=f"{spec.id},ms_per_row=20"), *teacher_parts)
     started = time.perf_counter()
-    slow(rows[:5], frozenset({"topk.response:2"}))
+    slow(rows[:5], Wants(topk={"response": 2}))
     assert time.perf_counter() - started >= 0.1
 
 

@@ -10,10 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from teacher_cache.behind import is_finite
-from teacher_cache.errors import KdcliError
 from teacher_cache.records import Sampled, TeacherOutput
 from teacher_cache.teachers import sampling
-from teacher_cache.teachers.sampling import sample_batch, sample_rows, sampled_wants, uniforms
+from teacher_cache.teachers.sampling import sample_batch, sample_rows, uniforms
+from teacher_cache.wants import Sampling, Wants
 
 V, SEEDS = 40, 4000
 KINDS = ("ordinary", "flat", "saturated", "two")
@@ -122,7 +122,7 @@ def test_rows_are_a_function_of_key_and_seed_alone(sampler: str, monkeypatch: py
     """Alone, among others, in another order or in other chunks: the same ids and weights."""
     generator = torch.Generator().manual_seed(0)
     rows = [torch.randn(count, V, generator=generator) * 3 for count in (5, 0, 7)]
-    keys, want = ["a", "b", "c"], frozenset({f"sampled.vision:{sampler}:8:3"})
+    keys, want = ["a", "b", "c"], Wants(sampled={"vision": Sampling(sampler, 8, 3)})
 
     def ask(order: list[int]) -> dict[str, Sampled]:
         joined = {"vision": torch.cat([rows[i] for i in order])}
@@ -166,13 +166,6 @@ def test_no_rows(sampler: str) -> None:
     answer = sampled(torch.zeros(0, V), sampler, 6)
     assert answer.ids.shape == answer.weights.shape == (0, 6)
     assert answer.ids.dtype == torch.int64 and answer.entropy.shape == (0,)
-
-
-def test_wants_are_read_and_two_of_a_kind_refused() -> None:
-    wants = frozenset({"sampled.vision:threshold:12:0", "hidden.text", "sampled.response:random:50:7", "topk.vision:8"})
-    assert sampled_wants(wants) == {"vision": ("threshold", 12, 0), "response": ("random", 50, 7)}
-    with pytest.raises(KdcliError, match="sampled in two ways"):
-        sampled_wants(wants | {"sampled.vision:random:12:0"})
 
 
 def test_joined_records_are_padded_to_the_widest() -> None:

@@ -16,6 +16,7 @@ from teacher_cache.sources import DataSpec, open_source
 from teacher_cache.teachers import text_vision
 from teacher_cache.teachers.text_vision import decoder_layer, layer_inputs, text_vision_attention
 from teacher_cache.teachers.transformers import TransformersTeacher
+from teacher_cache.wants import Wants
 from tests.close import assert_all_close
 
 
@@ -59,7 +60,7 @@ def test_the_teacher_against_eager_attention(
     monkeypatch.setattr(text_vision, "CHUNK_BYTES", chunk_bytes)
     assert teacher_model.config._attn_implementation == "sdpa"
     teacher = TransformersTeacher.wrap(teacher_model, teacher_parts[0])
-    outputs = teacher(rows, frozenset({"attention.0:each", "attention.1:mean", "features.vision"}))
+    outputs = teacher(rows, Wants(attention={0: "each", 1: "mean"}, features=True))
     for one, said in zip(rows, outputs):
         each, mean = truth(eager, one, 0), truth(eager, one, 1).mean(dim=0, keepdim=True)
         assert said.attention[0].shape == (2, len(one.text_positions), len(one.vision_positions))
@@ -103,7 +104,7 @@ def test_gradients_are_those_of_eager_attention(teacher_model, eager, rows) -> N
 def test_layers_that_cannot_be_read_are_refused_by_name(teacher_model, teacher_parts, rows) -> None:
     teacher = TransformersTeacher.wrap(teacher_model, teacher_parts[0])
     with pytest.raises(KdcliError, match="attention of layer 2: the model has layers 0 … 1"):
-        teacher(rows[:1], frozenset({"attention.2:each"}))
+        teacher(rows[:1], Wants(attention={2: "each"}))
     with pytest.raises(CompatibilityError, match=r"has no model\.language_model\.layers"):
         decoder_layer(Bare(), 0)
 

@@ -24,18 +24,9 @@ from teacher_cache.teachers.transformers import (
     teacher_fingerprint,
     weights_hash,
 )
+from teacher_cache.wants import Wants
 
-WANTS = frozenset(
-    {
-        "hidden.vision",
-        "hidden.response",
-        "hidden.text",
-        "topk.vision:8",
-        "topk.response:8",
-        "topk.response:3",
-        "gram.vision",
-    }
-)
+WANTS = Wants({"vision", "response", "text"}, {"vision": 8, "response": 8}, gram=True)
 
 
 @pytest.fixture(scope="module")
@@ -115,7 +106,7 @@ def test_padding_is_never_read(teacher, rows) -> None:
 
 
 def test_only_what_is_wanted_is_computed(teacher, rows) -> None:
-    (out,) = teacher(rows[:1], frozenset({"topk.response:4"}))
+    (out,) = teacher(rows[:1], Wants(topk={"response": 4}))
     assert set(out.topk) == {"response"} and not out.hidden and out.gram is None
 
 

@@ -37,6 +37,7 @@ from teacher_cache.teachers.vllm_answers import (
     topk_at,
 )
 from teacher_cache.teachers.vllm_engine import read_head, renamed
+from teacher_cache.wants import Sampling, Wants
 from tests.close import assert_close
 from tests.contracts.vllm_rows import (
     BOUND,
@@ -199,16 +200,16 @@ def test_a_tail_that_rounding_ate_stays_finite() -> None:
 @pytest.mark.parametrize(
     ("want", "route", "words"),
     [
-        ("attention.0:mean", "hidden", "vLLM gives no attention"),
-        ("features.vision", "hidden", "vLLM gives no features"),
-        ("hidden.vision", "logprobs", "gives only top-k"),
-        ("sampled.vision:threshold:8:0", "logprobs", "gives only top-k"),
+        (Wants(attention={0: "mean"}), "hidden", "vLLM gives no attention"),
+        (Wants(features=True), "hidden", "vLLM gives no features"),
+        (Wants(hidden={"vision"}), "logprobs", "gives only top-k .*, no hidden states:"),
+        (Wants(sampled={"vision": Sampling("threshold", 8, 0)}, gram=True), "logprobs", "no samples or Gram matrices:"),
     ],
 )
-def test_what_it_cannot_give(spec, want: str, route: str, words: str) -> None:
+def test_what_it_cannot_give(spec, want: Wants, route: str, words: str) -> None:
     with pytest.raises(CompatibilityError, match=f"{words}.*--backend transformers"):
-        refuse_wants(replace(spec, vllm_route=route), frozenset({"topk.vision:8", want}))
-    refuse_wants(replace(spec, backend="transformers"), frozenset({want}))
+        refuse_wants(replace(spec, vllm_route=route), Wants(topk={"vision": 8}) | want)
+    refuse_wants(replace(spec, backend="transformers"), want)
 
 
 def test_without_vllm_the_extra_is_named(spec, teacher_parts, monkeypatch: pytest.MonkeyPatch) -> None:
