@@ -14,7 +14,7 @@ from pipelines.command_line.cache import cache_group
 from pipelines.command_line.tour import TourGroup
 
 
-class Group(TourGroup):
+class CommandGroup(TourGroup):
     """Prints the project's own errors as one line, and the signal that ended a command."""
 
     def main(self, *arguments: Any, **named: Any) -> Any:
@@ -64,7 +64,7 @@ COMMANDS = (
 
 
 @click.group(
-    cls=Group,
+    cls=CommandGroup,
     commands=COMMANDS,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120},
 )
