@@ -14,7 +14,7 @@ import click
 import pytest
 from click.testing import CliRunner
 
-from cli import Group
+from cli import CommandGroup
 from teacher_cache import stopping
 from teacher_cache.stopping import SIGNALS, Stopped
 
@@ -83,7 +83,7 @@ def test_the_program_says_it_in_one_line(rank: str | None, said: str, monkeypatc
     if rank:
         monkeypatch.setenv("RANK", rank)
     command = click.Command("wait", callback=lambda: os.kill(os.getpid(), signal.SIGTERM))
-    result = CliRunner().invoke(Group("program", commands={"wait": command}), ["wait"])
+    result = CliRunner().invoke(CommandGroup("program", commands={"wait": command}), ["wait"])
     assert (result.exit_code, result.stderr, result.stdout) == (143, said, "")
 
 

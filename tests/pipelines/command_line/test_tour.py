@@ -11,7 +11,7 @@ import click
 import pytest
 from click.testing import CliRunner
 
-from cli import Group, main
+from cli import CommandGroup, main
 from pipelines import command_line
 from pipelines.command_line.tour import CONTINUED, EXAMPLES, OTHERS, SECTIONS
 from teacher_cache.stopping import Stopped
@@ -19,9 +19,9 @@ from teacher_cache.stopping import Stopped
 WIDE = 120
 
 
-def walk(group: click.Group, before: str = "") -> Iterator[tuple[str, click.Command]]:
+def walk(group: click.CommandGroup, before: str = "") -> Iterator[tuple[str, click.Command]]:
     for name, command in group.commands.items():
-        if isinstance(command, click.Group):
+        if isinstance(command, click.CommandGroup):
             yield from walk(command, f"{before}{name} ")
         else:
             yield f"{before}{name}", command
@@ -57,7 +57,7 @@ def test_commands_stand_in_sections_in_the_order_of_work(group: str) -> None:
 
 
 def test_a_command_that_no_section_knows_is_listed_last() -> None:
-    group = Group("new", commands={"unheard-of": click.Command("unheard-of", help="Something new.")})
+    group = CommandGroup("new", commands={"unheard-of": click.Command("unheard-of", help="Something new.")})
     for name in ("init", "demo"):
         group.add_command(main.commands[name])
     lines = [line.strip() for line in CliRunner().invoke(group, ["--help"]).output.splitlines()]
