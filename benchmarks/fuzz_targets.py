@@ -31,12 +31,11 @@ from pipelines.terminal.tables import work_lines
 from teacher_cache.cache import TeacherCache
 from teacher_cache.cached_samples import CachedSamples
 from teacher_cache.codecs import adaptive, container, frame
-from teacher_cache.errors import CacheError, DataError, KdcliError, SkipRow
+from teacher_cache.errors import CacheError, DataError, KdcliError, SkipSample
 from teacher_cache.fields import create_field, decode_record, open_field
 from teacher_cache.plan import Part, Plan, Slice
 from teacher_cache.plan_file import parse_plan
 from teacher_cache.records import Image, Prepared, RowGroup, Sample, SkipRecord, TeacherOutput, TextTokens, Turn
-from teacher_cache.rows import check_sample, decode_image
 from teacher_cache.samples import decode_sample, encode_sample
 from teacher_cache.shards import verify
 from teacher_cache.shards.commit import Commit, parse_commit
@@ -47,6 +46,7 @@ from teacher_cache.shards.writer import ShardWriter
 from teacher_cache.sources import DataSpec, open_source
 from teacher_cache.teachers.head import topk_rows
 from teacher_cache.teachers.sampling import sample_batch
+from teacher_cache.usable_samples import check_sample, decode_image
 from teacher_cache.wants import NOTHING, Wants
 
 Build = Callable[[Any], bytes]
@@ -446,7 +446,7 @@ def read_mixture(folder: Path, data: bytes, format_name: str = "llava-json") -> 
                 if isinstance(row, Sample):
                     check_sample(row, 1000)
                     usable += 1
-            except SkipRow:
+            except SkipSample:
                 continue
     return usable
 
@@ -689,4 +689,4 @@ def data_targets(scratch: Path) -> Iterator[Target]:
     whole = images()
     change = lambda draw: changed(draw(st.sampled_from(whole)), draw)  # noqa: E731
     read_image = lambda data: decode_image(Image("a", data), 10_000)  # noqa: E731
-    yield Target("image", read_image, (SkipRow,), (random_bytes, *[change] * 4))
+    yield Target("image", read_image, (SkipSample,), (random_bytes, *[change] * 4))

@@ -10,10 +10,10 @@ import torch
 from torch.utils.data import Dataset
 
 from student_train.order import Positions
-from student_train.row_columns import Column, Weight
+from student_train.sample_columns import Column, Weight
 from teacher_cache.batch import Batch, collate
 from teacher_cache.cached_samples import CachedSample, CachedSamples
-from teacher_cache.errors import CompatibilityError, SkipRow
+from teacher_cache.errors import CompatibilityError, SkipSample
 from teacher_cache.known_text import KnownText
 from teacher_cache.prepare import Preparer
 from teacher_cache.records import ImageLayout, Prepared, TextTokens
@@ -28,7 +28,7 @@ CheckLayouts = Callable[[str, tuple[ImageLayout, ...], tuple[ImageLayout, ...]],
 
 
 @dataclass(frozen=True)
-class TrainRow:
+class TrainSample:
     """One row as the student reads it, with the teacher's decoded fields."""
 
     prepared: Prepared
@@ -40,7 +40,7 @@ class TrainRow:
 
 
 @dataclass(frozen=True)
-class RefusedRow:
+class RefusedSample:
     """A row that the teacher's processor took and the student's does not. line: which one, and why."""
 
     line: str
@@ -79,8 +79,8 @@ class TrainDataset(Dataset):
         known_text: the student reads the stored tokens themselves, because its tokenizer and chat template are the teacher's.
         columns: numbers that every row comes with.
 
-    A row that the student's processor refuses is left out (``RefusedRow``); where none of a micro-batch is left, the next row that can be
-    read stands in, as a filler.
+    A sample that the student's processor refuses is left out (``RefusedSample``); where none of a micro-batch is left, the next sample
+    that can be read stands in, as a filler.
     """
 
     def __init__(
@@ -101,42 +101,42 @@ class TrainDataset(Dataset):
         self.known = KnownText(preparer) if known_text else None
         self._block: tuple[int, int] | None = None
 
-    def __getitem__(self, position: int) -> TrainRow:
+    def __getitem__(self, position: int) -> TrainSample:
         """The row there, or the next one that the student reads."""
         row = self.__getitems__([position])[-1]
-        assert isinstance(row, TrainRow), "a micro-batch ends with a row"
+        assert isinstance(row, TrainSample), "a micro-batch ends with a row"
         return row
 
-    def __getitems__(self, positions: Sequence[int]) -> list[TrainRow | RefusedRow]:
+    def __getitems__(self, positions: Sequence[int]) -> list[TrainSample | RefusedSample]:
         """A micro-batch at once: what a store is asked for its rows it is asked together."""
         rows = self.read(positions)
-        if any(isinstance(row, TrainRow) for row in rows):
-            return sorted(rows, key=lambda row: isinstance(row, TrainRow))
+        if any(isinstance(row, TrainSample) for row in rows):
+            return sorted(rows, key=lambda row: isinstance(row, TrainSample))
         for position in range(positions[-1] + 1, positions[-1] + MOST_REFUSED):
             (stand_in,) = self.read([position])
-            if isinstance(stand_in, TrainRow):
+            if isinstance(stand_in, TrainSample):
                 return [*rows, replace(stand_in, filler=True)]
         first = rows[0]
-        assert isinstance(first, RefusedRow)
+        assert isinstance(first, RefusedSample)
         raise CompatibilityError(f"{first.line}, nor any of the {MOST_REFUSED} rows after it: choose another student")
 
-    def read(self, positions: Sequence[int]) -> list[TrainRow | RefusedRow]:
-        """The rows at these positions; one that the student's processor refuses is a ``RefusedRow``."""
+    def read(self, positions: Sequence[int]) -> list[TrainSample | RefusedSample]:
+        """The rows at these positions; one that the student's processor refuses is a ``RefusedSample``."""
         if self.rows.remote and (block := self.order.block_of(positions[-1])) != self._block:
             epoch, number = self._block = block
             self.rows.expect(self.order.shards_of(epoch, number), self.order.shards_of(epoch, number + 1))
         return [self._prepare(row) for row in self.rows.read_many([self.order.at(one) for one in positions])]
 
-    def _prepare(self, row: CachedSample) -> TrainRow | RefusedRow:
+    def _prepare(self, row: CachedSample) -> TrainSample | RefusedSample:
         try:
             asked = self.templates[row.sample.part], self.image_limits[row.sample.part]
             if self.known:
                 prepared = self.known.prepare(row.sample, row.text, row.key, *asked)
             else:
                 prepared = self.preparer.prepare(row.sample, *asked)
-        except SkipRow as skip:
+        except SkipSample as skip:
             if skip.reason in OF_THE_PROCESSOR:
-                return RefusedRow(f"row {row.key} ({row.sample.place}): the student refuses it ({skip.detail})")
+                return RefusedSample(f"row {row.key} ({row.sample.place}): the student refuses it ({skip.detail})")
             raise CompatibilityError(
                 f"row {row.key} ({row.sample.place}) was captured, but the student cannot read it ({skip}): "
                 + FIXES.get(skip.reason, "give the student the capture's max_length and template")
@@ -148,7 +148,7 @@ class TrainDataset(Dataset):
             if self.check_layouts:
                 self.check_layouts(row.key, row.layout, prepared.layout)
         columns = {one.text: one.of(row) for one in self.columns}
-        return TrainRow(prepared, row.text, row.fields, row.layout, columns=columns)
+        return TrainSample(prepared, row.text, row.fields, row.layout, columns=columns)
 
 
 def check_same_response(key: str, teacher: TextTokens, student: TextTokens) -> None:
@@ -176,9 +176,9 @@ def check_same_grid(key: str, teacher: tuple[ImageLayout, ...], student: tuple[I
         )
 
 
-def join(given: Sequence[TrainRow | RefusedRow], pad_id: int) -> TrainBatch:
+def join(given: Sequence[TrainSample | RefusedSample], pad_id: int) -> TrainBatch:
     """Rows → one micro-batch."""
-    rows = [row for row in given if isinstance(row, TrainRow)]
+    rows = [row for row in given if isinstance(row, TrainSample)]
     fields = {name: [row.fields[name] for row in rows] for name in rows[0].fields}
     return TrainBatch(
         collate([row.prepared for row in rows], pad_id),
@@ -188,6 +188,6 @@ def join(given: Sequence[TrainRow | RefusedRow], pad_id: int) -> TrainBatch:
         tuple(row.prepared.text for row in rows),
         tuple(row.prepared.layout for row in rows),
         filler=any(row.filler for row in rows),
-        refused=tuple(row.line for row in given if isinstance(row, RefusedRow)),
+        refused=tuple(row.line for row in given if isinstance(row, RefusedSample)),
         columns={name: tuple(row.columns[name] for row in rows) for name in rows[0].columns},
     )

@@ -24,7 +24,7 @@ import torch
 from student_train.dataset import TrainBatch
 from student_train.losses.counted import TermWeights, Weights
 from student_train.needs import Need
-from student_train.row_columns import Column, answer_lengths, read_column
+from student_train.sample_columns import Column, answer_lengths, read_column
 from teacher_cache.errors import KdcliError
 
 NEED = Need("response_likeliest")

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 from torch.utils.data import DataLoader, get_worker_info
 
-from student_train.dataset import RefusedRow, TrainBatch, TrainDataset, TrainRow, join
+from student_train.dataset import RefusedSample, TrainBatch, TrainDataset, TrainSample, join
 from student_train.loader_signals import held_back, leave_signals, own_child_signals
 from student_train.order import MicroBatches
 from student_train.packed import Packed, pack, unpack
@@ -20,7 +20,7 @@ class Join:
 
     pad_id: int
 
-    def __call__(self, rows: Sequence[TrainRow | RefusedRow]) -> TrainBatch | Packed:
+    def __call__(self, rows: Sequence[TrainSample | RefusedSample]) -> TrainBatch | Packed:
         batch = join(rows, self.pad_id)
         return pack(batch) if get_worker_info() else batch
 
@@ -29,7 +29,7 @@ def step_batches(
     dataset: TrainDataset, batches: MicroBatches, pad_id: int, workers: int
 ) -> Iterator[tuple[int, list[TrainBatch]]]:
     """(step, its micro-batches) until the run ends."""
-    collate_rows: Callable[[Sequence[TrainRow | RefusedRow]], TrainBatch | Packed] = Join(pad_id)
+    collate_rows: Callable[[Sequence[TrainSample | RefusedSample]], TrainBatch | Packed] = Join(pad_id)
     if workers:
         dataset.rows.pause()
     with own_child_signals(), held_back():

@@ -10,7 +10,7 @@ from student_train.dataset import TrainDataset
 from student_train.methods import Method, hook
 from student_train.needs import ROW_ALIGNED, Served
 from student_train.order import Positions
-from student_train.row_columns import Column
+from student_train.sample_columns import Column
 from teacher_cache.cache import TeacherCache
 from teacher_cache.cached_samples import CachedSamples
 from teacher_cache.known_text import same_text_side

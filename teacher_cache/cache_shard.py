@@ -12,12 +12,12 @@ from typing import Any, Protocol
 from teacher_cache.batch import token_batches
 from teacher_cache.behind import Behind, Record, Waits, encode_row
 from teacher_cache.codecs import container
-from teacher_cache.errors import CacheError, OutOfMemory, SkipRow, one_line, out_of_memory
+from teacher_cache.errors import CacheError, OutOfMemory, SkipSample, one_line, out_of_memory
 from teacher_cache.fields import Field, wants_of
 from teacher_cache.plan import Plan
 from teacher_cache.prepare import Preparer
 from teacher_cache.records import Prepared, RowGroup, Sample, SkipRecord, TeacherOutput
-from teacher_cache.same_rows import NOTHING, RecordedRows
+from teacher_cache.same_samples import NOTHING, RecordedSamples
 from teacher_cache.samples import cut_counts, encode_sample
 from teacher_cache.shards.commit import committed_shards
 from teacher_cache.shards.storage import Storage
@@ -121,7 +121,7 @@ def cache_shard(
     Args:
         teacher: may be None where only ``samples`` is missing. advance: told how many rows it has seen, and ``waits`` how long it waited.
     """
-    recorded = RecordedRows.of(job.storage, job.plan.plan_hash, shard, columns, own=job.keep_rows)
+    recorded = RecordedSamples.of(job.storage, job.plan.plan_hash, shard, columns, own=job.keep_rows)
     hashes = {column: job.fields.get(column.removeprefix("fields/"), "") for column in columns}
     writers = {c: job.writer(job.storage, c, shard, job.plan.plan_hash, hashes[c], job.staging_bytes) for c in columns}
     fields = {c: job.field_objects[c.removeprefix("fields/")] for c in columns if c != "samples"}
@@ -160,7 +160,7 @@ def prepare_windows(
     shard: int,
     source: SampleReader,
     preparer: Preparer,
-    recorded: RecordedRows = NOTHING,
+    recorded: RecordedSamples = NOTHING,
     weigh: Weigh = input_bytes,
 ) -> Iterator[Window]:
     """The rows of a slice, prepared, in windows: enough rows to batch similar lengths, at most ``WINDOW_ROWS`` and ``WINDOW_BYTES``.
@@ -187,14 +187,14 @@ def prepare_windows(
 
 
 def prepare_row(
-    row: Sample | SkipRecord, spec: DataSpec, preparer: Preparer, recorded: RecordedRows
+    row: Sample | SkipRecord, spec: DataSpec, preparer: Preparer, recorded: RecordedSamples
 ) -> tuple[Sample, Prepared] | SkipRecord:
     """The row with what it becomes, or why it is not used."""
     if isinstance(row, SkipRecord):
         return recorded.skipped(row)
     try:
         prepared = preparer.prepare(row, spec.template, spec.max_image_pixels)
-    except SkipRow as skip:
+    except SkipSample as skip:
         return recorded.skipped(skip_record(row, skip))
     return recorded.agree(row, prepared.key) or (row, prepared)
 
@@ -300,7 +300,7 @@ def write_window(
         records.popleft()  # not before: a teacher that waits looks there for what is not encoded yet
         for column in fields:
             if encoded is None:
-                skip = SkipRow("nonfinite_teacher", "NaN or infinity in the teacher's output")
+                skip = SkipSample("nonfinite_teacher", "NaN or infinity in the teacher's output")
                 writers[column].skip(skip_record(sample, skip))
             else:
                 writers[column].add(prepared, {container.EXTENSION: encoded[column]})
@@ -308,7 +308,7 @@ def write_window(
         writer.check_staging()
 
 
-def skip_record(sample: Sample, skip: SkipRow) -> SkipRecord:
+def skip_record(sample: Sample, skip: SkipSample) -> SkipRecord:
     return SkipRecord(sample.part, sample.ordinal, sample.source_id, sample.place, skip.reason, skip.detail)
 
 

@@ -8,11 +8,10 @@ from functools import cached_property, lru_cache
 from typing import Any
 
 from teacher_cache.bounded_templates import bounded
-from teacher_cache.errors import CompatibilityError, SkipRow, one_line
+from teacher_cache.errors import CompatibilityError, SkipSample, one_line
 from teacher_cache.fingerprint import PREPARATION
 from teacher_cache.records import Turn
 from teacher_cache.rendering import Rendered
-from teacher_cache.rows import PLACEHOLDER
 from teacher_cache.skeleton import (
     Message,
     Skeleton,
@@ -25,6 +24,7 @@ from teacher_cache.skeleton import (
     texts_of,
     user_header,
 )
+from teacher_cache.usable_samples import PLACEHOLDER
 
 STYLES: Mapping[str, Callable[[Turn], bool]] = {
     "parts": lambda turn: True,
@@ -66,7 +66,7 @@ class Chat:
         """By shape of a row; a text says why rows of this shape are refused."""
 
     def render(self, turns: Sequence[Turn]) -> Rendered:
-        """The row as the template writes it. SkipRow (template_refused) where it refuses the row or labels cannot be placed."""
+        """The row as the template writes it. SkipSample (template_refused) where it refuses the row or labels cannot be placed."""
         messages = self.messages(turns)
         if self.version == 1:
             return replace(spans_by_prefixes(messages, self._write), begins=False)
@@ -76,13 +76,13 @@ class Chat:
         return replace(made, begins=self.begins(text))
 
     def prompt(self, turns: Sequence[Turn]) -> tuple[str, bool]:
-        """(what a model is given to answer the last turn, whether the tokenizer's first token goes before it); SkipRow as ``render``."""
+        """(what a model is given to answer the last turn, whether the tokenizer's first token goes before it); SkipSample as ``render``."""
         messages = self.messages(turns)
         shape = shape_of(messages)
         if shape not in self._prompts:
             self._prompts[shape] = self._prompt_fault(messages)
         if fault := self._prompts[shape]:
-            raise SkipRow("template_refused", fault)
+            raise SkipSample("template_refused", fault)
         text = self._write(messages, True)
         return text, self.begins(text)
 
@@ -140,7 +140,7 @@ class Chat:
                 skeleton = find_skeleton(messages, self._write, self.image, lambda: "")
                 if skeleton.spans(self._write(messages), messages) is None:
                     faults.append("the chat template writes other texts than it is given")
-            except SkipRow as skip:
+            except SkipSample as skip:
                 faults.append(skip.detail)
         return faults
 
@@ -159,11 +159,11 @@ class Chat:
         if shape not in self._skeletons:
             try:
                 self._skeletons[shape] = find_skeleton(messages, self._write, self.image, lambda: self._header)
-            except SkipRow as skip:
+            except SkipSample as skip:
                 self._skeletons[shape] = skip.detail
         found = self._skeletons[shape]
         if isinstance(found, str):
-            raise SkipRow("template_refused", found)
+            raise SkipSample("template_refused", found)
         return found
 
     @cached_property
@@ -178,14 +178,14 @@ class Chat:
             said = "".join("".join(texts_of(messages[-1])).split())
             if said in "".join(text[start:stop].split()):
                 return made
-        raise SkipRow("template_refused", "the chat template rewrites texts of the row: labels cannot be placed")
+        raise SkipSample("template_refused", "the chat template rewrites texts of the row: labels cannot be placed")
 
     def _prompt_fault(self, messages: Sequence[Message]) -> str:
         """Why no prompt of this shape can be written; "" where it can."""
         marked, marks = mark(messages)
         try:
             check_images(marked, pieces_of(self._write(marked, True), marks), self.image)
-        except SkipRow as skip:
+        except SkipSample as skip:
             return skip.detail
         return ""
 
@@ -197,7 +197,7 @@ class Chat:
             raise
         except Exception as error:  # a template is a program: it raises what it likes
             said = one_line(error)[:160] or type(error).__name__
-            raise SkipRow("template_refused", f"the chat template refuses it: {said}") from None
+            raise SkipSample("template_refused", f"the chat template refuses it: {said}") from None
 
     @cached_property
     def _adds_first(self) -> bool:

@@ -177,7 +177,7 @@ def advice(error: OSError) -> str:
     return "name another place, or fix this one, and run the same command again"
 
 
-class SkipRow(Exception):
+class SkipSample(Exception):
     """One row cannot be used: it becomes a skip record, never another row.
 
     Args:
@@ -201,14 +201,14 @@ def refusing_row(what: str) -> Iterator[None]:
     """
     try:
         yield
-    except (KdcliError, SkipRow):
+    except (KdcliError, SkipSample):
         raise
     except BaseException as error:
         if out_of_memory(error) or not (isinstance(error, Exception) or is_panic(error)):
             raise
         said = one_line(error)
         told = said if isinstance(error, ValueError) and said else f"{type(error).__name__}: {said}".rstrip(": ")
-        raise SkipRow("processor_refused", f"{what}: {told}") from None
+        raise SkipSample("processor_refused", f"{what}: {told}") from None
 
 
 SKIP_REASONS = {

@@ -13,7 +13,7 @@ import numpy as np
 import PIL.Image
 import torch
 
-from teacher_cache.errors import SkipRow
+from teacher_cache.errors import SkipSample
 
 STEPS = (
     "preprocess",
@@ -33,7 +33,7 @@ EDGES = ("shortest_edge", "longest_edge")
 
 
 def check_resized(processor: Any, images: Sequence[PIL.Image.Image], most: int) -> None:
-    """SkipRow where an image at the processor's shortest edge would have more than ``most`` pixels (CLIP crops only behind that).
+    """SkipSample where an image at the processor's shortest edge would have more than ``most`` pixels (CLIP crops only behind that).
 
     1 × 20,000 pixels become 336 × 6,720,000 on their way to 336 × 336: a machine without that memory ends every row's work.
     """
@@ -45,7 +45,7 @@ def check_resized(processor: Any, images: Sequence[PIL.Image.Image], most: int) 
         pixels = edges[0] ** 2 * max(image.size) // min(image.size)
         if pixels > most:
             width, height = image.size
-            raise SkipRow(
+            raise SkipSample(
                 "image_too_large",
                 f"{width} × {height} pixels at the processor's shortest edge of {edges[0]} are {pixels:,}, the limit is {most:,}",
             )

@@ -18,16 +18,16 @@ import PIL.Image
 import torch
 
 from teacher_cache.chat import Chat
-from teacher_cache.errors import CompatibilityError, KdcliError, SkipRow, refusing_row
+from teacher_cache.errors import CompatibilityError, KdcliError, SkipSample, refusing_row
 from teacher_cache.families import family_of
 from teacher_cache.fingerprint import PREPARATION, preparation_version, processor_fingerprint
 from teacher_cache.layout import image_layout
 from teacher_cache.pixels import check_resized
 from teacher_cache.records import ROLES, ImageLayout, Prepared, Sample, TextTokens, Turn
 from teacher_cache.rendering import Rendered, expanded, image_text
-from teacher_cache.rows import PLACEHOLDER, check_turns, decode_image, row_key
 from teacher_cache.templates import TEMPLATES, check_tokens, find_template
 from teacher_cache.token_rows import check_token_ids, embedding_rows
+from teacher_cache.usable_samples import PLACEHOLDER, check_turns, decode_image, row_key
 
 NO_TOKEN = -1
 """In place of the id of an image token: no token has it."""
@@ -96,16 +96,16 @@ class Preparer:
         }
 
     def prepare(self, sample: Sample, template: str = "chat", max_image_pixels: int = 89_478_485) -> Prepared:
-        """Tokens, pixels and row positions of one row; SkipRow with a reason where the row cannot be used."""
+        """Tokens, pixels and row positions of one row; SkipSample with a reason where the row cannot be used."""
         check_turns(sample)
         return self._prepare(sample, template, self.decode(sample, max_image_pixels), row_key(sample))
 
     def decode(self, sample: Sample, max_image_pixels: int) -> list[Any]:
-        """The row's images as RGB; SkipRow for one that cannot be used, or grows beyond the limit in the processor, and for all of a row
+        """The row's images as RGB; SkipSample for one that cannot be used, or grows beyond the limit in the processor, and for all of a row
         that the model reads no images of."""
         if not self.reads_images:
             if sample.images:
-                raise SkipRow("images_unread", f"{len(sample.images)} images, and the model is text-only")
+                raise SkipSample("images_unread", f"{len(sample.images)} images, and the model is text-only")
             return []
         images = [decode_image(image, max_image_pixels, self.upright) for image in sample.images]
         check_resized(self.processor.image_processor, images, max_image_pixels)
@@ -120,7 +120,7 @@ class Preparer:
         if template == "chat":
             self.chat.check()
         turns = tuple(Turn(role, f"{role} {number}") for number in (1, 2) for role in ("user", "assistant"))
-        with suppress(SkipRow):  # a probe over the length limit says nothing about the template
+        with suppress(SkipSample):  # a probe over the length limit says nothing about the template
             self._prepare(Sample("", 0, "", "a probe row", turns), template, [], "probe")
 
     def check_images(self, part: str, template: str) -> None:
@@ -133,7 +133,7 @@ class Preparer:
                 self.chat.check(images=True)
             turns = (Turn("user", f"{PLACEHOLDER}\nWhat is this?"), Turn("assistant", "A fact."))
             self._prepare(Sample("", 0, "", "a probe row", turns), template, [PIL.Image.new("RGB", (64, 64))], "probe")
-        except SkipRow as skip:
+        except SkipSample as skip:
             # How long a row is depends on its image; a template may want a system turn, and was tried above.
             if skip.reason not in ("over_length", "template_refused"):
                 raise CompatibilityError(f"part {part}: no row with an image can be used: {skip.detail}") from None
@@ -143,7 +143,7 @@ class Preparer:
     def _prepare(self, sample: Sample, template: str, images: list[Any], key: str) -> Prepared:
         special = self._reserved_by(template)
         if special and (found := next(filter(None, (special.search(t.text) for t in sample.turns)), None)):
-            raise SkipRow("reserved_token", f"the text holds {found.group()!r}, which the tokenizer reserves")
+            raise SkipSample("reserved_token", f"the text holds {found.group()!r}, which the tokenizer reserves")
         image = self._image_text if template == "plain" else PLACEHOLDER
         rendered = find_template(template).render(self.chat, sample.turns, image)
         text = self._tokenize(rendered)
@@ -178,7 +178,7 @@ class Preparer:
         """The row of these tokens: where its vision, text and response rows stand."""
         if len(text.ids) and (highest := int(text.ids.to(torch.int64).max())) >= self._embedding_rows:
             token = f"{self.tokenizer.convert_ids_to_tokens(highest)!r} (id {highest})"
-            raise SkipRow(
+            raise SkipSample(
                 "unknown_token", f"{token} is beyond the {self._embedding_rows} rows of the model's embedding"
             )
         is_vision = input_ids == self.image_token_id
@@ -263,7 +263,7 @@ class Preparer:
         return image_text(self.chat.owner, self.chat.image)
 
     def _layout(self, images: list[Any], inputs: Mapping[str, Any], tokens: int) -> tuple[ImageLayout, ...]:
-        """SkipRow where nothing known here, or nothing that losses could look at, comes of the images."""
+        """SkipSample where nothing known here, or nothing that losses could look at, comes of the images."""
         if not images:
             return ()
         sizes = [image.size for image in images]
@@ -271,12 +271,12 @@ class Preparer:
         with refusing_row(f"its images have an unknown vision layout ({told} pixels)"):
             layout = image_layout(self.config, self.processor, sizes, inputs, tokens)
         if any(0 in view.grid for one in layout for view in one.views):
-            raise SkipRow(
+            raise SkipSample(
                 "processor_refused", f"an image is so narrow that a view of it keeps no patch ({told} pixels)"
             )
         if sum(one.tokens() for one in layout) != tokens:
             # Where the family is unknown this is so in every row, and a capture that skips nearly all of them stops.
-            raise SkipRow(
+            raise SkipSample(
                 "processor_refused",
                 f"the vision layout does not account for the {tokens} vision tokens of its images ({told} pixels)",
             )
@@ -288,7 +288,7 @@ class Preparer:
         turns = sample.turns[: -1 if sample.turns[-1].role == "user" else -2]
         kept_images = sum(turn.text.count(PLACEHOLDER) for turn in turns)
         if self.limits.over_length == "skip" or not any(t.role == "assistant" for t in turns):
-            raise SkipRow("over_length", f"{length} tokens, the limit is {self.limits.max_length}")
+            raise SkipSample("over_length", f"{length} tokens, the limit is {self.limits.max_length}")
         return self._prepare(replace(sample, turns=turns), template, images[:kept_images], key)
 
     def _reserved_by(self, template: str) -> re.Pattern[str] | None:

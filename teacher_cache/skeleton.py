@@ -12,13 +12,13 @@ from functools import cache
 from itertools import pairwise
 from typing import Any
 
-from teacher_cache.errors import SkipRow
+from teacher_cache.errors import SkipSample
 from teacher_cache.rendering import Rendered
 
 Message = Mapping[str, Any]
 """``{"role", "content"}``; content is a string or a list of ``{"type": "image"}`` and ``{"type": "text", "text"}``."""
 Write = Callable[[Sequence[Message], bool], str]
-"""(messages, with the generation prompt behind them) → what the template makes of them; SkipRow where it refuses."""
+"""(messages, with the generation prompt behind them) → what the template makes of them; SkipSample where it refuses."""
 Place = tuple[int, int]
 """(piece, characters into it)."""
 
@@ -81,7 +81,7 @@ def find_skeleton(messages: Sequence[Message], write: Write, image: str, header:
         image: what stands for one image in what the processor reads. header: gives what the template writes before a user's text.
 
     Raises:
-        SkipRow: template_refused: a text or an image is lost, repeated or moved; an answer's label cannot be placed.
+        SkipSample: template_refused: a text or an image is lost, repeated or moved; an answer's label cannot be placed.
     """
     marked, marks = mark(messages)
     before = [0]
@@ -137,15 +137,15 @@ def _alike(one: str, other: str) -> int:
     return next((at for at, (a, b) in enumerate(zip(one, other)) if a != b), min(len(one), len(other)))
 
 
-def _no_prefix() -> SkipRow:
-    return SkipRow(
+def _no_prefix() -> SkipSample:
+    return SkipSample(
         "template_refused",
         "the chat template's generation prompt is not a prefix of its answers: labels cannot be placed",
     )
 
 
-def _rewritten(turn: int) -> SkipRow:
-    return SkipRow(
+def _rewritten(turn: int) -> SkipSample:
+    return SkipSample(
         "template_refused",
         f"the chat template rewrites earlier turns: turn {turn} changes when others follow: labels cannot be placed",
     )
@@ -156,21 +156,21 @@ def user_header(messages: Sequence[Message], write: Write) -> str:
     marked, marks = mark(messages)
     try:
         whole, earlier = (pieces_of(write(marked[:n], False), marks[:n]) for n in (3, 2))
-    except SkipRow:
+    except SkipSample:
         return ""
     return whole[2][len(earlier[2]) :] if whole[2].startswith(earlier[2]) else ""
 
 
 def pieces_of(text: str, marks: Sequence[tuple[str, str]]) -> list[str]:
-    """What stands around the marks, which are (mark, whose); SkipRow unless each stands there once, in order."""
+    """What stands around the marks, which are (mark, whose); SkipSample unless each stands there once, in order."""
     if "\\nof kdcli." in text:
-        raise SkipRow("template_refused", "the chat template writes content as a Python or JSON list")
+        raise SkipSample("template_refused", "the chat template writes content as a Python or JSON list")
     pieces, at = [], 0
     for mark, whose in marks:
         if (times := text.count(mark)) != 1:
-            raise SkipRow("template_refused", f"the chat template writes the text of {whose} {times} times")
+            raise SkipSample("template_refused", f"the chat template writes the text of {whose} {times} times")
         if (place := text.find(mark)) < at:
-            raise SkipRow(
+            raise SkipSample(
                 "template_refused", f"the chat template writes the text of {whose} before that of an earlier turn"
             )
         pieces.append(text[at:place])
@@ -179,12 +179,12 @@ def pieces_of(text: str, marks: Sequence[tuple[str, str]]) -> list[str]:
 
 
 def check_images(messages: Sequence[Message], pieces: Sequence[str], image: str) -> None:
-    """SkipRow unless as many images are written as the messages have parts of that kind."""
+    """SkipSample unless as many images are written as the messages have parts of that kind."""
     images = sum(
         part["type"] == "image" for m in messages if not isinstance(m["content"], str) for part in m["content"]
     )
     if (written := "".join(pieces).count(image)) != images:
-        raise SkipRow("template_refused", f"the chat template writes {written} times {image} for {images} images")
+        raise SkipSample("template_refused", f"the chat template writes {written} times {image} for {images} images")
 
 
 def mark(messages: Sequence[Message]) -> tuple[list[Message], list[tuple[str, str]]]:
@@ -226,7 +226,7 @@ def spans_by_prefixes(messages: Sequence[Message], write: Write) -> Rendered:
     """What preparation version 1 did: the row is written turn by turn, a system turn alone too.
 
     Raises:
-        SkipRow: template_refused: what is written of a turn is no prefix of what is written of more.
+        SkipSample: template_refused: what is written of a turn is no prefix of what is written of more.
     """
     text = write(messages, False)
     ends = [0]

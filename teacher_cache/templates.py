@@ -15,7 +15,7 @@ from teacher_cache.errors import CompatibilityError, KdcliError
 from teacher_cache.fingerprint import text_hash
 from teacher_cache.records import Turn
 from teacher_cache.rendering import Rendered
-from teacher_cache.rows import PLACEHOLDER
+from teacher_cache.usable_samples import PLACEHOLDER
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class Template:
     """
     Attributes:
         render: (the model's chat template, turns, what the model's text has for an image) → the row; only ``chat`` asks for the first,
-            only ``plain`` for the last. SkipRow where a row cannot be written.
+            only ``plain`` for the last. SkipSample where a row cannot be written.
         tokens: what the template writes that the tokenizer must know, each as one token of its own; no row may hold them.
         prompt: turns that end with the user's → what a model is given to answer; None: as the model's chat template asks.
     """
@@ -40,7 +40,7 @@ def find_template(name: str) -> Template:
 
 
 def write_prompt(name: str, chat: Chat, turns: Sequence[Turn]) -> tuple[str, bool]:
-    """(what a model is given to answer the last question, whether the tokenizer's first token goes before it); SkipRow where the model's
+    """(what a model is given to answer the last question, whether the tokenizer's first token goes before it); SkipSample where the model's
     chat template refuses the row. A model of captions is asked as its chat template asks."""
     prompt = find_template(name).prompt
     return (prompt(turns), True) if prompt else chat.prompt(turns)

@@ -16,7 +16,7 @@ from pipelines.capture.label_warnings import label_warnings
 from pipelines.capture.presence import at_work
 from pipelines.capture.profiles import chosen_fields, with_tails
 from pipelines.capture.skipped_samples import excess, refuse_skips, take_in_again, unread_images
-from pipelines.capture.worker import CaptureRequest, make_preparer, row_readers, run_shards
+from pipelines.capture.worker import CaptureRequest, make_preparer, run_shards, sample_readers
 from pipelines.inspect.cache import status
 from teacher_cache.cache import TeacherCache
 from teacher_cache.cache_shard import CaptureJob
@@ -29,7 +29,7 @@ from teacher_cache.make_plan import make_plan
 from teacher_cache.plan import Plan, parts_with_images
 from teacher_cache.plan_file import known_plan, read_plan, write_plan
 from teacher_cache.prepare import Preparer
-from teacher_cache.same_rows import bind_pictures, refuse_other_pictures
+from teacher_cache.same_samples import bind_pictures, refuse_other_pictures
 from teacher_cache.shards.commit import await_listed
 from teacher_cache.shards.mender import ShardMender
 from teacher_cache.shards.storage import Storage
@@ -232,7 +232,7 @@ def retry_skipped(
 
     mine = request.mine({shard: [] for shard in range(len(job.plan.slices))})
     return take_in_again(
-        job, list(mine), row_readers(request, job.storage, job.plan), make_preparer(request, *loaded), run
+        job, list(mine), sample_readers(request, job.storage, job.plan), make_preparer(request, *loaded), run
     )
 
 

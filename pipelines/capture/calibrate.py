@@ -11,13 +11,13 @@ from teacher_cache import cache_shard
 from teacher_cache.batch import row_positions
 from teacher_cache.behind import is_finite
 from teacher_cache.cache_shard import SampleReader, Teacher
-from teacher_cache.errors import KdcliError, SkipRow
+from teacher_cache.errors import KdcliError, SkipSample
 from teacher_cache.fields import CalibratedField, wants_of
 from teacher_cache.fields.calibration import Calibration
 from teacher_cache.plan import Plan, Slice
 from teacher_cache.prepare import Preparer
 from teacher_cache.records import Prepared, Sample, SkipRecord, TeacherOutput
-from teacher_cache.same_rows import SteadyRows
+from teacher_cache.same_samples import SteadySamples
 from teacher_cache.sources import DataSpec
 from teacher_cache.wants import NOTHING, Wants
 
@@ -119,8 +119,8 @@ def spread(slices: Sequence[Slice], parts_without_fields: frozenset[str]) -> lis
 
 
 def mixture_reader(plan: Plan, seen: Mapping[str, list[int]] | None = None) -> Callable[[int], SampleReader]:
-    """Shard → the mixture part that its rows are read from. seen: as ``SteadyRows`` takes it."""
-    sources = {part.spec.part: SteadyRows(part, seen or {}) for part in plan.parts}
+    """Shard → the mixture part that its rows are read from. seen: as ``SteadySamples`` takes it."""
+    sources = {part.spec.part: SteadySamples(part, seen or {}) for part in plan.parts}
     return lambda shard: sources[plan.slices[shard].part]
 
 
@@ -136,7 +136,7 @@ def usable_rows(rows: Iterable[Sample | SkipRecord], preparer: Preparer, spec: D
             continue
         try:
             yield preparer.prepare(row, spec.template, spec.max_image_pixels)
-        except SkipRow:
+        except SkipSample:
             continue
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from pipelines.capture import canaries
 from pipelines.capture.calibrate import calibrate
-from pipelines.capture.worker import CaptureRequest, make_preparer, row_readers
+from pipelines.capture.worker import CaptureRequest, make_preparer, sample_readers
 from teacher_cache.cache import TeacherCache
 from teacher_cache.fields import CalibratedField
 from teacher_cache.fields.calibration import Calibration
@@ -41,7 +41,7 @@ def fit_fields(
         settings.calibration_rows,
         settings.batch_tokens,
         frozenset(settings.parts_without_fields),
-        row_readers(request, storage, plan),
+        sample_readers(request, storage, plan),
     )
 
 

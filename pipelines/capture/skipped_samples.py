@@ -9,11 +9,11 @@ from math import log
 
 from teacher_cache.cache import TeacherCache
 from teacher_cache.cache_shard import CaptureJob, SampleReader, skip_record
-from teacher_cache.errors import CacheError, KdcliError, SkipRow
+from teacher_cache.errors import CacheError, KdcliError, SkipSample
 from teacher_cache.plan import Part, Plan
 from teacher_cache.prepare import Preparer
 from teacher_cache.records import SkipRecord
-from teacher_cache.same_rows import PICTURE_REASONS, groups_of, has_pictures, spread_rows
+from teacher_cache.same_samples import PICTURE_REASONS, groups_of, has_pictures, spread_rows
 from teacher_cache.shards.commit import committed_shards, read_commit, read_commits
 from teacher_cache.shards.mender import ShardReplacer
 from teacher_cache.sources import open_source
@@ -80,7 +80,7 @@ def look_at(row: object, part: Part, preparer: Preparer) -> SkipRecord | None:
         return row
     try:
         preparer.prepare(row, part.spec.template, part.spec.max_image_pixels)  # type: ignore[arg-type]
-    except SkipRow as skip:
+    except SkipSample as skip:
         return skip_record(row, skip)  # type: ignore[arg-type]
     return None
 

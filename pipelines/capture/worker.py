@@ -27,7 +27,7 @@ from teacher_cache.shards.reader import ColumnReader
 from teacher_cache.shards.storage import Storage
 from teacher_cache.sources import DataSpec
 from teacher_cache.stopping import Stopped
-from teacher_cache.stored_rows import StoredPreparer, StoredRows
+from teacher_cache.stored_samples import StoredPreparer, StoredSamples
 from teacher_cache.teachers import null
 from teacher_cache.teachers.backends import load_processor, open_teacher, release
 from teacher_cache.teachers.transformers import TeacherSpec, resolve_device
@@ -49,7 +49,7 @@ class CaptureRequest:
         prepare_only: plan, calibrate and describe, and leave all shards to others.
         version: of the preparation; that of the cache where there is one.
         retry_skipped: shards that skip rows which can be used now are made again.
-        seen: sizes and times of the mixture's files from before they were hashed, as ``SteadyRows`` takes them.
+        seen: sizes and times of the mixture's files from before they were hashed, as ``SteadySamples`` takes them.
     """
 
     teacher: TeacherSpec
@@ -80,11 +80,11 @@ def make_preparer(request: CaptureRequest, processor: Any, config: Any) -> Prepa
     return kind(processor, config, Limits(request.settings.max_length, request.settings.over_length), request.version)
 
 
-def row_readers(request: CaptureRequest, storage: Storage, plan: Plan) -> Callable[[int], SampleReader]:
+def sample_readers(request: CaptureRequest, storage: Storage, plan: Plan) -> Callable[[int], SampleReader]:
     """Shard → where its rows are read."""
     if request.from_samples:
         samples = ColumnReader(storage, "samples", plan.plan_hash, "", slice_rows=plan.slice_rows)
-        return lambda shard: StoredRows(samples, shard)
+        return lambda shard: StoredSamples(samples, shard)
     return mixture_reader(plan, request.seen)
 
 
@@ -135,7 +135,7 @@ class ShardTask:
         job = replace(self.job, encode_workers=encode_workers(self.request.settings, spec, self.workers))
         processor, config = load_processor(spec)
         preparer = make_preparer(self.request, processor, config)
-        row_reader = row_readers(self.request, job.storage, job.plan)
+        row_reader = sample_readers(self.request, job.storage, job.plan)
         needs_teacher = any(column != "samples" for columns in self.left.values() for column in columns)
         teacher: Teacher | None = stoppable(open_teacher(spec, processor, config)) if needs_teacher else None
 

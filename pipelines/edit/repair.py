@@ -28,7 +28,7 @@ from teacher_cache.cache_shard import CaptureJob
 from teacher_cache.errors import FULL, CacheError, CompatibilityError, KdcliError, naming_full_disk
 from teacher_cache.fingerprint import preparation_version
 from teacher_cache.plan import Plan, difference
-from teacher_cache.same_rows import refuse_other_pictures, with_pictures
+from teacher_cache.same_samples import refuse_other_pictures, with_pictures
 from teacher_cache.shards.mender import ShardMender, ShardReplacer
 from teacher_cache.shards.storage import Storage
 from teacher_cache.shards.verify import Problem, shard_problems

@@ -11,7 +11,7 @@ from pipelines.capture.worker import CaptureRequest, make_preparer
 from teacher_cache.errors import CacheError
 from teacher_cache.fingerprint import PREPARATION
 from teacher_cache.plan import Plan, content_hash
-from teacher_cache.same_rows import refuse_other_rows, with_pictures
+from teacher_cache.same_samples import refuse_other_rows, with_pictures
 from teacher_cache.shards.commit import commit_path, committed_shards
 from teacher_cache.shards.plain_files import StrangeFile
 from teacher_cache.shards.storage import Storage

@@ -19,7 +19,7 @@ from pipelines.export import loaded
 from teacher_cache.chat import chat_of
 from teacher_cache.errors import KdcliError
 from teacher_cache.records import Turn
-from teacher_cache.rows import PLACEHOLDER
+from teacher_cache.usable_samples import PLACEHOLDER
 
 TOLERANCE = 1e-5
 """Of the largest difference of logits, relative to the largest logit (or 1): both sides compute in float32."""

@@ -21,7 +21,7 @@ from pipelines.judge.evaluation.answers import Compression, answers_or_skips, ch
 from pipelines.judge.evaluation.run import load_answering
 from pipelines.lmms.requests import UNASKED, UNLIKELY, Generation, generation, lost_note, model_arguments, prompt, row
 from student_train.student import RowForward
-from teacher_cache.errors import KdcliError, SkipRow
+from teacher_cache.errors import KdcliError, SkipSample
 from teacher_cache.prepare import Limits, Preparer
 from teacher_cache.sources import DataSpec
 
@@ -86,8 +86,8 @@ class Kdcli(lmms):
                     self._template,
                 )
                 for (text, options, _, _, task, _), one in zip(batch, given):
-                    lost += [(task, one.reason)] if isinstance(one, SkipRow) else []
-                    said.append("" if isinstance(one, SkipRow) else one)
+                    lost += [(task, one.reason)] if isinstance(one, SkipSample) else []
+                    said.append("" if isinstance(one, SkipSample) else one)
                     self.cache_hook.add_partial("generate_until", (text, options), said[-1])
                 bar.update(len(batch))
         if lost:

@@ -9,7 +9,7 @@ from pipelines.inspect.cache import heads, token_text, words
 from pipelines.report.picture import Picture, background_words, draw_pictures, visible
 from teacher_cache.cache import TeacherCache
 from teacher_cache.cached_samples import CachedSample, CachedSamples
-from teacher_cache.errors import KdcliError, SkipRow
+from teacher_cache.errors import KdcliError, SkipSample
 from teacher_cache.fingerprint import preparation_version
 from teacher_cache.shards.commit import committed_shards
 from teacher_cache.teacher_tokenizer import tokenizer_of
@@ -88,7 +88,7 @@ def cache_gallery(cache: TeacherCache, limit: int = EXAMPLES) -> Gallery:
     for one in chosen:
         try:
             gallery.examples.append(example_of(one, set(gallery.background), upright))
-        except (KdcliError, SkipRow) as error:
+        except (KdcliError, SkipSample) as error:
             gallery.notes.append(f"{one.row.key}: {error}")
     return gallery
 

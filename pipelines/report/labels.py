@@ -11,7 +11,7 @@ from pipelines.judge.labels.show import notes, wrong_words
 from pipelines.judge.labels.survey import Survey, Suspect, survey
 from pipelines.report.gallery import GalleryExample, decode, example_of, kind_of, teller
 from teacher_cache.cache import TeacherCache
-from teacher_cache.errors import KdcliError, SkipRow
+from teacher_cache.errors import KdcliError, SkipSample
 from teacher_cache.fingerprint import preparation_version
 from teacher_cache.shards.commit import committed_shards
 from teacher_cache.teacher_tokenizer import tokenizer_of
@@ -78,7 +78,7 @@ def _show(cache: TeacherCache, reader: Reader, made: Survey, section: LabelSecti
             shown = example_of(replace(found, response=own), set(), upright)
             asked = shown.turns[max(0, answer.turn - 1) : answer.turn + 1]
             section.examples.append(Contradicted(one, replace(shown, turns=asked)))
-        except (KdcliError, SkipRow) as error:
+        except (KdcliError, SkipSample) as error:
             section.notes.append(f"{one.key}: {error}")
 
 

@@ -27,7 +27,7 @@ from student_train.student import RowForward
 from student_train.teacher_view import TeacherHeads
 from teacher_cache.cache import TeacherCache
 from teacher_cache.cached_samples import CachedSamples
-from teacher_cache.errors import KdcliError, SkipRow, one_line
+from teacher_cache.errors import KdcliError, SkipSample, one_line
 from teacher_cache.fingerprint import preparation_version
 from teacher_cache.prepare import Preparer
 from teacher_cache.records import Sample
@@ -85,7 +85,7 @@ def matching_section(runs: Sequence[RunRecord], cache: TeacherCache) -> Matching
                 section.notes.append(f"{run.name}: {MOST_RUNS} runs are shown at most")
                 continue
             section.runs.append(_match(one, cache))
-        except (KdcliError, SkipRow) as error:
+        except (KdcliError, SkipSample) as error:
             section.notes.append(f"{run.name}: {error}")
         except KeyError as error:
             section.notes.append(f"{run.folder / 'run.json'}: it lacks {error}")

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from student_train.dataset import RefusedRow, TrainBatch, TrainRow, join
+from student_train.dataset import RefusedSample, TrainBatch, TrainSample, join
 from student_train.library.dataset import CacheDataset, NumberedRows
 from student_train.library.signals import TeacherSignals
 
@@ -35,7 +35,7 @@ class Collator:
     def __call__(self, rows: Sequence[Any]) -> dict[str, Any]:
         if len(rows) == 1 and isinstance(rows[0], NumberedRows):  # DataLoader(stream) without batch_size=None
             rows = rows[0]
-        given: list[TrainRow | RefusedRow] = list(rows)
+        given: list[TrainSample | RefusedSample] = list(rows)
         whole = join(given, self.pad_id)
         batch = whole.batch
         labels = torch.full_like(batch.inputs["input_ids"], IGNORED)

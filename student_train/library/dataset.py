@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch.utils.data import Dataset, IterableDataset, get_worker_info
 
-from student_train.dataset import RefusedRow, TrainDataset, TrainRow
+from student_train.dataset import RefusedSample, TrainDataset, TrainSample
 from student_train.library.signal_request import SignalRequest
 from student_train.library.signals import SignalSource
 from student_train.order import InPlace, MicroBatches, Order
@@ -22,7 +22,7 @@ from teacher_cache.plan import difference
 MOST_LOADER_PROCESSES = 4096
 
 
-class CacheDataset(Dataset[TrainRow]):
+class CacheDataset(Dataset[TrainSample]):
     """Map-style: row i of the chosen parts, in the order of the cache, prepared by the student's processor.
 
     ``DataLoader(rows, batch_size=8, shuffle=True, collate_fn=kdcli.Collator(rows))`` asks for a batch at once. Reading in random order
@@ -66,15 +66,15 @@ class CacheDataset(Dataset[TrainRow]):
     def __len__(self) -> int:
         return int(self._read.order.rows)
 
-    def __getitem__(self, number: int) -> TrainRow:
+    def __getitem__(self, number: int) -> TrainSample:
         if not -len(self) <= number < len(self):
             raise IndexError(f"row {number}: the dataset has {len(self)} rows")
         (row,) = self._read.read([number % len(self)])
-        if isinstance(row, RefusedRow):
+        if isinstance(row, RefusedSample):
             raise CompatibilityError(row.line)
         return row
 
-    def __getitems__(self, numbers: Sequence[int]) -> list[TrainRow | RefusedRow]:
+    def __getitems__(self, numbers: Sequence[int]) -> list[TrainSample | RefusedSample]:
         return self._read.__getitems__([number % len(self) for number in numbers])
 
     def stream(
@@ -97,7 +97,7 @@ class CacheDataset(Dataset[TrainRow]):
         return self._prepared(Order(self._rows.counts, seed))
 
 
-class NumberedRows(list[TrainRow | RefusedRow]):
+class NumberedRows(list[TrainSample | RefusedSample]):
     """The rows of one batch of a stream. number: of it. filler: it counts for nothing."""
 
     number: int

@@ -9,7 +9,7 @@ import stat
 from dataclasses import dataclass
 from urllib.parse import quote
 
-from teacher_cache.errors import DataError, SkipRow
+from teacher_cache.errors import DataError, SkipSample
 from teacher_cache.places import is_remote, local_path, place_of
 from teacher_cache.records import Image
 from teacher_cache.shards.remote import READ_ONLY
@@ -53,12 +53,12 @@ class ImageFolder:
         """The file's bytes exactly as they are.
 
         Raises:
-            SkipRow: image_path_unsafe, image_missing (also empty or unreadable by permission), image_too_large.
+            SkipSample: image_path_unsafe, image_missing (also empty or unreadable by permission), image_too_large.
             DataError: the disk or the network failed: that is not the row's fault, and skipping would hide it.
         """
         data = self._read_remote(name) if is_remote(self.root) else self._read_local(name)
         if not data:
-            raise SkipRow("image_missing", f"{name!r} is empty (0 bytes)")
+            raise SkipSample("image_missing", f"{name!r} is empty (0 bytes)")
         return data
 
     def _read_local(self, name: str) -> bytes:
@@ -67,21 +67,21 @@ class ImageFolder:
         written = os.path.normpath(os.path.join(root, name))
         if not _is_below(written, root) and not _is_below(written, os.path.abspath(given)):
             mend = ": --image-root is the folder that a path must be below" if os.path.isabs(name) else ""
-            raise SkipRow("image_path_unsafe", f"{name!r} leaves the image root (to {written!r}){mend}")
+            raise SkipSample("image_path_unsafe", f"{name!r} leaves the image root (to {written!r}){mend}")
         try:
             path = os.path.realpath(os.path.join(root, name))
         except ValueError as error:
-            raise SkipRow("image_path_unsafe", f"{name!r} is not a path: {error}") from error
+            raise SkipSample("image_path_unsafe", f"{name!r} is not a path: {error}") from error
         # A link that stays inside the root is fine; one that leads out would let a data set read any file here.
         if not _is_below(path, root) and not self.follow_links:
-            raise SkipRow(
+            raise SkipSample(
                 "image_path_unsafe",
                 f"{name!r} leads out of the image root by a link (to {path!r}); is the link yours? follow_links = true, --follow-links",
             )
         try:
             status = os.stat(path)
             if not stat.S_ISREG(status.st_mode):  # opening a pipe would wait for ever
-                raise SkipRow("image_missing", f"{name!r} is not a regular file")
+                raise SkipSample("image_missing", f"{name!r} is not a regular file")
             check_size(name, status.st_size)
             with open(path, "rb") as stream:
                 return stream.read()
@@ -93,7 +93,7 @@ class ImageFolder:
         filesystem, root = place.open()
         below = posixpath.normpath(name)
         if name.startswith("/") or below.split("/")[0] in ("", ".", ".."):
-            raise SkipRow("image_path_unsafe", f"{name!r} leads out of the image root")
+            raise SkipSample("image_path_unsafe", f"{name!r} leads out of the image root")
         # A row names a file: what a web address reads otherwise (# ? %) is part of its name.
         path = f"{root.rstrip('/')}/{quote(below) if place.scheme in READ_ONLY else below}"
         try:
@@ -108,9 +108,9 @@ def _is_below(path: str, root: str) -> bool:
 
 
 def check_size(name: str, size: int) -> None:
-    """SkipRow where an encoded image is larger than ``MAX_IMAGE_BYTES``."""
+    """SkipSample where an encoded image is larger than ``MAX_IMAGE_BYTES``."""
     if size > MAX_IMAGE_BYTES:
-        raise SkipRow("image_too_large", f"{name!r} has {size:,} bytes, more than {MAX_IMAGE_BYTES:,}")
+        raise SkipSample("image_too_large", f"{name!r} has {size:,} bytes, more than {MAX_IMAGE_BYTES:,}")
 
 
 def _absent_or_broken(name: str, error: OSError) -> Exception:
@@ -118,7 +118,7 @@ def _absent_or_broken(name: str, error: OSError) -> Exception:
         mend = (
             " (folders are parted by / here)" if "\\" in name else " (mind the blanks)" if name != name.strip() else ""
         )
-        return SkipRow("image_missing", f"{name!r} does not exist under the image root{mend}")
+        return SkipSample("image_missing", f"{name!r} does not exist under the image root{mend}")
     if isinstance(error, PermissionError):
-        return SkipRow("image_missing", f"{name!r} exists but may not be read (permission denied)")
+        return SkipSample("image_missing", f"{name!r} exists but may not be read (permission denied)")
     return DataError(f"image {name!r} cannot be read: {error.strerror or error}; check the disk, then re-run")

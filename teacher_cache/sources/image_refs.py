@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from teacher_cache.errors import SkipRow
+from teacher_cache.errors import SkipSample
 from teacher_cache.sources.row_values import checked_text, is_given
 
 IMAGE_COLUMNS = ("image", "images")
@@ -36,16 +36,16 @@ class ImageRef:
     inline: str | bytes | None = None
 
     def decode(self) -> bytes:
-        """The bytes that the row itself holds; SkipRow where they are no base64 or empty."""
+        """The bytes that the row itself holds; SkipSample where they are no base64 or empty."""
         assert self.inline is not None
         data = self.inline
         if isinstance(data, str):
             try:
                 data = base64.b64decode("".join(data.split()), validate=True)
             except (binascii.Error, ValueError) as error:
-                raise SkipRow("image_corrupt", f"{self.name!r}: its base64 text is damaged ({error})") from error
+                raise SkipSample("image_corrupt", f"{self.name!r}: its base64 text is damaged ({error})") from error
         if not data:
-            raise SkipRow("image_missing", f"the row's image {self.name!r} has no bytes (empty)")
+            raise SkipSample("image_missing", f"the row's image {self.name!r} has no bytes (empty)")
         return data
 
 
@@ -53,14 +53,14 @@ def listed_refs(row: Mapping[str, Any]) -> list[ImageRef]:
     """The images beside the text: those of ``image``, then those of ``images``; once where both columns name the same.
 
     Raises:
-        SkipRow: bad_row, image_missing (an address in the web, or neither bytes nor path).
+        SkipSample: bad_row, image_missing (an address in the web, or neither bytes nor path).
     """
     one, more = (_refs(row.get(name), repr(name)) for name in IMAGE_COLUMNS)
     return one if one == more else one + more
 
 
 def refuse_other_columns(row: Mapping[str, Any]) -> None:
-    """SkipRow where a row without images names some in a column that is not read: it would be trained on as text."""
+    """SkipSample where a row without images names some in a column that is not read: it would be trained on as text."""
     for name in row:
         if (
             isinstance(name, str)
@@ -68,7 +68,7 @@ def refuse_other_columns(row: Mapping[str, Any]) -> None:
             and name not in IMAGE_COLUMNS
             and is_given(row[name])
         ):
-            raise SkipRow(
+            raise SkipSample(
                 "image_missing", f"the row names images in {name!r}, which is not read: call it 'image' or 'images'"
             )
 
@@ -79,7 +79,7 @@ def _refs(value: Any, what: str) -> list[ImageRef]:
         return []
     listed = value if isinstance(value, list) else [value]
     if None in listed:
-        raise SkipRow("image_missing", f"image {listed.index(None)} of {what} is null")
+        raise SkipSample("image_missing", f"image {listed.index(None)} of {what} is null")
     return [ref_of(one, what) for one in listed]
 
 
@@ -97,7 +97,7 @@ def ref_of(value: Any, what: str) -> ImageRef:
     """A path, a ``data:`` URI, base64 text, bytes, or ``{bytes, path}`` of which one may be null.
 
     Raises:
-        SkipRow: bad_row, image_missing, media_unsupported.
+        SkipSample: bad_row, image_missing, media_unsupported.
     """
     if isinstance(value, bytes):
         return ImageRef("", value)
@@ -105,7 +105,7 @@ def ref_of(value: Any, what: str) -> ImageRef:
         return _struct_ref(value, what)
     name = checked_text(value, what)
     if name[:10].lower() in ("data:video", "data:audio"):
-        raise SkipRow("media_unsupported", f"{what} is {name[:20]!r}…")
+        raise SkipSample("media_unsupported", f"{what} is {name[:20]!r}…")
     if inline := _DATA_URI.match(name):
         return ImageRef(f"inline.{(inline[1] or 'bin').lower()}", name[inline.end() :])
     if _BASE64.fullmatch(name):
@@ -113,12 +113,12 @@ def ref_of(value: Any, what: str) -> ImageRef:
     if name.lower().startswith("file://"):
         return ImageRef(name[len("file://") :])
     if (scheme := _SCHEME.match(name)) and (name.startswith(f"{scheme[1]}://") or scheme[1].lower() == "data"):
-        raise SkipRow(
+        raise SkipSample(
             "image_missing",
             f"{name[:80]!r} is a web address, and kdcli fetches none: download it and write its path below the image root",
         )
     if name.rpartition(".")[2].lower() in MEDIA:
-        raise SkipRow("media_unsupported", f"{what} is {name[-80:]!r}")
+        raise SkipSample("media_unsupported", f"{what} is {name[-80:]!r}")
     return ImageRef(name)
 
 
@@ -130,5 +130,5 @@ def _struct_ref(value: Mapping[str, Any], what: str) -> ImageRef:
         name = "inline" if path is None else checked_text(path, f"'path' of {what}")
         return ImageRef(os.path.basename(name), checked_text(data, f"'bytes' of {what}"))
     if path is None and value.keys() & {"path", "bytes"}:
-        raise SkipRow("image_missing", f"{what} has neither bytes nor path: both are null")
+        raise SkipSample("image_missing", f"{what} has neither bytes nor path: both are null")
     return ref_of(path, what)

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, BinaryIO, cast
 
-from teacher_cache.errors import DataError, SkipRow
+from teacher_cache.errors import DataError, SkipSample
 from teacher_cache.records import RowGroup, Sample, SkipRecord
 from teacher_cache.sources import DataSpec, files
 from teacher_cache.sources.foreign import described
@@ -95,7 +95,7 @@ class LlavaJson:
         """(characters, images) of one row; a bad row counts as nothing here and becomes a skip record when read."""
         try:
             row = read_row(value)
-        except SkipRow:
+        except SkipSample:
             return 0, 0
         if any(ref.inline is None for ref in row.refs):
             self.images.check()

@@ -21,13 +21,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from teacher_cache.errors import SkipRow
+from teacher_cache.errors import SkipSample
 from teacher_cache.records import Image, Sample, SkipRecord, Turn
-from teacher_cache.rows import PLACEHOLDER
 from teacher_cache.sources import row_limits as limits
 from teacher_cache.sources.image_refs import IMAGE_COLUMNS, ImageRef, listed_refs, refuse_other_columns
 from teacher_cache.sources.row_values import checked_text, extra_of, is_given, kind_of, row_object, source_id_of
 from teacher_cache.sources.turns import Pieces, RawTurns, joined, read_turns
+from teacher_cache.usable_samples import PLACEHOLDER
 
 TALK = ("messages", "conversations", "prompt", "completion")
 COLUMNS = frozenset({"id", "system", "messages", "conversations", *IMAGE_COLUMNS})
@@ -61,7 +61,7 @@ def read_sample(
         source_id = source_id_of(value.get("id") if isinstance(value, Mapping) else None) or source_id
         row = parse(value)
         images = tuple(map(fetch, row.refs))
-    except SkipRow as skip:
+    except SkipSample as skip:
         return SkipRecord(empty.part, empty.ordinal, source_id, empty.place, skip.reason, skip.detail)
     return Sample(empty.part, empty.ordinal, source_id, empty.place, row.turns, images, row.extra, row.notes)
 
@@ -73,7 +73,7 @@ def read_row(value: Any, members: Sequence[str] | None = None) -> MessageRow:
             some of them by file name, those in its order; names of files elsewhere mean nothing then. None: the row's own columns.
 
     Raises:
-        SkipRow: bad_row, media_unsupported, tools_unsupported, not_for_training, placeholder_mismatch, image_missing (an address in the
+        SkipSample: bad_row, media_unsupported, tools_unsupported, not_for_training, placeholder_mismatch, image_missing (an address in the
             web, or a name where there are no members).
     """
     row = row_object(value)
@@ -86,11 +86,13 @@ def read_row(value: Any, members: Sequence[str] | None = None) -> MessageRow:
     raw = read_turns(first.messages, first.is_chat)
     named, literal, turns = raw.named, raw.placeholders(), raw.joined()
     if any(read_turns(other.messages, other.is_chat).joined() != turns for other in others):
-        raise SkipRow("bad_row", "'messages' and 'conversations' are both there and differ: keep one of them")
+        raise SkipSample("bad_row", "'messages' and 'conversations' are both there and differ: keep one of them")
     if members is not None and named:
         named, listed = _named_members(named, listed, members)
     if named and literal:
-        raise SkipRow("placeholder_mismatch", f"the text holds {literal} {PLACEHOLDER} beside {len(named)} image parts")
+        raise SkipSample(
+            "placeholder_mismatch", f"the text holds {literal} {PLACEHOLDER} beside {len(named)} image parts"
+        )
     if not named and not listed:
         refuse_other_columns(row)
     limits.refuse_placeholders(turns, len(listed), bool(named or literal))
@@ -125,9 +127,11 @@ def _talks(row: Mapping[str, Any]) -> list[_Talk]:
     if prompt is None and completion is None:
         columns = ", ".join(repr(str(name)[:40]) for name in list(row)[:12]) or "nothing"
         what = "the row has neither 'messages' nor 'conversations' nor 'prompt' and 'completion'"
-        raise SkipRow("bad_row", f"{what}; it has {columns}")
+        raise SkipSample("bad_row", f"{what}; it has {columns}")
     if completion is None and is_given(row.get("chosen")):
-        raise SkipRow("bad_row", "a preference pair ('chosen', 'rejected'): write the answer to learn as 'completion'")
+        raise SkipSample(
+            "bad_row", "a preference pair ('chosen', 'rejected'): write the answer to learn as 'completion'"
+        )
     asked = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else _list(prompt, "'prompt'")
     said = completion
     said = [{"role": "assistant", "content": said}] if isinstance(said, str) else _list(said, "'completion'")
@@ -140,7 +144,7 @@ def _is_chat(messages: Any) -> bool:
 
 def _list(value: Any, what: str) -> list[Any]:
     if not isinstance(value, list):
-        raise SkipRow("bad_row", f"{what} is {kind_of(value)}, not a list of messages")
+        raise SkipSample("bad_row", f"{what} is {kind_of(value)}, not a list of messages")
     return value
 
 
@@ -161,7 +165,7 @@ def _with_system(turns: tuple[Turn, ...], system: Any) -> tuple[Turn, ...]:
     if first is None or first.role != "system":
         return (Turn("system", text), *turns)
     if first.text.strip() != text.strip():
-        raise SkipRow("bad_row", "the row has a system turn, and another text in 'system': keep one of them")
+        raise SkipSample("bad_row", "the row has a system turn, and another text in 'system': keep one of them")
     return turns
 
 
@@ -169,7 +173,7 @@ def _among(refs: Sequence[ImageRef], members: Sequence[str]) -> list[ImageRef]:
     """``refs`` as the members of the same file name; empty where one of them is none."""
     by_name = {os.path.basename(name): ImageRef(name) for name in members}
     if refs and not members and any(ref.inline is None for ref in refs):
-        raise SkipRow("image_missing", f"the row names {refs[0].name[:80]!r}, and no image travels with it")
+        raise SkipSample("image_missing", f"the row names {refs[0].name[:80]!r}, and no image travels with it")
     found = [ref if ref.inline is not None else by_name.get(os.path.basename(ref.name)) for ref in refs]
     return [ref for ref in found if ref is not None] if None not in found else []
 
@@ -190,7 +194,7 @@ def _filled(named: list[ImageRef | None], listed: list[ImageRef]) -> list[ImageR
     """Image parts without a file of their own take the row's images in order."""
     open_parts = named.count(None)
     if open_parts != len(listed):
-        raise SkipRow(
+        raise SkipSample(
             "placeholder_mismatch", f"{open_parts} image parts without a file, {len(listed)} images listed for the row"
         )
     waiting = iter(listed)
@@ -200,7 +204,7 @@ def _filled(named: list[ImageRef | None], listed: list[ImageRef]) -> list[ImageR
 def _before_first_question(raw: RawTurns, images: int) -> tuple[Turn, ...]:
     first = next((i for i, (role, _) in enumerate(raw.pieces) if role == "user"), None)
     if first is None:
-        raise SkipRow("placeholder_mismatch", f"{images} images, and no user turn to place them in")
+        raise SkipSample("placeholder_mismatch", f"{images} images, and no user turn to place them in")
     before: Pieces = [None] * images
     return tuple(
         Turn(role, joined([*before, *pieces] if i == first else pieces)) for i, (role, pieces) in enumerate(raw.pieces)

@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from teacher_cache.errors import DataError, SkipRow
+from teacher_cache.errors import DataError, SkipSample
 from teacher_cache.records import RowGroup, Sample, SkipRecord
 from teacher_cache.sources import DataSpec, files
 from teacher_cache.sources.grouping import RowRange, group_rows_of
@@ -90,7 +90,7 @@ class MessagesJsonl:
                     )
                 try:
                     row = read_row(value)
-                except SkipRow:
+                except SkipSample:
                     pass  # counts as nothing here, and becomes a skip record when it is read
                 else:
                     if any(ref.inline is None for ref in row.refs):

@@ -16,7 +16,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-from teacher_cache.errors import SkipRow
+from teacher_cache.errors import SkipSample
 from teacher_cache.records import Turn
 from teacher_cache.sources.row_values import is_given
 
@@ -72,27 +72,27 @@ def media_columns(names: Iterable[Any]) -> list[str]:
 
 
 def refuse_media_columns(row: Mapping[str, Any]) -> None:
-    """SkipRow where one of them is given."""
+    """SkipSample where one of them is given."""
     for name in media_columns(row):
         value = row[name]
         if isinstance(value, str | bytes | list | Mapping) and is_given(value):
             shown = f": {value[:60]!r}" if isinstance(value, str) else ""
-            raise SkipRow("media_unsupported", f"the row has {name!r}{shown}")
+            raise SkipSample("media_unsupported", f"the row has {name!r}{shown}")
 
 
 def refuse_part(kind: Any, what: str) -> None:
-    """SkipRow for a part that is neither text nor image."""
+    """SkipSample for a part that is neither text nor image."""
     shown = str(kind)[:40]
     holds = f"{what} holds a part of type {shown!r}"
     if _MEDIA_PART.fullmatch(shown):
-        raise SkipRow("media_unsupported", holds)
+        raise SkipSample("media_unsupported", holds)
     if shown.lower() in _TOOL_ROLES:
-        raise SkipRow("tools_unsupported", holds)
-    raise SkipRow("bad_row", f"{holds}, which is neither text nor image")
+        raise SkipSample("tools_unsupported", holds)
+    raise SkipSample("bad_row", f"{holds}, which is neither text nor image")
 
 
 def refuse_placeholders(turns: Sequence[Turn], images: int, placed: bool) -> None:
-    """SkipRow where a question has a place for a video, a sound, or an image of another tool's counting.
+    """SkipSample where a question has a place for a video, a sound, or an image of another tool's counting.
 
     Args:
         images: how many the row has. placed: ``<image>`` or parts say where they stand; other names of images are words then.
@@ -106,10 +106,10 @@ def refuse_placeholders(turns: Sequence[Turn], images: int, placed: bool) -> Non
                 continue
             holds = f"turn {number} holds {found.group()[:40]!r}"
             if word in _MEDIA:
-                raise SkipRow("media_unsupported", holds)
+                raise SkipSample("media_unsupported", holds)
             if not placed:
                 what = f"{holds}, and the row has {images} images: write <image> for each of them, in their order"
-                raise SkipRow("placeholder_mismatch", what)
+                raise SkipSample("placeholder_mismatch", what)
 
 
 def _is_html(text: str, found: re.Match[str], images: int) -> bool:
@@ -124,16 +124,16 @@ def _is_html(text: str, found: re.Match[str], images: int) -> bool:
 
 
 def refuse_unlabelled_row(row: Mapping[str, Any]) -> None:
-    """SkipRow where the whole row is not to be trained on."""
+    """SkipSample where the whole row is not to be trained on."""
     said = {name: value for name, value in row.items() if name in _ROW_NUMBERS or isinstance(value, bool)}
     if name := _no_label(said):
-        raise SkipRow("not_for_training", f"the row says {name!r}: {row[name]!r}")
+        raise SkipSample("not_for_training", f"the row says {name!r}: {row[name]!r}")
 
 
 def refuse_unlabelled_answer(answer: Mapping[str, Any], what: str) -> None:
-    """SkipRow where an answer is not to be trained on."""
+    """SkipSample where an answer is not to be trained on."""
     if len(answer) > 2 and (name := _no_label(answer)):
-        raise SkipRow("not_for_training", f"{what} says {name!r}: {answer[name]!r}")
+        raise SkipSample("not_for_training", f"{what} says {name!r}: {answer[name]!r}")
 
 
 def _no_label(said: Mapping[str, Any]) -> str:
@@ -155,12 +155,12 @@ def _is_plain(value: Any) -> bool:
 
 
 def refuse_tools(turn: Mapping[str, Any], role: Any, what: str) -> None:
-    """SkipRow where a turn calls a tool or is a tool's answer."""
+    """SkipSample where a turn calls a tool or is a tool's answer."""
     if isinstance(role, str) and role.strip().lower() in _TOOL_ROLES:
-        raise SkipRow("tools_unsupported", f"{what} is by {role[:40]!r}")
+        raise SkipSample("tools_unsupported", f"{what} is by {role[:40]!r}")
     for name in _TOOL_KEYS:
         if is_given(turn.get(name)):
-            raise SkipRow("tools_unsupported", f"{what} has {name!r}")
+            raise SkipSample("tools_unsupported", f"{what} has {name!r}")
 
 
 def unused_of_row(row: Mapping[str, Any]) -> Iterator[str]:

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import Any
 
-from teacher_cache.errors import SkipRow
+from teacher_cache.errors import SkipSample
 
 ANSWERS = "answers"
 """The one column of several values that a row keeps: reference answers, by which an evaluation scores."""
@@ -24,12 +24,12 @@ def row_object(value: Any) -> Mapping[str, Any]:
     """The row as an object.
 
     Raises:
-        SkipRow: bad_row.
+        SkipSample: bad_row.
     """
     if isinstance(value, Unparsed):
-        raise SkipRow("bad_row", value.why)
+        raise SkipSample("bad_row", value.why)
     if not isinstance(value, Mapping):
-        raise SkipRow("bad_row", f"the row is {type(value).__name__}, not an object")
+        raise SkipSample("bad_row", f"the row is {type(value).__name__}, not an object")
     return value
 
 
@@ -42,15 +42,15 @@ def checked_text(value: Any, what: str) -> str:
     """``value`` if it is text that UTF-8 can write.
 
     Raises:
-        SkipRow: bad_row. A lone surrogate (``\\ud800`` in json) is legal there but can be neither hashed nor stored.
+        SkipSample: bad_row. A lone surrogate (``\\ud800`` in json) is legal there but can be neither hashed nor stored.
     """
     if not isinstance(value, str):
-        raise SkipRow("bad_row", f"{what} is {kind_of(value)}, not text")
+        raise SkipSample("bad_row", f"{what} is {kind_of(value)}, not text")
     if not value.isascii():
         try:
             value.encode("utf-8")
         except UnicodeEncodeError as error:
-            raise SkipRow("bad_row", f"{what} holds half of a surrogate pair at character {error.start}") from error
+            raise SkipSample("bad_row", f"{what} holds half of a surrogate pair at character {error.start}") from error
     return value
 
 
@@ -58,7 +58,7 @@ def source_id_of(value: Any) -> str:
     """Ids are text or numbers in the wild, and sometimes absent (then empty).
 
     Raises:
-        SkipRow: bad_row.
+        SkipSample: bad_row.
     """
     if value is None:
         return ""
@@ -66,14 +66,14 @@ def source_id_of(value: Any) -> str:
         return checked_text(value, "'id'")
     if isinstance(value, int | float):
         return str(value)
-    raise SkipRow("bad_row", f"'id' is {kind_of(value)}, not text or a number")
+    raise SkipSample("bad_row", f"'id' is {kind_of(value)}, not text or a number")
 
 
 def extra_of(row: Mapping[str, Any], known: Set[str]) -> dict[str, Any]:
     """Further scalar columns, and ``answers``; other nested values, nulls and numbers that json cannot carry on are left out.
 
     Raises:
-        SkipRow: bad_row.
+        SkipSample: bad_row.
     """
     extra: dict[str, Any] = {}
     for name, value in row.items():

@@ -6,12 +6,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from teacher_cache.errors import SkipRow
+from teacher_cache.errors import SkipSample
 from teacher_cache.records import Turn
-from teacher_cache.rows import PLACEHOLDER
 from teacher_cache.sources import row_limits as limits
 from teacher_cache.sources.image_refs import ImageRef, part_ref
 from teacher_cache.sources.row_values import checked_text, kind_of
+from teacher_cache.usable_samples import PLACEHOLDER
 
 ROLE_OF = {
     **dict.fromkeys(("human", "user"), "user"),
@@ -46,13 +46,13 @@ def read_turns(messages: Sequence[Any], is_chat: bool) -> RawTurns:
         is_chat: ``role`` and ``content`` come before ``from`` and ``value`` where a turn has both.
 
     Raises:
-        SkipRow: bad_row, tools_unsupported, media_unsupported, not_for_training, image_missing.
+        SkipSample: bad_row, tools_unsupported, media_unsupported, not_for_training, image_missing.
     """
     raw = RawTurns()
     word, by, text = ("message", ("role", "from"), ("content", "value")) if is_chat else _LLAVA
     for number, message in enumerate(messages):
         if not isinstance(message, Mapping):
-            raise SkipRow("bad_row", f"{word} {number} is {kind_of(message)}, not an object")
+            raise SkipSample("bad_row", f"{word} {number} is {kind_of(message)}, not an object")
         speaker, key = message.get(by[0]), text[0]
         speaker = message.get(by[1]) if speaker is None else speaker
         role = ROLE_OF.get(speaker) if isinstance(speaker, str) else None
@@ -75,7 +75,7 @@ def _checked_role(turn: Mapping[str, Any], speaker: Any, what: str) -> str:
     limits.refuse_tools(turn, speaker, what)
     role = ROLE_OF.get(speaker.strip().lower()) if isinstance(speaker, str) else None
     if role is None:
-        raise SkipRow("bad_row", f"{what} is by {str(speaker)[:40]!r}, not one of {', '.join(ROLE_OF)}")
+        raise SkipSample("bad_row", f"{what} is by {str(speaker)[:40]!r}, not one of {', '.join(ROLE_OF)}")
     if role == "assistant":
         limits.refuse_unlabelled_answer(turn, what)
     return role
@@ -90,7 +90,7 @@ def _pieces(content: Any, what: str, found: list[ImageRef | None]) -> Pieces:
             pieces.append(checked_text(part, what))
             continue
         if not isinstance(part, Mapping):
-            raise SkipRow("bad_row", f"{what} holds a part that is {type(part).__name__}, not an object")
+            raise SkipSample("bad_row", f"{what} holds a part that is {type(part).__name__}, not an object")
         kind = part.get("type")
         if kind is None:  # Qwen-VL writes {"image": …} and {"text": …}
             names = ("image", "image_url", "text", *limits.media_columns(part))

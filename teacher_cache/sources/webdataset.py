@@ -21,9 +21,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, BinaryIO
 
-from teacher_cache.errors import DataError, SkipRow, printable
+from teacher_cache.errors import DataError, SkipSample, printable
 from teacher_cache.records import Image, RowGroup, Sample, SkipRecord, Turn
-from teacher_cache.rows import PLACEHOLDER
 from teacher_cache.sources import DataSpec, files
 from teacher_cache.sources.grouping import RowRange, group_rows_of
 from teacher_cache.sources.image_folder import check_size
@@ -33,6 +32,7 @@ from teacher_cache.sources.message_rows import COLUMNS, TALK, MessageRow, read_r
 from teacher_cache.sources.row_limits import refuse_media_columns, refuse_unlabelled_row
 from teacher_cache.sources.row_values import Unparsed, checked_text, extra_of, row_object
 from teacher_cache.sources.tar_members import BLOCK, Member, read_members
+from teacher_cache.usable_samples import PLACEHOLDER
 
 FORMAT = "webdataset"
 
@@ -94,7 +94,7 @@ class WebDataset:
                 try:
                     found = _row(stream, sample, _json_of(stream, sample))
                     characters, images = found.characters, len(found.refs)
-                except SkipRow:
+                except SkipSample:
                     pass  # counts as nothing here, and becomes a skip record when it is read
                 yield RowRange(sample.begin, sample.end, characters, images, {"row": row})
 
@@ -162,7 +162,7 @@ def _json_of(stream: BinaryIO, sample: _Files) -> Any:
         return Unparsed(f"{member.name[:80]!r} is nested too deep")
     except ValueError as error:
         return Unparsed(f"{member.name[:80]!r} is not JSON: {str(error)[:80]}")
-    except SkipRow as skip:
+    except SkipSample as skip:
         return Unparsed(skip.detail)
     return {"conversations": row} if isinstance(row, list) else row  # a bare list of turns
 
@@ -171,7 +171,7 @@ def _row(stream: BinaryIO, sample: _Files, value: Any) -> MessageRow:
     """Turns, images (each named by its member), further columns.
 
     Raises:
-        SkipRow: bad_row, image_missing, placeholder_mismatch, media_unsupported and what else ``read_row`` raises.
+        SkipSample: bad_row, image_missing, placeholder_mismatch, media_unsupported and what else ``read_row`` raises.
     """
     _check_files(sample)
     checked_text(sample.key, "the key")
@@ -188,15 +188,15 @@ def _row(stream: BinaryIO, sample: _Files, value: Any) -> MessageRow:
 
 def _check_files(sample: _Files) -> None:
     if len(sample.members) > MAX_FILES:
-        raise SkipRow("bad_row", f"more than {MAX_FILES} files share the key")
+        raise SkipSample("bad_row", f"more than {MAX_FILES} files share the key")
     seen = set()
     for suffix, member in sample.members:
         if suffix.rpartition(".")[2] in MEDIA:
-            raise SkipRow("media_unsupported", f"the sample has {member.name[:80]!r}")
+            raise SkipSample("media_unsupported", f"the sample has {member.name[:80]!r}")
         if member.kind:
-            raise SkipRow("bad_row", f"{member.name[:80]!r} is {member.kind} in the tar, no plain file")
+            raise SkipSample("bad_row", f"{member.name[:80]!r} is {member.kind} in the tar, no plain file")
         if suffix in seen:
-            raise SkipRow("bad_row", f"two files {suffix[:80]!r} of one key: keys must differ from sample to sample")
+            raise SkipSample("bad_row", f"two files {suffix[:80]!r} of one key: keys must differ from sample to sample")
         seen.add(suffix)
 
 
@@ -215,12 +215,12 @@ def _natural(item: tuple[str, Member]) -> list[tuple[bool, int, str]]:
 
 def _text(stream: BinaryIO, member: Member) -> str:
     if member.size > MAX_ROW_BYTES:
-        raise SkipRow("bad_row", f"{member.name[:80]!r} has {member.size:,} bytes, more than {MAX_ROW_BYTES:,}")
+        raise SkipSample("bad_row", f"{member.name[:80]!r} has {member.size:,} bytes, more than {MAX_ROW_BYTES:,}")
     data = _bytes(stream, member)
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise SkipRow("bad_row", f"{member.name[:80]!r} is not UTF-8 at byte {error.start}") from error
+        raise SkipSample("bad_row", f"{member.name[:80]!r} is not UTF-8 at byte {error.start}") from error
 
 
 def _bytes(stream: BinaryIO, member: Member) -> bytes:
@@ -234,13 +234,13 @@ def _caption_text(stream: BinaryIO, named: Mapping[str, Member], row: Mapping[st
     caption = next((row[name] for name in _CAPTIONS if row.get(name) is not None), None)
     if caption is None:
         what = "a json without conversation or caption" if "json" in named else "neither json nor txt"
-        raise SkipRow("bad_row", f"the sample has {what}; are the files of a sample side by side in the tar?")
+        raise SkipSample("bad_row", f"the sample has {what}; are the files of a sample side by side in the tar?")
     return checked_text(caption, "the caption").strip()
 
 
 def _caption(text: str, images: Sequence[str], extra: dict[str, Any]) -> MessageRow:
     if not images:
-        raise SkipRow("image_missing", "a caption without an image")
+        raise SkipSample("image_missing", "a caption without an image")
     turns = Turn("user", "\n".join([PLACEHOLDER] * len(images))), Turn("assistant", text)
     return MessageRow(turns, tuple(map(ImageRef, images)), extra)
 
@@ -252,6 +252,6 @@ def _image(stream: BinaryIO, sample: _Files, ref: ImageRef) -> Image:
         return Image(ref.name, data)
     member = next(member for _, member in sample.members if member.name == ref.name)
     if not member.size:
-        raise SkipRow("image_missing", f"{member.name[:80]!r} is empty (0 bytes)")
+        raise SkipSample("image_missing", f"{member.name[:80]!r} is empty (0 bytes)")
     check_size(member.name[:80], member.size)
     return Image(member.name, _bytes(stream, member))

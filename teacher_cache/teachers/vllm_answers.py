@@ -14,8 +14,8 @@ import torch
 from teacher_cache.batch import row_positions
 from teacher_cache.errors import CompatibilityError
 from teacher_cache.records import Prepared, TeacherOutput, TopK
-from teacher_cache.rows import decode_image
 from teacher_cache.teachers.signals import Signals
+from teacher_cache.usable_samples import decode_image
 from teacher_cache.wants import Wants
 
 FIX = "use --backend transformers for it"

@@ -20,8 +20,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from teacher_cache.records import Sample
-from teacher_cache.rows import check_sample, row_key
 from teacher_cache.sources import DataSpec, open_source, source_modules
+from teacher_cache.usable_samples import check_sample, row_key
 
 ROWS = 23
 

@@ -21,14 +21,14 @@ from student_train.load_student import freeze_except, module_group
 from student_train.pruning import Pruning
 from teacher_cache.batch import collate
 from teacher_cache.chat import content
-from teacher_cache.errors import CompatibilityError, SkipRow
+from teacher_cache.errors import CompatibilityError, SkipSample
 from teacher_cache.families import families
 from teacher_cache.known_text import KnownText
 from teacher_cache.layout import image_layout
 from teacher_cache.prepare import Limits, Preparer
 from teacher_cache.records import Image, ImageLayout, Sample, Turn, View
-from teacher_cache.rows import decode_image
 from teacher_cache.teachers.transformers import TeacherSpec, TransformersTeacher, load_processor
+from teacher_cache.usable_samples import decode_image
 from teacher_cache.wants import Wants
 from tests.contracts.dense_reference import in_float64, live_view, load64, reference, teacher_batch
 from tests.contracts.test_methods import loss_and_gradients
@@ -291,9 +291,9 @@ def test_pictures_of_any_shape_are_read_rightly_or_skipped(family: Family, opene
         sample = picture_row([size], painted=False)
         try:
             row = preparer.prepare(sample)
-        except SkipRow as skip:
+        except SkipSample as skip:
             assert skip.reason == "processor_refused" and max(size) >= 4 * min(size), (size, skip)
-            with pytest.raises(SkipRow, match="processor_refused"):
+            with pytest.raises(SkipSample, match="processor_refused"):
                 known.prepare(sample, row.text, row.key, "chat", 10**9)
             continue
         read += 1

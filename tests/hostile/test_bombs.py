@@ -19,12 +19,12 @@ import torch
 import zstandard
 
 from teacher_cache.codecs import container, frame
-from teacher_cache.errors import CacheError, SkipRow
+from teacher_cache.errors import CacheError, SkipSample
 from teacher_cache.fields import create_field, decode_record
 from teacher_cache.records import Image
-from teacher_cache.rows import decode_image
 from teacher_cache.samples import decode_sample
 from teacher_cache.shards.index import SCHEMA, parse_index
+from teacher_cache.usable_samples import decode_image
 
 LIMIT = 89_478_485
 MOST_GROWTH = 200 << 20
@@ -103,7 +103,7 @@ def burdened() -> dict[str, bytes]:
 def test_a_bomb_is_a_skip_with_a_reason(name: str) -> None:
     data = bombs()[name]
     assert len(data) < 1000
-    with pytest.raises(SkipRow) as caught:
+    with pytest.raises(SkipSample) as caught:
         decode_image(Image("a", data), LIMIT)
     assert caught.value.reason == "image_too_large"
 
@@ -112,7 +112,7 @@ def test_a_bomb_is_a_skip_with_a_reason(name: str) -> None:
 def test_pillow_has_no_word_of_its_own() -> None:
     """Where it warns (89 million pixels) and where it refuses (179 million): a skip, even for who makes errors of warnings."""
     for side in (11_000, 14_000):
-        with pytest.raises(SkipRow) as caught:
+        with pytest.raises(SkipSample) as caught:
             decode_image(Image("a", png(side, side)), 1 << 40)
         assert caught.value.reason == "image_too_large"
 
@@ -121,7 +121,7 @@ def test_pillow_has_no_word_of_its_own() -> None:
 def test_what_lies_beside_a_picture_costs_nothing(name: str) -> None:
     try:
         assert decode_image(Image("a", burdened()[name]), LIMIT).size == (8, 8)
-    except SkipRow as skip:
+    except SkipSample as skip:
         assert skip.reason == "image_corrupt" and name != "many frames"
 
 
@@ -141,7 +141,7 @@ def read_all_bombs(images: list[bytes]) -> None:
     for data in images:
         try:
             decode_image(Image("a", data), LIMIT)
-        except SkipRow:
+        except SkipSample:
             continue
     for data, most in (*frames(), (index_bomb("key"), 0), (index_bomb("ext"), 0)):
         try:

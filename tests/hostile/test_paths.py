@@ -19,7 +19,7 @@ from pipelines.edit.derive import subset
 from pipelines.edit.fields import drop_field
 from pipelines.inspect.cache import check, collect_garbage
 from teacher_cache.cache import TeacherCache
-from teacher_cache.errors import CacheError, SkipRow
+from teacher_cache.errors import CacheError, SkipSample
 from teacher_cache.records import Sample, SkipRecord
 from teacher_cache.shards.commit import parse_commit
 from teacher_cache.shards.index import dump_index, parse_index
@@ -211,7 +211,7 @@ def test_the_rule_of_image_paths(root: Path, name: str, plain: str, following: s
         if not reason:
             assert images.read(name)
             continue
-        with pytest.raises(SkipRow) as caught:
+        with pytest.raises(SkipSample) as caught:
             images.read(name)
         assert caught.value.reason == reason
     assert ImageFolder(str(root)).read(str(root / "coco" / "a.png")), "an absolute path below the root"

@@ -19,7 +19,7 @@ from cli import main
 from student_train.order import Order
 from teacher_cache.cache import TeacherCache
 from teacher_cache.cached_samples import CachedSamples
-from teacher_cache.errors import CacheError, SkipRow
+from teacher_cache.errors import CacheError, SkipSample
 from teacher_cache.shards.disk_cache import DiskCache
 from teacher_cache.shards.storage import Storage
 from teacher_cache.sources.image_folder import ImageFolder
@@ -183,7 +183,7 @@ def test_pictures_behind_a_web_server_by_the_names_of_their_rows(web: str, tiny_
     assert [root.read(name) for name in names] == [name.encode() for name in names]
     assert root.read("in/../1.png") == b"1.png"
     for name in ("../secret.png", "in/../../secret.png", "/secret.png"):
-        with pytest.raises(SkipRow, match="image_path_unsafe"):
+        with pytest.raises(SkipSample, match="image_path_unsafe"):
             root.read(name)
-    with pytest.raises(SkipRow, match="image_missing"):
+    with pytest.raises(SkipSample, match="image_missing"):
         root.read("a%23b.png")

@@ -18,7 +18,7 @@ from student_train.distributions import DenseTeacher, HeadAndTail, likeliest
 from student_train.losses.counted import TermWeights, count_rows
 from student_train.losses.terms import RowTerm, SampleTerm, label_loss
 from student_train.needs import serve
-from student_train.row_columns import answer_lengths
+from student_train.sample_columns import answer_lengths
 from student_train.selection import Tokens, check_columns, needs_of, parse_selector
 from teacher_cache.cache import TeacherCache
 from teacher_cache.cached_samples import CachedSamples

@@ -61,10 +61,10 @@ def live_rows(folder: Path, mixture: tuple[Any, ...]) -> list[Live]:
     """Every usable row of the mixture, one forward each, no batch, no padding."""
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
-    from teacher_cache.errors import SkipRow
+    from teacher_cache.errors import SkipSample
     from teacher_cache.records import SkipRecord
-    from teacher_cache.rows import check_sample
     from teacher_cache.sources import open_source
+    from teacher_cache.usable_samples import check_sample
 
     model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float64).eval()
     processor = AutoProcessor.from_pretrained(folder)
@@ -75,7 +75,7 @@ def live_rows(folder: Path, mixture: tuple[Any, ...]) -> list[Live]:
             try:
                 if isinstance(sample, SkipRecord) or check_sample(sample, 10**8):
                     continue
-            except SkipRow:
+            except SkipSample:
                 continue
             pictures = [PIL.Image.open(io.BytesIO(one.data)).convert("RGB") for one in sample.images]
             text = as_text(sample, spec.template == "plain")

@@ -11,10 +11,10 @@ import PIL.Image
 import pytest
 
 from teacher_cache.chat import Chat
-from teacher_cache.errors import CompatibilityError, SkipRow
+from teacher_cache.errors import CompatibilityError, SkipSample
 from teacher_cache.prepare import Preparer
 from teacher_cache.records import Image, Prepared, Sample, Turn
-from teacher_cache.rows import decode_image
+from teacher_cache.usable_samples import decode_image
 from tests.teacher_cache.tokenizers_by_hand import llama_like, qwen_like
 
 PROMPT = "{% if add_generation_prompt %}<|assistant|>{% endif %}"
@@ -150,7 +150,7 @@ def test_a_template_without_images_serves_rows_without_images(teacher_parts: Any
     preparer = with_template(teacher_parts, each(texts))
     preparer.check_template("chat")
     assert said(preparer, preparer.prepare(sample(TEXT))) == ["It.<|end|>"]
-    with pytest.raises(SkipRow, match=r"template_refused.*writes 0 times <image> for 1 images"):
+    with pytest.raises(SkipSample, match=r"template_refused.*writes 0 times <image> for 1 images"):
         preparer.prepare(sample(TALK))
     with pytest.raises(CompatibilityError, match=r'part sft: template "chat": .*writes no row with an image .*"v1"'):
         preparer.check_images("sft", "chat")
@@ -177,7 +177,7 @@ def test_a_refused_system_turn_is_a_skipped_row(teacher_parts: Any, template: st
     preparer = with_template(teacher_parts, template)
     preparer.check_template("chat")
     for ask in (preparer.prepare, lambda row: preparer.chat.prompt(row.turns[:-1])):
-        with pytest.raises(SkipRow, match=rf"template_refused.*{why}"):
+        with pytest.raises(SkipSample, match=rf"template_refused.*{why}"):
             ask(sample(SYSTEM))
     assert said(preparer, preparer.prepare(sample(TALK))) == ["Red?<|end|>", " Yes, red. <|end|>"]
 
@@ -188,13 +188,13 @@ def test_a_template_that_wants_a_system_turn_serves_rows_that_have_one(teacher_p
     preparer.check_template("chat")
     preparer.check_images("sft", "chat")
     assert said(preparer, preparer.prepare(sample(SYSTEM))) == ["Green.<|end|>"]
-    with pytest.raises(SkipRow, match=r"template_refused.*No system turn"):
+    with pytest.raises(SkipSample, match=r"template_refused.*No system turn"):
         preparer.prepare(sample(TALK))
 
 
 def test_what_was_learned_of_a_template_travels_to_other_processes(teacher_parts: Any) -> None:
     chat, turns = with_template(teacher_parts, each(BOTH, "messages if m['role'] != 'system'")).chat, sample(TEXT).turns
-    with pytest.raises(SkipRow):
+    with pytest.raises(SkipSample):
         chat.render(sample(SYSTEM).turns)
     assert pickle.loads(pickle.dumps(chat)).render(turns) == chat.render(turns)
 
@@ -231,7 +231,7 @@ def test_a_system_turn_that_stands_in_the_users_is_told_from_it(teacher_parts: A
 )
 def test_rewritten_earlier_turns_are_skipped_or_refused(teacher_parts: Any, extra: str) -> None:
     preparer = with_template(teacher_parts, each(extra + BOTH))
-    with pytest.raises(SkipRow, match=r"template_refused.*rewrites earlier turns: turn 1"):
+    with pytest.raises(SkipSample, match=r"template_refused.*rewrites earlier turns: turn 1"):
         preparer.prepare(sample(TALK))
 
 
@@ -241,7 +241,7 @@ def test_an_end_that_the_last_answer_alone_has_is_refused(teacher_parts: Any) ->
     )
     preparer = with_template(teacher_parts, template)
     assert said(preparer, preparer.prepare(sample(TEXT))) == ["It.<|end|>"]
-    with pytest.raises(SkipRow, match=r"rewrites earlier turns"):
+    with pytest.raises(SkipSample, match=r"rewrites earlier turns"):
         preparer.prepare(sample(TALK))
 
 
@@ -274,7 +274,7 @@ def test_thoughts_belong_to_the_last_answer(opened: str, first: str) -> None:
     thought = ("assistant", "<think>\nhm\n</think>\n\ntwo")
     assert labels(*talk[:3], thought) == ["one<|im_end|>", f"{first}hm\n</think>\n\ntwo<|im_end|>"]
     assert labels(talk[0], thought) == [f"{first}hm\n</think>\n\ntwo<|im_end|>"]
-    with pytest.raises(SkipRow, match=r"template_refused"):
+    with pytest.raises(SkipSample, match=r"template_refused"):
         labels(talk[0], thought, *talk[2:])
 
 

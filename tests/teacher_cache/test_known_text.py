@@ -12,7 +12,7 @@ import torch
 from student_train.compression import compress_processor
 from teacher_cache.cache import TeacherCache
 from teacher_cache.cached_samples import CachedSample, CachedSamples
-from teacher_cache.errors import SkipRow
+from teacher_cache.errors import SkipSample
 from teacher_cache.known_text import KnownText, same_text_side
 from teacher_cache.prepare import Limits, Preparer
 from teacher_cache.records import Prepared
@@ -127,7 +127,7 @@ def test_other_texts_are_other_tokens(tiny_cache: Path, tiny_student: Path) -> N
 def test_what_is_too_long_is_refused_as_ever(tiny_cache: Path, tiny_student: Path) -> None:
     _, rows = rows_of(tiny_cache)
     preparer = Preparer(*load_processor(TeacherSpec(str(tiny_student))), Limits(max_length=4))
-    with pytest.raises(SkipRow, match="over_length"):
+    with pytest.raises(SkipSample, match="over_length"):
         KnownText(preparer, proofs=0).prepare(rows[0].sample, rows[0].text, rows[0].key, "chat", PIXELS)
 
 
@@ -136,5 +136,5 @@ def test_more_images_than_places_go_the_long_way(tiny_cache: Path, tiny_student:
     row = next(row for row in rows if row.sample.images)
     preparer = Preparer(*load_processor(TeacherSpec(str(tiny_student))))
     twice = replace(row.sample, images=row.sample.images * 2)
-    with pytest.raises(SkipRow):
+    with pytest.raises(SkipSample):
         KnownText(preparer, proofs=0).prepare(twice, row.text, row.key, "chat", PIXELS)

@@ -54,7 +54,7 @@ def test_a_sliver_is_skipped_before_the_shortest_edge_makes_it_enormous() -> Non
 
     from transformers import CLIPImageProcessorPil, Idefics3ImageProcessorPil
 
-    from teacher_cache.errors import SkipRow
+    from teacher_cache.errors import SkipSample
     from teacher_cache.pixels import check_resized
 
     sliver, narrow = PIL.Image.new("RGB", (1, 20_000)), PIL.Image.new("RGB", (2000, 3))
@@ -62,7 +62,7 @@ def test_a_sliver_is_skipped_before_the_shortest_edge_makes_it_enormous() -> Non
     for processor in (clip, SimpleNamespace(size={"shortest_edge": 336}, do_resize=True)):
         check_resized(processor, [narrow], 89_478_485)
         with pytest.raises(
-            SkipRow, match=r"image_too_large: 1 × 20000 pixels .* 336 are 2,257,920,000, the limit is 89"
+            SkipSample, match=r"image_too_large: 1 × 20000 pixels .* 336 are 2,257,920,000, the limit is 89"
         ):
             check_resized(processor, [narrow, sliver], 89_478_485)
     both = SimpleNamespace(size={"shortest_edge": 3136, "longest_edge": 10**6}, do_resize=True)

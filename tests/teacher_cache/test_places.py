@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from teacher_cache.errors import DataError, KdcliError, SkipRow
+from teacher_cache.errors import DataError, KdcliError, SkipSample
 from teacher_cache.places import is_remote, local_path, place_of
 from teacher_cache.records import Sample
 from teacher_cache.shards.storage import Storage
@@ -198,7 +198,7 @@ def test_an_image_name_stays_below_a_root_in_a_store() -> None:
     fsspec.filesystem("memory").pipe("/pictures/secret.png", b"secret")
     assert root.read("x/y.png") == root.read("x/../x//y.png") == b"pixels"
     for name in ("../secret.png", "/pictures/secret.png", "x/../../secret.png", ".", ""):
-        with pytest.raises(SkipRow, match="image_path_unsafe"):
+        with pytest.raises(SkipSample, match="image_path_unsafe"):
             root.read(name)
 
 

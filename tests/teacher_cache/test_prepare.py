@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from teacher_cache.chat import content
-from teacher_cache.errors import CompatibilityError, KdcliError, SkipRow
+from teacher_cache.errors import CompatibilityError, KdcliError, SkipSample
 from teacher_cache.prepare import Limits, Preparer
 from teacher_cache.records import Image, Sample, Turn
 
@@ -154,7 +154,7 @@ LONG = row(("user", "<image>\nq"), ("assistant", "one"), ("user", "more"), ("ass
 
 
 def test_over_length_is_skipped(teacher_parts) -> None:
-    with pytest.raises(SkipRow, match="over_length") as caught:
+    with pytest.raises(SkipSample, match="over_length") as caught:
         Preparer(*teacher_parts, Limits(max_length=60)).prepare(LONG)
     assert caught.value.reason == "over_length"
 
@@ -164,7 +164,7 @@ def test_over_length_is_cut_at_an_exchange(teacher_parts, tokenizer) -> None:
     ids, label, _, _ = by_hand(tokenizer, LONG.turns[:2])
     assert cut.input_ids.tolist() == ids
     assert cut.labels.tolist() == [token for token, is_label in zip(ids, label) if is_label]
-    with pytest.raises(SkipRow, match="over_length"):
+    with pytest.raises(SkipSample, match="over_length"):
         Preparer(*teacher_parts, Limits(max_length=20, over_length="cut")).prepare(LONG)
 
 
@@ -186,7 +186,7 @@ def test_a_cut_drops_the_images_of_what_it_drops(teacher_parts) -> None:
 def test_exactly_max_length_is_kept(preparer: Preparer, teacher_parts) -> None:
     length = len(preparer.prepare(LONG))
     assert len(Preparer(*teacher_parts, Limits(max_length=length)).prepare(LONG)) == length
-    with pytest.raises(SkipRow):
+    with pytest.raises(SkipSample):
         Preparer(*teacher_parts, Limits(max_length=length - 1)).prepare(LONG)
 
 
@@ -194,7 +194,7 @@ def test_exactly_max_length_is_kept(preparer: Preparer, teacher_parts) -> None:
 def test_reserved_tokens_in_the_text_are_skipped(preparer: Preparer, token: str) -> None:
     for turns in ((("user", f"a {token} b"), ("assistant", "x")), (("user", "a"), ("assistant", f"x{token}"))):
         for template in ("chat", "plain"):
-            with pytest.raises(SkipRow) as caught:
+            with pytest.raises(SkipSample) as caught:
                 preparer.prepare(row(*turns), template)
             assert caught.value.reason == "reserved_token"
 
@@ -262,7 +262,7 @@ def test_whatever_a_processor_raises_at_a_row_is_its_skip_record(teacher_parts, 
     preparer = Preparer(Moody(processor, error), config)
     turns = ("user", "<image>\nwhat?"), ("assistant", "red")
     assert len(preparer.prepare(row(*turns, images=(png((40, 40)),))).vision_positions) == TOKENS
-    with pytest.raises(SkipRow) as caught:
+    with pytest.raises(SkipSample) as caught:
         preparer.prepare(row(*turns, images=(png((33, 40)),)))
     assert caught.value.reason == "processor_refused"
     assert caught.value.detail == f"the processor refuses the row: {said}"
@@ -310,5 +310,5 @@ def test_a_layout_that_is_wrong_for_a_row_is_its_skip_record(
     ):
         layouts = lambda *_, v=views: (1 // 0) if v is None else (ImageLayout((33, 40), v),)  # noqa: E731
         monkeypatch.setattr(prepare, "image_layout", layouts)
-        with pytest.raises(SkipRow, match=f"processor_refused: .*{said}"):
+        with pytest.raises(SkipSample, match=f"processor_refused: .*{said}"):
             preparer.prepare(sample)

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from teacher_cache.errors import SkipRow
+from teacher_cache.errors import SkipSample
 from teacher_cache.prepare import Preparer
 from tests.teacher_cache.test_chat import ENDLESS, ROWS, SYSTEM, TALK, TEXT, around, said, sample, transformers_own
 
@@ -60,5 +60,5 @@ def test_qwen3_begins_the_last_answer_with_its_thoughts(teacher_parts: Any) -> N
     assert said(preparer, preparer.prepare(sample(TEXT))) == [f"{empty}It.<|im_end|>"]
     assert said(preparer, preparer.prepare(sample(TALK))) == ["Red?<|im_end|>", f"{empty} Yes, red. <|im_end|>"]
     assert said(preparer, preparer.prepare(sample((TEXT[0], thought)))) == [f"{thought[1]}<|im_end|>"]
-    with pytest.raises(SkipRow, match="template_refused"):
+    with pytest.raises(SkipSample, match="template_refused"):
         preparer.prepare(sample((TEXT[0], thought, *TEXT)))

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from tokenizers import processors
 
 from teacher_cache.chat import Chat
-from teacher_cache.errors import CompatibilityError, KdcliError, SkipRow
+from teacher_cache.errors import CompatibilityError, KdcliError, SkipSample
 from teacher_cache.prepare import Limits, Preparer
 from teacher_cache.records import Image, Sample, Turn
 from teacher_cache.templates import TEMPLATES, Template, template_fingerprint, write_prompt
@@ -268,7 +268,7 @@ def test_no_row_may_hold_the_templates_tokens(
     preparers: dict[str, Preparer], picture: Any, tokenizer: str, template: str, token: str
 ) -> None:
     sample = sample_of([("user", f"a{token}"), ("assistant", "b")], picture)
-    with pytest.raises(SkipRow, match="reserved_token"):
+    with pytest.raises(SkipSample, match="reserved_token"):
         preparers[tokenizer].prepare(sample, template)
 
 

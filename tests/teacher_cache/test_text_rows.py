@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from teacher_cache.errors import CompatibilityError, SkipRow
+from teacher_cache.errors import CompatibilityError, SkipSample
 from teacher_cache.fingerprint import is_text_alone
 from teacher_cache.known_text import KnownText, same_text_side
 from teacher_cache.label_ends import label_ends
@@ -103,7 +103,7 @@ def test_a_base_model_is_told_what_to_give(tmp_path: Path) -> None:
 def test_a_row_with_images_is_a_skip_with_its_reason(parts: Any) -> None:
     preparer = Preparer(*parts)
     turns = (Turn("user", "<image>\nWhat is this?"), Turn("assistant", "A fact."))
-    with pytest.raises(SkipRow, match="images_unread: 1 images, and the model is text-only"):
+    with pytest.raises(SkipSample, match="images_unread: 1 images, and the model is text-only"):
         preparer.prepare(sample(*turns, images=(Image("a.png", b"never looked at"),)))
     preparer.check_images("sft", "chat")  # no error of the model's
 

@@ -11,7 +11,7 @@ import pytest
 from click.testing import CliRunner
 
 from cli import main
-from teacher_cache.errors import CompatibilityError, SkipRow
+from teacher_cache.errors import CompatibilityError, SkipSample
 from teacher_cache.prepare import Preparer
 from teacher_cache.records import Sample, Turn
 from teacher_cache.teachers.transformers import TeacherSpec, load_processor
@@ -86,6 +86,6 @@ def test_a_rows_own_token_beyond_the_embedding_is_a_skip(tiny_teacher: Path, tmp
         return Sample("sft", 0, "", "rows.json row 0", (Turn("user", "What?"), Turn("assistant", answer)))
 
     assert len(preparer.prepare(row("ghost-0 is the first of the padding rows")))
-    with pytest.raises(SkipRow, match="'ghost-9'") as caught:
+    with pytest.raises(SkipSample, match="'ghost-9'") as caught:
         preparer.prepare(row("this is ghost-9"))
     assert caught.value.reason == "unknown_token"

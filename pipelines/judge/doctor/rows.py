@@ -11,15 +11,15 @@ from typing import Any
 
 from pipelines.judge.doctor.advice import OF_IMAGES
 from pipelines.judge.doctor.report import Example
-from teacher_cache.errors import KdcliError, SkipRow
+from teacher_cache.errors import KdcliError, SkipSample
 from teacher_cache.label_ends import LabelEnds, label_ends
 from teacher_cache.prepare import Limits, Preparer
 from teacher_cache.records import ROLES, Prepared, RowGroup, Sample, SkipRecord
-from teacher_cache.rows import check_sample, image_extension
 from teacher_cache.samples import left_out
 from teacher_cache.sources import DataSpec, open_source
 from teacher_cache.teachers.backends import load_processor
 from teacher_cache.teachers.transformers import TeacherSpec
+from teacher_cache.usable_samples import check_sample, image_extension
 
 _DETAIL_CHARACTERS = 160
 _TAIL = 16
@@ -95,7 +95,7 @@ class RowExaminer:
     def _look_at(self, row: Sample, spec: DataSpec, tally: Tally) -> None:
         try:
             prepared = self._prepared(row, spec)
-        except SkipRow as skip:
+        except SkipSample as skip:
             tally.found.append((skip.reason, _example(row, skip.detail)))
             tally.pictured[skip.reason] += bool(row.images)
             return
@@ -118,7 +118,7 @@ class RowExaminer:
             return None
         try:
             return self.preparer.prepare(row, spec.template, spec.max_image_pixels)
-        except (SkipRow, KdcliError, MemoryError):
+        except (SkipSample, KdcliError, MemoryError):
             raise
         except Exception as error:  # of a model's own code: the row is what a person can look at
             raise KdcliError(f"{row.place}: cannot be prepared ({type(error).__name__}: {error})") from error

@@ -14,15 +14,15 @@ from student_train.pruning import Pruning
 from student_train.student import RowForward
 from teacher_cache.batch import collate
 from teacher_cache.chat import chat_of
-from teacher_cache.errors import SkipRow, refusing_row
+from teacher_cache.errors import SkipSample, refusing_row
 from teacher_cache.families import family_of
 from teacher_cache.pixels import check_resized
 from teacher_cache.prepare import Preparer
 from teacher_cache.records import Prepared, Sample, Turn
-from teacher_cache.rows import PLACEHOLDER, decode_image
 from teacher_cache.sources import DataSpec
 from teacher_cache.teachers.head import CHUNK_BYTES, chunk_rows, head_logits
 from teacher_cache.templates import find_template, write_prompt
+from teacher_cache.usable_samples import PLACEHOLDER, decode_image
 
 MAX_NEW_TOKENS = 32
 
@@ -79,7 +79,7 @@ def answer(
         stop: an answer ends before the first of these texts that stands in it.
 
     Raises:
-        SkipRow: the chat template or the processor does not take one of the prompts.
+        SkipSample: the chat template or the processor does not take one of the prompts.
     """
     tokenizer = processor.tokenizer
     written = [write_prompt(template, chat_of(processor), prompt.turns) for prompt in prompts]
@@ -89,7 +89,7 @@ def answer(
         return [said for prompt in prompts for said in answer(model, processor, [prompt], *how)]
     # A list a prompt: some processors see several images of a row otherwise than one.
     if processor.image_processor is None and any(prompt.images for prompt in prompts):
-        raise SkipRow("images_unread", "the question has images, and the model is text-only")
+        raise SkipSample("images_unread", "the question has images, and the model is text-only")
     family = family_of(model.config)
     images = [list(prompt.images) for prompt in prompts if prompt.images or family.lists_every_text(processor)]
     arguments: dict[str, Any] = {"images": images, **family.image_arguments(processor)} if any(images) else {}
@@ -115,11 +115,11 @@ def answer(
 
 def answers_or_skips(
     model: Any, processor: Any, prompts: Sequence[Prompt], *asked: Any, **how: Any
-) -> list[str | SkipRow]:
+) -> list[str | SkipSample]:
     """``answer``, and of each prompt that cannot be asked the reason: one of a batch costs the others nothing."""
     try:
         return list(answer(model, processor, prompts, *asked, **how))
-    except SkipRow as skip:
+    except SkipSample as skip:
         if len(prompts) == 1:
             return [skip]
     return [one for prompt in prompts for one in answers_or_skips(model, processor, [prompt], *asked, **how)]
@@ -164,7 +164,7 @@ class Forced:
     nats: torch.Tensor
     sure: torch.Tensor
     right: torch.Tensor
-    skip: SkipRow | None = None
+    skip: SkipSample | None = None
 
     @property
     def greedy(self) -> bool:
@@ -181,18 +181,18 @@ def expected(
     compression: Compression | None = None,
 ) -> list[Forced]:
     """One ``Forced`` a row."""
-    prepared: list[Prepared | SkipRow] = []
+    prepared: list[Prepared | SkipSample] = []
     for row in questions:
         try:
             prepared.append(preparer.prepare(row, spec.template, spec.max_image_pixels))
-        except SkipRow as skip:
+        except SkipSample as skip:
             prepared.append(skip)
     usable = [one for one in prepared if isinstance(one, Prepared)]
     told = _forced(student, preparer, usable, compression) if usable else []
     own = iter(told)
     nothing = torch.zeros(0, dtype=torch.float64)
     return [
-        Forced(nothing, nothing, nothing.bool(), one) if isinstance(one, SkipRow) else next(own) for one in prepared
+        Forced(nothing, nothing, nothing.bool(), one) if isinstance(one, SkipSample) else next(own) for one in prepared
     ]
 
 

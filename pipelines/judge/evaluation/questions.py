@@ -12,11 +12,11 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 
 from teacher_cache.cache_shard import skip_record
-from teacher_cache.errors import DataError, SkipRow
+from teacher_cache.errors import DataError, SkipSample
 from teacher_cache.records import Sample, SkipRecord, Turn
-from teacher_cache.rows import check_sample
 from teacher_cache.sources import DataSpec, open_source
 from teacher_cache.sources.row_values import ANSWERS
+from teacher_cache.usable_samples import check_sample
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ def read_questions(spec: DataSpec) -> Iterator[Sample | SkipRecord]:
                 continue
             try:
                 yield _question(row, spec.max_image_pixels)
-            except SkipRow as skip:
+            except SkipSample as skip:
                 yield skip_record(row, skip)
 
 
@@ -75,7 +75,7 @@ def _question(row: Sample, max_image_pixels: int) -> Sample:
         row = replace(row, turns=(*row.turns, Turn("assistant", answers[0])))
     check_sample(row, max_image_pixels)
     if row.turns[-1].role != "assistant":
-        raise SkipRow("no_answer", "the last question has nothing to be held against")
+        raise SkipSample("no_answer", "the last question has nothing to be held against")
     return row
 
 

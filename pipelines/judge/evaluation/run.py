@@ -34,7 +34,7 @@ from student_train.load_student import load_student, open_student
 from student_train.pruning import Pruning, operator_modules
 from student_train.student import RowForward
 from teacher_cache.cache_shard import skip_record
-from teacher_cache.errors import KdcliError, SkipRow
+from teacher_cache.errors import KdcliError, SkipSample
 from teacher_cache.prepare import Limits, Preparer
 from teacher_cache.records import Sample, SkipRecord
 from teacher_cache.sources import DataSpec
@@ -95,7 +95,7 @@ def evaluate(
                 kept.add(rows, states_of(generators))
         for row, one in zip(batch, rows):
             if "skip" in one:
-                skips.append(skip_record(row, SkipRow(*one["skip"])))
+                skips.append(skip_record(row, SkipSample(*one["skip"])))
                 continue
             answers.append(answered(row, one))
             nll_skipped += [one["nll_skip"]] if one["nll_skip"] else []
@@ -106,9 +106,9 @@ def evaluate(
     return {**score(answers, metrics), **how, **uncounted(len(answers), skips, nll_skipped), "answers": answers}
 
 
-def plain(given: str | SkipRow, meant: Forced) -> dict[str, Any]:
+def plain(given: str | SkipSample, meant: Forced) -> dict[str, Any]:
     """What is kept of one question."""
-    if isinstance(given, SkipRow):
+    if isinstance(given, SkipSample):
         return {"skip": [given.reason, given.detail]}
     nats = float(meant.nats.sum())
     return {

@@ -11,7 +11,7 @@ import numpy as np
 from student_train.dataset import check_same_response
 from teacher_cache.cache import TeacherCache
 from teacher_cache.cached_samples import CachedSamples
-from teacher_cache.errors import CompatibilityError, KdcliError, SkipRow
+from teacher_cache.errors import CompatibilityError, KdcliError, SkipSample
 from teacher_cache.plan import difference
 from teacher_cache.prepare import Preparer
 from teacher_cache.records import Prepared, Sample
@@ -87,7 +87,7 @@ class FidelityReader:
         """A captured sample for teacher or student; CompatibilityError where this model cannot read it."""
         try:
             return preparer.prepare(sample, self.cache.template(sample.part), self._limits[sample.part])
-        except SkipRow as skip:
+        except SkipSample as skip:
             raise CompatibilityError(
                 f"{sample.place} was captured, but this model cannot read it ({skip}): "
                 "give a model with the capture's tokenizer and template"

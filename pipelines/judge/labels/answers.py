@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from student_train.distributions import OfLabels
-from student_train.row_columns import answer_lengths
+from student_train.sample_columns import answer_lengths
 from teacher_cache.records import TextTokens
 
 

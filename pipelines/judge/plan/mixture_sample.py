@@ -17,7 +17,7 @@ from typing import Any
 from pipelines.judge.plan.field_sizes import RowCounts
 from pipelines.judge.plan.teacher_cost import tower_tokens
 from teacher_cache.cache_shard import skip_record
-from teacher_cache.errors import KdcliError, SkipRow
+from teacher_cache.errors import KdcliError, SkipSample
 from teacher_cache.label_ends import LabelEnds, OpenEnd
 from teacher_cache.make_plan import GROUP_ROWS, check_shards
 from teacher_cache.prepare import Preparer
@@ -183,7 +183,7 @@ def look_at(
         return row
     try:
         one = preparer.prepare(row, spec.template, spec.max_image_pixels)
-    except SkipRow as skip:
+    except SkipSample as skip:
         return skip_record(row, skip)
     members: dict[str, Any] = {ext: len(content) for ext, content in encode_sample(row, one).items()}
     counts = RowCounts(len(one.vision_positions), len(one.response_rows), len(one.text.ids))

@@ -40,7 +40,7 @@ from teacher_cache.plan import Plan, content_hash
 from teacher_cache.plan_file import write_plan
 from teacher_cache.prepare import Limits as RowLimits
 from teacher_cache.prepare import Preparer
-from teacher_cache.same_rows import bind_pictures
+from teacher_cache.same_samples import bind_pictures
 from teacher_cache.shards.storage import Storage
 from teacher_cache.teachers.backends import refuse_wants, teacher_fingerprint
 from teacher_cache.teachers.transformers import load_processor, resolve_device

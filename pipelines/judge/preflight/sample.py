@@ -10,7 +10,7 @@ from typing import Any
 from pipelines.judge.fidelity.rows import FidelitySample
 from pipelines.settings import CaptureSettings
 from teacher_cache.batch import row_positions
-from teacher_cache.errors import KdcliError, SkipRow
+from teacher_cache.errors import KdcliError, SkipSample
 from teacher_cache.make_plan import GROUP_ROWS, check_shards, part_fingerprint
 from teacher_cache.plan import Part, Plan, Slice, parts_with_images
 from teacher_cache.prepare import Preparer
@@ -135,7 +135,7 @@ def read_rows(plan: Plan, preparer: Preparer, slices: Sequence[Slice]) -> list[F
                 continue
             try:
                 prepared = preparer.prepare(sample, spec.template, spec.max_image_pixels)
-            except SkipRow:
+            except SkipSample:
                 continue  # the capture of the same rows records it with its reason
             found.append(FidelitySample(prepared.key, sample, prepared, {}))
     return found

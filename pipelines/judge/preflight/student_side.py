@@ -16,7 +16,7 @@ from student_train.dataset import OF_THE_PROCESSOR, check_same_grid, check_same_
 from student_train.load_student import load_student, open_student
 from student_train.savable import refuse_quantized
 from student_train.stages import STAGES
-from teacher_cache.errors import CompatibilityError, SkipRow
+from teacher_cache.errors import CompatibilityError, SkipSample
 from teacher_cache.fingerprint import processor_fingerprint
 from teacher_cache.plan import Plan, difference
 from teacher_cache.prepare import Preparer
@@ -67,7 +67,7 @@ def read_as_student(
         try:
             prepared = preparer.prepare(row.sample, spec.template, spec.max_image_pixels)
             check_same_response(row.key, row.teacher.text, prepared.text)
-        except SkipRow as skip:
+        except SkipSample as skip:
             (left_out if skip.reason in OF_THE_PROCESSOR else bad["unreadable"]).append(str(skip))
             continue
         except CompatibilityError as error:

@@ -18,7 +18,7 @@ from cli import main
 from pipelines.judge.evaluation.answers import Prompt, answer, answers_or_skips, prompt_of
 from pipelines.lmms.requests import prompt as lmms_prompt
 from teacher_cache.chat import Chat
-from teacher_cache.errors import SkipRow
+from teacher_cache.errors import SkipSample
 from teacher_cache.records import Sample, Turn
 from tests.teacher_cache.test_chat import (
     BOTH,
@@ -149,7 +149,7 @@ def test_a_question_that_cannot_be_asked_costs_the_others_of_its_batch_nothing(t
     preparer = around(teacher_parts, llama_like(), NO_SYSTEM, True)
     prompts = [Prompt((Turn("system", "s"), Turn("user", "u"))), Prompt((Turn("user", "u"),))]
     refused, said = answers_or_skips(Asked(), preparer.processor, prompts)
-    assert isinstance(refused, SkipRow) and "No system role" in refused.detail and isinstance(said, str)
+    assert isinstance(refused, SkipSample) and "No system role" in refused.detail and isinstance(said, str)
 
 
 def test_lmms_eval_shows_pictures_upright() -> None:

@@ -21,13 +21,13 @@ from pipelines.capture.cache_teacher import capture
 from pipelines.capture.worker import CaptureRequest
 from pipelines.edit.repair import RepairRequest, repair
 from pipelines.inspect.cache import check
-from teacher_cache import same_rows
+from teacher_cache import same_samples
 from teacher_cache.cache import TeacherCache
 from teacher_cache.cached_samples import CachedSamples
 from teacher_cache.errors import CacheError, DataError
-from teacher_cache.rows import row_key
 from teacher_cache.shards.storage import Storage
 from teacher_cache.sources import DataSpec, open_source
+from teacher_cache.usable_samples import row_key
 
 ROWS = 10
 
@@ -119,7 +119,7 @@ def test_a_complete_cache_needs_no_pictures_and_takes_no_others(asked, roots, tm
 def test_a_field_added_beside_samples_has_their_rows(asked, roots, world: Any, monkeypatch) -> None:
     """Row by row, also where no probe falls on the one that changed."""
     one, _ = roots
-    monkeypatch.setattr(same_rows, "MOST_PICTURED", 1)
+    monkeypatch.setattr(same_samples, "MOST_PICTURED", 1)
     capture(asked(one))
     name = json.loads(Path(world.captions).read_text())[ROWS - 1]["image"]
     other_picture(one / name)
@@ -176,7 +176,7 @@ def test_two_workers_of_other_pictures_do_not_mix(asked, roots, tmp_path: Path, 
             capture(asked(other, (0, 2), fields=(), store="none"))
         return real(writer)
 
-    monkeypatch.setattr(same_rows, "refuse_other_pictures", lambda *_: None)
+    monkeypatch.setattr(same_samples, "refuse_other_pictures", lambda *_: None)
     monkeypatch.setattr("pipelines.capture.cache_teacher.refuse_other_pictures", lambda *_: None)
     monkeypatch.setattr(ShardWriter, "commit", late)
     with pytest.raises(CacheError, match="shard 000000 was captured meanwhile by another worker, with other rows"):

@@ -23,11 +23,11 @@ from pipelines.settings import CaptureSettings
 from teacher_cache.cache import TeacherCache
 from teacher_cache.cached_samples import CachedSamples
 from teacher_cache.errors import KdcliError
-from teacher_cache.rows import row_key
 from teacher_cache.shards.commit import read_commit
 from teacher_cache.shards.storage import Storage
 from teacher_cache.sources import DataSpec
 from teacher_cache.teachers.transformers import TeacherSpec
+from teacher_cache.usable_samples import row_key
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -245,11 +245,11 @@ def test_parts_without_the_field(moved_away, tiny_cache: Path, copy_of, add) -> 
 
 def test_rows_that_would_become_other_tokens_are_refused(moved_away, copy_of, add, monkeypatch) -> None:
     """The fingerprints agree and yet a library reads the text in another way: no field is written beside other tokens."""
-    from teacher_cache import stored_rows
+    from teacher_cache import stored_samples
 
     folder = copy_of(moved_away[0])
     before = tree(folder)
-    monkeypatch.setattr(stored_rows, "_same_text", lambda one, other: False)
+    monkeypatch.setattr(stored_samples, "_same_text", lambda one, other: False)
     with pytest.raises(KdcliError, match=r"row \d{9}-\w{8} \(train.json row \d+\).*library versions of the capture"):
         add(folder, relation={})
     after = tree(folder)

@@ -9,7 +9,7 @@ import PIL.Image
 import pytest
 
 from pipelines.report.picture import CELL, LONGEST_SIDE, background_words, data_uri, draw_pictures, visible
-from teacher_cache.errors import SkipRow
+from teacher_cache.errors import SkipSample
 from teacher_cache.records import Image, ImageLayout, View
 
 
@@ -90,7 +90,7 @@ def test_images_are_encoded_anew_and_small():
 
 def test_damaged_bytes_are_a_skip():
     layout = ImageLayout((40, 20), (View((0, 0, 40, 20), (1, 1)),))
-    with pytest.raises(SkipRow, match="image_corrupt"):
+    with pytest.raises(SkipSample, match="image_corrupt"):
         draw_pictures([Image("x.png", b"no image")], [layout], says("a"), set())
 
 

@@ -101,14 +101,14 @@ def prepared_rows(tiny_student: Path, world: Any, world_json: Any) -> Callable[[
             samples += [(row, spec.template) for row in good]
 
     def prepare(tokens: int) -> list[Any]:
-        from teacher_cache.errors import SkipRow
+        from teacher_cache.errors import SkipSample
 
         own = with_grid(processor, CompressorSpec("mqt", tokens, largest=36))
         preparer, found = Preparer(own, config), []
         for row, template in samples:
             try:
                 found.append(preparer.prepare(row, template))
-            except SkipRow:
+            except SkipSample:
                 continue
         return found
 

@@ -34,7 +34,7 @@ def spec(tiny_teacher: Path) -> TeacherSpec:
 @pytest.fixture(scope="module")
 def rows(teacher_parts, mixture, world_json) -> list[Prepared]:
     """Rows with no, one and two pictures."""
-    from teacher_cache.errors import SkipRow
+    from teacher_cache.errors import SkipSample
     from teacher_cache.records import Sample
     from teacher_cache.sources import DataSpec
 
@@ -44,7 +44,7 @@ def rows(teacher_parts, mixture, world_json) -> list[Prepared]:
     for row in (row for source in sources for group in source.scan(100) for row in source.read(group)):
         try:
             prepared += [preparer.prepare(row)] if isinstance(row, Sample) else []
-        except SkipRow:
+        except SkipSample:
             continue
     assert {len(one.layout) for one in prepared} == {0, 1, 2}
     return prepared

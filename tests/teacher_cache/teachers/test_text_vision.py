@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from teacher_cache.batch import collate
-from teacher_cache.errors import CompatibilityError, KdcliError, SkipRow
+from teacher_cache.errors import CompatibilityError, KdcliError, SkipSample
 from teacher_cache.prepare import Preparer
 from teacher_cache.records import Prepared, Sample, Turn
 from teacher_cache.sources import DataSpec, open_source
@@ -31,7 +31,7 @@ def rows(teacher_parts, world_json) -> list[Prepared]:
         try:
             if isinstance(row, Sample):
                 found.setdefault(len(row.images), preparer.prepare(row, "chat"))
-        except SkipRow:
+        except SkipSample:
             continue
     assert set(found) == {0, 1, 2}
     return [found[images] for images in (0, 1, 2)]

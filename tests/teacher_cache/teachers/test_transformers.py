@@ -32,7 +32,7 @@ WANTS = Wants({"vision", "response", "text"}, {"vision": 8, "response": 8}, gram
 @pytest.fixture(scope="module")
 def rows(teacher_parts, mixture, world_json) -> list[Prepared]:
     """A caption, chat rows, a text-only row and a row with two pictures."""
-    from teacher_cache.errors import SkipRow
+    from teacher_cache.errors import SkipSample
     from teacher_cache.records import Sample
     from teacher_cache.sources import DataSpec
 
@@ -45,7 +45,7 @@ def rows(teacher_parts, mixture, world_json) -> list[Prepared]:
         for row in read:
             try:
                 prepared += [preparer.prepare(row, spec.template)] if isinstance(row, Sample) else []
-            except SkipRow:
+            except SkipSample:
                 continue
     images = {len(one.layout) for one in prepared}
     assert images == {0, 1, 2}

@@ -15,7 +15,7 @@ from pipelines.capture.cache_teacher import capture
 from pipelines.judge.labels import show
 from pipelines.judge.labels.answers import JudgedAnswer
 from pipelines.judge.labels.survey import survey
-from student_train.row_columns import answer_lengths, read_column
+from student_train.sample_columns import answer_lengths, read_column
 from student_train.selection import check_columns, parse_selector
 from teacher_cache.cache import TeacherCache
 from teacher_cache.cached_samples import CachedSample, CachedSamples

@@ -19,13 +19,13 @@ from teacher_cache.places import is_remote
 from teacher_cache.plan import Part, Plan, is_same_data
 from teacher_cache.plan_file import known_plan
 from teacher_cache.records import RowGroup, Sample, SkipRecord
-from teacher_cache.rows import row_key
 from teacher_cache.shards.commit import committed_shards, read_commit
 from teacher_cache.shards.index import parse_index
 from teacher_cache.shards.storage import Storage
 from teacher_cache.sources import DataSpec, open_source
 from teacher_cache.sources.files import expand_paths
 from teacher_cache.sources.image_folder import ImageFolder
+from teacher_cache.usable_samples import row_key
 
 MOST_PICTURED = 256
 """Rows of a part whose pictures a manifest binds. They are read whenever a capture begins, so they must be few."""
@@ -123,7 +123,7 @@ def refuse_other_rows(storage: Storage, plan: Plan) -> None:
     pictures = {part.spec.part: dict(_key_parts(part.pictures)) for part in plan.parts}
     roots = {part.spec.part: _root(part.spec) for part in plan.parts}
     for shard in committed_shards(storage, "samples"):
-        recorded = RecordedRows.of(storage, plan.plan_hash, shard, ())
+        recorded = RecordedSamples.of(storage, plan.plan_hash, shard, ())
         part = plan.slices[shard].part
         for ordinal, digest in pictures[part].items():
             known = recorded.keys.get(ordinal, "").partition("-")[2]
@@ -145,7 +145,7 @@ def _root(spec: DataSpec) -> str:
 
 
 @dataclass(frozen=True)
-class RecordedRows:
+class RecordedSamples:
     """What the columns of a shard that stand already say of its rows; whatever is written beside them must agree.
 
     Attributes:
@@ -157,7 +157,7 @@ class RecordedRows:
     skips: Mapping[int, SkipRecord] = field(default_factory=dict)
 
     @staticmethod
-    def of(storage: Storage, plan_hash: str, shard: int, writing: Sequence[str], own: bool = False) -> RecordedRows:
+    def of(storage: Storage, plan_hash: str, shard: int, writing: Sequence[str], own: bool = False) -> RecordedSamples:
         """Args:
         writing: columns that are about to be written. own: these, too, must find their rows again.
         """
@@ -183,7 +183,7 @@ class RecordedRows:
                 if column not in writing:
                     skips = {skip.ordinal: skip for skip in commit.skipped}
                 break  # the others hold no row that it does not
-        return RecordedRows(f"{storage} shard {shard:06d}", keys, skips)
+        return RecordedSamples(f"{storage} shard {shard:06d}", keys, skips)
 
     def agree(self, row: Sample, key: str) -> SkipRecord | None:
         """The skip record of a row that ``samples`` leaves out; CacheError where the row is another one than stands there."""
@@ -204,11 +204,11 @@ class RecordedRows:
         return self.skips.get(record.ordinal, record)
 
 
-NOTHING = RecordedRows()
+NOTHING = RecordedSamples()
 """Of a shard of which nothing stands."""
 
 
-class SteadyRows:
+class SteadySamples:
     """A part's rows, refused where its files change while they are read.
 
     A time that changed is looked into: the same content under another time is the same data.

@@ -19,7 +19,7 @@ import warnings
 import numpy as np
 import PIL.Image
 
-from teacher_cache.errors import SkipRow
+from teacher_cache.errors import SkipSample
 from teacher_cache.records import Image, Sample, Turn
 
 PLACEHOLDER = "<image>"
@@ -65,7 +65,7 @@ def check_sample(sample: Sample, max_image_pixels: int) -> None:
     """The whole check of one row: its turns, then every image decoded.
 
     Raises:
-        SkipRow: bad_turn_order, no_answer, empty_answer, placeholder_mismatch, image_missing, image_corrupt,
+        SkipSample: bad_turn_order, no_answer, empty_answer, placeholder_mismatch, image_missing, image_corrupt,
             image_too_large; the first that is found, the cheap ones first.
     """
     check_turns(sample)
@@ -79,20 +79,20 @@ def check_turns(sample: Sample) -> None:
     A last user turn without an answer is legal: it carries no label and does no harm.
 
     Raises:
-        SkipRow: no_answer, bad_turn_order, empty_answer, placeholder_mismatch.
+        SkipSample: no_answer, bad_turn_order, empty_answer, placeholder_mismatch.
     """
     turns = sample.turns
     if not any(turn.role == "assistant" for turn in turns):
-        raise SkipRow("no_answer", f"{len(turns)} turns, none by the assistant")
+        raise SkipSample("no_answer", f"{len(turns)} turns, none by the assistant")
     _check_order(turns)
     for number, turn in enumerate(turns):
         if turn.role == "assistant" and not turn.text.strip():
-            raise SkipRow("empty_answer", f"turn {number} is {turn.text[:20]!r}")
+            raise SkipSample("empty_answer", f"turn {number} is {turn.text[:20]!r}")
     places = [number for number, turn in enumerate(turns) for _ in range(turn.text.count(PLACEHOLDER))]
     if len(places) != len(sample.images):
         where = f" (turn {', '.join(map(str, places[:9]))})" if places else ""
         what = f"{len(places)} {PLACEHOLDER} in the text{where}, {len(sample.images)} images"
-        raise SkipRow("placeholder_mismatch", what)
+        raise SkipSample("placeholder_mismatch", what)
 
 
 def _check_order(turns: tuple[Turn, ...]) -> None:
@@ -100,7 +100,7 @@ def _check_order(turns: tuple[Turn, ...]) -> None:
     for number, turn in enumerate(turns[first:]):
         expected = ("user", "assistant")[number % 2]
         if turn.role != expected:
-            raise SkipRow("bad_turn_order", f"turn {first + number} is by {turn.role}, expected {expected}")
+            raise SkipSample("bad_turn_order", f"turn {first + number} is by {turn.role}, expected {expected}")
 
 
 def decode_image(image: Image, max_pixels: int, upright: bool = True) -> PIL.Image.Image:
@@ -112,10 +112,10 @@ def decode_image(image: Image, max_pixels: int, upright: bool = True) -> PIL.Ima
     whatever ``max_pixels`` says.
 
     Raises:
-        SkipRow: image_missing (no bytes), image_too_large, image_corrupt.
+        SkipSample: image_missing (no bytes), image_too_large, image_corrupt.
     """
     if not image.data:
-        raise SkipRow("image_missing", f"{image.name!r} has no bytes")
+        raise SkipSample("image_missing", f"{image.name!r} has no bytes")
     try:
         _check_pixels(image.name, _webp_canvas(image.data), max_pixels)
         with PIL.Image.open(io.BytesIO(image.data), formats=FORMATS) as opened:
@@ -123,17 +123,17 @@ def decode_image(image: Image, max_pixels: int, upright: bool = True) -> PIL.Ima
             _check_pixels(image.name, _tile(opened), max(max_pixels, SMALL_TILE))
             opened.load()
             return to_rgb(stand_up(opened) if upright else opened)
-    except (SkipRow, MemoryError):
+    except (SkipSample, MemoryError):
         raise  # running out of memory says nothing about the row
     except (PIL.Image.DecompressionBombError, PIL.Image.DecompressionBombWarning) as error:
-        raise SkipRow("image_too_large", f"{image.name!r}: {error}") from error
+        raise SkipSample("image_too_large", f"{image.name!r}: {error}") from error
     except PIL.UnidentifiedImageError as error:
         start = image.data[:8]
-        raise SkipRow(
+        raise SkipSample(
             "image_corrupt", f"{image.name!r} is not an image of a known format, begins with {start!r}"
         ) from error
     except Exception as error:  # damaged bytes make Pillow's decoders raise nearly anything (struct, index, value, …)
-        raise SkipRow("image_corrupt", f"{image.name!r}: {type(error).__name__}: {str(error)[:120]}") from error
+        raise SkipSample("image_corrupt", f"{image.name!r}: {type(error).__name__}: {str(error)[:120]}") from error
 
 
 def stand_up(image: PIL.Image.Image) -> PIL.Image.Image:
@@ -150,7 +150,7 @@ def _check_pixels(name: str, size: tuple[int, int], most: int) -> None:
     width, height = size
     if width * height > most:
         pixels = f"{width}x{height} = {width * height:,} pixels"
-        raise SkipRow("image_too_large", f"{name!r} has {pixels}, more than {most:,}")
+        raise SkipSample("image_too_large", f"{name!r} has {pixels}, more than {most:,}")
 
 
 def _webp_canvas(data: bytes) -> tuple[int, int]:

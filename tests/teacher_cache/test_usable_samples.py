@@ -16,9 +16,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from teacher_cache.errors import SkipRow
+from teacher_cache.errors import SkipSample
 from teacher_cache.records import Image, Sample, Turn
-from teacher_cache.rows import check_sample, check_turns, decode_image, image_extension, row_key, stand_up
+from teacher_cache.usable_samples import check_sample, check_turns, decode_image, image_extension, row_key, stand_up
 
 LIMIT = 1_000_000
 
@@ -45,7 +45,7 @@ def sample(*turns: tuple[str, str], images: tuple[bytes, ...] = ()) -> Sample:
 def reason_of(row: Sample) -> str | None:
     try:
         check_sample(row, LIMIT)
-    except SkipRow as skip:
+    except SkipSample as skip:
         return skip.reason
     return None
 
@@ -101,9 +101,9 @@ def test_placeholders_are_counted_over_all_turns(turns, count, reason):
 
 def test_a_mismatch_says_in_which_turns_the_placeholders_stand():
     turns = [("user", "<image><image>"), A, U, ("assistant", "the tag <image>")]
-    with pytest.raises(SkipRow, match=r"3 <image> in the text \(turn 0, 0, 3\), 1 images"):
+    with pytest.raises(SkipSample, match=r"3 <image> in the text \(turn 0, 0, 3\), 1 images"):
         check_turns(sample(*turns, images=(encode(noise()),)))
-    with pytest.raises(SkipRow, match=r"0 <image> in the text, 1 images"):
+    with pytest.raises(SkipSample, match=r"0 <image> in the text, 1 images"):
         check_turns(sample(U, A, images=(encode(noise()),)))
 
 
@@ -163,7 +163,7 @@ def test_sixteen_bits_are_scaled_not_clipped():
 
 def test_floating_point_pixels_are_refused():
     data = encode(PIL.Image.new("F", (3, 3), 0.5), "tiff")
-    with pytest.raises(SkipRow, match=r"image_corrupt.*floating-point"):
+    with pytest.raises(SkipSample, match=r"image_corrupt.*floating-point"):
         decode_image(Image("x", data), LIMIT)
 
 
@@ -215,7 +215,7 @@ def test_an_animation_counts_as_its_first_frame_and_a_wrong_extension_is_fine():
 @pytest.mark.parametrize("keep", [0.02, 0.3, 0.7, 0.95])
 def test_truncated_files_are_corrupt(kind, keep):
     data = encode(noise((200, 150)), kind)
-    with pytest.raises(SkipRow) as caught:
+    with pytest.raises(SkipSample) as caught:
         decode_image(Image("x", data[: int(len(data) * keep)]), LIMIT)
     assert caught.value.reason == "image_corrupt"
     assert "\n" not in caught.value.detail
@@ -226,13 +226,13 @@ def test_truncated_files_are_corrupt(kind, keep):
     [b"x", b"<html>404 Not Found</html>", b"\xff\xd8\xff", b"GIF89a", b"%!PS-Adobe-3.0 EPSF-3.0\n", b"\0" * 5000],
 )
 def test_what_is_no_image_is_corrupt(data):
-    with pytest.raises(SkipRow) as caught:
+    with pytest.raises(SkipSample) as caught:
         decode_image(Image("x.jpg", data), LIMIT)
     assert caught.value.reason == "image_corrupt"
 
 
 def test_no_bytes_are_a_missing_image():
-    with pytest.raises(SkipRow, match="image_missing"):
+    with pytest.raises(SkipSample, match="image_missing"):
         decode_image(Image("x.jpg", b""), LIMIT)
 
 
@@ -252,14 +252,14 @@ def png_header(width: int, height: int) -> bytes:
     "size", [(1001, 1000), (9000, 9000), (12_000, 12_000), (60_000, 60_000), (2**31 - 1, 2**31 - 1)]
 )
 def test_a_decompression_bomb_is_refused_by_its_header(size):
-    with pytest.raises(SkipRow) as caught:
+    with pytest.raises(SkipSample) as caught:
         decode_image(Image("bomb.png", png_header(*size)), LIMIT)
     assert caught.value.reason == "image_too_large"
 
 
 def test_the_limit_itself_is_allowed():
     assert decode_image(Image("x", encode(noise((40, 30)))), 1200).size == (40, 30)
-    with pytest.raises(SkipRow, match="1,200 pixels, more than 1,199"):
+    with pytest.raises(SkipSample, match="1,200 pixels, more than 1,199"):
         decode_image(Image("x", encode(noise((40, 30)))), 1199)
 
 
@@ -275,7 +275,7 @@ def test_damaged_bytes_decode_or_skip_but_never_crash(kind, at, junk):
     data[start : start + len(junk)] = junk
     try:
         assert decode_image(Image("x", bytes(data)), LIMIT).mode == "RGB"
-    except SkipRow as skip:
+    except SkipSample as skip:
         assert skip.reason in ("image_corrupt", "image_too_large")
 
 

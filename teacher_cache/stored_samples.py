@@ -28,7 +28,7 @@ class StoredSample(Sample):
 
 
 @dataclass(frozen=True)
-class StoredRows:
+class StoredSamples:
     """One shard of ``samples`` in place of a mixture part.
 
     Args:
