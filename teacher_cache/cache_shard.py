@@ -32,7 +32,7 @@ Teacher = Callable[[Sequence[Prepared], Wants], list[TeacherOutput]]
 
 
 class SampleReader(Protocol):
-    """What capture asks of a mixture part (``sources.Source``), or of the ``samples`` of a cache (``stored_rows``)."""
+    """What capture asks of a mixture part (``sources.Source``), or of the ``samples`` of a cache (``stored_samples``)."""
 
     def read(self, group: RowGroup) -> Iterator[Sample | SkipRecord]:
         """The rows of one group in order, exactly ``group.rows`` items."""

@@ -63,7 +63,7 @@ def _rows_hash(choices: Sequence[Choice]) -> str:
 
 
 def _group(choice: Choice) -> RowGroup:
-    """The locator says where the rows came from; they are read from the new cache's own ``samples`` (``stored_rows``)."""
+    """The locator says where the rows came from; they are read from the new cache's own ``samples`` (``stored_samples``)."""
     locator = {"cache": choice.cache, "shard": choice.shard}
     return RowGroup(min(choice.ordinals), len(choice.ordinals), locator, characters=0, images=0)
 

@@ -25,7 +25,7 @@ MOST_SHARD_ROWS = 1 << 20
 class Part:
     """One mixture part as it was scanned: how to open it again, its fingerprint and its number of rows.
 
-    ``pictures``: keys of some of its rows, where pictures lie outside of its files (``same_rows``); no part of the plan hash.
+    ``pictures``: keys of some of its rows, where pictures lie outside of its files (``same_samples``); no part of the plan hash.
     """
 
     spec: DataSpec
