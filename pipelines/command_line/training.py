@@ -44,7 +44,7 @@ from pipelines.command_line.tour import command
 @click.option(
     "--log-term-gradients", type=int, metavar="N", help="Log norms and cosines of the terms' gradients every N steps."
 )
-@click.option("--output-dir", help="Output folder of the run.")
+@click.option("--out", "--output-dir", "output_dir", help="Output folder of the run.")
 @click.option("--learning-rate", type=float)
 @click.option("--per-device-train-batch-size", type=int)
 @click.option("--gradient-accumulation-steps", type=int)
