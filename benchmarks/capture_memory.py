@@ -45,7 +45,7 @@ def write_model(folder: Path, width: int, side: int) -> None:
         Qwen2Config,
     )
 
-    from pipelines.demo.tokenizer import CHAT_TEMPLATE, load_tokenizer
+    from benchmarks.demo_training.tokenizer import CHAT_TEMPLATE, load_tokenizer
 
     tokenizer, pinpoints = load_tokenizer(), [[TILES * side, TILES * side]]
     tower = CLIPVisionConfig(hidden_size=1152, image_size=side, patch_size=PATCH)

@@ -29,9 +29,10 @@ from benchmarks.common import argument_parser, clocked, finish, interleave, mach
 from benchmarks.stage_trainers import open_stage
 from benchmarks.worlds import World, open_world, write_cache
 from student_train.dataset import TrainBatch
-from student_train.losses.matching import column_sampled_cost, manhattan_cost, match
+from student_train.group_costs import column_sampled_costs
+from student_train.losses.matching import manhattan_cost, match
 from student_train.losses.terms import StudentRows
-from student_train.match_groups import first_rows
+from student_train.match_groups import MatchGroup, first_rows
 from student_train.teacher_view import TeacherView
 from student_train.trainer import Trainer
 from teacher_cache.cache import TeacherCache
@@ -125,7 +126,8 @@ def judge(sides: list[Sides], columns: Sequence[int]) -> tuple[int, dict[str, An
             exact = manhattan_cost(*given)
             best, every = match(exact), torch.arange(count, device=exact.device)
             for m in columns:
-                found = match(column_sampled_cost(*given, m, generator))
+                (cost,) = column_sampled_costs(*given, [MatchGroup(torch.arange(len(theirs)), every)], m, generator)
+                found = match(cost)
                 ratios[m].append(float(exact[found, every].sum() / exact[best, every].sum()))
                 equal[m].append(float((found == best).float().mean()))
     images = len(next(iter(ratios.values())))

@@ -24,12 +24,12 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.common import DEMO_MODELS, finish, machine, print_table
+from benchmarks.demo_training.tokenizer import load_tokenizer
 from pipelines.capture.cache_teacher import capture
 from pipelines.capture.worker import CaptureRequest
 from pipelines.demo.questions import CAPTION_REQUESTS, QuestionTurn, caption, image_turns
 from pipelines.demo.render import render
 from pipelines.demo.scenes import sample_scene
-from pipelines.demo.tokenizer import load_tokenizer
 from pipelines.demo.world import WorldRow
 from pipelines.settings import CaptureSettings
 from teacher_cache.cache import TeacherCache

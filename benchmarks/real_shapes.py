@@ -84,7 +84,7 @@ def processor() -> Any:
     """The demo's tokenizer and chat template, its vocabulary filled up to Qwen2's size with tokens that no text has."""
     from transformers import CLIPImageProcessorPil, LlavaProcessor, PreTrainedTokenizerFast
 
-    from pipelines.demo.tokenizer import CHAT_TEMPLATE, load_tokenizer
+    from benchmarks.demo_training.tokenizer import CHAT_TEMPLATE, load_tokenizer
 
     tokenizer = load_tokenizer()
     description = json.loads(tokenizer.backend_tokenizer.to_str())

@@ -118,7 +118,7 @@ def open_world(options: Any, folder: Path, rows: int) -> World:
 def _demo_world(device: str, folder: Path, rows: int, models: Path) -> World:
     from transformers import AutoModelForImageTextToText
 
-    from pipelines.demo.model import STUDENT, build_model
+    from benchmarks.demo_training.model import STUDENT, build_model
 
     captions = rows // 4
     paths = write_world(folder / "world", captions=captions, train=rows - captions, heldout=7, seed=0)

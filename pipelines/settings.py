@@ -27,7 +27,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class CaptureSettings:
-    """``[capture]``: how the cache is made. (``pipelines/command_line/settings_page.py`` turns the text below ``Attributes`` into a page.)
+    """``[capture]``: how the cache is made. (The text below ``Attributes`` becomes ``docs/kd_toml.md``.)
 
     Attributes:
         shards: number of shards, fixed for the life of the cache.

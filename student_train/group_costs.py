@@ -65,10 +65,14 @@ def column_sampled_costs(
     generator: torch.Generator,
     cap: float | None = None,
 ) -> Iterator[torch.Tensor]:
-    """``column_sampled_cost`` of every group, float64 ``[G_t, G_s]``, all of ONE draw of columns.
+    """An unbiased estimate of every group's ``manhattan_cost`` from ``columns`` columns of the vocabulary, float64 ``[G_t, G_s]``.
 
-    Each group's estimate is as unbiased as with a draw of its own; the errors of different groups are no longer independent, which no
-    assignment sees, since none looks at two groups.
+    Only these columns' logits are made, of both sides: the two whole head products, which cost as much as the distances, are not.
+    Columns that tell the teacher's rows apart are drawn more often (``column_spread``) and weigh less: on the demo's teacher a
+    thousand of them do what several thousand uniform ones do. As many columns as there are give the exact cost.
+
+    All groups share ONE draw, a function of the generator's state (of the CPU). Each group's estimate is as unbiased as with a draw
+    of its own; the errors of different groups are no longer independent, which no assignment sees, since none looks at two groups.
     """
     vocabulary = min(teacher.vocabulary, len(head))
     sampler = sampler_of_head(teacher.head_rows, vocabulary, columns)

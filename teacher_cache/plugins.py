@@ -17,7 +17,6 @@ from typing import Any
 
 from teacher_cache.errors import KdcliError, one_line
 
-GROUPS = ("kdcli.methods", "kdcli.fields", "kdcli.sources", "kdcli.compressors")
 Names = Callable[[ModuleType], Iterable[str]]
 """module → the names that it serves; AttributeError where it is none of the kind."""
 

@@ -75,7 +75,7 @@ def build_folder(
         SiglipVisionConfig,
     )
 
-    from pipelines.demo.tokenizer import CHAT_TEMPLATE, load_tokenizer
+    from benchmarks.demo_training.tokenizer import CHAT_TEMPLATE, load_tokenizer
 
     tokenizer = load_tokenizer()
     text = Qwen2Config(

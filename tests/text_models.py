@@ -52,7 +52,7 @@ def build_text_folder(
     """
     from transformers import AutoModelForCausalLM
 
-    from pipelines.demo.tokenizer import load_tokenizer
+    from benchmarks.demo_training.tokenizer import load_tokenizer
 
     tokenizer = load_tokenizer()
     if not chat:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from pipelines.demo.patch_labels import PATCH_WORDS, patch_words
+from benchmarks.demo_training.patch_labels import PATCH_WORDS, patch_words
 from pipelines.demo.questions import CAPTION_REQUESTS, QuestionTurn, at, caption, image_turns
 from pipelines.demo.scenes import GRID, Scene
 

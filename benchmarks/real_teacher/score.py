@@ -16,11 +16,11 @@ from PIL import Image
 from torch.nn import functional
 
 from benchmarks.common import finish, machine, print_table
+from benchmarks.demo_training.score import questions
 from benchmarks.real_teacher.lessons import IGNORED, Encoder, collate
 from pipelines.demo.questions import CAPTION_REQUESTS, IMAGE_FAMILIES, QuestionTurn, caption
 from pipelines.demo.render import render
 from pipelines.demo.scenes import IMAGE_SIZE, sample_scene
-from pipelines.demo.score import questions
 
 BLANK = Image.new("RGB", (IMAGE_SIZE, IMAGE_SIZE), (230, 230, 230))
 BATCH = 8

@@ -67,7 +67,7 @@ class DecodedFields:
         return len({one[0][0] for one in self.vision if one})
 
 
-def cache_gallery(cache: TeacherCache, limit: int = EXAMPLES) -> Gallery:
+def cache_gallery(cache: TeacherCache) -> Gallery:
     """Rows with images out of every kind of row; of each kind those whose patches name the most different words."""
     gallery = Gallery()
     by_kind: dict[str, list[DecodedFields]] = {}
@@ -82,7 +82,7 @@ def cache_gallery(cache: TeacherCache, limit: int = EXAMPLES) -> Gallery:
             gallery.notes.append(f"part {part}: {error}")
     ranked = [sorted(rows, key=lambda one: -one.variety()) for rows in by_kind.values()]
     rounds = [rows[i] for i in range(CANDIDATES) for rows in ranked if i < len(rows)]
-    chosen = sorted(rounds[:limit], key=lambda one: list(by_kind).index(one.kind))
+    chosen = sorted(rounds[:EXAMPLES], key=lambda one: list(by_kind).index(one.kind))
     upright = preparation_version(cache.plan.preparation) > 1
     gallery.background = background_words([one.vision for one in chosen])
     for one in chosen:

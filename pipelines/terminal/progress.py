@@ -134,7 +134,7 @@ def capture_progress(console: Console) -> Iterator[Callable[[str, int, int], Non
 
 
 @contextmanager
-def train_progress(console: Console, prefix: str = "") -> Iterator[Callable[[str, int, int, Any], None]]:
+def train_progress(console: Console) -> Iterator[Callable[[str, int, int, Any], None]]:
     """``on_step(stage folder, step, steps, result)`` for ``pipelines.train.train_student.train``: one bar a stage."""
     if int(os.environ.get("RANK", "0")):
         yield lambda stage, step, steps, result: None  # under torchrun the first process shows the bar
@@ -145,7 +145,7 @@ def train_progress(console: Console, prefix: str = "") -> Iterator[Callable[[str
         def show(stage: str, step: int, steps: int, result: Any) -> None:
             if stage not in tasks:
                 tasks[stage] = progress.add_task(stage, total=steps, completed=step)
-            progress.update(tasks[stage], completed=step + 1, description=f"{prefix}{stage} loss {result.loss:.3f}")
+            progress.update(tasks[stage], completed=step + 1, description=f"{stage} loss {result.loss:.3f}")
 
         yield show
 

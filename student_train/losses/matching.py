@@ -10,7 +10,6 @@ import torch
 from scipy.optimize import linear_sum_assignment
 
 from student_train.distributions import Distribution, FullVocabulary
-from student_train.losses.column_sampling import sampler_of_head
 from student_train.losses.distances import manhattan
 from student_train.losses.divergences import reverse_kl
 from teacher_cache.errors import KdcliError
@@ -57,40 +56,6 @@ def manhattan_cost(
                 pair = (pair[0].softmax(1), pair[1].softmax(1))
             cost[i : i + rows, j : j + rows] = manhattan(*pair)
     return cost
-
-
-@torch.no_grad()
-def column_sampled_cost(
-    teacher: FullVocabulary,
-    hidden: torch.Tensor,
-    head: torch.Tensor,
-    columns: int,
-    generator: torch.Generator,
-    space: str = "logits",
-    cap: float | None = None,
-) -> torch.Tensor:
-    """An unbiased estimate of ``manhattan_cost`` from ``columns`` columns of the vocabulary, float64 ``[N_t, N_s]``.
-
-    Only these columns' logits are made, of both sides: the two whole head products, which cost as much as the distances, are not.
-    Columns that tell the teacher's rows apart are drawn more often (``column_spread``) and weigh less: on the demo's teacher a
-    thousand of them do what several thousand uniform ones do. As many columns as there are give the exact cost.
-
-    Args:
-        columns: how many are drawn; all pairs share them. generator: of the CPU; the draw is a function of its state.
-        space: ``logits`` only: probabilities would need every column for their sum.
-    """
-    if space != "logits":
-        raise KdcliError(
-            f"matching cost on {space!r} from sampled columns: probabilities need every column; use the cost on logits, or all columns"
-        )
-    if columns < 1:
-        raise KdcliError(f"matching columns must be at least 1, got {columns}")
-    vocabulary = min(teacher.vocabulary, len(head))
-    sampler = sampler_of_head(teacher.head_rows, vocabulary, columns)
-    chosen, weights = (one.to(head.device) for one in sampler.draw(generator))
-    theirs = teacher.logits_at(chosen)
-    ours = head_logits(hidden, head[chosen].to(hidden.dtype), cap)
-    return manhattan(theirs.mul_(weights), ours.mul_(weights))
 
 
 @torch.no_grad()

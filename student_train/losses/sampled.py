@@ -32,10 +32,3 @@ def _written(
     value = -torch.linalg.vecdot(weights, log_s.gather(1, ids)) - entropy
     gradient = log_s.exp_().mul_(weights.sum(dim=1, keepdim=True))
     return value, gradient.scatter_add_(1, ids, -weights)
-
-
-def forward_kl_plain(teacher: SampledTeacher, student_logits: torch.Tensor) -> torch.Tensor:
-    """Slow twin of ``forward_kl_sampled``: the definition as autograd differentiates it, in the dtype of the logits."""
-    log_s = student_logits[:, : teacher.vocabulary].log_softmax(1)
-    sampled = teacher.sampled
-    return -(sampled.weights * log_s.gather(1, sampled.ids)).sum(1) - sampled.entropy

@@ -70,9 +70,6 @@ class SortedOrder:
         return _known((gaps + 1).cumsum(dim=1) - 1, vocabulary)
 
 
-ORDERS = {coder.NAME: coder for coder in (RankOrder, SortedOrder)}
-
-
 def _planes(vocabulary: int) -> int:
     """Bytes that an id of this vocabulary has."""
     return -(-width_of(vocabulary) // 8)

@@ -17,7 +17,7 @@ WIDE = True
 
 
 def encode(rows: torch.Tensor) -> dict[str, torch.Tensor]:
-    """``[R, D]`` → ``int4_unrotated``'s tensors of S rows; S: ``rotation.stored_rows``. Rows of zeros decode to zeros."""
+    """``[R, D]`` → ``int4_unrotated``'s tensors of S rows; S: ``rotation.encode``. Rows of zeros decode to zeros."""
     return rotation.encode(rows, int4_unrotated)
 
 

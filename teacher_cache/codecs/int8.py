@@ -15,7 +15,7 @@ WIDE = True
 
 
 def encode(rows: torch.Tensor) -> dict[str, torch.Tensor]:
-    """``[R, D]`` → ``rows`` int8 ``[S, D]``, ``scale`` float32 ``[S]``; S: ``rotation.stored_rows``. Rows of zeros decode to zeros."""
+    """``[R, D]`` → ``rows`` int8 ``[S, D]``, ``scale`` float32 ``[S]``; S: ``rotation.encode``. Rows of zeros decode to zeros."""
     return rotation.encode(rows, int8_unrotated)
 
 

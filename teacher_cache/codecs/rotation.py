@@ -34,13 +34,11 @@ LARGEST_ORDER = 2047
 """Of the cosine transform, a matrix of its square."""
 
 
-def stored_rows(rows: int) -> int:
-    """S of R rows: one more where the mean is stored. Never 16, so a reader knows by S alone."""
-    return rows + (rows >= MANY)
-
-
 def encode(rows: torch.Tensor, plain: ModuleType) -> dict[str, torch.Tensor]:
-    """``[R, D]`` turned and rounded by ``plain``, on the rows' device; KdcliError where a row is no number."""
+    """``[R, D]`` turned and rounded by ``plain``, on the rows' device; KdcliError where a row is no number.
+
+    S rows are stored: R, and one more, their mean, from ``MANY`` on. S is never 16, so a reader knows by S alone.
+    """
     if not rows.is_meta and not torch.isfinite(rows).all():
         raise KdcliError("hidden states hold NaN or infinity")
     turned = rotate(rows.to(torch.float32))

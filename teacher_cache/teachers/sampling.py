@@ -20,7 +20,6 @@ from teacher_cache.records import Sampled
 from teacher_cache.teachers.head import CHUNK_BYTES, chunk_rows, head_logits
 from teacher_cache.wants import Wants
 
-SAMPLERS = ("threshold", "random")
 _SURE = 1 - 1e-9
 """Ids this close to τ count as above it: two steps of a systematic sample must not meet in one id by rounding."""
 _LOWEST = -1e4

@@ -8,7 +8,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks import codec_rows, codecs, text_corpus
-from pipelines.demo.tokenizer import load_tokenizer
+from benchmarks.demo_training.tokenizer import load_tokenizer
 
 
 def test_a_released_model_is_measured_on_documentation(

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import overhead
-from pipelines.demo.tokenizer import load_tokenizer
+from benchmarks.demo_training.tokenizer import load_tokenizer
 
 
 def test_rows_have_real_token_counts() -> None:

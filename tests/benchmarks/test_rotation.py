@@ -8,7 +8,7 @@ import torch
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from benchmarks import rotation
-from pipelines.demo.tokenizer import load_tokenizer
+from benchmarks.demo_training.tokenizer import load_tokenizer
 
 
 def test_outlying_dimensions_are_what_version_2_is_for(

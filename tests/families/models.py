@@ -62,7 +62,7 @@ def tokenizer_with(tokens: tuple[str, ...] = (), folder: Path | None = None, **n
     """The demo's tokenizer (or that of ``folder``) and a family's special tokens, ``named`` ones as attributes of it."""
     from transformers import PreTrainedTokenizerFast
 
-    from pipelines.demo.tokenizer import TOKENIZER_FOLDER
+    from benchmarks.demo_training.tokenizer import TOKENIZER_FOLDER
 
     tokenizer = PreTrainedTokenizerFast.from_pretrained(folder or TOKENIZER_FOLDER, extra_special_tokens=named)
     known = tokenizer.get_vocab()

@@ -68,7 +68,7 @@ def test_questions_are_panned_as_rows_are(
 
 def wide_tokenizer(folder: Path) -> Any:
     """The demo's, with words that no text becomes before the family's three."""
-    from pipelines.demo.tokenizer import TOKENIZER_FOLDER
+    from benchmarks.demo_training.tokenizer import TOKENIZER_FOLDER
 
     folder.mkdir()
     for file in TOKENIZER_FOLDER.glob("*.json"):

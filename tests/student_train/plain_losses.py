@@ -1,4 +1,4 @@
-"""Slow twins of ``losses.written`` and ``losses.distances``: the definitions, as autograd differentiates them.
+"""Slow twins of what ``student_train`` computes fast: the definitions, as autograd differentiates them.
 
 The divergences take the teacher's log-probs ``[R, V]`` and the student's logits ``[R, V]`` and return ``[R]`` in their dtype.
 """
@@ -9,6 +9,8 @@ import math
 
 import torch
 
+from student_train.distributions import FullVocabulary, SampledTeacher
+from student_train.losses.column_sampling import sampler_of_head
 from student_train.losses.written import LOG_ZERO
 
 
@@ -56,3 +58,18 @@ def merge_tail(ids: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
 def manhattan(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
     """Twin of ``distances.manhattan``: Σ_v |left[i, v] − right[j, v]| in float64, all differences at once ``[A, B, V]``."""
     return (left.double()[:, None] - right.double()[None]).abs().sum(2)
+
+
+def column_sampled_cost(
+    teacher: FullVocabulary, hidden: torch.Tensor, head: torch.Tensor, columns: int, generator: torch.Generator
+) -> torch.Tensor:
+    """Twin of ``group_costs.column_sampled_costs`` for one group of all rows: every logit made, the drawn ones taken."""
+    chosen, weights = sampler_of_head(teacher.head_rows, min(teacher.vocabulary, len(head)), columns).draw(generator)
+    return manhattan(teacher.logits()[:, chosen] * weights, (hidden @ head.T)[:, chosen] * weights)
+
+
+def forward_kl_sampled(teacher: SampledTeacher, student_logits: torch.Tensor) -> torch.Tensor:
+    """In the dtype of the logits."""
+    log_s = student_logits[:, : teacher.vocabulary].log_softmax(1)
+    sampled = teacher.sampled
+    return -(sampled.weights * log_s.gather(1, sampled.ids)).sum(1) - sampled.entropy

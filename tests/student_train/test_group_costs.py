@@ -8,12 +8,13 @@ import torch
 from student_train import group_costs
 from student_train.distributions import DenseTeacher, HeadAndSketch
 from student_train.group_costs import column_sampled_costs, manhattan_costs, packs
-from student_train.losses.matching import column_sampled_cost, manhattan_cost
+from student_train.losses.matching import manhattan_cost
 from student_train.match_groups import MatchGroup
 from teacher_cache.errors import KdcliError
 from teacher_cache.records import Sketch
 from teacher_cache.teachers.head import topk_rows
 from teacher_cache.teachers.low_rank import LowRankHead
+from tests.student_train.plain_losses import column_sampled_cost
 
 VOCABULARY, PADDED, WIDTH, TEACHER_WIDTH = 61, 66, 7, 11
 SIZES = ((9, 4), (5, 5), (30, 3), (8, 2), (2, 1))

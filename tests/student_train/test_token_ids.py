@@ -86,7 +86,7 @@ def test_a_unigram_model_lists_its_tokens_in_order() -> None:
 
 
 def student_tokenizer(special: str | None) -> Any:
-    from pipelines.demo.tokenizer import load_tokenizer
+    from benchmarks.demo_training.tokenizer import load_tokenizer
 
     tokenizer = load_tokenizer()
     if special:

@@ -10,7 +10,7 @@ import json
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from pipelines.demo.tokenizer import load_tokenizer
+from benchmarks.demo_training.tokenizer import load_tokenizer
 from teacher_cache.templates import QWEN_SYSTEM, V1_SYSTEM
 
 WORDS = f"{V1_SYSTEM} {QWEN_SYSTEM} USER: ASSISTANT: What is it? A red square. Be brief. one two three four yes system user assistant"

@@ -179,7 +179,7 @@ class Frontier:
         progress: Callable[[int, int], None] = lambda done, total: None,
         most_rows: int | None = None,
     ) -> list[dict[str, Any]]:
-        """Each as ``{"kind", "label", "fields", "bytes_per_row", "field_bytes", …measure.distribution_error}``, or with its ``error``.
+        """Each as ``{"kind", "label", "fields", "bytes_per_row", "field_bytes", …measure.Comparison.summary}``, or with its ``error``.
 
         Args:
             directions, most_rows: as ``measure_rows`` takes them.

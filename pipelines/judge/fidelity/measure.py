@@ -192,7 +192,12 @@ class Comparison:
             self.stored[name].add(known, gradients, one, logits, hidden)
 
     def summary(self) -> dict[str, dict[str, Any]]:
-        """Name → ``distribution_error``."""
+        """Name → how far a stored distribution is from the live one, alone and in the gradients that it gives.
+
+        Each is ``{"rows", "entropy", "kl": {"mean", "p95"}, "forward": {"loss_live", "loss", "loss_error", "row_angle": {"median", "p95"},
+        "row_norm_ratio": …, "head_angle"}, "reverse": …}``; a direction that the stored distribution cannot serve is left out.
+        ``head_angle`` is between the gradients of the student's head, Σ_rows (∂/∂logits)ᵀ·hidden.
+        """
         about = {
             "rows": sum(map(len, self.entropy)),
             "entropy": float(torch.cat(self.entropy).mean()) if self.entropy else math.nan,
@@ -241,29 +246,6 @@ class DistributionTally:
                 one["head_angle"], one["head_norm_ratio"] = whole_angle([live_head[name]], [self.head[name]])
             found[name] = one
         return found
-
-
-def distribution_error(
-    live: FullVocabulary,
-    stored: Distribution,
-    student_logits: torch.Tensor,
-    student_hidden: torch.Tensor | None = None,
-    directions: Sequence[str] = tuple(DIRECTIONS),
-) -> dict[str, Any]:
-    """How far a stored distribution is from the live one, alone and in the gradients that it gives.
-
-    Args:
-        student_logits: ``[R, V]``. student_hidden: ``[R, D]`` that they were made of, for ``head_angle``: between the gradients of the
-            student's head, Σ_rows (∂/∂logits)ᵀ·hidden.
-    Returns:
-        ``{"rows", "entropy", "kl": {"mean", "p95"}, "forward": {"loss_live", "loss", "loss_error", "row_angle": {"median", "p95"},
-        "row_norm_ratio": …, "head_angle"}, "reverse": …}``; a direction that the stored distribution cannot serve is left out.
-    """
-    found = Comparison([""], directions)
-    for rows in row_chunks(len(student_logits), student_logits.T):
-        hidden = None if student_hidden is None else student_hidden[rows]
-        found.add(live[rows], {"": stored[rows]}, student_logits[rows], hidden)
-    return found.summary()[""]
 
 
 def add_product(into: dict[str, torch.Tensor], name: str, gradient: torch.Tensor, hidden: torch.Tensor) -> None:

@@ -112,7 +112,7 @@ FIGURES = ["KL", "p95", *(f"{d}: {what}" for d in DIRECTIONS for what in ("head 
 
 
 def figures(one: Mapping[str, Any]) -> list[str]:
-    """Cells of ``FIGURES`` from a ``measure.distribution_error``."""
+    """Cells of ``FIGURES`` from one result of ``measure.Comparison.summary``."""
     kl = one.get("kl")
     cells = [number(kl[key]) if kl else "–" for key in ("mean", "p95")]
     for direction in DIRECTIONS:

@@ -38,7 +38,7 @@ def measure_rows(
     directions: Sequence[str] = tuple(DIRECTIONS),
     most_rows: int | None = None,
 ) -> dict[str, dict[str, Any]]:
-    """Name → ``measure.distribution_error`` over all samples' rows of a kind, chunk by chunk; some at a time, as ``MOST_BYTES`` allows.
+    """Name → as ``Comparison.summary`` says it, over all samples' rows of a kind, chunk by chunk; some at a time, as ``MOST_BYTES`` allows.
 
     Args:
         live: knows the comparison as ``kind``. stored: name → a source that knows it by that name.

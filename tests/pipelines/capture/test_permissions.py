@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from benchmarks.demo_training.model import STUDENT, build_model
+from benchmarks.demo_training.model import export as export_demo
+from benchmarks.demo_training.tokenizer import load_tokenizer
 from pipelines.capture.cache_teacher import capture
 from pipelines.capture.worker import CaptureRequest
-from pipelines.demo.model import STUDENT, build_model
-from pipelines.demo.model import export as export_demo
-from pipelines.demo.tokenizer import load_tokenizer
 from pipelines.export.run import ExportRequest, export
 from pipelines.settings import Settings
 from pipelines.train.stage_trainer import MAPS, save_maps

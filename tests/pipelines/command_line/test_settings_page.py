@@ -11,7 +11,6 @@ from pathlib import Path
 import pytest
 
 from pipelines.command_line.capture import cache_teacher
-from pipelines.command_line.settings_page import PAGE, page, sentences
 from pipelines.command_line.training import train_student
 from pipelines.settings import CaptureSettings, load_settings
 from student_train.config import StageSettings, TrainSettings
@@ -20,6 +19,7 @@ from teacher_cache.errors import KdcliError
 from teacher_cache.fields import field_kinds
 from teacher_cache.sources import DataSpec
 from teacher_cache.teachers.transformers import TeacherSpec
+from tests.pipelines.command_line.settings_page import PAGE, page, sentences
 
 SECTIONS = {
     "[teacher]": TeacherSpec,
@@ -38,7 +38,7 @@ def lines_of(title: str) -> Iterator[list[str]]:
 
 
 def test_the_page_is_what_the_settings_say() -> None:
-    assert PAGE.read_text() == page(), "write it again: python -P -m pipelines.command_line.settings_page"
+    assert PAGE.read_text() == page(), "write it again: python -m tests.pipelines.command_line.settings_page"
 
 
 @pytest.mark.parametrize("title", SECTIONS)

@@ -1,19 +1,17 @@
 """The shipped teacher really answers, the student start is an eighth of it, and scores.json tells the truth."""
 
 import json
-from pathlib import Path
 
 import pytest
 import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-import pipelines.demo
-from pipelines.demo.model import parameter_count
+from benchmarks.demo_training import ASSETS
+from benchmarks.demo_training.model import parameter_count
 from pipelines.demo.questions import FAMILIES, IMAGE_FAMILIES
 from pipelines.demo.render import render
 from pipelines.demo.world import heldout_rows
 
-ASSETS = Path(pipelines.demo.__file__).parent / "assets"
 MEGABYTE = 1_000_000
 
 

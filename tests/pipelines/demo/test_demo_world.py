@@ -5,7 +5,7 @@ import random
 import numpy as np
 import pytest
 
-from pipelines.demo.patch_labels import ATTRIBUTES, PATCH_WORDS, patch_attributes, patch_words
+from benchmarks.demo_training.patch_labels import ATTRIBUTES, PATCH_WORDS, patch_attributes, patch_words
 from pipelines.demo.questions import IMAGE_FAMILIES, caption, image_turns
 from pipelines.demo.render import pixels_u8
 from pipelines.demo.scenes import CELLS, COLORS, IMAGE_SIZE, sample_scene, split_of

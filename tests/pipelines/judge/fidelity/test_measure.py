@@ -11,8 +11,8 @@ import torch
 
 from pipelines.judge.fidelity import measure
 from pipelines.judge.fidelity.measure import (
+    Comparison,
     angles,
-    distribution_error,
     full_log_probs,
     norm_ratios,
     relative_error,
@@ -69,13 +69,15 @@ def test_a_tail_is_spread_over_its_tokens(teacher: DenseTeacher) -> None:
     assert torch.allclose(whole.gather(1, best), teacher.log_probs().gather(1, best), atol=1e-5)
 
 
-def test_distribution_error_grows_with_the_damage(teacher: DenseTeacher) -> None:
+def test_the_error_grows_with_the_damage(teacher: DenseTeacher) -> None:
     torch.manual_seed(1)
     student, head = torch.randn(40, 6), torch.randn(60, 6)  # columns beyond the teacher's are padding
     seen = []
     for noise in (0.0, 0.01, 0.1, 1.0):
         other = DenseTeacher(teacher.hidden + noise * torch.randn_like(teacher.hidden), teacher.head)
-        seen.append(distribution_error(teacher, other, student @ head.T, student))
+        comparison = Comparison([""])
+        comparison.add(teacher, {"": other}, student @ head.T, student)
+        seen.append(comparison.summary()[""])
     first = seen[0]
     assert first["kl"]["mean"] == pytest.approx(0, abs=1e-6) and first["forward"]["head_angle"] == pytest.approx(
         0, abs=1e-3

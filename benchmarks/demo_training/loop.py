@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from pipelines.demo.recipe import StudentRecipe, TeacherRecipe
+from benchmarks.demo_training.recipe import StudentRecipe, TeacherRecipe
 
 Loss = Callable[[dict], tuple[torch.Tensor, dict[str, float]]]
 

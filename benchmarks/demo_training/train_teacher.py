@@ -1,4 +1,4 @@
-"""One command that trains the demo's teacher from nothing: ``python -P -m pipelines.demo.train_teacher --out FOLDER``."""
+"""One command that trains the demo's teacher from nothing: ``python -m benchmarks.demo_training.train_teacher --out FOLDER``."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from pathlib import Path
 
 import torch
 
-from pipelines.demo import lessons
-from pipelines.demo.loop import Group, Masters, Phase
-from pipelines.demo.model import TEACHER, build_model, export
-from pipelines.demo.recipe import TeacherRecipe
-from pipelines.demo.score import questions, teacher_forced_accuracy
-from pipelines.demo.score_teacher import write_scores
-from pipelines.demo.stream import batches, full_batch, tower_batch
-from pipelines.demo.tokenizer import load_tokenizer
+from benchmarks.demo_training import ASSETS, lessons
+from benchmarks.demo_training.loop import Group, Masters, Phase
+from benchmarks.demo_training.model import TEACHER, build_model, export
+from benchmarks.demo_training.recipe import TeacherRecipe
+from benchmarks.demo_training.score import questions, teacher_forced_accuracy
+from benchmarks.demo_training.score_teacher import write_scores
+from benchmarks.demo_training.stream import batches, full_batch, tower_batch
+from benchmarks.demo_training.tokenizer import load_tokenizer
 
-DEFAULT_OUT = Path(__file__).parent / "assets" / "teacher"
+DEFAULT_OUT = ASSETS / "teacher"
 
 
 def train_tower(model, recipe: TeacherRecipe, work: Path, minutes: float | None, resume: bool) -> None:

@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from transformers import LlavaForConditionalGeneration
 
-from pipelines.demo.model import normalised
+from benchmarks.demo_training.model import normalised
+from benchmarks.demo_training.stream import IGNORED, collate, encode_row, picture_tensors
+from benchmarks.demo_training.tokenizer import load_tokenizer
 from pipelines.demo.questions import FAMILIES, QuestionTurn, image_turns
 from pipelines.demo.scenes import Scene, sample_scene
-from pipelines.demo.stream import IGNORED, collate, encode_row, picture_tensors
 from pipelines.demo.text_turns import text_turn
-from pipelines.demo.tokenizer import load_tokenizer
 from pipelines.demo.world import KIND_OF_FAMILY
 
 Question = tuple[list[Scene], QuestionTurn]

@@ -7,14 +7,14 @@ from functools import partial
 import pytest
 import torch
 
-from pipelines.demo import lessons
-from pipelines.demo.loop import Group, Masters, Phase
-from pipelines.demo.model import STUDENT, build_model
+from benchmarks.demo_training import lessons
+from benchmarks.demo_training.loop import Group, Masters, Phase
+from benchmarks.demo_training.model import STUDENT, build_model
+from benchmarks.demo_training.recipe import StudentRecipe, TeacherRecipe
+from benchmarks.demo_training.stream import IGNORED, collate, collate_alone, full_batch, text_batch, tower_batch
+from benchmarks.demo_training.tokenizer import load_tokenizer
 from pipelines.demo.questions import image_turns
-from pipelines.demo.recipe import StudentRecipe, TeacherRecipe
 from pipelines.demo.scenes import sample_scene
-from pipelines.demo.stream import IGNORED, collate, collate_alone, full_batch, text_batch, tower_batch
-from pipelines.demo.tokenizer import load_tokenizer
 
 RECIPE = replace(TeacherRecipe(), batch=2, tower_batch=2, steps=2, text_every=3, pair_every=4)
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 class TeacherRecipe:
     """Phase A teaches the tower patch by patch; phase B the whole model on questions, captions and text.
 
-    The shipped weights were trained while this recipe was being found: see ``assets/README.md``.
+    The shipped weights were trained while this recipe was being found: see ``pipelines/demo/assets/README.md``.
     """
 
     seed: int = 17

@@ -1,6 +1,6 @@
 """``docs/kd_toml.md``: every key of kd.toml with its type, default and flag, and the sentence that its dataclass has of it.
 
-``python -P -m pipelines.command_line.settings_page`` writes it again, in the project's own tree.
+``python -m tests.pipelines.command_line.settings_page`` writes it again, in the project's own tree.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from teacher_cache.fields import create_field, field_kinds
 from teacher_cache.sources import DataSpec
 from teacher_cache.teachers.transformers import TeacherSpec
 
-PAGE = Path(__file__).parents[2] / "docs" / "kd_toml.md"
+PAGE = Path(__file__).parents[3] / "docs" / "kd_toml.md"
 FLAGS = {"id": "--teacher", "path": "--data"}
 """Keys whose flag has another name."""
 OTHER_KINDS: Mapping[str, tuple[Mapping[str, str], ...]] = {
@@ -56,7 +56,7 @@ defaults. [Fidelity](fidelity.md) and [FORMAT.md](../teacher_cache/shards/FORMAT
 fields that have them.
 """
 FOOT = """This page is generated from the docstrings of the settings classes:
-`python -P -m pipelines.command_line.settings_page` writes it again.
+`python -m tests.pipelines.command_line.settings_page` writes it again.
 """
 
 

@@ -7,10 +7,10 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import LlavaForConditionalGeneration
 
-from pipelines.demo.model import normalised, vision_embeddings
-from pipelines.demo.patch_labels import ATTRIBUTES, PATCH_WORDS, WORD_INDEX
-from pipelines.demo.stream import IGNORED
-from pipelines.demo.tokenizer import load_tokenizer
+from benchmarks.demo_training.model import normalised, vision_embeddings
+from benchmarks.demo_training.patch_labels import ATTRIBUTES, PATCH_WORDS, WORD_INDEX
+from benchmarks.demo_training.stream import IGNORED
+from benchmarks.demo_training.tokenizer import load_tokenizer
 
 
 def patch_word_ids() -> torch.Tensor:

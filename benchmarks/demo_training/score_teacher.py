@@ -1,4 +1,4 @@
-"""Scores a shipped teacher folder on held-out questions: ``python -P -m pipelines.demo.score_teacher``.
+"""Scores a shipped teacher folder on held-out questions: ``python -m benchmarks.demo_training.score_teacher``.
 
 Writes ``scores.json`` beside the weights and prints one line a family, with what two blind baselines reach.
 """
@@ -13,9 +13,10 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForImageTextToText
 
-from pipelines.demo.model import parameter_count
+from benchmarks.demo_training import ASSETS
+from benchmarks.demo_training.model import parameter_count
+from benchmarks.demo_training.score import score_table
 from pipelines.demo.questions import IMAGE_FAMILIES, SHAPE_FAMILIES
-from pipelines.demo.score import score_table
 
 AVERAGE = "average"
 TARGETS = {AVERAGE: 0.9, **dict.fromkeys(SHAPE_FAMILIES, 0.9), "charts": 0.75, "reading": 0.75}
@@ -52,7 +53,7 @@ def write_scores(folder: Path, per_family: int) -> dict:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", type=Path, default=Path(__file__).parent / "assets" / "teacher")
+    parser.add_argument("--model", type=Path, default=ASSETS / "teacher")
     parser.add_argument("--questions", type=int, default=200, help="held-out questions a family")
     arguments = parser.parse_args()
     write_scores(arguments.model, arguments.questions)

@@ -1,4 +1,4 @@
-"""The students' common start: ``python -P -m pipelines.demo.train_student_start``.
+"""The students' common start: ``python -m benchmarks.demo_training.train_student_start``.
 
 As in real life, a vision tower trained on pictures and a language model trained on text that have never met: the tower
 learns patch words through a head of its own, the language model reads the world's text without a single picture, and
@@ -18,15 +18,15 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from pipelines.demo import lessons
-from pipelines.demo.loop import Group, Masters, Phase
-from pipelines.demo.model import STUDENT, build_model, export, parameter_count
-from pipelines.demo.patch_labels import PATCH_WORDS
-from pipelines.demo.recipe import StudentRecipe
-from pipelines.demo.stream import batches, text_batch, tower_batch
-from pipelines.demo.tokenizer import load_tokenizer
+from benchmarks.demo_training import ASSETS, lessons
+from benchmarks.demo_training.loop import Group, Masters, Phase
+from benchmarks.demo_training.model import STUDENT, build_model, export, parameter_count
+from benchmarks.demo_training.patch_labels import PATCH_WORDS
+from benchmarks.demo_training.recipe import StudentRecipe
+from benchmarks.demo_training.stream import batches, text_batch, tower_batch
+from benchmarks.demo_training.tokenizer import load_tokenizer
 
-DEFAULT_OUT = Path(__file__).parent / "assets" / "student_start"
+DEFAULT_OUT = ASSETS / "student_start"
 
 
 def train_tower(model, recipe: StudentRecipe, work: Path, resume: bool) -> None:

@@ -15,13 +15,13 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, IterableDataset
 
-from pipelines.demo.patch_labels import patch_attributes, patch_words
+from benchmarks.demo_training.patch_labels import patch_attributes, patch_words
+from benchmarks.demo_training.recipe import TeacherRecipe
+from benchmarks.demo_training.tokenizer import load_tokenizer
 from pipelines.demo.questions import CAPTION_REQUESTS, QuestionTurn, caption, compare_turn, image_turns
-from pipelines.demo.recipe import TeacherRecipe
 from pipelines.demo.render import pixels_u8
 from pipelines.demo.scenes import GRID, Scene, sample_scene
 from pipelines.demo.text_turns import text_turn
-from pipelines.demo.tokenizer import load_tokenizer
 
 IGNORED = -100
 PLAIN = "plain caption"  # family of a row without roles

@@ -5,13 +5,13 @@ import random
 import pytest
 from PIL import Image
 
-from pipelines.demo.lessons import patch_word_ids
-from pipelines.demo.model import build_processor, normalised
+from benchmarks.demo_training.lessons import patch_word_ids
+from benchmarks.demo_training.model import build_processor, normalised
+from benchmarks.demo_training.stream import IGNORED, encode_row, picture_tensors
+from benchmarks.demo_training.tokenizer import SPECIAL_TOKENS, VOCABULARY, load_tokenizer
 from pipelines.demo.questions import image_turns
 from pipelines.demo.render import render
 from pipelines.demo.scenes import sample_scene
-from pipelines.demo.stream import IGNORED, encode_row, picture_tensors
-from pipelines.demo.tokenizer import SPECIAL_TOKENS, VOCABULARY, load_tokenizer
 from pipelines.demo.world import train_rows
 
 

@@ -16,8 +16,8 @@ from transformers import (
     SiglipVisionConfig,
 )
 
+from benchmarks.demo_training.tokenizer import CHAT_TEMPLATE, load_tokenizer
 from pipelines.demo.scenes import IMAGE_SIZE, PATCH
-from pipelines.demo.tokenizer import CHAT_TEMPLATE, load_tokenizer
 from student_train.load_student import share
 
 

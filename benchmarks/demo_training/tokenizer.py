@@ -13,14 +13,15 @@ from pathlib import Path
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from pipelines.demo.patch_labels import PATCH_WORDS
+from benchmarks.demo_training import ASSETS
+from benchmarks.demo_training.patch_labels import PATCH_WORDS
 from pipelines.demo.questions import CAPTION_REQUESTS, caption, compare_turn, image_turns
 from pipelines.demo.scenes import WORDS, sample_scene
 from pipelines.demo.text_turns import text_turn
 
 VOCABULARY = 4160
 SPECIAL_TOKENS = ("<pad>", "<|user|>", "<|assistant|>", "<|system|>", "<|end|>", "<image>")
-TOKENIZER_FOLDER = Path(__file__).parent / "assets" / "tokenizer"
+TOKENIZER_FOLDER = ASSETS / "tokenizer"
 # A message's content is a string or a list of {"type": "image"} / {"type": "text", "text": ...} parts.
 CHAT_TEMPLATE = (
     "{% for message in messages %}"
