@@ -49,7 +49,6 @@ def configurations() -> dict[str, Params]:
     """Name → suffix of the field → its parameters."""
     return {
         **others_than_standard(),
-        "top-50, plain": {"topk": {"k": 50, "coding": "plain"}},
         **{f"sketch Δ={step}": {"hidden": sketch(step)} for step in (0.1, 0.02)},
         **{f"top-{k} + sketch Δ=0.1": {"topk": {"k": k}, "hidden": sketch(0.1)} for k in (4, 16)},
         **{f"top-8 + sketch Δ={step}": {"topk": {"k": 8}, "hidden": sketch(step)} for step in STEPS},

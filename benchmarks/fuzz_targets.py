@@ -53,7 +53,7 @@ Build = Callable[[Any], bytes]
 """Draws (``hypothesis.data``) → an input."""
 V, D, VISION, RESPONSE, TEXT = 40, 6, 6, 5, 9
 FIELDS: list[tuple[str, dict[str, Any]]] = [
-    *(("vision_topk", {"k": 4, "coding": coding}) for coding in ("coded", "packed", "plain")),
+    ("vision_topk", {"k": 4}),
     *(("vision_hidden", {"codec": codec}) for codec in ("bf16", "fp32", "int8", "int4", "sketch")),
     *(("vision_sampled", {"sampler": sampler}) for sampler in ("threshold", "random")),
     ("vision_hidden", {"codec": "sketch", "codec_version": 1}),

@@ -26,7 +26,7 @@ from benchmarks.scale_mixtures import PLANNED_ROWS, long_rows, tiny_rows, write_
 from benchmarks.scale_tables import print_tables
 
 PARTS_OF_THE_WHOLE = (16, 4, 1)
-SETTINGS = '[fields.response_topk]\nk = 1\ncoding = "plain"\nvalue_dtype = "float16"\n'
+SETTINGS = "[fields.response_topk]\nk = 1\n"
 """The least that a field can store: tens of bytes a row."""
 IMPORTS = "import pipelines.capture.cache_teacher, rich.progress; from transformers import AutoConfig, AutoProcessor"
 """What every command of a capture imports before it does anything."""

@@ -248,9 +248,9 @@ def make_request(tiny_teacher: Path, mixture: tuple[Any, ...]) -> Callable[..., 
     ) -> CaptureRequest:
         defaults = {"shards": 5, "fields": ALL_FIELDS, "workers": 1, "batch_tokens": 1024}
         capture = replace(CaptureSettings(), **{**defaults, **settings})
-        values = "float32" if codec == "fp32" else "float16"
+        step = 2.0**-12 if codec == "fp32" else 2.0**-6
         params = {
-            name: {"k": 8, "coding": "plain", "value_dtype": values} if name.endswith("_topk") else {"codec": codec}
+            name: {"k": 8, "step": step} if name.endswith("_topk") else {"codec": codec}
             for name in capture.fields
             if name.endswith(("_topk", "_hidden"))
         }
@@ -262,7 +262,7 @@ def make_request(tiny_teacher: Path, mixture: tuple[Any, ...]) -> Callable[..., 
 
 @pytest.fixture(scope="session")
 def tiny_cache(tmp_path_factory: pytest.TempPathFactory, make_request: Callable[..., Any]) -> Path:
-    """A complete cache of ``mixture`` by the tiny teacher: every field, hidden states as fp32, top-8 as float32."""
+    """A complete cache of ``mixture`` by the tiny teacher: every field, hidden states as fp32, top-8 in steps of 2e-4."""
     from pipelines.capture.cache_teacher import capture
 
     out = tmp_path_factory.mktemp("caches") / "fp32"
@@ -272,7 +272,7 @@ def tiny_cache(tmp_path_factory: pytest.TempPathFactory, make_request: Callable[
 
 @pytest.fixture(scope="session")
 def tiny_cache_bf16(tmp_path_factory: pytest.TempPathFactory, make_request: Callable[..., Any]) -> Path:
-    """The same rows with hidden states as bf16 and top-8 log-probs as float16."""
+    """The same rows with hidden states as bf16 and top-8 in the steps of a capture."""
     from pipelines.capture.cache_teacher import capture
 
     out = tmp_path_factory.mktemp("caches") / "bf16"

@@ -83,5 +83,5 @@ def with_tails(fields: Mapping[str, Mapping[str, Any]], teacher: TeacherSpec) ->
 
 
 def _over(base: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
-    changes_kind = any(given.get(key, base.get(key)) != base.get(key) for key in ("codec", "layout", "coding"))
+    changes_kind = any(given.get(key, base.get(key)) != base.get(key) for key in ("codec", "layout"))
     return {**({} if changes_kind else base), **given}

@@ -1,7 +1,8 @@
 """What is stored of the teacher: one file a field kind, found by folder; a reader composes them (student_train.teacher_view).
 
 A field kind module defines ``FIELDS`` (the names it serves) and ``create(name, params, calibration=None) -> Field``; one that reads older
-versions too, ``VERSIONS`` and ``described(version, params)``: the parameters of such a description as ``create`` takes them. A field with
+versions too, ``VERSIONS`` and ``described(version, params)``: the parameters of such a description as ``create`` takes them; one that
+reads what ``create`` no longer makes, ``reader(name, params) -> Field | None``. A field with
 ``calibrated`` True is fitted once on a few hundred samples (``fit``), committed, and bound to its calibration (``with_calibration``).
 """
 
@@ -140,7 +141,9 @@ def open_field(
         known = ", ".join(map(str, ours))
         raise CacheError(f"field {name} version {version} is not readable: this kdcli reads {known}")
     try:
-        return create_field(name, described_params(name, version, description["params"]), calibration)
+        params = described_params(name, version, description["params"])
+        read_only: Field | None = getattr(kinds[name], "reader", lambda name, params: None)(name, params)
+        return read_only or create_field(name, params, calibration)
     except CacheError:
         raise
     except KdcliError as error:

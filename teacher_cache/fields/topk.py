@@ -1,13 +1,10 @@
 """``vision_topk`` and ``response_topk``: the k largest log-probs with their ids, the exact log tail mass and log Z.
 
-Codings:
+Coded under calibrated frequencies (``topk_coded``): 12 to 20 bytes a row at k = 8. Records of the form ``plain`` are read, and no longer
+written (``topk_plain``).
 
-- ``coded`` (default, ``topk_coded``): under calibrated frequencies, 12 to 20 bytes a row at k = 8.
-- ``packed`` (``topk_packed``): no calibration; ids bit-packed, log-probs in uniform steps under zstd: 2 to 3·k + 8 bytes a row.
-- ``plain`` (``topk_plain``): int32 ids, float16 or float32 log-probs, float32 scalars: 6·k + 8 bytes a row.
-
-The tail mass is never stored as 1 − Σp: on peaked rows it is 1e-6, and rounding would destroy it. ``plain`` and ``packed`` keep its
-logarithm, ``coded`` its log odds, since on flat rows it is the head's mass that a rounded logarithm would destroy.
+The tail mass is never stored as 1 − Σp: on peaked rows it is 1e-6, and rounding would destroy it. Its log odds are kept, since on flat rows
+it is the head's mass that a rounded logarithm would destroy.
 Alone it serves forward KL with a tail bucket at temperature 1; with a sketch of the hidden states, the full vocabulary.
 """
 
@@ -15,33 +12,35 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import Any
 
 import torch
 
-from teacher_cache.errors import KdcliError
+from teacher_cache.errors import CacheError, KdcliError
 from teacher_cache.fields.calibration import Calibration
 from teacher_cache.fields.topk_coded import CodedTopK
-from teacher_cache.fields.topk_packed import PackedTopK
-from teacher_cache.fields.topk_plain import DTYPES, PlainTopK
+from teacher_cache.fields.topk_plain import PlainTopK
 from teacher_cache.records import Prepared, TeacherOutput, TopK
 from teacher_cache.wants import Wants
 
 FIELDS = ("vision_topk", "response_topk")
-CODINGS = ("coded", "packed", "plain")
+CODED = "coded"
+VALUE_DTYPES = ("float16", "float32")
 TAILS = ("exact", "inexact")
 
 
 @dataclass(frozen=True)
 class Params:
-    """step: of the log-probs, in nats (``coded``: at p = 1). value_dtype: of the log-probs (``plain``).
+    """step: of the log-probs, in nats at p = 1.
 
     tail: ``inexact`` where the teacher told log-probs alone (vLLM's route ``logprobs``): the tail is 1 − Σp, and log Z is unknown (0 is
     stored), so such a field serves alone, never with a sketch.
+
+    coding, value_dtype: parts of every description since there were other forms; they change nothing.
     """
 
     k: int = 64
-    coding: str = "coded"
+    coding: str = CODED
     step: float = 1 / 64
     value_dtype: str = "float16"
     tail: str = "exact"
@@ -49,7 +48,11 @@ class Params:
     def __post_init__(self) -> None:
         if self.k < 1:
             raise KdcliError(f"top-k field: k must be at least 1, got {self.k}")
-        for name, choices in (("value_dtype", tuple(DTYPES)), ("coding", CODINGS), ("tail", TAILS)):
+        if self.coding != CODED:
+            raise KdcliError(
+                f"top-k field: coding {self.coding!r} is no longer written: leave it out; coded records are smaller at the same KL"
+            )
+        for name, choices in (("value_dtype", VALUE_DTYPES), ("tail", TAILS)):
             if getattr(self, name) not in choices:
                 raise KdcliError(
                     f"top-k field: {name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}"
@@ -58,36 +61,9 @@ class Params:
             raise KdcliError(f"top-k field: step must be in (0, 1], got {self.step}")
 
 
-class Head(NamedTuple):
-    """What a coding reads back: ids ``[R, K]``, log-probs ``[R, K]`` up to a constant a row, log mass of tail and head, log Z ``[R]``."""
-
-    ids: torch.Tensor
-    log_probs: torch.Tensor
-    log_tail: torch.Tensor
-    log_head: torch.Tensor
-    log_z: torch.Tensor
-
-
-class Coding(Protocol):
-    """One way to store a ``TopK``."""
-
-    def encode(self, topk: TopK) -> dict[str, torch.Tensor]: ...
-
-    def decode(self, stored: Mapping[str, torch.Tensor]) -> Sequence[torch.Tensor]:
-        """The columns of ``Head``."""
-        ...
-
-
-def coding_of(name: str, params: Params, calibration: Mapping[str, torch.Tensor] | None) -> Coding:
-    if params.coding == "coded":
-        return CodedTopK(name, params.k, params.step, calibration)
-    if params.coding == "packed":
-        return PackedTopK(name, params.k, params.step)
-    return PlainTopK(name, params.value_dtype)
-
-
 class TopKField:
     version = 2
+    calibrated = True
     settled_last: tuple[str, ...] = ()
     temperatures: tuple[float, ...] | None = (1.0,)
 
@@ -98,40 +74,32 @@ class TopKField:
         if params.tail == "exact":
             del self.params["tail"]  # as descriptions always were
         self.wants = Wants(topk={self.rows: params.k})
-        self.calibrated = params.coding == "coded"
         self._given, self._calibration = params, calibration
-        self._coding = coding_of(name, params, calibration)
+        self._coder = CodedTopK(name, params.k, params.step, calibration)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return create, (self.name, dict(self.params), self._calibration)
 
     def encode(self, prepared: Prepared, output: TeacherOutput) -> dict[str, torch.Tensor]:
-        return self._coding.encode(cut(output.topk[self.rows], self._given.k))
+        return self._coder.encode(cut(output.topk[self.rows], self._given.k))
 
     def decode(self, stored: dict[str, torch.Tensor]) -> TopK:
         """``TopK`` whose head is renormalised to exactly 1 − e^log_tail, so that rounded log-probs still sum to one."""
-        return self._normalised(Head(*self._coding.decode(stored)))
+        return self.decode_many([stored])[0]
 
     def decode_many(self, stored: Sequence[dict[str, torch.Tensor]]) -> list[TopK]:
-        """Of several records; those of a coding that reads them together are renormalised together."""
-        if not isinstance(self._coding, CodedTopK):
-            return [self.decode(one) for one in stored]
-        columns, rows = self._coding.decode_many(stored)
-        joined = self._normalised(Head(*columns))
+        """Of several records, read and renormalised together."""
+        joined, rows = self._coder.decode_many(stored)
         return list(map(TopK, *(column.split(rows) for column in vars(joined).values())))
-
-    @staticmethod
-    def _normalised(head: Head) -> TopK:
-        log_probs = head.log_probs.to(torch.float32)
-        log_probs = log_probs - log_probs.logsumexp(dim=1, keepdim=True) + head.log_head[:, None]
-        return TopK(head.ids.to(torch.int64), log_probs, head.log_tail, head.log_z)
 
     def fit(self, outputs: Sequence[TeacherOutput], head: torch.Tensor) -> Calibration:
         """Frequencies of ids and of all quantised numbers on the calibration rows."""
         topk = TopK.join([cut(one.topk[self.rows], self._given.k) for one in outputs])
         if not len(topk):
-            raise KdcliError(f"calibration saw no {self.rows} rows: field {self.name} needs some; use coding = 'plain'")
-        return CodedTopK(self.name, self._given.k, self._given.step, None).fit(topk, len(head))
+            raise KdcliError(
+                f"calibration saw no {self.rows} rows: field {self.name} needs some: raise --calibration-rows, or leave it out"
+            )
+        return self._coder.fit(topk, len(head))
 
     def with_calibration(self, tensors: Mapping[str, torch.Tensor]) -> TopKField:
         return TopKField(self.name, self._given, tensors)
@@ -147,3 +115,15 @@ def cut(topk: TopK, k: int) -> TopK:
 
 def create(name: str, params: dict[str, Any], calibration: Mapping[str, torch.Tensor] | None = None) -> TopKField:
     return TopKField(name, Params(**params), calibration)
+
+
+def reader(name: str, params: Mapping[str, Any]) -> PlainTopK | None:
+    """Of a description of another form; CacheError naming one that is not read."""
+    if params.get("coding") in (None, CODED):
+        return None
+    if params["coding"] != "plain":
+        raise CacheError(
+            f"field {name}: its coding {params['coding']!r} is not readable: capture it again with `kdcli cache drop-field` and "
+            "`kdcli cache add-field`"
+        )
+    return PlainTopK(name, params)

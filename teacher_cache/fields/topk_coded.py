@@ -42,7 +42,7 @@ class CodedTopK:
     @property
     def _tables(self) -> dict[str, Table]:
         if self._known is None:
-            raise KdcliError(f"field {self.name}: coding = 'coded' needs its calibration")
+            raise KdcliError(f"field {self.name}: top-k needs its calibration")
         return self._known
 
     @property
@@ -101,10 +101,7 @@ class CodedTopK:
         tables["ids"] = fit_table(seen["ids"], 0, vocabulary - 1, np.full(vocabulary, ID_PRIOR))
         return sum(tables[name].bits(one) for name, one in seen.items()), tables
 
-    def decode(self, stored: Mapping[str, torch.Tensor]) -> Sequence[torch.Tensor]:
-        return self.decode_many([stored])[0]
-
-    def decode_many(self, stored: Sequence[Mapping[str, torch.Tensor]]) -> tuple[Sequence[torch.Tensor], list[int]]:
+    def decode_many(self, stored: Sequence[Mapping[str, torch.Tensor]]) -> tuple[TopK, list[int]]:
         """Of several records, one after the other, and the rows of each: what is not reading symbols is done once for all."""
         columns, ids = zip(*(self._read(open_record(one, f"field {self.name}")) for one in stored))
         joined = np.concatenate(columns, axis=1).astype(np.int64)
@@ -117,7 +114,7 @@ class CodedTopK:
         each = repeats.resolve(joined[2 + k :].T, fresh) if self._repeats else fresh.reshape(-1, k)
         if each.size and not 0 <= int(each.min()) <= int(each.max()) < vocabulary:
             raise CacheError(f"field {self.name}: a record holds an id beyond the vocabulary: run `kdcli cache verify`")
-        head = torch.from_numpy(each), log_probs, logsigmoid(odds), logsigmoid(-odds), log_z
+        head = normalised(torch.from_numpy(each), log_probs, logsigmoid(odds), logsigmoid(-odds), log_z)
         return head, [one.shape[1] for one in columns]
 
     def _read(self, decoder: Decoder) -> tuple[np.ndarray, np.ndarray]:
@@ -133,6 +130,15 @@ class CodedTopK:
         ids = decoder.take(count, self._tables["ids"])
         decoder.finish()
         return columns, ids
+
+
+def normalised(
+    ids: torch.Tensor, log_probs: torch.Tensor, log_tail: torch.Tensor, log_head: torch.Tensor, log_z: torch.Tensor
+) -> TopK:
+    """Ids and log-probs ``[R, K]``, the latter known up to a constant a row; log mass of tail and head, log Z ``[R]``."""
+    log_probs = log_probs.to(torch.float32)
+    log_probs = log_probs - log_probs.logsumexp(dim=1, keepdim=True) + log_head[:, None]
+    return TopK(ids.to(torch.int64), log_probs, log_tail, log_z)
 
 
 def table_name(stream: str) -> str:

@@ -1,35 +1,39 @@
-"""Top-k as tensors: int32 ids, float16 or float32 log-probs, float32 scalars."""
+"""Top-k as tensors (int32 ids, float16 or float32 log-probs, float32 scalars): read of caches that have it, no longer written."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 
-from teacher_cache.errors import CacheError
-from teacher_cache.records import TopK
+from teacher_cache.errors import CacheError, KdcliError
+from teacher_cache.fields.topk_coded import normalised
+from teacher_cache.records import Prepared, TeacherOutput, TopK
+from teacher_cache.wants import Wants
 
-DTYPES = {"float16": torch.float16, "float32": torch.float32}
 NAMES = ("ids", "log_probs", "log_tail", "log_z")
 
 
 class PlainTopK:
-    """value_dtype: of the log-probs."""
+    version = 2
+    calibrated = False
+    temperatures: tuple[float, ...] | None = (1.0,)
 
-    def __init__(self, name: str, value_dtype: str):
-        self.name, self._dtype = name, DTYPES[value_dtype]
+    def __init__(self, name: str, params: Mapping[str, Any]):
+        self.name, self.params = name, dict(params)
+        self.wants = Wants(topk={name.removesuffix("_topk"): params["k"]})
 
-    def encode(self, topk: TopK) -> dict[str, torch.Tensor]:
-        columns = (topk.ids.to(torch.int32), topk.log_probs.to(self._dtype), topk.log_tail, topk.log_z)
-        return dict(zip(NAMES, columns))
+    def encode(self, prepared: Prepared, output: TeacherOutput) -> dict[str, torch.Tensor]:
+        raise KdcliError(
+            f"field {self.name}: coding 'plain' is no longer written: capture it again with `kdcli cache drop-field` and "
+            "`kdcli cache add-field`"
+        )
 
-    def decode(self, stored: Mapping[str, torch.Tensor]) -> Sequence[torch.Tensor]:
+    def decode(self, stored: Mapping[str, torch.Tensor]) -> TopK:
+        """As ``TopKField.decode``."""
         if set(stored) != set(NAMES):
             raise CacheError(f"field {self.name}: a record holds {sorted(stored)}")
         ids, log_probs, log_tail, log_z = (stored[name] for name in NAMES)
-        return ids, log_probs, log_tail, log_mass_beside(log_tail), log_z
-
-
-def log_mass_beside(log_mass: torch.Tensor) -> torch.Tensor:
-    """log(1 − e^x)."""
-    return torch.log(-torch.expm1(log_mass.clamp(max=-1e-38)))
+        log_head = torch.log(-torch.expm1(log_tail.clamp(max=-1e-38)))
+        return normalised(ids, log_probs, log_tail, log_head, log_z)

@@ -16,6 +16,7 @@ import torch
 
 from teacher_cache.codecs import container
 from teacher_cache.fields import create_field
+from teacher_cache.fields.topk_plain import NAMES, PlainTopK
 from teacher_cache.plan import Part, Plan, Slice
 from teacher_cache.plan_file import write_plan
 from teacher_cache.records import (
@@ -37,10 +38,16 @@ from teacher_cache.shards.storage import Storage
 from teacher_cache.shards.writer import ShardWriter
 
 ROWS, VISION, WIDTH, K = 4, 4, 6, 3
-FIELDS = {
-    "response_topk": {"k": K, "coding": "plain", "value_dtype": "float32"},
-    "vision_hidden": {"codec": "int8", "codec_version": 1},
-}
+TOPK = {"k": K, "coding": "plain", "step": 1 / 64, "value_dtype": "float32"}
+
+
+class PlainTopKWriter(PlainTopK):
+    """What wrote top-k as plain tensors; kdcli itself only reads them."""
+
+    def encode(self, prepared: Prepared, output: TeacherOutput) -> dict[str, torch.Tensor]:
+        topk = output.topk[self.name.removesuffix("_topk")]
+        dtype = getattr(torch, self.params["value_dtype"])
+        return dict(zip(NAMES, (topk.ids.to(torch.int32), topk.log_probs.to(dtype), topk.log_tail, topk.log_z)))
 
 
 def png(number: int) -> bytes:
@@ -105,7 +112,10 @@ def make_golden(folder: Path) -> None:
     made = plan()
     write_plan(storage, made)
     hashes = {"samples": ""}
-    fields = {f"fields/{name}": create_field(name, params) for name, params in FIELDS.items()}
+    fields = {
+        "fields/response_topk": PlainTopKWriter("response_topk", TOPK),
+        "fields/vision_hidden": create_field("vision_hidden", {"codec": "int8", "codec_version": 1}),
+    }
     for column, field in fields.items():
         body = {"field": field.name, "version": field.version, "params": dict(field.params)}
         teacher = {"plan_hash": made.plan_hash, "teacher": {}, "teacher_folder": "teacher/0", "head_sha256": None}

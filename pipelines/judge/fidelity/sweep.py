@@ -26,7 +26,6 @@ def _of_kind(kind: str) -> list[Configuration]:
 
     ways: list[tuple[str, dict[str, dict[str, Any]]]] = []
     ways += [(f"top-{k}", {topk: {"k": k}}) for k in (12, 50, 128)]
-    ways += [("top-50, plain", {topk: {"k": 50, "coding": "plain"}})]
     ways += [(f"threshold {k}", {sampled: {"sampler": "threshold", "k": k}}) for k in (8, 16, 50)]
     ways += [("random 50", {sampled: {"sampler": "random", "draws": 50}})]
     ways += [(f"top-{HEAD_K} + sketch {step:g}", {topk: {"k": HEAD_K}, hidden: sketch(step)}) for step in STEPS]

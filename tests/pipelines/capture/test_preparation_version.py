@@ -24,7 +24,7 @@ from teacher_cache.sources import DataSpec
 from teacher_cache.teachers.vllm_answers import prompt_of
 from tests.golden.test_golden import GOLDEN
 
-TOPK = {"k": 8, "coding": "plain", "value_dtype": "float32"}
+TOPK = {"k": 8, "step": 2.0**-12}
 
 
 @pytest.fixture(scope="module")

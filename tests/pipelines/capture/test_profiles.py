@@ -64,7 +64,7 @@ def test_parameters_go_over_the_profiles() -> None:
 
 
 def test_another_codec_or_layout_drops_what_belonged_to_the_first() -> None:
-    given = {"vision_hidden": {"codec": "int8"}, "affinity": {"layout": "dense"}, "vision_topk": {"coding": "plain"}}
+    given = {"vision_hidden": {"codec": "int8"}, "affinity": {"layout": "dense"}}
     fields = chosen_fields("standard", (), given)
     assert fields["vision_hidden"] == {"codec": "int8"} and fields["affinity"] == {"layout": "dense"}
     for name in given:

@@ -34,7 +34,7 @@ OTHER_KINDS: Mapping[str, tuple[Mapping[str, str], ...]] = {
     "sampled": ({"sampler": "random"},),
 }
 """Parameters that bring others with them, by the end of a field's name."""
-INTERNAL = ("codec_version",)
+INTERNAL = ("codec_version", "coding", "value_dtype")
 NO_FLAG = "–"
 SENTENCES = {
     "str": "text",

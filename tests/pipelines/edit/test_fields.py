@@ -31,7 +31,7 @@ from teacher_cache.usable_samples import row_key
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-TOPK = {"k": 8, "coding": "plain", "value_dtype": "float32"}
+TOPK = {"k": 8, "step": 2.0**-12}
 
 
 def tree(folder: Path) -> dict[str, bytes]:

@@ -29,7 +29,7 @@ from teacher_cache.shards.storage import Storage
 from teacher_cache.teachers.transformers import TeacherSpec, TransformersTeacher
 
 PARAMS: dict[str, dict[str, Any]] = {
-    "response_topk": {"k": 4, "coding": "plain"},
+    "response_topk": {"k": 4},
     "vision_topk": {"k": 4},
     "vision_hidden": {"codec": "sketch"},
     "response_hidden": {"codec": "fp32"},
@@ -292,7 +292,7 @@ def test_a_lost_description_wants_its_parameters(whole: Path, copy_of, mend) -> 
     folder = copy_of(whole)
     cut(folder / "fields" / "response_topk" / "field.json")
     before = tree(folder)
-    (left,) = mend(folder, params={**PARAMS, "response_topk": {"k": 5, "coding": "plain"}})["left"]
+    (left,) = mend(folder, params={**PARAMS, "response_topk": {"k": 5}})["left"]
     assert "another description than these flags mean" in left["why"] and tree(folder) == before
     assert mend(folder)["left"] == [] and tree(folder) == tree(whole)
 

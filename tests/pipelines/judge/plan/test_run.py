@@ -34,7 +34,7 @@ from teacher_cache.codecs import container
 from teacher_cache.errors import KdcliError
 from teacher_cache.fields import create_field
 from teacher_cache.prepare import Preparer
-from teacher_cache.records import TeacherOutput, TopK
+from teacher_cache.records import TeacherOutput
 from teacher_cache.sources import DataSpec
 
 WIDTH, VOCABULARY = 48, 300
@@ -197,17 +197,14 @@ def test_record_bytes(shapes: dict[str, tuple[int, ...]], dtype: torch.dtype) ->
 
 
 @pytest.mark.parametrize("vision", [0, 36])
-@pytest.mark.parametrize("name", ["vision_hidden", "vision_topk", "relation", "affinity"])
+@pytest.mark.parametrize("name", ["vision_hidden", "relation", "affinity"])
 def test_shapes_tell_what_packing_gives(name: str, vision: int) -> None:
-    params = {"vision_hidden": {"codec": "int8"}, "vision_topk": {"k": 8, "coding": "plain"}}.get(name, {})
+    params = {"codec": "int8"} if name == "vision_hidden" else {}
     one, counts = create_field(name, params), RowCounts(vision, 5, 9)
     size = size_field(one, WIDTH, VOCABULARY, None)
     assert size.basis == EXACT
-    head = TopK(
-        torch.zeros(vision, 8, dtype=torch.int64), torch.zeros(vision, 8), torch.zeros(vision), torch.zeros(vision)
-    )
     hidden = {"vision": torch.ones(vision, WIDTH), "text": torch.ones(9, WIDTH)}
-    output = TeacherOutput(hidden=hidden, topk={"vision": head}, gram=torch.ones(vision, vision))
+    output = TeacherOutput(hidden=hidden, gram=torch.ones(vision, vision))
     real = len(container.pack(one.encode(stand_in(counts), output)))
     assert size.record("sft", counts) == pytest.approx(real, abs=8)
 
