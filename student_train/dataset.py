@@ -10,6 +10,7 @@ import torch
 from torch.utils.data import Dataset
 
 from student_train.order import Positions
+from student_train.packing import packed_rows, places_of
 from student_train.sample_columns import Column, Weight
 from teacher_cache.batch import Batch, collate
 from teacher_cache.cached_samples import CachedSample, CachedSamples
@@ -176,18 +177,27 @@ def check_same_grid(key: str, teacher: tuple[ImageLayout, ...], student: tuple[I
         )
 
 
-def join(given: Sequence[TrainSample | RefusedSample], pad_id: int) -> TrainBatch:
-    """Rows → one micro-batch."""
-    rows = [row for row in given if isinstance(row, TrainSample)]
-    fields = {name: [row.fields[name] for row in rows] for name in rows[0].fields}
+def join(given: Sequence[TrainSample | RefusedSample], pad_id: int, packing: str = "") -> TrainBatch:
+    """Samples → one micro-batch.
+
+    Args:
+        packing: "" for a row each, ``rows`` or ``one row`` as ``packing_of`` says it. Samples are then in the order of the packed rows.
+    """
+    samples = [one for one in given if isinstance(one, TrainSample)]
+    places = None
+    if packing and len(samples) > 1:
+        lengths = [len(one.prepared) for one in samples]
+        order, places = places_of(packed_rows(lengths, packing == "one row"), lengths)
+        samples = [samples[i] for i in order]
+    fields = {name: [one.fields[name] for one in samples] for name in samples[0].fields}
     return TrainBatch(
-        collate([row.prepared for row in rows], pad_id),
-        tuple(row.text for row in rows),
+        collate([one.prepared for one in samples], pad_id, places),
+        tuple(one.text for one in samples),
         fields,
-        tuple(row.layout for row in rows),
-        tuple(row.prepared.text for row in rows),
-        tuple(row.prepared.layout for row in rows),
-        filler=any(row.filler for row in rows),
-        refused=tuple(row.line for row in given if isinstance(row, RefusedSample)),
-        columns={name: tuple(row.columns[name] for row in rows) for name in rows[0].columns},
+        tuple(one.layout for one in samples),
+        tuple(one.prepared.text for one in samples),
+        tuple(one.prepared.layout for one in samples),
+        filler=any(one.filler for one in samples),
+        refused=tuple(one.line for one in given if isinstance(one, RefusedSample)),
+        columns={name: tuple(one.columns[name] for one in samples) for name in samples[0].columns},
     )

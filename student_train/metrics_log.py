@@ -99,7 +99,7 @@ def read_sizes(batches: Sequence[TrainBatch]) -> dict[str, int]:
     ours = [image for one in batches for image in images(one.student_layouts)]
     theirs = [image for one in batches for image in images(one.layouts)]
     return {
-        "tokens": sum(int(one.batch.inputs["attention_mask"].sum()) for one in batches),
+        "tokens": sum(count for one in batches for _, count in one.batch.spans),
         "samples": sum(len(one.batch.keys) for one in batches),
         "images": len(ours),
         "vision_tokens": sum(image.tokens() for image in ours),

@@ -19,17 +19,18 @@ class Join:
     """``join`` with its padding id, as a collate function that loader processes can receive; what they send back is packed."""
 
     pad_id: int
+    packing: str = ""
 
     def __call__(self, rows: Sequence[TrainSample | RefusedSample]) -> TrainBatch | Packed:
-        batch = join(rows, self.pad_id)
+        batch = join(rows, self.pad_id, self.packing)
         return pack(batch) if get_worker_info() else batch
 
 
 def step_batches(
-    dataset: TrainDataset, batches: MicroBatches, pad_id: int, workers: int
+    dataset: TrainDataset, batches: MicroBatches, pad_id: int, workers: int, packing: str = ""
 ) -> Iterator[tuple[int, list[TrainBatch]]]:
-    """(step, its micro-batches) until the run ends."""
-    collate_rows: Callable[[Sequence[TrainSample | RefusedSample]], TrainBatch | Packed] = Join(pad_id)
+    """(step, its micro-batches) until the run ends. packing: as ``join`` takes it."""
+    collate_rows: Callable[[Sequence[TrainSample | RefusedSample]], TrainBatch | Packed] = Join(pad_id, packing)
     if workers:
         dataset.rows.pause()
     with own_child_signals(), held_back():

@@ -19,6 +19,7 @@ from student_train.pruning import Descending, Pruning
 from student_train.pruning.forward import prune_vision
 from teacher_cache.batch import Batch, keep_vision
 from teacher_cache.errors import CompatibilityError, KdcliError
+from teacher_cache.families import family_of
 from teacher_cache.model_kind import decoder_of
 from teacher_cache.records import TextTokens
 from teacher_cache.teachers.head import head_logits
@@ -101,23 +102,31 @@ class RowForward(nn.Module):
     ) -> tuple[torch.Tensor, Callable[[torch.Tensor], torch.Tensor]]:
         """(hidden states ``[rows, D]``, what turns rows of the batch into rows of them)"""
         if pruning is None:
-            states = decoder_of(self.model)(**batch.inputs, use_cache=False).last_hidden_state
+            states = decoder_of(self.model)(**self._inputs(batch), use_cache=False).last_hidden_state
             return states.flatten(0, 1), lambda rows: rows
         layers = self.model.config.get_text_config().num_hidden_layers
         with prune_vision(self.model, pruning.at(layers), **{"query_at": asking_rows(batch), **how}) as pruned:
             states = self.model.model(**batch.inputs, use_cache=False).last_hidden_state
         return states.flatten(0, 1), pruned.rows
 
+    def _inputs(self, batch: Batch) -> Mapping[str, torch.Tensor]:
+        """Of the decoder. Positions of packed samples are the family's."""
+        if "position_ids" not in batch.inputs:
+            return batch.inputs
+        decoder = decoder_of(self.model)
+        return {**batch.inputs, "position_ids": family_of(self.model.config).packed_positions(decoder, batch)}
+
     @torch.no_grad()
     def _check_head(self, batch: Batch) -> None:
         """CompatibilityError where the losses would see other logits than the whole model says."""
-        with _in_eval(self.model):  # dropout says something else every time
-            states = decoder_of(self.model)(**batch.inputs, use_cache=False).last_hidden_state
+        with in_eval(self.model):  # dropout says something else every time
+            inputs = self._inputs(batch)
+            states = decoder_of(self.model)(**inputs, use_cache=False).last_hidden_state
             if torch.is_autocast_enabled(states.device.type):
                 states = states.to(torch.get_autocast_dtype(states.device.type))
             head = self.head.to(states.dtype)
             self._head_checked = check_rows(
-                self.model, batch.inputs, states, lambda rows: head_logits(rows, head, self.form.cap), len(head)
+                self.model, inputs, states, lambda rows: head_logits(rows, head, self.form.cap), len(head)
             )
 
     def draw(self, one: TrainBatch, seed: int, step: int) -> TrainBatch:
@@ -171,7 +180,7 @@ class RowForward(nn.Module):
 
 
 @contextmanager
-def _in_eval(model: nn.Module) -> Iterator[None]:
+def in_eval(model: nn.Module) -> Iterator[None]:
     """Every module's own mode comes back afterwards."""
     training = [module for module in model.modules() if module.training]
     model.eval()

@@ -1,4 +1,4 @@
-"""Prepared rows → one right-padded batch, with flat positions of the rows that matter."""
+"""Prepared samples → one right-padded batch, with flat positions of the rows that matter; or several samples in each row of it."""
 
 from __future__ import annotations
 
@@ -19,10 +19,12 @@ class Batch:
     """Padded to the longest row.
 
     Attributes:
-        inputs: keyword arguments of ``model.model``: ``input_ids``, ``attention_mask`` int64 ``[B, T]`` and pixels.
+        inputs: keyword arguments of ``model.model``: ``input_ids`` and ``attention_mask`` int64 ``[B, T]``, and pixels. Of packed samples
+            ``position_ids`` ``[B, T]``, from 0 in every sample, in place of the mask: transformers keeps samples apart by them.
         rows: by kind, int64 positions into the flattened ``[B·T]`` hidden states, sample after sample.
         counts: by kind, how many of them belong to each sample.
         labels: int64, aligned with ``rows["response"]``.
+        spans: of each sample, its flat start and its tokens.
     """
 
     keys: tuple[str, ...]
@@ -30,32 +32,55 @@ class Batch:
     rows: Mapping[str, torch.Tensor]
     counts: Mapping[str, tuple[int, ...]]
     labels: torch.Tensor
+    spans: tuple[tuple[int, int], ...] = ()
 
     def to(self, device: torch.device | str) -> Batch:
         def move(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
             return {name: tensor.to(device, non_blocking=True) for name, tensor in tensors.items()}
 
         return Batch(
-            self.keys, move(self.inputs), move(self.rows), self.counts, self.labels.to(device, non_blocking=True)
+            self.keys,
+            move(self.inputs),
+            move(self.rows),
+            self.counts,
+            self.labels.to(device, non_blocking=True),
+            self.spans,
         )
 
 
-def collate(prepared: Sequence[Prepared], pad_id: int) -> Batch:
-    """Right-pad a few prepared rows; padding never enters ``rows``, and causal attention keeps it out of theirs."""
-    length = max(len(one) for one in prepared)
-    input_ids = torch.full((len(prepared), length), pad_id, dtype=torch.int64)
-    attention_mask = torch.zeros_like(input_ids)
-    for i, one in enumerate(prepared):
-        input_ids[i, : len(one)] = one.input_ids
-        attention_mask[i, : len(one)] = 1
+@dataclass(frozen=True)
+class Place:
+    """Where a sample begins in a batch."""
+
+    row: int
+    offset: int = 0
+
+
+def collate(prepared: Sequence[Prepared], pad_id: int, places: Sequence[Place] | None = None) -> Batch:
+    """A few samples in one batch. Padding never enters ``rows``, and causal attention keeps it out of theirs.
+
+    Args:
+        places: of the samples, in the order of the flattened batch, none over another; None: a row each.
+    """
+    at = places or [Place(row) for row in range(len(prepared))]
+    length = max(place.offset + len(one) for place, one in zip(at, prepared, strict=True))
+    input_ids = torch.full((at[-1].row + 1, length), pad_id, dtype=torch.int64)
+    attention_mask, position_ids = torch.zeros_like(input_ids), torch.zeros_like(input_ids)
+    for place, one in zip(at, prepared):
+        here = place.row, slice(place.offset, place.offset + len(one))
+        input_ids[here] = one.input_ids
+        attention_mask[here] = 1
+        position_ids[here] = torch.arange(len(one))
+    apart = {"attention_mask": attention_mask} if places is None else {"position_ids": position_ids}
+    starts = [place.row * length + place.offset for place in at]
     each = [row_positions(one) for one in prepared]
-    positions = {kind: [one[kind] for one in each] for kind in KINDS}
     return Batch(
         keys=tuple(one.key for one in prepared),
-        inputs={"input_ids": input_ids, "attention_mask": attention_mask, **_join_pixels(prepared, length)},
-        rows={kind: torch.cat([at + i * length for i, at in enumerate(positions[kind])]) for kind in KINDS},
-        counts={kind: tuple(len(at) for at in positions[kind]) for kind in KINDS},
+        inputs={"input_ids": input_ids, **apart, **_join_pixels(prepared, at, input_ids.shape)},
+        rows={kind: torch.cat([one[kind] + start for start, one in zip(starts, each)]) for kind in KINDS},
+        counts={kind: tuple(len(one[kind]) for one in each) for kind in KINDS},
         labels=torch.cat([one.labels for one in prepared]),
+        spans=tuple(zip(starts, map(len, prepared))),
     )
 
 
@@ -69,14 +94,21 @@ def row_positions(one: Prepared) -> dict[str, torch.Tensor]:
     }
 
 
-def _join_pixels(prepared: Sequence[Prepared], length: int) -> dict[str, torch.Tensor]:
-    """Concatenate the processors' tensors over images; views a sample lacks (anyres tiles) are zero-padded, as is what is a token's."""
+def _join_pixels(
+    prepared: Sequence[Prepared], places: Sequence[Place], shape: Sequence[int]
+) -> dict[str, torch.Tensor]:
+    """Concatenate the processors' tensors over images; views a sample lacks (anyres tiles) are zero-padded. What is a token's stands at
+    the token's place, 0 where a sample has none."""
     joined: dict[str, torch.Tensor] = {}
     for name in sorted({name for one in prepared for name in one.pixels}):
         tensors = [one.pixels[name] for one in prepared if name in one.pixels]
         if name in token_kinds():
-            tensors = [torch.nn.functional.pad(t, (0, length - t.shape[1])) for t in tensors]
-        elif (
+            joined[name] = torch.zeros(tuple(shape), dtype=tensors[0].dtype)
+            for place, one in zip(places, prepared):
+                if name in one.pixels:
+                    joined[name][place.row, place.offset : place.offset + len(one)] = one.pixels[name][0]
+            continue
+        if (
             tensors[0].ndim >= 4
         ):  # a view's pixels or its mask; of images without views, colours, of which all have as many
             views = max(tensor.shape[1] for tensor in tensors)
@@ -113,9 +145,9 @@ def keep_vision(batch: Batch, keep: int, pad_id: int) -> Batch:
     rows["vision"] = moved[vision[is_kept_row]]
     joined = {"input_ids": input_ids.view(-1, length), "attention_mask": attention_mask.view(-1, length)}
     vision_counts = tuple(count // per_image * keep for count in batch.counts["vision"])
-    return replace(
-        batch, inputs={**batch.inputs, **joined}, rows=rows, counts={**batch.counts, "vision": vision_counts}
-    )
+    spans = tuple((row * length, int(tokens)) for row, tokens in enumerate(kept_BT.sum(1).tolist()))
+    inputs, counts = {**batch.inputs, **joined}, {**batch.counts, "vision": vision_counts}
+    return replace(batch, inputs=inputs, rows=rows, counts=counts, spans=spans)
 
 
 def token_batches(prepared: Sequence[Prepared], budget: int) -> list[list[int]]:

@@ -20,6 +20,7 @@ from student_train.load_student import freeze_except, share
 from student_train.methods import looks_at_images
 from student_train.needs import Served
 from student_train.order import MicroBatches, Order
+from student_train.packed_samples import packing_of
 from student_train.selection import columns_of, weigher
 from student_train.stream import step_batches
 from student_train.student import RowForward
@@ -74,13 +75,14 @@ def make_trainer(
     dataset = student_rows(*given, *asked, max_length=length, columns=columns_of(selection))
     check_rows(dataset, plan)
     micro = plan.settings.per_device_train_batch_size
+    packing = packing_of(student, plan.method, plan.settings) if plan.settings.packing else ""
 
     def positions(first: int) -> MicroBatches:
         return MicroBatches(total, global_batch, micro, processes.rank, processes.world, first)
 
     def batches_from(first: int) -> Iterator[tuple[int, list[TrainBatch]]]:
         pad_id = processor.tokenizer.pad_token_id or 0
-        return step_batches(dataset, positions(first), pad_id, plan.settings.dataloader_num_workers)
+        return step_batches(dataset, positions(first), pad_id, plan.settings.dataloader_num_workers, packing)
 
     trainer = Trainer(student, plan.method, signals.view, plan.settings, processes, folder, positions(0).steps())
     trainer.schedules = plan.terms.schedules

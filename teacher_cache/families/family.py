@@ -13,6 +13,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import nn
 
 from teacher_cache.errors import CompatibilityError
@@ -35,6 +36,7 @@ class Family:
         modules: module group → names in a parameter's path; the first group counts, so a projector inside the vision module is one.
         stock_class: class of transformers whose projector a compressor can stand for; "": compressors are refused.
         packs_views: an image is several views, each of which is compressed before they are packed.
+        packs: samples in one row are kept apart by their positions alone, those of images too (tests/families/test_packing.py).
         between_marks: an image is several runs of vision tokens with text between them, which token removal cannot tell from images.
     """
 
@@ -49,7 +51,12 @@ class Family:
     }
     stock_class = ""
     packs_views = False
+    packs = False
     between_marks = False
+
+    def packed_positions(self, model: Any, batch: Any) -> torch.Tensor:
+        """``position_ids`` of a batch of packed samples (``collate`` with places), as the model takes them: from 0 in every sample."""
+        return batch.inputs["position_ids"]
 
     def recognises(self, processor: Any, inputs: Mapping[str, Any]) -> bool:
         """Whether images are cut as in this family, by what the processor has and hands over. So a new model with a known processor needs

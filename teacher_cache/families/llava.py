@@ -7,6 +7,7 @@ from teacher_cache.families.family import Family
 
 class Llava(Family):
     model_types = ("llava",)
+    packs = True
     stock_class = "LlavaForConditionalGeneration"
 
 

@@ -158,7 +158,8 @@ def check_rows(model: Any, inputs: Mapping[str, torch.Tensor], states: torch.Ten
         inputs: of ``decoder_of(model)``, padded on the right. states: what it said, ``[B, T, D]``.
         ours: hidden states ``[R, D]`` → our logits ``[R, V]``. columns: of V, how many we have (others are padding).
     """
-    at = inputs["attention_mask"][0].nonzero().flatten()[-4:]
+    real = inputs.get("attention_mask", inputs["input_ids"] * 0 + 1)  # of packed samples padding may be looked at, too
+    at = real[0].nonzero().flatten()[-4:]
     own = model(**inputs, use_cache=False, logits_to_keep=at).logits[0]
     own = (own if len(own) == len(at) else own[at])[:, :columns].to(torch.float32)
     if not torch.isfinite(own).all():

@@ -1,0 +1,70 @@
+"""Which students may read packed samples, and whether they keep them apart: looked at before the first step."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from student_train.config import TrainSettings
+from student_train.losses.terms import FIRST_LAYER, kinds_of
+from student_train.packing import ONE_ROW, SEPARATING
+from student_train.student import RowForward, in_eval
+from teacher_cache.batch import Batch
+from teacher_cache.errors import CompatibilityError
+from teacher_cache.families import family_of
+from teacher_cache.model_kind import decoder_of
+
+PROBE = 8
+"""Tokens of each of two samples."""
+CLOSE = 1e-3
+"""Relative to the largest entry: one sample seen by another is off by far more."""
+WITHOUT = "leave out --packing"
+
+
+def packing_of(student: RowForward, method: Any, settings: TrainSettings) -> str:
+    """``rows`` or ``one row``: how many rows the student's attention takes.
+
+    Raises:
+        CompatibilityError: the method, its compressor or the student's attention needs a row for every sample.
+    """
+    name = type(method).__name__
+    if hasattr(method, "passes"):
+        raise CompatibilityError(
+            f"method {name} removes tokens inside the language model, a row for every sample: {WITHOUT}"
+        )
+    if FIRST_LAYER & kinds_of(method.terms()):
+        raise CompatibilityError(f"method {name} reads the first layer's attention, a row for every sample: {WITHOUT}")
+    if hasattr(student.projector, "draw"):
+        raise CompatibilityError(
+            f"compressor {settings.compressor or 'of the student'} draws a count of tokens for every step: {WITHOUT}"
+        )
+    attention = student.model.config.get_text_config()._attn_implementation
+    if attention not in (*SEPARATING, *ONE_ROW):
+        raise CompatibilityError(
+            f"attention {attention} does not keep packed samples apart: {WITHOUT}, or --attn-implementation sdpa"
+        )
+    check_apart(student)
+    return "one row" if attention in ONE_ROW else "rows"
+
+
+@torch.no_grad()
+def check_apart(student: RowForward) -> None:
+    """CompatibilityError where the second of two packed samples sees the first: two short texts are read together, and one of them alone."""
+    decoder = decoder_of(student.model)
+    size = min(PROBE * 2, student.model.get_input_embeddings().num_embeddings - 1)
+    ids = torch.arange(1, size + 1, device=student.weight.device)[None]
+    half = size // 2
+    places = torch.arange(half, device=ids.device).repeat(2)[None]
+    packed = Batch((), {"input_ids": ids[:, : 2 * half], "position_ids": places}, {}, {}, ids)
+    positions = family_of(student.model.config).packed_positions(decoder, packed)
+    with in_eval(student.model):
+        both = decoder(input_ids=ids[:, : 2 * half], position_ids=positions, use_cache=False).last_hidden_state[
+            0, half:
+        ]
+        alone = decoder(input_ids=ids[:, half : 2 * half], use_cache=False).last_hidden_state[0]
+    off = (both - alone).abs().max() / alone.abs().max()
+    if not off < CLOSE:
+        raise CompatibilityError(
+            f"{type(student.model).__name__} does not keep packed samples apart (states differ by {off:.1e} of the largest): {WITHOUT}"
+        )

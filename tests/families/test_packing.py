@@ -1,0 +1,54 @@
+"""Packed samples of every family: the states and gradients that a row each gives."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from student_train.load_student import load_student
+from student_train.packing import balanced, places_of
+from student_train.student import RowForward
+from teacher_cache.batch import Batch, collate
+from teacher_cache.prepare import Preparer
+from tests.close import assert_close
+from tests.families.models import FAMILIES
+from tests.families.rows import read_rows
+
+
+def told(student: RowForward, batch: Batch) -> tuple[dict[str, dict[str, torch.Tensor]], dict[str, torch.Tensor]]:
+    """(sample → kind → its states, gradients of the sum of their squares)"""
+    found = student(batch, ("vision", "response"))
+    states = {kind: dict(zip(batch.keys, found[kind].split(list(batch.counts[kind])))) for kind in found}
+    sum(one.square().sum() for one in found.values()).backward()
+    gradients = {name: one.grad for name, one in student.named_parameters() if one.grad is not None}
+    student.zero_grad()
+    return {key: {kind: states[kind][key] for kind in states} for key in batch.keys}, gradients
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_packed_samples_are_as_alone(name: str, attention: str, folder_of: Any, rows_folder: Path) -> None:
+    model, processor = load_student(str(folder_of(name)), attention)
+    model.double().eval()
+    preparer = Preparer(processor, model.config)
+    prepared = [preparer.prepare(row) for row in read_rows(rows_folder)]
+    lengths = [len(one) for one in prepared]
+    assert len(set(lengths)) > 2, "samples of several lengths"
+    student = RowForward(model)
+    student._head_checked = True
+    order, places = places_of(balanced(lengths, 2), lengths)
+    packed = collate([prepared[i] for i in order], 0, places)
+    assert packed.inputs["input_ids"].shape[0] == 2
+    batches = [collate(prepared, 0), packed]
+    for one in batches:
+        one.inputs.update({n: t.double() for n, t in one.inputs.items() if t.is_floating_point()})
+    (alone, dense), (together, gradients) = (told(student, one) for one in batches)
+    for key, states in alone.items():
+        for kind, rows in states.items():
+            assert_close(together[key][kind], rows, 1e-9, what=f"{key} {kind}")
+    assert gradients.keys() == dense.keys()
+    for key, one in dense.items():
+        assert_close(gradients[key], one, 1e-9, what=key)
