@@ -13,7 +13,7 @@ from student_train.student import RowForward, in_eval
 from teacher_cache.batch import Batch
 from teacher_cache.errors import CompatibilityError
 from teacher_cache.families import family_of
-from teacher_cache.model_kind import decoder_of
+from teacher_cache.model_kind import decoder_of, reads_images
 
 PROBE = 8
 """Tokens of each of two samples."""
@@ -39,6 +39,11 @@ def packing_of(student: RowForward, method: Any, settings: TrainSettings) -> str
         raise CompatibilityError(
             f"compressor {settings.compressor or 'of the student'} draws a count of tokens for every step: {WITHOUT}"
         )
+    config = student.model.config
+    if reads_images(config) and not family_of(config).packs:
+        raise CompatibilityError(
+            f"family {config.model_type} is not known to keep images of packed samples apart: {WITHOUT}"
+        )
     attention = student.model.config.get_text_config()._attn_implementation
     if attention not in (*SEPARATING, *ONE_ROW):
         raise CompatibilityError(
@@ -50,7 +55,7 @@ def packing_of(student: RowForward, method: Any, settings: TrainSettings) -> str
 
 @torch.no_grad()
 def check_apart(student: RowForward) -> None:
-    """CompatibilityError where the second of two packed samples sees the first: two short texts are read together, and one of them alone."""
+    """Two short texts are read together, and the second alone. CompatibilityError where it sees the first."""
     decoder = decoder_of(student.model)
     size = min(PROBE * 2, student.model.get_input_embeddings().num_embeddings - 1)
     ids = torch.arange(1, size + 1, device=student.weight.device)[None]

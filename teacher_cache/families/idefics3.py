@@ -15,6 +15,7 @@ from teacher_cache.records import View
 
 class Idefics3(Family):
     model_types = ("idefics3", "smolvlm")
+    packs = True
     between_marks = True
 
     def recognises(self, processor: Any, inputs: Mapping[str, Any]) -> bool:

@@ -13,6 +13,7 @@ from teacher_cache.records import View
 
 class InternVL(Family):
     model_types = ("internvl",)
+    packs = True
 
     def recognises(self, processor: Any, inputs: Mapping[str, Any]) -> bool:
         return hasattr(processor, "image_seq_length") and hasattr(processor.image_processor, "crop_to_patches")

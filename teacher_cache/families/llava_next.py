@@ -11,6 +11,7 @@ from teacher_cache.records import View
 
 class LlavaNext(Family):
     model_types: tuple[str, ...] = ("llava_next",)
+    packs = True
     stock_class = "LlavaNextForConditionalGeneration"
     packs_views = True
 

@@ -12,6 +12,7 @@ from teacher_cache.records import View
 
 class LlavaOnevision(LlavaNext):
     model_types = ("llava_onevision",)
+    packs = True
     stock_class = ""
 
     def recognises(self, processor: Any, inputs: Mapping[str, Any]) -> bool:

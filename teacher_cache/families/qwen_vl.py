@@ -13,6 +13,7 @@ from teacher_cache.records import View
 
 class QwenVL(Family):
     model_types = ("qwen2_5_vl", "qwen3_vl")
+    packs = True
 
     def recognises(self, processor: Any, inputs: Mapping[str, Any]) -> bool:
         return "image_grid_thw" in inputs
