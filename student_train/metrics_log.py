@@ -17,7 +17,7 @@ from teacher_cache.errors import KdcliError
 from teacher_cache.records import ImageLayout
 from teacher_cache.whole_file import naming_file, write_whole
 
-SIZES = ("tokens", "samples", "images", "vision_tokens", "cached_vision_tokens")
+SIZES = ("tokens", "places", "samples", "images", "vision_tokens", "cached_vision_tokens")
 """Of a step's rows, as they are logged."""
 
 
@@ -26,7 +26,7 @@ class StepResult:
     """What one optimizer step did, over all processes: the loss, its terms (unweighted means), and the cost.
 
     Attributes:
-        vision_tokens: that the student read; cached_vision_tokens: that the teacher read of the same images.
+        places: tokens with padding. vision_tokens: that the student read; cached_vision_tokens: that the teacher read of the same images.
         seconds: in the step; data_seconds: that the main process waited for the step's rows before it.
         weights: of terms that have a schedule. kept: of terms that select, the mean weight of the step's rows.
         gradients: norms and cosines of the terms' gradients, in the steps that were asked for.
@@ -40,6 +40,7 @@ class StepResult:
     grad_norm: float = 0.0
     learning_rate: float = 0.0
     tokens: int = 0
+    places: int = 0
     samples: int = 0
     images: int = 0
     vision_tokens: int = 0
@@ -100,6 +101,7 @@ def read_sizes(batches: Sequence[TrainBatch]) -> dict[str, int]:
     theirs = [image for one in batches for image in images(one.layouts)]
     return {
         "tokens": sum(count for one in batches for _, count in one.batch.spans),
+        "places": sum(one.batch.inputs["input_ids"].numel() for one in batches),
         "samples": sum(len(one.batch.keys) for one in batches),
         "images": len(ours),
         "vision_tokens": sum(image.tokens() for image in ours),

@@ -22,7 +22,7 @@ from tests.families.models import FAMILIES
 from tests.families.rows import read_rows
 
 REFUSED = ("gemma-3",)
-"""Tokens of one image look at each other, and at those of the image that lies behind them in the row."""
+"""Its image tokens are not causal, and their mask does not keep samples of one row apart."""
 
 
 def told(student: RowForward, batch: Batch) -> tuple[dict[str, dict[str, torch.Tensor]], dict[str, torch.Tensor]]:
