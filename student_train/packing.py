@@ -10,7 +10,7 @@ from __future__ import annotations
 import heapq
 from collections.abc import Sequence
 
-from teacher_cache.batch import Place
+from teacher_cache.batch import BatchPlace
 
 FULL = 0.97
 """Share of real tokens from which on more, shorter rows are preferred to fuller ones."""
@@ -45,13 +45,13 @@ def balanced(lengths: Sequence[int], rows: int) -> list[list[int]]:
     return sorted(map(sorted, found))
 
 
-def places_of(rows: Sequence[Sequence[int]], lengths: Sequence[int]) -> tuple[list[int], list[Place]]:
+def places_of(rows: Sequence[Sequence[int]], lengths: Sequence[int]) -> tuple[list[int], list[BatchPlace]]:
     """(samples in the order of the flattened batch, their places)."""
     order, places = [], []
     for number, row in enumerate(rows):
         offset = 0
         for i in row:
             order.append(i)
-            places.append(Place(number, offset))
+            places.append(BatchPlace(number, offset))
             offset += lengths[i]
     return order, places

@@ -49,20 +49,20 @@ class Batch:
 
 
 @dataclass(frozen=True)
-class Place:
+class BatchPlace:
     """Where a sample begins in a batch."""
 
     row: int
     offset: int = 0
 
 
-def collate(prepared: Sequence[Prepared], pad_id: int, places: Sequence[Place] | None = None) -> Batch:
+def collate(prepared: Sequence[Prepared], pad_id: int, places: Sequence[BatchPlace] | None = None) -> Batch:
     """A few samples in one batch. Padding never enters ``rows``, and causal attention keeps it out of theirs.
 
     Args:
         places: of the samples, in the order of the flattened batch, none over another; None: a row each.
     """
-    at = places or [Place(row) for row in range(len(prepared))]
+    at = places or [BatchPlace(row) for row in range(len(prepared))]
     length = max(place.offset + len(one) for place, one in zip(at, prepared, strict=True))
     input_ids = torch.full((at[-1].row + 1, length), pad_id, dtype=torch.int64)
     attention_mask, position_ids = torch.zeros_like(input_ids), torch.zeros_like(input_ids)
@@ -95,7 +95,7 @@ def row_positions(one: Prepared) -> dict[str, torch.Tensor]:
 
 
 def _join_pixels(
-    prepared: Sequence[Prepared], places: Sequence[Place], shape: Sequence[int]
+    prepared: Sequence[Prepared], places: Sequence[BatchPlace], shape: Sequence[int]
 ) -> dict[str, torch.Tensor]:
     """Concatenate the processors' tensors over images; views a sample lacks (anyres tiles) are zero-padded. What is a token's stands at
     the token's place, 0 where a sample has none."""

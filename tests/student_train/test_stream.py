@@ -289,7 +289,7 @@ def test_a_killed_loader_process_is_one_line(monkeypatch: pytest.MonkeyPatch, ea
         torch.utils.data._utils.signal_handling._set_SIGCHLD_handler()
         assert signal.getsignal(signal.SIGCHLD) is not signal.SIG_DFL
     monkeypatch.setattr("torch.utils.data._utils.MP_STATUS_CHECK_INTERVAL", 0.2)
-    monkeypatch.setattr(stream, "Join", lambda pad_id: list)
+    monkeypatch.setattr(stream, "Join", lambda pad_id, packing: list)
     steps = stream.step_batches(Deadly(), MicroBatches(6, 1, 1, 0, 1, 0), 0, workers=1)  # type: ignore[arg-type]
     assert next(steps)[0] == 0
     time.sleep(0.5)  # the process is dead by now, and this one is at its step
