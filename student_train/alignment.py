@@ -6,7 +6,7 @@ and affinities is what stands beside vision row j of the student, so that losses
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -17,6 +17,7 @@ from student_train.losses.matching import UNMATCHED, hidden_cost
 from student_train.losses.pooling import cell_means, cells_filled, pooled_teacher, pooling_cells
 from student_train.losses.terms import StudentRows
 from student_train.match_groups import MatchGroup, first_rows, match_groups, match_rows
+from student_train.needs import ONE_FIELD
 from student_train.teacher_view import TeacherView
 from teacher_cache.records import ImageLayout
 
@@ -77,7 +78,7 @@ class Matching:
             view,
             distributions={kind: d[found] if kind == "vision" else d for kind, d in view.distributions.items()},
             hidden={kind: h[found] if kind == "vision" else h for kind, h in view.hidden.items()},
-            affinities=view.affinities and [one[rows] for one, rows in zip(view.affinities, inside, strict=True)],
+            of_samples=beside(view, lambda one, number: one[inside[number]]),
             matched=list((whole != UNMATCHED).split(counts)),
         )
 
@@ -140,7 +141,21 @@ class Matching:
                 for kind, d in view.distributions.items()
             },
             hidden={kind: cell_means(h, whole, total) if kind == "vision" else h for kind, h in view.hidden.items()},
-            affinities=view.affinities
-            and [cell_means(*one) for one in zip(view.affinities, cells, counts, strict=True)],
+            of_samples=beside(view, lambda one, number: cell_means(one, cells[number], counts[number])),
             matched=[cells_filled(one, count) for one, count in zip(cells, counts)],
         )
+
+
+def beside(view: TeacherView, move: Callable[[torch.Tensor, int], torch.Tensor]) -> dict[str, Sequence[torch.Tensor]]:
+    """``of_samples`` with the student's vision tokens. move: (``[R_t, …]`` flattened to two axes, number of the sample) → ``[R_s, …]``."""
+    found = dict(view.of_samples)
+    for need, each in view.of_samples.items():
+        axis = ONE_FIELD[need].vision_axis
+        if axis is None:
+            continue
+        rows = [one.movedim(axis, 0) for one in each]
+        moved = [move(one.flatten(1) if one.ndim > 1 else one[:, None], number) for number, one in enumerate(rows)]
+        found[need] = [
+            new.reshape(len(new), *old.shape[1:]).movedim(0, axis) for new, old in zip(moved, rows, strict=True)
+        ]
+    return found

@@ -7,12 +7,9 @@ from typing import Any
 import torch
 
 from student_train.methods import Method, hook
-from student_train.needs import Served
+from student_train.needs import Served, of_states
 from teacher_cache.cache import TeacherCache
 from teacher_cache.errors import CompatibilityError
-
-STATES = ("vision_hidden", "response_hidden", "vision_features")
-"""Fields whose rows are as wide as the teacher."""
 
 
 def learned_maps(
@@ -28,7 +25,7 @@ def learned_maps(
     Raises:
         CompatibilityError: the states that the method maps are of teachers of several widths.
     """
-    fields = sorted({one for need in STATES for one in served.fields.get(need, ())})
+    fields = sorted({one for need in of_states() for one in served.fields.get(need, ())})
     widths = {one: cache.fields[one]["teacher"]["hidden_size"] for one in fields}
     if not widths:
         return {}

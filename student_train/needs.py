@@ -12,24 +12,59 @@ from typing import Any
 
 from teacher_cache.errors import CompatibilityError
 
-WHATS = (
+TEXTS = ("response", "all")
+
+
+@dataclass(frozen=True)
+class OneField:
+    """A need that one field serves, with a tensor a sample: what a method sees of it is the field's decoded record.
+
+    Attributes:
+        field: its name. vision_axis: of the tensor, that of vision tokens; None: it has none.
+        row_aligned: vision token i of it is compared with the student's vision token i.
+        states: its rows are as wide as the teacher: a method may map them.
+    """
+
+    field: str
+    vision_axis: int | None = None
+    row_aligned: bool = False
+    states: bool = False
+
+
+ONE_FIELD = {
+    "vision_text_affinity": OneField("affinity", vision_axis=0),
+    "text_vision_attention": OneField("attention", vision_axis=2, row_aligned=True),
+    "vision_features": OneField("vision_features", vision_axis=0, row_aligned=True, states=True),
+}
+"""THE place where a further field meets training: a line here, and methods may need it (docs/add_a_field.md)."""
+_COMPOSED = (
     "response_likeliest",
     "response_logits",
     "vision_logits",
     "vision_relation",
     "vision_raw_logits",
-    "vision_text_affinity",
     "response_hidden",
     "vision_hidden",
-    "text_vision_attention",
-    "vision_features",
-    "self_teacher",
 )
-TEXTS = ("response", "all")
-ROW_ALIGNED = frozenset(
-    {"vision_logits", "vision_relation", "vision_hidden", "text_vision_attention", "vision_features"}
-)
-"""Needs that compare vision token i with vision token i, unless the method matches them (``alignment.py``)."""
+"""Needs that several fields serve, alone or together."""
+
+
+def whats() -> tuple[str, ...]:
+    """Every ``Need.what``."""
+    return (*_COMPOSED, *ONE_FIELD, "self_teacher")
+
+
+def row_aligned() -> frozenset[str]:
+    """Needs that compare vision token i with vision token i, unless the method matches them (``alignment.py``)."""
+    own = {what for what, one in ONE_FIELD.items() if one.row_aligned}
+    return frozenset({"vision_logits", "vision_relation", "vision_hidden"} | own)
+
+
+def of_states() -> list[str]:
+    """Needs whose rows are as wide as the teacher's hidden states."""
+    return ["vision_hidden", "response_hidden", *(what for what, one in ONE_FIELD.items() if one.states)]
+
+
 EXACT_CODECS = ("fp32", "bf16", "int8", "int4")
 """Codecs of hidden fields that give back hidden states, for every logit loss with the teacher's own head."""
 
@@ -57,7 +92,7 @@ class Need:
     text: str = "response"
 
     def __post_init__(self) -> None:
-        if self.what not in WHATS or self.direction not in ("forward", "reverse") or self.text not in TEXTS:
+        if self.what not in whats() or self.direction not in ("forward", "reverse") or self.text not in TEXTS:
             raise ValueError(f"no such need: {self}")
 
     def __str__(self) -> str:
@@ -96,7 +131,7 @@ def ways(need: Need, codecs: Mapping[str, str]) -> list[Way]:
     if need.what == "self_teacher":
         return [Way(())]
     if need.what in ONE_FIELD:
-        name = ONE_FIELD[need.what]
+        name = ONE_FIELD[need.what].field
         return [Way((name,))] if name in codecs and (need.text == "response" or codecs[name] != "response") else []
     kind = need.what.split("_")[0]
     hidden, topk, sampled = (f"{kind}_{suffix}" for suffix in ("hidden", "topk", "sampled"))
@@ -121,12 +156,6 @@ def ways(need: Need, codecs: Mapping[str, str]) -> list[Way]:
     return found
 
 
-ONE_FIELD = {
-    "vision_text_affinity": "affinity",
-    "text_vision_attention": "attention",
-    "vision_features": "vision_features",
-}
-"""Needs that exactly one field serves."""
 SPOKEN = {"response_likeliest": " (for `select`)"}
 """What stands behind a need where it is named."""
 INEXACT = "inexact"
@@ -175,7 +204,7 @@ def serve(needs: Iterable[Need], available: Mapping[str, Mapping[str, Any]], met
         used = {name for names in fields.values() for name in names}
         chosen = next((way for way in found if set(way.fields) <= used and not way.loss), found[0])
         fields[asked[0].what] = chosen.fields
-        layer = available["attention"].get("layer", 0) if chosen.fields == ("attention",) else 0
+        layer = max((available[name].get("layer", 0) for name in chosen.fields), default=0)
         if layer:
             notes.append(f"{asked[0]}: the teacher's is of its layer {layer}, the student's of its first")
         if chosen.loss:
@@ -219,7 +248,7 @@ def refusal(need: Need, have: Sequence[str], method: str, cache: str) -> str:
 def served_by(need: Need) -> list[str]:
     """Every single field that can serve a need, whatever a cache has."""
     every = {f"{kind}_hidden": "bf16" for kind in ("response", "vision")}
-    every |= {name: "" for name in (*ONE_FIELD.values(), "relation")}
+    every |= {name: "" for name in (*(one.field for one in ONE_FIELD.values()), "relation")}
     every |= {f"{kind}_{suffix}": "" for kind in ("response", "vision") for suffix in ("topk", "sampled")}
     found = list(dict.fromkeys(name for way in ways(need, every) for name in way.fields))
     return sorted(found, key=lambda name: name == "relation")  # off by default: named last

@@ -8,7 +8,7 @@ from typing import Any
 from student_train.compression import compressor_of, with_grid
 from student_train.dataset import TrainDataset
 from student_train.methods import Method, hook
-from student_train.needs import ROW_ALIGNED, Served
+from student_train.needs import Served, row_aligned
 from student_train.order import Positions
 from student_train.sample_columns import Column
 from teacher_cache.cache import TeacherCache
@@ -19,7 +19,7 @@ from teacher_cache.prepare import Preparer
 
 def compares_rows(method: Method | None, served: Served) -> bool:
     """Whether vision row i of the student is compared with row i of the teacher."""
-    return bool(ROW_ALIGNED & served.fields.keys()) and not (method and hook(method, "alignment")())
+    return bool(row_aligned() & served.fields.keys()) and not (method and hook(method, "alignment")())
 
 
 def student_rows(

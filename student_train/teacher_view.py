@@ -19,7 +19,7 @@ from student_train.distributions import (
     SketchTeacher,
     likeliest,
 )
-from student_train.needs import Served
+from student_train.needs import ONE_FIELD, Served
 from teacher_cache.cache import TeacherCache
 from teacher_cache.records import Coded, TextTokens
 from teacher_cache.teachers.low_rank import LowRankHead
@@ -34,26 +34,27 @@ class TeacherView:
         relations: float32 Gram matrix ``[N, N]`` of raw vision logits, one a sample (``[0, 0]`` for text-only); None: not asked.
         vocabulary: columns that both sides have; the student's head may hold padding rows beyond them.
         raw_vision: raw vision logits ``[R_vision]`` of all samples; None: not asked.
-        affinities: float32 ``[R_vision, N_text]`` cosines of hidden states, one a sample; None: not asked.
         hidden: by row kind, float32 hidden states ``[R, D_t]`` of all samples; only kinds that a need asks for.
-        attentions: float32 ``[H, N_text, R_vision]`` of the first layer, one a sample; None: not asked.
         text: text tokens of each sample as the teacher read them.
         matched: bool ``[R_vision]`` of the student, one a sample: rows that have a teacher row; None: all have (no matching).
         self_teacher: by row kind, what the student's own weights say in the gradient-free pass.
-        features: float32 ``[R_vision, D_t]`` that the teacher's language model is given, one a sample; None: not asked.
+        of_samples: by need that one field serves (``needs.ONE_FIELD``), its record of each sample, as its ``decode`` gives it.
     """
 
     distributions: Mapping[str, Distribution]
     relations: Sequence[torch.Tensor] | None = None
     vocabulary: int | None = None
     raw_vision: FullVocabulary | None = None
-    affinities: Sequence[torch.Tensor] | None = None
     hidden: Mapping[str, torch.Tensor] = field(default_factory=dict)
-    attentions: Sequence[torch.Tensor] | None = None
     text: Sequence[TextTokens] = ()
     matched: Sequence[torch.Tensor] | None = None
     self_teacher: Mapping[str, Distribution] = field(default_factory=dict)
-    features: Sequence[torch.Tensor] | None = None
+    of_samples: Mapping[str, Sequence[torch.Tensor]] = field(default_factory=dict)
+
+    @property
+    def affinities(self) -> Sequence[torch.Tensor] | None:
+        """float32 ``[R_vision, N_text]`` cosines of hidden states, one a sample; None: not asked."""
+        return self.of_samples.get("vision_text_affinity")
 
 
 class _Restored(Mapping[str, list[Any]]):
@@ -131,19 +132,19 @@ class TeacherHeads:
             for kind in ("response", "vision")
             if f"{kind}_hidden" in needs
         }
-        affinities = self._one_a_sample("vision_text_affinity", "affinity", records)
-        attentions = self._one_a_sample("text_vision_attention", "attention", records)
-        features = self._one_a_sample("vision_features", "vision_features", records)
+        of_samples = {
+            need: [row.to(self.device) for row in records[one.field]]
+            for need, one in ONE_FIELD.items()
+            if need in needs
+        }
         return TeacherView(
             distributions,
             relations,
             self.vocabulary,
             raw,
-            affinities,
             hidden,
-            attentions,
             batch.text,
-            features=features,
+            of_samples=of_samples,
         )
 
     def likeliest(self, batch: TrainBatch) -> tuple[torch.Tensor, torch.Tensor]:
@@ -155,9 +156,6 @@ class TeacherHeads:
         return self._distribution(
             self.served.fields["response_likeliest"], _Restored(records, self.fields, self.device)
         )
-
-    def _one_a_sample(self, need: str, name: str, records: Mapping[str, list[Any]]) -> list[torch.Tensor] | None:
-        return [one.to(self.device) for one in records[name]] if need in self.served.fields else None
 
     def _distribution(self, fields: tuple[str, ...], records: Mapping[str, list[Any]]) -> Distribution:
         parts = {name.split("_")[1]: self._join(records[name]) for name in fields}
@@ -188,7 +186,7 @@ class TeacherHeads:
 
     def _relations(self, field: str, records: Mapping[str, list[Any]]) -> list[torch.Tensor]:
         rows = [one.to(self.device) for one in records[field]]
-        return rows if field == "relation" else [self.gram_of_hidden(field, one) for one in rows]
+        return [self.gram_of_hidden(field, one) for one in rows] if field in self.heads else rows
 
     def gram_of_hidden(self, field: str, hidden: Any) -> torch.Tensor:
         """Y·Yᵀ ``[N, N]`` of raw logits Y = h·Wᵀ, as h·(WᵀW)·hᵀ; of a sketch, without touching V either."""

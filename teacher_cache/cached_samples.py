@@ -15,7 +15,7 @@ import numpy as np
 from teacher_cache.cache import TeacherCache
 from teacher_cache.codecs import container
 from teacher_cache.errors import CacheError
-from teacher_cache.fields import decode_records
+from teacher_cache.fields import decode_records, shape_of
 from teacher_cache.records import ImageLayout, Sample, TextTokens
 from teacher_cache.sample_checks import check_numbers, check_shapes
 from teacher_cache.samples import TEXT, decode_sample
@@ -61,6 +61,7 @@ class CachedSamples:
         self._storage, self._disk = cache.storage, disk
         self._columns = {name: cache.column(name, disk) for name in ("samples", *fields)}
         self._fields = {name: cache.open_field(name) for name in fields}
+        self._shapes = {name: shape_of(field) for name, field in self._fields.items()}
         self._described = {name: cache.fields[name] for name in fields}
         self._parts = [one.part for one in cache.plan.slices]
         self._rows: Recent[np.ndarray] = Recent()
@@ -116,8 +117,8 @@ class CachedSamples:
                     f"{self._record_place(shard, 'samples', key)}: its part {sample.part[:60]!r} is not the shard's"
                 )
             place = partial(self._record_place, shard, key=key)
-            check_shapes(decoded, text, layout, place)
-            check_numbers(decoded, self._described, place)
+            check_shapes(decoded, self._shapes, text, layout, place)
+            check_numbers(decoded, self._shapes, self._described, place)
         return [CachedSample(key, *sample, decoded) for (_, key, _), sample, decoded in zip(found, samples, fields)]
 
     def read(self, position: int, row: int) -> CachedSample:

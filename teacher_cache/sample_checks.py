@@ -11,28 +11,40 @@ import torch
 from teacher_cache.errors import CacheError
 from teacher_cache.records import ImageLayout, Sampled, TextTokens, TopK
 
-WIDE = ("vision_hidden", "response_hidden", "vision_features")
-"""Fields of rows as wide as the teacher's hidden states."""
-DIMENSIONS = {"affinity": 2, "relation": 2, "attention": 3, **dict.fromkeys(WIDE, 2)}
-"""Of what fields decode to; one that is not here is somebody's own, and may give anything."""
+Shapes = Mapping[str, tuple[str | None, ...]]
+"""Field → axes of what it decodes to (``fields.shape_of``); one that says nothing of them may give anything."""
 
 
 def check_shapes(
-    fields: Mapping[str, Any], text: TextTokens, layout: Sequence[ImageLayout], place: Callable[[str], str]
+    fields: Mapping[str, Any],
+    shapes: Shapes,
+    text: TextTokens,
+    layout: Sequence[ImageLayout],
+    place: Callable[[str], str],
 ) -> None:
     """CacheError where a field has not as many rows as the sample has tokens to which they belong. place: of a field's record."""
-    vision, response = sum(one.tokens() for one in layout), int(torch.count_nonzero(text.response))
-    tokens = len(text.ids)
-    pairs = {"affinity": (vision, tokens), "attention": (tokens, vision), "relation": (vision, vision)}
+    counts = {
+        "vision": sum(one.tokens() for one in layout),
+        "response": int(torch.count_nonzero(text.response)),
+        "text": len(text.ids),
+    }
     for name, decoded in fields.items():
-        found: tuple[int, ...] = tuple(decoded.shape[-2:]) if name in pairs else (len(decoded),)
-        wanted = pairs.get(name, (response if name.startswith("response") else vision,))
+        of_rows = [(size, counts[axis]) for size, axis in zip(sizes(decoded), shapes[name]) if axis in counts]
+        found, wanted = tuple(one for one, _ in of_rows), tuple(one for _, one in of_rows)
         if found != wanted:
             raise CacheError(f"{place(name)}: rows {found} where the sample has {wanted}: run `kdcli cache verify`")
 
 
+def sizes(decoded: Any) -> tuple[int, ...]:
+    """Of a tensor's axes, or the number of a record's rows."""
+    return tuple(decoded.shape) if hasattr(decoded, "shape") else (len(decoded),)
+
+
 def check_numbers(
-    fields: Mapping[str, Any], described: Mapping[str, Mapping[str, Any]], place: Callable[[str], str]
+    fields: Mapping[str, Any],
+    shapes: Shapes,
+    described: Mapping[str, Mapping[str, Any]],
+    place: Callable[[str], str],
 ) -> None:
     """CacheError where a field's rows are not as wide as the teacher's, or name a token that it has not.
 
@@ -41,19 +53,21 @@ def check_numbers(
     """
     for name, decoded in fields.items():
         body = described[name]
-        if wrong := _misfit(name, decoded, body["params"], body["teacher"]):
+        if wrong := _misfit(decoded, shapes[name], body["params"], body["teacher"]):
             raise CacheError(f"{place(name)}: {wrong}: run `kdcli cache verify`")
 
 
-def _misfit(name: str, decoded: Any, params: Mapping[str, Any], teacher: Mapping[str, Any]) -> str:
+def _misfit(decoded: Any, shape: tuple[str | None, ...], params: Mapping[str, Any], teacher: Mapping[str, Any]) -> str:
     """What is wrong, in words; "" where nothing is. A teacher that is not described (``{}``) says nothing."""
     vocabulary = vocabulary_of(teacher)
     if isinstance(decoded, torch.Tensor):
-        if decoded.ndim != DIMENSIONS.get(name, decoded.ndim):
+        if shape and decoded.ndim != len(shape):
             return f"{decoded.ndim} dimensions"
         width = teacher.get("hidden_size")
-        wrong = name in WIDE and width is not None and decoded.shape[1] != width
-        return f"rows {decoded.shape[1]} wide, the teacher's are {width}" if wrong else ""
+        wide = [size for size, axis in zip(decoded.shape, shape) if axis == "width"]
+        return (
+            f"rows {wide[0]} wide, the teacher's are {width}" if width is not None and wide not in ([], [width]) else ""
+        )
     if not isinstance(decoded, TopK | Sampled):
         return ""
     shapes = {tuple(one.shape) for one in vars(decoded).values()}

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from student_train.methods import DEFAULT, Method, create_method, hook
-from student_train.needs import WHATS, Need, Served, serve
+from student_train.needs import Need, Served, serve, whats
 from student_train.token_ids import check_head, check_vocabulary
 from teacher_cache.cache import TeacherCache
 from teacher_cache.complete_fields import complete_fields
@@ -86,6 +86,6 @@ def request_signals(
 def _need(one: str | Need) -> Need:
     if isinstance(one, Need):
         return one
-    if one not in WHATS:
-        raise KdcliError(f"no need {one!r}: choose from {', '.join(WHATS)}, or give a student_train.needs.Need")
+    if one not in whats():
+        raise KdcliError(f"no need {one!r}: choose from {', '.join(whats())}, or give a student_train.needs.Need")
     return Need(one)

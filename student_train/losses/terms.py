@@ -14,6 +14,7 @@ import torch
 from student_train.distributions import Distribution
 from student_train.losses.divergences import cross_entropy
 from student_train.losses.precision import wide
+from student_train.needs import ONE_FIELD
 from student_train.teacher_view import TeacherView
 from teacher_cache.errors import CompatibilityError
 from teacher_cache.records import TextTokens
@@ -123,15 +124,19 @@ class SampleRows:
         rows = wide(self.hidden("vision"))
         return (rows @ self.student.head_gram(self.teacher.vocabulary)) @ rows.T
 
+    def said(self, need: str) -> torch.Tensor:
+        """The record of the field that serves this need (``needs.ONE_FIELD``)."""
+        assert need in self.teacher.of_samples, f"the method did not declare this need ({need})"
+        one, axis = self.teacher.of_samples[need][self.number], ONE_FIELD[need].vision_axis
+        return one if axis is None else one.narrow(axis, self.skip_first, one.shape[axis] - self.skip_first)
+
     def affinity(self) -> torch.Tensor:
         """The teacher's cosines of vision rows and text tokens, float32 ``[N, N_text]``."""
-        assert self.teacher.affinities is not None, "the method did not declare this need (vision_text_affinity)"
-        return self.teacher.affinities[self.number][self.skip_first :]
+        return self.said("vision_text_affinity")
 
     def attention(self) -> torch.Tensor:
         """The teacher's first-layer attention text → vision, float32 ``[H, N_text, N]``; the mean over heads where H is 1."""
-        assert self.teacher.attentions is not None, "the method did not declare this need (text_vision_attention)"
-        return self.teacher.attentions[self.number][:, :, self.skip_first :]
+        return self.said("text_vision_attention")
 
     def student_attention(self) -> torch.Tensor:
         """The student's, float32 ``[H_s, N_text, N]``, with gradient."""
@@ -145,8 +150,7 @@ class SampleRows:
 
     def teacher_features(self) -> torch.Tensor:
         """The teacher's, float32 ``[N, D_t]``."""
-        assert self.teacher.features is not None, "the method did not declare this need (vision_features)"
-        return self.teacher.features[self.number][self.skip_first :]
+        return self.said("vision_features")
 
     def maps(self, name: str) -> torch.nn.Module:
         """A learned map of the method."""

@@ -37,6 +37,14 @@ class Field(Protocol):
         wants: what the teacher must compute.
         calibrated: it needs a ``Calibration`` to encode or decode.
         temperatures: at which the stored distributions are valid; None: at all of them.
+
+    A field may have besides, where its records are read by training and its bytes are planned:
+
+    - ``shape``: axes of what ``decode`` gives: kinds of rows (``vision``, ``response``, ``text``), ``width`` (the teacher's hidden states')
+      or None for any number. A record of another shape is refused where it is read; without it anything is taken.
+    - ``coded_rows(vision, response, text) -> int``: what its bytes are counted by; without it, the rows that it wants.
+    - ``guess_bytes(vocabulary, heads) -> float`` of such a row, and, of a calibrated one, ``guess_files(width, vocabulary)``, bytes by
+      role: asked by ``kdcli plan`` where shapes do not decide the bytes.
     """
 
     name: str
@@ -121,6 +129,11 @@ def create_field(
             'Wants(topk={"response": 1}) for {"topk.response:1"} (docs/add_a_field.md)'
         )
     return field
+
+
+def shape_of(field: Field) -> tuple[str | None, ...]:
+    """Axes of what ``decode`` gives; () where the field says nothing of them."""
+    return tuple(getattr(field, "shape", ()))
 
 
 def wants_of(fields: Iterable[Field]) -> Wants:

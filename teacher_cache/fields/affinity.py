@@ -19,7 +19,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -33,17 +32,21 @@ from teacher_cache.codecs.transform import Quantised, Transform
 from teacher_cache.errors import CacheError, KdcliError
 from teacher_cache.fields.calibration import Calibration
 from teacher_cache.fields.grids import grids_of, grids_of_all
+from teacher_cache.fields.guess import Guess
+from teacher_cache.fields.text_columns import columns_of, response_columns, spread
 from teacher_cache.records import Coded, Prepared, TeacherOutput
 from teacher_cache.wants import Wants
 
 FIELDS = ("affinity",)
 VERSIONS = (1, 2, 3)
+SHAPE = ("vision", "text")
 LAYOUTS = ("dense", "factored")
 TEXTS = ("response", "all")
 VISION_ROWS = Table(0, torch.full((1 << 16,), 2.0**-16))
 """Number of vision rows, which the reader must know to split the factors: two bytes."""
 
 STEP, LONG_STEP = 0.02, 0.03
+GUESS = Guess(row=32.0, rank=250, step=0.03, power=0.75)
 MANY_TEXT = 128
 """Stored text tokens of a record from which on ``long_step`` is its step."""
 
@@ -80,6 +83,7 @@ def described(version: int, params: Mapping[str, Any]) -> dict[str, Any]:
 
 class DenseAffinity:
     name = "affinity"
+    shape = SHAPE
     calibrated = False
     temperatures: tuple[float, ...] | None = None
     wants = Wants(hidden={"vision", "text"})
@@ -105,6 +109,9 @@ class DenseAffinity:
         cosine = stored["cosine"].to(torch.float32) / 127
         return cosine if self.version == 1 else spread(cosine, stored["text"])
 
+    def coded_rows(self, vision: int, response: int, text: int) -> int:
+        return vision + text if vision else 0
+
 
 @dataclass(frozen=True)
 class CodedAffinity(Coded):
@@ -127,6 +134,7 @@ class CodedAffinity(Coded):
 
 class FactoredAffinity:
     name = "affinity"
+    shape = SHAPE
     calibrated = True
     settled_last: tuple[str, ...] = ()
     temperatures: tuple[float, ...] | None = None
@@ -242,47 +250,15 @@ class FactoredAffinity:
     def with_calibration(self, tensors: Mapping[str, torch.Tensor]) -> FactoredAffinity:
         return FactoredAffinity(self._given, tensors)
 
+    def coded_rows(self, vision: int, response: int, text: int) -> int:
+        """Vision and stored text states; nothing of a sample without images."""
+        return vision + (response if self._given.text == "response" else text) if vision else 0
 
-def response_columns(prepared: Prepared, tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """(int64 ``[n]``: which of a sample's N text tokens are of a response, int32 for ``columns_of``)."""
-    flags = torch.zeros(tokens + 2, dtype=torch.int8)
-    flags[1:-1] = prepared.text.response
-    turns = flags.diff().nonzero().reshape(-1) if bool(flags.any()) else torch.zeros(2)
-    return flags[1:-1].nonzero().reshape(-1), torch.cat([torch.tensor([tokens]), turns]).to(torch.int32)
+    def guess_bytes(self, vocabulary: int, heads: int) -> float:
+        return GUESS.bytes_at(self.params["step"])
 
-
-def columns_of(text: torch.Tensor) -> torch.Tensor:
-    """int64 ``[n]``: the stored text tokens among N.
-
-    Args:
-        text: int32 ``[1 + 2·runs]``: N, start and stop of each run of them; N alone where all are stored, and 0, 0 where none is.
-
-    Raises:
-        CacheError: it is none of these.
-    """
-    numbers = text.reshape(-1).tolist()
-    runs = list(zip(numbers[1::2], numbers[2::2]))
-    edges = [edge for run in runs for edge in run] if numbers[1:] != [0, 0] else []
-    fits = text.dtype == torch.int32 and len(numbers) % 2 and 0 <= numbers[0] <= entropy.MOST_ROWS
-    if not fits or any(a >= b for a, b in pairwise([-1, *edges, numbers[0] + 1])):
-        raise CacheError("field affinity: a record's text tokens are damaged: run `kdcli cache verify`")
-    if len(numbers) == 1:
-        return torch.arange(numbers[0])
-    return torch.cat([torch.arange(start, stop) for start, stop in runs])
-
-
-def spread(cosine: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
-    """``[R, N]`` of the stored columns ``[R, n]``: NaN where a text token is not stored, which no loss lets pass."""
-    columns = columns_of(text)
-    if len(columns) != cosine.shape[1]:
-        raise CacheError(
-            f"field affinity: {cosine.shape[1]} columns, {len(columns)} are named: run `kdcli cache verify`"
-        )
-    if len(columns) == int(text[0]):
-        return cosine
-    whole = cosine.new_full((len(cosine), int(text[0])), torch.nan)
-    whole[:, columns.to(cosine.device)] = cosine
-    return whole
+    def guess_files(self, width: int, vocabulary: int) -> dict[str, int]:
+        return {"calibration": GUESS.calibration(self.params["step"], width)}
 
 
 def unit_states(output: TeacherOutput) -> tuple[torch.Tensor, torch.Tensor]:

@@ -24,12 +24,17 @@ from teacher_cache.codecs.transform import Quantised, Transform
 from teacher_cache.errors import CacheError, KdcliError
 from teacher_cache.fields.calibration import Calibration, tables_of, tensors_of
 from teacher_cache.fields.grids import grids_of, grids_of_all
+from teacher_cache.fields.guess import Guess
 from teacher_cache.records import Coded, Prepared, Sketch, TeacherOutput
 from teacher_cache.wants import Wants
 
 FIELDS = ("vision_hidden", "response_hidden")
 SKETCH = "sketch"
 MEAN_LOGIT = Uniform(1 / 128)
+GUESSES = {
+    "response": Guess(row=20.0, rank=100, step=0.1, power=0.6),
+    "vision": Guess(row=7.2, rank=82, step=0.1, power=0.65),
+}
 MOST_PROBS_ROWS = 4096
 """Rows whose distributions make p̄: the mean of a few thousand is as good as that of all."""
 
@@ -90,6 +95,7 @@ class HiddenField:
         self._codec = row_codec(params.codec, params.codec_version)
         self.params = {"codec": params.codec, "codec_version": self._codec.VERSION}
         self.wants = Wants(hidden={self.rows})
+        self.shape = (self.rows, "width")
 
     def __reduce__(self) -> tuple[Any, ...]:
         # A codec is a module, and those do not travel to worker processes.
@@ -118,6 +124,7 @@ class SketchField:
         self.rows = name.removesuffix("_hidden")
         self.params: dict[str, Any] = {"codec": SKETCH, "codec_version": version, "step": params.step or 0.1}
         self.wants = Wants(hidden={self.rows})
+        self.shape = (self.rows,)
         self._calibration = calibration
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -201,6 +208,14 @@ class SketchField:
 
     def with_calibration(self, tensors: Mapping[str, torch.Tensor]) -> SketchField:
         return SketchField(self.name, Params(**self.params), tensors)
+
+    def guess_bytes(self, vocabulary: int, heads: int) -> float:
+        return GUESSES[self.rows].bytes_at(self.params["step"])
+
+    def guess_files(self, width: int, vocabulary: int) -> dict[str, int]:
+        guess, step = GUESSES[self.rows], self.params["step"]
+        low_rank = vocabulary * (2 * guess.rank_at(step, width) + 4)
+        return {"calibration": guess.calibration(step, width), "low_rank_head": low_rank}
 
 
 def centred(head: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

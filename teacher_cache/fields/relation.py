@@ -19,6 +19,7 @@ FIELDS = ("relation",)
 
 class RelationField:
     name = "relation"
+    shape = ("vision", "vision")
     version = 1
     calibrated = False
     temperatures: tuple[float, ...] | None = None

@@ -23,6 +23,7 @@ class PlainTopK:
     def __init__(self, name: str, params: Mapping[str, Any]):
         self.name, self.params = name, dict(params)
         self.wants = Wants(topk={name.removesuffix("_topk"): params["k"]})
+        self.shape = tuple(self.wants.topk)
 
     def encode(self, prepared: Prepared, output: TeacherOutput) -> dict[str, torch.Tensor]:
         raise KdcliError(

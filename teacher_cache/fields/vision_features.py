@@ -33,6 +33,7 @@ class Params:
 
 class VisionFeatures:
     name = "vision_features"
+    shape = ("vision", "width")
     version = 1
     calibrated = False
     temperatures: tuple[float, ...] | None = None

@@ -93,11 +93,15 @@ def live_view(model: Any, batch: Batch, vocabulary: int, text: Any) -> TeacherVi
         relations=[one @ one.T for one in raw],
         vocabulary=vocabulary,
         raw_vision=Dense64(rows["vision"] @ head.T),
-        affinities=[normalize(v, dim=1) @ normalize(t, dim=1).T for v, t in zip(split["vision"], split["text"])],
         hidden={kind: rows[kind] for kind in ("response", "vision")},
-        attentions=maps,
         text=text,
-        features=list(features),
+        of_samples={
+            "vision_text_affinity": [
+                normalize(v, dim=1) @ normalize(t, dim=1).T for v, t in zip(split["vision"], split["text"])
+            ],
+            "text_vision_attention": maps,
+            "vision_features": list(features),
+        },
     )
 
 

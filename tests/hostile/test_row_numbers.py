@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,17 +18,26 @@ from teacher_cache.cache import TeacherCache
 from teacher_cache.cached_samples import CachedSamples
 from teacher_cache.codecs import container
 from teacher_cache.errors import CacheError
+from teacher_cache.records import TeacherOutput
 from teacher_cache.shards.commit import committed_shards
 from teacher_cache.shards.mender import ShardReplacer
+from teacher_cache.shards.sealed import seal, unseal
+from tests.golden.make_golden import PlainTopKWriter
 
 Tensors = dict[str, torch.Tensor]
 
 
-def rewrite(folder: Path, name: str, change: Callable[[dict[str, bytes]], Any]) -> None:
-    """Every sample of a column with its members changed, and every checksum right."""
+def rewrite(
+    folder: Path, name: str, change: Callable[[dict[str, bytes]], Any], description: dict[str, Any] | None = None
+) -> None:
+    """Every sample of a column with its members changed, and every checksum right. description: another one of the field."""
     cache = TeacherCache(str(folder))
     reader = cache.column(name)
     digest = "" if name == "samples" else cache.fields[name]["sha256"]
+    if description:
+        data = seal(description)
+        digest = hashlib.sha256(data).hexdigest()
+        (folder / "fields" / name / "field.json").write_bytes(data)
     for shard in committed_shards(cache.storage, reader.column):
         writer = ShardReplacer(cache.storage, reader.column, shard, cache.plan_hash, digest)
         for row, entry in enumerate(reader.entries(shard)):
@@ -45,6 +56,26 @@ def tensors(change: Callable[[Tensors], Any]) -> Callable[[dict[str, bytes]], An
         members["safetensors"] = container.pack(stored)
 
     return edit
+
+
+@pytest.fixture(scope="module")
+def plain_cache(tiny_cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Its top-k as plain tensors, as earlier versions wrote it: nothing but their reader says which numbers are the teacher's."""
+    folder = tmp_path_factory.mktemp("plain") / "cache"
+    shutil.copytree(tiny_cache, folder)
+    for name in ("response_topk", "vision_topk"):
+        coded = TeacherCache(str(folder)).open_field(name)
+        body = unseal((folder / "fields" / name / "field.json").read_bytes(), name)
+        body |= {"params": {**body["params"], "coding": "plain", "value_dtype": "float32"}, "calibration": None}
+        plain = PlainTopKWriter(name, body["params"])
+
+        def written(members: dict[str, bytes], coded: Any = coded, plain: Any = plain) -> None:
+            topk = coded.decode(container.unpack(members["safetensors"]))
+            said = TeacherOutput(topk={plain.name.removesuffix("_topk"): topk})
+            members["safetensors"] = container.pack(plain.encode(None, said))
+
+        rewrite(folder, name, written, body)
+    return folder
 
 
 def other_part(members: dict[str, bytes]) -> None:
@@ -86,15 +117,24 @@ CHANGES: dict[str, tuple[str, Callable[[dict[str, bytes]], Any], str]] = {
 
 
 @pytest.mark.parametrize("kind", CHANGES)
-def test_numbers_that_are_not_the_teacher_s(tiny_cache: Path, copy_of, kind: str) -> None:
+def test_numbers_that_are_not_the_teacher_s(tiny_cache: Path, plain_cache: Path, copy_of, kind: str) -> None:
     name, change, said = CHANGES[kind]
-    folder = copy_of(tiny_cache)
+    folder = copy_of(plain_cache if name.endswith("_topk") else tiny_cache)
     rewrite(folder, name, change)
     cache = TeacherCache(str(folder))
     rows = CachedSamples(cache, ["sft"], sorted(cache.fields))
     places = [(p, r) for p, count in enumerate(rows.counts) for r in range(count)]
     with pytest.raises(CacheError, match=f"shard .* {name} .*{said}"):
         rows.read_many(places)
+
+
+def test_plain_top_k_is_that_of_the_coded_cache(tiny_cache: Path, plain_cache: Path) -> None:
+    both = [
+        CachedSamples(TeacherCache(str(one)), ["sft"], ["response_topk"]).read(0, 0)
+        for one in (tiny_cache, plain_cache)
+    ]
+    for ours, theirs in zip(*(vars(one.fields["response_topk"]).values() for one in both), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("workers", ["0", "1"])

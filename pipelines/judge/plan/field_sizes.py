@@ -2,7 +2,7 @@
 
 Where shapes decide the bytes, the field itself is asked: it encodes tensors that have a shape and nothing else (the meta device), so a
 new field or codec is counted exactly without a formula here. Where entropy decides them they are measured on another cache of the same
-settings (``--like``), or guessed from what was measured once (``field_defaults``).
+settings (``--like``), or guessed by the field from what was measured once (``field_defaults``).
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import json
 import tarfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from statistics import NormalDist
 
 import torch
@@ -72,22 +73,11 @@ def member_bytes(size: int) -> int:
     return tarfile.BLOCKSIZE * (1 - -size // tarfile.BLOCKSIZE)
 
 
-def coded_rows(name: str, counts: RowCounts, text: str = "all") -> int:
-    """Rows that a field stores of one sample; affinities store vision and text states, and nothing of a sample without images.
-
-    Args:
-        text: of affinities, the text tokens that are stored (``response`` or ``all``).
-
-    Of attention, pairs of a text and a vision token: those of text before an image are zeros that cost nothing, and count all the same.
-    """
-    kind = name.split("_")[0]
-    if kind == "attention":
-        return counts.vision * counts.text
-    if kind in ("vision", "response"):
-        return int(getattr(counts, kind))
-    if kind == "relation":
-        return counts.vision
-    return counts.vision + (counts.response if text == "response" else counts.text) if counts.vision else 0
+def coded_rows(one: Field, counts: RowCounts) -> int:
+    """Rows that a field's bytes are counted by, of one sample."""
+    if own := getattr(one, "coded_rows", None):
+        return int(own(counts.vision, counts.response, counts.text))
+    return sum(getattr(counts, kind) for kind in one.wants.row_kinds)
 
 
 @dataclass(frozen=True)
@@ -97,19 +87,15 @@ class FieldSize:
     Attributes:
         basis: ``EXACT``, ``MEASURED`` or one of ``field_defaults``. exact: bytes of a record by its rows, where that is known.
         per_row: part → bytes a stored row otherwise; "" for parts that are not named. empty: bytes of a record without rows.
-        text: see ``coded_rows``.
+        rows: ``coded_rows`` of the field, of one sample.
     """
 
     name: str
     basis: str
+    rows: Callable[[RowCounts], int]
     exact: Callable[[RowCounts], int] | None = None
     per_row: Mapping[str, float] = field(default_factory=dict)
     empty: int = 0
-    text: str = "all"
-
-    def rows(self, counts: RowCounts) -> int:
-        """``coded_rows`` of one sample."""
-        return coded_rows(self.name, counts, self.text)
 
     def record(self, part: str, counts: RowCounts) -> int:
         """Bytes of one sample's record."""
@@ -131,6 +117,7 @@ def size_field(one: Field, width: int, vocabulary: int, like: TeacherCache | Non
     Raises:
         KdcliError: neither shapes, ``like`` nor a default tell.
     """
+    rows = partial(coded_rows, one)
     if not one.calibrated:
         probe = ShapeProbe(one, width, vocabulary)
         try:
@@ -138,17 +125,12 @@ def size_field(one: Field, width: int, vocabulary: int, like: TeacherCache | Non
         except LOOKS_AT_VALUES:
             pass  # so its bytes depend on them
         else:
-            return FieldSize(one.name, EXACT, exact=probe)
-    empty, text = empty_record(one, width, vocabulary), text_of(one)
+            return FieldSize(one.name, EXACT, rows, exact=probe)
+    empty = empty_record(one, width, vocabulary)
     if like is not None and differs(like, one) is None:
-        return FieldSize(one.name, MEASURED, per_row=measure(like, one, empty), empty=empty, text=text)
+        return FieldSize(one.name, MEASURED, rows, per_row=measure(like, one, empty), empty=empty)
     each = {"": default_bytes(one, vocabulary, heads)}
-    return FieldSize(one.name, default_basis(one), per_row=each, empty=empty, text=text)
-
-
-def text_of(one: Field) -> str:
-    """The text tokens that affinities store."""
-    return str(one.params.get("text", "all"))
+    return FieldSize(one.name, default_basis(one), rows, per_row=each, empty=empty)
 
 
 def empty_record(one: Field, width: int, vocabulary: int) -> int:
@@ -182,7 +164,7 @@ def measure(like: TeacherCache, one: Field, empty: int) -> dict[str, float]:
     rows: dict[str, int] = {}
     for shard in shards[:: -(-len(shards) // MOST_LIKE_SHARDS)]:
         for entry in column.entries(shard):
-            stored = coded_rows(one.name, counts_of(entry), text_of(one))
+            stored = coded_rows(one, counts_of(entry))
             if not stored:
                 continue
             size = sum(member.size for member in entry.members)

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 
 from pipelines.judge.plan.column_sizes import ColumnEstimate
-from pipelines.judge.plan.field_sizes import EXACT, MEASURED, FieldSize, coded_rows, differs
+from pipelines.judge.plan.field_sizes import EXACT, MEASURED, FieldSize, RowCounts, differs
 from pipelines.judge.plan.mixture_sample import PartSample
 from pipelines.settings import CaptureSettings
 from pipelines.terminal.tables import human_bytes
@@ -63,13 +63,19 @@ def calibration_notes(
     said = []
     for name, one in fields.items():
         if one.calibrated and not name.endswith("_topk"):
-            mean = sum(part.total(lambda row, n=name: coded_rows(n, row.counts)) for part in full) / usable  # type: ignore[misc]
+            mean = sum(part.total(lambda row, one=one: fitted_rows(one, row.counts)) for part in full) / usable  # type: ignore[misc]
             rows = min(settings.calibration_rows, usable) * mean
             if rows < (least := least_rows(width)):
                 enough = math.ceil(1.1 * least / mean) if mean else 0
                 fix = f"--calibration-rows {enough}" if enough and enough <= usable else "--codec bf16"
                 said.append(f"calibration will see about {rows:,.0f} rows of {name}, {least:,} are needed: use {fix}")
     return said
+
+
+def fitted_rows(one: Field, counts: RowCounts) -> int:
+    """Rows that a fit sees of one sample; a field of vision rows nothing of one without images."""
+    kinds = one.wants.row_kinds
+    return 0 if "vision" in kinds and not counts.vision else sum(getattr(counts, kind) for kind in kinds)
 
 
 def shard_notes(settings: CaptureSettings, gpus: int, columns: Sequence[ColumnEstimate]) -> list[str]:

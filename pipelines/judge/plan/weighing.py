@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from pipelines.judge.plan.column_sizes import ColumnEstimate, column_estimate, manifest_bytes, tars_by_part
-from pipelines.judge.plan.field_sizes import MEASURED, FieldSize, size_field
+from pipelines.judge.plan.field_sizes import MEASURED, FieldSize, coded_rows, size_field
 from pipelines.judge.plan.mixture_sample import PartSample
 from pipelines.judge.plan.teacher_cost import files_once
 from teacher_cache.cache import TeacherCache
@@ -67,9 +68,10 @@ class Weigher:
     def sizes(self, fields: Mapping[str, Field]) -> dict[str, FieldSize]:
         """KdcliError where nothing tells how large a field's records will be."""
         heads = int(self.config.get_text_config().num_attention_heads)
-        known = {name: FieldSize(name, MEASURED, per_row={"": size}) for name, size in self.measured.items()}
         return {
-            name: known.get(name) or size_field(one, self.width, self.vocabulary, self.like, heads)
+            name: FieldSize(name, MEASURED, partial(coded_rows, one), per_row={"": self.measured[name]})
+            if name in self.measured
+            else size_field(one, self.width, self.vocabulary, self.like, heads)
             for name, one in fields.items()
         }
 

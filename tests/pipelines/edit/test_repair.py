@@ -34,7 +34,7 @@ PARAMS: dict[str, dict[str, Any]] = {
     "vision_hidden": {"codec": "sketch"},
     "response_hidden": {"codec": "fp32"},
 }
-"""Plain and coded, with a whole head and with a low-rank one: every kind of file that a cache has."""
+"""Coded and not, with a whole head and with a low-rank one: every kind of file that a cache has."""
 
 
 def tree(folder: Path) -> dict[str, bytes]:
@@ -290,9 +290,9 @@ def test_what_it_is_not_made_of_is_refused(
 
 def test_a_lost_description_wants_its_parameters(whole: Path, copy_of, mend) -> None:
     folder = copy_of(whole)
-    cut(folder / "fields" / "response_topk" / "field.json")
+    cut(folder / "fields" / "response_hidden" / "field.json")
     before = tree(folder)
-    (left,) = mend(folder, params={**PARAMS, "response_topk": {"k": 5}})["left"]
+    (left,) = mend(folder, params={**PARAMS, "response_hidden": {"codec": "bf16"}})["left"]
     assert "another description than these flags mean" in left["why"] and tree(folder) == before
     assert mend(folder)["left"] == [] and tree(folder) == tree(whole)
 

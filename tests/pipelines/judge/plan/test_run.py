@@ -109,13 +109,15 @@ def test_standard_profile_by_a_smaller_cache(tmp_path: Path, capture_profile: Ca
     assert any("--like" in note for note in without.notes)
 
 
-def test_every_shape_counted_field_as_captured(
-    tiny_cache_bf16: Path, make_request: Callable[..., Any], tmp_path: Path
-) -> None:
+def test_every_shape_counted_field_as_captured(make_request: Callable[..., Any], tmp_path: Path) -> None:
     """Tars of six rows end on multiples of 10,240 bytes; whether that is two or three of them only their bytes tell."""
-    request = make_request(tiny_cache_bf16, codec="bf16")
-    predicted = compare(tiny_cache_bf16, request, padding=10_240 // 2)
-    assert len(predicted.columns) == 7 and {column.basis for column in predicted.columns} == {EXACT}
+    from pipelines.capture.cache_teacher import capture
+
+    shaped = ("response_hidden", "vision_hidden", "affinity", "relation")
+    request = make_request(tmp_path / "cache", codec="bf16", fields=shaped)
+    capture(request)
+    predicted = compare(tmp_path / "cache", request, padding=10_240 // 2)
+    assert len(predicted.columns) == 5 and {column.basis for column in predicted.columns} == {EXACT}
 
 
 def test_no_weights_are_needed(tiny_teacher: Path, tmp_path: Path, make_request: Callable[..., Any]) -> None:
@@ -220,7 +222,7 @@ def test_attention_by_pairs_and_heads() -> None:
         size_field(create_field("attention", {"heads": h}), WIDTH, VOCABULARY, None, 28) for h in ("each", "mean")
     )
     counts = RowCounts(36, 5, 9)
-    assert coded_rows("attention", counts) == 324
+    assert coded_rows(create_field("attention"), counts) == 324
     assert each.record("sft", counts) - each.empty == pytest.approx(
         28 * (mean.record("sft", counts) - mean.empty), rel=0.01
     )
@@ -231,8 +233,12 @@ def test_attention_by_pairs_and_heads() -> None:
 
 def test_rows_and_blocks() -> None:
     assert [member_bytes(n) for n in (0, 1, 512, 513)] == [512, 1024, 1024, 1536]
-    assert coded_rows("affinity", RowCounts(36, 5, 9)) == 45 and coded_rows("affinity", RowCounts(0, 5, 9)) == 0
-    assert coded_rows("affinity", RowCounts(36, 5, 9), "response") == 41
+    of_all, of_responses = (
+        create_field("affinity", {"layout": "factored", "text": one}) for one in ("all", "response")
+    )
+    assert coded_rows(of_all, RowCounts(36, 5, 9)) == 45 and coded_rows(of_all, RowCounts(0, 5, 9)) == 0
+    assert coded_rows(of_responses, RowCounts(36, 5, 9)) == 41
+    assert coded_rows(create_field("response_topk"), RowCounts(36, 5, 9)) == 5
 
 
 def test_samples_are_spread(mixture: tuple[DataSpec, ...], teacher_parts: tuple[Any, Any]) -> None:
