@@ -46,7 +46,8 @@ from pipelines.settings import CaptureSettings
 from teacher_cache import behind
 from teacher_cache import cache_shard as line
 from teacher_cache.batch import collate, token_batches
-from teacher_cache.cache_shard import CaptureJob, cache_shard, prepare_windows, read_ahead
+from teacher_cache.cache_shard import cache_shard, prepare_windows, read_ahead
+from teacher_cache.capture_job import CaptureJob
 from teacher_cache.fields import Field, create_field
 from teacher_cache.plan import Plan
 from teacher_cache.plan_file import write_plan

@@ -40,7 +40,8 @@ from pipelines.settings import CaptureSettings
 from teacher_cache import cache_shard as line
 from teacher_cache.batch import token_batches
 from teacher_cache.behind import Waits
-from teacher_cache.cache_shard import CaptureJob, cache_shard, prepare_windows, read_ahead
+from teacher_cache.cache_shard import cache_shard, prepare_windows, read_ahead
+from teacher_cache.capture_job import CaptureJob
 from teacher_cache.codecs import spectrum
 from teacher_cache.codecs.spectrum import Grid
 from teacher_cache.fields import create_field, wants_of

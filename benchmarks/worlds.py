@@ -16,7 +16,8 @@ from pipelines.capture.describe import describe
 from pipelines.capture.profiles import PROFILES
 from pipelines.demo.write_world import write_world
 from pipelines.settings import CaptureSettings
-from teacher_cache.cache_shard import CaptureJob, cache_shard
+from teacher_cache.cache_shard import cache_shard
+from teacher_cache.capture_job import CaptureJob
 from teacher_cache.fields import CalibratedField, create_field
 from teacher_cache.fields.calibration import Calibration
 from teacher_cache.fingerprint import processor_fingerprint

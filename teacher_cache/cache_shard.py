@@ -7,21 +7,18 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
+from typing import Any
 
 from teacher_cache.batch import token_batches
 from teacher_cache.behind import Behind, Record, Waits, encode_row
+from teacher_cache.capture_job import CaptureJob, SampleReader
 from teacher_cache.codecs import container
 from teacher_cache.errors import CacheError, OutOfMemory, SkipSample, one_line, out_of_memory
 from teacher_cache.fields import Field, wants_of
-from teacher_cache.plan import Plan
 from teacher_cache.prepare import Preparer
-from teacher_cache.records import Prepared, RowGroup, Sample, SkipRecord, TeacherOutput
+from teacher_cache.records import Prepared, Sample, SkipRecord, TeacherOutput
 from teacher_cache.same_samples import NOTHING, RecordedSamples
 from teacher_cache.samples import cut_counts, encode_sample
-from teacher_cache.shards.commit import committed_shards
-from teacher_cache.shards.storage import Storage
-from teacher_cache.shards.verify import lost
 from teacher_cache.shards.writer import ShardWriter
 from teacher_cache.sources import DataSpec
 from teacher_cache.wants import Wants
@@ -29,64 +26,6 @@ from teacher_cache.window_bytes import WINDOW_BYTES, Weigh, input_bytes, weigher
 
 WINDOW_ROWS = 256
 Teacher = Callable[[Sequence[Prepared], Wants], list[TeacherOutput]]
-
-
-class SampleReader(Protocol):
-    """What capture asks of a mixture part (``sources.Source``), or of the ``samples`` of a cache (``stored_samples``)."""
-
-    def read(self, group: RowGroup) -> Iterator[Sample | SkipRecord]:
-        """The rows of one group in order, exactly ``group.rows`` items."""
-        ...
-
-
-@dataclass(frozen=True)
-class CaptureJob:
-    """What every worker needs to know, JSON- and pickle-able parts only.
-
-    Attributes:
-        fields: field → hash of its ``field.json``; the order is the writing order.
-        parts_without_fields: parts of which only ``samples`` is stored (a projector phase without distillation).
-        batch_tokens: padded tokens in one teacher batch.
-        staging_bytes: as ``ShardWriter`` takes it.
-        writer: of a new shard, or of an existing one (``shards/mender.py``).
-        keep_rows: an existing shard is written again, and must hold every row that it held.
-        encode_workers: threads that encode beside the teacher.
-    """
-
-    storage: Storage
-    plan: Plan
-    fields: Mapping[str, str]
-    field_objects: Mapping[str, Field]
-    parts_without_fields: frozenset[str] = frozenset()
-    batch_tokens: int = 8192
-    staging_bytes: int = 0
-    writer: type[ShardWriter] = ShardWriter
-    keep_rows: bool = False
-    encode_workers: int = 1
-
-    def columns(self, shard: int) -> list[str]:
-        """Columns of this shard, ``samples`` first."""
-        bare = self.plan.slices[shard].part in self.parts_without_fields
-        return ["samples"] + ([] if bare else [f"fields/{name}" for name in self.fields])
-
-    def missing(self) -> dict[int, list[str]]:
-        """Shards with columns that are not committed, in order."""
-        every = ["samples", *(f"fields/{name}" for name in self.fields)]
-        done = {column: set(committed_shards(self.storage, column)) for column in every}
-        left = {
-            shard: [column for column in self.columns(shard) if shard not in done[column]]
-            for shard in range(len(self.plan.slices))
-        }
-        return {shard: columns for shard, columns in left.items() if columns}
-
-    def lost(self) -> dict[int, dict[str, str]]:
-        """Shards with columns that are committed and of which a file is gone: shard → column → what, in words."""
-        found: dict[int, dict[str, str]] = {}
-        for column in ("samples", *(f"fields/{name}" for name in self.fields)):
-            column_hash = self.fields.get(column.removeprefix("fields/"), "")
-            for shard, what in lost(self.storage, self.plan, column, column_hash).items():
-                found.setdefault(shard, {})[column] = what
-        return dict(sorted(found.items()))
 
 
 @dataclass

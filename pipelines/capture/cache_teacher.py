@@ -19,7 +19,7 @@ from pipelines.capture.skipped_samples import excess, refuse_skips, take_in_agai
 from pipelines.capture.worker import CaptureRequest, make_preparer, run_shards, sample_readers
 from pipelines.inspect.cache import status
 from teacher_cache.cache import TeacherCache
-from teacher_cache.cache_shard import CaptureJob
+from teacher_cache.capture_job import CaptureJob
 from teacher_cache.errors import CacheError, KdcliError, naming_full_disk
 from teacher_cache.fields import Field, create_field, wants_of
 from teacher_cache.fields.calibration import Calibration

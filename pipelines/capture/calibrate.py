@@ -10,7 +10,8 @@ import torch
 from teacher_cache import cache_shard
 from teacher_cache.batch import row_positions
 from teacher_cache.behind import is_finite
-from teacher_cache.cache_shard import SampleReader, Teacher
+from teacher_cache.cache_shard import Teacher
+from teacher_cache.capture_job import SampleReader
 from teacher_cache.errors import KdcliError, SkipSample
 from teacher_cache.fields import CalibratedField, wants_of
 from teacher_cache.fields.calibration import Calibration

@@ -21,7 +21,7 @@ import torch
 
 from pipelines.capture.describe import lost_files
 from pipelines.settings import CaptureSettings
-from teacher_cache.cache_shard import CaptureJob
+from teacher_cache.capture_job import CaptureJob
 from teacher_cache.errors import CacheError, KdcliError
 from teacher_cache.fields import Field
 from teacher_cache.places import is_remote, local_path

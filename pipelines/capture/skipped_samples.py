@@ -8,7 +8,8 @@ from dataclasses import replace
 from math import log
 
 from teacher_cache.cache import TeacherCache
-from teacher_cache.cache_shard import CaptureJob, SampleReader, skip_record
+from teacher_cache.cache_shard import skip_record
+from teacher_cache.capture_job import CaptureJob, SampleReader
 from teacher_cache.errors import CacheError, KdcliError, SkipSample
 from teacher_cache.plan import Part, Plan
 from teacher_cache.prepare import Preparer

@@ -17,7 +17,8 @@ from pipelines.processes.cores import usable_cores
 from pipelines.settings import CaptureSettings
 from teacher_cache import stopping
 from teacher_cache.behind import Waits
-from teacher_cache.cache_shard import CaptureJob, SampleReader, Teacher, cache_shard
+from teacher_cache.cache_shard import Teacher, cache_shard
+from teacher_cache.capture_job import CaptureJob, SampleReader
 from teacher_cache.errors import KdcliError
 from teacher_cache.fingerprint import PREPARATION
 from teacher_cache.plan import Plan

@@ -24,7 +24,7 @@ from pipelines.edit.restore_manifest import LoadedTeacher, restore_manifest
 from pipelines.inspect.cache import check_descriptions, hashes, refuse_no_cache, survey
 from pipelines.settings import CaptureSettings
 from teacher_cache.cache import TeacherCache
-from teacher_cache.cache_shard import CaptureJob
+from teacher_cache.capture_job import CaptureJob
 from teacher_cache.errors import FULL, CacheError, CompatibilityError, KdcliError, naming_full_disk
 from teacher_cache.fingerprint import preparation_version
 from teacher_cache.plan import Plan, difference

@@ -12,7 +12,8 @@ import torch
 
 from pipelines.capture.calibrate import calibration_samples, hidden_rows, mixture_reader
 from teacher_cache import cache_shard as line
-from teacher_cache.cache_shard import CaptureJob, Window, cache_shard, prepare_windows
+from teacher_cache.cache_shard import Window, cache_shard, prepare_windows
+from teacher_cache.capture_job import CaptureJob
 from teacher_cache.fields import create_field
 from teacher_cache.make_plan import make_plan
 from teacher_cache.plan import Plan

@@ -13,7 +13,7 @@ from pipelines.capture.worker import CaptureRequest, ShardTask
 from pipelines.judge.preflight.live import LiveTeacher
 from pipelines.judge.preflight.request import PreflightRequest
 from pipelines.judge.preflight.sample import without_held_out
-from teacher_cache.cache_shard import CaptureJob
+from teacher_cache.capture_job import CaptureJob
 from teacher_cache.fields import CalibratedField, create_field
 from teacher_cache.fields.calibration import Calibration
 from teacher_cache.plan import Plan

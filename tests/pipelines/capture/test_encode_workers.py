@@ -17,7 +17,8 @@ from pipelines.processes import cores
 from pipelines.settings import CaptureSettings
 from teacher_cache import cache_shard as line
 from teacher_cache.cache import TeacherCache
-from teacher_cache.cache_shard import CaptureJob, cache_shard
+from teacher_cache.cache_shard import cache_shard
+from teacher_cache.capture_job import CaptureJob
 from teacher_cache.errors import CacheError, KdcliError
 from teacher_cache.prepare import Preparer
 from teacher_cache.shards.storage import Storage
