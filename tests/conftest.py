@@ -19,6 +19,10 @@ from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may ask the hub
 os.environ["KDCLI_MEMORY"] = tempfile.mkdtemp(prefix="kdcli-memory-")  # finished captures, by whichever test
+if int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1")) > 1:
+    os.environ.setdefault(
+        "OMP_NUM_THREADS", "1"
+    )  # several of us share the cores: two threads each took half as much time again
 
 import pytest
 
@@ -183,6 +187,25 @@ def deep_student(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """``tiny_student`` with three layers: vision tokens can go before the last, as operators do by default."""
     folder = tmp_path_factory.mktemp("models") / "deep"
     return build_folder(folder, text_width=32, vision_width=24, seed=2, layers=3)
+
+
+@pytest.fixture(scope="session")
+def load_copy() -> Callable[[Path], tuple[Any, Any]]:
+    """``load_copy(folder)`` → ``load_student(folder, "sdpa")``, read once while the folder's files stay as they are, and copied."""
+    from copy import deepcopy
+
+    from student_train import load_student as loading
+
+    read: dict[Any, tuple[Any, Any]] = {}
+
+    def load(folder: Path) -> tuple[Any, Any]:
+        files = sorted((one.name, one.stat().st_mtime_ns) for one in folder.iterdir())
+        key = (loading.load_student, folder, *files)  # a test may put another in its place
+        if key not in read:
+            read[key] = loading.load_student(str(folder), "sdpa")
+        return deepcopy(read[key])
+
+    return load
 
 
 @pytest.fixture(scope="session")

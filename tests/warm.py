@@ -6,7 +6,6 @@ from which folder it imports, what torchrun does.
 
 from __future__ import annotations
 
-import importlib
 import os
 import pickle
 import signal
@@ -79,15 +78,19 @@ class Child:
 
 
 class Warm:
-    """The warm process, begun with the first call; it has one thread, and has computed nothing."""
+    """The warm process, begun with the first call, or before what takes the time; it has one thread, and has computed nothing."""
 
     def __init__(self, folder: Path):
         self.folder, self.calls, self.server = folder, 0, None
 
-    def _begin(self) -> subprocess.Popen[bytes]:
+    def begin(self) -> subprocess.Popen[bytes]:
+        if self.server:
+            return self.server
         environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
-        server = subprocess.Popen([sys.executable, "-m", "tests.warm"], cwd=ROOT, env=environment, **pipes)
+        self.server = server = subprocess.Popen(
+            [sys.executable, "-m", "tests.warm"], cwd=ROOT, env=environment, **pipes
+        )
         assert server.stdout and server.stdout.readline() == b"ready\n"
         return server
 
@@ -101,14 +104,14 @@ class Warm:
         **environment: str,
     ) -> Child:
         """``function(*arguments)``, of a module that the warm process can import. errors, log: as a ``Job`` has them."""
-        self.server = self.server or self._begin()
+        server = self.begin()
         self.calls += 1
         errors, status = (errors or self.folder / f"{self.calls}.errors"), self.folder / f"{self.calls}.status"
         errors.touch()
         job = Job(function, arguments, folder, errors, status, environment, log)
-        pickle.dump(job, self.server.stdin)  # type: ignore[arg-type]
-        self.server.stdin.flush()  # type: ignore[union-attr]
-        return Child(int(self.server.stdout.readline()), job)  # type: ignore[union-attr]
+        pickle.dump(job, server.stdin)  # type: ignore[arg-type]
+        server.stdin.flush()  # type: ignore[union-attr]
+        return Child(int(server.stdout.readline()), job)  # type: ignore[union-attr]
 
     def ranks(self, count: int, function: Callable[..., Any], argument: Any, folder: Path) -> list[Child]:
         """The processes that ``torchrun --nproc-per-node count`` would start, without torchrun."""
@@ -175,11 +178,8 @@ def become(job: Job) -> None:
 
 if __name__ == "__main__":
     import pipelines.processes.quiet_threads  # noqa: F401 (before torch)
+    import tests.warm_modules  # noqa: F401
 
-    for name in ("auto.modeling_auto", "llava.modeling_llava", "qwen2.modeling_qwen2", "siglip.modeling_siglip"):
-        importlib.import_module(f"transformers.models.{name}")
-    for name in ("cli", "pipelines.capture.cache_teacher", "pipelines.train.train_student"):
-        importlib.import_module(name)
     print("ready", flush=True)
     mine = serve()
     become(mine)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import fields, is_dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -42,14 +43,13 @@ def full_cache(tmp_path_factory: pytest.TempPathFactory, make_request: Callable[
 
 @pytest.fixture(scope="module")
 def open_method(
-    full_cache: Path, deep_student: Path, tmp_path_factory: pytest.TempPathFactory
+    full_cache: Path, deep_student: Path, load_copy: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory
 ) -> Callable[..., tuple[Any, Any]]:
     """``open_method(name, preset, **train settings)`` → (trainer, micro-batches of one step over captions and chats)."""
     from pipelines.settings import Settings
     from pipelines.train.stage_plans import plan_stages
     from pipelines.train.stage_trainer import make_trainer
     from student_train.config import StageSettings, TrainSettings
-    from student_train.load_student import load_student
 
     def open_(
         name: str, preset: str, cache_url: Path = full_cache, knobs: dict[str, Any] | None = None, **changes: Any
@@ -60,7 +60,7 @@ def open_method(
         own = {stage.name: StageSettings(parts=("caption", "sft"))}
         (plan,) = plan_stages(cache, name, Settings(train=train, stages=own), stage.name, preset, knobs)
         rows = CachedSamples(cache, plan.parts, plan.served.names)
-        model, processor = load_student(str(deep_student), "sdpa")
+        model, processor = load_copy(deep_student)
         processes = distributed.Processes(0, 1, torch.device("cpu"))
         folder = tmp_path_factory.mktemp("method")
         trainer, batches_from = make_trainer(cache, plan, rows, model, processor, MIXED, MIXED, processes, folder)
@@ -150,22 +150,34 @@ CODED = {"vision_text_affinity": 5e-3, "text_vision_attention": 3e-2}
 """Needs that no field serves exactly, and how far the gradient may be off: cosines in 1/127, probabilities within 2.5 %."""
 
 
+@pytest.fixture(scope="module")
+def dense(
+    open_method: Callable[..., Any], tiny_cache: Path, tiny_teacher: Path, teacher_parts: Any
+) -> Callable[[str, str], Any]:
+    """``dense(name, preset)`` → (loss, terms, gradients) by the live teacher and the student in float64, whole; computed once."""
+    views: dict[Any, TeacherView] = {}
+
+    @lru_cache
+    def made(name: str, preset: str) -> Any:
+        trainer, (one,) = open_method(name, preset)
+        key = tuple(one.batch.keys)
+        if key not in views:
+            theirs = teacher_batch(tiny_cache, ("caption", "sft"), one.batch.keys, teacher_parts)
+            tokens = len(teacher_parts[0].tokenizer)
+            views[key] = live_view(load64(tiny_teacher), in_float64(theirs), tokens, one.text)
+        return reference(trainer, one, views[key])
+
+    return made
+
+
 @each_method
 @pytest.mark.parametrize("bf16", [False, True], ids=["fp32", "bf16"])
 def test_a_step_equals_the_dense_float64_reference(
-    open_method: Callable[..., Any],
-    tiny_cache: Path,
-    tiny_teacher: Path,
-    teacher_parts: Any,
-    name: str,
-    preset: str,
-    bf16: bool,
+    open_method: Callable[..., Any], dense: Callable[[str, str], Any], name: str, preset: str, bf16: bool
 ) -> None:
     """From the cache, chunk by chunk, as from the live teacher in float64, whole: loss, terms and gradients."""
     trainer, (one,) = open_method(name, preset, bf16=bf16)
-    theirs = teacher_batch(tiny_cache, ("caption", "sft"), one.batch.keys, teacher_parts)
-    view = live_view(load64(tiny_teacher), in_float64(theirs), len(teacher_parts[0].tokenizer), one.text)
-    expected_loss, expected_terms, expected = reference(trainer, one, view)
+    expected_loss, expected_terms, expected = dense(name, preset)
     loss, terms, gradients = loss_and_gradients(trainer, [one])
     coded = max((CODED.get(need.what, 0.0) for need in trainer.method.needs()), default=0.0)
     # In bf16 a matching takes others of nearly equal pairs.

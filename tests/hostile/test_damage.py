@@ -16,6 +16,7 @@ from teacher_cache.cache import TeacherCache
 from teacher_cache.cached_samples import CachedSample, CachedSamples
 from teacher_cache.errors import KdcliError
 from tests.close import equal_tensors
+from tests.exhaustive import of_all
 
 FIELDS = ["affinity", "attention", "relation", "response_hidden", "response_topk", "vision_hidden", "vision_topk"]
 
@@ -99,7 +100,7 @@ def test_a_whole_cache_is_clean(mini_cache: Path, original: list[CachedSample]) 
     assert all(same(a, b) for a, b in zip(original, read_all(mini_cache)))
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", of_all(range(3), 0))
 def test_damage_is_noticed_and_never_read(mini_cache: Path, copy_of, original: list[CachedSample], seed: int) -> None:
     folder = copy_of(mini_cache)
     for what, file, damaged in damages(folder, 70, seed):
@@ -116,10 +117,12 @@ def test_damage_is_noticed_and_never_read(mini_cache: Path, copy_of, original: l
         file.write_bytes(whole)
 
 
+@pytest.mark.parametrize("which", of_all(["one of a column", "every"], "one of a column"))
 @pytest.mark.parametrize("kind", ["*/data/*", "*/index/*", "*/commits/*", "fields/*/field.json", "manifest.json"])
-def test_a_missing_file_is_noticed(mini_cache: Path, copy_of, kind: str) -> None:
-    folder = copy_of(mini_cache)
-    for file in sorted({*folder.glob(kind), *folder.glob(f"fields/{kind}")}):
+def test_a_missing_file_is_noticed(mini_cache: Path, copy_of, kind: str, which: str) -> None:
+    folder, rng = copy_of(mini_cache), random.Random(5)
+    files = rng.sample(found := sorted({*folder.glob(kind), *folder.glob(f"fields/{kind}")}), len(found))
+    for file in files if which == "every" else {one.parent: one for one in files}.values():
         whole = file.read_bytes()
         file.unlink()
         assert is_noticed(folder), file

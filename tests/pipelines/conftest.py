@@ -4,6 +4,7 @@ service on loopback that fails as asked."""
 from __future__ import annotations
 
 import logging
+import multiprocessing
 import random
 import shutil
 import socket
@@ -13,6 +14,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -28,6 +30,27 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture
+def forked_workers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Workers of a capture are forked from a process that has imported what they need. Those that start an interpreter, as a user's do,
+    stand in ``test_stopped.py`` (a whole capture by two) and ``executors/test_local.py``."""
+    from pipelines.capture.executors import local
+
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["pipelines.processes.quiet_threads", "tests.warm_modules"])
+    own = {"get_context": lambda method: context, "active_children": multiprocessing.active_children}
+    monkeypatch.setattr(local, "multiprocessing", SimpleNamespace(**own))
+
+
+@pytest.fixture
+def checked_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What an export is checked by runs in this process; a program of its own, without the project, stands in ``export/test_run.py``."""
+    from pipelines.export import check, loaded
+
+    here = lambda folder, rows: {**loaded.compare(str(folder), rows), "project": []}  # noqa: E731
+    monkeypatch.setattr(check, "run_fresh", here)
 
 
 @pytest.fixture(scope="session")

@@ -218,6 +218,7 @@ def test_the_null_teacher_of_a_folder_of_text(here: Path, tmp_path: Path) -> Non
     assert made["stages"]
 
 
+@pytest.mark.usefixtures("checked_here")
 @pytest.mark.parametrize("tied", [True, False])
 def test_a_head_that_is_tied_or_not_is_saved_as_it_was(here: Path, tied: bool, tmp_path: Path) -> None:
     """And with padding rows beyond the tokenizer, on either side."""

@@ -49,7 +49,7 @@ def rich_cache(
 
 
 @pytest.fixture
-def open_stage(tmp_path: Path, tiny_student: Path) -> Callable[..., tuple[Any, Any]]:
+def open_stage(tmp_path: Path, tiny_student: Path, load_copy: Callable[..., Any]) -> Callable[..., tuple[Any, Any]]:
     """``open_stage(cache, stage=…, method=…, …)`` → (trainer, batches_from), exactly as ``train-student`` makes them.
 
     Unknown keywords are ``TrainSettings``; ``seed`` 0, no TensorBoard.
@@ -60,7 +60,6 @@ def open_stage(tmp_path: Path, tiny_student: Path) -> Callable[..., tuple[Any, A
     from pipelines.train.stage_trainer import make_trainer
     from student_train import distributed
     from student_train.config import StageSettings, TrainSettings
-    from student_train.load_student import load_student
     from teacher_cache.cache import TeacherCache
     from teacher_cache.cached_samples import CachedSamples
 
@@ -83,7 +82,7 @@ def open_stage(tmp_path: Path, tiny_student: Path) -> Callable[..., tuple[Any, A
         rows = CachedSamples(cache, plan.parts, plan.served.names, coded=device != "cpu" if coded is None else coded)
         total, global_batch = budget(plan, sum(rows.counts), 1)
         torch.manual_seed(0)
-        model, processor = load_student(str(student), "sdpa")
+        model, processor = load_copy(student)
         processes = distributed.Processes(0, 1, torch.device(device))
         folder = tmp_path / f"stage-{len(list(tmp_path.iterdir()))}"
         return make_trainer(cache, plan, rows, model, processor, total, global_batch, processes, folder)

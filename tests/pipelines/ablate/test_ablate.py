@@ -25,6 +25,8 @@ from pipelines.report.runs import read_runs
 from pipelines.train.output_lock import alone
 from teacher_cache.errors import KdcliError
 from teacher_cache.stopping import Stopped
+from tests.pipelines.ablate.conftest import fork_cells
+from tests.warm import Warm
 
 MORE = """
 [[variants]]
@@ -111,9 +113,11 @@ def test_an_interrupt_ends_the_children_and_the_next_run_continues(
     own_modules: Callable[[Path], Path],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
+    warm: Warm,
 ) -> None:
     """Stopped between two checkpoints of the first stage: the child is gone, the next one starts from the checkpoint. The second time
-    by a signal; the child has time for a checkpoint of its last step. In a folder where the user has modules with names of ours."""
+    by a signal; the child, then a forked one, has time for a checkpoint of its last step. In a folder where the user has modules with
+    names of ours."""
     monkeypatch.chdir(own_modules(tmp_path / "work"))
     out, grid = tmp_path / "out", write_grid()
     grid.write_text(grid.read_text().replace("max_steps = 1\n", "max_steps = 400\nsave_steps = 2\n"))
@@ -138,6 +142,7 @@ def test_an_interrupt_ends_the_children_and_the_next_run_continues(
         if len((first / "metrics.jsonl").read_text().splitlines()) > step + 2:
             os.kill(os.getpid(), signal.SIGUSR1)
 
+    fork_cells(warm, monkeypatch)
     with pytest.raises(Stopped, match="stopped by SIGUSR1"):
         run_cells([cell], [Slot("cpu", 1)], lambda one, error: None, stop_later)
     lines = (first / "metrics.jsonl").read_text().splitlines()

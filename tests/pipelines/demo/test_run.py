@@ -1,4 +1,4 @@
-"""The demo end to end, with a tenth of its rows and fewer steps: what `make demo` prints and leaves must be there."""
+"""The demo end to end, with a fifteenth of its rows and few steps: what `make demo` prints and leaves must be there."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from teacher_cache.errors import KdcliError
 from tests.pipelines.ablate.conftest import fork_cells
 from tests.warm import Warm
 
-SHORT = replace(DEMO, captions=32, train=64, heldout=14, projector_steps=2, tuning_steps=6)
+SHORT = replace(DEMO, captions=24, train=40, heldout=7, batch_size=8, projector_steps=1, tuning_steps=3)
 
 
 @pytest.fixture(scope="module")

@@ -195,6 +195,7 @@ def test_rows_that_only_a_field_skips(make_request, tmp_path: Path, monkeypatch)
     assert records(tmp_path / "both", ["response_topk"]).keys() == records(tmp_path / "nan", ["response_topk"]).keys()
 
 
+@pytest.mark.usefixtures("forked_workers")
 def test_complementary_subsets_merge_to_every_record(tiny_cache: Path, original, tmp_path: Path) -> None:
     for name, images in (("images", True), ("text", False)):
         subset(str(tiny_cache), str(tmp_path / name), rows=RowFilter(images=images))

@@ -123,6 +123,7 @@ def read_all(folder: Path, fields: list[str]) -> list[Any]:
     return [rows.read(position, row) for position, count in enumerate(rows.counts) for row in range(count)]
 
 
+@pytest.mark.usefixtures("forked_workers")
 def test_adding_again_is_nothing_and_two_workers_write_the_same(moved_away, copy_of, add) -> None:
     one, three = moved_away
     folder = copy_of(one)

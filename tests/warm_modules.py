@@ -1,0 +1,11 @@
+"""What a capture or a training imports: brought in once by a process that others are forked from."""
+
+import transformers.models.auto.modeling_auto
+import transformers.models.llava.modeling_llava
+import transformers.models.qwen2.modeling_qwen2
+import transformers.models.siglip.modeling_siglip  # noqa: F401
+
+import cli  # noqa: F401
+import pipelines.capture.cache_teacher
+import pipelines.capture.worker
+import pipelines.train.train_student  # noqa: F401
