@@ -229,24 +229,20 @@ def test_needs_are_honest(open_method: Callable[..., Any], name: str, preset: st
             loss()
 
 
-ATTRIBUTES = {
-    "vision_relation": "relations",
-    "vision_raw_logits": "raw_vision",
-    "vision_text_affinity": "affinities",
-    "text_vision_attention": "attentions",
-    "vision_features": "features",
-}
+ATTRIBUTES = {"vision_relation": "relations", "vision_raw_logits": "raw_vision"}
 
 
 def told_by(view: TeacherView) -> set[str]:
     """The needs that a view serves."""
-    told = {need for need, attribute in ATTRIBUTES.items() if getattr(view, attribute) is not None}
+    told = {need for need, attribute in ATTRIBUTES.items() if getattr(view, attribute) is not None} | {*view.of_samples}
     return told | {f"{kind}_logits" for kind in view.distributions} | {f"{kind}_hidden" for kind in view.hidden}
 
 
 def without(view: TeacherView, need: str) -> TeacherView:
     if need in ATTRIBUTES:
         return replace(view, **{ATTRIBUTES[need]: None})
+    if need in view.of_samples:
+        return replace(view, of_samples={key: one for key, one in view.of_samples.items() if key != need})
     kind, what = need.split("_")
     name = {"logits": "distributions", "hidden": "hidden"}[what]
     return replace(view, **{name: {key: one for key, one in getattr(view, name).items() if key != kind}})
