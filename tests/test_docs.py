@@ -4,15 +4,17 @@ those of docs/workflow.md with the kd.toml that `kdcli init` writes, edited as t
 from __future__ import annotations
 
 import importlib
+import io
 import json
 import os
 import re
+import runpy
 import shlex
 import shutil
-import subprocess
 import sys
 import tomllib
 from collections.abc import Iterator
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +31,7 @@ WORKFLOW = ROOT / "docs" / "workflow.md"
 FIRST = [ROOT / "README.md", WORKFLOW, *(ROOT / "docs" / f"{name}.md" for name in ("cache", "train", "fidelity"))]
 """Other pages work with the caches, students and files of these."""
 PAGES = [*FIRST, *(page for page in sorted((ROOT / "docs").glob("*.md")) if page not in FIRST)]
-ROWS, SHARDS = 150, 16
+ROWS, SHARDS = 90, 8
 """Of the user's chat mixture, and of the job that the kd.toml of `kdcli init` gives 512."""
 EDITS = {
     "llava-hf/llava-1.5-7b-hf": "teacher",
@@ -96,13 +98,14 @@ def edit_settings(file: Path) -> None:
 
 
 def run(command: list[str]) -> None:
-    """A line as a shell runs it: a kdcli command (in this process), whose output may go to a file, or a Python file that the page shows."""
+    """A line as a shell runs it, in this process: a kdcli command, whose output may go to a file, or a Python file that the page shows."""
     import cli
 
     words, _, file = (list(part) for part in _parted(command, ">"))
     if words[0] == "python":
-        done = subprocess.run(words, capture_output=True, text=True, check=False)
-        assert done.returncode == 0 and done.stdout, f"{shlex.join(command)}\n{done.stdout}{done.stderr}"
+        with redirect_stdout(io.StringIO()) as said:
+            runpy.run_path(words[1], run_name="__main__")
+        assert len(words) == 2 and said.getvalue(), shlex.join(command)
         return
     assert words[0] == "kdcli", f"only kdcli and python stand in bash blocks, got {command}"
     result = CliRunner().invoke(cli.main, words[1:], catch_exceptions=False)
