@@ -21,24 +21,57 @@ class LongWay(Exception):
     pass
 
 
+@pytest.fixture(scope="module")
+def request_in(
+    make_request: Callable[..., CaptureRequest], tiny_teacher: Path, world: Any
+) -> Callable[[Path], CaptureRequest]:
+    """A capture of a teacher and a mixture that lie in this folder."""
+
+    def make(folder: Path) -> CaptureRequest:
+        teacher = shutil.copytree(tiny_teacher, folder / "teacher")
+        data = shutil.copytree(Path(world.captions).parent, folder / "data")
+        captions = str(data / Path(world.captions).name)
+        parts = (
+            DataSpec("caption", captions, image_root=str(data / "images"), template="plain"),
+            DataSpec("sft", str(data / "train" / "*.parquet"), template="chat"),
+        )
+        return make_request(folder / "cache", teacher=teacher, fields=("response_topk",), data=parts)
+
+    return make
+
+
 @pytest.fixture
 def request_for(
-    make_request: Callable[..., CaptureRequest],
-    tiny_teacher: Path,
-    world: Any,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    request_in: Callable[[Path], CaptureRequest], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> CaptureRequest:
-    """A capture of a teacher and a mixture of its own, with a memory of its own."""
+    """Such a capture, with a memory of its own."""
     monkeypatch.setenv(receipt.FOLDER, str(tmp_path / "memory"))
-    teacher = shutil.copytree(tiny_teacher, tmp_path / "teacher")
-    data = shutil.copytree(Path(world.captions).parent, tmp_path / "data")
-    captions = str(data / Path(world.captions).name)
-    parts = (
-        DataSpec("caption", captions, image_root=str(data / "images"), template="plain"),
-        DataSpec("sft", str(data / "train" / "*.parquet"), template="chat"),
-    )
-    return make_request(tmp_path / "cache", teacher=teacher, fields=("response_topk",), data=parts)
+    return request_in(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def captured(
+    request_in: Callable[[Path], CaptureRequest], tmp_path_factory: pytest.TempPathFactory
+) -> tuple[CaptureRequest, Path, Path]:
+    """(a finished capture, its folder, a copy of that folder)."""
+    place = tmp_path_factory.mktemp("captured")
+    request = request_in(place / "here")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(receipt.FOLDER, str(place / "here" / "memory"))
+        capture(request)
+    return request, place / "here", Path(shutil.copytree(place / "here", place / "kept"))
+
+
+@pytest.fixture
+def finished(
+    captured: tuple[CaptureRequest, Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> tuple[CaptureRequest, Path]:
+    """(a finished capture, its folder), with the bytes and times that it had when it ended."""
+    request, here, kept = captured
+    monkeypatch.setenv(receipt.FOLDER, str(here / "memory"))
+    shutil.rmtree(here)
+    shutil.copytree(kept, here)
+    return request, here
 
 
 def takes_the_long_way(asked: CaptureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
@@ -106,10 +139,11 @@ CHANGES: dict[str, Callable[[CaptureRequest, Path], CaptureRequest]] = {
 
 @pytest.mark.parametrize("change", CHANGES)
 def test_whatever_differs_is_looked_at(
-    request_for: CaptureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: str
+    finished: tuple[CaptureRequest, Path], monkeypatch: pytest.MonkeyPatch, change: str
 ) -> None:
-    capture(request_for)
-    assert takes_the_long_way(CHANGES[change](request_for, tmp_path), monkeypatch)
+    request, here = finished
+    assert not takes_the_long_way(request, monkeypatch)
+    assert takes_the_long_way(CHANGES[change](request, here), monkeypatch)
 
 
 def test_a_part_of_the_shards_is_no_finished_capture(

@@ -15,6 +15,7 @@ from pipelines.capture.executors.slurm import SlurmJob
 from pipelines.capture.worker import CaptureRequest
 from teacher_cache.errors import KdcliError
 from teacher_cache.plan_file import parse_plan
+from tests.exhaustive import of_all
 
 SBATCH = """#!/bin/bash
 # Runs a script at once, each task of an array with its number, as Slurm would on some machine at some time.
@@ -43,7 +44,9 @@ def slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return calls
 
 
+@pytest.mark.parametrize("tasks", of_all([1, 2], 1))
 def test_a_capture_by_an_array(
+    tasks: int,
     slurm: Path,
     alone: Path,
     cache_files: Callable[[Path], dict[str, bytes]],
@@ -52,14 +55,17 @@ def test_a_capture_by_an_array(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """The flags as a user gives them, a kd.toml and modules of the user's own beside them, relative paths: the cache of one process."""
+    """The flags as a user gives them, a kd.toml and modules of the user's own beside them, relative paths: the cache of one process.
+    Two tasks are exhaustive; that parts of the shards make the whole is tested below."""
     request = make_request("cache")
     monkeypatch.chdir(own_modules(tmp_path / "work"))
     lines = [
         f"[fields.{name}]\n" + "".join(f"{k} = {v!r}\n" for k, v in p.items())
         for name, p in request.field_params.items()
     ]
-    (tmp_path / "work" / "kd.toml").write_text('[capture]\nexecutor = "slurm"\nslurm_tasks = 2\n' + "\n".join(lines))
+    (tmp_path / "work" / "kd.toml").write_text(
+        f'[capture]\nexecutor = "slurm"\nslurm_tasks = {tasks}\n' + "\n".join(lines)
+    )
     flags = [
         "--teacher",
         request.teacher.id,
@@ -78,7 +84,7 @@ def test_a_capture_by_an_array(
     flags += ["--fields", ",".join(request.settings.fields), "--batch-tokens", "1024", "--workers", "1"]
     result = CliRunner().invoke(main, ["cache-teacher", *flags, "--slurm-options", "--partition=gpu --time=1:00"])
     assert result.exit_code == 0, result.output
-    assert "1 prepares, then array 2 with 2 tasks" in result.output
+    assert f"1 prepares, then array 2 with {tasks} tasks" in result.output
     first, second = slurm.read_text().splitlines()
     assert (
         first == "--parsable slurm/prepare.sbatch" and second == "--parsable --dependency=afterok:1 slurm/shards.sbatch"
