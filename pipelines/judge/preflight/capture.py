@@ -13,6 +13,7 @@ from pipelines.capture.worker import CaptureRequest, ShardTask
 from pipelines.judge.preflight.live import LiveTeacher
 from pipelines.judge.preflight.request import PreflightRequest
 from pipelines.judge.preflight.sample import without_held_out
+from pipelines.processes.memory import give_back
 from teacher_cache.capture_job import CaptureJob
 from teacher_cache.fields import CalibratedField, create_field
 from teacher_cache.fields.calibration import Calibration
@@ -70,4 +71,5 @@ def capture_sample(
     await_listed(storage, left, fields)
     del task  # with its teacher: what comes next is the student's
     release()
+    give_back()
     return seconds if fresh else None

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from pipelines.judge.fidelity.sources import listen
+from pipelines.processes.memory import give_back
 from teacher_cache.records import Prepared, TeacherOutput
 from teacher_cache.teachers import backends
 from teacher_cache.teachers.backends import OpenTeacher
@@ -39,5 +40,6 @@ class LiveTeacher:
     def release(self) -> None:
         self._loaded = None
         backends.release()
+        give_back()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()

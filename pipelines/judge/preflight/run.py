@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -28,6 +28,7 @@ from pipelines.judge.preflight.report import TRIED, tried_page
 from pipelines.judge.preflight.request import Notebook, PreflightRequest, has_ladder, identity
 from pipelines.judge.preflight.sample import Wanted, enough_rows
 from pipelines.judge.preflight.student_side import StudentRead, load_side, read_as_student, row_id
+from pipelines.processes.memory import give_back
 from pipelines.train.stage_plans import blind_student, refuse_blind, refuse_default_parts
 from student_train.methods import create_method
 from teacher_cache.batch import row_positions
@@ -101,6 +102,8 @@ def go_on(request: PreflightRequest, opened: OpenedModels, progress: Progress) -
     opened.live.release()
     student, rows = load_side(request.settings.train, opened.read, opened.judged, device)
     chosen = chosen_params(request, opened.notebook, student, rows, answers, progress)
+    answers = replace(answers, fitting=())  # what the choice was made on: captured, it is on disk
+    give_back()
     report = partial(progress, "capturing")
     seconds = capture_sample(
         request, opened.plan, opened.preparer, opened.live, opened.fingerprint, chosen.params, chosen.fitted, report
@@ -112,6 +115,7 @@ def go_on(request: PreflightRequest, opened: OpenedModels, progress: Progress) -
     terms = compare_terms(cache, opened.preparer, student, rows, answers, terms_for(all_needs(request)))
     compared = {"compared": sum(map(len, student.batches)), "judged": len(rows)}
     del student, rows, answers  # a training step needs their memory
+    give_back()
     methods = []
     for done, method in enumerate(request.methods):
         progress(f"a training step of {method}", done, len(request.methods))
