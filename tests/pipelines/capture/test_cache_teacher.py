@@ -279,7 +279,7 @@ def test_a_teacher_that_says_nan(make_request, tiny_teacher: Path, mixture, tmp_
     model.model.language_model.layers[1].mlp.down_proj.weight.data.fill_(torch.nan)
     model.save_pretrained(broken)
     out = tmp_path / "c"
-    fields = ("response_topk", "vision_hidden", "relation", "affinity")
+    fields = ("response_hidden", "vision_hidden", "relation", "affinity")
     summary = capture(make_request(out, data=mixture[:1], teacher=broken, shards=2, fields=fields))
     for name, column in summary["columns"].items():
         assert column["rows"] == 10
