@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from pipelines.capture import cache_teacher
+from pipelines.capture import fit_fields
 from pipelines.capture.cache_teacher import capture
 from pipelines.capture.worker import CaptureRequest
 from pipelines.edit.fields import drop_field
@@ -136,7 +136,7 @@ def test_a_teacher_that_answers_otherwise_is_refused(
             for parameter in self.model.model.language_model.layers.parameters():
                 parameter.mul_(1 + 0.01 * torch.randn_like(parameter))
 
-    monkeypatch.setattr(cache_teacher, "open_teacher", Perturbed)
+    monkeypatch.setattr(fit_fields, "open_teacher", Perturbed)
     with pytest.raises(CompatibilityError, match="differs from the preflight's: relative difference"):
         capture(real_job(flown, ask, tmp_path / "cache"))
     assert not list((tmp_path / "cache").glob("samples/commits/*"))
