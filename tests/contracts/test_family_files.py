@@ -41,4 +41,4 @@ def test_the_page_names_all_that_a_family_answers_and_shows_a_file_as_it_is() ->
     told = set(re.findall(r"^\| `(\w+)", text, flags=re.MULTILINE))
     assert told == asked
     (shown,) = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
-    assert shown == (Path(folder.__file__).parent / "qwen_vl.py").read_text()
+    assert shown == (Path(folder.__file__).parent / "internvl.py").read_text()
