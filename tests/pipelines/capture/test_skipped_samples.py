@@ -24,7 +24,7 @@ from teacher_cache.errors import CacheError, KdcliError
 from teacher_cache.sources import DataSpec
 
 ROWS = 10
-FIELDS = ("response_topk", "vision_hidden")
+FIELDS = ("response_hidden", "vision_hidden")
 
 
 @pytest.mark.parametrize(
@@ -277,7 +277,7 @@ def test_fields_of_other_commands_are_named(asked, hide, tmp_path: Path) -> None
     bring = hide(1)
     capture(asked())
     bring()
-    notes = capture(asked(again=True, fields=("response_topk",)))["notes"]
+    notes = capture(asked(again=True, fields=("response_hidden",)))["notes"]
     assert notes[1] == "vision_hidden: without the rows taken in; name them with --fields and --retry-skipped, too"
     notes = capture(asked(again=True, fields=("vision_hidden",)))["notes"]
     assert "1 shard made again" in notes[0] and len(rows_of(tmp_path / "cache")) == ROWS

@@ -182,17 +182,17 @@ def test_rows_that_only_a_field_skips(make_request, tmp_path: Path, monkeypatch)
     """The teacher says NaN of every third row: subsets keep the field's own skip records of their rows, and all counts hold."""
     real, asked = behind.is_finite, []
     monkeypatch.setattr(behind, "is_finite", lambda output: bool(len(asked.append(0) or asked) % 3) and real(output))
-    capture(make_request(tmp_path / "nan", fields=("response_topk",)))
-    whole = complete(tmp_path / "nan")["columns"]["fields/response_topk"]
+    capture(make_request(tmp_path / "nan", fields=("response_hidden",)))
+    whole = complete(tmp_path / "nan")["columns"]["fields/response_hidden"]
     assert whole["skipped"] == {"nonfinite_teacher": 10}
     for name, images in (("images", True), ("text", False)):
         subset(str(tmp_path / "nan"), str(tmp_path / name), rows=RowFilter(images=images))
-    parts = [complete(tmp_path / name)["columns"]["fields/response_topk"] for name in ("images", "text")]
+    parts = [complete(tmp_path / name)["columns"]["fields/response_hidden"] for name in ("images", "text")]
     assert sum(one["skipped"].get("nonfinite_teacher", 0) for one in parts) == 10
     merge([str(tmp_path / "images"), str(tmp_path / "text")], str(tmp_path / "both"))
-    after = complete(tmp_path / "both")["columns"]["fields/response_topk"]
+    after = complete(tmp_path / "both")["columns"]["fields/response_hidden"]
     assert (after["rows"], after["skipped"], after["counts"]) == (31, whole["skipped"], whole["counts"])
-    assert records(tmp_path / "both", ["response_topk"]).keys() == records(tmp_path / "nan", ["response_topk"]).keys()
+    assert records(tmp_path / "both", ["response_hidden"]).keys() == records(tmp_path / "nan", ["response_hidden"]).keys()
 
 
 @pytest.mark.usefixtures("forked_workers")
@@ -219,11 +219,11 @@ def test_two_mixtures_of_one_part_name(make_request, mixture, world_json, tmp_pa
     """Ordinals of two files meet in one part; keys tell the rows apart, and every row and skip record is there."""
     other = DataSpec("sft", world_json.train, image_root=str(world_json.images), template="chat")
     for name, data in (("a", [mixture[1]]), ("b", [other])):
-        capture(make_request(tmp_path / name, data=data, shards=2, fields=("response_topk",)))
+        capture(make_request(tmp_path / name, data=data, shards=2, fields=("response_hidden",)))
     merge([str(tmp_path / "a"), str(tmp_path / "b")], str(tmp_path / "both"))
     summary = complete(tmp_path / "both")
-    halves = [records(tmp_path / name, ["response_topk"]) for name in "ab"]
-    found = records(tmp_path / "both", ["response_topk"])
+    halves = [records(tmp_path / name, ["response_hidden"]) for name in "ab"]
+    found = records(tmp_path / "both", ["response_hidden"])
     assert found.keys() == halves[0].keys() | halves[1].keys()
     assert all(same(row, next(half[place] for half in halves if place in half)) for place, row in found.items())
     skipped = sum(complete(tmp_path / "b")["columns"]["samples"]["skipped"].values())
@@ -250,7 +250,7 @@ def test_a_subset_of_a_merge_grows_a_field(tiny_cache: Path, original, tiny_teac
     subset(str(tiny_cache), str(tmp_path / "a"), parts=("caption",))
     subset(str(tiny_cache), str(tmp_path / "b"), parts=("sft",))
     merge([str(tmp_path / "a"), str(tmp_path / "b")], str(tmp_path / "ab"))
-    subset(str(tmp_path / "ab"), str(tmp_path / "c"), rows=RowFilter(fraction=0.5), fields=("vision_topk",))
+    subset(str(tmp_path / "ab"), str(tmp_path / "c"), rows=RowFilter(fraction=0.5), fields=("relation",))
     spec = TeacherSpec(str(tiny_teacher), device="cpu")
     add_fields(str(tmp_path / "c"), spec, {"vision_hidden": {"codec": "fp32"}}, CaptureSettings())
     complete(tmp_path / "c")
@@ -259,7 +259,7 @@ def test_a_subset_of_a_merge_grows_a_field(tiny_cache: Path, original, tiny_teac
         torch.testing.assert_close(
             row.fields["vision_hidden"], original[place].fields["vision_hidden"], atol=1e-4, rtol=1e-4
         )
-    drop_field(str(tmp_path / "c"), "vision_topk", remove=True)
+    drop_field(str(tmp_path / "c"), "relation", remove=True)
     complete(tmp_path / "c")
 
 
@@ -289,13 +289,13 @@ def test_calibrations_travel_and_must_agree(make_request, mixture, tmp_path: Pat
 
 def test_parts_without_a_field(make_request, tmp_path: Path) -> None:
     bare = tmp_path / "bare"
-    capture(make_request(bare, fields=("response_topk",), parts_without_fields=("caption",)))
+    capture(make_request(bare, fields=("response_hidden",), parts_without_fields=("caption",)))
     subset(str(bare), str(tmp_path / "half"), rows=RowFilter(fraction=0.5))
     complete(tmp_path / "half")
     full = tmp_path / "full"
-    capture(make_request(full, fields=("response_topk",)))
-    subset(str(bare), str(tmp_path / "few"), parts=("caption",), rows=RowFilter(max_rows=4), fields=("response_topk",))
-    with pytest.raises(KdcliError, match=r"response_topk has only some shards of part caption over these caches"):
+    capture(make_request(full, fields=("response_hidden",)))
+    subset(str(bare), str(tmp_path / "few"), parts=("caption",), rows=RowFilter(max_rows=4), fields=("response_hidden",))
+    with pytest.raises(KdcliError, match=r"response_hidden has only some shards of part caption over these caches"):
         merge([str(tmp_path / "few"), str(full)], str(tmp_path / "out"), keep="first")
 
 

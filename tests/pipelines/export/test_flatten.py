@@ -49,7 +49,7 @@ def test_a_package_holds_the_compressors_own_source(name: str) -> None:
     shipped, own = definitions(source), definitions(Path(compressor_modules()[name].__file__ or "").read_text())
     module_class = next(one for one in own if one.lower() == name.replace("_", ""))
     assert shipped[module_class] == own[module_class] and shipped["build"] == own["build"]
-    templates = definitions((ROOT / "pipelines" / "exporting" / "modeling.py").read_text())
+    templates = definitions((ROOT / "pipelines" / "export" / "modeling.py").read_text())
     assert all(text in (own.get(one), SHARED.get(one), templates.get(one)) for one, text in shipped.items())
     assert imported(source) <= {
         "__future__",
