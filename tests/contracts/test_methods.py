@@ -220,19 +220,23 @@ def test_needs_are_honest(open_method: Callable[..., Any], name: str, preset: st
 ATTRIBUTES = {
     "vision_relation": "relations",
     "vision_raw_logits": "raw_vision",
-    "vision_text_affinity": "affinities",
-    "text_vision_attention": "attentions",
-    "vision_features": "features",
 }
 
 
 def told_by(view: TeacherView) -> set[str]:
     """The needs that a view serves."""
     told = {need for need, attribute in ATTRIBUTES.items() if getattr(view, attribute) is not None}
-    return told | {f"{kind}_logits" for kind in view.distributions} | {f"{kind}_hidden" for kind in view.hidden}
+    return (
+        told
+        | {*view.of_samples}
+        | {f"{kind}_logits" for kind in view.distributions}
+        | {f"{kind}_hidden" for kind in view.hidden}
+    )
 
 
 def without(view: TeacherView, need: str) -> TeacherView:
+    if need in view.of_samples:
+        return replace(view, of_samples={what: one for what, one in view.of_samples.items() if what != need})
     if need in ATTRIBUTES:
         return replace(view, **{ATTRIBUTES[need]: None})
     kind, what = need.split("_")
