@@ -192,7 +192,9 @@ def test_rows_that_only_a_field_skips(make_request, tmp_path: Path, monkeypatch)
     merge([str(tmp_path / "images"), str(tmp_path / "text")], str(tmp_path / "both"))
     after = complete(tmp_path / "both")["columns"]["fields/response_hidden"]
     assert (after["rows"], after["skipped"], after["counts"]) == (31, whole["skipped"], whole["counts"])
-    assert records(tmp_path / "both", ["response_hidden"]).keys() == records(tmp_path / "nan", ["response_hidden"]).keys()
+    assert (
+        records(tmp_path / "both", ["response_hidden"]).keys() == records(tmp_path / "nan", ["response_hidden"]).keys()
+    )
 
 
 @pytest.mark.usefixtures("forked_workers")
@@ -294,7 +296,9 @@ def test_parts_without_a_field(make_request, tmp_path: Path) -> None:
     complete(tmp_path / "half")
     full = tmp_path / "full"
     capture(make_request(full, fields=("response_hidden",)))
-    subset(str(bare), str(tmp_path / "few"), parts=("caption",), rows=RowFilter(max_rows=4), fields=("response_hidden",))
+    subset(
+        str(bare), str(tmp_path / "few"), parts=("caption",), rows=RowFilter(max_rows=4), fields=("response_hidden",)
+    )
     with pytest.raises(KdcliError, match=r"response_hidden has only some shards of part caption over these caches"):
         merge([str(tmp_path / "few"), str(full)], str(tmp_path / "out"), keep="first")
 
