@@ -239,8 +239,6 @@ def told_by(view: TeacherView) -> set[str]:
 
 
 def without(view: TeacherView, need: str) -> TeacherView:
-    if need in view.of_samples:
-        return replace(view, of_samples={what: one for what, one in view.of_samples.items() if what != need})
     if need in ATTRIBUTES:
         return replace(view, **{ATTRIBUTES[need]: None})
     if need in view.of_samples:
