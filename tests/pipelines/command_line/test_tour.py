@@ -19,9 +19,9 @@ from teacher_cache.stopping import Stopped
 WIDE = 120
 
 
-def walk(group: click.CommandGroup, before: str = "") -> Iterator[tuple[str, click.Command]]:
+def walk(group: click.Group, before: str = "") -> Iterator[tuple[str, click.Command]]:
     for name, command in group.commands.items():
-        if isinstance(command, click.CommandGroup):
+        if isinstance(command, click.Group):
             yield from walk(command, f"{before}{name} ")
         else:
             yield f"{before}{name}", command
