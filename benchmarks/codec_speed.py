@@ -31,7 +31,8 @@ from teacher_cache.codecs.spectrum import Grid
 from teacher_cache.fields import create_field, decode_record
 from teacher_cache.fields.affinity import VISION_ROWS
 from teacher_cache.fields.calibration import tensors_of
-from teacher_cache.records import TeacherOutput, TopK
+from teacher_cache.records import TeacherOutput
+from teacher_cache.signal_records import TopK
 
 SPECTRUM = Path(__file__).parent / "smollm2_spectrum.npz"
 VOCABULARY, K = 152_064, 8

@@ -17,7 +17,8 @@ from student_train.losses.matching import manhattan_cost, match
 from student_train.losses.relation import relation_cosine
 from teacher_cache.codecs import container
 from teacher_cache.fields import create_field
-from teacher_cache.records import Sketch, TeacherOutput
+from teacher_cache.records import TeacherOutput
+from teacher_cache.signal_records import Sketch
 
 SAMPLES = 24
 PICTURES, ANSWERS = 4, 14

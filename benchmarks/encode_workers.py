@@ -49,8 +49,9 @@ from teacher_cache.make_plan import make_plan
 from teacher_cache.plan import Plan
 from teacher_cache.plan_file import write_plan
 from teacher_cache.prepare import Preparer
-from teacher_cache.records import Prepared, TeacherOutput, TopK
+from teacher_cache.records import Prepared, TeacherOutput
 from teacher_cache.shards.storage import Storage
+from teacher_cache.signal_records import TopK
 from teacher_cache.sources import DataSpec, open_source
 from teacher_cache.wants import Wants
 from teacher_cache.window_bytes import weigher

@@ -39,7 +39,7 @@ from pipelines.judge.labels.tally import LabelTally
 from pipelines.settings import CaptureSettings
 from student_train.teacher_view import TeacherHeads
 from teacher_cache.cache import TeacherCache
-from teacher_cache.records import TopK
+from teacher_cache.signal_records import TopK
 from teacher_cache.teachers.transformers import TeacherSpec
 
 FIELDS: dict[str, dict[str, Any]] = {"response_topk": {"k": 8}}

@@ -27,7 +27,7 @@ from student_train.losses import divergences
 from student_train.losses.reduce import total_loss
 from student_train.losses.terms import RowTerm, StudentRows, Terms
 from student_train.teacher_view import TeacherView
-from teacher_cache.records import Sketch
+from teacher_cache.signal_records import Sketch
 from teacher_cache.teachers.head import topk_rows
 from teacher_cache.teachers.low_rank import LowRankHead
 

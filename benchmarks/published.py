@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
-from teacher_cache.records import TopK
+from teacher_cache.signal_records import TopK
 
 
 @dataclass(frozen=True)

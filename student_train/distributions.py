@@ -8,7 +8,7 @@ from typing import Any, Protocol
 import torch
 
 from student_train.head_correction import corrected
-from teacher_cache.records import Sampled, Sketch, TopK
+from teacher_cache.signal_records import Sampled, Sketch, TopK
 from teacher_cache.teachers.head import CHUNK_BYTES, chunk_rows, head_logits, log_softmax_in_place, piece_rows
 from teacher_cache.teachers.low_rank import LowRankHead
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import torch
 
-from teacher_cache.records import Sketch, TopK
+from teacher_cache.signal_records import Sketch, TopK
 from teacher_cache.teachers.low_rank import LowRankHead
 
 HEAD_ERROR = 1 / 64

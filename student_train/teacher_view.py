@@ -21,7 +21,8 @@ from student_train.distributions import (
 )
 from student_train.needs import ONE_FIELD, Served
 from teacher_cache.cache import TeacherCache
-from teacher_cache.records import Coded, TextTokens
+from teacher_cache.records import TextTokens
+from teacher_cache.signal_records import Coded
 from teacher_cache.teachers.low_rank import LowRankHead
 
 

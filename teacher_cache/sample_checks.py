@@ -9,7 +9,8 @@ from typing import Any
 import torch
 
 from teacher_cache.errors import CacheError
-from teacher_cache.records import ImageLayout, Sampled, TextTokens, TopK
+from teacher_cache.records import ImageLayout, TextTokens
+from teacher_cache.signal_records import Sampled, TopK
 
 Shapes = Mapping[str, tuple[str | None, ...]]
 """Field → axes of what it decodes to (``fields.shape_of``); one that says nothing of them may give anything."""

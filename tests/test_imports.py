@@ -79,3 +79,13 @@ def test_no_two_classes_are_named_alike() -> None:
                     places.setdefault(node.name, []).append(str(path.relative_to(ROOT)))
     places.pop("Params")
     assert not {name: found for name, found in places.items() if len(found) > 1}
+
+
+def test_no_file_is_longer_than_three_hundred_lines() -> None:
+    long = {
+        str(path.relative_to(ROOT)): lines
+        for house in HOUSES
+        for path in files(house)
+        if (lines := len(path.read_text().splitlines())) > 300
+    }
+    assert not long, "split by role (docs/style.md)"

@@ -18,10 +18,10 @@ from teacher_cache.cache import TeacherCache, read_receipt, read_tensors
 from teacher_cache.cached_samples import CachedSample, CachedSamples
 from teacher_cache.errors import CacheError
 from teacher_cache.plan_file import read_plan
-from teacher_cache.records import Sketch, TopK
 from teacher_cache.shards.commit import committed_shards, read_commit
 from teacher_cache.shards.storage import Storage
 from teacher_cache.shards.verify import CALIBRATION_ROLES, OWN, Problem, orphans, verify
+from teacher_cache.signal_records import Sketch, TopK
 from teacher_cache.teacher_tokenizer import tokenizer_of
 from teacher_cache.teachers.head import topk_rows
 

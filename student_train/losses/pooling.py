@@ -13,7 +13,8 @@ import torch
 from student_train.distributions import DenseTeacher, Distribution, FullVocabulary, HeadAndSketch, SketchTeacher
 from student_train.losses.matching import UNMATCHED
 from teacher_cache.errors import CompatibilityError
-from teacher_cache.records import ImageLayout, Sketch, View
+from teacher_cache.records import ImageLayout, View
+from teacher_cache.signal_records import Sketch
 
 
 def pooling_cells(teacher: Sequence[ImageLayout], student: Sequence[ImageLayout], place: str) -> torch.Tensor:

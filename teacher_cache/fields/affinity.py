@@ -34,7 +34,8 @@ from teacher_cache.fields.calibration import Calibration
 from teacher_cache.fields.grids import grids_of, grids_of_all
 from teacher_cache.fields.guess import Guess
 from teacher_cache.fields.text_columns import columns_of, response_columns, spread
-from teacher_cache.records import Coded, Prepared, TeacherOutput
+from teacher_cache.records import Prepared, TeacherOutput
+from teacher_cache.signal_records import Coded
 from teacher_cache.wants import Wants
 
 FIELDS = ("affinity",)

@@ -25,7 +25,8 @@ from teacher_cache.errors import CacheError, KdcliError
 from teacher_cache.fields.calibration import Calibration, tables_of, tensors_of
 from teacher_cache.fields.grids import grids_of, grids_of_all
 from teacher_cache.fields.guess import Guess
-from teacher_cache.records import Coded, Prepared, Sketch, TeacherOutput
+from teacher_cache.records import Prepared, TeacherOutput
+from teacher_cache.signal_records import Coded, Sketch
 from teacher_cache.wants import Wants
 
 FIELDS = ("vision_hidden", "response_hidden")

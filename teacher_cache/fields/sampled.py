@@ -21,7 +21,8 @@ import torch
 from teacher_cache.codecs.bits import WIDEST, pack_bits, unpack_bits, width_of
 from teacher_cache.errors import CacheError, KdcliError
 from teacher_cache.fields.guess import id_bytes
-from teacher_cache.records import Prepared, Sampled, TeacherOutput
+from teacher_cache.records import Prepared, TeacherOutput
+from teacher_cache.signal_records import Sampled
 from teacher_cache.wants import Sampling, Wants
 
 FIELDS = ("vision_sampled", "response_sampled")

@@ -21,7 +21,8 @@ from teacher_cache.errors import CacheError, KdcliError
 from teacher_cache.fields.calibration import Calibration
 from teacher_cache.fields.topk_coded import CodedTopK
 from teacher_cache.fields.topk_plain import PlainTopK
-from teacher_cache.records import Prepared, TeacherOutput, TopK
+from teacher_cache.records import Prepared, TeacherOutput
+from teacher_cache.signal_records import TopK
 from teacher_cache.wants import Wants
 
 FIELDS = ("vision_topk", "response_topk")

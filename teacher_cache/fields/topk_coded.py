@@ -19,7 +19,7 @@ from teacher_cache.codecs.entropy_tables import Table, fit_smooth_table, fit_tab
 from teacher_cache.codecs.scales import LogOdds, LogScale, Uniform
 from teacher_cache.errors import CacheError, KdcliError
 from teacher_cache.fields.calibration import Calibration, tables_of, tensors_of
-from teacher_cache.records import TopK
+from teacher_cache.signal_records import TopK
 
 TABLES = {"tail_odds", "log_z", "value.0", "ids"}
 """What every calibration holds."""

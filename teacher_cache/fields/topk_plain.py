@@ -9,7 +9,8 @@ import torch
 
 from teacher_cache.errors import CacheError, KdcliError
 from teacher_cache.fields.topk_coded import normalised
-from teacher_cache.records import Prepared, TeacherOutput, TopK
+from teacher_cache.records import Prepared, TeacherOutput
+from teacher_cache.signal_records import TopK
 from teacher_cache.wants import Wants
 
 NAMES = ("ids", "log_probs", "log_tail", "log_z")

@@ -121,15 +121,13 @@ class Storage:
         return next(self.read_each([relative]))
 
     def read_each(self, relatives: Sequence[str]) -> Iterator[bytes]:
-        """Whole content of several files of one kind, one after the other; of a store as many at once as memory takes for certain.
-        Raises what ``read`` does."""
+        """``read`` of several files of one kind, one after the other; of a store as many at once as memory takes for certain."""
         most = max(map(most_bytes, relatives), default=0)
         if self.local:
             yield from (plain_files.read_plain(self.path(relative), most) for relative in relatives)
             return
         step = max(1, AT_ONCE // most) if relatives else 1
-        for start in range(0, len(relatives), step):
-            names = relatives[start : start + step]
+        for names in (relatives[start : start + step] for start in range(0, len(relatives), step)):
             for name, data in zip(names, self._ask_all(names, partial(at_most, most=most))):
                 refuse_long(f"{self.url}/{name}", len(data), most)
                 yield data

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from teacher_cache.records import TopK
+from teacher_cache.signal_records import TopK
 
 CHUNK_BYTES = 8 << 20
 """float32 logits of a chunk on a CPU: they stay in its caches over all passes (chunks of 64 MiB took a quarter longer)."""

@@ -6,7 +6,7 @@ from functools import cached_property
 
 import torch
 
-from teacher_cache.records import Sketch
+from teacher_cache.signal_records import Sketch
 from teacher_cache.teachers.head import head_logits
 
 

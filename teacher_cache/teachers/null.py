@@ -18,7 +18,8 @@ import torch
 
 from teacher_cache.errors import KdcliError
 from teacher_cache.fingerprint import processor_fingerprint
-from teacher_cache.records import Prepared, Sampled, TeacherOutput, TopK
+from teacher_cache.records import Prepared, TeacherOutput
+from teacher_cache.signal_records import Sampled, TopK
 from teacher_cache.teachers import transformers
 from teacher_cache.teachers.sampling import uniforms
 from teacher_cache.teachers.transformers import TeacherSpec, resolve_dtype

@@ -13,7 +13,8 @@ import torch
 
 from teacher_cache.batch import row_positions
 from teacher_cache.errors import CompatibilityError
-from teacher_cache.records import Prepared, TeacherOutput, TopK
+from teacher_cache.records import Prepared, TeacherOutput
+from teacher_cache.signal_records import TopK
 from teacher_cache.teachers.signals import Signals
 from teacher_cache.usable_samples import decode_image
 from teacher_cache.wants import Wants

@@ -28,7 +28,6 @@ from teacher_cache.records import (
     SkipRecord,
     TeacherOutput,
     TextTokens,
-    TopK,
     Turn,
     View,
 )
@@ -36,6 +35,7 @@ from teacher_cache.samples import encode_sample
 from teacher_cache.shards.sealed import seal
 from teacher_cache.shards.storage import Storage
 from teacher_cache.shards.writer import ShardWriter
+from teacher_cache.signal_records import TopK
 
 ROWS, VISION, WIDTH, K = 4, 4, 6, 3
 TOPK = {"k": K, "coding": "plain", "step": 1 / 64, "value_dtype": "float32"}

@@ -11,7 +11,7 @@ from student_train.group_costs import column_sampled_costs, manhattan_costs, pac
 from student_train.losses.matching import manhattan_cost
 from student_train.match_groups import MatchGroup
 from teacher_cache.errors import KdcliError
-from teacher_cache.records import Sketch
+from teacher_cache.signal_records import Sketch
 from teacher_cache.teachers.head import topk_rows
 from teacher_cache.teachers.low_rank import LowRankHead
 from tests.student_train.plain_losses import column_sampled_cost

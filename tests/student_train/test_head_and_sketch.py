@@ -7,7 +7,7 @@ import torch
 
 from student_train.distributions import DenseTeacher, HeadAndSketch, SketchTeacher
 from student_train.losses.divergences import forward_kl, reverse_kl
-from teacher_cache.records import Sketch
+from teacher_cache.signal_records import Sketch
 from teacher_cache.teachers.head import topk_rows
 from teacher_cache.teachers.low_rank import LowRankHead
 from tests.close import assert_close

@@ -8,7 +8,8 @@ import torch
 from student_train.distributions import DenseTeacher, HeadAndSketch, HeadAndTail, SketchTeacher
 from student_train.losses.pooling import cells_filled, pooled_teacher, pooling_cells
 from teacher_cache.errors import CompatibilityError
-from teacher_cache.records import ImageLayout, Sketch, View
+from teacher_cache.records import ImageLayout, View
+from teacher_cache.signal_records import Sketch
 from teacher_cache.teachers.head import topk_rows
 from teacher_cache.teachers.low_rank import LowRankHead
 

@@ -18,7 +18,7 @@ from student_train.needs import Need, serve
 from teacher_cache.cache import TeacherCache
 from teacher_cache.cached_samples import CachedSamples
 from teacher_cache.errors import CompatibilityError
-from teacher_cache.records import Sampled
+from teacher_cache.signal_records import Sampled
 from teacher_cache.teachers.sampling import sample_rows, uniforms
 from tests.student_train import plain_losses
 

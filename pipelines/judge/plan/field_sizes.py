@@ -20,9 +20,10 @@ from pipelines.judge.plan.field_defaults import default_basis, default_bytes, de
 from teacher_cache.cache import TeacherCache
 from teacher_cache.errors import KdcliError
 from teacher_cache.fields import Field
-from teacher_cache.records import Prepared, Sampled, TeacherOutput, TextTokens, TopK
+from teacher_cache.records import Prepared, TeacherOutput, TextTokens
 from teacher_cache.shards.commit import committed_shards
 from teacher_cache.shards.index import Entry
+from teacher_cache.signal_records import Sampled, TopK
 from teacher_cache.wants import Wants
 
 EXACT, MEASURED = "exact", "measured"

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from teacher_cache.codecs import container
 from teacher_cache.errors import KdcliError
 from teacher_cache.fields import create_field
-from teacher_cache.records import TeacherOutput, TopK
+from teacher_cache.records import TeacherOutput
+from teacher_cache.signal_records import TopK
 
 V = 300
 

@@ -11,7 +11,8 @@ import torch
 from teacher_cache.codecs import container
 from teacher_cache.errors import CacheError, KdcliError
 from teacher_cache.fields import create_field, decode_record, open_field
-from teacher_cache.records import TeacherOutput, TopK
+from teacher_cache.records import TeacherOutput
+from teacher_cache.signal_records import TopK
 from tests.golden.make_golden import PlainTopKWriter
 from tests.teacher_cache.fields.test_topk import of_logits, truth
 

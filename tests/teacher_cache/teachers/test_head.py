@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from teacher_cache.records import TopK
+from teacher_cache.signal_records import TopK
 from teacher_cache.teachers import head
 from teacher_cache.teachers.head import head_logits, topk_rows
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from teacher_cache.records import Sketch
+from teacher_cache.signal_records import Sketch
 from teacher_cache.teachers.low_rank import LowRankHead
 
 V, RANK = 900, 20

@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from teacher_cache.behind import is_finite
-from teacher_cache.records import Sampled, TeacherOutput
+from teacher_cache.records import TeacherOutput
+from teacher_cache.signal_records import Sampled
 from teacher_cache.teachers import sampling
 from teacher_cache.teachers.sampling import sample_batch, sample_rows, uniforms
 from teacher_cache.wants import Sampling, Wants

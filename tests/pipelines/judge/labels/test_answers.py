@@ -12,7 +12,8 @@ import torch
 from pipelines.judge.labels.answers import JudgedAnswer, answers_of
 from pipelines.judge.labels.tally import LabelTally
 from student_train.distributions import DenseTeacher, HeadAndTail, OfLabels, of_labels
-from teacher_cache.records import TextTokens, TopK
+from teacher_cache.records import TextTokens
+from teacher_cache.signal_records import TopK
 
 END, BLANK = 90, 91
 
