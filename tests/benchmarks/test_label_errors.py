@@ -28,7 +28,7 @@ def test_planted_answers_are_judged_by_family(tmp_path: Path, capsys: pytest.Cap
 
 def test_a_score_that_knows_is_perfect_and_one_that_lies_is_not() -> None:
     def answer(number: int, margin: float, wrong: bool) -> label_errors.Labelled:
-        one = label_errors.Answer(1, number, 0, 1, margin, 0, int(margin > 0), 0.1, margin, 0)
+        one = label_errors.JudgedAnswer(1, number, 0, 1, margin, 0, int(margin > 0), 0.1, margin, 0)
         return label_errors.Labelled(one, "charts", wrong, 1, int(not wrong))
 
     answers = [answer(n, float(n), wrong=n >= 6) for n in range(8)]
