@@ -25,6 +25,10 @@ REFUSED = ("gemma-3",)
 """Its image tokens are not causal, and their mask does not keep samples of one row apart."""
 
 
+EXACT = {"sdpa": 1e-9, "eager": 5e-6}
+"""Relative. transformers' eager attention takes its softmax in float32, whatever the model is in."""
+
+
 def told(student: RowForward, batch: Batch) -> tuple[dict[str, dict[str, torch.Tensor]], dict[str, torch.Tensor]]:
     """(sample → kind → its states, gradients of the sum of their squares)"""
     found = student(batch, ("vision", "response"))
@@ -55,9 +59,9 @@ def test_packed_samples_are_as_alone(name: str, attention: str, folder_of: Any, 
     (alone, dense), (together, gradients) = (told(student, one) for one in batches)
     for key, states in alone.items():
         for kind, rows in states.items():
-            assert_close(together[key][kind], rows, 1e-9, what=f"{key} {kind}")
+            assert_close(together[key][kind], rows, EXACT[attention], what=f"{key} {kind}")
     assert gradients.keys() == dense.keys()
-    assert_all_close([gradients[name] for name in dense], list(dense.values()), 1e-9)
+    assert_all_close([gradients[name] for name in dense], list(dense.values()), EXACT[attention])
 
 
 @pytest.mark.parametrize("name", FAMILIES)
