@@ -19,10 +19,10 @@ from typing import Any
 from benchmarks.common import argument_parser, finish, interleave, machine, median_ratio, print_table, spread, timed
 from benchmarks.worlds import World, open_world
 from pipelines.capture.profiles import PROFILES
-from teacher_cache.batch import token_batches
-from teacher_cache.cache_shard import ask
+from teacher_cache.capturing.cache_shard import ask
 from teacher_cache.fields import create_field
-from teacher_cache.prepare import Preparer
+from teacher_cache.preparing.batch import token_batches
+from teacher_cache.preparing.prepare import Preparer
 from teacher_cache.records import Prepared, Sample, TeacherOutput
 from teacher_cache.sources import open_source
 from teacher_cache.teachers.backends import open_teacher

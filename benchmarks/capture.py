@@ -43,21 +43,21 @@ from benchmarks.common import (
 from benchmarks.worlds import World, fit_fields, open_world
 from pipelines.capture.profiles import PROFILES
 from pipelines.settings import CaptureSettings
-from teacher_cache import behind
-from teacher_cache import cache_shard as line
-from teacher_cache.batch import collate, token_batches
-from teacher_cache.cache_shard import cache_shard, prepare_windows, read_ahead
-from teacher_cache.capture_job import CaptureJob
+from teacher_cache.capturing import behind
+from teacher_cache.capturing import cache_shard as line
+from teacher_cache.capturing.cache_shard import cache_shard, prepare_windows, read_ahead
+from teacher_cache.capturing.capture_job import CaptureJob
 from teacher_cache.fields import Field, create_field
-from teacher_cache.plan import Plan
-from teacher_cache.plan_file import write_plan
-from teacher_cache.prepare import Preparer
+from teacher_cache.models.head import CHUNK_BYTES, chunk_rows, head_logits
+from teacher_cache.planning.plan import Plan
+from teacher_cache.planning.plan_file import write_plan
+from teacher_cache.preparing.batch import collate, token_batches
+from teacher_cache.preparing.prepare import Preparer
 from teacher_cache.records import Prepared
 from teacher_cache.shards.storage import Storage
 from teacher_cache.shards.writer import ShardWriter
 from teacher_cache.sources import open_source
 from teacher_cache.teachers import signals
-from teacher_cache.teachers.head import CHUNK_BYTES, chunk_rows, head_logits
 from teacher_cache.teachers.transformers import TransformersTeacher
 
 SPEED_TARGET, ENCODE_TARGET = 0.90, 0.05

@@ -25,7 +25,7 @@ import PIL.Image
 
 from benchmarks.common import argument_parser, finish, machine, print_table
 from benchmarks.memory import watched
-from teacher_cache.window_bytes import WINDOW_BYTES
+from teacher_cache.capturing.window_bytes import WINDOW_BYTES
 
 SIDE, PATCH, TILES, WIDTH = 384, 14, 3, 3584
 VISION_TOKENS = (SIDE // PATCH) ** 2 * (TILES**2 + 1)
@@ -80,7 +80,7 @@ def write_rows(folder: Path, rows: int, side: int) -> Path:
 
 def measure(folder: Path, options: Any) -> dict[str, Any]:
     """Peak and seconds of one whole ``cache-teacher``, and what its rows are."""
-    from teacher_cache.cache import TeacherCache
+    from teacher_cache.reading.cache import TeacherCache
 
     write_model(folder / "teacher", options.width, options.side)
     data, out = write_rows(folder, options.rows, options.side), folder / "cache"

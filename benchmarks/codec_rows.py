@@ -12,11 +12,11 @@ import torch
 from benchmarks.text_corpus import english_pieces
 from pipelines.demo.run import STUDENT_START, TEACHER
 from pipelines.demo.write_world import write_world
-from teacher_cache.cache_shard import ask
-from teacher_cache.prepare import Preparer
+from teacher_cache.capturing.cache_shard import ask
+from teacher_cache.models.head import topk_rows
+from teacher_cache.preparing.prepare import Preparer
 from teacher_cache.records import Prepared, SkipRecord, TeacherOutput, TextTokens
 from teacher_cache.sources import DataSpec, open_source
-from teacher_cache.teachers.head import topk_rows
 from teacher_cache.teachers.transformers import TeacherSpec, TransformersTeacher, load_processor
 from teacher_cache.wants import Wants
 

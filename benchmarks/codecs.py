@@ -34,8 +34,8 @@ from teacher_cache.codecs import container, spectrum
 from teacher_cache.codecs.transform import Transform
 from teacher_cache.fields import create_field
 from teacher_cache.fields.grids import grids_of_all
+from teacher_cache.models.low_rank import LowRankHead
 from teacher_cache.signal_records import Sketch, TopK
-from teacher_cache.teachers.low_rank import LowRankHead
 
 STEPS = (0.4, 0.2, 0.1, 0.04, 0.02, 0.01)
 DRAWS = 50

@@ -16,9 +16,9 @@ from unittest import mock
 import torch
 
 from benchmarks.common import synchronize
-from teacher_cache.cache import TeacherCache
 from teacher_cache.codecs import container
 from teacher_cache.fields import Field, wants_of
+from teacher_cache.reading.cache import TeacherCache
 from teacher_cache.records import Prepared
 from teacher_cache.teachers.transformers import TransformersTeacher
 

@@ -37,24 +37,24 @@ from benchmarks.codec_speed import VOCABULARY, K, Kind, draw, heads, scales
 from benchmarks.coding_cost import one_thread
 from benchmarks.common import argument_parser, finish, machine, median_ratio, print_table, spread
 from pipelines.settings import CaptureSettings
-from teacher_cache import cache_shard as line
-from teacher_cache.batch import token_batches
-from teacher_cache.behind import Waits
-from teacher_cache.cache_shard import cache_shard, prepare_windows, read_ahead
-from teacher_cache.capture_job import CaptureJob
+from teacher_cache.capturing import cache_shard as line
+from teacher_cache.capturing.behind import Waits
+from teacher_cache.capturing.cache_shard import cache_shard, prepare_windows, read_ahead
+from teacher_cache.capturing.capture_job import CaptureJob
+from teacher_cache.capturing.window_bytes import weigher
 from teacher_cache.codecs import spectrum
 from teacher_cache.codecs.spectrum import Grid
 from teacher_cache.fields import create_field, wants_of
-from teacher_cache.make_plan import make_plan
-from teacher_cache.plan import Plan
-from teacher_cache.plan_file import write_plan
-from teacher_cache.prepare import Preparer
+from teacher_cache.planning.make_plan import make_plan
+from teacher_cache.planning.plan import Plan
+from teacher_cache.planning.plan_file import write_plan
+from teacher_cache.preparing.batch import token_batches
+from teacher_cache.preparing.prepare import Preparer
 from teacher_cache.records import Prepared, TeacherOutput
 from teacher_cache.shards.storage import Storage
 from teacher_cache.signal_records import TopK
 from teacher_cache.sources import DataSpec, open_source
 from teacher_cache.wants import Wants
-from teacher_cache.window_bytes import weigher
 
 TARGET, MOST_CORES = 0.95, 4
 LAUNCHES = 2000

@@ -26,7 +26,7 @@ from benchmarks.fault_jobs import (
     whole_run,
 )
 from pipelines.inspect.cache import check, collect_garbage
-from teacher_cache.cache import TeacherCache
+from teacher_cache.reading.cache import TeacherCache
 from teacher_cache.shards.commit import committed_shards, read_commit
 from teacher_cache.shards.storage import Storage
 

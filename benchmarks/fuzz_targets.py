@@ -28,25 +28,25 @@ from hypothesis import strategies as st
 from pipelines.capture import canaries, heartbeat
 from pipelines.settings import FILE, load_settings, write_template
 from pipelines.terminal.tables import work_lines
-from teacher_cache.cache import TeacherCache
-from teacher_cache.cached_samples import CachedSamples
 from teacher_cache.codecs import adaptive, container, frame
 from teacher_cache.errors import CacheError, DataError, KdcliError, SkipSample
 from teacher_cache.fields import create_field, decode_record, open_field
-from teacher_cache.plan import Part, Plan, Slice
-from teacher_cache.plan_file import parse_plan
+from teacher_cache.models.head import topk_rows
+from teacher_cache.planning.plan import Part, Plan, Slice
+from teacher_cache.planning.plan_file import parse_plan
+from teacher_cache.reading import verify
+from teacher_cache.reading.cache import TeacherCache
+from teacher_cache.reading.cached_samples import CachedSamples
 from teacher_cache.records import Image, Prepared, RowGroup, Sample, SkipRecord, TeacherOutput, TextTokens, Turn
 from teacher_cache.samples import decode_sample, encode_sample
-from teacher_cache.shards import verify
 from teacher_cache.shards.commit import Commit, parse_commit
 from teacher_cache.shards.index import SCHEMA, dump_index, parse_index
 from teacher_cache.shards.sealed import seal, unseal
 from teacher_cache.shards.storage import Storage
 from teacher_cache.shards.writer import ShardWriter
 from teacher_cache.sources import DataSpec, open_source
-from teacher_cache.teachers.head import topk_rows
+from teacher_cache.sources.usable_samples import check_sample, decode_image
 from teacher_cache.teachers.sampling import sample_batch
-from teacher_cache.usable_samples import check_sample, decode_image
 from teacher_cache.wants import NOTHING, Wants
 
 Build = Callable[[Any], bytes]

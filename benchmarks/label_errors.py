@@ -38,7 +38,7 @@ from pipelines.judge.labels.survey import Survey, survey
 from pipelines.judge.labels.tally import LabelTally
 from pipelines.settings import CaptureSettings
 from student_train.teacher_view import TeacherHeads
-from teacher_cache.cache import TeacherCache
+from teacher_cache.reading.cache import TeacherCache
 from teacher_cache.signal_records import TopK
 from teacher_cache.teachers.transformers import TeacherSpec
 

@@ -9,7 +9,7 @@ import torch
 from student_train.dataset import TrainBatch
 from student_train.needs import Served
 from student_train.teacher_view import TeacherHeads, TeacherView
-from teacher_cache.cache import TeacherCache
+from teacher_cache.reading.cache import TeacherCache
 from teacher_cache.teachers.transformers import TeacherSpec, TransformersTeacher, load_processor
 
 HIDDEN = {

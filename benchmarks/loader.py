@@ -29,8 +29,8 @@ from benchmarks.common import argument_parser, finish, interleave, machine, medi
 from benchmarks.step_variants import COMPACT, FIELDS_OF, SFT, STANDARD, STORE_OF, build_variant, write_caches
 from benchmarks.worlds import World, open_world
 from student_train.order import Order
-from teacher_cache.cache import TeacherCache
-from teacher_cache.cached_samples import CachedSamples
+from teacher_cache.reading.cache import TeacherCache
+from teacher_cache.reading.cached_samples import CachedSamples
 from teacher_cache.shards.disk_cache import DiskCache
 
 READ = (SFT, STANDARD, COMPACT)

@@ -27,9 +27,9 @@ from student_train.losses import divergences
 from student_train.losses.reduce import total_loss
 from student_train.losses.terms import RowTerm, StudentRows, Terms
 from student_train.teacher_view import TeacherView
+from teacher_cache.models.head import topk_rows
+from teacher_cache.models.low_rank import LowRankHead
 from teacher_cache.signal_records import Sketch
-from teacher_cache.teachers.head import topk_rows
-from teacher_cache.teachers.low_rank import LowRankHead
 
 CROSS_ENTROPY, WHOLE = "cross-entropy", "cross-entropy, whole logits"
 DIVERGENCES = {"forward KL": "forward_kl", "reverse KL": "reverse_kl", "JSD": "jensen_shannon"}

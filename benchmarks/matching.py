@@ -35,7 +35,7 @@ from student_train.losses.terms import StudentRows
 from student_train.match_groups import MatchGroup, first_rows
 from student_train.teacher_view import TeacherView
 from student_train.trainer import Trainer
-from teacher_cache.cache import TeacherCache
+from teacher_cache.reading.cache import TeacherCache
 
 BATCH = {"demo": 16, "real": 4}
 COLUMNS = {"demo": (256, 512, 1024, 2048), "real": (512, 1024, 2048, 4096, 8192)}

@@ -29,7 +29,7 @@ from benchmarks.common import argument_parser, clocked, finish, interleave, mach
 from benchmarks.stage_trainers import open_stage
 from benchmarks.step_variants import Variant
 from benchmarks.worlds import World, open_world, write_cache
-from teacher_cache.cache import TeacherCache
+from teacher_cache.reading.cache import TeacherCache
 
 BATCH = {"demo": 16, "real": 4}
 EXACT, STANDARD = "exact", "standard"

@@ -32,7 +32,7 @@ from pipelines.demo.render import render
 from pipelines.demo.scenes import sample_scene
 from pipelines.demo.world import WorldRow
 from pipelines.settings import CaptureSettings
-from teacher_cache.cache import TeacherCache
+from teacher_cache.reading.cache import TeacherCache
 from teacher_cache.sources import DataSpec
 from teacher_cache.teachers.transformers import TeacherSpec
 

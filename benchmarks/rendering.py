@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.common import argument_parser, finish, machine, median_ratio, print_table, spread
-from teacher_cache.bounded_templates import bounded, install
-from teacher_cache.prepare import Preparer
+from teacher_cache.preparing.bounded_templates import bounded, install
+from teacher_cache.preparing.prepare import Preparer
 from teacher_cache.records import Image, Sample, Turn
 from teacher_cache.teachers.transformers import TeacherSpec, load_processor
 

@@ -18,9 +18,9 @@ from benchmarks.memory import resident
 from student_train.dataset import TrainDataset
 from student_train.order import MicroBatches, Order
 from student_train.stream import step_batches
-from teacher_cache.cache import TeacherCache
-from teacher_cache.cached_samples import CachedSamples
-from teacher_cache.prepare import Preparer
+from teacher_cache.preparing.prepare import Preparer
+from teacher_cache.reading.cache import TeacherCache
+from teacher_cache.reading.cached_samples import CachedSamples
 from teacher_cache.teachers.backends import load_processor
 from teacher_cache.teachers.transformers import TeacherSpec
 

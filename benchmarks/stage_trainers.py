@@ -20,8 +20,8 @@ from student_train.dataset import TrainBatch
 from student_train.distributed import Processes
 from student_train.needs import Served
 from student_train.trainer import Trainer
-from teacher_cache.cache import TeacherCache
-from teacher_cache.cached_samples import CachedSamples
+from teacher_cache.reading.cache import TeacherCache
+from teacher_cache.reading.cached_samples import CachedSamples
 
 BatchesFrom = Callable[[int], Iterator[tuple[int, list[TrainBatch]]]]
 POOL = "adaptive_pool"

@@ -18,7 +18,7 @@ from benchmarks.worlds import World, write_cache
 from student_train.dataset import TrainBatch
 from student_train.teacher_view import Served
 from student_train.trainer import Trainer
-from teacher_cache.cache import TeacherCache
+from teacher_cache.reading.cache import TeacherCache
 from teacher_cache.teachers.transformers import TransformersTeacher
 
 SFT, EXACT, STANDARD = "sft", "llava-kd exact", "llava-kd standard"

@@ -118,8 +118,8 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     from pipelines.export.run import ExportRequest, export
     from pipelines.judge.evaluation.run import evaluate_folder
     from pipelines.settings import CaptureSettings
-    from teacher_cache.cache import TeacherCache
-    from teacher_cache.cached_samples import CachedSamples
+    from teacher_cache.reading.cache import TeacherCache
+    from teacher_cache.reading.cached_samples import CachedSamples
     from teacher_cache.sources import DataSpec
     from teacher_cache.teachers.transformers import TeacherSpec
 

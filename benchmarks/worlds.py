@@ -16,15 +16,15 @@ from pipelines.capture.describe import describe
 from pipelines.capture.profiles import PROFILES
 from pipelines.demo.write_world import write_world
 from pipelines.settings import CaptureSettings
-from teacher_cache.cache_shard import cache_shard
-from teacher_cache.capture_job import CaptureJob
+from teacher_cache.capturing.cache_shard import cache_shard
+from teacher_cache.capturing.capture_job import CaptureJob
 from teacher_cache.fields import CalibratedField, create_field
 from teacher_cache.fields.calibration import Calibration
-from teacher_cache.fingerprint import processor_fingerprint
-from teacher_cache.make_plan import make_plan
-from teacher_cache.plan import Plan
-from teacher_cache.plan_file import write_plan
-from teacher_cache.prepare import Preparer
+from teacher_cache.planning.make_plan import make_plan
+from teacher_cache.planning.plan import Plan
+from teacher_cache.planning.plan_file import write_plan
+from teacher_cache.preparing.fingerprint import processor_fingerprint
+from teacher_cache.preparing.prepare import Preparer
 from teacher_cache.shards.storage import Storage
 from teacher_cache.sources import DataSpec, open_source
 from teacher_cache.teachers.transformers import TeacherSpec, TransformersTeacher, load_processor

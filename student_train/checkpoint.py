@@ -24,7 +24,7 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from student_train.distributed import Processes
 from student_train.whole import FILES, damage, make_folder, read_card, sums, unreadable, write_sealed
 from teacher_cache.errors import KdcliError
-from teacher_cache.plan import difference
+from teacher_cache.planning.plan import difference
 from teacher_cache.shards.local_disk import sync_folder
 from teacher_cache.shards.schema import COUNT
 

@@ -19,8 +19,8 @@ from student_train.compressors import CompressorSpec, Site, compressor_module
 from student_train.config import TrainSettings
 from teacher_cache.errors import CompatibilityError, KdcliError
 from teacher_cache.families import families, family_named, family_of
-from teacher_cache.layout import COMPRESSED
-from teacher_cache.model_load import attending
+from teacher_cache.models.loading import attending
+from teacher_cache.preparing.layout import COMPRESSED
 from teacher_cache.records import ImageLayout
 
 NONE = "none"

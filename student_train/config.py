@@ -7,7 +7,7 @@ from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from teacher_cache.errors import KdcliError
-from teacher_cache.places import local_path
+from teacher_cache.shards.places import local_path
 
 TRACKERS = ("tensorboard", "wandb", "trackio")
 

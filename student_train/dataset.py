@@ -12,11 +12,11 @@ from torch.utils.data import Dataset
 from student_train.order import Positions
 from student_train.packing import packed_rows, places_of
 from student_train.sample_columns import Column, Weight
-from teacher_cache.batch import Batch, collate
-from teacher_cache.cached_samples import CachedSample, CachedSamples
 from teacher_cache.errors import CompatibilityError, SkipSample
-from teacher_cache.known_text import KnownText
-from teacher_cache.prepare import Preparer
+from teacher_cache.preparing.batch import Batch, collate
+from teacher_cache.preparing.known_text import KnownText
+from teacher_cache.preparing.prepare import Preparer
+from teacher_cache.reading.cached_samples import CachedSample, CachedSamples
 from teacher_cache.records import ImageLayout, Prepared, TextTokens
 
 FIXES = {"unknown_token": "resize_token_embeddings and save it, or use its own tokenizer"}

@@ -21,7 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from teacher_cache.errors import CompatibilityError
 from teacher_cache.families import family_of
-from teacher_cache.model_kind import decoder_of
+from teacher_cache.models.kind import decoder_of
 from teacher_cache.parent import end_with_parent
 
 T = TypeVar("T")

@@ -8,9 +8,9 @@ from typing import Any, Protocol
 import torch
 
 from student_train.head_correction import corrected
+from teacher_cache.models.head import CHUNK_BYTES, chunk_rows, head_logits, log_softmax_in_place, piece_rows
+from teacher_cache.models.low_rank import LowRankHead
 from teacher_cache.signal_records import Sampled, Sketch, TopK
-from teacher_cache.teachers.head import CHUNK_BYTES, chunk_rows, head_logits, log_softmax_in_place, piece_rows
-from teacher_cache.teachers.low_rank import LowRankHead
 
 
 class Distribution(Protocol):

@@ -15,7 +15,7 @@ from student_train.losses.column_sampling import sampler_of_head
 from student_train.losses.distances import manhattan
 from student_train.losses.matching import check_space, manhattan_cost
 from student_train.match_groups import MatchGroup
-from teacher_cache.teachers.head import CHUNK_BYTES, chunk_rows, head_logits
+from teacher_cache.models.head import CHUNK_BYTES, chunk_rows, head_logits
 
 Logits = Callable[[torch.Tensor], torch.Tensor]
 """Row numbers int64 ``[N]`` → float32 ``[N, V]``, the caller's to overwrite."""

@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import torch
 
+from teacher_cache.models.low_rank import LowRankHead
 from teacher_cache.signal_records import Sketch, TopK
-from teacher_cache.teachers.low_rank import LowRankHead
 
 HEAD_ERROR = 1 / 64
 """Standard deviation, in nats, of log-prob + log Z against y·W′ᵀ + b + m where y is exact: log-probs in steps of 1/64 (at p = 1), log Z in

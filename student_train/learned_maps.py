@@ -8,8 +8,8 @@ import torch
 
 from student_train.methods import Method, hook
 from student_train.needs import Served, of_states
-from teacher_cache.cache import TeacherCache
 from teacher_cache.errors import CompatibilityError
+from teacher_cache.reading.cache import TeacherCache
 
 
 def learned_maps(

@@ -14,10 +14,10 @@ from student_train.compressors import CompressorSpec
 from student_train.whole import check_model
 from teacher_cache.errors import CompatibilityError
 from teacher_cache.families import family_of
-from teacher_cache.model_kind import auto_model, open_processor, reads_images
-from teacher_cache.model_load import attending, naming_what_fails
-from teacher_cache.model_weights import check_weights, refuse_missing
-from teacher_cache.token_rows import check_token_ids
+from teacher_cache.models.kind import auto_model, open_processor, reads_images
+from teacher_cache.models.loading import attending, naming_what_fails
+from teacher_cache.models.weights import check_weights, refuse_missing
+from teacher_cache.preparing.token_rows import check_token_ids
 
 
 def load_student(

@@ -20,7 +20,7 @@ from student_train.methods import Method, Passes, hook
 from student_train.step_rows import StepRows, Weigh, count_step
 from student_train.student import RowForward
 from student_train.teacher_view import TeacherView
-from teacher_cache.batch import Batch
+from teacher_cache.preparing.batch import Batch
 
 SeeTeacher = Callable[[TrainBatch], TeacherView]
 

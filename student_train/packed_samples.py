@@ -10,10 +10,10 @@ from student_train.config import TrainSettings
 from student_train.losses.terms import FIRST_LAYER, kinds_of
 from student_train.packing import ONE_ROW, SEPARATING
 from student_train.student import RowForward, in_eval
-from teacher_cache.batch import Batch
 from teacher_cache.errors import CompatibilityError
 from teacher_cache.families import family_of
-from teacher_cache.model_kind import decoder_of, reads_images
+from teacher_cache.models.kind import decoder_of, reads_images
+from teacher_cache.preparing.batch import Batch
 
 PROBE = 8
 """Tokens of each of two samples."""

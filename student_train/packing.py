@@ -10,7 +10,7 @@ from __future__ import annotations
 import heapq
 from collections.abc import Sequence
 
-from teacher_cache.batch import BatchPlace
+from teacher_cache.preparing.batch import BatchPlace
 
 FULL = 0.97
 """Share of real tokens from which on more, shorter rows are preferred to fuller ones."""

@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 
-from teacher_cache.cached_samples import CachedSample
 from teacher_cache.errors import KdcliError, one_line
+from teacher_cache.reading.cached_samples import CachedSample
 from teacher_cache.records import TextTokens
 
 LARGEST = 1e30

@@ -17,14 +17,14 @@ from student_train.load_student import module_group
 from student_train.losses.terms import FIRST_LAYER, StudentRows
 from student_train.pruning import Descending, Pruning
 from student_train.pruning.forward import prune_vision
-from teacher_cache.batch import Batch, keep_vision
 from teacher_cache.errors import CompatibilityError, KdcliError
 from teacher_cache.families import family_of
-from teacher_cache.model_kind import decoder_of
+from teacher_cache.models.head import head_logits
+from teacher_cache.models.head_form import check_rows, head_form
+from teacher_cache.models.kind import decoder_of
+from teacher_cache.models.text_vision import layer_inputs, text_vision_attention
+from teacher_cache.preparing.batch import Batch, keep_vision
 from teacher_cache.records import TextTokens
-from teacher_cache.teachers.head import head_logits
-from teacher_cache.teachers.head_form import check_rows, head_form
-from teacher_cache.teachers.text_vision import layer_inputs, text_vision_attention
 
 
 class RowForward(nn.Module):

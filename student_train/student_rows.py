@@ -11,10 +11,10 @@ from student_train.methods import Method, hook
 from student_train.needs import Served, row_aligned
 from student_train.order import Positions
 from student_train.sample_columns import Column
-from teacher_cache.cache import TeacherCache
-from teacher_cache.cached_samples import CachedSamples
-from teacher_cache.known_text import same_text_side
-from teacher_cache.prepare import Preparer
+from teacher_cache.preparing.known_text import same_text_side
+from teacher_cache.preparing.prepare import Preparer
+from teacher_cache.reading.cache import TeacherCache
+from teacher_cache.reading.cached_samples import CachedSamples
 
 
 def compares_rows(method: Method | None, served: Served) -> bool:

@@ -20,10 +20,10 @@ from student_train.distributions import (
     likeliest,
 )
 from student_train.needs import ONE_FIELD, Served
-from teacher_cache.cache import TeacherCache
+from teacher_cache.models.low_rank import LowRankHead
+from teacher_cache.reading.cache import TeacherCache
 from teacher_cache.records import TextTokens
 from teacher_cache.signal_records import Coded
-from teacher_cache.teachers.low_rank import LowRankHead
 
 
 @dataclass(frozen=True)

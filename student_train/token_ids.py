@@ -11,10 +11,10 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from teacher_cache.cache import TeacherCache
 from teacher_cache.errors import CacheError, CompatibilityError
-from teacher_cache.fingerprint import processor_fingerprint
-from teacher_cache.plan import difference
+from teacher_cache.planning.plan import difference
+from teacher_cache.preparing.fingerprint import processor_fingerprint
+from teacher_cache.reading.cache import TeacherCache
 
 CUTTING = ("normalizer", "pre_tokenizer")
 NOTE = "the tokenizers are equal but for special tokens at their ends: the teacher's has {} and the student's {}"

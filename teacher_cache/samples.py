@@ -18,7 +18,7 @@ from teacher_cache.codecs import container
 from teacher_cache.errors import CacheError
 from teacher_cache.records import ROLES, Image, ImageLayout, Prepared, Sample, TextTokens, Turn, View
 from teacher_cache.shards.schema import COUNT, require
-from teacher_cache.usable_samples import image_extension
+from teacher_cache.sources.usable_samples import image_extension
 
 TEXT = frozenset({"json", f"tokens.{container.EXTENSION}"})
 """Members that tell a row without its images' bytes."""

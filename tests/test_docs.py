@@ -30,6 +30,7 @@ ROOT = Path(__file__).parent.parent
 WORKFLOW = ROOT / "docs" / "workflow.md"
 FIRST = [ROOT / "README.md", WORKFLOW, *(ROOT / "docs" / f"{name}.md" for name in ("cache", "train", "fidelity"))]
 """Other pages work with the caches, students and files of these."""
+PLUGIN_GROUPS = tuple(f"kdcli.{kind}" for kind in ("methods", "fields", "sources", "compressors"))
 PAGES = [*FIRST, *(page for page in sorted((ROOT / "docs").glob("*.md")) if page not in FIRST)]
 ROWS, SHARDS = 90, 8
 """Of the user's chat mixture, and of the job that the kd.toml of `kdcli init` gives 512."""
@@ -201,9 +202,9 @@ def test_the_field_of_the_docs_is_captured_and_read(
     import teacher_cache.fields
     from pipelines.capture.cache_teacher import capture
     from pipelines.inspect.cache import survey
-    from teacher_cache.cache import TeacherCache
-    from teacher_cache.cached_samples import CachedSamples
     from teacher_cache.errors import KdcliError
+    from teacher_cache.reading.cache import TeacherCache
+    from teacher_cache.reading.cached_samples import CachedSamples
 
     (text,) = files_of("add_a_field.md")
     folder = tmp_path / "fields"
@@ -239,6 +240,24 @@ def test_links_lead_somewhere(page: Path) -> None:
     prose = re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL)
     for target in re.findall(r"\]\((?!http)([^)#]+)", prose):
         assert (page.parent / target).exists(), f"{page.name} links to {target}"
+
+
+@pytest.mark.parametrize(
+    "page", [*PAGES, ROOT / "benchmarks" / "README.md"], ids=lambda page: f"{page.parent.name}-{page.name}"
+)
+def test_names_of_the_code_are_there(page: Path) -> None:
+    """Dotted names can be imported, and files of the tests exist."""
+    text = page.read_text()
+    for name in re.findall(r"`((?:teacher_cache|student_train|pipelines|kdcli)(?:\.[a-zA-Z_]\w*)+)", text):
+        if name in PLUGIN_GROUPS:
+            continue
+        found: Any = importlib.import_module(name.split(".")[0])
+        for at, part in enumerate(parts := name.split(".")[1:], start=1):
+            found = getattr(found, part, None) or importlib.import_module(".".join([name.split(".")[0], *parts[:at]]))
+    for path, test in re.findall(r"`(?:tests/)?((?:[a-z_]+/)*test_\w+\.py)(?:::(\w+))?", text):
+        file = ROOT / "tests" / path
+        assert file.is_file(), f"{page.name}: tests/{path} is not there"
+        assert f"def {test}" in file.read_text(), f"{page.name}: tests/{path} has no {test}"
 
 
 def anchors(page: Path) -> list[str]:

@@ -19,7 +19,11 @@ MAY_IMPORT = {
     "student_train": {"student_train", "teacher_cache"},
     "teacher_cache": {"teacher_cache"},
 }
-NOT_FOR_STUDENTS = ("teacher_cache.cache_shard", "teacher_cache.shards.writer", "teacher_cache.teachers.transformers")
+NOT_FOR_STUDENTS = (
+    "teacher_cache.capturing",
+    "teacher_cache.shards.writer",
+    "teacher_cache.teachers.transformers",
+)
 """What makes a cache: a student only reads one (the head product is shared)."""
 
 
@@ -47,6 +51,35 @@ def test_imports_point_one_way(house: str) -> None:
         if name.split(".")[0] in HOUSES and name.split(".")[0] not in MAY_IMPORT[house]
     ]
     assert not wrong, "\n".join(wrong)
+
+
+ROOMS = (
+    "sources",
+    "planning",
+    "families",
+    "preparing",
+    "models",
+    "teachers",
+    "fields",
+    "codecs",
+    "shards",
+    "reading",
+    "capturing",
+)
+
+
+def test_rooms_of_teacher_cache_have_no_circles() -> None:
+    """What a folder imports is below it: no two import each other, directly or by way of a third."""
+    below: dict[str, set[str]] = {room: set() for room in ROOMS}
+    assert sorted(ROOMS) == sorted(path.parent.name for path in (ROOT / "teacher_cache").glob("*/__init__.py"))
+    for room in ROOMS:
+        for path in (ROOT / "teacher_cache" / room).rglob("*.py"):
+            below[room] |= {part for _, name in imported(path) if (part := (name.split(".") + [""])[1]) in ROOMS}
+        below[room].discard(room)
+    while clear := [room for room, needs in below.items() if not needs & set(below)]:
+        for room in clear:
+            del below[room]
+    assert not below, f"these import each other: {below}"
 
 
 def test_students_import_what_reads_a_cache_only() -> None:

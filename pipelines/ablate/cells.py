@@ -23,10 +23,10 @@ from pipelines.train.stage_plans import StagePlan, plan_stages
 from pipelines.train.train_student import settle
 from student_train.load_student import open_student
 from student_train.methods import DEFAULT
-from teacher_cache.cache import TeacherCache
-from teacher_cache.cached_samples import CachedSamples
 from teacher_cache.errors import KdcliError
-from teacher_cache.plan import content_hash
+from teacher_cache.planning.plan import content_hash
+from teacher_cache.reading.cache import TeacherCache
+from teacher_cache.reading.cached_samples import CachedSamples
 from teacher_cache.sources import open_source
 
 KEY = 8

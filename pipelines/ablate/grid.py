@@ -19,8 +19,8 @@ from pipelines.train.trackers import check_trackers
 from student_train.config import StageSettings, TrainSettings
 from student_train.stages import STAGES
 from teacher_cache.errors import KdcliError
+from teacher_cache.preparing.templates import find_template
 from teacher_cache.sources import DataSpec, open_source
-from teacher_cache.templates import find_template
 
 BASE = ("cache", "train", "stages", "methods")
 CHOICES = ("method", "stages", "preset", "cache")

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from teacher_cache.cache import TeacherCache, read_tensors
 from teacher_cache.errors import CacheError, CompatibilityError
 from teacher_cache.fields import CalibratedField
 from teacher_cache.fields.calibration import Calibration
-from teacher_cache.plan import difference
+from teacher_cache.planning.plan import difference
+from teacher_cache.reading.cache import TeacherCache, read_tensors
 
 LEAST_ROWS = 128
 """Token rows of its kind that a calibration must have seen: tables of fewer say little of a mixture."""

@@ -18,18 +18,19 @@ from pipelines.capture.profiles import chosen_fields, with_tails
 from pipelines.capture.skipped_samples import excess, refuse_skips, take_in_again, unread_images
 from pipelines.capture.worker import CaptureRequest, make_preparer, run_shards, sample_readers
 from pipelines.inspect.cache import status
-from teacher_cache.cache import TeacherCache
-from teacher_cache.capture_job import CaptureJob
+from teacher_cache.capturing.capture_job import CaptureJob
 from teacher_cache.errors import CacheError, KdcliError, naming_full_disk
 from teacher_cache.fields import Field, create_field, wants_of
 from teacher_cache.fields.calibration import Calibration
-from teacher_cache.fingerprint import preparation_version
-from teacher_cache.layout import typical_tokens
-from teacher_cache.make_plan import make_plan
-from teacher_cache.plan import Plan, parts_with_images
-from teacher_cache.plan_file import known_plan, read_plan, write_plan
-from teacher_cache.prepare import Preparer
-from teacher_cache.same_samples import bind_pictures, refuse_other_pictures
+from teacher_cache.models.text_vision import check_layers
+from teacher_cache.planning.make_plan import make_plan
+from teacher_cache.planning.plan import Plan, parts_with_images
+from teacher_cache.planning.plan_file import known_plan, read_plan, write_plan
+from teacher_cache.planning.same_samples import bind_pictures, refuse_other_pictures
+from teacher_cache.preparing.fingerprint import preparation_version
+from teacher_cache.preparing.layout import typical_tokens
+from teacher_cache.preparing.prepare import Preparer
+from teacher_cache.reading.cache import TeacherCache
 from teacher_cache.shards.commit import await_listed
 from teacher_cache.shards.mender import ShardMender
 from teacher_cache.shards.storage import Storage
@@ -41,7 +42,6 @@ from teacher_cache.teachers.backends import (
     teacher_fingerprint,
     teacher_reads_images,
 )
-from teacher_cache.teachers.text_vision import check_layers
 from teacher_cache.teachers.transformers import resolve_device
 
 

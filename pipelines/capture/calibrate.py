@@ -7,18 +7,18 @@ from dataclasses import replace
 
 import torch
 
-from teacher_cache import cache_shard
-from teacher_cache.batch import row_positions
-from teacher_cache.behind import is_finite
-from teacher_cache.cache_shard import Teacher
-from teacher_cache.capture_job import SampleReader
+from teacher_cache.capturing import cache_shard
+from teacher_cache.capturing.behind import is_finite
+from teacher_cache.capturing.cache_shard import Teacher
+from teacher_cache.capturing.capture_job import SampleReader
 from teacher_cache.errors import KdcliError, SkipSample
 from teacher_cache.fields import CalibratedField, wants_of
 from teacher_cache.fields.calibration import Calibration
-from teacher_cache.plan import Plan, Slice
-from teacher_cache.prepare import Preparer
+from teacher_cache.planning.plan import Plan, Slice
+from teacher_cache.planning.same_samples import SteadySamples
+from teacher_cache.preparing.batch import row_positions
+from teacher_cache.preparing.prepare import Preparer
 from teacher_cache.records import Prepared, Sample, SkipRecord, TeacherOutput
-from teacher_cache.same_samples import SteadySamples
 from teacher_cache.sources import DataSpec
 from teacher_cache.wants import NOTHING, Wants
 

@@ -13,17 +13,17 @@ from typing import Any
 
 import torch
 
-from teacher_cache.cache import TeacherCache
-from teacher_cache.cache_shard import Teacher
-from teacher_cache.cached_samples import CachedSamples
+from teacher_cache.capturing.cache_shard import Teacher
 from teacher_cache.codecs import container
 from teacher_cache.errors import CacheError, CompatibilityError
-from teacher_cache.prepare import Preparer
+from teacher_cache.models.head import head_logits
+from teacher_cache.preparing.prepare import Preparer
+from teacher_cache.reading.cache import TeacherCache
+from teacher_cache.reading.cached_samples import CachedSamples
 from teacher_cache.records import Prepared
 from teacher_cache.shards.schema import require
 from teacher_cache.shards.sealed import seal, unseal
 from teacher_cache.shards.storage import Storage
-from teacher_cache.teachers.head import head_logits
 from teacher_cache.wants import Wants
 
 FILE, RECEIPT = "canaries.safetensors", "canaries.json"

@@ -10,16 +10,16 @@ from typing import Any, cast
 
 import torch
 
-from teacher_cache.cache import read_field
 from teacher_cache.codecs import container
 from teacher_cache.errors import CacheError
 from teacher_cache.fields import CalibratedField, Field, create_field, described_params
 from teacher_cache.fields.calibration import Calibration
-from teacher_cache.plan import Plan, content_hash, difference
+from teacher_cache.planning.plan import Plan, content_hash, difference
+from teacher_cache.reading.cache import read_field
+from teacher_cache.reading.verify import CALIBRATION_ROLES
 from teacher_cache.shards.schema import require
 from teacher_cache.shards.sealed import seal, unseal
 from teacher_cache.shards.storage import Storage
-from teacher_cache.shards.verify import CALIBRATION_ROLES
 
 HEAD = "head.safetensors"
 LOST = "`kdcli cache repair`, with the flags of the capture, makes it again, or names the command that does"

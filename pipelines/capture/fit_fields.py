@@ -9,10 +9,10 @@ from typing import Any
 from pipelines.capture import canaries
 from pipelines.capture.calibrate import calibrate
 from pipelines.capture.worker import CaptureRequest, make_preparer, sample_readers
-from teacher_cache.cache import TeacherCache
 from teacher_cache.fields import CalibratedField
 from teacher_cache.fields.calibration import Calibration
-from teacher_cache.plan import Plan, content_hash
+from teacher_cache.planning.plan import Plan, content_hash
+from teacher_cache.reading.cache import TeacherCache
 from teacher_cache.shards.storage import Storage
 from teacher_cache.teachers.backends import (
     linear_head,

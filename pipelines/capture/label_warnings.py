@@ -6,10 +6,10 @@ from collections.abc import Iterator
 from itertools import islice
 
 from pipelines.capture.calibrate import mixture_reader, usable_rows
-from teacher_cache.label_ends import label_ends
-from teacher_cache.plan import Plan
-from teacher_cache.prepare import Preparer
+from teacher_cache.planning.plan import Plan
+from teacher_cache.preparing.prepare import Preparer
 from teacher_cache.records import Prepared
+from teacher_cache.teachers.label_ends import label_ends
 from teacher_cache.teachers.transformers import TeacherSpec
 
 ROWS_OF_A_PART = 16

@@ -21,12 +21,12 @@ import torch
 
 from pipelines.capture.describe import lost_files
 from pipelines.settings import CaptureSettings
-from teacher_cache.capture_job import CaptureJob
+from teacher_cache.capturing.capture_job import CaptureJob
 from teacher_cache.errors import CacheError, KdcliError
 from teacher_cache.fields import Field
-from teacher_cache.places import is_remote, local_path
-from teacher_cache.plan import FORMAT_VERSION, Plan, content_hash
-from teacher_cache.plan_file import read_plan
+from teacher_cache.planning.plan import FORMAT_VERSION, Plan, content_hash
+from teacher_cache.planning.plan_file import read_plan
+from teacher_cache.shards.places import is_remote, local_path
 from teacher_cache.shards.schema import misfit
 from teacher_cache.shards.storage import Storage
 from teacher_cache.sources import DataSpec

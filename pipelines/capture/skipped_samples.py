@@ -7,14 +7,14 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from math import log
 
-from teacher_cache.cache import TeacherCache
-from teacher_cache.cache_shard import skip_record
-from teacher_cache.capture_job import CaptureJob, SampleReader
+from teacher_cache.capturing.cache_shard import skip_record
+from teacher_cache.capturing.capture_job import CaptureJob, SampleReader
 from teacher_cache.errors import CacheError, KdcliError, SkipSample
-from teacher_cache.plan import Part, Plan
-from teacher_cache.prepare import Preparer
+from teacher_cache.planning.plan import Part, Plan
+from teacher_cache.planning.same_samples import PICTURE_REASONS, groups_of, has_pictures, spread_rows
+from teacher_cache.preparing.prepare import Preparer
+from teacher_cache.reading.cache import TeacherCache
 from teacher_cache.records import SkipRecord
-from teacher_cache.same_samples import PICTURE_REASONS, groups_of, has_pictures, spread_rows
 from teacher_cache.shards.commit import committed_shards, read_commit, read_commits
 from teacher_cache.shards.mender import ShardReplacer
 from teacher_cache.sources import open_source

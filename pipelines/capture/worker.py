@@ -16,19 +16,19 @@ from pipelines.capture.heartbeat import Heartbeat, forget, new_run
 from pipelines.processes.cores import usable_cores
 from pipelines.settings import CaptureSettings
 from teacher_cache import stopping
-from teacher_cache.behind import Waits
-from teacher_cache.cache_shard import Teacher, cache_shard
-from teacher_cache.capture_job import CaptureJob, SampleReader
+from teacher_cache.capturing.behind import Waits
+from teacher_cache.capturing.cache_shard import Teacher, cache_shard
+from teacher_cache.capturing.capture_job import CaptureJob, SampleReader
 from teacher_cache.errors import KdcliError
-from teacher_cache.fingerprint import PREPARATION
-from teacher_cache.plan import Plan
-from teacher_cache.prepare import Limits, Preparer
+from teacher_cache.planning.plan import Plan
+from teacher_cache.preparing.fingerprint import PREPARATION
+from teacher_cache.preparing.prepare import Limits, Preparer
+from teacher_cache.reading.stored_samples import StoredPreparer, StoredSamples
 from teacher_cache.records import Prepared, TeacherOutput
 from teacher_cache.shards.reader import ColumnReader
 from teacher_cache.shards.storage import Storage
 from teacher_cache.sources import DataSpec
 from teacher_cache.stopping import Stopped
-from teacher_cache.stored_samples import StoredPreparer, StoredSamples
 from teacher_cache.teachers import null
 from teacher_cache.teachers.backends import load_processor, open_teacher, release
 from teacher_cache.teachers.transformers import TeacherSpec, resolve_device

@@ -84,8 +84,8 @@ def count_problems(problems: Any) -> str:
 @column_named("column", default="samples")
 def urls(url: str | None, column: str) -> None:
     """Print the tar paths of a column (samples, or a field), ready for the webdataset library."""
-    from teacher_cache.places import as_listed
     from teacher_cache.shards.commit import committed_shards, read_commit
+    from teacher_cache.shards.places import as_listed
 
     cache = open_cache(url, None)
     reader, folder = cache.column(column), as_listed(str(cache.storage), cache.storage.local)

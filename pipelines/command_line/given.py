@@ -140,6 +140,6 @@ def named_cache(url: str | None, config: str | None) -> str:
 
 def open_cache(url: str | None, config: str | None) -> Any:
     """The same cache, ready to be read."""
-    from teacher_cache.cache import TeacherCache
+    from teacher_cache.reading.cache import TeacherCache
 
     return TeacherCache(named_cache(url, config))

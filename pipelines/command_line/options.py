@@ -56,11 +56,11 @@ def column_named(name: str, default: str | None = None) -> Callable[[Callable[..
 
 
 class LocalPath(click.Path):
-    """A path of this machine, read as everywhere else (``teacher_cache.places``)."""
+    """A path of this machine, read as everywhere else (``teacher_cache.shards.places``)."""
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         from teacher_cache.errors import KdcliError
-        from teacher_cache.places import local_path
+        from teacher_cache.shards.places import local_path
 
         flag = param.opts[0] if isinstance(param, click.Option) else ""
         if not self.dir_okay and str(value).endswith("/"):

@@ -99,7 +99,7 @@ def doctor(
     from pipelines.settings import override
     from pipelines.terminal.progress import doctor_progress
     from teacher_cache.errors import KdcliError
-    from teacher_cache.prepare import Limits
+    from teacher_cache.preparing.prepare import Limits
 
     settings = load(config)
     given = data_specs(paths + data, **each)
@@ -146,7 +146,7 @@ def examine_labels(url: str, parts: Any, worst: int, weights: str | None, as_jso
     from pipelines.judge.labels.weights import WeightsFile
     from pipelines.terminal.progress import bar
     from pipelines.train.run_records import finite
-    from teacher_cache.cache import TeacherCache
+    from teacher_cache.reading.cache import TeacherCache
 
     file = WeightsFile(Path(weights)) if weights else None
     with bar(console(), "rows") as progress:

@@ -84,7 +84,7 @@ def preflight(
     from pipelines.judge.preflight.run import preflight as run
     from pipelines.settings import FILE, override
     from pipelines.train.run_records import finite
-    from teacher_cache.places import place_of
+    from teacher_cache.shards.places import place_of
 
     settings = load(config)
     specs = data_specs(data, **take(asked, EACH_PART)) or settings.data

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from teacher_cache.cache import TeacherCache
-from teacher_cache.derived import Choice, ordinals_of
 from teacher_cache.errors import CacheError, KdcliError
+from teacher_cache.planning.derived import Choice, ordinals_of
+from teacher_cache.reading.cache import TeacherCache
 from teacher_cache.records import SkipRecord
 from teacher_cache.shards.commit import committed_shards
 from teacher_cache.shards.index import Entry

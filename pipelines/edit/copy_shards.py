@@ -9,14 +9,14 @@ from dataclasses import dataclass
 
 from pipelines.capture.describe import HEAD
 from pipelines.capture.executors import local
-from teacher_cache.cache import TeacherCache
-from teacher_cache.derived import Choice, copy_shard
 from teacher_cache.errors import CacheError
-from teacher_cache.plan import difference
+from teacher_cache.planning.derived import Choice, copy_shard
+from teacher_cache.planning.plan import difference
+from teacher_cache.reading.cache import TeacherCache
+from teacher_cache.reading.verify import CALIBRATION_ROLES
 from teacher_cache.shards.commit import await_listed, committed_shards
 from teacher_cache.shards.sealed import seal, unseal
 from teacher_cache.shards.storage import Storage
-from teacher_cache.shards.verify import CALIBRATION_ROLES
 from teacher_cache.shards.writer import ShardWriter
 
 

@@ -10,11 +10,11 @@ from pipelines.capture.presence import at_work
 from pipelines.edit.choose_samples import ALL_ROWS, RowFilter, check_samples, choose, distinct_rows
 from pipelines.edit.copy_shards import Copying, copy_descriptions, copy_missing
 from pipelines.inspect.cache import status
-from teacher_cache.cache import TeacherCache
-from teacher_cache.derived import Choice, derived_plan
 from teacher_cache.errors import CacheError, CompatibilityError, KdcliError, naming_full_disk
-from teacher_cache.plan import Plan, difference
-from teacher_cache.plan_file import write_plan
+from teacher_cache.planning.derived import Choice, derived_plan
+from teacher_cache.planning.plan import Plan, difference
+from teacher_cache.planning.plan_file import write_plan
+from teacher_cache.reading.cache import TeacherCache
 from teacher_cache.shards.commit import committed_shards
 from teacher_cache.shards.storage import Storage
 

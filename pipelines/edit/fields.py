@@ -13,12 +13,12 @@ from pipelines.capture.presence import at_work
 from pipelines.capture.profiles import refuse_fields_of_images, with_tails
 from pipelines.capture.worker import CaptureRequest, make_preparer
 from pipelines.settings import CaptureSettings
-from teacher_cache.cache import TeacherCache
 from teacher_cache.errors import CacheError, CompatibilityError, KdcliError
 from teacher_cache.fields import Field, create_field, wants_of
-from teacher_cache.fingerprint import preparation_version
-from teacher_cache.plan import difference
-from teacher_cache.plan_file import read_plan
+from teacher_cache.planning.plan import difference
+from teacher_cache.planning.plan_file import read_plan
+from teacher_cache.preparing.fingerprint import preparation_version
+from teacher_cache.reading.cache import TeacherCache
 from teacher_cache.shards.commit import committed_shards
 from teacher_cache.shards.storage import Storage
 from teacher_cache.teachers.backends import load_processor, refuse_wants, teacher_fingerprint

@@ -23,15 +23,15 @@ from pipelines.edit.restore import Descriptions
 from pipelines.edit.restore_manifest import LoadedTeacher, restore_manifest
 from pipelines.inspect.cache import check_descriptions, hashes, refuse_no_cache, survey
 from pipelines.settings import CaptureSettings
-from teacher_cache.cache import TeacherCache
-from teacher_cache.capture_job import CaptureJob
+from teacher_cache.capturing.capture_job import CaptureJob
 from teacher_cache.errors import FULL, CacheError, CompatibilityError, KdcliError, naming_full_disk
-from teacher_cache.fingerprint import preparation_version
-from teacher_cache.plan import Plan, difference
-from teacher_cache.same_samples import refuse_other_pictures, with_pictures
+from teacher_cache.planning.plan import Plan, difference
+from teacher_cache.planning.same_samples import refuse_other_pictures, with_pictures
+from teacher_cache.preparing.fingerprint import preparation_version
+from teacher_cache.reading.cache import TeacherCache
+from teacher_cache.reading.verify import Problem, shard_problems
 from teacher_cache.shards.mender import ShardMender, ShardReplacer
 from teacher_cache.shards.storage import Storage
-from teacher_cache.shards.verify import Problem, shard_problems
 from teacher_cache.sources import DataSpec
 from teacher_cache.teachers.backends import load_processor, teacher_fingerprint
 from teacher_cache.teachers.transformers import TeacherSpec

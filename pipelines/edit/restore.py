@@ -28,15 +28,15 @@ from pipelines.capture.fit_fields import fit_fields
 from pipelines.capture.worker import CaptureRequest
 from pipelines.edit.restore_manifest import LoadedTeacher, commits_of, is_named
 from pipelines.inspect.cache import receipt, teacher_problems
-from teacher_cache.cache import TeacherCache
 from teacher_cache.codecs import container
 from teacher_cache.errors import KdcliError
 from teacher_cache.fields import CalibratedField, Field, create_field
 from teacher_cache.fields.calibration import Calibration
+from teacher_cache.reading.cache import TeacherCache
+from teacher_cache.reading.verify import CALIBRATION_ROLES
 from teacher_cache.shards.plain_files import StrangeFile
 from teacher_cache.shards.sealed import seal
 from teacher_cache.shards.storage import Storage
-from teacher_cache.shards.verify import CALIBRATION_ROLES
 from teacher_cache.teachers.backends import load_head
 
 Say = Callable[[str, str], None]

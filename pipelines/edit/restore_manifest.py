@@ -9,9 +9,9 @@ from typing import Any
 from pipelines.capture.cache_teacher import plan_for
 from pipelines.capture.worker import CaptureRequest, make_preparer
 from teacher_cache.errors import CacheError
-from teacher_cache.fingerprint import PREPARATION
-from teacher_cache.plan import Plan, content_hash
-from teacher_cache.same_samples import refuse_other_rows, with_pictures
+from teacher_cache.planning.plan import Plan, content_hash
+from teacher_cache.planning.same_samples import refuse_other_rows, with_pictures
+from teacher_cache.preparing.fingerprint import PREPARATION
 from teacher_cache.shards.commit import commit_path, committed_shards
 from teacher_cache.shards.plain_files import StrangeFile
 from teacher_cache.shards.storage import Storage

@@ -12,9 +12,9 @@ from pipelines.export.provenance import Provenance
 from pipelines.terminal.tables import score_table
 from student_train.compressors import CompressorSpec
 from teacher_cache.errors import KdcliError, one_line
+from teacher_cache.preparing.templates import find_template
 from teacher_cache.records import Turn
-from teacher_cache.templates import find_template
-from teacher_cache.usable_samples import PLACEHOLDER
+from teacher_cache.sources.usable_samples import PLACEHOLDER
 
 LICENSE_NOTE = (
     "> **License: not stated.** It is yours to choose, within those of the base student, its vision tower, the teacher and the training "

@@ -16,10 +16,10 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from pipelines.export import loaded
-from teacher_cache.chat import chat_of
 from teacher_cache.errors import KdcliError
+from teacher_cache.preparing.chat import chat_of
 from teacher_cache.records import Turn
-from teacher_cache.usable_samples import PLACEHOLDER
+from teacher_cache.sources.usable_samples import PLACEHOLDER
 
 TOLERANCE = 1e-5
 """Of the largest difference of logits, relative to the largest logit (or 1): both sides compute in float32."""

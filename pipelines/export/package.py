@@ -13,7 +13,7 @@ from typing import Any
 from pipelines.export import modeling, processing
 from pipelines.export.flatten import flatten
 from student_train.compressors import CompressorSpec, compressor_module
-from teacher_cache.layout import COMPRESSED
+from teacher_cache.preparing.layout import COMPRESSED
 
 TEMPLATE = "student_train.compressors.adaptive_pool"
 """The compressor that ``modeling.py`` imports, in whose place the student's own is put."""

@@ -22,10 +22,10 @@ from pipelines.train.run_records import (
 )
 from pipelines.train.stage_records import last_card
 from student_train.whole import DONE_FILE, read_done
-from teacher_cache.cache import TeacherCache
 from teacher_cache.errors import KdcliError
+from teacher_cache.preparing.templates import TEMPLATES
+from teacher_cache.reading.cache import TeacherCache
 from teacher_cache.shards.schema import misfit
-from teacher_cache.templates import TEMPLATES
 
 TOLD = {
     "cache": str,

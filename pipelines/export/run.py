@@ -28,7 +28,7 @@ from student_train.load_student import load_student, share
 from student_train.whole import sync_files
 from teacher_cache.errors import KdcliError, naming_full_disk
 from teacher_cache.families import family_of
-from teacher_cache.model_kind import reads_images
+from teacher_cache.models.kind import reads_images
 from teacher_cache.shards.local_disk import sync_folder
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}

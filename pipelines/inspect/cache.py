@@ -14,16 +14,16 @@ import torch
 from pipelines.capture import canaries, heartbeat
 from pipelines.capture.presence import at_work, dead_words
 from pipelines.inspect.find_sample import Asked, find_row
-from teacher_cache.cache import TeacherCache, read_receipt, read_tensors
-from teacher_cache.cached_samples import CachedSample, CachedSamples
 from teacher_cache.errors import CacheError
-from teacher_cache.plan_file import read_plan
+from teacher_cache.models.head import topk_rows
+from teacher_cache.planning.plan_file import read_plan
+from teacher_cache.reading.cache import TeacherCache, read_receipt, read_tensors
+from teacher_cache.reading.cached_samples import CachedSample, CachedSamples
+from teacher_cache.reading.teacher_tokenizer import tokenizer_of
+from teacher_cache.reading.verify import CALIBRATION_ROLES, OWN, Problem, orphans, verify
 from teacher_cache.shards.commit import committed_shards, read_commit
 from teacher_cache.shards.storage import Storage
-from teacher_cache.shards.verify import CALIBRATION_ROLES, OWN, Problem, orphans, verify
 from teacher_cache.signal_records import Sketch, TopK
-from teacher_cache.teacher_tokenizer import tokenizer_of
-from teacher_cache.teachers.head import topk_rows
 
 WORDS = 3
 

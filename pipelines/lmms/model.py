@@ -22,7 +22,7 @@ from pipelines.judge.evaluation.run import load_answering
 from pipelines.lmms.requests import UNASKED, UNLIKELY, Generation, generation, lost_note, model_arguments, prompt, row
 from student_train.student import RowForward
 from teacher_cache.errors import KdcliError, SkipSample
-from teacher_cache.prepare import Limits, Preparer
+from teacher_cache.preparing.prepare import Limits, Preparer
 from teacher_cache.sources import DataSpec
 
 

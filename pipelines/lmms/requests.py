@@ -17,11 +17,11 @@ from pipelines.judge.evaluation.run import pruning_of
 from pipelines.settings import build
 from student_train.pruning import Pruning
 from teacher_cache.errors import CompatibilityError, KdcliError
-from teacher_cache.prepare import PLACEHOLDER
+from teacher_cache.preparing.prepare import PLACEHOLDER
+from teacher_cache.preparing.templates import find_template
 from teacher_cache.records import Image, Sample, Turn
 from teacher_cache.sources import DataSpec
-from teacher_cache.templates import find_template
-from teacher_cache.usable_samples import stand_up, to_rgb
+from teacher_cache.sources.usable_samples import stand_up, to_rgb
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 MAX_NEW_TOKENS = 1024

@@ -12,7 +12,7 @@ from pipelines.judge.fidelity.plot import family_of
 from pipelines.judge.preflight.request import NOTEBOOK
 from pipelines.train.run_records import fits, parse_record, read_plain
 from teacher_cache.errors import KdcliError
-from teacher_cache.places import local_path, place_of
+from teacher_cache.shards.places import local_path, place_of
 from teacher_cache.shards.storage import Storage
 
 FIX = "give the file of `kdcli fidelity --out FILE.json`, or the folder of a `kdcli preflight`"

@@ -7,12 +7,12 @@ from dataclasses import dataclass, field
 
 from pipelines.inspect.cache import heads, token_text, words
 from pipelines.report.picture import Picture, background_words, draw_pictures, visible
-from teacher_cache.cache import TeacherCache
-from teacher_cache.cached_samples import CachedSample, CachedSamples
 from teacher_cache.errors import KdcliError, SkipSample
-from teacher_cache.fingerprint import preparation_version
+from teacher_cache.preparing.fingerprint import preparation_version
+from teacher_cache.reading.cache import TeacherCache
+from teacher_cache.reading.cached_samples import CachedSample, CachedSamples
+from teacher_cache.reading.teacher_tokenizer import tokenizer_of
 from teacher_cache.shards.commit import committed_shards
-from teacher_cache.teacher_tokenizer import tokenizer_of
 
 EXAMPLES = 6
 SHARDS_LOOKED_AT = 6

@@ -10,11 +10,11 @@ from pipelines.judge.labels.reading import Reader
 from pipelines.judge.labels.show import notes, wrong_words
 from pipelines.judge.labels.survey import Survey, Suspect, survey
 from pipelines.report.gallery import GalleryExample, decode, example_of, kind_of, teller
-from teacher_cache.cache import TeacherCache
 from teacher_cache.errors import KdcliError, SkipSample
-from teacher_cache.fingerprint import preparation_version
+from teacher_cache.preparing.fingerprint import preparation_version
+from teacher_cache.reading.cache import TeacherCache
+from teacher_cache.reading.teacher_tokenizer import tokenizer_of
 from teacher_cache.shards.commit import committed_shards
-from teacher_cache.teacher_tokenizer import tokenizer_of
 
 EXAMPLES = 6
 ROWS_LOOKED_AT = 2000

@@ -25,11 +25,11 @@ from student_train.needs import Served
 from student_train.order import Order
 from student_train.student import RowForward
 from student_train.teacher_view import TeacherHeads
-from teacher_cache.cache import TeacherCache
-from teacher_cache.cached_samples import CachedSamples
 from teacher_cache.errors import KdcliError, SkipSample, one_line
-from teacher_cache.fingerprint import preparation_version
-from teacher_cache.prepare import Preparer
+from teacher_cache.preparing.fingerprint import preparation_version
+from teacher_cache.preparing.prepare import Preparer
+from teacher_cache.reading.cache import TeacherCache
+from teacher_cache.reading.cached_samples import CachedSamples
 from teacher_cache.records import Sample
 
 NEEDS = ("vision_raw_logits", "vision_hidden")

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from pipelines.report.picture import MAX_PIXELS, data_uri
 from teacher_cache.records import Image, ImageLayout
-from teacher_cache.usable_samples import decode_image
+from teacher_cache.sources.usable_samples import decode_image
 
 WIDTH = 480
 MOST_NUMBERED = 49

@@ -23,7 +23,7 @@ from pipelines.report.runs import RunRecord, read_runs
 from pipelines.report.scores import collect_results, score_rows
 from pipelines.report.sizes import cache_sizes
 from pipelines.report.term_gradients import term_gradients
-from teacher_cache.cache import TeacherCache
+from teacher_cache.reading.cache import TeacherCache
 from teacher_cache.whole_file import refuse_unwritable, write_whole
 
 TITLE = "Students trained from one teacher cache"

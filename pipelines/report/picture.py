@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import PIL.Image
 
 from teacher_cache.records import Image, ImageLayout, View
-from teacher_cache.usable_samples import decode_image
+from teacher_cache.sources.usable_samples import decode_image
 
 CELL = 40
 LONGEST_WORD = 11

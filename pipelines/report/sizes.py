@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from pipelines.terminal.tables import human_bytes
-from teacher_cache.cache import TeacherCache
 from teacher_cache.errors import SKIP_REASONS
+from teacher_cache.reading.cache import TeacherCache
 
 KINDS = {"vision": "vision_rows", "response": "response_rows", "text": "text_tokens"}
 

@@ -6,8 +6,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from teacher_cache.errors import ROW_NOTES
+from teacher_cache.reading.verify import Problem
 from teacher_cache.records import View
-from teacher_cache.shards.verify import Problem
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -19,9 +19,9 @@ from pipelines.train.stage_identity import (
 from pipelines.train.stage_plans import StagePlan
 from student_train.checkpoint import checkpoint_damage, checkpoints
 from student_train.whole import FILES, added_files, finished_damage
-from teacher_cache.cache import TeacherCache
-from teacher_cache.cached_samples import CachedSamples
 from teacher_cache.errors import KdcliError
+from teacher_cache.reading.cache import TeacherCache
+from teacher_cache.reading.cached_samples import CachedSamples
 
 
 @dataclass(frozen=True)

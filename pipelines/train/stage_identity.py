@@ -14,9 +14,9 @@ from student_train.checkpoint import newest_state
 from student_train.draws import VERSION as DRAWS
 from student_train.methods import hook
 from student_train.whole import DONE_FILE, read_done
-from teacher_cache.cache import TeacherCache
 from teacher_cache.errors import KdcliError
-from teacher_cache.plan import content_hash, difference
+from teacher_cache.planning.plan import content_hash, difference
+from teacher_cache.reading.cache import TeacherCache
 from teacher_cache.shards.schema import misfit
 from teacher_cache.teachers.transformers import TeacherSpec, weights_hash
 

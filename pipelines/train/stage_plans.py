@@ -26,11 +26,11 @@ from student_train.needs import Served, serve
 from student_train.selection import needs_of
 from student_train.stages import Stage, parse_stages, stages_of_text
 from student_train.student_rows import compares_rows
-from teacher_cache.cache import TeacherCache
-from teacher_cache.complete_fields import complete_fields
 from teacher_cache.errors import CompatibilityError, KdcliError
-from teacher_cache.fingerprint import is_text_alone
-from teacher_cache.model_kind import open_config, reads_images
+from teacher_cache.models.kind import open_config, reads_images
+from teacher_cache.preparing.fingerprint import is_text_alone
+from teacher_cache.reading.cache import TeacherCache
+from teacher_cache.reading.complete_fields import complete_fields
 
 
 @dataclass(frozen=True)

@@ -20,8 +20,8 @@ import torch
 from pipelines.train.stage_plans import StagePlan
 from student_train.checkpoint import newest_state
 from student_train.whole import DONE_FILE, make_folder, read_done
-from teacher_cache.cache import TeacherCache
 from teacher_cache.errors import KdcliError, stripped
+from teacher_cache.reading.cache import TeacherCache
 from teacher_cache.whole_file import write_whole
 
 STAGE_FOLDER = re.compile(r"\d\d+-\w+")

@@ -36,10 +36,10 @@ from student_train.selection import check_columns
 from student_train.trainer import Trainer
 from student_train.whole import DONE_FILE, FILES, files_below, sums, sync_files, write_sealed
 from teacher_cache import stopping
-from teacher_cache.cache import TeacherCache
-from teacher_cache.cached_samples import CachedSamples
 from teacher_cache.errors import KdcliError, naming_full_disk
-from teacher_cache.plan import content_hash
+from teacher_cache.planning.plan import content_hash
+from teacher_cache.reading.cache import TeacherCache
+from teacher_cache.reading.cached_samples import CachedSamples
 from teacher_cache.shards.disk_cache import DiskCache
 from teacher_cache.shards.local_disk import sync_folder
 from teacher_cache.stopping import CONTINUE, Stopped

@@ -27,9 +27,9 @@ from student_train.student import RowForward
 from student_train.student_rows import student_rows
 from student_train.teacher_view import TeacherHeads
 from student_train.trainer import Trainer
-from teacher_cache.cache import TeacherCache
-from teacher_cache.cached_samples import CachedSamples
 from teacher_cache.errors import CompatibilityError, KdcliError
+from teacher_cache.reading.cache import TeacherCache
+from teacher_cache.reading.cached_samples import CachedSamples
 
 PROBED = 512
 """Rows looked through for an image before the first step."""

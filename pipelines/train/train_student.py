@@ -21,9 +21,9 @@ from student_train.savable import refuse_quantized
 from student_train.teacher_view import TeacherHeads
 from student_train.token_ids import check_head, check_vocabulary
 from student_train.whole import check_model
-from teacher_cache.cache import TeacherCache
 from teacher_cache.errors import KdcliError, naming_full_disk
-from teacher_cache.places import local_path
+from teacher_cache.reading.cache import TeacherCache
+from teacher_cache.shards.places import local_path
 from teacher_cache.stopping import Stopped
 from teacher_cache.teachers import null
 from teacher_cache.teachers.transformers import TeacherSpec, load_processor

@@ -15,13 +15,13 @@ from student_train.library.signals import SignalSource, TeacherSignals
 from student_train.methods import DEFAULT, Method
 from student_train.needs import Need
 from student_train.order import InPlace
-from teacher_cache.batch import Batch
-from teacher_cache.cache import TeacherCache
-from teacher_cache.cached_samples import CachedSamples
 from teacher_cache.errors import CacheError, KdcliError
-from teacher_cache.model_kind import open_processor
+from teacher_cache.models.kind import open_processor
+from teacher_cache.preparing.batch import Batch
+from teacher_cache.reading.cache import TeacherCache
+from teacher_cache.reading.cached_samples import CachedSamples
+from teacher_cache.reading.teacher_tokenizer import tokenizer_of
 from teacher_cache.shards.disk_cache import DiskCache
-from teacher_cache.teacher_tokenizer import tokenizer_of
 
 
 def open_cache(url: str) -> Cache:
@@ -38,7 +38,7 @@ class Cache:
 
     Attributes:
         url: as it is shown (without passwords). parts: of the mixture. fields: name → parameters (codec, k, …) as ``field.json`` says.
-        reader: ``teacher_cache.cache.TeacherCache``, the machinery's own.
+        reader: ``teacher_cache.reading.cache.TeacherCache``, the machinery's own.
     """
 
     def __init__(self, url: str):

@@ -14,10 +14,10 @@ from student_train.library.signal_request import SignalRequest
 from student_train.library.signals import SignalSource
 from student_train.order import InPlace, MicroBatches, Order
 from student_train.student_rows import student_rows
-from teacher_cache.cache import TeacherCache
-from teacher_cache.cached_samples import CachedSamples
 from teacher_cache.errors import CompatibilityError, KdcliError
-from teacher_cache.plan import difference
+from teacher_cache.planning.plan import difference
+from teacher_cache.reading.cache import TeacherCache
+from teacher_cache.reading.cached_samples import CachedSamples
 
 MOST_LOADER_PROCESSES = 4096
 

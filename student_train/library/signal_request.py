@@ -9,9 +9,9 @@ from typing import Any
 from student_train.methods import DEFAULT, Method, create_method, hook
 from student_train.needs import Need, Served, serve, whats
 from student_train.token_ids import check_head, check_vocabulary
-from teacher_cache.cache import TeacherCache
-from teacher_cache.complete_fields import complete_fields
 from teacher_cache.errors import CompatibilityError, KdcliError
+from teacher_cache.reading.cache import TeacherCache
+from teacher_cache.reading.complete_fields import complete_fields
 
 
 @dataclass(frozen=True)

@@ -15,9 +15,9 @@ from student_train.distributions import Distribution, HeadAndTail, is_full
 from student_train.needs import Served
 from student_train.packed import Packed, pack, unpack
 from student_train.teacher_view import TeacherHeads, TeacherView
-from teacher_cache.cache import TeacherCache
 from teacher_cache.errors import CompatibilityError, KdcliError, without_secrets
-from teacher_cache.teachers.head import CHUNK_BYTES, chunk_rows
+from teacher_cache.models.head import CHUNK_BYTES, chunk_rows
+from teacher_cache.reading.cache import TeacherCache
 
 KINDS = ("response", "vision")
 ANSWER = "answer"

@@ -13,7 +13,7 @@ from student_train.distributions import Distribution, FullVocabulary
 from student_train.losses.distances import manhattan
 from student_train.losses.divergences import reverse_kl
 from teacher_cache.errors import KdcliError
-from teacher_cache.teachers.head import CHUNK_BYTES, chunk_rows, head_logits
+from teacher_cache.models.head import CHUNK_BYTES, chunk_rows, head_logits
 
 UNMATCHED = -1
 SPACES = ("logits", "probs")

@@ -26,7 +26,7 @@ from student_train.losses.terms import (
     label_loss,
 )
 from student_train.teacher_view import TeacherView
-from teacher_cache.teachers.head import cap_in_place, chunk_rows, head_logits, slope_of_cap
+from teacher_cache.models.head import cap_in_place, chunk_rows, head_logits, slope_of_cap
 
 CHUNK_BYTES = 8 << 20
 """float32 logits of a chunk on a CPU: with 128 MiB the passes of the losses took twice as long."""

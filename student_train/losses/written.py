@@ -16,7 +16,7 @@ from collections.abc import Callable
 import torch
 from torch.nn import functional as F
 
-from teacher_cache.teachers.head import piece_rows
+from teacher_cache.models.head import piece_rows
 
 Divergence = Callable[..., tuple[torch.Tensor, torch.Tensor]]
 LOG_ZERO = -1e30

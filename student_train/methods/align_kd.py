@@ -24,7 +24,7 @@ from student_train.losses.terms import RowTerm, SampleRows, SampleTerm, Term, Te
 from student_train.methods.soft_targets import SoftTargets
 from student_train.needs import Need
 from teacher_cache.errors import CompatibilityError, KdcliError
-from teacher_cache.teachers.text_vision import check_layers
+from teacher_cache.models.text_vision import check_layers
 from teacher_cache.wants import Wants
 
 NAME = "align-kd"

@@ -22,7 +22,7 @@ from student_train.pruning.masks import attention_mask
 from student_train.pruning.ranking import RankedTokens, Ranking, RankingInput
 from teacher_cache.errors import CompatibilityError
 from teacher_cache.families import family_of
-from teacher_cache.teachers.attention import check_attention
+from teacher_cache.models.attention import check_attention
 
 
 @contextmanager

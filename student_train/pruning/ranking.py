@@ -13,7 +13,7 @@ import torch
 
 from student_train.pruning import Pruning, operator_module
 from student_train.pruning.seen import Seen
-from teacher_cache.teachers.attention import layer_attention, layer_keys
+from teacher_cache.models.attention import layer_attention, layer_keys
 
 
 @dataclass(frozen=True)

@@ -21,9 +21,9 @@ from pathlib import Path
 from typing import BinaryIO
 
 from teacher_cache.errors import CacheError, KdcliError
-from teacher_cache.places import local_path
 from teacher_cache.shards.commit import Commit
 from teacher_cache.shards.local_disk import check_own_folder, open_own, take_lock
+from teacher_cache.shards.places import local_path
 from teacher_cache.shards.staging import told_when_full
 from teacher_cache.shards.storage import Storage
 

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
 from teacher_cache.errors import CacheError, without_secrets
-from teacher_cache.places import place_of
 from teacher_cache.shards import plain_files, staging
 from teacher_cache.shards.local_disk import give_name, is_inside, make_folder, move, sync_file, sync_folder
+from teacher_cache.shards.places import place_of
 from teacher_cache.shards.plain_files import AT_ONCE, most_bytes, refuse_long
 from teacher_cache.shards.remote import READ_ONLY, all_persistently, at_most, exactly, persistently
 

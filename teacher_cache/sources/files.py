@@ -12,7 +12,7 @@ from typing import Any, BinaryIO, cast
 import braceexpand
 
 from teacher_cache.errors import DataError, without_secrets
-from teacher_cache.places import is_remote, local_path, place_of
+from teacher_cache.shards.places import is_remote, local_path, place_of
 
 _GLOB = re.compile(r"[*?\[]")
 _HASH_CHUNK_BYTES = 1 << 20

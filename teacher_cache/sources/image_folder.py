@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from urllib.parse import quote
 
 from teacher_cache.errors import DataError, SkipSample
-from teacher_cache.places import is_remote, local_path, place_of
 from teacher_cache.records import Image
+from teacher_cache.shards.places import is_remote, local_path, place_of
 from teacher_cache.shards.remote import READ_ONLY
 from teacher_cache.sources.image_refs import ImageRef
 

@@ -27,7 +27,7 @@ from teacher_cache.sources import row_limits as limits
 from teacher_cache.sources.image_refs import IMAGE_COLUMNS, ImageRef, listed_refs, refuse_other_columns
 from teacher_cache.sources.row_values import checked_text, extra_of, is_given, kind_of, row_object, source_id_of
 from teacher_cache.sources.turns import Pieces, RawTurns, joined, read_turns
-from teacher_cache.usable_samples import PLACEHOLDER
+from teacher_cache.sources.usable_samples import PLACEHOLDER
 
 TALK = ("messages", "conversations", "prompt", "completion")
 COLUMNS = frozenset({"id", "system", "messages", "conversations", *IMAGE_COLUMNS})

@@ -11,7 +11,7 @@ from teacher_cache.records import Turn
 from teacher_cache.sources import row_limits as limits
 from teacher_cache.sources.image_refs import ImageRef, part_ref
 from teacher_cache.sources.row_values import checked_text, kind_of
-from teacher_cache.usable_samples import PLACEHOLDER
+from teacher_cache.sources.usable_samples import PLACEHOLDER
 
 ROLE_OF = {
     **dict.fromkeys(("human", "user"), "user"),

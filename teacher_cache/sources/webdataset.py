@@ -32,7 +32,7 @@ from teacher_cache.sources.message_rows import COLUMNS, TALK, MessageRow, read_r
 from teacher_cache.sources.row_limits import refuse_media_columns, refuse_unlabelled_row
 from teacher_cache.sources.row_values import Unparsed, checked_text, extra_of, row_object
 from teacher_cache.sources.tar_members import BLOCK, Member, read_members
-from teacher_cache.usable_samples import PLACEHOLDER
+from teacher_cache.sources.usable_samples import PLACEHOLDER
 
 FORMAT = "webdataset"
 

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from teacher_cache.errors import KdcliError
-from teacher_cache.fingerprint import processor_fingerprint
+from teacher_cache.preparing.fingerprint import processor_fingerprint
 from teacher_cache.records import Prepared, TeacherOutput
 from teacher_cache.signal_records import Sampled, TopK
 from teacher_cache.teachers import transformers

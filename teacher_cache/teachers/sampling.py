@@ -16,8 +16,8 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import torch
 
+from teacher_cache.models.head import CHUNK_BYTES, chunk_rows, head_logits
 from teacher_cache.signal_records import Sampled
-from teacher_cache.teachers.head import CHUNK_BYTES, chunk_rows, head_logits
 from teacher_cache.wants import Wants
 
 _SURE = 1 - 1e-9

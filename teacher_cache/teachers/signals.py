@@ -7,9 +7,9 @@ from collections.abc import Mapping, Sequence
 import torch
 
 from teacher_cache.errors import CompatibilityError
+from teacher_cache.models.head import topk_rows
 from teacher_cache.records import Prepared, TeacherOutput
 from teacher_cache.signal_records import TopK
-from teacher_cache.teachers.head import topk_rows
 from teacher_cache.teachers.sampling import sample_batch
 from teacher_cache.wants import Wants
 

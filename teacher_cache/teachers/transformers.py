@@ -16,18 +16,18 @@ from typing import Any
 
 import torch
 
-from teacher_cache.batch import Batch, collate
 from teacher_cache.errors import CompatibilityError, KdcliError
-from teacher_cache.fingerprint import processor_fingerprint
-from teacher_cache.layout import COMPRESSED
-from teacher_cache.model_kind import auto_model, decoder_of, open_config, open_processor, reads_images
-from teacher_cache.model_load import attending, naming_what_fails
-from teacher_cache.model_weights import check_weights, refuse_missing
+from teacher_cache.models.head import head_logits
+from teacher_cache.models.head_form import check_rows, head_form
+from teacher_cache.models.kind import auto_model, decoder_of, open_config, open_processor, reads_images
+from teacher_cache.models.loading import attending, naming_what_fails
+from teacher_cache.models.text_vision import layer_inputs, text_vision_attention
+from teacher_cache.models.weights import check_weights, refuse_missing
+from teacher_cache.preparing.batch import Batch, collate
+from teacher_cache.preparing.fingerprint import processor_fingerprint
+from teacher_cache.preparing.layout import COMPRESSED
 from teacher_cache.records import Prepared, TeacherOutput
-from teacher_cache.teachers.head import head_logits
-from teacher_cache.teachers.head_form import check_rows, head_form
 from teacher_cache.teachers.signals import Signals
-from teacher_cache.teachers.text_vision import layer_inputs, text_vision_attention
 from teacher_cache.wants import Wants
 
 BACKENDS = ("transformers", "vllm")

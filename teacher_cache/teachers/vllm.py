@@ -15,9 +15,9 @@ from typing import Any
 import torch
 
 from teacher_cache.errors import CompatibilityError
+from teacher_cache.models.head_form import NOT_PLAIN
 from teacher_cache.records import Prepared, TeacherOutput
 from teacher_cache.teachers import transformers
-from teacher_cache.teachers.head_form import NOT_PLAIN
 from teacher_cache.teachers.signals import Signals
 from teacher_cache.teachers.transformers import TeacherSpec, resolve_device, resolve_dtype
 from teacher_cache.teachers.vllm_answers import (

@@ -11,12 +11,12 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 import torch
 
-from teacher_cache.batch import row_positions
 from teacher_cache.errors import CompatibilityError
+from teacher_cache.preparing.batch import row_positions
 from teacher_cache.records import Prepared, TeacherOutput
 from teacher_cache.signal_records import TopK
+from teacher_cache.sources.usable_samples import decode_image
 from teacher_cache.teachers.signals import Signals
-from teacher_cache.usable_samples import decode_image
 from teacher_cache.wants import Wants
 
 FIX = "use --backend transformers for it"

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import rendering
-from teacher_cache.bounded_templates import BoundedEnvironment
+from teacher_cache.preparing.bounded_templates import BoundedEnvironment
 
 
 def test_with_and_without_bounds(

@@ -18,10 +18,10 @@ from torch.nn.functional import normalize
 from student_train.losses.terms import HiddenRows, HiddenTerm, Rows, RowTerm, SampleRows, StudentRows
 from student_train.methods import Passes, hook
 from student_train.teacher_view import TeacherView
-from teacher_cache.batch import Batch, collate
-from teacher_cache.cache import TeacherCache
-from teacher_cache.cached_samples import CachedSamples
-from teacher_cache.prepare import Preparer
+from teacher_cache.preparing.batch import Batch, collate
+from teacher_cache.preparing.prepare import Preparer
+from teacher_cache.reading.cache import TeacherCache
+from teacher_cache.reading.cached_samples import CachedSamples
 
 
 @dataclass(frozen=True)

@@ -20,11 +20,11 @@ from student_train.alignment import beside
 from student_train.needs import ONE_FIELD, Need, OneField, of_states, row_aligned, serve, served_by, whats
 from student_train.teacher_view import TeacherView
 from teacher_cache import fields
-from teacher_cache.cache import TeacherCache
-from teacher_cache.cached_samples import CachedSamples
 from teacher_cache.codecs import container
 from teacher_cache.errors import CacheError, CompatibilityError
 from teacher_cache.fields import create_field, field_kinds
+from teacher_cache.reading.cache import TeacherCache
+from teacher_cache.reading.cached_samples import CachedSamples
 from teacher_cache.records import Prepared, TeacherOutput
 from teacher_cache.shards.commit import committed_shards
 from teacher_cache.shards.mender import ShardReplacer

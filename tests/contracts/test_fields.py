@@ -15,9 +15,9 @@ from hypothesis import strategies as st
 from teacher_cache.codecs import container, probabilities
 from teacher_cache.errors import CacheError, KdcliError
 from teacher_cache.fields import create_field, decode_record, decode_records, field_kinds, open_field
+from teacher_cache.models.head import topk_rows
 from teacher_cache.records import Prepared, TeacherOutput, TextTokens
 from teacher_cache.signal_records import Sampled, Sketch, TopK
-from teacher_cache.teachers.head import topk_rows
 from teacher_cache.teachers.sampling import sample_batch
 from teacher_cache.wants import NOTHING, Wants
 

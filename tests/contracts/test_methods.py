@@ -19,9 +19,9 @@ from student_train.methods import create_method, hook, method_modules, terms_of
 from student_train.needs import Need, serve, served_by
 from student_train.stages import parse_stages
 from student_train.teacher_view import TeacherView
-from teacher_cache.cache import TeacherCache
-from teacher_cache.cached_samples import CachedSamples
 from teacher_cache.errors import CompatibilityError
+from teacher_cache.reading.cache import TeacherCache
+from teacher_cache.reading.cached_samples import CachedSamples
 from tests.contracts.dense_reference import in_float64, live_view, load64, reference, teacher_batch
 
 CASES = [(name, preset) for name, module in sorted(method_modules().items()) for preset in module.PRESETS]

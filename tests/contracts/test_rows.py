@@ -15,7 +15,7 @@ import pytest
 from teacher_cache.errors import ROW_NOTES, SKIP_REASONS
 from teacher_cache.records import Sample, SkipRecord
 from teacher_cache.sources import DataSpec, open_source, source_modules
-from teacher_cache.usable_samples import check_turns, row_key
+from teacher_cache.sources.usable_samples import check_turns, row_key
 
 PICTURES = {"a.png": b"no reader decodes", "b.png": b"what an image holds"}
 

@@ -21,7 +21,7 @@ import pytest
 
 from teacher_cache.records import Sample
 from teacher_cache.sources import DataSpec, open_source, source_modules
-from teacher_cache.usable_samples import check_sample, row_key
+from teacher_cache.sources.usable_samples import check_sample, row_key
 
 ROWS = 23
 

@@ -11,7 +11,7 @@ import numpy as np
 import PIL.Image
 import torch
 
-from teacher_cache.prepare import Preparer
+from teacher_cache.preparing.prepare import Preparer
 from teacher_cache.records import Image, Prepared, Sample, Turn
 from teacher_cache.wants import Wants
 

@@ -86,8 +86,8 @@ def open_step(tmp_path: Path) -> Callable[..., tuple[Any, Any]]:
     from student_train import distributed
     from student_train.config import StageSettings, TrainSettings
     from student_train.load_student import load_student
-    from teacher_cache.cache import TeacherCache
-    from teacher_cache.cached_samples import CachedSamples
+    from teacher_cache.reading.cache import TeacherCache
+    from teacher_cache.reading.cached_samples import CachedSamples
 
     def open_(cache_url: Path, student: Path, method: str, **changes: Any) -> tuple[Any, Any]:
         cache = TeacherCache(str(cache_url))

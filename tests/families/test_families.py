@@ -19,16 +19,16 @@ from pipelines.train.train_student import train
 from student_train.config import TrainSettings
 from student_train.load_student import freeze_except, module_group
 from student_train.pruning import Pruning
-from teacher_cache.batch import collate
-from teacher_cache.chat import content
 from teacher_cache.errors import CompatibilityError, SkipSample
 from teacher_cache.families import families
-from teacher_cache.known_text import KnownText
-from teacher_cache.layout import image_layout
-from teacher_cache.prepare import Limits, Preparer
+from teacher_cache.preparing.batch import collate
+from teacher_cache.preparing.chat import content
+from teacher_cache.preparing.known_text import KnownText
+from teacher_cache.preparing.layout import image_layout
+from teacher_cache.preparing.prepare import Limits, Preparer
 from teacher_cache.records import Image, ImageLayout, Sample, Turn, View
+from teacher_cache.sources.usable_samples import decode_image
 from teacher_cache.teachers.transformers import TeacherSpec, TransformersTeacher, load_processor
-from teacher_cache.usable_samples import decode_image
 from teacher_cache.wants import Wants
 from tests.contracts.dense_reference import in_float64, live_view, load64, reference, teacher_batch
 from tests.contracts.test_methods import loss_and_gradients

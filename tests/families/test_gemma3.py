@@ -15,12 +15,12 @@ from pipelines.export.run import image_notes
 from pipelines.judge.evaluation.answers import answer, prompt_of
 from student_train.load_student import load_student
 from student_train.pruning import Pruning
-from teacher_cache.cache import TeacherCache
-from teacher_cache.cached_samples import CachedSamples
 from teacher_cache.errors import CompatibilityError
-from teacher_cache.layout import typical_tokens
-from teacher_cache.prepare import Preparer
-from teacher_cache.teachers.text_vision import check_layers
+from teacher_cache.models.text_vision import check_layers
+from teacher_cache.preparing.layout import typical_tokens
+from teacher_cache.preparing.prepare import Preparer
+from teacher_cache.reading.cache import TeacherCache
+from teacher_cache.reading.cached_samples import CachedSamples
 from teacher_cache.teachers.transformers import TeacherSpec, TransformersTeacher, load_processor
 from teacher_cache.wants import Wants
 from tests.families.models import GEMMA_NAMED, gemma3, model_of, tokenizer_with

@@ -14,9 +14,9 @@ from student_train.methods import create_method
 from student_train.packed_samples import packing_of
 from student_train.packing import balanced, places_of
 from student_train.student import RowForward
-from teacher_cache.batch import Batch, collate
 from teacher_cache.errors import CompatibilityError
-from teacher_cache.prepare import Preparer
+from teacher_cache.preparing.batch import Batch, collate
+from teacher_cache.preparing.prepare import Preparer
 from tests.close import assert_all_close, assert_close
 from tests.families.models import FAMILIES
 from tests.families.rows import read_rows

@@ -17,9 +17,9 @@ from pipelines.train.train_student import train
 from student_train.config import TrainSettings
 from student_train.load_student import load_student
 from student_train.losses.matching import UNMATCHED
-from teacher_cache.cache import TeacherCache
 from teacher_cache.errors import CompatibilityError
-from teacher_cache.prepare import Preparer
+from teacher_cache.preparing.prepare import Preparer
+from teacher_cache.reading.cache import TeacherCache
 from teacher_cache.teachers.transformers import TeacherSpec, load_processor
 from tests.contracts.dense_reference import in_float64, live_view, load64, reference, teacher_batch
 from tests.contracts.test_methods import loss_and_gradients

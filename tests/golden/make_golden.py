@@ -17,8 +17,8 @@ import torch
 from teacher_cache.codecs import container
 from teacher_cache.fields import create_field
 from teacher_cache.fields.topk_plain import NAMES, PlainTopK
-from teacher_cache.plan import Part, Plan, Slice
-from teacher_cache.plan_file import write_plan
+from teacher_cache.planning.plan import Part, Plan, Slice
+from teacher_cache.planning.plan_file import write_plan
 from teacher_cache.records import (
     Image,
     ImageLayout,

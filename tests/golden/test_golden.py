@@ -12,9 +12,9 @@ import pytest
 import torch
 
 from pipelines.inspect.cache import check
-from teacher_cache.cache import TeacherCache
-from teacher_cache.cached_samples import CachedSamples
 from teacher_cache.errors import CacheError
+from teacher_cache.reading.cache import TeacherCache
+from teacher_cache.reading.cached_samples import CachedSamples
 from teacher_cache.shards.sealed import seal, unseal
 
 FOLDER = Path(__file__).parent

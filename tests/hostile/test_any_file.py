@@ -22,9 +22,9 @@ from pipelines.capture.cache_teacher import capture
 from pipelines.inspect.cache import survey
 from student_train.needs import Served
 from student_train.teacher_view import TeacherHeads
-from teacher_cache.cache import TeacherCache
-from teacher_cache.cached_samples import CachedSamples
 from teacher_cache.errors import CacheError, KdcliError
+from teacher_cache.reading.cache import TeacherCache
+from teacher_cache.reading.cached_samples import CachedSamples
 from teacher_cache.shards.sealed import seal, unseal
 
 FIELDS = ("response_topk", "vision_hidden")

@@ -24,7 +24,7 @@ from teacher_cache.fields import create_field, decode_record
 from teacher_cache.records import Image
 from teacher_cache.samples import decode_sample
 from teacher_cache.shards.index import SCHEMA, parse_index
-from teacher_cache.usable_samples import decode_image
+from teacher_cache.sources.usable_samples import decode_image
 
 LIMIT = 89_478_485
 MOST_GROWTH = 200 << 20

@@ -17,12 +17,12 @@ import pytest
 
 from benchmarks.fuzz_targets import Folder, joined, shard_of, small_cache
 from pipelines.inspect.cache import survey
-from teacher_cache.cache import TeacherCache
-from teacher_cache.cached_samples import CachedSamples
 from teacher_cache.codecs import container
 from teacher_cache.errors import CacheError, KdcliError
-from teacher_cache.plan import MOST_SHARD_ROWS
-from teacher_cache.plan_file import parse_plan
+from teacher_cache.planning.plan import MOST_SHARD_ROWS
+from teacher_cache.planning.plan_file import parse_plan
+from teacher_cache.reading.cache import TeacherCache
+from teacher_cache.reading.cached_samples import CachedSamples
 from teacher_cache.records import SkipRecord
 from teacher_cache.shards import plain_files
 from teacher_cache.shards.commit import parse_commit
@@ -185,8 +185,8 @@ def test_a_sparse_file_takes_no_memory() -> None:
     code = (
         "import sys\n"
         "from pipelines.inspect.cache import survey, status\n"
-        "from teacher_cache.cache import TeacherCache\n"
-        "from teacher_cache.cached_samples import CachedSamples\n"
+        "from teacher_cache.reading.cache import TeacherCache\n"
+        "from teacher_cache.reading.cached_samples import CachedSamples\n"
         "from teacher_cache.errors import KdcliError\n"
         "for read in (survey, lambda url: status(TeacherCache(url)), lambda url: [CachedSamples(c, c.parts(), [*c.fields]).read(0, 0) "
         "for c in [TeacherCache(url)]]):\n"

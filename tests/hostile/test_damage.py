@@ -12,9 +12,9 @@ import pytest
 import torch
 
 from pipelines.inspect.cache import check
-from teacher_cache.cache import TeacherCache
-from teacher_cache.cached_samples import CachedSample, CachedSamples
 from teacher_cache.errors import KdcliError
+from teacher_cache.reading.cache import TeacherCache
+from teacher_cache.reading.cached_samples import CachedSample, CachedSamples
 from tests.close import equal_tensors
 from tests.exhaustive import of_all
 

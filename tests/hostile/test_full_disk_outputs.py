@@ -147,8 +147,8 @@ def test_notes_that_nobody_can_read_end_nothing(tmp_path: Path) -> None:
 
 def test_a_full_temporary_folder_is_named(tiny_cache: Path, small_files: Callable[..., Any]) -> None:
     """A report unpacks the cache's tokenizer into it."""
-    from teacher_cache.cache import TeacherCache
-    from teacher_cache.teacher_tokenizer import tokenizer_of
+    from teacher_cache.reading.cache import TeacherCache
+    from teacher_cache.reading.teacher_tokenizer import tokenizer_of
 
     cache = TeacherCache(str(tiny_cache))
     with small_files(600), pytest.raises(DiskError, match=r"tokenizer.*\.json: cannot be written"):

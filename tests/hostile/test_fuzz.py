@@ -18,7 +18,7 @@ from benchmarks.fuzz import MOST_GROWTH, chosen_names, fuzz
 from benchmarks.fuzz_targets import VALUES, Target, random_bytes, small_cache, targets
 from teacher_cache.codecs import container
 from teacher_cache.errors import CacheError
-from teacher_cache.plan_file import parse_plan
+from teacher_cache.planning.plan_file import parse_plan
 from teacher_cache.shards.commit import parse_commit
 from teacher_cache.shards.index import parse_index
 from teacher_cache.shards.sealed import seal, unseal

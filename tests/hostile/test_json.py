@@ -23,8 +23,8 @@ from student_train.checkpoint import Checkpoints
 from student_train.distributed import Processes
 from student_train.metrics_log import _step_of
 from student_train.whole import read_card
-from teacher_cache.cache import TeacherCache
 from teacher_cache.errors import CacheError, DataError, KdcliError
+from teacher_cache.reading.cache import TeacherCache
 from teacher_cache.records import Sample, SkipRecord
 from teacher_cache.shards.schema import COUNT, misfit, require
 from teacher_cache.shards.sealed import seal, unseal

@@ -19,9 +19,9 @@ from pipelines.inspect.cache import check, status
 from pipelines.settings import Settings
 from pipelines.train.train_student import train
 from student_train.config import TrainSettings
-from teacher_cache.cache import TeacherCache
-from teacher_cache.cached_samples import CachedSamples
 from teacher_cache.errors import KdcliError, one_line, printable
+from teacher_cache.reading.cache import TeacherCache
+from teacher_cache.reading.cached_samples import CachedSamples
 from teacher_cache.sources import DataSpec
 
 ODD_IDS = [

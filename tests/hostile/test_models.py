@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 
 from student_train.load_student import load_student, open_student
 from teacher_cache.errors import KdcliError
-from teacher_cache.model_files import check_model_files
+from teacher_cache.models.files import check_model_files
 from teacher_cache.teachers.backends import open_teacher
 from teacher_cache.teachers.transformers import TeacherSpec, TransformersTeacher, load_processor
 

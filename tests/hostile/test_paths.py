@@ -18,8 +18,8 @@ from benchmarks.fuzz_targets import Folder, joined, shard_of, small_cache
 from pipelines.edit.derive import subset
 from pipelines.edit.fields import drop_field
 from pipelines.inspect.cache import check, collect_garbage
-from teacher_cache.cache import TeacherCache
 from teacher_cache.errors import CacheError, SkipSample
+from teacher_cache.reading.cache import TeacherCache
 from teacher_cache.records import Sample, SkipRecord
 from teacher_cache.shards.commit import parse_commit
 from teacher_cache.shards.index import dump_index, parse_index

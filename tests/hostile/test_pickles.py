@@ -22,9 +22,9 @@ from student_train.checkpoint import Checkpoints
 from student_train.distributed import Processes
 from student_train.load_student import load_student
 from student_train.whole import FILES, sums, write_sealed
-from teacher_cache.cache import TeacherCache
 from teacher_cache.errors import CacheError, KdcliError
 from teacher_cache.fields import decode_record
+from teacher_cache.reading.cache import TeacherCache
 from teacher_cache.shards.sealed import seal, unseal
 from teacher_cache.teachers.transformers import TeacherSpec, TransformersTeacher, load_processor, weights_hash
 

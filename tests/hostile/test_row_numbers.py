@@ -14,10 +14,10 @@ import torch
 from click.testing import CliRunner
 
 from cli import main
-from teacher_cache.cache import TeacherCache
-from teacher_cache.cached_samples import CachedSamples
 from teacher_cache.codecs import container
 from teacher_cache.errors import CacheError
+from teacher_cache.reading.cache import TeacherCache
+from teacher_cache.reading.cached_samples import CachedSamples
 from teacher_cache.records import TeacherOutput
 from teacher_cache.shards.commit import committed_shards
 from teacher_cache.shards.mender import ShardReplacer

@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 
 from pipelines.inspect.cache import check, collect_garbage
-from teacher_cache.cache import TeacherCache
-from teacher_cache.cached_samples import CachedSamples
 from teacher_cache.errors import CacheError, KdcliError
+from teacher_cache.reading.cache import TeacherCache
+from teacher_cache.reading.cached_samples import CachedSamples
 from teacher_cache.shards.sealed import seal, unseal
 
 FIELDS = ("affinity", "response_hidden", "response_topk", "vision_hidden", "vision_topk")

@@ -15,8 +15,8 @@ from torch.utils.data import DataLoader
 
 import kdcli
 from student_train.library.signals import SignalSource, TeacherSignals
-from teacher_cache.cached_samples import CachedSamples
 from teacher_cache.errors import CacheError, CompatibilityError, KdcliError
+from teacher_cache.reading.cached_samples import CachedSamples
 
 
 @pytest.fixture

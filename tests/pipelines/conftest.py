@@ -84,7 +84,7 @@ def endless_teacher(tiny_teacher: Path, tmp_path_factory: pytest.TempPathFactory
 
 @pytest.fixture(scope="session")
 def preparer(teacher_parts) -> Any:
-    from teacher_cache.prepare import Preparer
+    from teacher_cache.preparing.prepare import Preparer
 
     return Preparer(*teacher_parts)
 

@@ -10,7 +10,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from cli import main
-from teacher_cache.cache import TeacherCache
+from teacher_cache.reading.cache import TeacherCache
 
 
 def kdcli(*words: str) -> Result:

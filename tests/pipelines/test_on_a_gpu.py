@@ -15,8 +15,8 @@ from safetensors.torch import load_file
 
 import cli
 from pipelines.capture.cache_teacher import capture
-from teacher_cache.cache import TeacherCache
-from teacher_cache.cached_samples import CachedSamples
+from teacher_cache.reading.cache import TeacherCache
+from teacher_cache.reading.cached_samples import CachedSamples
 from tests.conftest import ALL_FIELDS
 
 FIRST_LAYER = ("attention", "vision_features")

@@ -27,7 +27,7 @@ def test_the_template_is_valid_and_never_overwritten(tmp_path: Path, monkeypatch
     write_template(tmp_path)
     settings = load_settings(None)
     assert settings.capture.shards == 512
-    # What LLaVA-1.5's labels need: its own chat template ends no answer (tests/teacher_cache/test_label_ends.py).
+    # What LLaVA-1.5's labels need: its own chat template ends no answer (tests/teacher_cache/teachers/test_label_ends.py).
     assert settings.teacher is not None and "llava-1.5" in settings.teacher.id
     assert [(part.part, part.template) for part in settings.data] == [("caption", "plain"), ("sft", "v1")]
     assert settings.train.bf16 is True

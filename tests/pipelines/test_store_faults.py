@@ -14,11 +14,11 @@ from click.testing import CliRunner
 from cli import main
 from pipelines.capture.cache_teacher import capture
 from pipelines.capture.worker import CaptureRequest
-from teacher_cache.cache import TeacherCache
-from teacher_cache.cached_samples import CachedSamples
 from teacher_cache.errors import CacheError
+from teacher_cache.reading.cache import TeacherCache
+from teacher_cache.reading.cached_samples import CachedSamples
+from teacher_cache.reading.verify import verify
 from teacher_cache.shards.storage import Storage
-from teacher_cache.shards.verify import verify
 
 FIELDS = ("response_hidden", "vision_topk")
 

@@ -15,8 +15,8 @@ from cli import main
 from pipelines.capture.cache_teacher import capture
 from pipelines.capture.worker import CaptureRequest
 from pipelines.inspect.cache import check
-from teacher_cache.cache import TeacherCache
 from teacher_cache.errors import CacheError
+from teacher_cache.reading.cache import TeacherCache
 from teacher_cache.shards.commit import await_listed
 from teacher_cache.shards.storage import Storage
 from teacher_cache.sources import DataSpec

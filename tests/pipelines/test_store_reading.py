@@ -17,9 +17,9 @@ from click.testing import CliRunner
 
 from cli import main
 from student_train.order import Order
-from teacher_cache.cache import TeacherCache
-from teacher_cache.cached_samples import CachedSamples
 from teacher_cache.errors import CacheError, SkipSample
+from teacher_cache.reading.cache import TeacherCache
+from teacher_cache.reading.cached_samples import CachedSamples
 from teacher_cache.shards.disk_cache import DiskCache
 from teacher_cache.shards.storage import Storage
 from teacher_cache.sources.image_folder import ImageFolder

@@ -22,8 +22,8 @@ from pipelines.inspect.cache import survey
 from pipelines.settings import CaptureSettings, Settings
 from pipelines.train.train_student import train
 from student_train.config import TrainSettings
-from teacher_cache.cache import TeacherCache
 from teacher_cache.errors import CompatibilityError, KdcliError
+from teacher_cache.reading.cache import TeacherCache
 from teacher_cache.sources import DataSpec
 from teacher_cache.teachers.transformers import TeacherSpec
 from tests.pipelines.processes.test_processes import command

@@ -60,8 +60,8 @@ def open_stage(tmp_path: Path, tiny_student: Path, load_copy: Callable[..., Any]
     from pipelines.train.stage_trainer import make_trainer
     from student_train import distributed
     from student_train.config import StageSettings, TrainSettings
-    from teacher_cache.cache import TeacherCache
-    from teacher_cache.cached_samples import CachedSamples
+    from teacher_cache.reading.cache import TeacherCache
+    from teacher_cache.reading.cached_samples import CachedSamples
 
     def open_(
         cache_url: Path,

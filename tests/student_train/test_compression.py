@@ -19,7 +19,7 @@ from student_train.compressors import CompressorSpec
 from student_train.config import TrainSettings
 from student_train.load_student import load_student, module_group, open_student, save_student
 from teacher_cache.errors import CompatibilityError, KdcliError
-from teacher_cache.prepare import Preparer
+from teacher_cache.preparing.prepare import Preparer
 from teacher_cache.records import Image as Picture
 from teacher_cache.records import Sample, Turn
 

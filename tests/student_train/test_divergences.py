@@ -13,7 +13,7 @@ from student_train.losses import divergences, written
 from student_train.losses.divergences import cross_entropy, forward_kl
 from student_train.losses.relation import relation_cosine
 from teacher_cache.errors import CompatibilityError
-from teacher_cache.teachers.head import topk_rows
+from teacher_cache.models.head import topk_rows
 from tests.close import assert_close
 from tests.student_train import plain_losses as plain
 

@@ -11,9 +11,9 @@ from student_train.group_costs import column_sampled_costs, manhattan_costs, pac
 from student_train.losses.matching import manhattan_cost
 from student_train.match_groups import MatchGroup
 from teacher_cache.errors import KdcliError
+from teacher_cache.models.head import topk_rows
+from teacher_cache.models.low_rank import LowRankHead
 from teacher_cache.signal_records import Sketch
-from teacher_cache.teachers.head import topk_rows
-from teacher_cache.teachers.low_rank import LowRankHead
 from tests.student_train.plain_losses import column_sampled_cost
 
 VOCABULARY, PADDED, WIDTH, TEACHER_WIDTH = 61, 66, 7, 11

@@ -7,9 +7,9 @@ import torch
 
 from student_train.distributions import DenseTeacher, HeadAndSketch, SketchTeacher
 from student_train.losses.divergences import forward_kl, reverse_kl
+from teacher_cache.models.head import topk_rows
+from teacher_cache.models.low_rank import LowRankHead
 from teacher_cache.signal_records import Sketch
-from teacher_cache.teachers.head import topk_rows
-from teacher_cache.teachers.low_rank import LowRankHead
 from tests.close import assert_close
 
 V, D, ROWS = 400, 16, 12

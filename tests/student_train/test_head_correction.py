@@ -14,10 +14,10 @@ from student_train.distributions import HeadAndSketch
 from student_train.head_correction import GATHERED_BYTES, HEAD_ERROR, corrected
 from teacher_cache.codecs import container
 from teacher_cache.fields import create_field
+from teacher_cache.models.head import topk_rows
+from teacher_cache.models.low_rank import LowRankHead
 from teacher_cache.records import TeacherOutput
 from teacher_cache.signal_records import Sketch, TopK
-from teacher_cache.teachers.head import topk_rows
-from teacher_cache.teachers.low_rank import LowRankHead
 from tests.close import assert_close
 
 V, D, ROWS = 400, 24, 12

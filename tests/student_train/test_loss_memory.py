@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_leaves
 
 from benchmarks.loss_memory import CROSS_ENTROPY, TARGET, TEACHERS, WHOLE, make_step, variants
 from student_train.losses import reduce
-from teacher_cache.teachers import head
+from teacher_cache.models import head
 
 VOCABULARY, WIDTH, CHUNK_ROWS = 2000, 4, 32
 ROW = 4 * VOCABULARY

@@ -20,7 +20,7 @@ from student_train.losses.matching import (
 )
 from student_train.match_groups import MatchGroup
 from teacher_cache.errors import KdcliError
-from teacher_cache.teachers.head import topk_rows
+from teacher_cache.models.head import topk_rows
 from tests.close import assert_close
 from tests.student_train import plain_losses as plain
 

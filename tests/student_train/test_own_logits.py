@@ -18,10 +18,10 @@ from student_train.match_groups import MatchGroup
 from student_train.methods import Passes
 from student_train.student import RowForward
 from teacher_cache.errors import CompatibilityError
-from teacher_cache.teachers.head import cap_in_place
+from teacher_cache.models.head import cap_in_place
 from tests.capped_model import CAP, build_capped
 from tests.contracts.dense_reference import Dense64, in_float64
-from tests.teacher_cache.teachers.test_head_form import outer
+from tests.teacher_cache.models.test_head_form import outer
 
 
 @pytest.fixture(scope="module")
@@ -142,7 +142,7 @@ def test_the_first_batch_is_held_to_the_models_own_logits(opened: Callable[..., 
 def test_expected_answers_are_as_likely_as_the_model_says(capped_student: Path, world: Any) -> None:
     from pipelines.judge.evaluation.answers import expected
     from student_train.load_student import load_student
-    from teacher_cache.prepare import Preparer
+    from teacher_cache.preparing.prepare import Preparer
     from teacher_cache.sources import DataSpec, open_source
 
     model, processor = load_student(str(capped_student), "sdpa")  # which Gemma 2 has not
@@ -170,7 +170,7 @@ def test_fidelity_compares_gradients_of_those_logits(
     from pipelines.judge.fidelity.rows import FidelitySample
     from pipelines.judge.fidelity.student import Student
     from student_train.load_student import load_student
-    from teacher_cache.prepare import Preparer
+    from teacher_cache.preparing.prepare import Preparer
     from teacher_cache.sources import DataSpec, open_source
 
     model, processor = load_student(str(capped_student if kind == "cap" else tiny_student), "sdpa")

@@ -8,10 +8,10 @@ import torch
 from student_train.distributions import DenseTeacher, HeadAndSketch, HeadAndTail, SketchTeacher
 from student_train.losses.pooling import cells_filled, pooled_teacher, pooling_cells
 from teacher_cache.errors import CompatibilityError
+from teacher_cache.models.head import topk_rows
+from teacher_cache.models.low_rank import LowRankHead
 from teacher_cache.records import ImageLayout, View
 from teacher_cache.signal_records import Sketch
-from teacher_cache.teachers.head import topk_rows
-from teacher_cache.teachers.low_rank import LowRankHead
 
 V, D = 50, 7
 CROP = (0, 0, 60, 40)

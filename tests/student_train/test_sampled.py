@@ -15,9 +15,9 @@ from student_train.distributions import DenseTeacher, SampledTeacher
 from student_train.losses.divergences import forward_kl, reverse_kl
 from student_train.losses.sampled import forward_kl_sampled
 from student_train.needs import Need, serve
-from teacher_cache.cache import TeacherCache
-from teacher_cache.cached_samples import CachedSamples
 from teacher_cache.errors import CompatibilityError
+from teacher_cache.reading.cache import TeacherCache
+from teacher_cache.reading.cached_samples import CachedSamples
 from teacher_cache.signal_records import Sampled
 from teacher_cache.teachers.sampling import sample_rows, uniforms
 from tests.student_train import plain_losses

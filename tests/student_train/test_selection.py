@@ -20,9 +20,9 @@ from student_train.losses.terms import RowTerm, SampleTerm, label_loss
 from student_train.needs import serve
 from student_train.sample_columns import answer_lengths
 from student_train.selection import Tokens, check_columns, needs_of, parse_selector
-from teacher_cache.cache import TeacherCache
-from teacher_cache.cached_samples import CachedSamples
 from teacher_cache.errors import KdcliError
+from teacher_cache.reading.cache import TeacherCache
+from teacher_cache.reading.cached_samples import CachedSamples
 from teacher_cache.records import TextTokens
 from tests.contracts.dense_reference import in_float64, live_view, load64, reference, teacher_batch
 from tests.contracts.test_methods import loss_and_gradients

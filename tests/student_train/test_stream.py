@@ -160,7 +160,7 @@ NARROW = (48, 96)
 
 def refuses_narrow(monkeypatch: pytest.MonkeyPatch) -> None:
     """From now on a layout of such a picture is divided by nothing."""
-    from teacher_cache import prepare
+    from teacher_cache.preparing import prepare
 
     known = prepare.image_layout
 

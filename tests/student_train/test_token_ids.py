@@ -12,9 +12,9 @@ import pytest
 
 from pipelines.capture.describe import processor_receipt
 from student_train.token_ids import check_tokenizer, difference_of_tokens, tokens_by_id
-from teacher_cache.cache import TeacherCache
 from teacher_cache.errors import CacheError, CompatibilityError
-from teacher_cache.fingerprint import processor_fingerprint
+from teacher_cache.preparing.fingerprint import processor_fingerprint
+from teacher_cache.reading.cache import TeacherCache
 
 SPECIAL = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
 DESCRIPTION: dict[str, Any] = {

@@ -64,7 +64,7 @@ def live_rows(folder: Path, mixture: tuple[Any, ...]) -> list[Live]:
     from teacher_cache.errors import SkipSample
     from teacher_cache.records import SkipRecord
     from teacher_cache.sources import open_source
-    from teacher_cache.usable_samples import check_sample
+    from teacher_cache.sources.usable_samples import check_sample
 
     model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float64).eval()
     processor = AutoProcessor.from_pretrained(folder)

@@ -14,9 +14,9 @@ from typing import Any
 import pytest
 import torch
 
-from teacher_cache.cache import TeacherCache
-from teacher_cache.cached_samples import CachedSamples
 from teacher_cache.errors import CacheError, CompatibilityError
+from teacher_cache.reading.cache import TeacherCache
+from teacher_cache.reading.cached_samples import CachedSamples
 from teacher_cache.signal_records import Coded
 from tests.close import assert_all_close
 from tests.exhaustive import of_all

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from teacher_cache.errors import CacheError
-from teacher_cache.prepare import Limits, Preparer
+from teacher_cache.preparing.prepare import Limits, Preparer
 from teacher_cache.records import Image, Sample, Turn
 from teacher_cache.samples import decode_sample, encode_sample, hash_ids, response_spans
 

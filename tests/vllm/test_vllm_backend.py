@@ -13,10 +13,10 @@ import torch
 from click.testing import CliRunner
 
 import cli
-from teacher_cache.cache import TeacherCache
-from teacher_cache.cached_samples import CachedSamples
 from teacher_cache.codecs import container
 from teacher_cache.errors import CompatibilityError
+from teacher_cache.reading.cache import TeacherCache
+from teacher_cache.reading.cached_samples import CachedSamples
 from teacher_cache.records import Prepared, Sample, TeacherOutput
 from teacher_cache.sources import open_source
 from teacher_cache.teachers.backends import load_head, load_processor, open_teacher, teacher_fingerprint
@@ -61,7 +61,7 @@ def log_probs_spec(spec: TeacherSpec) -> TeacherSpec:
 @pytest.fixture(scope="module")
 def rows(teacher_parts, mixture) -> list[Prepared]:
     """The contract's rows, captions and chats of the rendered world."""
-    from teacher_cache.prepare import Preparer
+    from teacher_cache.preparing.prepare import Preparer
 
     preparer = Preparer(*teacher_parts)
     found = contract_rows(*teacher_parts)

@@ -12,7 +12,7 @@ from rich.table import Table
 
 from pipelines.terminal.tables import table
 from teacher_cache.errors import ROW_NOTES, SKIP_REASONS, printable
-from teacher_cache.label_ends import END_KINDS
+from teacher_cache.teachers.label_ends import END_KINDS
 
 # What is worth knowing but costs no row: the image decodes and is used.
 NOTES = {

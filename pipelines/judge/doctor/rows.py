@@ -12,14 +12,14 @@ from typing import Any
 from pipelines.judge.doctor.advice import OF_IMAGES
 from pipelines.judge.doctor.report import Example
 from teacher_cache.errors import KdcliError, SkipSample
-from teacher_cache.label_ends import LabelEnds, label_ends
-from teacher_cache.prepare import Limits, Preparer
+from teacher_cache.preparing.prepare import Limits, Preparer
 from teacher_cache.records import ROLES, Prepared, RowGroup, Sample, SkipRecord
 from teacher_cache.samples import left_out
 from teacher_cache.sources import DataSpec, open_source
+from teacher_cache.sources.usable_samples import check_sample, image_extension
 from teacher_cache.teachers.backends import load_processor
+from teacher_cache.teachers.label_ends import LabelEnds, label_ends
 from teacher_cache.teachers.transformers import TeacherSpec
-from teacher_cache.usable_samples import check_sample, image_extension
 
 _DETAIL_CHARACTERS = 160
 _TAIL = 16

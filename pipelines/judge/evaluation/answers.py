@@ -12,17 +12,17 @@ import torch
 from student_train.losses.divergences import cross_entropy
 from student_train.pruning import Pruning
 from student_train.student import RowForward
-from teacher_cache.batch import collate
-from teacher_cache.chat import chat_of
 from teacher_cache.errors import SkipSample, refusing_row
 from teacher_cache.families import family_of
-from teacher_cache.pixels import check_resized
-from teacher_cache.prepare import Preparer
+from teacher_cache.models.head import CHUNK_BYTES, chunk_rows, head_logits
+from teacher_cache.preparing.batch import collate
+from teacher_cache.preparing.chat import chat_of
+from teacher_cache.preparing.pixels import check_resized
+from teacher_cache.preparing.prepare import Preparer
+from teacher_cache.preparing.templates import find_template, write_prompt
 from teacher_cache.records import Prepared, Sample, Turn
 from teacher_cache.sources import DataSpec
-from teacher_cache.teachers.head import CHUNK_BYTES, chunk_rows, head_logits
-from teacher_cache.templates import find_template, write_prompt
-from teacher_cache.usable_samples import PLACEHOLDER, decode_image
+from teacher_cache.sources.usable_samples import PLACEHOLDER, decode_image
 
 MAX_NEW_TOKENS = 32
 

@@ -21,7 +21,7 @@ from typing import Any, BinaryIO
 import torch
 
 from teacher_cache.errors import CompatibilityError, KdcliError
-from teacher_cache.plan import content_hash, difference
+from teacher_cache.planning.plan import content_hash, difference
 from teacher_cache.records import Sample
 from teacher_cache.shards.schema import COUNT, misfit
 from teacher_cache.whole_file import is_special, naming_file

@@ -11,12 +11,12 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 
-from teacher_cache.cache_shard import skip_record
+from teacher_cache.capturing.cache_shard import skip_record
 from teacher_cache.errors import DataError, SkipSample
 from teacher_cache.records import Sample, SkipRecord, Turn
 from teacher_cache.sources import DataSpec, open_source
 from teacher_cache.sources.row_values import ANSWERS
-from teacher_cache.usable_samples import check_sample
+from teacher_cache.sources.usable_samples import check_sample
 
 
 @dataclass(frozen=True)

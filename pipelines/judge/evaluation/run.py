@@ -33,12 +33,12 @@ from student_train.compressors import CompressorSpec
 from student_train.load_student import load_student, open_student
 from student_train.pruning import Pruning, operator_modules
 from student_train.student import RowForward
-from teacher_cache.cache_shard import skip_record
+from teacher_cache.capturing.cache_shard import skip_record
 from teacher_cache.errors import KdcliError, SkipSample
-from teacher_cache.prepare import Limits, Preparer
+from teacher_cache.preparing.prepare import Limits, Preparer
+from teacher_cache.preparing.templates import find_template
 from teacher_cache.records import Sample, SkipRecord
 from teacher_cache.sources import DataSpec
-from teacher_cache.templates import find_template
 
 
 def evaluate(

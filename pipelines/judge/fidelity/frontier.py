@@ -22,8 +22,8 @@ from teacher_cache.codecs import container
 from teacher_cache.errors import KdcliError
 from teacher_cache.fields import CalibratedField, Field, GroundedField, create_field
 from teacher_cache.fields.calibration import Calibration
+from teacher_cache.models.low_rank import LowRankHead
 from teacher_cache.records import Prepared, TeacherOutput
-from teacher_cache.teachers.low_rank import LowRankHead
 from teacher_cache.teachers.sampling import sample_batch
 from teacher_cache.wants import Wants
 

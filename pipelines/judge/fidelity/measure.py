@@ -14,7 +14,7 @@ import torch
 
 from student_train.distributions import Distribution, FullVocabulary, HeadAndTail, is_full
 from student_train.losses.divergences import forward_kl, reverse_kl
-from teacher_cache.teachers.head import CHUNK_BYTES, WIDE_VOCABULARY, chunk_rows
+from teacher_cache.models.head import CHUNK_BYTES, WIDE_VOCABULARY, chunk_rows
 
 NO_GRADIENT = 1e-20
 """Norm below which a row has no direction: it is left out where both sides have none."""

@@ -14,11 +14,11 @@ from student_train.load_student import load_student
 from student_train.load_student import open_student as load_student_processor
 from student_train.needs import Need, Served, served_by
 from student_train.token_ids import check_tokenizer
-from teacher_cache.cache import TeacherCache
-from teacher_cache.complete_fields import complete_fields
 from teacher_cache.errors import KdcliError
-from teacher_cache.fingerprint import is_text_alone, processor_fingerprint
-from teacher_cache.prepare import Preparer
+from teacher_cache.preparing.fingerprint import is_text_alone, processor_fingerprint
+from teacher_cache.preparing.prepare import Preparer
+from teacher_cache.reading.cache import TeacherCache
+from teacher_cache.reading.complete_fields import complete_fields
 from teacher_cache.teachers.transformers import TeacherSpec, resolve_device
 
 

@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 
 from student_train.dataset import check_same_response
-from teacher_cache.cache import TeacherCache
-from teacher_cache.cached_samples import CachedSamples
 from teacher_cache.errors import CompatibilityError, KdcliError, SkipSample
-from teacher_cache.plan import difference
-from teacher_cache.prepare import Preparer
+from teacher_cache.planning.plan import difference
+from teacher_cache.preparing.prepare import Preparer
+from teacher_cache.reading.cache import TeacherCache
+from teacher_cache.reading.cached_samples import CachedSamples
 from teacher_cache.records import Prepared, Sample
 from teacher_cache.shards.commit import committed_shards
 

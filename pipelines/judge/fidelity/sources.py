@@ -11,13 +11,13 @@ import torch
 from student_train.dataset import TrainBatch
 from student_train.needs import Need, Served, serve
 from student_train.teacher_view import TeacherHeads, TeacherView
-from teacher_cache.batch import Batch
-from teacher_cache.behind import is_finite
-from teacher_cache.cache import TeacherCache
-from teacher_cache.cache_shard import Teacher, ask
+from teacher_cache.capturing.behind import is_finite
+from teacher_cache.capturing.cache_shard import Teacher, ask
 from teacher_cache.errors import CompatibilityError, KdcliError
 from teacher_cache.fields.affinity import unit_states
-from teacher_cache.plan import difference
+from teacher_cache.planning.plan import difference
+from teacher_cache.preparing.batch import Batch
+from teacher_cache.reading.cache import TeacherCache
 from teacher_cache.records import Prepared, TeacherOutput
 from teacher_cache.teachers.transformers import TeacherSpec, load_processor, teacher_fingerprint
 from teacher_cache.wants import ROW_KINDS, Wants

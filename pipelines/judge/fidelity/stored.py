@@ -9,8 +9,8 @@ from pipelines.judge.fidelity.measure import DIRECTIONS, Comparison, row_chunks
 from pipelines.judge.fidelity.sources import OutputSource
 from pipelines.judge.fidelity.student import Student
 from student_train.needs import Need, ways
-from teacher_cache.cache import TeacherCache
-from teacher_cache.teachers.head import head_logits
+from teacher_cache.models.head import head_logits
+from teacher_cache.reading.cache import TeacherCache
 
 KINDS = ("response", "vision")
 MOST_BYTES = 1 << 29

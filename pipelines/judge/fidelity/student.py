@@ -12,7 +12,7 @@ from pipelines.judge.fidelity.rows import FidelitySample, same_grids
 from pipelines.judge.fidelity.terms import StudentSide, pool
 from student_train.load_student import freeze_except
 from student_train.student import RowForward
-from teacher_cache.batch import collate, token_batches
+from teacher_cache.preparing.batch import collate, token_batches
 from teacher_cache.records import Prepared
 
 KINDS = ("response", "vision", "text")

@@ -20,8 +20,8 @@ from student_train.losses.matching import matched_reverse_kl
 from student_train.losses.relation import relation_cosine
 from student_train.needs import Need
 from student_train.teacher_view import TeacherView
+from teacher_cache.models.head import head_logits
 from teacher_cache.records import ImageLayout
-from teacher_cache.teachers.head import head_logits
 
 POOL = 2
 """Side of the square of vision tokens that EM-KD's student averages into one."""

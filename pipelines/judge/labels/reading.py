@@ -11,12 +11,12 @@ import torch
 from student_train.distributions import OfLabels, of_labels
 from student_train.needs import Need, Served, serve
 from student_train.teacher_view import TeacherHeads
-from teacher_cache.cache import TeacherCache
-from teacher_cache.cached_samples import CachedSample, CachedSamples
 from teacher_cache.errors import KdcliError
+from teacher_cache.reading.cache import TeacherCache
+from teacher_cache.reading.cached_samples import CachedSample, CachedSamples
+from teacher_cache.reading.teacher_tokenizer import tokenizer_of
 from teacher_cache.records import Sample
 from teacher_cache.shards.commit import committed_shards
-from teacher_cache.teacher_tokenizer import tokenizer_of
 
 ROWS_AT_A_TIME = 64
 SOURCE_COLUMNS = ("data_source", "source", "dataset", "family")

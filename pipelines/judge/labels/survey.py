@@ -21,8 +21,8 @@ from pipelines.judge.labels.answers import JudgedAnswer, answers_of
 from pipelines.judge.labels.reading import ROWS_AT_A_TIME, Read, Reader, source_of
 from pipelines.judge.labels.tally import LabelTally
 from student_train.teacher_view import TeacherHeads
-from teacher_cache.cache import TeacherCache
-from teacher_cache.cached_samples import CachedSample
+from teacher_cache.reading.cache import TeacherCache
+from teacher_cache.reading.cached_samples import CachedSample
 
 MOST_SOURCES = 200
 """Of a part; answers of further ones are counted together, as ``OTHERS``."""

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from pipelines.judge.labels.answers import JudgedAnswer
 from pipelines.judge.labels.survey import Survey
-from teacher_cache.cached_samples import CachedSample
+from teacher_cache.reading.cached_samples import CachedSample
 from teacher_cache.whole_file import naming_file, refuse_unwritable, write_whole
 
 COLUMN = "right"

@@ -13,7 +13,7 @@ from typing import Any
 from pipelines.judge.plan.field_sizes import EXACT, FieldSize, member_bytes
 from pipelines.judge.plan.mixture_sample import PartSample, SampledRow
 from teacher_cache.codecs import container
-from teacher_cache.make_plan import CHARACTERS_PER_TOKEN, GROUP_ROWS
+from teacher_cache.planning.make_plan import CHARACTERS_PER_TOKEN, GROUP_ROWS
 from teacher_cache.shards.commit import Commit
 from teacher_cache.shards.index import Entry, TarMember, dump_index
 

@@ -17,9 +17,9 @@ from statistics import NormalDist
 import torch
 
 from pipelines.judge.plan.field_defaults import default_basis, default_bytes, default_files
-from teacher_cache.cache import TeacherCache
 from teacher_cache.errors import KdcliError
 from teacher_cache.fields import Field
+from teacher_cache.reading.cache import TeacherCache
 from teacher_cache.records import Prepared, TeacherOutput, TextTokens
 from teacher_cache.shards.commit import committed_shards
 from teacher_cache.shards.index import Entry

@@ -16,14 +16,14 @@ from typing import Any
 
 from pipelines.judge.plan.field_sizes import RowCounts
 from pipelines.judge.plan.teacher_cost import tower_tokens
-from teacher_cache.cache_shard import skip_record
+from teacher_cache.capturing.cache_shard import skip_record
 from teacher_cache.errors import KdcliError, SkipSample
-from teacher_cache.label_ends import LabelEnds, OpenEnd
-from teacher_cache.make_plan import GROUP_ROWS, check_shards
-from teacher_cache.prepare import Preparer
+from teacher_cache.planning.make_plan import GROUP_ROWS, check_shards
+from teacher_cache.preparing.prepare import Preparer
 from teacher_cache.records import RowGroup, Sample, SkipRecord
 from teacher_cache.samples import encode_sample, left_out
 from teacher_cache.sources import DataSpec, Source, open_source
+from teacher_cache.teachers.label_ends import LabelEnds, OpenEnd
 
 LEAST_OF_A_PART = 32
 """Rows prepared of a small part beside a large one."""

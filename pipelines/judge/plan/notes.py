@@ -10,9 +10,9 @@ from pipelines.judge.plan.field_sizes import EXACT, MEASURED, FieldSize, RowCoun
 from pipelines.judge.plan.mixture_sample import PartSample
 from pipelines.settings import CaptureSettings
 from pipelines.terminal.tables import human_bytes
-from teacher_cache.cache import TeacherCache
 from teacher_cache.codecs.fitting import least_rows
 from teacher_cache.fields import Field
+from teacher_cache.reading.cache import TeacherCache
 
 LARGEST_TAR, SMALLEST_TAR, GOOD_TAR = 2e9, 50e6, 500e6
 SHARDS_A_GPU = 4

@@ -18,13 +18,13 @@ from pipelines.judge.plan.weighing import Weigher
 from pipelines.judge.preflight.budget import Budget
 from pipelines.judge.preflight.steps import pick, saved_steps, step_lines
 from pipelines.settings import CaptureSettings
-from teacher_cache.cache import TeacherCache
 from teacher_cache.errors import KdcliError
 from teacher_cache.fields import Field, create_field, wants_of
-from teacher_cache.label_ends import LabelEnds, label_ends
-from teacher_cache.prepare import Limits, Preparer
+from teacher_cache.preparing.prepare import Limits, Preparer
+from teacher_cache.reading.cache import TeacherCache
 from teacher_cache.sources import DataSpec
 from teacher_cache.teachers.backends import load_processor
+from teacher_cache.teachers.label_ends import LabelEnds, label_ends
 from teacher_cache.teachers.transformers import TeacherSpec
 
 

@@ -11,11 +11,11 @@ from typing import Any
 import torch
 
 from pipelines.judge.plan.field_sizes import RowCounts, calibration_files, record_bytes
-from teacher_cache.cache import TeacherCache
 from teacher_cache.errors import KdcliError
 from teacher_cache.families import family_of
 from teacher_cache.fields import Field
-from teacher_cache.model_kind import auto_model, decoder_of, reads_images
+from teacher_cache.models.kind import auto_model, decoder_of, reads_images
+from teacher_cache.reading.cache import TeacherCache
 from teacher_cache.records import Prepared
 from teacher_cache.teachers.transformers import TeacherSpec, resolve_dtype
 from teacher_cache.wants import Wants

@@ -11,8 +11,8 @@ from pipelines.judge.plan.column_sizes import ColumnEstimate, column_estimate, m
 from pipelines.judge.plan.field_sizes import MEASURED, FieldSize, coded_rows, size_field
 from pipelines.judge.plan.mixture_sample import PartSample
 from pipelines.judge.plan.teacher_cost import files_once
-from teacher_cache.cache import TeacherCache
 from teacher_cache.fields import Field, create_field
+from teacher_cache.reading.cache import TeacherCache
 from teacher_cache.teachers.transformers import TeacherSpec
 
 

@@ -14,11 +14,11 @@ from pipelines.judge.preflight.live import LiveTeacher
 from pipelines.judge.preflight.request import PreflightRequest
 from pipelines.judge.preflight.sample import without_held_out
 from pipelines.processes.memory import give_back
-from teacher_cache.capture_job import CaptureJob
+from teacher_cache.capturing.capture_job import CaptureJob
 from teacher_cache.fields import CalibratedField, create_field
 from teacher_cache.fields.calibration import Calibration
-from teacher_cache.plan import Plan
-from teacher_cache.prepare import Preparer
+from teacher_cache.planning.plan import Plan
+from teacher_cache.preparing.prepare import Preparer
 from teacher_cache.shards.commit import await_listed
 from teacher_cache.shards.storage import Storage
 from teacher_cache.teachers.backends import release

@@ -13,8 +13,8 @@ from pipelines.judge.plan.teacher_cost import Speed
 from pipelines.judge.preflight.chosen import Chosen
 from pipelines.judge.preflight.request import Notebook, PreflightRequest
 from pipelines.judge.preflight.student_side import StudentRead
-from teacher_cache.cache import TeacherCache
 from teacher_cache.errors import KdcliError
+from teacher_cache.reading.cache import TeacherCache
 
 
 @dataclass(frozen=True)

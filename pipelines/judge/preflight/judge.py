@@ -22,10 +22,10 @@ from pipelines.train.stage_plans import StagePlan, plan_stages, row_aligned, set
 from student_train.methods import DEFAULT, create_method
 from student_train.needs import Need, serve
 from student_train.token_ids import check_vocabulary
-from teacher_cache.cache import TeacherCache
-from teacher_cache.complete_fields import complete_fields
 from teacher_cache.errors import CompatibilityError, KdcliError
-from teacher_cache.prepare import Preparer
+from teacher_cache.preparing.prepare import Preparer
+from teacher_cache.reading.cache import TeacherCache
+from teacher_cache.reading.complete_fields import complete_fields
 from teacher_cache.records import TeacherOutput
 from teacher_cache.teachers.transformers import TeacherSpec, load_processor
 

@@ -16,8 +16,8 @@ from pipelines.train.stage_identity import start_hash
 from student_train.compression import asked_for
 from student_train.methods import method_module
 from teacher_cache.errors import CacheError, KdcliError
-from teacher_cache.places import place_of
-from teacher_cache.plan import difference
+from teacher_cache.planning.plan import difference
+from teacher_cache.shards.places import place_of
 from teacher_cache.shards.schema import require
 from teacher_cache.shards.sealed import seal, unseal
 from teacher_cache.shards.storage import Storage

@@ -31,19 +31,19 @@ from pipelines.judge.preflight.student_side import StudentRead, load_side, read_
 from pipelines.processes.memory import give_back
 from pipelines.train.stage_plans import blind_student, refuse_blind, refuse_default_parts
 from student_train.methods import create_method
-from teacher_cache.batch import row_positions
-from teacher_cache.cache import TeacherCache
 from teacher_cache.codecs.fitting import least_rows
 from teacher_cache.errors import KdcliError
 from teacher_cache.fields import create_field
-from teacher_cache.label_ends import label_ends
-from teacher_cache.plan import Plan, content_hash
-from teacher_cache.plan_file import write_plan
-from teacher_cache.prepare import Limits as RowLimits
-from teacher_cache.prepare import Preparer
-from teacher_cache.same_samples import bind_pictures
+from teacher_cache.planning.plan import Plan, content_hash
+from teacher_cache.planning.plan_file import write_plan
+from teacher_cache.planning.same_samples import bind_pictures
+from teacher_cache.preparing.batch import row_positions
+from teacher_cache.preparing.prepare import Limits as RowLimits
+from teacher_cache.preparing.prepare import Preparer
+from teacher_cache.reading.cache import TeacherCache
 from teacher_cache.shards.storage import Storage
 from teacher_cache.teachers.backends import refuse_wants, teacher_fingerprint
+from teacher_cache.teachers.label_ends import label_ends
 from teacher_cache.teachers.transformers import load_processor, resolve_device
 
 Progress = Callable[[str, int, int], None]

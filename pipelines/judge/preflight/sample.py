@@ -9,11 +9,11 @@ from typing import Any
 
 from pipelines.judge.fidelity.rows import FidelitySample
 from pipelines.settings import CaptureSettings
-from teacher_cache.batch import row_positions
 from teacher_cache.errors import KdcliError, SkipSample
-from teacher_cache.make_plan import GROUP_ROWS, check_shards, part_fingerprint
-from teacher_cache.plan import Part, Plan, Slice, parts_with_images
-from teacher_cache.prepare import Preparer
+from teacher_cache.planning.make_plan import GROUP_ROWS, check_shards, part_fingerprint
+from teacher_cache.planning.plan import Part, Plan, Slice, parts_with_images
+from teacher_cache.preparing.batch import row_positions
+from teacher_cache.preparing.prepare import Preparer
 from teacher_cache.records import RowGroup, SkipRecord
 from teacher_cache.sources import DataSpec, Source, open_source
 

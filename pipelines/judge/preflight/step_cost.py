@@ -15,8 +15,8 @@ from pipelines.train.stage_plans import StagePlan
 from pipelines.train.stage_trainer import make_trainer
 from student_train.distributed import Processes
 from student_train.load_student import load_student
-from teacher_cache.cache import TeacherCache
-from teacher_cache.cached_samples import CachedSamples
+from teacher_cache.reading.cache import TeacherCache
+from teacher_cache.reading.cached_samples import CachedSamples
 
 STEPS = 3
 """The first allocates, the last is measured."""

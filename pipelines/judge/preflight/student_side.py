@@ -17,9 +17,9 @@ from student_train.load_student import load_student, open_student
 from student_train.savable import refuse_quantized
 from student_train.stages import STAGES
 from teacher_cache.errors import CompatibilityError, SkipSample
-from teacher_cache.fingerprint import processor_fingerprint
-from teacher_cache.plan import Plan, difference
-from teacher_cache.prepare import Preparer
+from teacher_cache.planning.plan import Plan, difference
+from teacher_cache.preparing.fingerprint import processor_fingerprint
+from teacher_cache.preparing.prepare import Preparer
 from teacher_cache.records import Prepared
 
 

@@ -11,8 +11,8 @@ import torch
 from click.testing import CliRunner
 
 import cli
-from teacher_cache.cache import TeacherCache
-from teacher_cache.cached_samples import CachedSamples
+from teacher_cache.reading.cache import TeacherCache
+from teacher_cache.reading.cached_samples import CachedSamples
 
 FIELDS = ("response_topk", "attention")
 
@@ -92,7 +92,8 @@ def test_layers_are_refused_before_the_weights_are_loaded(
 
     from pipelines.capture.cache_teacher import capture
     from teacher_cache.errors import CompatibilityError, KdcliError
-    from teacher_cache.teachers import attention, transformers
+    from teacher_cache.models import attention
+    from teacher_cache.teachers import transformers
 
     monkeypatch.setattr(transformers.TransformersTeacher, "__init__", lambda *arguments: pytest.fail("weights loaded"))
     request = make_request(tmp_path / "out", fields=FIELDS)

@@ -19,10 +19,10 @@ from pipelines.capture.cache_teacher import capture
 from pipelines.inspect.cache import check, collect_garbage, inspect, status
 from pipelines.inspect.find_sample import Asked
 from pipelines.terminal.tables import cache_table
-from teacher_cache.cache import TeacherCache
-from teacher_cache.cached_samples import CachedSamples
 from teacher_cache.errors import CacheError, CompatibilityError, KdcliError
 from teacher_cache.fields import wants_of
+from teacher_cache.reading.cache import TeacherCache
+from teacher_cache.reading.cached_samples import CachedSamples
 from teacher_cache.shards.commit import read_commit
 from teacher_cache.shards.storage import Storage
 from teacher_cache.sources import DataSpec
@@ -76,7 +76,7 @@ def test_rows_are_written_plus_skipped_in_every_column(tiny_cache: Path) -> None
 
 def test_fields_are_what_the_teacher_says_now(tiny_cache: Path, teacher_model, teacher_parts, mixture) -> None:
     """Every row of the cache against the same teacher asked again, row by row, without shards, windows or batches."""
-    from teacher_cache.prepare import Preparer
+    from teacher_cache.preparing.prepare import Preparer
     from teacher_cache.teachers.transformers import TransformersTeacher
 
     cache = TeacherCache(str(tiny_cache))

@@ -15,9 +15,9 @@ from pipelines.capture.calibrate import MOST_ROWS, ask, calibrate, calibration_s
 from teacher_cache.codecs import container
 from teacher_cache.errors import KdcliError
 from teacher_cache.fields import create_field
-from teacher_cache.make_plan import make_plan
-from teacher_cache.plan import RowGroup, Slice
-from teacher_cache.prepare import Preparer
+from teacher_cache.planning.make_plan import make_plan
+from teacher_cache.planning.plan import RowGroup, Slice
+from teacher_cache.preparing.prepare import Preparer
 from teacher_cache.records import TeacherOutput
 from teacher_cache.teachers.transformers import TransformersTeacher
 

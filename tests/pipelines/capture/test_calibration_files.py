@@ -14,10 +14,10 @@ import torch
 from pipelines.capture.cache_teacher import capture
 from pipelines.capture.describe import describe, field_path
 from pipelines.inspect.cache import check, collect_garbage
-from teacher_cache.cache import TeacherCache
 from teacher_cache.errors import CacheError
 from teacher_cache.fields import create_field
-from teacher_cache.make_plan import make_plan
+from teacher_cache.planning.make_plan import make_plan
+from teacher_cache.reading.cache import TeacherCache
 from teacher_cache.records import TeacherOutput
 from teacher_cache.shards.sealed import unseal
 from teacher_cache.shards.storage import Storage

@@ -17,10 +17,10 @@ from transformers import LlavaConfig
 from cli import main
 from pipelines.judge.evaluation.answers import Prompt, answer, answers_or_skips, prompt_of
 from pipelines.lmms.requests import prompt as lmms_prompt
-from teacher_cache.chat import Chat
 from teacher_cache.errors import SkipSample
+from teacher_cache.preparing.chat import Chat
 from teacher_cache.records import Sample, Turn
-from tests.teacher_cache.test_chat import (
+from tests.teacher_cache.preparing.test_chat import (
     BOTH,
     ENDLESS,
     FIRST,

@@ -15,12 +15,12 @@ from pipelines.capture.calibrate import mixture_reader
 from pipelines.capture.worker import Captured, encode_workers, waiting
 from pipelines.processes import cores
 from pipelines.settings import CaptureSettings
-from teacher_cache import cache_shard as line
-from teacher_cache.cache import TeacherCache
-from teacher_cache.cache_shard import cache_shard
-from teacher_cache.capture_job import CaptureJob
+from teacher_cache.capturing import cache_shard as line
+from teacher_cache.capturing.cache_shard import cache_shard
+from teacher_cache.capturing.capture_job import CaptureJob
 from teacher_cache.errors import CacheError, KdcliError
-from teacher_cache.prepare import Preparer
+from teacher_cache.preparing.prepare import Preparer
+from teacher_cache.reading.cache import TeacherCache
 from teacher_cache.shards.storage import Storage
 from teacher_cache.teachers.transformers import TeacherSpec, TransformersTeacher
 

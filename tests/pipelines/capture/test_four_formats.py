@@ -17,12 +17,12 @@ import torch
 
 from pipelines.capture.cache_teacher import capture
 from pipelines.judge.doctor import examine
-from teacher_cache.cache import TeacherCache
-from teacher_cache.cached_samples import CachedSamples
 from teacher_cache.errors import CompatibilityError
-from teacher_cache.make_plan import make_plan
-from teacher_cache.plan import difference
-from teacher_cache.plan_file import parse_plan
+from teacher_cache.planning.make_plan import make_plan
+from teacher_cache.planning.plan import difference
+from teacher_cache.planning.plan_file import parse_plan
+from teacher_cache.reading.cache import TeacherCache
+from teacher_cache.reading.cached_samples import CachedSamples
 from teacher_cache.sources import DataSpec
 
 ROWS, LIMIT = 6, 5
@@ -108,7 +108,7 @@ def test_a_plan_is_bound_to_what_a_template_writes(data: tuple[DataSpec, ...], m
     before = make_plan(specs, 2, {}, 0, image_tokens=36)
     assert parse_plan(before.to_bytes(), "here") == before
     assert [part.fingerprint.get("template", {}).get("name") for part in before.parts] == [None, "v1"]
-    monkeypatch.setattr("teacher_cache.templates.V1_SYSTEM", "Another sentence.")
+    monkeypatch.setattr("teacher_cache.preparing.templates.V1_SYSTEM", "Another sentence.")
     after = make_plan(specs, 2, {}, 0, image_tokens=36)
     (line,) = difference(before.identity(), after.identity())
     assert line.startswith("parts.v1.data.template.sha256: cache ")

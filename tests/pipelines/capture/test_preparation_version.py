@@ -15,11 +15,11 @@ from pipelines.capture.cache_teacher import capture
 from pipelines.edit.fields import add_fields
 from pipelines.edit.repair import RepairRequest, repair
 from pipelines.judge.fidelity.rows import capture_preparer
-from teacher_cache.cache import TeacherCache
-from teacher_cache.cached_samples import CachedSamples
 from teacher_cache.errors import CompatibilityError
-from teacher_cache.fingerprint import PREPARATION, preparation_version
-from teacher_cache.prepare import Preparer
+from teacher_cache.preparing.fingerprint import PREPARATION, preparation_version
+from teacher_cache.preparing.prepare import Preparer
+from teacher_cache.reading.cache import TeacherCache
+from teacher_cache.reading.cached_samples import CachedSamples
 from teacher_cache.sources import DataSpec
 from teacher_cache.teachers.vllm_answers import prompt_of
 from tests.golden.test_golden import GOLDEN

@@ -24,8 +24,8 @@ from pipelines.edit.derive import subset
 from pipelines.edit.fields import drop_field
 from pipelines.edit.repair import RepairRequest, repair
 from pipelines.inspect.cache import collect_garbage
-from teacher_cache.cache import TeacherCache
 from teacher_cache.errors import CacheError
+from teacher_cache.reading.cache import TeacherCache
 from teacher_cache.shards.storage import Storage
 
 DRAFT = f".staging/{'0f' * 16}-manifest.json"

@@ -16,10 +16,10 @@ from pipelines.inspect.find_sample import Asked
 from pipelines.settings import Settings
 from pipelines.train.train_student import train
 from student_train.config import TrainSettings
-from teacher_cache.cache import TeacherCache
-from teacher_cache.cached_samples import CachedSamples
 from teacher_cache.errors import CompatibilityError, KdcliError
 from teacher_cache.fields import create_field
+from teacher_cache.reading.cache import TeacherCache
+from teacher_cache.reading.cached_samples import CachedSamples
 from teacher_cache.shards.commit import read_commit
 from teacher_cache.teachers.transformers import TransformersTeacher
 

@@ -21,13 +21,13 @@ from pipelines.capture.cache_teacher import capture
 from pipelines.capture.worker import CaptureRequest
 from pipelines.edit.repair import RepairRequest, repair
 from pipelines.inspect.cache import check
-from teacher_cache import same_samples
-from teacher_cache.cache import TeacherCache
-from teacher_cache.cached_samples import CachedSamples
 from teacher_cache.errors import CacheError, DataError
+from teacher_cache.planning import same_samples
+from teacher_cache.reading.cache import TeacherCache
+from teacher_cache.reading.cached_samples import CachedSamples
 from teacher_cache.shards.storage import Storage
 from teacher_cache.sources import DataSpec, open_source
-from teacher_cache.usable_samples import row_key
+from teacher_cache.sources.usable_samples import row_key
 
 ROWS = 10
 

@@ -18,9 +18,9 @@ from pipelines.capture.cache_teacher import capture
 from pipelines.capture.skipped_samples import is_excess, share
 from pipelines.capture.worker import CaptureRequest
 from pipelines.inspect.cache import check, collect_garbage
-from teacher_cache.cache import TeacherCache
-from teacher_cache.cached_samples import CachedSamples
 from teacher_cache.errors import CacheError, KdcliError
+from teacher_cache.reading.cache import TeacherCache
+from teacher_cache.reading.cached_samples import CachedSamples
 from teacher_cache.sources import DataSpec
 
 ROWS = 10
@@ -262,7 +262,7 @@ def test_rows_that_are_captured_are_not_given_up_for_others(asked, hide, tmp_pat
 
 def test_a_lost_row_is_seen_where_no_picture_was_bound(asked, hide, tmp_path: Path, monkeypatch) -> None:
     """The rows of the shard itself are asked."""
-    monkeypatch.setattr("teacher_cache.same_samples.MOST_PICTURED", 0)
+    monkeypatch.setattr("teacher_cache.planning.same_samples.MOST_PICTURED", 0)
     bring = hide(1)
     capture(asked(shards=1))
     before = tree(tmp_path / "cache")

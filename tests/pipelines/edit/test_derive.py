@@ -21,10 +21,10 @@ from pipelines.inspect.cache import check, collect_garbage, status
 from pipelines.settings import CaptureSettings, Settings
 from pipelines.train.train_student import train
 from student_train.config import TrainSettings
-from teacher_cache import behind
-from teacher_cache.cache import TeacherCache
-from teacher_cache.cached_samples import CachedSample, CachedSamples
+from teacher_cache.capturing import behind
 from teacher_cache.errors import KdcliError
+from teacher_cache.reading.cache import TeacherCache
+from teacher_cache.reading.cached_samples import CachedSample, CachedSamples
 from teacher_cache.shards.commit import read_commit
 from teacher_cache.shards.storage import Storage
 from teacher_cache.sources import DataSpec

@@ -20,14 +20,14 @@ from pipelines.capture.cache_teacher import capture
 from pipelines.edit.fields import add_fields, drop_field
 from pipelines.inspect.cache import check, collect_garbage
 from pipelines.settings import CaptureSettings
-from teacher_cache.cache import TeacherCache
-from teacher_cache.cached_samples import CachedSamples
 from teacher_cache.errors import KdcliError
+from teacher_cache.reading.cache import TeacherCache
+from teacher_cache.reading.cached_samples import CachedSamples
 from teacher_cache.shards.commit import read_commit
 from teacher_cache.shards.storage import Storage
 from teacher_cache.sources import DataSpec
+from teacher_cache.sources.usable_samples import row_key
 from teacher_cache.teachers.transformers import TeacherSpec
-from teacher_cache.usable_samples import row_key
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -246,7 +246,7 @@ def test_parts_without_the_field(moved_away, tiny_cache: Path, copy_of, add) -> 
 
 def test_rows_that_would_become_other_tokens_are_refused(moved_away, copy_of, add, monkeypatch) -> None:
     """The fingerprints agree and yet a library reads the text in another way: no field is written beside other tokens."""
-    from teacher_cache import stored_samples
+    from teacher_cache.reading import stored_samples
 
     folder = copy_of(moved_away[0])
     before = tree(folder)

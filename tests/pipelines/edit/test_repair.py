@@ -21,9 +21,9 @@ from pipelines.capture.worker import CaptureRequest
 from pipelines.edit.derive import subset
 from pipelines.edit.repair import RepairRequest, repair
 from pipelines.inspect.cache import check, collect_garbage, survey
-from teacher_cache.cache import TeacherCache
-from teacher_cache.cached_samples import CachedSamples
 from teacher_cache.errors import KdcliError
+from teacher_cache.reading.cache import TeacherCache
+from teacher_cache.reading.cached_samples import CachedSamples
 from teacher_cache.shards.sealed import seal, unseal
 from teacher_cache.shards.storage import Storage
 from teacher_cache.teachers.transformers import TeacherSpec, TransformersTeacher

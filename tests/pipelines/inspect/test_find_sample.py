@@ -11,8 +11,8 @@ import pytest
 from click.testing import CliRunner, Result
 
 from cli import main
-from teacher_cache.cache import TeacherCache
-from teacher_cache.cached_samples import CachedSamples
+from teacher_cache.reading.cache import TeacherCache
+from teacher_cache.reading.cached_samples import CachedSamples
 
 
 def run(*words: object) -> Result:

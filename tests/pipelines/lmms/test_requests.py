@@ -14,7 +14,7 @@ import torch
 from pipelines.lmms.requests import UNLIKELY, generation, lost_note, model_arguments, prompt, row
 from student_train.pruning import Pruning
 from teacher_cache.errors import CompatibilityError, KdcliError
-from teacher_cache.usable_samples import decode_image
+from teacher_cache.sources.usable_samples import decode_image
 
 
 def picture(colour: int = 0, mode: str = "RGB") -> PIL.Image.Image:

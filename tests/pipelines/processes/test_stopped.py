@@ -25,7 +25,7 @@ from pipelines.settings import Settings
 from pipelines.train.train_student import train
 from student_train.checkpoint import checkpoints
 from student_train.config import TrainSettings
-from teacher_cache.cache import TeacherCache
+from teacher_cache.reading.cache import TeacherCache
 from teacher_cache.shards.storage import Storage
 from tests.warm import Child, Warm, kdcli
 

@@ -11,8 +11,8 @@ from pipelines.inspect.cache import status
 from pipelines.report.efficiency import NOTHING, efficiency, parameters
 from pipelines.report.runs import read_runs
 from pipelines.terminal.tables import human_bytes
-from teacher_cache.cache import TeacherCache
 from teacher_cache.errors import KdcliError
+from teacher_cache.reading.cache import TeacherCache
 
 
 def log(folder, **values) -> None:

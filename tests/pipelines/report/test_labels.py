@@ -13,7 +13,7 @@ from pipelines.judge.labels.survey import survey
 from pipelines.report import labels
 from pipelines.report.labels import label_section
 from pipelines.report.page import write_report
-from teacher_cache.cache import TeacherCache
+from teacher_cache.reading.cache import TeacherCache
 
 
 def test_the_answers_stand_with_question_picture_and_the_teachers_word(

@@ -11,10 +11,10 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from pipelines.report.matching import EXAMPLES, matching_section
 from pipelines.report.runs import read_runs
-from teacher_cache.batch import collate
-from teacher_cache.cache import TeacherCache
-from teacher_cache.cached_samples import CachedSamples
-from teacher_cache.prepare import Limits, Preparer
+from teacher_cache.preparing.batch import collate
+from teacher_cache.preparing.prepare import Limits, Preparer
+from teacher_cache.reading.cache import TeacherCache
+from teacher_cache.reading.cached_samples import CachedSamples
 
 
 @pytest.fixture(scope="module")

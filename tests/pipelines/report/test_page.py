@@ -13,8 +13,8 @@ from pipelines.inspect.find_sample import Asked
 from pipelines.report.lead import Lead
 from pipelines.report.page import write_report
 from pipelines.terminal.tables import human_bytes
-from teacher_cache.cache import TeacherCache
 from teacher_cache.errors import KdcliError
+from teacher_cache.reading.cache import TeacherCache
 
 VOID = {"meta", "br", "img", "input", "link", "hr"}
 LOADS = {"src", "href", "xlink:href", "srcset", "poster", "data", "action", "formaction", "background"}

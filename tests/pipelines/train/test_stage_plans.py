@@ -12,7 +12,7 @@ from pipelines.train.stage_identity import identity_knobs
 from pipelines.train.stage_plans import plan_stages
 from student_train.config import StageSettings, TrainSettings
 from student_train.methods import create_method, method_modules
-from teacher_cache.cache import TeacherCache
+from teacher_cache.reading.cache import TeacherCache
 
 PAPERS = {
     "llava-kd": {"DPT": (1e-3, 0.0), "SFT": (2e-5, 0.0), "DFT": (2e-5, 0.0)},

@@ -20,8 +20,8 @@ from pipelines.train.stage_trainer import load_maps, save_maps
 from pipelines.train.train_student import train
 from student_train.config import StageSettings, TrainSettings
 from student_train.token_ids import check_head
-from teacher_cache.cache import TeacherCache
 from teacher_cache.errors import CompatibilityError
+from teacher_cache.reading.cache import TeacherCache
 
 
 @pytest.fixture(scope="module")

@@ -10,8 +10,8 @@ import pytest
 from pipelines.settings import Settings
 from pipelines.train.stage_plans import plan_stages
 from student_train.config import StageSettings, TrainSettings
-from teacher_cache.cache import TeacherCache
 from teacher_cache.errors import KdcliError
+from teacher_cache.reading.cache import TeacherCache
 
 
 def plan(cache: Path, method: str = "llava-kd", stages: str = "DFT", **told: Any) -> Any:

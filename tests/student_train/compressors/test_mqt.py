@@ -14,8 +14,8 @@ from student_train.compression import with_grid
 from student_train.compressors import CompressorSpec, Site
 from student_train.compressors.attention import CrossAttention
 from student_train.compressors.mqt import place_table, resized, settle
-from teacher_cache.batch import collate, keep_vision
 from teacher_cache.errors import CompatibilityError
+from teacher_cache.preparing.batch import collate, keep_vision
 
 SITE = Site(6, 8, 10, (-1,), 3)
 
@@ -84,7 +84,7 @@ def test_counts() -> None:
 def prepared_rows(tiny_student: Path, world: Any, world_json: Any) -> Callable[[int], list[Any]]:
     """``prepared_rows(m)``: captions, chats, two pictures in a row, none at all, prepared with m tokens an image."""
     from student_train.load_student import open_student
-    from teacher_cache.prepare import Preparer
+    from teacher_cache.preparing.prepare import Preparer
     from teacher_cache.records import Sample, SkipRecord, Turn
     from teacher_cache.sources import DataSpec, open_source
 

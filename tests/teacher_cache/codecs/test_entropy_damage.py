@@ -21,8 +21,8 @@ from teacher_cache.codecs.entropy_tables import Table
 from teacher_cache.errors import CacheError
 from teacher_cache.fields import create_field
 from teacher_cache.fields.affinity import VISION_ROWS
+from teacher_cache.models.head import topk_rows
 from teacher_cache.records import ImageLayout, TeacherOutput, View
-from teacher_cache.teachers.head import topk_rows
 
 V, D = 40, 6
 

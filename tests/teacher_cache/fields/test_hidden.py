@@ -14,9 +14,9 @@ from teacher_cache.codecs import container, transform
 from teacher_cache.errors import KdcliError
 from teacher_cache.fields import create_field
 from teacher_cache.fields.hidden import mean_probs
+from teacher_cache.models.low_rank import LowRankHead
 from teacher_cache.records import ImageLayout, TeacherOutput, View
 from teacher_cache.signal_records import Sketch
-from teacher_cache.teachers.low_rank import LowRankHead
 
 V, D = 700, 32
 GRID = (6, 6)

@@ -38,7 +38,7 @@ def payload(ordinal: int, ext: str) -> bytes:
 @pytest.fixture(scope="session")
 def small_plan() -> Any:
     """Two slices of ``ROWS`` rows each."""
-    from teacher_cache.plan import Part, Plan, Slice
+    from teacher_cache.planning.plan import Part, Plan, Slice
     from teacher_cache.sources import DataSpec
 
     groups = [RowGroup(start, ROWS, {"file": 0, "byte": 17 * start}, 100, 3) for start in (0, ROWS)]
@@ -69,7 +69,7 @@ def write_shard(small_plan: Any) -> Callable[..., Commit]:
 @pytest.fixture
 def small_cache(tmp_path: Any, small_plan: Any, write_shard: Callable[..., Commit]) -> Storage:
     """Two shards of ``samples`` and of one field ``fields/x``, whose commits are bound to the hash ``h``."""
-    from teacher_cache.plan_file import write_plan
+    from teacher_cache.planning.plan_file import write_plan
 
     storage = Storage(tmp_path / "cache")
     write_plan(storage, small_plan)

@@ -15,12 +15,12 @@ import pytest
 import webdataset
 
 from teacher_cache.errors import CacheError
+from teacher_cache.reading.verify import orphans, verify
 from teacher_cache.shards import writer as writer_module
 from teacher_cache.shards.commit import committed_shards, read_commit
 from teacher_cache.shards.index import Entry, dump_index, parse_index
 from teacher_cache.shards.reader import ColumnReader
 from teacher_cache.shards.storage import Storage
-from teacher_cache.shards.verify import orphans, verify
 from teacher_cache.shards.writer import ShardWriter
 
 COLUMNS = {"samples": "", "fields/x": "h"}
@@ -85,7 +85,7 @@ def test_many_open_tars_are_closed_again(small_cache: Storage, small_plan, monke
 
 
 def test_the_same_content_is_the_same_bytes(small_cache: Storage, tmp_path: Path, small_plan, write_shard) -> None:
-    from teacher_cache.plan_file import write_plan
+    from teacher_cache.planning.plan_file import write_plan
 
     again = Storage(tmp_path / "again")
     write_plan(again, small_plan)
@@ -119,7 +119,7 @@ def test_racing_writers_leave_one_consistent_shard(
     small_cache: Storage, small_plan, write_shard, tmp_path: Path
 ) -> None:
     """Two machines, whose floats differ, write the same shard at the same time, many times over."""
-    from teacher_cache.plan_file import write_plan
+    from teacher_cache.planning.plan_file import write_plan
 
     for attempt in range(20):
         storage = Storage(tmp_path / f"race-{attempt}")
@@ -215,7 +215,7 @@ def test_storage_travels_to_other_processes(small_cache: Storage, small_plan) ->
 
 
 def test_a_memory_url_is_a_cache_too(small_plan, write_shard) -> None:
-    from teacher_cache.plan_file import read_plan, write_plan
+    from teacher_cache.planning.plan_file import read_plan, write_plan
 
     storage = Storage("memory://kdcli-test/cache")
     write_plan(storage, small_plan)

@@ -10,13 +10,13 @@ import torch
 
 from pipelines.capture.cache_teacher import capture
 from pipelines.capture.worker import CaptureRequest
-from teacher_cache.cache import TeacherCache
-from teacher_cache.cached_samples import CachedSamples
 from teacher_cache.errors import KdcliError
 from teacher_cache.fields import create_field, field_kinds, wants_of
-from teacher_cache.prepare import Preparer
+from teacher_cache.preparing.prepare import Preparer
+from teacher_cache.reading.cache import TeacherCache
+from teacher_cache.reading.cached_samples import CachedSamples
+from teacher_cache.reading.verify import verify
 from teacher_cache.records import Prepared
-from teacher_cache.shards.verify import verify
 from teacher_cache.sources import open_source
 from teacher_cache.teachers.backends import load_processor, open_teacher, teacher_fingerprint
 from teacher_cache.teachers.null import NullTeacher, null_settings
@@ -90,7 +90,7 @@ def test_a_whole_capture_however_it_is_batched(
     """Every field there is, calibrated ones too; the loader reads what was written."""
     files: list[dict[str, bytes]] = []
     for window_rows, batch_tokens in ((2, 256), (256, 4096)):
-        monkeypatch.setattr("teacher_cache.cache_shard.WINDOW_ROWS", window_rows)
+        monkeypatch.setattr("teacher_cache.capturing.cache_shard.WINDOW_ROWS", window_rows)
         out = tmp_path / f"by-{window_rows}"
         settings = {"fields": tuple(field_kinds()), "batch_tokens": batch_tokens, "calibration_rows": 8}
         request: CaptureRequest = make_request(out, **settings)

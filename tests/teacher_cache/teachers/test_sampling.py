@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from teacher_cache.behind import is_finite
+from teacher_cache.capturing.behind import is_finite
 from teacher_cache.records import TeacherOutput
 from teacher_cache.signal_records import Sampled
 from teacher_cache.teachers import sampling

@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from teacher_cache.batch import collate, token_batches
 from teacher_cache.errors import CompatibilityError, KdcliError
-from teacher_cache.prepare import Preparer
+from teacher_cache.preparing.batch import collate, token_batches
+from teacher_cache.preparing.prepare import Preparer
 from teacher_cache.records import Prepared
 from teacher_cache.sources import open_source
 from teacher_cache.teachers.transformers import (

@@ -19,9 +19,9 @@ from transformers import AutoModelForImageTextToText
 
 from pipelines.capture.profiles import PROFILES, with_tails
 from student_train.needs import Need, serve
-from teacher_cache.batch import row_positions
 from teacher_cache.errors import CompatibilityError, KdcliError
 from teacher_cache.fields import create_field
+from teacher_cache.preparing.batch import row_positions
 from teacher_cache.records import Prepared
 from teacher_cache.teachers import vllm
 from teacher_cache.teachers.backends import load_head, load_processor, open_teacher, refuse_wants, teacher_fingerprint

@@ -14,7 +14,7 @@ from pipelines.capture.cache_teacher import capture
 from pipelines.capture.executors.slurm import SlurmJob
 from pipelines.capture.worker import CaptureRequest
 from teacher_cache.errors import KdcliError
-from teacher_cache.plan_file import parse_plan
+from teacher_cache.planning.plan_file import parse_plan
 from tests.exhaustive import of_all
 
 SBATCH = """#!/bin/bash

@@ -16,7 +16,7 @@ from pipelines.capture.worker import CaptureRequest
 from pipelines.judge.doctor import Reading, examine, print_report
 from pipelines.settings import CaptureSettings
 from teacher_cache.errors import DataError
-from teacher_cache.prepare import Limits
+from teacher_cache.preparing.prepare import Limits
 from teacher_cache.shards.commit import read_commit
 from teacher_cache.shards.storage import Storage
 from teacher_cache.sources import DataSpec

@@ -13,7 +13,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from pipelines.judge.doctor.rows import Reading, RowExaminer
-from teacher_cache.prepare import Limits
+from teacher_cache.preparing.prepare import Limits
 from teacher_cache.sources import DataSpec
 from teacher_cache.teachers.transformers import TeacherSpec
 
@@ -22,7 +22,7 @@ KILLED = """
 import multiprocessing, os, signal, sys
 from pipelines.judge.doctor.rows import Reading, RowExaminer
 from pipelines.judge.doctor.workers import working
-from teacher_cache.prepare import Limits
+from teacher_cache.preparing.prepare import Limits
 from teacher_cache.sources import DataSpec
 from teacher_cache.teachers.transformers import TeacherSpec
 

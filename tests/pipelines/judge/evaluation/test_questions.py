@@ -112,7 +112,7 @@ def test_a_narrow_model_answers_and_forces(tiny_student: Path) -> None:
     from pipelines.lmms.requests import prompt
     from pipelines.lmms.requests import row as forced
     from student_train.student import RowForward
-    from teacher_cache.prepare import Limits, Preparer
+    from teacher_cache.preparing.prepare import Limits, Preparer
 
     asked = prompt("what is it", [PIL.Image.effect_noise((96, 96), 60).convert("RGB")], "any")
     nats = {}

@@ -128,7 +128,7 @@ def test_a_teacher_of_the_same_shape_is_refused_by_its_weights(
 
 
 def test_a_head_that_is_not_the_teachers_is_refused(tiny_cache: Path) -> None:
-    from teacher_cache.cache import TeacherCache
+    from teacher_cache.reading.cache import TeacherCache
 
     cache = TeacherCache(str(tiny_cache))
     head = cache.teacher_head("vision_hidden")
@@ -191,7 +191,7 @@ def test_live_gradients_are_those_of_training(
     from student_train.losses.reduce import total_loss
     from student_train.methods import create_method
     from student_train.teacher_view import TeacherView
-    from teacher_cache.batch import collate
+    from teacher_cache.preparing.batch import collate
     from teacher_cache.teachers.transformers import TeacherSpec
 
     works: dict[str, Any] = {}

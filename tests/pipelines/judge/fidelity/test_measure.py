@@ -22,8 +22,8 @@ from pipelines.judge.fidelity.measure import (
 from pipelines.judge.fidelity.rows import draw
 from pipelines.judge.fidelity.terms import pool
 from student_train.distributions import DenseTeacher, HeadAndTail
+from teacher_cache.models.head import topk_rows
 from teacher_cache.records import ImageLayout, View
-from teacher_cache.teachers.head import topk_rows
 
 
 def rotated(degrees: float) -> torch.Tensor:

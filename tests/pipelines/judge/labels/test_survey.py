@@ -17,9 +17,9 @@ from pipelines.judge.labels.answers import JudgedAnswer
 from pipelines.judge.labels.survey import survey
 from student_train.sample_columns import answer_lengths, read_column
 from student_train.selection import check_columns, parse_selector
-from teacher_cache.cache import TeacherCache
-from teacher_cache.cached_samples import CachedSample, CachedSamples
 from teacher_cache.errors import CacheError, KdcliError
+from teacher_cache.reading.cache import TeacherCache
+from teacher_cache.reading.cached_samples import CachedSample, CachedSamples
 from teacher_cache.samples import TEXT
 from teacher_cache.shards.storage import Storage
 from tests.text_models import build_text_folder, write_rows

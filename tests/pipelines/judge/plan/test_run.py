@@ -33,7 +33,7 @@ from pipelines.settings import CaptureSettings
 from teacher_cache.codecs import container
 from teacher_cache.errors import KdcliError
 from teacher_cache.fields import create_field
-from teacher_cache.prepare import Preparer
+from teacher_cache.preparing.prepare import Preparer
 from teacher_cache.records import TeacherOutput
 from teacher_cache.sources import DataSpec
 

@@ -13,7 +13,7 @@ import torch
 from pipelines.judge.preflight import ladder
 from pipelines.judge.preflight.request import PreflightRequest
 from pipelines.judge.preflight.run import preflight
-from teacher_cache.teachers.low_rank import LowRankHead
+from teacher_cache.models.low_rank import LowRankHead
 
 
 def test_whole_gradients_stand_beside_one_head_of_the_frontier(

@@ -23,8 +23,8 @@ from pipelines.judge.preflight.run import look_at_labels, preflight
 from pipelines.judge.preflight.sample import held_out
 from pipelines.settings import load_settings
 from pipelines.train.run_records import finite
-from teacher_cache.cache import TeacherCache
 from teacher_cache.errors import CacheError, CompatibilityError, KdcliError
+from teacher_cache.reading.cache import TeacherCache
 from teacher_cache.shards.sealed import seal, unseal
 from teacher_cache.teachers.transformers import TransformersTeacher
 

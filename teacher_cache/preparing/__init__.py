@@ -1,0 +1,1 @@
+"""A sample as tokens and pixels: templates, label mask, vision layout, batches."""
