@@ -37,6 +37,7 @@ def open_stage(
     workers: int = 0,
     pooled: bool = False,
     served: Served | None = None,
+    packing: bool = False,
 ) -> tuple[StagePlan, Trainer, BatchesFrom]:
     """(what was decided, trainer of a fresh student in training mode, its batches from any step on): projector and language model train.
 
@@ -51,6 +52,7 @@ def open_stage(
         dataloader_num_workers=workers,
         bf16=world.device.startswith("cuda"),
         report_to="none",
+        packing=packing,
     )
     stage = "SFT" if method == "sft" else "DFT"
     (plan,) = plan_stages(cache, method, Settings(train=settings), stage, "paper", knobs)

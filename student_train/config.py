@@ -34,7 +34,7 @@ class TrainSettings:
         seed: seed of the sample order and of every random number.
         bf16: mixed precision; weights and optimizer state stay float32.
         fsdp: under torchrun, shard weights, gradients and optimizer state over the processes (FSDP2); else each has all of them (DDP).
-        packing: several samples in one row, for less padding; attention stays inside a sample (docs/train.md).
+        packing: several samples in one row, for less padding (docs/train.md); default: where that is possible.
         gradient_checkpointing: recompute activations: less memory, more time.
         dataloader_num_workers: loader processes; 0: load in the main process.
         logging_steps: steps between lines of ``metrics.jsonl``.
@@ -71,7 +71,7 @@ class TrainSettings:
     seed: int = 0
     bf16: bool = False
     fsdp: bool = False
-    packing: bool = False
+    packing: bool | None = None
     gradient_checkpointing: bool = False
     dataloader_num_workers: int = 0
     logging_steps: int = 1

@@ -10,7 +10,7 @@ import torch
 from torch.utils.data import Dataset
 
 from student_train.order import Positions
-from student_train.packing import packed_rows, places_of
+from student_train.packing import Packing, packed_rows, places_of
 from student_train.sample_columns import Column, Weight
 from teacher_cache.errors import CompatibilityError, SkipSample
 from teacher_cache.preparing.batch import Batch, collate
@@ -177,17 +177,17 @@ def check_same_grid(key: str, teacher: tuple[ImageLayout, ...], student: tuple[I
         )
 
 
-def join(given: Sequence[TrainSample | RefusedSample], pad_id: int, packing: str = "") -> TrainBatch:
+def join(given: Sequence[TrainSample | RefusedSample], pad_id: int, packing: Packing | None = None) -> TrainBatch:
     """Samples → one micro-batch.
 
     Args:
-        packing: "" for a row each, ``rows`` or ``one row`` as ``packing_of`` says it. Samples are then in the order of the packed rows.
+        packing: None: a row each. Else samples are in the order of the packed rows.
     """
     samples = [one for one in given if isinstance(one, TrainSample)]
     places = None
     if packing and len(samples) > 1:
         lengths = [len(one.prepared) for one in samples]
-        order, places = places_of(packed_rows(lengths, packing == "one row"), lengths)
+        order, places = places_of(packed_rows(lengths, packing), lengths)
         samples = [samples[i] for i in order]
     fields = {name: [one.fields[name] for one in samples] for name in samples[0].fields}
     return TrainBatch(

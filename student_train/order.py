@@ -6,13 +6,17 @@ batch still mixes many shards. Position p counts samples over all epochs; any nu
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
 from typing import Any, Protocol
 
 import numpy as np
 
+from student_train.division import balanced, grouped
+
 BLOCK_SHARDS = 16
+Lengths = Callable[[Sequence[int]], Sequence[int]]
+"""Positions → tokens of the samples there."""
 
 
 class Positions(Protocol):
@@ -102,14 +106,30 @@ class Order:
 class MicroBatches:
     """Positions of every micro-batch of one process, step after step, from ``first_step`` on.
 
-    Sample ``step·global_batch + i`` goes to process ``i mod world``; the last step of a run may be smaller. So a step has the same
-    samples with any number of processes. All processes make the same number of micro-batches; where one has no sample left for its
-    last, the step's first sample stands there as a filler.
+    A step has the same samples with any number of processes, ``global_batch`` of them; the last step of a run may have fewer. Process r
+    takes every world-th micro-batch of a step. All make the same number of them; who has none left makes one of the step's first sample,
+    as a filler.
+
+    Args:
+        lengths: tokens of the samples at some positions: micro-batches then hold samples of like lengths, or, where they are ``packed``,
+            as many tokens each. None: samples in their order, dealt one by one.
     """
 
-    def __init__(self, total: int, global_batch: int, micro_batch: int, rank: int, world: int, first_step: int):
+    def __init__(
+        self,
+        total: int,
+        global_batch: int,
+        micro_batch: int,
+        rank: int,
+        world: int,
+        first_step: int,
+        lengths: Lengths | None = None,
+        packed: bool = False,
+    ):
         self.total, self.global_batch, self.micro_batch = total, global_batch, micro_batch
         self.rank, self.world, self.first_step = rank, world, first_step
+        self._lengths, self._packed = lengths, packed
+        self._divided = lru_cache(maxsize=2)(self._divide)
 
     def steps(self) -> int:
         """Optimizer steps of the whole run."""
@@ -117,21 +137,30 @@ class MicroBatches:
 
     def of_step(self, step: int) -> list[list[int]]:
         """This process's micro-batches, without fillers."""
-        start, stop = self._span(step)
-        mine = list(range(start + self.rank, stop, self.world))
-        return [mine[i : i + self.micro_batch] for i in range(0, len(mine), self.micro_batch)]
+        return self._divided(step)[self.rank]
 
     def fillers(self, step: int) -> int:
-        """How many micro-batches this process makes besides, to have as many as the process that has most samples."""
-        start, stop = self._span(step)
-        most = -(-(stop - start) // self.world)
-        return -(-most // self.micro_batch) - len(self.of_step(step))
+        """How many micro-batches this process makes besides, to have as many as the process that has most."""
+        return max(map(len, self._divided(step))) - len(self.of_step(step))
 
-    def _span(self, step: int) -> tuple[int, int]:
+    def _divide(self, step: int) -> list[list[list[int]]]:
+        """Micro-batches of every process."""
         start = step * self.global_batch
-        return start, min(start + self.global_batch, self.total)
+        stop, world = min(start + self.global_batch, self.total), self.world
+        parts = max(-(-(stop - start) // self.micro_batch), min(world, stop - start))
+        if self._lengths is None or parts == 1:
+            dealt = [list(range(start + rank, stop, world)) for rank in range(world)]
+            return [[mine[i : i + self.micro_batch] for i in range(0, len(mine), self.micro_batch)] for mine in dealt]
+        lengths = self._lengths(range(start, stop))
+        found = balanced(lengths, parts) if self._packed else grouped(lengths, parts, self.micro_batch)
+        turns = [found[i : i + world] for i in range(0, parts, world)]
+        turns = [
+            turn[::-1] if number % 2 else turn for number, turn in enumerate(turns)
+        ]  # nobody always has the longest
+        dealt_parts = [[turn[rank] for turn in turns if rank < len(turn)] for rank in range(world)]
+        return [[[start + i for i in part] for part in mine] for mine in dealt_parts]
 
     def __iter__(self) -> Iterator[list[int]]:
         for step in range(self.first_step, self.steps()):
             yield from self.of_step(step)
-            yield from [[self._span(step)[0]]] * self.fillers(step)
+            yield from [[step * self.global_batch]] * self.fillers(step)

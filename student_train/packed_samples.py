@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import Any
 
 import torch
 
 from student_train.config import TrainSettings
 from student_train.losses.terms import FIRST_LAYER, kinds_of
-from student_train.packing import ONE_ROW, SEPARATING
+from student_train.methods import draws
+from student_train.packing import ONE_ROW, SEPARATING, Packing
 from student_train.student import RowForward, in_eval
 from teacher_cache.errors import CompatibilityError
 from teacher_cache.families import family_of
@@ -22,8 +24,17 @@ CLOSE = 1e-3
 WITHOUT = "leave out --packing"
 
 
-def packing_of(student: RowForward, method: Any, settings: TrainSettings) -> str:
-    """``rows`` or ``one row``: how many rows the student's attention takes.
+def chosen_packing(student: RowForward, method: Any, settings: TrainSettings) -> Packing | None:
+    """None: a row each, as the settings say it, or because they leave it open and it cannot be otherwise, or would change draws."""
+    if settings.packing is None:
+        with suppress(CompatibilityError):
+            return None if draws(method) else packing_of(student, method, settings)
+        return None
+    return packing_of(student, method, settings) if settings.packing else None
+
+
+def packing_of(student: RowForward, method: Any, settings: TrainSettings) -> Packing:
+    """How the student's samples are packed.
 
     Raises:
         CompatibilityError: the method, its compressor or the student's attention needs a row for every sample.
@@ -50,7 +61,20 @@ def packing_of(student: RowForward, method: Any, settings: TrainSettings) -> str
             f"attention {attention} does not keep packed samples apart: {WITHOUT}, or --attn-implementation sdpa"
         )
     check_apart(student)
-    return "one row" if attention in ONE_ROW else "rows"
+    return Packing(attention in ONE_ROW, even_length(student.model))
+
+
+def even_length(model: Any) -> float:
+    """Tokens of a row whose attention takes as many operations as the weights of a decoder layer: P / 2·H·d.
+
+    P weights a layer, H heads of width d: a token takes 2·P operations of a layer's products, and 4·H·d of its attention for each token
+    of its row.
+    """
+    text = model.config.get_text_config()
+    width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    layers = family_of(model.config).language_model(model.model).layers
+    weights = sum(one.numel() for one in layers.parameters()) / len(layers)
+    return weights / (2 * text.num_attention_heads * width)
 
 
 @torch.no_grad()

@@ -2,47 +2,47 @@
 
 A micro-batch of samples of many lengths, a row each, is mostly padding. Here its samples lie one behind the other in fewer, longer rows;
 positions begin anew in each, and attention stays inside a sample (transformers makes that mask of the positions). Losses find their rows
-by flat positions, so nothing else knows of it. Time of attention grows with a row's length: the most rows are taken that are full enough.
+by flat positions, so nothing else knows of it. Attention computes the masked entries of a long row too, so rows are no longer than pays.
 """
 
 from __future__ import annotations
 
-import heapq
+import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
+from student_train.division import balanced
 from teacher_cache.preparing.batch import BatchPlace
 
-FULL = 0.97
-"""Share of real tokens from which on more, shorter rows are preferred to fuller ones."""
 SEPARATING = ("sdpa", "eager", "flex_attention")
 """Attention implementations that keep the samples of many rows apart."""
 ONE_ROW = ("flash_attention_2", "flash_attention_3")
 """Those that do so in a single row alone, which costs them nothing."""
 
 
-def packed_rows(lengths: Sequence[int], one_row: bool = False) -> list[list[int]]:
-    """Samples of each row, in order: the most rows that are full to ``FULL``; one row always is.
+@dataclass(frozen=True)
+class Packing:
+    """What a student's rows cost.
 
-    Args:
-        lengths: tokens of the samples. one_row: all samples lie in one row.
+    Attributes:
+        one_row: all samples lie in one row. even: length of a row in tokens whose attention takes as many operations as the rest of the
+            decoder's layers.
     """
-    total = sum(lengths)
-    for rows in range(1 if one_row else len(lengths), 1, -1):
-        found = balanced(lengths, rows)
-        if total >= FULL * rows * max(sum(lengths[i] for i in row) for row in found):
-            return found
-    return [list(range(len(lengths)))]
+
+    one_row: bool = False
+    even: float = math.inf
+
+    def cost(self, rows: int, longest: int) -> float:
+        """Of a batch, in tokens without attention."""
+        return rows * longest * (1 + longest / self.even)
 
 
-def balanced(lengths: Sequence[int], rows: int) -> list[list[int]]:
-    """So many rows, as equal in tokens as the longest-first rule makes them; samples keep their order inside a row."""
-    heap = [(0, row) for row in range(rows)]
-    found: list[list[int]] = [[] for _ in range(rows)]
-    for i in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
-        tokens, row = heapq.heappop(heap)
-        found[row].append(i)
-        heapq.heappush(heap, (tokens + lengths[i], row))
-    return sorted(map(sorted, found))
+def packed_rows(lengths: Sequence[int], packing: Packing) -> list[list[int]]:
+    """Samples of each row, in order: of all numbers of rows the cheapest, the most rows among equals. lengths: tokens of the samples."""
+    if packing.one_row:
+        return [list(range(len(lengths)))]
+    layouts = [balanced(lengths, rows) for rows in range(len(lengths), 0, -1)]
+    return min(layouts, key=lambda rows: packing.cost(len(rows), max(sum(lengths[i] for i in row) for row in rows)))
 
 
 def places_of(rows: Sequence[Sequence[int]], lengths: Sequence[int]) -> tuple[list[int], list[BatchPlace]]:

@@ -11,6 +11,7 @@ from student_train.dataset import RefusedSample, TrainBatch, TrainDataset, Train
 from student_train.loader_signals import held_back, leave_signals, own_child_signals
 from student_train.order import MicroBatches
 from student_train.packed import Packed, pack, unpack
+from student_train.packing import Packing
 from teacher_cache.errors import KdcliError, one_line
 
 
@@ -19,7 +20,7 @@ class Join:
     """``join`` with its padding id, as a collate function that loader processes can receive; what they send back is packed."""
 
     pad_id: int
-    packing: str = ""
+    packing: Packing | None = None
 
     def __call__(self, rows: Sequence[TrainSample | RefusedSample]) -> TrainBatch | Packed:
         batch = join(rows, self.pad_id, self.packing)
@@ -27,7 +28,7 @@ class Join:
 
 
 def step_batches(
-    dataset: TrainDataset, batches: MicroBatches, pad_id: int, workers: int, packing: str = ""
+    dataset: TrainDataset, batches: MicroBatches, pad_id: int, workers: int, packing: Packing | None = None
 ) -> Iterator[tuple[int, list[TrainBatch]]]:
     """(step, its micro-batches) until the run ends. packing: as ``join`` takes it."""
     collate_rows: Callable[[Sequence[TrainSample | RefusedSample]], TrainBatch | Packed] = Join(pad_id, packing)

@@ -74,7 +74,7 @@ def test_rooms_of_teacher_cache_have_no_circles() -> None:
     assert sorted(ROOMS) == sorted(path.parent.name for path in (ROOT / "teacher_cache").glob("*/__init__.py"))
     for room in ROOMS:
         for path in (ROOT / "teacher_cache" / room).rglob("*.py"):
-            below[room] |= {part for _, name in imported(path) if (part := (name.split(".") + [""])[1]) in ROOMS}
+            below[room] |= {part for _, name in imported(path) if (part := [*name.split("."), ""][1]) in ROOMS}
         below[room].discard(room)
     while clear := [room for room, needs in below.items() if not needs & set(below)]:
         for room in clear:

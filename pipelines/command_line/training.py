@@ -52,7 +52,11 @@ from pipelines.command_line.tour import command
 @click.option("--max-steps", type=int, help="Optimizer steps per stage.")
 @click.option("--warmup-ratio", type=float)
 @click.option("--seed", type=int)
-@click.option("--packing/--no-packing", default=None, help="Put several samples into one row, for less padding.")
+@click.option(
+    "--packing/--no-packing",
+    default=None,
+    help="Put several samples into one row, for less padding (default: where possible).",
+)
 @click.option("--bf16/--no-bf16", default=None, help="bfloat16 mixed precision.")
 @click.option("--fsdp/--no-fsdp", default=None, help="Under torchrun, shard the student over the processes (FSDP2).")
 @click.option(

@@ -31,6 +31,7 @@ class Cost:
     tokens_per_second: str
     step_seconds: str
     waiting: str
+    padding: str
     peak_memory: str
     bytes_per_sample: str
     student_tokens: str
@@ -64,6 +65,7 @@ def efficiency(runs: Sequence[RunRecord], status: Mapping[str, Any] | None) -> E
 def _cost(run: RunRecord, stage: StageRecord, sizes: Mapping[str, float]) -> Cost:
     points = stage.points
     step, waited = _total(points, "seconds"), _total(points, "data_seconds")
+    tokens, places = _total(points, "tokens"), _total(points, "places")
     spent = step + (waited or 0.0) if step is not None else None
     peak = max((one["peak_memory_bytes"] for one in points if "peak_memory_bytes" in one), default=None)
     seconds = [one["seconds"] for one in points if "seconds" in one]
@@ -72,9 +74,10 @@ def _cost(run: RunRecord, stage: StageRecord, sizes: Mapping[str, float]) -> Cos
         stage=stage.name,
         method=stage.method,
         samples_per_second=_rate(_samples(stage), spent),
-        tokens_per_second=_rate(_total(points, "tokens"), spent),
+        tokens_per_second=_rate(tokens, spent),
         step_seconds=f"{statistics.median(seconds):.3g}" if seconds else NOTHING,
-        waiting=f"{100 * waited / spent:.1f} %" if spent and waited is not None else NOTHING,
+        waiting=_share(waited, spent),
+        padding=_share(places - tokens, places) if places is not None and tokens is not None else NOTHING,
         peak_memory=human_bytes(peak) if peak is not None else NOTHING,
         bytes_per_sample=_read(run, stage, sizes),
         student_tokens=_rate(_total(points, "vision_tokens"), _total(points, "images")),
@@ -98,6 +101,10 @@ def _samples(stage: StageRecord) -> float | None:
 
 def _rate(amount: float | None, by: float | None) -> str:
     return short(float(f"{amount / by:.3g}")) if amount is not None and by else NOTHING
+
+
+def _share(part: float | None, whole: float | None) -> str:
+    return f"{100 * part / whole:.1f} %" if whole and part is not None else NOTHING
 
 
 def _count(number: int | None) -> str:

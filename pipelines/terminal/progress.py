@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -133,6 +134,23 @@ def capture_progress(console: Console) -> Iterator[Callable[[str, int, int], Non
         yield show
 
 
+class TrainSpeed:
+    """What the last steps of a stage cost: tokens a second, shares of padding and of time that the main process waited for data."""
+
+    def __init__(self, steps: int = 20):
+        self.kept: deque[tuple[float, ...]] = deque(maxlen=steps)
+
+    def after(self, result: Any) -> str:
+        """With one step more (a ``StepResult``), as a line."""
+        self.kept.append((result.tokens, result.places, result.seconds, result.data_seconds))
+        tokens, places, seconds, waited = map(sum, zip(*self.kept))
+        spent = seconds + waited
+        parts = [f"{tokens / spent:,.0f} tokens/s"] if spent else []
+        parts += [f"{100 * (1 - tokens / places):.0f} % padding"] if places else []
+        parts += [f"{100 * waited / spent:.0f} % waiting"] if spent and 100 * waited / spent >= 1 else []
+        return ", ".join(parts)
+
+
 @contextmanager
 def train_progress(console: Console) -> Iterator[Callable[[str, int, int, Any], None]]:
     """``on_step(stage folder, step, steps, result)`` for ``pipelines.train.train_student.train``: one bar a stage."""
@@ -141,11 +159,13 @@ def train_progress(console: Console) -> Iterator[Callable[[str, int, int, Any], 
         return
     with bar(console, "steps") as progress:
         tasks: dict[str, Any] = {}
+        speeds: dict[str, TrainSpeed] = {}
 
         def show(stage: str, step: int, steps: int, result: Any) -> None:
             if stage not in tasks:
-                tasks[stage] = progress.add_task(stage, total=steps, completed=step)
-            progress.update(tasks[stage], completed=step + 1, description=f"{stage} loss {result.loss:.3f}")
+                tasks[stage], speeds[stage] = progress.add_task(stage, total=steps, completed=step), TrainSpeed()
+            described = f"{stage} loss {result.loss:.3f}, {speeds[stage].after(result)}"
+            progress.update(tasks[stage], completed=step + 1, description=described)
 
         yield show
 

@@ -11,8 +11,9 @@ from typing import Any
 from pipelines.train.stage_plans import StagePlan
 from pipelines.train.stage_trainer import MAPS
 from student_train.checkpoint import newest_state
+from student_train.config import TrainSettings
 from student_train.draws import VERSION as DRAWS
-from student_train.methods import hook
+from student_train.methods import draws
 from student_train.whole import DONE_FILE, read_done
 from teacher_cache.errors import KdcliError
 from teacher_cache.planning.plan import content_hash, difference
@@ -158,7 +159,7 @@ def stage_identity(
         **({"vision_tower_learning_rate": tower} if (tower := plan.settings.vision_tower_learning_rate) else {}),
         **({"compressor": plan.compressor.entry()} if plan.compressor else {}),
         **({"processes": processes} if processes > 1 else {}),
-        **(drawn(plan.settings.per_device_train_batch_size, processes) if draws(plan.method) else {}),
+        **(drawn(plan.settings, processes) if draws(plan.method) else {}),
         "start": start,
     }
 
@@ -181,14 +182,15 @@ def identity_knobs(name: str, method: Any) -> dict[str, Any]:
     return {knob: value for knob, value in knobs.items() if knob not in added or value != added[knob]}
 
 
-def drawn(batch_size: int, processes: int) -> dict[str, Any]:
-    """What decides the draws of a method that draws: how a process cuts a step, and how seeds are made."""
-    return {"micro_batches": [batch_size, processes], "draws": DRAWS}
-
-
-def draws(method: Any) -> bool:
-    """Whether a method draws something for every micro-batch."""
-    return hasattr(method, "passes") or bool(getattr(hook(method, "alignment")(), "columns", 0))
+def drawn(settings: TrainSettings, processes: int) -> dict[str, Any]:
+    """What decides the draws of a method that draws: how a process cuts a step, the order of its samples, and how seeds are made."""
+    by_length = settings.gradient_accumulation_steps * processes > 1
+    return {
+        "micro_batches": [settings.per_device_train_batch_size, processes],
+        "draws": DRAWS,
+        **({"grouped": True} if by_length else {}),
+        **({"packing": True} if settings.packing else {}),
+    }
 
 
 def start_hash(model_id: str) -> str:

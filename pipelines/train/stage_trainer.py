@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from student_train.load_student import freeze_except, share
 from student_train.methods import looks_at_images
 from student_train.needs import Served
 from student_train.order import MicroBatches, Order
-from student_train.packed_samples import packing_of
+from student_train.packed_samples import chosen_packing
 from student_train.selection import columns_of, weigher
 from student_train.stream import step_batches
 from student_train.student import RowForward
@@ -75,10 +75,15 @@ def make_trainer(
     dataset = student_rows(*given, *asked, max_length=length, columns=columns_of(selection))
     check_rows(dataset, plan)
     micro = plan.settings.per_device_train_batch_size
-    packing = packing_of(student, plan.method, plan.settings) if plan.settings.packing else ""
+    packing = chosen_packing(student, plan.method, plan.settings)
+
+    def lengths(positions: Sequence[int]) -> list[int]:
+        return [rows.tokens(*order.at(one)) for one in positions]
 
     def positions(first: int) -> MicroBatches:
-        return MicroBatches(total, global_batch, micro, processes.rank, processes.world, first)
+        return MicroBatches(
+            total, global_batch, micro, processes.rank, processes.world, first, lengths, packing is not None
+        )
 
     def batches_from(first: int) -> Iterator[tuple[int, list[TrainBatch]]]:
         pad_id = processor.tokenizer.pad_token_id or 0

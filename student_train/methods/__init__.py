@@ -76,6 +76,11 @@ def hook(method: Method, name: str) -> Any:
     return getattr(method, name, lambda *arguments: None)
 
 
+def draws(method: Method) -> bool:
+    """Whether a method draws something for every micro-batch."""
+    return hasattr(method, "passes") or bool(getattr(hook(method, "alignment")(), "columns", 0))
+
+
 def looks_at_images(method: Method) -> bool:
     """Whether its loss, or its passes, are about vision tokens."""
     return any("vision" in need.what for need in method.needs()) or hasattr(method, "passes")

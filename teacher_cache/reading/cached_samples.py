@@ -188,6 +188,11 @@ class CachedSamples:
         shard = self.shards[position]
         return self._columns["samples"].entries(shard).key(int(self._join(shard)[row][0]))
 
+    def tokens(self, position: int, row: int) -> int:
+        """Text and vision tokens of a row as the teacher read it, without reading the row."""
+        samples = self._columns["samples"].entries(self.shards[position])
+        return samples.tokens(int(self._joined(position)[row][0]))
+
     def keys(self) -> Iterator[str]:
         """Keys of all rows, shard after shard."""
         for position, count in enumerate(self.counts):

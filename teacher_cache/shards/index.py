@@ -138,6 +138,11 @@ class Entries(Sequence[Entry]):
     def key(self, row: int) -> str:
         return self._keys[row].as_py()
 
+    def tokens(self, row: int) -> int:
+        """Text and vision tokens of the sample in a row, as the teacher read it."""
+        _, vision_rows, _, text_tokens = self._numbers[row].tolist()
+        return vision_rows + text_tokens  # type: ignore[no-any-return]
+
     def members(self, row: int) -> tuple[TarMember, ...]:
         """Of the sample in a row (0 or more), without the rest of its ``Entry``."""
         first, stop = self._first[row : row + 2].tolist()

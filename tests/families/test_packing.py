@@ -9,10 +9,11 @@ import pytest
 import torch
 
 from student_train.config import TrainSettings
+from student_train.division import balanced
 from student_train.load_student import load_student
 from student_train.methods import create_method
 from student_train.packed_samples import packing_of
-from student_train.packing import balanced, places_of
+from student_train.packing import places_of
 from student_train.student import RowForward
 from teacher_cache.errors import CompatibilityError
 from teacher_cache.preparing.batch import Batch, collate

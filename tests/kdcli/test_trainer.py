@@ -255,6 +255,7 @@ trainer.train()
 """
 
 
+@pytest.mark.exhaustive  # two processes of torchrun; tests/pipelines/processes/test_processes.py has the trainer's own
 def test_two_processes_have_the_gradients_of_one(
     tiny_cache: Path, tiny_student: Path, tmp_path: Path, train_student: Callable[..., list[Gradients]]
 ) -> None:

@@ -23,6 +23,7 @@ def cache_in(url: str) -> dict[str, bytes]:
     return {name: storage.read(name) for name in storage.files("") if not name.startswith(".staging")}
 
 
+@pytest.mark.exhaustive  # below the same job runs while every fifth request fails
 @pytest.mark.usefixtures("healthy", "one_thread")
 def test_a_whole_job_in_a_bucket(
     make_request: Callable[..., CaptureRequest], tiny_student: Path, tmp_path: Path

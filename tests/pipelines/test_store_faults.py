@@ -46,6 +46,7 @@ def test_connections_break_while_reading(uploaded: str, shaky: Any, tiny_cache: 
     assert sum(shaky.broken.values()) > 5 and all(shaky.broken.values())
 
 
+@pytest.mark.exhaustive  # test_object_store.py captures while requests fail
 @pytest.mark.usefixtures("one_thread")
 def test_connections_break_while_capturing(
     make_request: Callable[..., CaptureRequest], tmp_path: Path, shaky: Any, mixture: Any

@@ -59,6 +59,7 @@ def lagging(healthy: Any, monkeypatch: pytest.MonkeyPatch) -> Lagging:
     return store
 
 
+@pytest.mark.exhaustive  # a whole job; what follows a lagging listing is tested piece by piece below
 @pytest.mark.usefixtures("one_thread")
 def test_a_capture_ends_well_and_so_does_what_follows(
     make_request: Callable[..., CaptureRequest], mixture: Sequence[DataSpec], lagging: Lagging

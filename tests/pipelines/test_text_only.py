@@ -252,6 +252,7 @@ def test_a_run_goes_on_from_its_checkpoint(here: Path, cache: Path, tmp_path: Pa
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[n], theirs[n]) for n in ours)
 
 
+@pytest.mark.exhaustive  # two processes; test_processes.py has a student of images
 def test_shards_of_a_student_make_the_steps_of_one_process(here: Path, cache: Path, tmp_path: Path, warm: Warm) -> None:
     """FSDP2."""
     alone = settings_of(here / "student", tmp_path / "alone", gradient_accumulation_steps=2)

@@ -19,6 +19,7 @@ compressor = ["none", "adaptive_pool", "mqt"]
 """
 
 
+@pytest.mark.exhaustive  # three students; a grid from the command line stays
 @pytest.mark.usefixtures("forked_cells")
 def test_every_compressor_is_a_student_of_its_own(write_grid: Callable[..., Path], tmp_path: Path) -> None:
     import io

@@ -97,6 +97,7 @@ def family(number: int) -> list[int]:
     return [one for child in children(number) for one in (child, *family(child))]
 
 
+@pytest.mark.exhaustive  # test_ablate.py interrupts one
 def test_the_children_of_a_killed_ablation_end_behind_a_checkpoint(grid: Path, tmp_path: Path) -> None:
     """SIGKILL to the command alone: the student's process and those that load its rows are gone; the next run is not blocked."""
     text = grid.read_text().replace(

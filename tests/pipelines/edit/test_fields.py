@@ -123,6 +123,7 @@ def read_all(folder: Path, fields: list[str]) -> list[Any]:
     return [rows.read(position, row) for position, count in enumerate(rows.counts) for row in range(count)]
 
 
+@pytest.mark.exhaustive  # two workers; test_cache_teacher.py has two of a whole capture
 @pytest.mark.usefixtures("forked_workers")
 def test_adding_again_is_nothing_and_two_workers_write_the_same(moved_away, copy_of, add) -> None:
     one, three = moved_away
@@ -151,6 +152,7 @@ def test_kills_between_any_two_writes_of_an_added_field(moved_away, copy_of, add
     assert tree(folder) == tree(three)
 
 
+@pytest.mark.exhaustive  # every moment of a removal; the writes of an added field stay
 def test_kills_between_any_two_removals(tiny_cache: Path, copy_of, make_mortal) -> None:
     """Whenever it dies, the cache opens, the other fields read, no commit names what is gone, and the end is as if never killed."""
     whole = tree(tiny_cache)

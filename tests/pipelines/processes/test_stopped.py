@@ -136,8 +136,10 @@ def stopped_request(make_request: Callable[..., CaptureRequest], tmp_path: Path)
     [
         (1, signal.SIGTERM, True),
         (1, signal.SIGUSR1, False),
-        (2, signal.SIGTERM, False),
-        pytest.param(2, signal.SIGUSR1, True, marks=pytest.mark.exhaustive),
+        *(
+            pytest.param(2, *one, marks=pytest.mark.exhaustive)
+            for one in ((signal.SIGTERM, False), (signal.SIGUSR1, True))
+        ),
     ],
 )
 def test_a_capture_ends_in_order(
@@ -277,6 +279,7 @@ def test_torchrun_hands_a_signal_on(tiny_cache: Path, tiny_student: Path, tmp_pa
         made = stopped_behind_a_checkpoint(tmp_path / "run", made, said)
 
 
+@pytest.mark.exhaustive  # test_workers_whose_command_was_killed is the same for a capture
 def test_a_run_ends_with_its_killed_torchrun(tiny_cache: Path, tiny_student: Path, tmp_path: Path) -> None:
     """It writes the checkpoint that a signal would have had it write, and its loader processes end, too."""
     launch = [sys.executable, "-P", "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=1", "--no-python"]

@@ -24,10 +24,10 @@ def log(folder, **values) -> None:
 def test_rates_count_the_wait_for_data(make_run):
     folder = make_run("kd")
     sizes = {"samples": 6, "images": 4, "vision_tokens": 36, "cached_vision_tokens": 144}
-    log(folder, **sizes, data_seconds=0.25, peak_memory_bytes=3_000_000_000)
+    log(folder, **sizes, places=400, data_seconds=0.25, peak_memory_bytes=3_000_000_000)
     (one,) = efficiency(read_runs([folder]), None).costs
     assert (one.samples_per_second, one.tokens_per_second, one.step_seconds) == ("8", "400", "0.5")
-    assert (one.waiting, one.peak_memory) == ("33.3 %", "3.0 GB")
+    assert (one.waiting, one.padding, one.peak_memory) == ("33.3 %", "25.0 %", "3.0 GB")
     assert (one.student_tokens, one.teacher_tokens) == ("9", "36")
     assert one.bytes_per_sample == one.parameters == NOTHING
 
@@ -36,7 +36,7 @@ def test_what_an_older_program_did_not_log_is_left_out(make_run):
     found = efficiency(read_runs([make_run("kd", steps=4)]), None)
     (one,) = found.costs
     assert one.samples_per_second == "16"  # 8 samples a step, as its stage says when it is done
-    assert one.waiting == NOTHING
+    assert one.waiting == one.padding == NOTHING
     assert not {"waiting", "peak_memory", "student_tokens", "bytes_per_sample"} & found.shown
     assert {"samples_per_second", "tokens_per_second", "step_seconds"} <= found.shown
 

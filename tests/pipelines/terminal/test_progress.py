@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import io
-from types import SimpleNamespace
 
 import pytest
 from rich.console import Console
 
 from pipelines.terminal import progress
-from pipelines.terminal.progress import Lines, bar, doctor_progress, train_progress
+from pipelines.terminal.progress import Lines, TrainSpeed, bar, doctor_progress, train_progress
+from student_train.metrics_log import StepResult
 
 
 def log_file() -> Console:
@@ -58,9 +58,20 @@ def test_a_training_into_a_log() -> None:
     console = log_file()
     with train_progress(console) as on_step:
         for step in range(3):
-            on_step("01-DFT", step, 3, SimpleNamespace(loss=1.5 - step))
+            on_step("01-DFT", step, 3, step_of(1.5 - step))
     (line,) = text(console).splitlines()
-    assert line.startswith("01-DFT loss -0.500: 3/3 steps")
+    assert line.startswith("01-DFT loss -0.500, 400 tokens/s, 25 % padding, 33 % waiting: 3/3 steps")
+
+
+def step_of(loss: float, **named: float) -> StepResult:
+    return StepResult(loss, {}, **{"tokens": 300, "places": 400, "seconds": 0.5, "data_seconds": 0.25, **named})
+
+
+def test_a_training_s_speed_is_that_of_the_last_steps() -> None:
+    speed = TrainSpeed(steps=2)
+    assert speed.after(step_of(1.0, seconds=0.0, data_seconds=0.0)) == "25 % padding"
+    assert speed.after(step_of(1.0, places=300)) == "800 tokens/s, 14 % padding, 33 % waiting"
+    assert speed.after(step_of(1.0, places=300, data_seconds=0.0)) == "480 tokens/s, 0 % padding, 20 % waiting"
 
 
 def test_a_terminal_has_bars() -> None:

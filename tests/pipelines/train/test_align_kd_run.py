@@ -31,6 +31,7 @@ def train(warm: Warm, cache: Path, student: Path, output: Path, processes: int, 
     return [json.loads(line) for file in files for line in file.read_text().splitlines()]
 
 
+@pytest.mark.exhaustive  # two processes; test_processes.py has another method
 def test_two_processes_are_one(cache: Path, tiny_student: Path, tmp_path: Path, warm: Warm) -> None:
     one = train(warm, cache, tiny_student, tmp_path / "one", 1, 8)
     two = train(warm, cache, tiny_student, tmp_path / "two", 2, 4)

@@ -179,6 +179,7 @@ def test_a_method_may_come_with_a_compressor(
     assert entry("already", None, student=already)["name"] == "pixel_shuffle", "the student's own stays"
 
 
+@pytest.mark.exhaustive  # two processes; the draws alone are tested above
 def test_two_processes_draw_the_same_count(
     tiny_cache: Path, settings_for: Callable[..., Settings], tmp_path: Path, warm: Warm
 ) -> None:

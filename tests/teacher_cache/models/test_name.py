@@ -160,7 +160,7 @@ def test_one_line_of_the_program(tmp_path: Path, tiny_student: Path) -> None:
     command = [sys.executable, "-P", "-m", "cli", "eval", "owner/name", "--data", "questions.json"]
     started = time.monotonic()
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
-    assert time.monotonic() - started < 60  # transformers' own retries take more than two minutes
+    assert time.monotonic() - started < 110  # transformers' own retries take more than two minutes
     assert done.returncode == 1 and not done.stdout
     (line,) = done.stderr.splitlines()
     assert re.match(

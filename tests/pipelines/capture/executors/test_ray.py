@@ -73,6 +73,7 @@ class TestOneCluster:
         assert sorted(run(partial(dying, str(tmp_path), 2), range(6), 2, Cluster())) == list(range(6))
         assert len(list(tmp_path.iterdir())) == 2
 
+    @pytest.mark.exhaustive  # a cluster restarts workers slowly; above one is lost twice, and comes back
     def test_not_for_ever(self, tmp_path: Path) -> None:
         with pytest.raises(KdcliError, match="shard 000003 was lost with its worker 2 times"):
             list(run(partial(dying, str(tmp_path), 9), range(6), 2, Cluster(retries=1)))
@@ -81,11 +82,13 @@ class TestOneCluster:
         with pytest.raises(DataError, match=r"^row 7 of f\.json: no image$"):
             list(run(partial(failing, DataError("row 7 of f.json: no image")), range(3), 2, Cluster()))
 
+    @pytest.mark.exhaustive  # as above: an error of a worker's task arrives in the same way
     @pytest.mark.parametrize("error", [DataError("no such model"), ValueError("no such thing")])
     def test_a_teacher_that_cannot_be_loaded(self, error: Exception) -> None:
         with pytest.raises(KdcliError, match=f"{error}$"):
             list(run(partial(unloadable, error), range(3), 2, Cluster()))
 
+    @pytest.mark.exhaustive
     def test_any_other_names_its_shard(self) -> None:
         with pytest.raises(KdcliError, match=r"shard 000000 failed on its worker: .*ZeroDivisionError: by nought"):
             list(run(partial(failing, ZeroDivisionError("by nought")), [0], 1, Cluster()))
@@ -140,6 +143,7 @@ class Placed:
         return lambda shard: (self.folder, os.getcwd())
 
 
+@pytest.mark.exhaustive  # a cluster of its own; test_slurm.py has such a folder
 def test_from_a_folder_with_modules_of_the_users_own(
     own_modules: Callable[[Path], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
