@@ -6,6 +6,7 @@ from contextlib import suppress
 from typing import Any
 
 import torch
+from torch import nn
 
 from student_train.config import TrainSettings
 from student_train.losses.terms import FIRST_LAYER, kinds_of
@@ -72,8 +73,11 @@ def even_length(model: Any) -> float:
     """
     text = model.config.get_text_config()
     width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    layers = family_of(model.config).language_model(model.model).layers
-    weights = sum(one.numel() for one in layers.parameters()) / len(layers)
+    decoder = decoder_of(model)
+    with suppress(AttributeError):  # of text alone, and named otherwise
+        decoder = family_of(model.config).language_model(decoder)
+    inside = {id(one) for table in decoder.modules() if isinstance(table, nn.Embedding) for one in table.parameters()}
+    weights = sum(one.numel() for one in decoder.parameters() if id(one) not in inside) / text.num_hidden_layers
     return weights / (2 * text.num_attention_heads * width)
 
 

@@ -125,8 +125,10 @@ class RowForward(nn.Module):
             if torch.is_autocast_enabled(states.device.type):
                 states = states.to(torch.get_autocast_dtype(states.device.type))
             head = self.head.to(states.dtype)
+            first, count = batch.spans[0]
+            at = torch.arange(first + count, device=states.device)[-min(count, 4) :]
             self._head_checked = check_rows(
-                self.model, inputs, states, lambda rows: head_logits(rows, head, self.form.cap), len(head)
+                self.model, inputs, states, lambda rows: head_logits(rows, head, self.form.cap), len(head), at
             )
 
     def draw(self, one: TrainBatch, seed: int, step: int) -> TrainBatch:

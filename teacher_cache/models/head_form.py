@@ -149,17 +149,24 @@ def _guilty(model: Any) -> str:
     return f" (its configuration has {told})" if told else ""
 
 
-def check_rows(model: Any, inputs: Mapping[str, torch.Tensor], states: torch.Tensor, ours: Any, columns: int) -> bool:
+def check_rows(
+    model: Any,
+    inputs: Mapping[str, torch.Tensor],
+    states: torch.Tensor,
+    ours: Any,
+    columns: int,
+    at: torch.Tensor | None = None,
+) -> bool:
     """Whether the model's own logits were looked at: False where they are not finite. CompatibilityError where ours are others.
 
-    The last tokens of a batch's first row are compared, through one more forward of the whole model.
+    Some tokens of a batch's first row are compared, through one more forward of the whole model.
 
     Args:
         inputs: of ``decoder_of(model)``, padded on the right. states: what it said, ``[B, T, D]``.
         ours: hidden states ``[R, D]`` → our logits ``[R, V]``. columns: of V, how many we have (others are padding).
+        at: which tokens; None: the last ones that ``attention_mask`` says are no padding, whose states may be zero.
     """
-    real = inputs.get("attention_mask", inputs["input_ids"] * 0 + 1)  # of packed samples padding may be looked at, too
-    at = real[0].nonzero().flatten()[-4:]
+    at = inputs["attention_mask"][0].nonzero().flatten()[-4:] if at is None else at
     own = model(**inputs, use_cache=False, logits_to_keep=at).logits[0]
     own = (own if len(own) == len(at) else own[at])[:, :columns].to(torch.float32)
     if not torch.isfinite(own).all():

@@ -35,7 +35,7 @@ def keys(batches: Any) -> list[tuple[str, ...]]:
 
 def test_the_stream_is_that_of_train_student(rows: Any, open_stage: Callable[..., Any], tiny_cache: Path) -> None:
     _, batches_from = open_stage(
-        tiny_cache, parts=("sft",), seed=3, per_device_train_batch_size=4, num_train_epochs=2.0
+        tiny_cache, parts=("sft",), seed=3, per_device_train_batch_size=4, num_train_epochs=2.0, packing=False
     )
     theirs = [one for _, batches in batches_from(0) for one in batches]
     ours = list(loader(rows, rows.stream(4, seed=3, epochs=2.0)))

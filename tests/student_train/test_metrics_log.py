@@ -20,7 +20,7 @@ def test_a_step_counts_what_both_sides_read(
     open_stage: Callable[..., Any], tiny_cache: Path, coarse_student: Path, tmp_path: Path
 ) -> None:
     """Rows with and without an image, nine vision tokens an image for the student where the teacher has 36."""
-    sizes = {"per_device_train_batch_size": 3, "gradient_accumulation_steps": 3, "max_steps": 2}
+    sizes = {"per_device_train_batch_size": 3, "gradient_accumulation_steps": 3, "max_steps": 2, "packing": False}
     trainer, batches_from = open_stage(tiny_cache, "SFT", parts=("sft",), method="sft", student=coarse_student, **sizes)
     batches = next(iter(batches_from(0)))[1]
     trainer.train(batches_from)

@@ -57,7 +57,7 @@ def opened(
 def dense(trainer: Any, one: Any) -> tuple[float, dict[str, float], dict[str, torch.Tensor]]:
     """(loss, terms, gradients) of the response terms on the logits that the whole model says, in float64."""
     whole, batch = copy.deepcopy(trainer.model.model).double(), in_float64(one.batch)
-    logits = whole(**batch.inputs).logits.flatten(0, 1)[batch.rows["response"]]
+    logits = whole(**batch.inputs, use_cache=False).logits.flatten(0, 1)[batch.rows["response"]]
     view = trainer.see_teacher(one)
     said = Dense64(view.distributions["response"].logits().double())
     values = {n: t.loss(Rows(logits, batch.labels, said)).mean() for n, t in trainer.terms.items()}
@@ -88,7 +88,9 @@ def test_what_its_own_weights_teach_is_what_the_model_says(opened: Callable[...,
     trainer, one = opened(kind)
     said = trainer._own_words(one.batch, Passes())["response"]
     with torch.no_grad():
-        logits = trainer.model.model(**one.batch.inputs).logits.flatten(0, 1)[one.batch.rows["response"]]
+        logits = trainer.model.model(**one.batch.inputs, use_cache=False).logits.flatten(0, 1)[
+            one.batch.rows["response"]
+        ]
     torch.testing.assert_close(said[3:9].logits(), logits[3:9], rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(said.logits_at(torch.tensor([5, 2])), logits[:, [5, 2]], rtol=1e-5, atol=1e-5)
 

@@ -207,7 +207,9 @@ def test_the_rate_is_that_of_transformers_but_for_the_first_warm_up_step(steps: 
 
 
 def test_a_training_without_memory(open_stage: Callable[..., Any], tiny_cache: Path) -> None:
-    trainer, batches_from = open_stage(tiny_cache, parts=("caption", "sft"), max_steps=2, per_device_train_batch_size=4)
+    trainer, batches_from = open_stage(
+        tiny_cache, parts=("caption", "sft"), max_steps=2, per_device_train_batch_size=4, packing=False
+    )
     trainer.model.model.register_forward_pre_hook(lambda *_: torch.empty(1 << 50))
     with pytest.raises(KdcliError) as caught:
         trainer.train(batches_from)

@@ -92,7 +92,7 @@ def one_step(open_stage: Open, rich_cache: Any) -> Callable[..., Any]:
 
     def run(method: str, knobs: dict[str, Any], **settings: Any) -> Any:
         trainer, batches_from = open_stage(
-            rich_cache(fields=FIELDS), method=method, knobs=knobs, **{**EVERYTHING, **settings}
+            rich_cache(fields=FIELDS), method=method, knobs=knobs, packing=False, **{**EVERYTHING, **settings}
         )
         found: dict[str, torch.Tensor] = {}
         trainer.optimizer.step = lambda: found.update(
