@@ -63,6 +63,14 @@ PARTS = (
         },
     ),
     Part(
+        "packing",
+        "benchmarks.packing",
+        f"{REAL} --batch 8 --steps 2 --repeats 2 --methods sft,llava-kd",
+        "--device {device} --batch 8 --steps 1 --repeats 1 --methods sft",
+        300,
+        {name: ("results", name, "packed / unpacked") for name in ("sft", "llava-kd")},
+    ),
+    Part(
         "loss memory",
         "benchmarks.loss_memory",
         "--device {device}",
