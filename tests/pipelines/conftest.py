@@ -229,6 +229,9 @@ class Proxy:
         self._listener.close()
 
 
+MOMENT_S = 0.02
+
+
 @pytest.fixture(scope="module")
 def store() -> Iterator[Faulty]:
     pytest.importorskip("s3fs")
@@ -254,7 +257,22 @@ def store() -> Iterator[Faulty]:
 
 
 @pytest.fixture
-def healthy(store: Faulty) -> Faulty:
+def hasty(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between two tries nobody waits longer than a moment: neither ours nor the libraries below."""
+    import asyncio
+
+    import botocore.retries.standard
+
+    from teacher_cache.shards import remote
+
+    wait = asyncio.sleep
+    monkeypatch.setattr(remote, "LONGEST_WAIT_S", MOMENT_S)
+    monkeypatch.setattr(asyncio, "sleep", lambda seconds, result=None: wait(min(seconds, MOMENT_S), result))
+    monkeypatch.setattr(botocore.retries.standard.ExponentialBackoff, "delay_amount", lambda *_: MOMENT_S, raising=True)
+
+
+@pytest.fixture
+def healthy(store: Faulty, hasty: None) -> Faulty:
     store.rate, store.refuse = 0.0, lambda environ, served: None
     store.asked.clear()
     return store
