@@ -16,6 +16,8 @@ from typing import Any
 
 import torch
 
+from benchmarks.regressions import slower
+
 DEMO_MODELS = Path(__file__).parent.parent / "pipelines" / "demo" / "assets"
 RESULTS = Path(__file__).parent / "results"
 
@@ -104,12 +106,16 @@ def processor_name() -> str:
 
 
 def finish(name: str, body: dict[str, Any], save: bool) -> None:
-    """The last line of every benchmark: one JSON object; with ``--save`` also a file."""
+    """The last line of every benchmark: one JSON object; with ``--save`` also a file. Before it, what became slower than the saved one."""
+    slug = re.sub(r"[^a-z0-9]+", "-", f"{body['machine']['machine']} {body['shapes']}".lower()).strip("-")
+    saved = RESULTS / f"{name}-{slug}.json"
+    worse = slower(name, body, json.loads(saved.read_text())) if saved.is_file() else []
+    for line in worse:
+        print(line)
     if save:
         RESULTS.mkdir(exist_ok=True)
-        slug = re.sub(r"[^a-z0-9]+", "-", f"{body['machine']['machine']} {body['shapes']}".lower()).strip("-")
-        (RESULTS / f"{name}-{slug}.json").write_text(json.dumps(body, indent=1) + "\n")
-    print(json.dumps({"benchmark": name, **body}))
+        saved.write_text(json.dumps(body, indent=1) + "\n")
+    print(json.dumps({"benchmark": name, **body, "slower": worse}))
 
 
 def print_table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
