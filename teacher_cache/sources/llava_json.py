@@ -8,14 +8,13 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any, BinaryIO, cast
 
 from teacher_cache.errors import DataError, SkipSample
 from teacher_cache.records import RowGroup, Sample, SkipRecord
 from teacher_cache.sources import DataSpec, files
+from teacher_cache.sources.files_and_images import FilesAndImages
 from teacher_cache.sources.foreign import described
-from teacher_cache.sources.image_folder import ImageFolder
 from teacher_cache.sources.json_list import broken_json, split_json_list
 from teacher_cache.sources.message_rows import read_row, read_sample
 from teacher_cache.sources.row_values import Unparsed
@@ -37,20 +36,13 @@ def open(spec: DataSpec, paths: list[str]) -> LlavaJson:
     """DataError where the format was given and a file begins with an object."""
     if files.first_bytes(paths[0], 1) == b"{" and (what := described(paths[0])):
         raise DataError(f"{paths[0]} is not a JSON list: {what}")
-    root = spec.image_root if spec.image_root is not None else os.path.dirname(paths[0]) or "."
-    return LlavaJson(spec, tuple(paths), ImageFolder(root, spec.follow_links))
+    return LlavaJson.of(spec, paths)
 
 
-@dataclass(frozen=True)
-class LlavaJson:
-    """``teacher_cache.sources.Source`` over one or more json files. Holds no open file: any thread may read."""
+class LlavaJson(FilesAndImages):
+    """``teacher_cache.sources.Source`` over one or more json files."""
 
-    spec: DataSpec
-    paths: tuple[str, ...]
-    images: ImageFolder
-
-    def fingerprint(self) -> dict[str, Any]:
-        return files.fingerprint_files(FORMAT, list(self.paths))
+    FORMAT = FORMAT
 
     def scan(self, group_rows: int) -> list[RowGroup]:
         """Memory: one chunk, one row and the list of groups.

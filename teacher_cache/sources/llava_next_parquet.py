@@ -12,7 +12,6 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import pyarrow as pa
@@ -21,7 +20,7 @@ import pyarrow.parquet as pq
 from teacher_cache.errors import DataError
 from teacher_cache.records import RowGroup, Sample, SkipRecord
 from teacher_cache.sources import DataSpec, files
-from teacher_cache.sources.image_folder import ImageFolder
+from teacher_cache.sources.files_and_images import FilesAndImages
 from teacher_cache.sources.message_rows import read_row, read_sample
 from teacher_cache.sources.parquet_columns import EXPECTED, fits, holds_paths, is_read, measure
 from teacher_cache.sources.row_values import Unparsed
@@ -37,20 +36,13 @@ def matches(paths: list[str]) -> bool:
 
 
 def open(spec: DataSpec, paths: list[str]) -> LlavaNextParquet:
-    root = spec.image_root if spec.image_root is not None else os.path.dirname(paths[0]) or "."
-    return LlavaNextParquet(spec, tuple(paths), ImageFolder(root, spec.follow_links))
+    return LlavaNextParquet.of(spec, paths)
 
 
-@dataclass(frozen=True)
-class LlavaNextParquet:
-    """``teacher_cache.sources.Source`` over one or more parquet files. Holds no open file: any thread may read."""
+class LlavaNextParquet(FilesAndImages):
+    """``teacher_cache.sources.Source`` over one or more parquet files."""
 
-    spec: DataSpec
-    paths: tuple[str, ...]
-    images: ImageFolder
-
-    def fingerprint(self) -> dict[str, Any]:
-        return files.fingerprint_files(FORMAT, list(self.paths))
+    FORMAT = FORMAT
 
     def scan(self, group_rows: int) -> list[RowGroup]:
         """Memory: one batch of text columns, and two numbers a row of one file. Image bytes are not read.

@@ -13,14 +13,13 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any
 
 from teacher_cache.errors import DataError, SkipSample
 from teacher_cache.records import RowGroup, Sample, SkipRecord
 from teacher_cache.sources import DataSpec, files
+from teacher_cache.sources.files_and_images import FilesAndImages
 from teacher_cache.sources.grouping import RowRange, group_rows_of
-from teacher_cache.sources.image_folder import ImageFolder
 from teacher_cache.sources.json_lines import split_lines
 from teacher_cache.sources.message_rows import TALK, read_row, read_sample
 from teacher_cache.sources.row_values import Unparsed
@@ -48,20 +47,13 @@ def _looks_like_lines(path: str) -> bool:
 
 
 def open(spec: DataSpec, paths: list[str]) -> MessagesJsonl:
-    root = spec.image_root if spec.image_root is not None else os.path.dirname(paths[0]) or "."
-    return MessagesJsonl(spec, tuple(paths), ImageFolder(root, spec.follow_links))
+    return MessagesJsonl.of(spec, paths)
 
 
-@dataclass(frozen=True)
-class MessagesJsonl:
-    """``teacher_cache.sources.Source`` over one or more files. Holds no open file: any thread may read."""
+class MessagesJsonl(FilesAndImages):
+    """``teacher_cache.sources.Source`` over one or more files."""
 
-    spec: DataSpec
-    paths: tuple[str, ...]
-    images: ImageFolder
-
-    def fingerprint(self) -> dict[str, Any]:
-        return files.fingerprint_files(FORMAT, list(self.paths))
+    FORMAT = FORMAT
 
     def scan(self, group_rows: int) -> list[RowGroup]:
         """Memory: one chunk, one line and the list of groups.
