@@ -78,7 +78,7 @@ def make_trainer(
     packing = chosen_packing(student, plan.method, plan.settings)
 
     def lengths(positions: Sequence[int]) -> list[int]:
-        return [rows.tokens(*order.at(one)) for one in positions]
+        return rows.tokens([order.at(one) for one in positions])
 
     def positions(first: int) -> MicroBatches:
         return MicroBatches(

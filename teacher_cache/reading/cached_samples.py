@@ -21,6 +21,7 @@ from teacher_cache.records import ImageLayout, Sample, TextTokens
 from teacher_cache.samples import TEXT, decode_sample
 from teacher_cache.shards.commit import Commit
 from teacher_cache.shards.disk_cache import DiskCache
+from teacher_cache.shards.index import Entries
 from teacher_cache.shards.reader import Recent
 
 
@@ -185,13 +186,21 @@ class CachedSamples:
 
     def key(self, position: int, row: int) -> str:
         """Key of a row, without reading it."""
-        shard = self.shards[position]
-        return self._columns["samples"].entries(shard).key(int(self._join(shard)[row][0]))
+        return self._entries_of(position).key(int(self._join(self.shards[position])[row][0]))
 
-    def tokens(self, position: int, row: int) -> int:
-        """Text and vision tokens of a row as the teacher read it, without reading the row."""
-        samples = self._columns["samples"].entries(self.shards[position])
-        return samples.tokens(int(self._joined(position)[row][0]))
+    def tokens(self, places: Sequence[tuple[int, int]]) -> list[int]:
+        """Text and vision tokens of rows by (position of the shard in ``shards``, row), as the teacher read them: from indices alone."""
+        samples = self._columns["samples"]
+        samples.load_entries(sorted({self.shards[position] for position, _ in places}))
+        return [self._entries_of(position).tokens(self._in_samples(position, row)) for position, row in places]
+
+    def _entries_of(self, position: int) -> Entries:
+        return self._columns["samples"].entries(self.shards[position])
+
+    def _in_samples(self, position: int, row: int) -> int:
+        """The row in the tar of ``samples``. Indices of fields are read only where one lacks rows."""
+        whole = self.counts[position] == self._columns["samples"].commit(self.shards[position]).written
+        return row if whole else int(self._joined(position)[row][0])
 
     def keys(self) -> Iterator[str]:
         """Keys of all rows, shard after shard."""

@@ -213,6 +213,10 @@ def test_a_teacher_that_says_nan_of_some_rows(make_request, tmp_path: Path, monk
     for position, count in enumerate(rows.counts):
         for row in range(count):
             found = rows.read(position, row)
+            vision = sum(image.tokens() for image in found.layout)
+            assert rows.tokens([(position, row)]) == [len(found.text.ids) + vision], (
+                "of the same row, without reading it"
+            )
             found.fields["affinity"] = found.fields["affinity"][:, found.text.response]  # others are not stored
             for record in found.fields.values():
                 tensors = [record] if isinstance(record, torch.Tensor) else list(vars(record).values())
