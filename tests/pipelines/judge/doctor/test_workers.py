@@ -12,6 +12,8 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
+import pytest
+
 from pipelines.judge.doctor.rows import Reading, RowExaminer
 from teacher_cache.preparing.prepare import Limits
 from teacher_cache.sources import DataSpec
@@ -48,6 +50,7 @@ def rows_of(folder: Path, count: int) -> str:
     return str(file)
 
 
+@pytest.mark.exhaustive  # a program of its own; test_stopped.py has workers whose command was killed
 def test_two_processes_find_what_one_does_and_end_with_their_parent(
     own_modules: Callable[[Path], Path], tiny_teacher: Path, tmp_path: Path
 ) -> None:
