@@ -129,7 +129,7 @@ class MicroBatches:
         self.total, self.global_batch, self.micro_batch = total, global_batch, micro_batch
         self.rank, self.world, self.first_step = rank, world, first_step
         self._lengths, self._packed = lengths, packed
-        self._divided = lru_cache(maxsize=2)(self._divide)
+        self._divided = lru_cache(maxsize=64)(self._divide)  # loader processes are some steps ahead
 
     def steps(self) -> int:
         """Optimizer steps of the whole run."""
