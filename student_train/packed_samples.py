@@ -62,7 +62,7 @@ def packing_of(student: RowForward, method: Any, settings: TrainSettings) -> Pac
             f"attention {attention} does not keep packed samples apart: {WITHOUT}, or --attn-implementation sdpa"
         )
     check_apart(student)
-    return Packing(attention in ONE_ROW, even_length(student.model))
+    return Packing(attention in ONE_ROW, even_length(student.model), attention == "eager")
 
 
 def even_length(model: Any) -> float:

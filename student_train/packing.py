@@ -26,11 +26,12 @@ class Packing:
 
     Attributes:
         one_row: all samples lie in one row. even: length of a row in tokens whose attention takes as many operations as the rest of the
-            decoder's layers.
+            decoder's layers. keeps_scores: attention holds its scores of a batch in memory; packed, they are no more than of a row each.
     """
 
     one_row: bool = False
     even: float = math.inf
+    keeps_scores: bool = False
 
     def cost(self, rows: int, longest: int) -> float:
         """Of a batch, in tokens without attention."""
@@ -41,8 +42,15 @@ def packed_rows(lengths: Sequence[int], packing: Packing) -> list[list[int]]:
     """Samples of each row, in order: of all numbers of rows the cheapest, the most rows among equals. lengths: tokens of the samples."""
     if packing.one_row:
         return [list(range(len(lengths)))]
+
+    def longest(rows: Sequence[Sequence[int]]) -> int:
+        return max(sum(lengths[i] for i in row) for row in rows)
+
     layouts = [balanced(lengths, rows) for rows in range(len(lengths), 0, -1)]
-    return min(layouts, key=lambda rows: packing.cost(len(rows), max(sum(lengths[i] for i in row) for row in rows)))
+    if packing.keeps_scores:
+        most = len(lengths) * max(lengths) ** 2
+        layouts = [rows for rows in layouts if len(rows) * longest(rows) ** 2 <= most]
+    return min(layouts, key=lambda rows: packing.cost(len(rows), longest(rows)))
 
 
 def places_of(rows: Sequence[Sequence[int]], lengths: Sequence[int]) -> tuple[list[int], list[BatchPlace]]:

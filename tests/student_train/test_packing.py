@@ -67,6 +67,12 @@ def test_lengths_that_differ_tenfold_leave_little_padding() -> None:
     assert packed_cost / plain_cost < 0.65
 
 
+@given(LENGTHS, st.floats(10, 1e6))
+def test_attention_that_keeps_its_scores_keeps_no_more_of_them(lengths: list[int], even: float) -> None:
+    rows = packed_rows(lengths, Packing(even=even, keeps_scores=True))
+    assert len(rows) * longest(rows, lengths) ** 2 <= len(lengths) * max(lengths) ** 2
+
+
 @pytest.mark.parametrize("method", ["llava-kd", "em-kd", "kd", "sft"])
 def test_a_step_is_the_step_of_a_row_each(method: str, tiny_cache: Path, open_stage: Any) -> None:
     found = []
