@@ -70,7 +70,7 @@ def test_a_family_that_does_not_keep_samples_apart_is_refused(name: str, folder_
     model, _ = load_student(str(folder_of(name)), "sdpa")
     student, method = RowForward(model), create_method("kd")
     if name not in REFUSED:
-        assert packing_of(student, method, TrainSettings()) == "rows"
+        assert packing_of(student, method, TrainSettings()).even > 0
         return
     with pytest.raises(CompatibilityError, match="family gemma3 is not known to keep images of packed samples apart"):
         packing_of(student, method, TrainSettings())
