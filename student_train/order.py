@@ -153,10 +153,8 @@ class MicroBatches:
             return [[mine[i : i + self.micro_batch] for i in range(0, len(mine), self.micro_batch)] for mine in dealt]
         lengths = self._lengths(range(start, stop))
         found = balanced(lengths, parts) if self._packed else grouped(lengths, parts, self.micro_batch)
-        turns = [found[i : i + world] for i in range(0, parts, world)]
-        turns = [
-            turn[::-1] if number % 2 else turn for number, turn in enumerate(turns)
-        ]  # nobody always has the longest
+        # One for every process in turn, there and back: nobody always has the longest.
+        turns = [found[i : i + world][:: -1 if i // world % 2 else 1] for i in range(0, parts, world)]
         dealt_parts = [[turn[rank] for turn in turns if rank < len(turn)] for rank in range(world)]
         return [[[start + i for i in part] for part in mine] for mine in dealt_parts]
 
